@@ -1,0 +1,138 @@
+"""A config: what a task can be told, read from YAML and checked.
+
+Each task has its own Config, so that a key which a task would ignore is an error.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
+
+from tract_transfer.config_file import (
+    ConfigError,
+    Origins,
+    explain,
+    explain_all,
+    read_config_file,
+)
+from tract_transfer.config_sections import (
+    ClassificationData,
+    ClassificationEvaluation,
+    ClassifierConfig,
+    DetectionData,
+    DetectionEvaluation,
+    DetectorConfig,
+    DeviceConfig,
+    EngineConfig,
+    FeatureModelConfig,
+    ProbeData,
+    ProbeEvaluation,
+    Section,
+    SolverConfig,
+    TractConfig,
+)
+
+
+class BaseConfig(Section):
+    """What all tasks share. `name` and `method` label the run in a report; null derives them."""
+
+    output_dir: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    name: str | None = None
+    method: str | None = None
+    _origins: Origins = PrivateAttr(default_factory=dict)
+
+    def error(self, key: str, message: str) -> ConfigError:
+        """Return an error about `key` that says where it was set."""
+        return ConfigError(explain(key, message, self._origins))
+
+
+class TrainedConfig(BaseConfig):
+    """A task that trains."""
+
+    tract: TractConfig = TractConfig()
+    solver: SolverConfig
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _selection_has_its_own_data(self) -> "TrainedConfig":
+        data, evaluation = getattr(self, "data", None), getattr(self, "evaluation", None)
+        if evaluation and data and evaluation.report == "best" and data.val is None:
+            raise ValueError(
+                "evaluation.report: best selects a checkpoint, and needs data.val to select on: "
+                "never data.test. Set data.val, such as {source: train, fraction: 0.1}"
+            )
+        if data and data.val is None and data.test is None:
+            raise ValueError("data.test or data.val is needed: nothing would be measured")
+        return self
+
+
+class ClassificationConfig(TrainedConfig):
+    task: Literal["classification"]
+    model: ClassifierConfig
+    data: ClassificationData
+    evaluation: ClassificationEvaluation = ClassificationEvaluation()
+
+
+class DetectionConfig(TrainedConfig):
+    task: Literal["detection"]
+    model: DetectorConfig
+    data: DetectionData
+    evaluation: DetectionEvaluation = DetectionEvaluation()
+
+
+class ProbeConfig(BaseConfig):
+    task: Literal["probe"]
+    model: FeatureModelConfig
+    data: ProbeData
+    evaluation: ProbeEvaluation = ProbeEvaluation()
+    engine: DeviceConfig = DeviceConfig()
+
+
+Config = ClassificationConfig | DetectionConfig | ProbeConfig
+TASKS: Mapping[str, type[Config]] = {
+    "classification": ClassificationConfig,
+    "detection": DetectionConfig,
+    "probe": ProbeConfig,
+}
+_ADAPTER: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminator="task")])
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file with its `_BASE_`s, apply `key=value` or `key value` overrides, check all.
+
+    Raises:
+        ConfigError: what is wrong, one line a problem: key, problem, fix, file and line.
+    """
+    tree, origins = read_config_file(Path(path), overrides)
+    try:
+        config = _ADAPTER.validate_python(tree)
+    except ValidationError as error:
+        known = {task: known_keys(schema) for task, schema in TASKS.items()}
+        raise ConfigError(explain_all(error, tree, origins, known)) from None
+    config._origins.update(origins)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """Return the whole config as YAML, defaults included; `load_config` reads the same from it."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def known_keys(schema: Any, prefix: str = "") -> list[str]:
+    """List the dotted keys of a section, those of its sections included."""
+    keys = []
+    for name, field in schema.model_fields.items():
+        keys.append(prefix + name)
+        for part in _sections(field.annotation):
+            keys += known_keys(part, f"{prefix}{name}.")
+    return list(dict.fromkeys(keys))
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    """The sections in a field's type, through unions and annotations."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]

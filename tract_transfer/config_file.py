@@ -1,0 +1,204 @@
+"""YAML files with bases and overrides, and errors that know where each key was set."""
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
+Origins = dict[
+    str, str
+]  # dotted key -> "configs/x.yaml line 12"; "" -> the file that was asked for
+COMMAND_LINE = "command line"
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; the message names key, problem, fix and place."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with YAML 1.2's scalars: 1e-3 is a number, and only true and false are bools."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool",
+    re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
+    list("tTfF"),
+)
+
+
+def read_config_file(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origins]:
+    """Return the merged tree of a file, its bases and the overrides, and where each key was set.
+
+    A file's keys go over its `_BASE_` (a path beside it, or a list of them), key by key. Where
+    `source` changes, or a `name` under `model`, the section starts anew: the arguments of one
+    entry are not another's.
+
+    Raises:
+        ConfigError: a file is missing, is no YAML mapping, repeats a key or includes itself.
+    """
+    tree, origins = _read(path, ())
+    given, given_origins = parse_overrides(overrides)
+    tree = merge(tree, given)
+    origins.update(given_origins)
+    origins[""] = str(path)
+    return tree, origins
+
+
+def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], Origins]:
+    """Parse `key=value` and `key value` words into a tree; values are YAML."""
+    tree: dict[str, Any] = {}
+    origins: Origins = {}
+    rest = iter(words)
+    for word in rest:
+        key, equals, text = word.partition("=")
+        if key.startswith("-") or not key:
+            raise ConfigError(f"{word!r} is no override: write key=value or key value.")
+        if not equals:
+            try:
+                text = next(rest)
+            except StopIteration:
+                raise ConfigError(f"{key}: given without a value: {key}=...") from None
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{key}: {text!r} is not YAML ({error}).") from None
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{key}: {parent} was given a value before.")
+        node[leaf] = value
+        origins[key] = COMMAND_LINE
+    return tree, origins
+
+
+def merge(base: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Return `base` with `over` on it; see `read_config_file` for where a section starts anew."""
+    tag = "name" if path.startswith("model.") else "source"
+    if tag in over and over[tag] != base.get(tag, over[tag]):
+        return over
+    merged = dict(base)
+    for key, value in over.items():
+        old = base.get(key)
+        nested = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = merge(old, value, f"{path}{key}.") if nested else value  # type: ignore[arg-type]
+    return merged
+
+
+def explain(key: str, message: str, origins: Origins, *, missing: bool = False) -> str:
+    """Return `key: message (file line n)`, from the nearest key whose place is known."""
+    place = key.rpartition(".")[0] if missing else key
+    while place not in origins and place:
+        place = place.rpartition(".")[0]
+    where = f" ({origins[place]})" if place in origins else ""
+    return f"{key}: {message}{where}" if key else f"{message}{where}"
+
+
+def explain_all(
+    error: "ValidationError",
+    tree: Mapping[str, Any],
+    origins: Origins,
+    known: Mapping[str, Sequence[str]],
+) -> str:
+    """Turn pydantic's errors into lines of ours; `known` lists the keys of each task."""
+    lines = []
+    task = str(tree.get("task"))
+    for problem in error.errors():
+        key = _dotted(problem["loc"], tree)
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = _unknown(key, task, known)
+        elif problem["type"] == "missing":
+            message = "needed, and not given."
+        elif problem["type"] == "union_tag_not_found":
+            missing = "task" if not key else f"{key}.source"
+            key, message = missing, f"needed: {problem['ctx'].get('expected_tags', list(known))}."
+        elif problem["type"] == "union_tag_invalid":
+            tag = "task" if not key else f"{key}.source"
+            context = problem["ctx"]
+            key, message = tag, f"{context['tag']!r} is none of {context['expected_tags']}."
+        elif problem["type"] != "value_error":
+            message = f"{message}, got {problem['input']!r}."
+        lines.append(explain(key, message, origins, missing=problem["type"] == "missing"))
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _read(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
+    if path.resolve() in parents:
+        raise ConfigError(f"{path}: _BASE_ leads back to the file itself.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        by = f" (_BASE_ of {parents[-1]})" if parents else ""
+        raise ConfigError(f"No config can be read at {path}{by}: {error}") from None
+    try:
+        node = yaml.compose(text, _Loader)
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError(f"{path}: a config is a mapping of keys to values.")
+        origins: Origins = {}
+        _record(node, "", path, origins)
+        own = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML, or not safe YAML: {error}") from None
+    bases = own.pop("_BASE_", [])
+    tree: dict[str, Any] = {}
+    inherited: Origins = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        base_tree, base_origins = _read(path.parent / base, (*parents, path.resolve()))
+        tree = merge(tree, base_tree)
+        inherited.update(base_origins)
+    return merge(tree, own), {**inherited, **origins}
+
+
+def _record(node: yaml.MappingNode, prefix: str, path: Path, origins: Origins) -> None:
+    """Note the line of every key, and refuse repeated ones."""
+    for key_node, value in node.value:
+        key = prefix + str(key_node.value)
+        line = key_node.start_mark.line + 1
+        if key in origins:
+            raise ConfigError(f"{key}: given twice ({path} line {line} and {origins[key]}).")
+        origins[key] = f"{path} line {line}"
+        if isinstance(value, yaml.MappingNode):
+            _record(value, f"{key}.", path, origins)
+
+
+def _dotted(location: Sequence[Any], tree: Any) -> str:
+    """Turn pydantic's location into our key: without the tags of unions."""
+    parts: list[str] = []
+    for part in location:
+        if (
+            isinstance(tree, dict)
+            and part not in tree
+            and part in (tree.get("source"), tree.get("task"))
+        ):
+            continue
+        tree = tree.get(part) if isinstance(tree, dict) else None
+        parts.append(str(part))
+    return ".".join(parts)
+
+
+def _unknown(key: str, task: str, known: Mapping[str, Sequence[str]]) -> str:
+    """Say that a key is unknown, and what may have been meant."""
+    keys = known.get(task, ())
+    elsewhere = [other for other, theirs in known.items() if key in theirs]
+    if elsewhere:
+        return f"not a key of a {task} config (of {' and '.join(elsewhere)})."
+    parent, _, leaf = key.rpartition(".")
+    siblings = [name for name in keys if name.rpartition(".")[0] == parent]
+    near = get_close_matches(key, siblings, n=1, cutoff=0.6)
+    near = near or [name for name in keys if name.rpartition(".")[2] == leaf]
+    near = near or get_close_matches(key, keys, n=1, cutoff=0.6)
+    return f"unknown. Did you mean {near[0]}?" if near else f"unknown. Known: {siblings}."

@@ -1,0 +1,332 @@
+"""The sections of a config: a section of a YAML file is a class, a key is a field.
+
+A section goes to a function as arguments of the same names (see build.py).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Colour = Annotated[list[Positive], Field(min_length=3, max_length=3)]
+
+
+class Section(BaseModel):
+    """A part of a config: unknown keys, wrong types and later changes are errors."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+# ------------------------------------------------------------------------------------- model
+
+
+class BackboneConfig(Section):
+    """`name: null` takes the backbone that `model.weights` describes."""
+
+    name: str | None = None
+    stem: Literal["default", "cifar"] = "default"
+    args: dict[str, Any] = {}
+    mean: Colour | None = None
+    std: Colour | None = None
+
+
+class ComponentConfig(Section):
+    """An entry of a registry, and the arguments of its constructor."""
+
+    name: str
+    args: dict[str, Any] = {}
+
+
+class FeatureModelConfig(Section):
+    """A backbone. `weights`: null, `pretrained`, a run folder or a weights file."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    weights: str | None = None
+
+    @model_validator(mode="after")
+    def _backbone_is_known(self) -> "FeatureModelConfig":
+        if self.backbone.name is None and self.weights in (None, "pretrained"):
+            raise ValueError("model.backbone.name is needed: model.weights names no run folder")
+        if self.backbone.name is None and (self.backbone.args or self.backbone.stem != "default"):
+            raise ValueError(
+                "model.backbone.stem and args need model.backbone.name; without it they come from "
+                "model.weights"
+            )
+        return self
+
+
+class ClassifierConfig(FeatureModelConfig):
+    head: ComponentConfig = ComponentConfig(name="linear")
+    label_smoothing: Fraction = 0.0
+
+
+class DetectorConfig(FeatureModelConfig):
+    detector: ComponentConfig = ComponentConfig(name="torchvision_fpn")
+
+
+class TractConfig(Section):
+    """TrAct on the first layer, or on the `layers` named (from the model's root)."""
+
+    enabled: bool = False
+    lam: Positive = 0.1
+    lam_mode: Literal["absolute", "relative"] = "absolute"
+    layers: list[str] | None = None
+
+
+# -------------------------------------------------------------------------------------- data
+
+
+class HuggingFaceSource(Section):
+    """A hub id, parquet file or folder, image folder or saved dataset."""
+
+    source: Literal["huggingface"]
+    path: str
+    split: str
+    config_name: str | None = None
+    revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+class DigitsSource(Section):
+    """scikit-learn's handwritten digits at 32 px; `classes` keeps some of the ten."""
+
+    source: Literal["digits"]
+    split: Literal["train", "test"]
+    classes: list[int] | None = None
+
+
+class CarvedSource(Section):
+    """A stratified `fraction` of data.train, which then lacks it."""
+
+    source: Literal["train"]
+    fraction: Annotated[float, Field(gt=0, lt=1)]
+
+
+class VocSource(Section):
+    """Split files of a VOC devkit, such as `sets: [2007/trainval, 2012/trainval]`."""
+
+    source: Literal["voc"]
+    root: str
+    sets: Annotated[list[str], Field(min_length=1)]
+    classes: list[str] | None = None
+
+
+class DigitScenesSource(Section):
+    """Digits on photographs, written to `root` as a VOC devkit when first asked for."""
+
+    source: Literal["digit_scenes"]
+    split: Literal["train", "test"]
+    root: str = "output/data/digit_scenes"
+    num_train: Count = 200
+    num_test: Count = 100
+    size_px: Annotated[int, Field(ge=64)] = 128
+
+
+ImageSource = Annotated[HuggingFaceSource | DigitsSource, Field(discriminator="source")]
+ValSource = Annotated[
+    HuggingFaceSource | DigitsSource | CarvedSource, Field(discriminator="source")
+]
+BoxSource = Annotated[VocSource | DigitScenesSource, Field(discriminator="source")]
+
+
+class EvalTransformsConfig(Section):
+    """Test images: the short side to size / crop_ratio, then the centre of size."""
+
+    size_px: Count
+    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+class ClassificationTransformsConfig(EvalTransformsConfig):
+    """Training images: `pad` by pad_px (4) and crop, `random_resized` crop of `scale` of the area
+    ([0.08, 1]), or none."""
+
+    crop: Literal["pad", "random_resized", "none"] = "none"
+    pad_px: Annotated[int, Field(ge=0)] | None = None
+    scale: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = None
+    flip_prob: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _arguments_are_the_crops(self) -> "ClassificationTransformsConfig":
+        for key, crop in (("pad_px", "pad"), ("scale", "random_resized")):
+            if getattr(self, key) is not None and self.crop != crop:
+                raise ValueError(f"{key} is for crop: {crop}, and crop is {self.crop}")
+        return self
+
+
+class DetectionTransformsConfig(Section):
+    """Training images: one of `short_sides_px`, the long side at most `max_side_px`, flips."""
+
+    short_sides_px: Annotated[list[Count], Field(min_length=1)]
+    max_side_px: Count
+    flip_prob: Fraction = 0.5
+
+
+class LoadingConfig(Section):
+    """`batch_size` counts the images of an optimizer step, over all processes and micro-batches."""
+
+    batch_size: Count
+    num_workers: Annotated[int, Field(ge=0)] = 2
+    cache: Literal["none", "ram"] = "none"
+    undecodable: Literal["error", "skip"] = "error"
+
+
+class ClassificationData(LoadingConfig):
+    """`val` is for selection, `test` for the report."""
+
+    train: ImageSource
+    val: ValSource | None = None
+    test: ImageSource | None = None
+    transforms: ClassificationTransformsConfig
+
+
+class ProbeData(LoadingConfig):
+    train: ImageSource
+    test: ImageSource
+    transforms: EvalTransformsConfig
+
+
+class DetectionData(LoadingConfig):
+    """`val` is for selection, `test` for the report."""
+
+    train: BoxSource
+    val: BoxSource | None = None
+    test: BoxSource | None = None
+    transforms: DetectionTransformsConfig
+
+
+# ------------------------------------------------------------------------------------- solver
+
+
+class SolverConfig(Section):
+    """Lengths are in epochs or in iterations: the one given counts."""
+
+    optimizer: str
+    lr: Positive
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Fraction | None = None
+    nesterov: bool = False
+    decay_all: bool = True
+    optimizer_args: dict[str, Any] = {}
+    max_epochs: Positive | None = None
+    max_iters: Count | None = None
+    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    end_factor: Fraction = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
+    warmup_iters: Annotated[int, Field(ge=0)] | None = None
+    warmup_start: Fraction = 0.0
+    steps_epochs: list[Positive] | None = None
+    steps_iters: list[Count] | None = None
+    step_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _lengths_are_one(self) -> "SolverConfig":
+        if (self.max_epochs is None) == (self.max_iters is None):
+            raise ValueError("give one of solver.max_epochs and solver.max_iters")
+        for what in ("warmup", "steps"):
+            if None not in (getattr(self, f"{what}_epochs"), getattr(self, f"{what}_iters")):
+                raise ValueError(f"give one of solver.{what}_epochs and solver.{what}_iters")
+        steps = self.steps_epochs or self.steps_iters
+        if (self.schedule == "multistep") != bool(steps):
+            raise ValueError(
+                "solver.schedule: multistep and solver.steps_epochs (or steps_iters) go together"
+            )
+        return self
+
+
+# --------------------------------------------------------------------------------- evaluation
+
+
+class PeriodicConfig(Section):
+    """How often, in epochs or in iterations; neither is: at the end alone."""
+
+    every_epochs: Positive | None = None
+    every_iters: Count | None = None
+
+    @model_validator(mode="after")
+    def _interval_is_one(self) -> "PeriodicConfig":
+        if None not in (self.every_epochs, self.every_iters):
+            raise ValueError("give one of every_epochs and every_iters")
+        return self
+
+
+class ClassificationEvaluation(PeriodicConfig):
+    """`report: best` reports the checkpoint that is best on data.val by `metric`."""
+
+    report: Literal["last", "best"] = "last"
+    metric: Literal["top1", "top5", "mean_per_class"] = "top1"
+
+
+class DetectionEvaluation(PeriodicConfig):
+    """`protocol`: an entry of evaluation.detection.PROTOCOLS."""
+
+    report: Literal["last", "best"] = "last"
+    metric: Literal["ap50", "ap75", "ap"] = "ap50"
+    protocol: str = "voc2007"
+    save_detections: Annotated[int, Field(ge=0)] = 8
+
+
+class KnnConfig(Section):
+    """Weighted nearest neighbours (DINO)."""
+
+    k: Count = 20
+    temperature: Positive = 0.07
+
+
+class LogisticRegressionConfig(Section):
+    """L-BFGS; C is selected on `val_fraction` of train, then all of train is fitted."""
+
+    cs: Annotated[list[Positive], Field(min_length=1)] = [0.01, 0.1, 1.0, 10.0, 100.0]
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    max_iters: Count = 1000
+
+
+class ProbeEvaluation(Section):
+    """The probes to run; null leaves one out."""
+
+    knn: KnnConfig | None = KnnConfig()
+    logistic_regression: LogisticRegressionConfig | None = LogisticRegressionConfig()
+    metric: Literal["knn_top1", "logistic_top1"] = "logistic_top1"
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> "ProbeEvaluation":
+        if (self.knn if self.metric == "knn_top1" else self.logistic_regression) is None:
+            raise ValueError(f"evaluation.metric is {self.metric}, and its probe is left out")
+        return self
+
+
+# ------------------------------------------------------------------------------------- engine
+
+
+class CheckpointConfig(PeriodicConfig):
+    """`keep` last checkpoints stay, and the best."""
+
+    keep: Count = 1
+
+
+class LogConfig(Section):
+    every_iters: Count = 20
+    tensorboard: bool = True
+
+
+class DeviceConfig(Section):
+    """`precision` is that of the forward (autocast); weights stay float32."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+class EngineConfig(DeviceConfig):
+    """`grad_clip`: the largest gradient norm; `accumulate`: micro-batches of a step."""
+
+    grad_clip: Positive | None = None
+    accumulate: Count = 1
+    channels_last: bool = False
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
