@@ -1,0 +1,83 @@
+"""Which layer reads the image."""
+
+from difflib import get_close_matches
+
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from tract_transfer.tract.gram import is_dynamic_same
+
+IMAGE_CHANNELS = (1, 2, 3, 4)
+
+
+def find_first_layers(model: nn.Module) -> list[str]:
+    """Return the dotted names of the layers that read the image.
+
+    Asked in this order: `first_layers` of the model or of a part of it (our backbones have it),
+    timm's `pretrained_cfg["first_conv"]`, the one convolution with image-like input channels,
+    and, in a model without convolutions, its first Linear.
+
+    Raises:
+        ValueError: none or several layers could be the first; the message lists them.
+    """
+    for prefix, module in model.named_modules():
+        names = getattr(module, "first_layers", None) or _timm_first_layers(module)
+        if names:
+            return [f"{prefix}.{name}" if prefix else name for name in names]
+    convs = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed
+    ]
+    candidates = [name for name in convs if _reads_images(model.get_submodule(name))]
+    if not convs:
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        candidates = linears[:1]
+    if len(candidates) == 1:
+        return candidates
+    found = f"{len(candidates)} could: {candidates[:5]}" if candidates else "none does"
+    raise ValueError(
+        f"TrAct needs the layer that reads the image, and of {type(model).__name__}'s layers "
+        f'{found}. Name it: TrAct(model, layers=["..."]), or tract.layers in a config.'
+    )
+
+
+def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
+    """Return the layer called `name`, or raise ValueError that says why TrAct cannot treat it."""
+    known = dict(model.named_modules())
+    if name not in known:
+        near = get_close_matches(name, known, n=3, cutoff=0.5)
+        raise ValueError(f"{type(model).__name__} has no layer {name!r}. Nearest: {near}")
+    layer, kind = known[name], type(known[name]).__name__
+    if not isinstance(layer, nn.Linear | nn.Conv2d) or isinstance(layer, nn.LazyConv2d):
+        raise ValueError(f"TrAct treats Linear and Conv2d layers; {name} is a {kind}.")
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        raise ValueError(
+            f"TrAct needs an ungrouped convolution; {name} has groups={layer.groups}: "
+            "its outputs do not share their inputs, so there is no one matrix to multiply by."
+        )
+    own_forward = type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward)
+    if is_parametrized(layer) or (own_forward and not is_dynamic_same(layer)):
+        raise ValueError(
+            f"TrAct needs a layer whose weight multiplies its input as it stands; {name} "
+            f"({kind}) changes its weight or its input in the forward (weight standardisation, "
+            "a parametrization). Use a model with a plain first layer."
+        )
+    if not layer.weight.requires_grad:
+        raise ValueError(
+            f"{name}.weight is frozen, so TrAct would do nothing. Unfreeze the stem, or leave "
+            "TrAct off (tract.enabled: false in a config)."
+        )
+    return layer
+
+
+def _reads_images(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.in_channels in IMAGE_CHANNELS
+
+
+def _timm_first_layers(module: nn.Module) -> list[str]:
+    config = getattr(module, "pretrained_cfg", None)
+    names = config.get("first_conv") if isinstance(config, dict) else None
+    names = [names] if isinstance(names, str) else list(names or [])
+    known = {name for name, _ in module.named_modules()} if names else set()
+    return names if all(name in known for name in names) else []
