@@ -1,0 +1,285 @@
+"""One contract over timm's, torchvision's and the paper's own backbones."""
+
+# B images, H height and W width in pixels, C channels, D features
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from tract_transfer.models.stem import replace_stem
+from tract_transfer.registry import Registry
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+BACKBONES = Registry("BACKBONES")
+
+
+class MapInfo(NamedTuple):
+    """What a feature map is: its channels, and the input pixels a cell of it spans."""
+
+    channels: int
+    stride: int
+
+
+class Backbone(nn.Module):
+    """A feature extractor of one state dict and two uses: pooled features and named maps.
+
+    Images come in as RGB, (B, 3, H, W), uint8 or float in [0, 1]; they are normalised here, by
+    buffers that travel with the weights.
+
+    Attributes:
+        origin: the name, stem and args `build_backbone` made it from.
+        feature_dim: D of the pooled features.
+        first_layers: dotted names of the layers that read the image.
+        image_size_px: the only size it takes, or None where it takes any.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        feature_dim: int,
+        first_layers: Sequence[str],
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size_px: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.model: Any = model
+        self.origin: dict[str, Any] = {}
+        self.feature_dim = feature_dim
+        self.first_layers = [f"model.{name}" for name in first_layers]
+        self.image_size_px = image_size_px
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+        self._map_info: dict[str, MapInfo] | None = None
+
+    def set_colours(
+        self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> None:
+        """Set what images are normalised by: per channel, in [0, 1]; None leaves it."""
+        for buffer, values in ((self.mean, mean), (self.std, std)):
+            if values is not None:
+                buffer.copy_(torch.tensor(values).view(3, 1, 1))
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Return (..., 3, H, W) images as float32 of the backbone's mean 0 and std 1."""
+        if images.dtype == torch.uint8:
+            images = images.float().div_(255)
+        return (images - self.mean) / self.std
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Return the (B, D) features a classification head reads."""
+        features: Tensor = self.model(self.normalize(images))
+        return features
+
+    def maps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return the maps called `names` (see `map_info`), each (B, C, H / stride, W / stride)."""
+        raise NotImplementedError
+
+    @property
+    def map_info(self) -> dict[str, MapInfo]:
+        """Name, channels and stride of every map, finest first; measured once on a blank image."""
+        if self._map_info is None:
+            size_px = self.image_size_px or 128
+            image = torch.zeros(1, 3, size_px, size_px, device=self.mean.device)
+            training = self.training
+            self.eval()
+            with torch.no_grad():
+                maps = self.maps(image, self._map_names())
+            self.train(training)
+            self._map_info = {
+                name: MapInfo(tensor.shape[1], 2 ** round(math.log2(size_px / tensor.shape[-1])))
+                for name, tensor in maps.items()
+            }
+        return self._map_info
+
+    def pyramid(self) -> dict[str, MapInfo]:
+        """Return the deepest map of each stride: what a feature pyramid is built on."""
+        deepest = {info.stride: name for name, info in self.map_info.items()}
+        return {name: self.map_info[name] for _, name in sorted(deepest.items())}
+
+    def _map_names(self) -> list[str]:
+        raise NotImplementedError
+
+
+class TimmBackbone(Backbone):
+    """A timm model without its classifier."""
+
+    def maps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        known = self._map_names()
+        indices = sorted(known.index(name) for name in names)
+        tensors = self.model.forward_intermediates(
+            self.normalize(images), indices=indices, intermediates_only=True
+        )
+        found = {known[index]: tensor for index, tensor in zip(indices, tensors, strict=True)}
+        return {name: found[name] for name in names}
+
+    def _map_names(self) -> list[str]:
+        return [info["module"] for info in self.model.feature_info]
+
+
+class TorchvisionBackbone(Backbone):
+    """A torchvision classification model without its classifier."""
+
+    def maps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(
+                lambda _module, _inputs, output, name=name: found.__setitem__(name, output)
+            )
+            for name in names
+        ]
+        try:
+            self.model(self.normalize(images))
+        finally:
+            for handle in handles:
+                handle.remove()
+        if isinstance(self.model, torchvision.models.SwinTransformer):  # channels come last
+            found = {name: tensor.permute(0, 3, 1, 2) for name, tensor in found.items()}
+        return {name: found[name] for name in names}
+
+    def _map_names(self) -> list[str]:
+        stages = dict(self.model.named_children())
+        if isinstance(features := stages.get("features"), nn.Sequential):
+            return [f"features.{name}" for name, _ in features.named_children()]
+        return [name for name in stages if name.startswith("layer")]
+
+
+def build_backbone(
+    name: str,
+    *,
+    stem: str = "default",
+    args: dict[str, Any] | None = None,
+    pretrained: bool = False,
+) -> Backbone:
+    """Build `timm/<model>`, `torchvision/<model>` or an entry of BACKBONES such as cifar/resnet18.
+
+    Args:
+        stem: "default", or "cifar" to put a 3x3 convolution of stride 1 in place of a
+            convolution stem, and leave its max-pool out.
+        args: arguments of the model's own constructor.
+        pretrained: load the source's pre-trained weights (from its hub).
+
+    Raises:
+        KeyError: no such entry or model; the message names the nearest.
+        ValueError: the model refuses `args`, or has no stem to replace.
+    """
+    source, _, model_name = name.partition("/")
+    try:
+        if name in BACKBONES:
+            if pretrained:
+                raise ValueError(f"{name} has no published weights; set model.weights to a path.")
+            backbone = BACKBONES.get(name)(**(args or {}))
+        else:
+            builder = BACKBONES.get(source if model_name else name)
+            backbone = builder(model_name, args or {}, pretrained)
+    except TypeError as error:
+        raise ValueError(f"{name} refuses model.backbone.args {args}: {error}") from error
+    if stem == "cifar":
+        replace_stem(backbone)
+    assert isinstance(backbone, Backbone)
+    backbone.origin = {"name": name, "stem": stem, "args": args or {}}
+    return backbone
+
+
+@BACKBONES.register("timm")
+def timm_backbone(model_name: str, args: dict[str, Any], pretrained: bool) -> Backbone:
+    """Wrap `timm.create_model(model_name, **args)`."""
+    if not timm.is_model(model_name):
+        near = timm.list_models(f"*{model_name.split('_')[0]}*")[:5]
+        raise KeyError(f"timm has no model {model_name!r}. Some near it: {near}")
+    model = timm.create_model(model_name, pretrained=pretrained, num_classes=0, **args)
+    config = model.pretrained_cfg
+    first = config["first_conv"]
+    size_px = _fixed_size_px(model, config)
+    return TimmBackbone(
+        model,
+        feature_dim=getattr(model, "head_hidden_size", None) or model.num_features,
+        first_layers=[first] if isinstance(first, str) else first,
+        mean=config["mean"],
+        std=config["std"],
+        image_size_px=size_px,
+    )
+
+
+@BACKBONES.register("torchvision")
+def torchvision_backbone(model_name: str, args: dict[str, Any], pretrained: bool) -> Backbone:
+    """Wrap `torchvision.models.get_model(model_name, **args)`."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if model_name not in known:
+        raise KeyError(f"torchvision has no classification model {model_name!r}. Known: {known}")
+    if model_name in ("googlenet", "inception_v3"):
+        args = {"aux_logits": False, "init_weights": True, **args}
+    weights = "DEFAULT" if pretrained else None
+    model = torchvision.models.get_model(model_name, weights=weights, **args)
+    first = next(
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.in_channels == 3
+    )
+    return TorchvisionBackbone(
+        model,
+        feature_dim=_remove_classifier(model),
+        first_layers=[first],
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        image_size_px=getattr(model, "image_size", None),
+    )
+
+
+@BACKBONES.register("cifar/resnet18")
+def cifar_resnet18(width: int = 64, max_pool: bool = True) -> Backbone:
+    """The paper's ResNet-18 for 32 px: a 3x3 stem of stride 1, the max-pool kept (figure 3)."""
+    channels = tuple(width * factor for factor in (1, 2, 4, 8))
+    backbone = timm_backbone("resnet18", {"channels": channels, "zero_init_last": False}, False)
+    replace_stem(backbone, keep_pool=max_pool)
+    backbone.set_colours(CIFAR_MEAN, CIFAR_STD)
+    return backbone
+
+
+@BACKBONES.register("cifar/vit")
+def cifar_vit(
+    depth: int = 7, width: int = 384, num_heads: int = 12, patch_size_px: int = 4
+) -> Backbone:
+    """The paper's ViT for 32 px: 4x4 patches, a class token, an MLP as wide as it (figure 4)."""
+    args = {
+        "img_size": 32,
+        "patch_size": patch_size_px,
+        "depth": depth,
+        "num_heads": num_heads,
+        "embed_dim": width,
+        "mlp_ratio": 1,
+    }
+    backbone = timm_backbone("vit_small_patch16_224", args, False)
+    backbone.set_colours(CIFAR_MEAN, CIFAR_STD)
+    return backbone
+
+
+def _fixed_size_px(model: nn.Module, config: dict[str, Any]) -> int | None:
+    """The size of timm's models that take one only: those with a grid of position embeddings."""
+    patches: Any = getattr(model, "patch_embed", None)
+    if getattr(patches, "strict_img_size", False):
+        return int(patches.img_size[0])
+    return int(config["input_size"][-1]) if config.get("fixed_input_size") else None
+
+
+def _remove_classifier(model: nn.Module) -> int:
+    """Put an identity in place of the last Linear of a torchvision model; return its inputs."""
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not linears:  # SqueezeNet classifies by a convolution before the pool.
+        model.classifier = nn.AdaptiveAvgPool2d(1)
+        return 512
+    parent, _, child = linears[-1].rpartition(".")
+    feature_dim = int(model.get_submodule(linears[-1]).in_features)  # type: ignore[arg-type]
+    setattr(model.get_submodule(parent), child, nn.Identity())
+    return feature_dim
