@@ -1,0 +1,83 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from tract_transfer.data.detection import load_voc
+from tract_transfer.data.digits import DIGIT_NAMES, load_digits, write_digit_scenes
+
+
+def test_splits_are_complete_disjoint_and_stratified():
+    train, test = load_digits("train"), load_digits("test")
+    assert (len(train), len(test)) == (1442, 355)
+    shares = np.bincount(test.labels) / (np.bincount(train.labels) + np.bincount(test.labels))
+    assert ((shares > 0.19) & (shares <= 0.2)).all()
+    image = train.image(0)
+    assert (image.dtype, image.shape) == (torch.uint8, (3, 32, 32))
+    assert image.max() > 200
+    assert image.min() == 0
+    assert train.fingerprint() != test.fingerprint()
+
+
+def test_chosen_digits_are_relabelled_in_order():
+    chosen = load_digits("test", classes=[7, 2])
+    assert chosen.class_names == ["seven", "two"]
+    full = load_digits("test")
+    of = {chosen.item(i): chosen.target(i) for i in range(len(chosen))}
+    assert of == {
+        full.item(i): [7, 2].index(full.target(i))
+        for i in range(len(full))
+        if full.target(i) in (7, 2)
+    }
+
+
+@pytest.mark.parametrize("classes", [[], [1, 1], [10]])
+def test_wrong_digits_are_refused(classes):
+    with pytest.raises(ValueError, match="different digits"):
+        load_digits("train", classes)
+    with pytest.raises(ValueError, match="no split 'val'"):
+        load_digits("val")
+
+
+def tree(root):
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_scenes_are_a_valid_devkit_and_a_function_of_the_arguments(tmp_path):
+    root = write_digit_scenes(tmp_path / "deep/scenes", seed=1, num_train=12, num_test=5)
+    train = load_voc(root, ["2007/train"], classes=DIGIT_NAMES)
+    test = load_voc(root, ["2007/test"], classes=DIGIT_NAMES)
+    assert (len(train), len(test)) == (12, 5)
+    for index in range(len(train)):
+        assert train.image(index).shape == (3, 128, 128)
+    counts = np.diff(train.first)
+    assert counts.min() >= 1
+    assert counts.max() <= 4
+    heights = train.boxes[:, 3] - train.boxes[:, 1]
+    assert heights.min() >= 14
+    assert heights.max() <= 54
+    again = write_digit_scenes(tmp_path / "again", seed=1, num_train=12, num_test=5)
+    assert tree(again) == tree(root)
+    other = write_digit_scenes(tmp_path / "other", seed=2, num_train=12, num_test=5)
+    assert tree(other) != tree(root)
+
+
+def test_scenes_are_reused_or_refused(tmp_path):
+    root = write_digit_scenes(tmp_path / "s", num_train=2, num_test=1, size_px=64)
+    stamp = (root / "digit_scenes.json").stat().st_mtime_ns
+    write_digit_scenes(root, num_train=2, num_test=1, size_px=64)
+    assert (root / "digit_scenes.json").stat().st_mtime_ns == stamp
+    assert json.loads((root / "digit_scenes.json").read_text())["size_px"] == 64
+    with pytest.raises(ValueError, match="must be free or hold digit scenes"):
+        write_digit_scenes(root, num_train=3, num_test=1, size_px=64)
+
+
+def test_an_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tract_transfer.data.digits._annotation", fail)
+    with pytest.raises(KeyboardInterrupt):
+        write_digit_scenes(tmp_path / "s", num_train=2, num_test=1)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,113 @@
+import pytest
+import torch
+
+from tract_transfer.data.transforms import (
+    classification_eval,
+    classification_train,
+    detection_eval,
+    detection_train,
+)
+
+
+def noise(height, width):
+    generator = torch.Generator().manual_seed(height * 1000 + width)
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("crop", ["pad", "random_resized", "none"])
+@pytest.mark.parametrize("size", [(32, 32), (20, 90), (300, 41)])
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_shape_and_type_hold_for_any_image(crop, size, interpolation):
+    train = classification_train(32, crop, 4, (0.2, 1.0), 0.5, interpolation)
+    for transform in (train, classification_eval(32, 0.875, interpolation)):
+        image = transform(noise(*size))
+        assert (image.shape, image.dtype) == ((3, 32, 32), torch.uint8)
+
+
+@pytest.mark.parametrize("crop", ["pad", "none"])
+def test_without_randomness_a_square_of_the_size_is_unchanged(crop):
+    image = noise(32, 32)
+    assert torch.equal(classification_train(32, crop, 0, (1, 1), 0.0, "bilinear")(image), image)
+    assert torch.equal(classification_eval(32, 1.0, "bicubic")(image), image)
+    flipped = classification_train(32, crop, 0, (1, 1), 1.0, "bilinear")(image)
+    assert torch.equal(flipped, image.flip(-1))
+
+
+def test_padding_is_black_and_shifts_at_most_by_itself():
+    image = torch.full((3, 16, 16), 255, dtype=torch.uint8)
+    transform = classification_train(16, "pad", 3, (1, 1), 0.0, "bilinear")
+    kept = torch.stack([(transform(image) == 255).sum() for _ in range(50)])
+    assert kept.min() >= 3 * 13 * 13
+    assert len(kept.unique()) > 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: classification_train(32, "centre", 4, (1, 1), 0.5, "bilinear"), "crop must be"),
+        (lambda: classification_eval(32, 0.9, "cubic"), "interpolation must be one of"),
+        (lambda: classification_eval(32, 1.2, "bicubic"), "crop_ratio"),
+        (lambda: detection_train([], 100, 0.5), "short_sides_px"),
+        (lambda: detection_train([200], 100, 0.5), "short_sides_px"),
+    ],
+)
+def test_wrong_arguments_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def make_target(boxes):
+    count = len(boxes)
+    return {
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        "labels": torch.arange(count),
+        "difficult": torch.arange(count) % 2 == 1,
+        "image_id": 5,
+    }
+
+
+BOXES = [[0, 0, 60, 40], [3, 5, 17, 20.5]]
+
+
+@pytest.mark.parametrize("boxes", [BOXES, []])
+def test_flipping_twice_is_the_identity(boxes):
+    flip = detection_train([40], 60, 1.0)
+    image, target = noise(40, 60), make_target(boxes)
+    once = flip(image, target)
+    twice = flip(*once)
+    assert torch.equal(once[0], image.flip(-1))
+    assert torch.equal(twice[0], image)
+    assert torch.allclose(twice[1]["boxes"], target["boxes"])
+    assert once[1]["boxes"].shape == target["boxes"].shape
+    assert torch.equal(once[1]["difficult"], target["difficult"])
+    assert once[1]["image_id"] == 5
+    assert target["boxes"].tolist() == boxes
+    assert {type(once[0]), type(once[1]["boxes"])} == {torch.Tensor}
+
+
+def test_boxes_scale_with_the_image():
+    image, target = detection_train([80], 1000, 0.0)(noise(40, 60), make_target(BOXES))
+    assert image.shape == (3, 80, 120)
+    assert torch.allclose(target["boxes"], 2 * torch.tensor(BOXES, dtype=torch.float32))
+
+
+def test_the_long_side_is_capped_and_every_short_side_drawn():
+    transform = detection_train([40, 60, 80], 90, 0.5)
+    sizes = {tuple(transform(noise(40, 60), make_target(BOXES))[0].shape) for _ in range(50)}
+    assert sizes == {(3, 40, 60), (3, 60, 90)}
+
+
+def test_randomness_is_torchs_own():
+    transform = detection_train([40, 60, 80], 200, 0.5)
+    torch.manual_seed(3)
+    first = [transform(noise(40, 60), make_target(BOXES)) for _ in range(5)]
+    torch.manual_seed(3)
+    second = [transform(noise(40, 60), make_target(BOXES)) for _ in range(5)]
+    for (a, x), (b, y) in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(x["boxes"], y["boxes"])
+
+
+def test_detection_eval_is_the_identity():
+    image, target = noise(4, 5), make_target(BOXES)
+    assert detection_eval()(image, target) == (image, target)

@@ -1,0 +1,285 @@
+"""Classification datasets: Hugging Face rows (memory-mapped) and arrays, behind one class."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from tract_transfer.data import images
+from tract_transfer.data.huggingface import find_image_column, find_label_column, open_rows
+
+
+class ImageSource(Protocol):
+    """Where a dataset's images lie; rows are those of the source, before any selection."""
+
+    def encoded(self, row: int) -> bytes:
+        """Return the stored bytes of a row's image."""
+
+    def image(self, row: int) -> Tensor:
+        """Return a row's image, uint8 RGB (3, H, W)."""
+
+    def item(self, row: int) -> str:
+        """Return what an error message calls the row."""
+
+
+class ClassificationDataset:
+    """Images and their classes.
+
+    `labels` is int64 (N,), in 0..K-1 for the K `class_names`. Images are decoded at each access:
+    memory does not grow with their number, unless `cache_images` is called.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        class_names: Sequence[str],
+        labels: np.ndarray,
+        source: ImageSource,
+        rows: np.ndarray | None = None,
+    ) -> None:
+        self.name = name
+        self.class_names = list(class_names)
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self._source = source
+        self._rows = np.arange(len(self.labels)) if rows is None else rows
+        self._cache: list[Tensor | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Tensor:
+        """Return an image, uint8 RGB (3, H, W). Raises UndecodableImage."""
+        cached = self._cache[index] if self._cache is not None else None
+        return self._source.image(int(self._rows[index])) if cached is None else cached
+
+    def target(self, index: int) -> int:
+        """Return an image's class, in 0..K-1."""
+        return int(self.labels[index])
+
+    def item(self, index: int) -> str:
+        """Return what an error message calls an image, as `cifar10 split train row 17`."""
+        return self._source.item(int(self._rows[index]))
+
+    def fingerprint(self) -> str:
+        """Return the sha256 (hex) of length, class names, labels and 64 images' stored bytes."""
+
+        def encoded(index: int) -> bytes:
+            return self._source.encoded(int(self._rows[index]))
+
+        return images.fingerprint(self.class_names, [self.labels], encoded, len(self))
+
+    def select(self, indices: Sequence[int] | np.ndarray, name: str) -> "ClassificationDataset":
+        """Return the dataset of these images, in this order; all classes stay."""
+        picked = np.asarray(indices, dtype=np.int64)
+        chosen = ClassificationDataset(
+            name, self.class_names, self.labels[picked], self._source, self._rows[picked]
+        )
+        if self._cache is not None:
+            chosen._cache = [self._cache[index] for index in picked]
+        return chosen
+
+    def cache_images(self) -> None:
+        """Decode every image once into RAM; one that cannot be decoded raises at its access."""
+        self._cache = images.decode_all(self.image, len(self))
+
+
+class _HuggingFaceImages:
+    """One image column of Arrow rows, kept encoded and memory-mapped."""
+
+    def __init__(self, rows: Any, column: str, title: str) -> None:
+        import datasets
+
+        undecoded = rows.select_columns([column])
+        self._rows = undecoded.cast_column(column, datasets.Image(decode=False))
+        self._column = column
+        self._title = title
+
+    def _stored(self, row: int) -> bytes | Path:
+        cell = self._rows[row][self._column]
+        if cell is None:
+            return b""
+        return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
+
+    def encoded(self, row: int) -> bytes:
+        stored = self._stored(row)
+        return stored.read_bytes() if isinstance(stored, Path) else stored
+
+    def image(self, row: int) -> Tensor:
+        stored = self._stored(row)
+        item = self.item(row)
+        return images.decode_image(
+            stored, f"{item} ({stored})" if isinstance(stored, Path) else item
+        )
+
+    def item(self, row: int) -> str:
+        return f"{self._title} row {row}"
+
+
+def load_huggingface(
+    path: str,
+    split: str,
+    *,
+    config_name: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    key: str = "data.train",
+) -> ClassificationDataset:
+    """Load one split of an image classification dataset with Hugging Face `datasets`.
+
+    Args:
+        path: a folder written by `save_to_disk`, a parquet file or a folder of them
+            (`train.parquet`, `train-00000-of-00003.parquet`), a folder of images
+            (`<class>/x.png` or `<split>/<class>/x.png`), or a hub id. What starts with `.`, `/`
+            or `~`, or exists, is local and never asked of the hub.
+        split: a split's name, or a slice of it such as `train[:10%]`. A single parquet file or
+            image folder is the split it is named after, and else `train`.
+        config_name: which of a hub dataset's configurations.
+        revision: branch, tag or commit of a hub id.
+        image_column, label_column: needed where the features `Image` and `ClassLabel` do not tell.
+            A named label column may hold integers: the classes are then called "0", "1", ...
+        key: the config section that error messages point to.
+
+    Raises:
+        FileNotFoundError: the path does not exist, or the hub does not answer.
+        ValueError: the split, a column or a label does not fit.
+    """
+    rows = open_rows(path, split, config_name, revision, key)
+    image_column = find_image_column(rows, image_column, key)
+    label_column = find_label_column(rows, label_column, key)
+    title = f"{path} split {split}"
+    labels, class_names = _read_labels(rows, label_column, title, key)
+    source = _HuggingFaceImages(rows, image_column, title)
+    return ClassificationDataset(path, class_names, labels, source)
+
+
+def _read_labels(rows: Any, column: str, title: str, key: str) -> tuple[np.ndarray, list[str]]:
+    import datasets
+
+    if len(rows) == 0:
+        raise ValueError(f"{title} has no rows. Set {key}.split to a split that has some.")
+    feature = rows.features[column]
+    table = rows.select_columns([column]).with_format("arrow")[:]
+    # null counts as unlabelled
+    labels = np.asarray(table[column].fill_null(-1), dtype=np.int64)
+    if isinstance(feature, datasets.ClassLabel):
+        class_names = list(feature.names)
+    else:
+        class_names = [str(label) for label in range(max(labels) + 1)]
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
+    if len(wrong):
+        row = int(wrong[0])
+        hint = " -1 marks an unlabelled split: set" if labels[row] == -1 else " Correct it, or set"
+        raise ValueError(
+            f"{title} row {row}: label {labels[row]} in column {column!r} must be in "
+            f"0..{len(class_names) - 1} ({len(wrong)} such rows).{hint} {key}.split to another."
+        )
+    return labels, class_names
+
+
+class Labelled(Protocol):
+    """What `check_same_classes` needs: both kinds of dataset have it."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """The K classes."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64: one class an image, or one an object."""
+
+
+def check_same_classes(datasets: Mapping[str, Labelled]) -> list[str]:
+    """Check that all splits mean the same by every label, and return what looks odd.
+
+    Names and order of the classes must be equal: an image folder that lacks one class shifts the
+    labels of all that follow, which no later number would show. Where they are equal, a class
+    without examples (as in a subset of a dataset) shifts nothing and is only worth a warning.
+
+    Args:
+        datasets: the datasets by split, `{"train": ..., "val": ...}`; the first is the reference.
+
+    Returns:
+        Warnings, such as `test has no example of 13 of 102 classes: a, b, ...`.
+
+    Raises:
+        ValueError: two splits differ in names or order of their classes.
+    """
+    reference = next(iter(datasets))
+    expected = datasets[reference].class_names
+    warnings = []
+    for split, dataset in datasets.items():
+        names = dataset.class_names
+        if names != expected:
+            raise ValueError(_class_difference(reference, expected, split, names))
+        absent = [names[k] for k in sorted(set(range(len(names))) - set(dataset.labels.tolist()))]
+        if absent:
+            listed = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+            warnings.append(
+                f"{split} has no example of {len(absent)} of {len(names)} classes: {listed}"
+            )
+    return warnings + _never_trained(datasets)
+
+
+def _class_difference(reference: str, expected: list[str], split: str, names: list[str]) -> str:
+    for lacking, having, other in (
+        (split, set(expected) - set(names), reference),
+        (reference, set(names) - set(expected), split),
+    ):
+        if having:
+            listed = ", ".join(sorted(having)[:5])
+            return (
+                f"All splits must have the same classes: {lacking} lacks {len(having)} that "
+                f"{other} has ({listed}), which shifts its labels. Add them to {lacking} (in an "
+                "image folder, an empty folder does not count), or load both from one dataset."
+            )
+    at = next(k for k in range(len(names)) if names[k] != expected[k])
+    return (
+        f"All splits must have the same classes in the same order: class {at} is {expected[at]!r} "
+        f"in {reference} and {names[at]!r} in {split}."
+    )
+
+
+def _never_trained(datasets: Mapping[str, Labelled]) -> list[str]:
+    if "train" not in datasets:
+        return []
+    names = datasets["train"].class_names
+    seen = set(datasets["train"].labels.tolist())
+    warnings = []
+    for split, dataset in datasets.items():
+        unseen = [names[k] for k in sorted(set(dataset.labels.tolist()) - seen)]
+        if unseen:
+            listed = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+            warnings.append(
+                f"{split} has examples of {len(unseen)} classes that train never shows: {listed}"
+            )
+    return warnings
+
+
+def carve(
+    dataset: ClassificationDataset, fraction: float, seed: int
+) -> tuple[ClassificationDataset, ClassificationDataset]:
+    """Split off a stratified part, as a validation set where there is none.
+
+    Of each class `round(fraction * count)` images are carved, but at least one where the class
+    has two, and never all: the parts are disjoint, complete and a function of the arguments.
+
+    Returns:
+        (the rest, the carved part), each in the dataset's order.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction must lie in (0, 1), got {fraction}.")
+    generator = np.random.default_rng(seed)
+    carved = np.zeros(len(dataset), dtype=bool)
+    for label in range(len(dataset.class_names)):
+        members = np.flatnonzero(dataset.labels == label)
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        carved[generator.permutation(members)[: max(count, 0)]] = True
+    if not carved.any():
+        raise ValueError(f"{dataset.name}: nothing to carve, no class has two images.")
+    return (
+        dataset.select(np.flatnonzero(~carved), f"{dataset.name} without {fraction:g}"),
+        dataset.select(np.flatnonzero(carved), f"{dataset.name} carved {fraction:g}"),
+    )

@@ -1,0 +1,196 @@
+"""Opening rows with Hugging Face `datasets`: which kind a path is, which columns are meant."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tract_transfer.registry import did_you_mean
+
+_SPLIT_NAMES = ("train", "validation", "val", "valid", "test")
+
+
+def open_rows(
+    path: str, split: str, config_name: str | None, revision: str | None, key: str
+) -> Any:
+    """Return the `datasets.Dataset` of a split; see `classification.load_huggingface`."""
+    folder = Path(path).expanduser()
+    if not (path.startswith((".", "/", "~")) or folder.exists()):
+        return _open_hub(path, split, config_name, revision, key)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder.absolute()} does not exist. Set {key}.path.")
+    if revision is not None or config_name is not None:
+        raise ValueError(
+            f"{path} is local and has neither revisions nor configurations. Remove "
+            f"{key}.revision and {key}.config_name."
+        )
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        return _open_saved(folder, split, key)
+    if folder.is_file() or _parquet_files(folder):
+        return _open_parquet(folder, split, key)
+    return _open_image_folder(folder, split, key)
+
+
+def _open_hub(
+    path: str, split: str, config_name: str | None, revision: str | None, key: str
+) -> Any:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return datasets.load_dataset(path, config_name, split=split, revision=revision)
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"The hub dataset {path!r} did not load ({type(error).__name__}: {_first(error)}). "
+            f"Check the name and the connection; or save a copy where there is one, with "
+            f"datasets.load_dataset({path!r}).save_to_disk('./copy'), and set "
+            f"{key}.path: ./copy. A local path starts with . or / or ~."
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The hub dataset {path!r} with {key}.split: {split} did not load: {_first(error)}. "
+            f"Where it has several configurations, set {key}.config_name; where it has a loading "
+            f"script, save a copy with an older version of datasets and set {key}.path to it."
+        ) from error
+
+
+def _first(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _check_split(split: str, known: list[str], path: Path, key: str) -> list[str]:
+    """Return the names in a spec such as `train[:10%]+test`, each of them known."""
+    named = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
+    for name in named:
+        if name not in known:
+            raise ValueError(
+                f"{path} has no split {name!r}.{did_you_mean(name, known)} "
+                f"Set {key}.split to one of {known}."
+            )
+    return named
+
+
+def _open_saved(folder: Path, split: str, key: str) -> Any:
+    import datasets
+
+    saved = datasets.load_from_disk(str(folder))
+    if not isinstance(saved, datasets.DatasetDict):
+        saved = datasets.DatasetDict({str(saved.split or _own_split(folder)): saved})
+    _check_split(split, list(saved), folder, key)
+    try:
+        slices = datasets.ReadInstruction.from_spec(split).to_absolute(saved.num_rows)
+    except (ValueError, AssertionError) as error:
+        raise ValueError(f"{key}.split: {split} is no slice of {folder}: {error}") from error
+    parts = [saved[part.splitname].select(range(part.from_, part.to)) for part in slices]
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+
+
+def _own_split(path: Path) -> str:
+    """Return the split that a file or folder is: the one it is named after, and else train.
+
+    Any name would do, but then one folder could be train and test at once without a word.
+    """
+    return path.stem if path.stem in _SPLIT_NAMES else "train"
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
+
+
+def _open_parquet(path: Path, split: str, key: str) -> Any:
+    import datasets
+
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"{path} is not a parquet file nor a folder. Set {key}.path.")
+        groups = {_own_split(path): [path]}
+    else:
+        groups = _group_shards(_parquet_files(path))
+    named = _check_split(split, list(groups), path, key)
+    data_files = {name: [str(file) for file in groups[name]] for name in named}
+    try:
+        return datasets.load_dataset("parquet", data_files=data_files, split=split)
+    except (ValueError, AssertionError, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{path} with {key}.split: {split} did not load: {cause}") from error
+
+
+def _group_shards(files: list[Path]) -> dict[str, list[Path]]:
+    groups: dict[str, list[Path]] = {}
+    for file in files:
+        name, _, total = re.fullmatch(r"(.+?)(-\d+-of-(\d+))?", file.stem).groups()  # type: ignore[union-attr]
+        groups.setdefault(name, []).append(file)
+        expected = len(list(file.parent.glob(f"{name}-*-of-{total}.parquet")))
+        if total is not None and expected != int(total):
+            raise ValueError(
+                f"{file.parent} must hold all {int(total)} files of split {name!r}, but has "
+                f"{expected}. Complete the copy."
+            )
+    return groups
+
+
+def _open_image_folder(folder: Path, split: str, key: str) -> Any:
+    import datasets
+
+    splits = [name for name in _SPLIT_NAMES if (folder / name).is_dir()]
+    folders = {name: folder / name for name in splits} or {_own_split(folder): folder}
+    _check_split(split, list(folders), folder, key)
+    # All splits at once, so that the classes are those of their union.
+    data_files = {name: str(place / "**") for name, place in folders.items()}
+    try:
+        return datasets.load_dataset("imagefolder", data_files=data_files, split=split)
+    except (OSError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{folder} with {key}.split: {split} did not load as a folder of images, "
+            f"<class>/x.png or <split>/<class>/x.png: {_first(error)}. Set {key}.path."
+        ) from error
+
+
+def find_image_column(rows: Any, column: str | None, key: str) -> str:
+    """Return the image column: the named one, or the only one with feature `Image`."""
+    import datasets
+
+    column = _find(rows, column, datasets.Image, f"{key}.image_column")
+    if not isinstance(rows.features[column], datasets.Image):
+        raise ValueError(
+            f"{key}.image_column: {column!r} must have the feature Image, not "
+            f"{rows.features[column]}. Convert it with cast_column({column!r}, datasets.Image()) "
+            "and save_to_disk."
+        )
+    return column
+
+
+def find_label_column(rows: Any, column: str | None, key: str) -> str:
+    """Return the label column: the named one, or the only one with feature `ClassLabel`."""
+    import datasets
+
+    column = _find(rows, column, datasets.ClassLabel, f"{key}.label_column")
+    feature = rows.features[column]
+    dtype = str(getattr(feature, "dtype", feature))
+    if not isinstance(feature, datasets.ClassLabel) and not dtype.startswith(("int", "uint")):
+        raise ValueError(
+            f"{key}.label_column: {column!r} must hold integers or a ClassLabel, not {dtype}. "
+            f"Convert it with class_encode_column({column!r}) on all splits together, and "
+            "save_to_disk."
+        )
+    return column
+
+
+def _find(rows: Any, column: str | None, feature: type, key: str) -> str:
+    listed = ", ".join(f"{name} ({_type(kind)})" for name, kind in rows.features.items())
+    if column is not None:
+        if column not in rows.features:
+            hint = did_you_mean(column, rows.features)
+            raise ValueError(f"{key}: no column {column!r}.{hint} Columns: {listed}.")
+        return column
+    found: list[str] = [name for name, kind in rows.features.items() if isinstance(kind, feature)]
+    if len(found) != 1:
+        raise ValueError(
+            f"One column must have the feature {feature.__name__}, but {len(found)} have: set "
+            f"{key}. Columns: {listed}."
+        )
+    return found[0]
+
+
+def _type(feature: Any) -> str:
+    plain = type(feature).__name__
+    return str(feature.dtype) if plain == "Value" else plain

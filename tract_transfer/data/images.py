@@ -1,0 +1,129 @@
+"""Decoding images: any mode to uint8 RGB (3, H, W), and one error that names the culprit."""
+
+import hashlib
+import json
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+# What PIL's readers raise for bytes that are no image, cut short or corrupt.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_NUM_FINGERPRINT_IMAGES = 64
+
+
+class UndecodableImage(ValueError):  # noqa: N818 - reads as what it is
+    """An image that cannot be decoded.
+
+    `item` says which (a file, or `split train row 17`), `reason` why. A DataLoader re-raises a
+    worker's exception from its text alone: then `item` is that text and `reason` is empty.
+    """
+
+    def __init__(self, item: str, reason: str = "") -> None:
+        super().__init__(item, reason)
+        self.item = item
+        self.reason = reason
+
+    def __str__(self) -> str:
+        if not self.reason:
+            return self.item
+        return (
+            f"{self.item} cannot be decoded: {self.reason}. "
+            "Repair or remove it, or set data.undecodable: skip."
+        )
+
+
+def decode_image(source: bytes | Path, item: str, exif: bool = True) -> Tensor:
+    """Decode an image (its first frame) to uint8 RGB (3, H, W).
+
+    Transparency is composited over white, 16-bit grey is scaled to 8 bits (not clipped), CMYK and
+    the rest are converted by PIL.
+
+    Args:
+        source: the encoded bytes, or the file that holds them.
+        item: what an error calls the image.
+        exif: turn the image as its EXIF orientation says.
+
+    Raises:
+        UndecodableImage: not an image, cut short, too large (PIL's decompression bomb limit), or
+            of 32-bit floats, which have no defined range.
+        OSError: the file `source` cannot be read.
+    """
+    data = source.read_bytes() if isinstance(source, Path) else source
+    if not data:
+        raise UndecodableImage(item, "it is empty (0 bytes)")
+    try:
+        with Image.open(BytesIO(data)) as image:
+            upright = ImageOps.exif_transpose(image) if exif else image
+            pixels = np.array(_to_rgb(upright))
+    except _DECODER_ERRORS as error:
+        reason = str(error) or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = f"its {len(data)} bytes are no image format PIL knows"
+        raise UndecodableImage(item, reason.rstrip(".")) from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels have no defined range; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):
+        # PIL itself would clip at 255 and return a white image.
+        wide = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray((wide / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def decode_all(image: Callable[[int], Tensor], length: int) -> list[Tensor | None]:
+    """Decode `length` images into RAM; None stands for one that cannot be decoded."""
+    decoded: list[Tensor | None] = []
+    for index in range(length):
+        try:
+            decoded.append(image(index))
+        except UndecodableImage:  # noqa: PERF203 - decoding dwarfs it
+            decoded.append(None)
+    return decoded
+
+
+def fingerprint(
+    class_names: Sequence[str],
+    arrays: Iterable[np.ndarray],
+    encoded: Callable[[int], bytes],
+    length: int,
+) -> str:
+    """Return the sha256 (hex) of what a dataset of `length` images holds.
+
+    It covers the length, the class names, every annotation in `arrays` and the encoded bytes of
+    up to 64 evenly spaced images: enough to tell two datasets apart, without reading all of one.
+    """
+    digest = hashlib.sha256(json.dumps([length, list(class_names)]).encode())
+    for array in arrays:
+        digest.update(f"{array.shape}{array.dtype.str}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    spread = np.linspace(0, length - 1, min(length, _NUM_FINGERPRINT_IMAGES)).round()
+    for index in spread.astype(int).tolist():
+        digest.update(hashlib.sha256(encoded(index)).digest())
+    return digest.hexdigest()
