@@ -1,0 +1,186 @@
+"""Accuracy and loss of class scores.
+
+Equal logits rank by class index, lowest first, as `argmax` does. So top-1 is the trace of the
+confusion matrix, and a model of constant output scores the share of class 0, not 100 %.
+"""
+
+# N images, K classes
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tract_transfer.evaluation.gather import all_rows
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
+
+
+def label_ranks(logits: Floats, labels: Ints) -> NDArray[np.int64]:
+    """Return (N,) how many classes rank before the true one: 0 is a top-1 hit.
+
+    Args:
+        logits: (N, K).
+        labels: (N,) in 0..K-1.
+
+    Raises:
+        ValueError: a shape or label does not fit, or a logit is not finite.
+    """
+    _check(logits, labels)
+    true = np.take_along_axis(logits, labels[:, None], axis=1)
+    earlier = np.arange(logits.shape[1]) < labels[:, None]
+    ranks: NDArray[np.int64] = ((logits > true) | ((logits == true) & earlier)).sum(axis=1)
+    return ranks
+
+
+def top_k_accuracy(logits: Floats, labels: Ints, k: int) -> float:
+    """Return the fraction of images whose true class is among the `k` highest logits.
+
+    Raises:
+        ValueError: as `label_ranks`, or there is no image, or k < 1.
+    """
+    if k < 1 or len(labels) == 0:
+        raise ValueError(f"top_k_accuracy needs k >= 1 and an image, got {k=}, {len(labels)=}.")
+    return float((label_ranks(logits, labels) < k).mean())
+
+
+def cross_entropy(logits: Floats, labels: Ints) -> NDArray[np.float64]:
+    """Return (N,) the negative log-likelihood, in nats, of each label.
+
+    Raises:
+        ValueError: as `label_ranks`.
+    """
+    _check(logits, labels)
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(axis=1, keepdims=True)
+    true = np.take_along_axis(shifted, labels[:, None], axis=1)[:, 0]
+    losses: NDArray[np.float64] = np.log(np.exp(shifted).sum(axis=1)) - true
+    return losses
+
+
+def confusion_matrix(predicted: Ints, labels: Ints, num_classes: int) -> NDArray[np.int64]:
+    """Return (K, K) counts: row = true class, column = predicted class.
+
+    Raises:
+        ValueError: the lengths differ, or a class is not in 0..K-1.
+    """
+    if predicted.shape != labels.shape or labels.ndim != 1:
+        raise ValueError(f"Need two (N,) arrays, got {predicted.shape} and {labels.shape}.")
+    _check_classes("label", labels, num_classes)
+    _check_classes("prediction", predicted, num_classes)
+    cells = labels.astype(np.int64) * num_classes + predicted
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def per_class_accuracy(confusion: Ints) -> NDArray[np.float64]:
+    """Return (K,) the accuracy (recall) of each true class, nan where it has no image."""
+    images = confusion.sum(axis=1)
+    accuracy = np.full(len(images), np.nan)
+    np.divide(np.diagonal(confusion), images, out=accuracy, where=images > 0)
+    return accuracy
+
+
+def mean_per_class_accuracy(confusion: Ints) -> float:
+    """Return the mean accuracy of the classes that have an image.
+
+    Raises:
+        ValueError: no class has one.
+    """
+    if confusion.sum() == 0:
+        raise ValueError("The confusion matrix is empty: no image was evaluated.")
+    return float(np.nanmean(per_class_accuracy(confusion)))
+
+
+class ClassificationEvaluator:
+    """Top-1, top-5, mean per-class accuracy and cross-entropy.
+
+    Counts are kept, not logits: memory does not grow with the number of images.
+    """
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        self.class_names = list(class_names)
+        num_classes = len(self.class_names)
+        self._confusion = np.zeros((num_classes, num_classes), np.int64)
+        self._top5_hits = 0
+        self._loss_sum = 0.0
+        self._result: NDArray[np.int64] | None = None
+
+    def update(self, predictions: Tensor, targets: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            predictions: (B, K) logits.
+            targets: (B,) labels in 0..K-1.
+
+        Raises:
+            ValueError: a shape or label does not fit, or a logit is not finite.
+        """
+        num_classes = len(self.class_names)
+        logits = predictions.detach().cpu().double().numpy()
+        labels = targets.detach().cpu().numpy()
+        if logits.ndim != 2 or logits.shape[1] != num_classes:
+            raise ValueError(f"Logits must be (B, {num_classes}), one a class; got {logits.shape}.")
+        ranks = label_ranks(logits, labels)
+        self._confusion += confusion_matrix(logits.argmax(axis=1), labels, num_classes)
+        self._top5_hits += int((ranks < 5).sum())
+        self._loss_sum += float(cross_entropy(logits, labels).sum())
+
+    def compute(self) -> dict[str, float]:
+        """Return `top1`, `mean_per_class`, `loss` (nats) and, with more than 5 classes, `top5`.
+
+        Raises:
+            ValueError: no process was given an image.
+        """
+        rows = all_rows([(self._confusion, self._top5_hits, self._loss_sum)])
+        confusion: NDArray[np.int64] = np.sum([row[0] for row in rows], axis=0)
+        images = int(confusion.sum())
+        if images == 0:
+            raise ValueError("No image was evaluated. Check that the evaluated split has rows.")
+        self._result = confusion
+        metrics = {"top1": float(np.trace(confusion)) / images}
+        if len(self.class_names) > 5:
+            metrics["top5"] = sum(row[1] for row in rows) / images
+        metrics["mean_per_class"] = mean_per_class_accuracy(confusion)
+        metrics["loss"] = sum(row[2] for row in rows) / images
+        return metrics
+
+    def details(self) -> dict[str, Any]:
+        """Return class names, counts, accuracy a class (None where absent) and the protocol.
+
+        Raises:
+            RuntimeError: `compute` was not called.
+        """
+        if self._result is None:
+            raise RuntimeError("details() describes what compute() found: call compute() first.")
+        accuracy = per_class_accuracy(self._result)
+        return {
+            "protocol": "One prediction an image; equal logits rank by class index, lowest first; "
+            "mean_per_class is over the classes that have images.",
+            "num_images": int(self._result.sum()),
+            "class_names": self.class_names,
+            "per_class_accuracy": [None if np.isnan(a) else float(a) for a in accuracy],
+            "confusion_matrix": self._result.tolist(),
+        }
+
+
+def _check(logits: Floats, labels: Ints) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(f"Need logits (N, K) and labels (N,): {logits.shape}, {labels.shape}.")
+    broken = int((~np.isfinite(logits)).sum())
+    if broken:
+        raise ValueError(
+            f"Logits must be finite: {broken} of {logits.size} are nan or inf. "
+            "Look for a diverged training or an overflow in half precision."
+        )
+    _check_classes("label", labels, logits.shape[1])
+
+
+def _check_classes(what: str, classes: Ints, num_classes: int) -> None:
+    if classes.size and (classes.min() < 0 or classes.max() >= num_classes):
+        raise ValueError(
+            f"Every {what} must be in 0..{num_classes - 1}, "
+            f"got {classes.min()}..{classes.max()}. Check the class names of the data set."
+        )
