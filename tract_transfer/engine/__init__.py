@@ -1,0 +1,1 @@
+"""The one loop, what watches it, and its checkpoints."""

@@ -1,0 +1,63 @@
+"""What a run would cost: parameters, FLOPs, memory and time, from two steps and one batch."""
+
+import itertools
+import resource
+import time
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tract_transfer.engine.evaluate import Evaluator, evaluate, evaluating
+from tract_transfer.engine.trainer import Trainer
+
+
+def dry_run(
+    trainer: Trainer,
+    eval_batches: Iterable[object],
+    make_evaluator: Callable[[], Evaluator],
+    *,
+    num_eval_batches: int,
+    num_evaluations: int,
+) -> dict[str, str]:
+    """Run two steps and one evaluation batch; return what was measured, ready to print.
+
+    FLOPs count a multiplication and its addition as two, and are those of one test image's
+    forward. Memory is the peak of this process, or of its GPU.
+    """
+    device = trainer.accelerator.device
+    parameters = list(trainer.model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    batches = trainer.batches(0)
+    trainer.model.train()
+    trainer.step(batches)  # the first step warms up
+    started = time.perf_counter()
+    trainer.iteration = 1
+    trainer.step(batches)
+    losses = trainer.read_meter()
+    step_seconds = time.perf_counter() - started
+    model = trainer.evaluated_model
+    first = list(itertools.islice(iter(eval_batches), 1))
+    started = time.perf_counter()
+    evaluate(model, first, make_evaluator(), device=device, precision=trainer.precision)  # type: ignore[arg-type]
+    eval_seconds = (time.perf_counter() - started) * num_eval_batches
+    counter = FlopCounterMode(display=False)
+    image = first[0].to(device).images[:1]  # type: ignore[attr-defined]
+    with evaluating(model), counter:
+        model(image)
+    total = step_seconds * trainer.max_iters + eval_seconds * num_evaluations
+    peak = (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    return {
+        "parameters": f"{sum(p.numel() for p in parameters):,} ({trainable:,} trained)",
+        "FLOPs of a forward": f"{counter.get_total_flops() / 1e9:.3f} G an image",
+        "peak memory": f"{peak / 2**30:.2f} GiB",
+        "loss after two steps": f"{losses['loss']:.4f}",
+        "a step": f"{step_seconds:.3f} s",
+        "an evaluation": f"{eval_seconds:.1f} s (x {num_evaluations})",
+        "the whole run": f"about {timedelta(seconds=round(total))} ({trainer.max_iters} steps)",
+    }

@@ -1,0 +1,51 @@
+"""A model over a loader, into an evaluator."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from tract_transfer.engine.trainer import Batch
+
+
+class Evaluator(Protocol):
+    """Collects predictions; `compute` is exact on any number of processes."""
+
+    def update(self, predictions: Any, targets: Any) -> None: ...
+    def compute(self) -> dict[str, float]: ...
+    def details(self) -> dict[str, Any]: ...
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and every part of it back in its own mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    evaluator: Evaluator,
+    *,
+    device: torch.device,
+    precision: torch.dtype | None = None,
+) -> list[str]:
+    """Feed every batch to `evaluator`; return the items that could not be decoded."""
+    skipped: list[str] = []
+    with evaluating(model):
+        for batch in batches:
+            batch = batch.to(device)
+            skipped += batch.skipped
+            with torch.autocast(device.type, precision, enabled=precision is not None):
+                predictions = model(batch.images)
+            evaluator.update(predictions, batch.targets)
+    return skipped

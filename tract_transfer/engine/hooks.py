@@ -1,0 +1,195 @@
+"""What watches a training: log files, the screen, checkpoints and evaluations."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tract_transfer.engine.checkpoint import Checkpointer
+from tract_transfer.engine.trainer import Hook, Trainer
+
+METRICS_NAME = "metrics.jsonl"
+LINE_SECONDS = 5.0  # a plain log line at most this often
+logger = logging.getLogger(__name__)
+
+
+def due(iteration: int, every_iters: int | None) -> bool:
+    """Whether what happens every so many iterations happens after `iteration`."""
+    return every_iters is not None and iteration > 0 and iteration % every_iters == 0
+
+
+class MetricsFile:
+    """`metrics.jsonl`, one JSON object a line, and the same numbers for TensorBoard."""
+
+    def __init__(self, folder: Path, *, tensorboard: bool) -> None:
+        self.path = folder / METRICS_NAME
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            self._board = SummaryWriter(folder / "tensorboard")  # type: ignore[no-untyped-call]
+
+    def write(self, iteration: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
+        """Append a line: numbers of training, or of an evaluation on `split`."""
+        line = {"iteration": iteration, "epoch": round(epoch, 6), "split": split, **values}
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(f"{split}/{name}", value, iteration)  # type: ignore[no-untyped-call]
+
+    def cut_after(self, iteration: int) -> None:
+        """Drop what a resumed run writes again: all after `iteration`, and evaluations at it."""
+        if not self.path.exists():
+            return
+        lines = [json.loads(line) for line in _whole_lines(self.path)]
+        kept = [
+            line
+            for line in lines
+            if line["iteration"] < iteration
+            or (line["iteration"] == iteration and line["split"] == "train")
+        ]
+        aside = self.path.with_name(f".{self.path.name}")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside.replace(self.path)
+
+    def close(self) -> None:
+        """Finish TensorBoard's file."""
+        if self._board is not None:
+            self._board.close()  # type: ignore[no-untyped-call]
+
+
+class LogProgress(Hook):
+    """Reads the meter every so often, to metrics.jsonl and to the screen."""
+
+    def __init__(self, metrics: MetricsFile, *, every_iters: int, iters_per_epoch: int) -> None:
+        self.metrics = metrics
+        self.every_iters = every_iters
+        self.iters_per_epoch = iters_per_epoch
+        self._bar: Progress | None = None
+        self._line_at = 0.0
+
+    def before_train(self, trainer: Trainer) -> None:
+        self._started, self._first = time.perf_counter(), trainer.iteration
+        if sys.stderr.isatty():
+            columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            self._bar = Progress(*columns, transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("", total=trainer.max_iters)
+
+    def after_step(self, trainer: Trainer) -> None:
+        done = trainer.iteration
+        if not due(done, self.every_iters) and done != trainer.max_iters:
+            return
+        values = trainer.read_meter()
+        values["lr"] = trainer.optimizer.param_groups[0]["lr"]
+        epoch = done / self.iters_per_epoch
+        if trainer.accelerator.is_main_process:
+            self.metrics.write(done, epoch, "train", values)
+        rate = (time.perf_counter() - self._started) / (done - self._first)
+        eta = timedelta(seconds=round(rate * (trainer.max_iters - done)))
+        text = (
+            f"iter {done}/{trainer.max_iters}  epoch {epoch:.2f}  loss {values['loss']:.4f}  "
+            f"lr {values['lr']:.2g}  {values['images_per_second']:.0f} images/s  "
+            f"data {values['data_fraction']:.0%}  eta {eta}"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=text)
+        elif time.perf_counter() - self._line_at > LINE_SECONDS or done == trainer.max_iters:
+            self._line_at = time.perf_counter()
+            logger.info(text)
+
+    def after_train(self, trainer: Trainer) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class SaveCheckpoints(Hook):
+    """Writes a checkpoint at every interval given, at the end, and where a signal ends it all."""
+
+    def __init__(self, checkpointer: Checkpointer, every_iters: Sequence[int]) -> None:
+        self.checkpointer = checkpointer
+        self.every_iters = every_iters
+
+    def after_step(self, trainer: Trainer) -> None:
+        last = trainer.stop_signal is not None or trainer.iteration == trainer.max_iters
+        if last or any(due(trainer.iteration, every) for every in self.every_iters):
+            if trainer.accelerator.is_main_process:
+                self.checkpointer.save(trainer.iteration, trainer.state_parts(), trainer.state())
+            trainer.accelerator.wait_for_everyone()
+
+
+class PeriodicEvaluation(Hook):
+    """Evaluates every so often. It comes after SaveCheckpoints: a failed evaluation can be retried.
+
+    Args:
+        evaluate: returns the metrics of the model as it stands.
+        at_end: evaluate after the last iteration too.
+        split: "val" or "test".
+        metric: the key of the metrics that selects the best checkpoint.
+        checkpointer: where the best is marked; None where nothing is selected.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[], dict[str, float]],
+        *,
+        every_iters: int | None,
+        at_end: bool,
+        split: str,
+        metric: str,
+        metrics: MetricsFile,
+        iters_per_epoch: int,
+        checkpointer: Checkpointer | None = None,
+    ) -> None:
+        self.evaluate = evaluate
+        self.every_iters = every_iters
+        self.at_end = at_end
+        self.split = split
+        self.metric = metric
+        self.metrics = metrics
+        self.iters_per_epoch = iters_per_epoch
+        self.checkpointer = checkpointer
+
+    def before_train(self, trainer: Trainer) -> None:
+        if trainer.iteration:  # the run may have ended between a checkpoint and its evaluation
+            self.after_step(trainer)
+
+    def after_step(self, trainer: Trainer) -> None:
+        at_end = trainer.iteration == trainer.max_iters
+        wanted = self.at_end if at_end else due(trainer.iteration, self.every_iters)
+        if not wanted or trainer.stop_signal is not None:
+            return
+        started = time.perf_counter()
+        values = self.evaluate()
+        trainer.meter.started += time.perf_counter() - started  # not training's time
+        if not trainer.accelerator.is_main_process:
+            return
+        epoch = trainer.iteration / self.iters_per_epoch
+        self.metrics.write(trainer.iteration, epoch, self.split, values)
+        logger.info("iter %d  %s %s", trainer.iteration, self.split, format_metrics(values))
+        if self.checkpointer is None:
+            return
+        value = values[self.metric]
+        if trainer.best is None or value > trainer.best["value"]:
+            trainer.best = {"iteration": trainer.iteration, "value": value}
+            self.checkpointer.mark_best(trainer.iteration, value)
+
+
+def format_metrics(values: Mapping[str, Any]) -> str:
+    """Return `top1 91.25 %  loss 0.3412`: fractions in percent."""
+    return "  ".join(
+        f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2%}"
+        for name, value in values.items()
+    )
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file whose last one may have been cut off in writing."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,246 @@
+"""The one loop: everything that decides the numbers of a training is in `Trainer.step`."""
+
+import contextlib
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from fvcore.common.param_scheduler import ParamScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class Batch(Protocol):
+    """What a loader yields."""
+
+    images: Any
+    targets: Any
+    skipped: list[str]
+
+    def to(self, device: torch.device) -> "Batch": ...
+
+
+class GradientStep(Protocol):
+    """TrAct, or anything else that changes finished gradients."""
+
+    def step(self) -> None: ...
+
+
+class Ema(Protocol):
+    """timm's ModelEmaV3."""
+
+    module: nn.Module
+
+    def update(self, model: nn.Module) -> None: ...
+
+
+class Hook:
+    """Watches a training: it never touches parameters, gradients or random state."""
+
+    def before_train(self, trainer: "Trainer") -> None:
+        """Called once, before the first step or the first one after a resume."""
+
+    def after_step(self, trainer: "Trainer") -> None:
+        """Called when `trainer.iteration` steps are done."""
+
+    def after_train(self, trainer: "Trainer") -> None:
+        """Called once after the last step, and where a signal ended the training."""
+
+
+@dataclass
+class Meter:
+    """Sums since the last log line, kept on the device until they are read."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+    images: int = 0
+    data_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+
+@dataclass
+class Trainer:
+    """Trains `model` for `max_iters` optimizer steps.
+
+    Args:
+        model: `model(images, targets) -> dict[str, scalar loss]`, wrapped by the accelerator.
+        batches: given the first iteration, yields this process's micro-batches from there on.
+        tract: its `step()` comes after the last backward and before clipping.
+        precision: the forward's type; None is float32 throughout.
+        grad_clip: the largest norm of the whole gradient, or None.
+        accumulate: micro-batches of a step.
+        set_lr: sets the learning rates for a progress in [0, 1) and returns the factor.
+    """
+
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: ParamScheduler
+    set_lr: Callable[[Optimizer, ParamScheduler, float], float]
+    batches: Callable[[int], Iterator[Batch]]
+    tract: GradientStep
+    max_iters: int
+    seed: int
+    precision: torch.dtype | None = None
+    grad_clip: float | None = None
+    accumulate: int = 1
+    ema: Ema | None = None
+    hooks: Sequence[Hook] = ()
+
+    def __post_init__(self) -> None:
+        self.iteration = 0
+        self.best: dict[str, float] | None = None
+        self.stop_signal: int | None = None
+        self.skipped: list[str] = []
+        self.seconds = 0.0  # in train(), evaluations and earlier sessions included
+        self.seen_images = 0
+        self.meter = Meter()
+        self.scaler = torch.amp.GradScaler(
+            self.accelerator.device.type, enabled=self.precision == torch.float16
+        )
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model whose numbers are reported: the averaged one where there is one."""
+        if self.ema is not None:
+            return self.ema.module
+        model: nn.Module = self.accelerator.unwrap_model(self.model)
+        return model
+
+    def autocast(self) -> torch.autocast:
+        """Return the context every forward runs in."""
+        return torch.autocast(
+            self.accelerator.device.type, self.precision, enabled=self.precision is not None
+        )
+
+    def train(self) -> None:
+        """Run from `iteration` to `max_iters`, or until `stop_signal` is set."""
+        started, before = time.perf_counter(), self.seconds
+        self.model.train()
+        for hook in self.hooks:
+            hook.before_train(self)
+        batches = self.batches(self.iteration)
+        self.meter.started = time.perf_counter()
+        while self.iteration < self.max_iters and self.stop_signal is None:
+            self.step(batches)
+            self.iteration += 1
+            self.seconds = before + time.perf_counter() - started
+            for hook in self.hooks:
+                hook.after_step(self)
+        for hook in self.hooks:
+            hook.after_train(self)
+
+    def step(self, batches: Iterator[Batch]) -> None:
+        """One optimizer step, from `accumulate` micro-batches."""
+        # Random state is a function of the iteration: a resumed run needs none, and nothing that
+        # looks on can disturb it.
+        seed_all(self.seed, self.iteration, self.accelerator.process_index)
+        self.set_lr(self.optimizer, self.schedule, self.iteration / self.max_iters)
+        for micro in range(self.accumulate):
+            batch = self._next(batches)
+            last = micro + 1 == self.accumulate
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.autocast():
+                    losses: dict[str, Tensor] = self.model(batch.images, batch.targets)
+                    loss = torch.stack(list(losses.values())).sum() / self.accumulate
+                self.scaler.scale(loss).backward()
+            self._count(losses, len(batch.images))
+        self.tract.step()
+        if self.grad_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.accelerator.unwrap_model(self.model))
+        self.meter.steps += 1
+
+    def read_meter(self) -> dict[str, float]:
+        """Return mean losses since the last reading, and how fast it went; start anew.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+        """
+        meter, self.meter = self.meter, Meter()
+        count = meter.steps * self.accumulate
+        values = {name: float(total) / count for name, total in meter.losses.items()}
+        broken = {name: value for name, value in values.items() if not np.isfinite(value)}
+        if broken:
+            raise FloatingPointError(
+                f"The loss is not finite by iteration {self.iteration}: {broken}. Lower solver.lr, "
+                "set engine.grad_clip, or use precision bf16 instead of fp16."
+            )
+        seconds = self.meter.started - meter.started
+        return {
+            "loss": sum(values.values()),
+            **values,
+            "images_per_second": meter.images * self.accelerator.num_processes / seconds,
+            "data_fraction": meter.data_seconds / seconds,
+        }
+
+    def state_parts(self) -> dict[str, Any]:
+        """Return what a checkpoint holds in tensors."""
+        model = self.accelerator.unwrap_model(self.model)
+        parts = {"model": model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.ema is not None:
+            parts["ema"] = self.ema.module.state_dict()
+        return {**parts, "losses": self.meter.losses}
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint holds in plain values."""
+        return {
+            "best": self.best,
+            "skipped": self.skipped,
+            "scaler": self.scaler.state_dict(),
+            "meter_steps": self.meter.steps,
+            "seconds": self.seconds,
+            "seen_images": self.seen_images,
+        }
+
+    def load_state(
+        self, parts: Mapping[str, Any], state: Mapping[str, Any], iteration: int
+    ) -> None:
+        """Take up what `state_parts` and `state` gave; the run then goes on to the same bits."""
+        self.accelerator.unwrap_model(self.model).load_state_dict(parts["model"])
+        self.optimizer.load_state_dict(parts["optimizer"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(parts["ema"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        device = self.accelerator.device
+        losses = {name: total.to(device) for name, total in parts["losses"].items()}
+        self.meter = Meter(losses=losses, steps=state["meter_steps"])
+        self.best = state["best"]
+        self.seconds, self.seen_images = state["seconds"], state["seen_images"]
+        self.skipped = list(state["skipped"])
+        self.iteration = iteration
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        started = time.perf_counter()
+        batch = next(batches).to(self.accelerator.device)
+        self.meter.data_seconds += time.perf_counter() - started
+        self.skipped += [item for item in batch.skipped if item not in self.skipped]
+        return batch
+
+    def _count(self, losses: Mapping[str, Tensor], num_images: int) -> None:
+        for name, loss in losses.items():
+            value = loss.detach().double()
+            total = self.meter.losses.get(name)
+            self.meter.losses[name] = value if total is None else total + value
+        self.meter.images += num_images
+        self.seen_images += num_images * self.accelerator.num_processes
+
+
+def seed_all(seed: int, iteration: int, process: int) -> None:
+    """Seed python, numpy and torch for one iteration of one process."""
+    words = np.random.SeedSequence((seed, iteration, process)).generate_state(2)
+    value = int(words[0]) << 32 | int(words[1])
+    random.seed(value)
+    np.random.seed(int(words[0]))
+    torch.manual_seed(value)

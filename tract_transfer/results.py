@@ -1,0 +1,66 @@
+"""What a result says of itself: its labels, and its protocol in words."""
+
+from pathlib import Path
+from typing import Any
+
+from tract_transfer.build_data import Data
+from tract_transfer.config import Config, ProbeConfig
+from tract_transfer.models.weights import read_card
+
+
+def label(config: Config) -> dict[str, Any]:
+    """Return task, name, method, role and seed of a run.
+
+    The method is the config's, or `tract` where TrAct trains or pre-trained the first layer.
+    """
+    method = config.method
+    if method is None:
+        own = not isinstance(config, ProbeConfig) and config.tract.enabled
+        method = "tract" if own else _method_of_weights(config.model.weights)
+    return {
+        "task": config.task,
+        "name": config.name or config.task,
+        "method": method,
+        "role": "downstream" if config.model.weights else "pretrain",
+        "seed": config.seed,
+    }
+
+
+def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, str]:
+    """Return what a reader must know beside the number, one sentence a subject."""
+    split, reported = data.report
+    lines = {
+        "train": f"{data.train.name}: {len(data.train)} images, {len(data.class_names)} classes",
+        split: f"{reported.name}: {len(reported)} images",
+        "transforms": str(config.data.transforms.model_dump(exclude_none=True)),
+        "precision": config.engine.precision,
+        "weights": config.model.weights or "random initialisation",
+    }
+    if isinstance(config, ProbeConfig):
+        lines["probe"] = "features of the frozen backbone in eval mode, test transforms throughout"
+        if config.evaluation.logistic_regression:
+            share = config.evaluation.logistic_regression.val_fraction
+            lines["selection"] = f"C on {share:.0%} of train, then refitted on all of train"
+        return lines
+    solver = config.solver.model_dump(exclude_none=True, exclude_defaults=True)
+    lines["optimization"] = f"{solver}, batch {config.data.batch_size}"
+    tract = config.tract
+    lines["tract"] = f"lam {tract.lam} ({tract.lam_mode})" if tract.enabled else "off"
+    if config.evaluation.report == "best":
+        lines["selection"] = f"best {config.evaluation.metric} on val"
+    else:
+        lines["selection"] = "none: the last checkpoint is reported"
+    if config.solver.ema_decay:
+        lines["model"] = f"exponential moving average, decay {config.solver.ema_decay}"
+    if isinstance(details.get("protocol"), str):
+        lines["metric"] = details["protocol"]
+    return lines
+
+
+def _method_of_weights(weights: str | None) -> str:
+    if weights in (None, "pretrained"):
+        return "vanilla"
+    try:
+        return str(read_card(Path(weights)).get("method", "vanilla"))
+    except FileNotFoundError:
+        return "vanilla"

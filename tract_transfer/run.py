@@ -1,0 +1,343 @@
+"""A run from config to results: data, model, training, evaluation, and the folder that tells all.
+
+`run` trains or probes and reports, `evaluate_run` measures a run's checkpoint again, `preview`
+says what a run would cost.
+"""
+
+# K classes
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from tract_transfer.build import (
+    PRECISIONS,
+    TrainedTask,
+    build_accelerator,
+    build_evaluator,
+    build_model,
+    build_trainer,
+    in_iterations,
+)
+from tract_transfer.build_data import Data, Dataset, build_data, build_eval_loader
+from tract_transfer.config import Config, DetectionConfig, ProbeConfig, dump_config
+from tract_transfer.data.detection import DetectionDataset
+from tract_transfer.engine.checkpoint import Checkpointer, write_json
+from tract_transfer.engine.dry_run import dry_run
+from tract_transfer.engine.evaluate import evaluate, evaluating
+from tract_transfer.engine.hooks import (
+    LogProgress,
+    MetricsFile,
+    PeriodicEvaluation,
+    SaveCheckpoints,
+    format_metrics,
+)
+from tract_transfer.engine.run_folder import (
+    ENVIRONMENT_NAME,
+    environment,
+    log_to,
+    open_run_folder,
+    save_detections,
+    write_results,
+)
+from tract_transfer.engine.signals import Stopped, stop_on_signals
+from tract_transfer.engine.trainer import Trainer
+from tract_transfer.evaluation.probes import extract_features, knn_predict, logistic_regression
+from tract_transfer.models import Backbone
+from tract_transfer.models.weights import save_backbone
+from tract_transfer.results import label, protocol
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
+    """Carry out a run and return its results; `output_dir` then holds all of it.
+
+    Raises:
+        ConfigError, ValueError, FileNotFoundError: before training, wherever that can be known.
+        FileExistsError: the folder holds another run, and `resume` is off.
+        Stopped: a signal ended the training; its checkpoint is written.
+    """
+    folder = Path(config.output_dir)
+    accelerator = build_accelerator(config)
+    data = build_data(config)
+    if isinstance(config, ProbeConfig):
+        with _run_folder(config, folder, data, accelerator, resume=resume):
+            return _probe(config, data, folder, accelerator)
+    trainer = build_trainer(config, data, accelerator)
+    with _run_folder(config, folder, data, accelerator, resume=resume):
+        return _train(config, data, trainer, folder)
+
+
+def evaluate_run(config: Config) -> dict[str, float]:
+    """Measure the reported checkpoint in `output_dir` again; writes evaluation.json.
+
+    Raises:
+        FileNotFoundError: there is no whole checkpoint.
+    """
+    if isinstance(config, ProbeConfig):
+        raise config.error("task", "a probe trains nothing that --eval-only could measure again.")
+    folder = Path(config.output_dir)
+    data = build_data(config)
+    trainer = build_trainer(config, data, build_accelerator(config))
+    checkpointer = Checkpointer(folder / "checkpoints")
+    path = checkpointer.best() if config.evaluation.report == "best" else checkpointer.newest()
+    if path is None:
+        raise FileNotFoundError(
+            f"No whole checkpoint in {checkpointer.folder}: train first, or set output_dir."
+        )
+    trainer.load_state(*checkpointer.load(path))
+    split, dataset = data.report
+    metrics, details, skipped = _measure(config, trainer, dataset, data.class_names)
+    if trainer.accelerator.is_main_process:
+        found = {"checkpoint": path.name, "split": split, "metrics": metrics, "skipped": skipped}
+        write_json(folder / "evaluation.json", {**found, "details": details})
+    return metrics
+
+
+def preview(config: Config) -> dict[str, str]:
+    """Build everything, run two steps and one evaluation batch; return what a run would cost."""
+    data = build_data(config)
+    accelerator = build_accelerator(config)
+    if isinstance(config, ProbeConfig):
+        backbone = build_model(config, len(data.class_names)).to(accelerator.device)
+        assert isinstance(backbone, Backbone)
+        batch = next(iter(_eval_batches(config, data.test, accelerator)))  # type: ignore[arg-type]
+        started = time.perf_counter()
+        with evaluating(backbone):
+            backbone.pooled(batch.images.to(accelerator.device))
+        rate = len(batch.images) / (time.perf_counter() - started)
+        count = sum(len(dataset) for dataset in data.splits.values())
+        parameters = sum(p.numel() for p in backbone.parameters())
+        return {
+            "parameters": f"{parameters:,} (frozen)",
+            "features": f"about {count / rate:.0f} s for {count} images",
+        }
+    trainer = build_trainer(config, data, accelerator)
+    _, dataset = data.report
+    batches = _eval_batches(config, dataset, accelerator)
+    every = in_iterations(config, len(data.train)).evaluate_every
+    return dry_run(
+        trainer,
+        batches,
+        lambda: build_evaluator(config, data.class_names),
+        num_eval_batches=len(batches),
+        num_evaluations=1 + (trainer.max_iters // every if every else 0),
+    )
+
+
+def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> dict[str, Any]:
+    accelerator = trainer.accelerator
+    length = in_iterations(config, len(data.train))
+    checkpointer = Checkpointer(folder / "checkpoints", config.engine.checkpoint.keep)
+    metrics_file = MetricsFile(
+        folder, tensorboard=config.engine.log.tensorboard and accelerator.is_main_process
+    )
+    if newest := checkpointer.newest():
+        trainer.load_state(*checkpointer.load(newest))
+        logger.info("Resumed from %s", newest)
+    if accelerator.is_main_process:
+        metrics_file.cut_after(trainer.iteration)
+    watched = "val" if data.val is not None else data.report[0]
+    selects = config.evaluation.report == "best"
+    trainer.hooks = [
+        LogProgress(
+            metrics_file,
+            every_iters=config.engine.log.every_iters,
+            iters_per_epoch=length.iters_per_epoch,
+        ),
+        SaveCheckpoints(
+            checkpointer,
+            _both(length.checkpoint_every, length.evaluate_every if selects else None),
+        ),
+        PeriodicEvaluation(
+            lambda: _measure(config, trainer, data.splits[watched], data.class_names)[0],
+            every_iters=length.evaluate_every,
+            at_end=watched != data.report[0] or selects,
+            split=watched,
+            metric=config.evaluation.metric,
+            metrics=metrics_file,
+            iters_per_epoch=length.iters_per_epoch,
+            checkpointer=checkpointer if selects else None,
+        ),
+    ]
+    with stop_on_signals(trainer):
+        trainer.train()
+    if trainer.stop_signal is not None:
+        raise Stopped(trainer.stop_signal, str(folder))
+    if selects and (best := checkpointer.best()):
+        trainer.load_state(*checkpointer.load(best))
+    split, dataset = data.report
+    metrics, details, skipped = _measure(config, trainer, dataset, data.class_names)
+    epochs = trainer.iteration / length.iters_per_epoch
+    results = {
+        **label(config),
+        "metrics": metrics,
+        "primary_metric": config.evaluation.metric,
+        "details": details,
+        "iterations": trainer.iteration,
+        "epochs": epochs,
+        "train_seconds": trainer.seconds,
+        "images_per_second": trainer.seen_images / max(trainer.seconds, 1e-9),
+        "protocol": protocol(config, data, details),
+        "skipped": sorted({*trainer.skipped, *skipped}),
+    }
+    if accelerator.is_main_process:
+        metrics_file.write(trainer.iteration, epochs, split, metrics)
+        _save_model(config, trainer, folder, data)
+        if isinstance(config, DetectionConfig) and isinstance(dataset, DetectionDataset):
+            count = config.evaluation.save_detections
+            model = trainer.evaluated_model
+            save_detections(folder, model, dataset, count, accelerator.device)
+        write_results(folder, results)
+    metrics_file.close()
+    logger.info("%s %s", split, format_metrics(metrics))
+    accelerator.wait_for_everyone()
+    return results
+
+
+def _probe(
+    config: ProbeConfig, data: Data, folder: Path, accelerator: Accelerator
+) -> dict[str, Any]:
+    backbone = build_model(config, len(data.class_names)).to(accelerator.device)
+    assert isinstance(backbone, Backbone)
+    started = time.perf_counter()
+    assert data.test is not None
+    precision = PRECISIONS[config.engine.precision]
+    features = []
+    for dataset in (data.train, data.test):
+        with (
+            evaluating(backbone),
+            torch.autocast(accelerator.device.type, precision, enabled=precision is not None),
+        ):
+            batches = _eval_batches(config, dataset, accelerator, whole=True)
+            x, y, _ = extract_features(backbone.pooled, batches, accelerator.device)
+            features.append((x, y))
+    (train_x, train_y), (test_x, test_y) = features
+    num_classes = len(data.class_names)
+    scores: dict[str, np.ndarray] = {}
+    details: dict[str, Any] = {}
+    if knn := config.evaluation.knn:
+        arrays = (train_x, train_y, test_x)
+        scores["knn"] = knn_predict(*arrays, knn.k, knn.temperature, num_classes)
+    if logistic := config.evaluation.logistic_regression:
+        fit = logistic_regression(
+            train_x,
+            train_y,
+            test_x,
+            **logistic.model_dump(),
+            seed=config.seed,
+            num_classes=num_classes,
+        )
+        scores["logistic"] = fit.scores
+        details["logistic_c"] = fit.best_c
+        details["logistic_val_accuracies"] = {str(c): v for c, v in fit.val_accuracies.items()}
+    metrics = {}
+    for name, values in scores.items():
+        evaluator = build_evaluator(config, data.class_names)
+        evaluator.update(torch.from_numpy(np.asarray(values)), torch.from_numpy(test_y))
+        for metric, value in evaluator.compute().items():
+            if metric != "loss":  # a kNN's votes are no probabilities
+                metrics[f"{name}_{metric}"] = value
+        details[name] = evaluator.details()
+    results = {
+        **label(config),
+        "metrics": metrics,
+        "primary_metric": config.evaluation.metric,
+        "details": details,
+        "iterations": 0,
+        "epochs": 0.0,
+        "train_seconds": time.perf_counter() - started,
+        "protocol": protocol(config, data, details),
+    }
+    if accelerator.is_main_process:
+        write_results(folder, results)
+    logger.info("test %s", format_metrics(metrics))
+    return results
+
+
+def _measure(
+    config: TrainedTask, trainer: Trainer, dataset: Dataset, class_names: list[str]
+) -> tuple[dict[str, float], dict[str, Any], list[str]]:
+    """Return metrics, details and undecodable items of the model as it stands."""
+    evaluator = build_evaluator(config, class_names)
+    skipped = evaluate(
+        trainer.evaluated_model,
+        _eval_batches(config, dataset, trainer.accelerator),
+        evaluator,
+        device=trainer.accelerator.device,
+        precision=trainer.precision,
+    )
+    metrics: dict[str, float] = evaluator.compute()
+    return metrics, evaluator.details(), skipped
+
+
+def _eval_batches(
+    config: Config, dataset: Dataset, accelerator: Accelerator, *, whole: bool = False
+) -> Any:
+    """One pass over a process's share of `dataset`, or over the whole of it."""
+    return build_eval_loader(
+        config,
+        dataset,
+        rank=0 if whole else accelerator.process_index,
+        world_size=1 if whole else accelerator.num_processes,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+@contextmanager
+def _run_folder(
+    config: Config, folder: Path, data: Data, accelerator: Accelerator, *, resume: bool
+) -> Iterator[None]:
+    """Enter the run folder: config.yaml and environment.json in it, the log going to it."""
+    with accelerator.main_process_first():
+        open_run_folder(
+            folder, dump_config(config), resume=resume or not accelerator.is_main_process
+        )
+    if not accelerator.is_main_process:
+        yield
+        return
+    fingerprints = {name: dataset.fingerprint() for name, dataset in data.splits.items()}
+    write_json(folder / ENVIRONMENT_NAME, environment(fingerprints))
+    handler = log_to(folder)
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception:
+        logger.exception("The run failed.")
+        raise
+    finally:
+        logging.getLogger("tract_transfer").removeHandler(handler)
+        handler.close()
+
+
+def _save_model(config: TrainedTask, trainer: Trainer, folder: Path, data: Data) -> None:
+    """Write the reported model's backbone, and the card that describes it."""
+    model: nn.Module = trainer.evaluated_model
+    backbone = model.get_submodule("backbone")
+    assert isinstance(backbone, Backbone)
+    labels = label(config)
+    card = {
+        "method": labels["method"],
+        "lam": config.tract.lam if config.tract.enabled else None,
+        "lam_mode": config.tract.lam_mode if config.tract.enabled else None,
+        "task": config.task,
+        "seed": config.seed,
+        "iterations": trainer.iteration,
+        "data": {"train": data.train.name, "classes": data.class_names},
+    }
+    save_backbone(folder, backbone, card)
+
+
+def _both(first: int | None, second: int | None) -> list[int]:
+    """The intervals at which a checkpoint is due."""
+    return [every for every in (first, second) if every]
