@@ -9,13 +9,13 @@ from tract_transfer.models.weights import read_card
 
 
 def label(config: Config) -> dict[str, Any]:
-    """Return task, name, method, role and seed of a run.
+    """Return what a run is: task, name, method, role, seed, weights and tract.
 
     The method is the config's, or `tract` where TrAct trains or pre-trained the first layer.
     """
     method = config.method
+    own = not isinstance(config, ProbeConfig) and config.tract.enabled
     if method is None:
-        own = not isinstance(config, ProbeConfig) and config.tract.enabled
         method = "tract" if own else _method_of_weights(config.model.weights)
     return {
         "task": config.task,
@@ -23,18 +23,22 @@ def label(config: Config) -> dict[str, Any]:
         "method": method,
         "role": "downstream" if config.model.weights else "pretrain",
         "seed": config.seed,
+        "weights": config.model.weights,
+        "tract": config.tract.model_dump() if own else None,  # type: ignore[union-attr]
     }
 
 
 def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, str]:
-    """Return what a reader must know beside the number, one sentence a subject."""
+    """Return what a reader must know beside the number, one sentence a subject.
+
+    All runs that are compared should have it in common, so method and seed are not in it.
+    """
     split, reported = data.report
     lines = {
         "train": f"{data.train.name}: {len(data.train)} images, {len(data.class_names)} classes",
         split: f"{reported.name}: {len(reported)} images",
         "transforms": str(config.data.transforms.model_dump(exclude_none=True)),
         "precision": config.engine.precision,
-        "weights": config.model.weights or "random initialisation",
     }
     if isinstance(config, ProbeConfig):
         lines["probe"] = "features of the frozen backbone in eval mode, test transforms throughout"
@@ -44,8 +48,6 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
         return lines
     solver = config.solver.model_dump(exclude_none=True, exclude_defaults=True)
     lines["optimization"] = f"{solver}, batch {config.data.batch_size}"
-    tract = config.tract
-    lines["tract"] = f"lam {tract.lam} ({tract.lam_mode})" if tract.enabled else "off"
     if config.evaluation.report == "best":
         lines["selection"] = f"best {config.evaluation.metric} on val"
     else:

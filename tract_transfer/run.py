@@ -43,6 +43,7 @@ from tract_transfer.engine.hooks import (
 from tract_transfer.engine.run_folder import (
     ENVIRONMENT_NAME,
     environment,
+    is_finished,
     log_to,
     open_run_folder,
     save_detections,
@@ -75,6 +76,19 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
     trainer = build_trainer(config, data, accelerator)
     with _run_folder(config, folder, data, accelerator, resume=resume):
         return _train(config, data, trainer, folder)
+
+
+def is_done(config: Config) -> bool:
+    """Whether the run in `output_dir` is finished.
+
+    Raises:
+        ValueError: it is, but was run with another config.
+    """
+    folder = Path(config.output_dir)
+    if not is_finished(folder):
+        return False
+    open_run_folder(folder, dump_config(config), resume=True)
+    return True
 
 
 def evaluate_run(config: Config) -> dict[str, float]:

@@ -161,7 +161,10 @@ class ClassificationEvaluator:
             "mean_per_class is over the classes that have images.",
             "num_images": int(self._result.sum()),
             "class_names": self.class_names,
-            "per_class_accuracy": [None if np.isnan(a) else float(a) for a in accuracy],
+            "per_class": {
+                name: None if np.isnan(value) else float(value)
+                for name, value in zip(self.class_names, accuracy, strict=True)
+            },
             "confusion_matrix": self._result.tolist(),
         }
 

@@ -252,7 +252,7 @@ class VocEvaluator:
         return {name: float(value) for name, value in (at | {"ap": mean.mean()}).items()}
 
     def details(self) -> dict[str, Any]:
-        """Return the protocol, counts, AP a class and the absent classes.
+        """Return the protocol, counts, AP50 (`per_class`) and AP a class, and the absent classes.
 
         Raises:
             RuntimeError: `compute` was not called.
@@ -264,11 +264,9 @@ class VocEvaluator:
             "protocol": self.protocol.sentence,
             **self._counts,
             "class_names": self.class_names,
-            "per_class": {
-                name: {"ap50": float(ap[0]), "ap": float(ap.mean()), "npos": int(npos)}
-                for name, npos, ap in found
-                if npos
-            },
+            "per_class": {name: float(ap[0]) for name, npos, ap in found if npos},
+            "per_class_ap": {name: float(ap.mean()) for name, npos, ap in found if npos},
+            "objects": {name: int(npos) for name, npos, _ in found},
             "absent_classes": [name for name, npos, _ in found if not npos],
         }
 

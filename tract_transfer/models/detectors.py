@@ -111,6 +111,7 @@ def torchvision_fpn(
     *,
     short_side_px: int = 800,
     max_side_px: int = 1333,
+    num_levels: int = 4,
     fpn_channels: int = 256,
     head_dim: int = 1024,
     anchor_scale: float = 8.0,
@@ -121,11 +122,13 @@ def torchvision_fpn(
     nms_threshold: float = 0.5,
     max_detections: int = 100,
 ) -> TwoStageDetector:
-    """Faster R-CNN on a feature pyramid (Lin et al., CVPR 2017), from the last four strides.
+    """Faster R-CNN on a feature pyramid (Lin et al., CVPR 2017).
 
     Args:
         num_classes: K, without a background.
         short_side_px, max_side_px: the size of test images.
+        num_levels: how many of the backbone's strides, the last ones, the pyramid stands on; one
+            pooled level comes on top.
         fpn_channels: channels of every pyramid level.
         head_dim: width of the two-layer box head.
         anchor_scale: an anchor's side over its level's stride.
@@ -134,14 +137,15 @@ def torchvision_fpn(
         score_threshold, nms_threshold, max_detections: what remains of the detections.
 
     Raises:
-        ValueError: the backbone has maps of fewer than three strides.
+        ValueError: the backbone has maps of fewer strides.
     """
-    pyramid = dict(list(backbone.pyramid().items())[-4:])
-    if len(pyramid) < 3:
+    known = backbone.pyramid()
+    if not 2 <= num_levels <= len(known):
         raise ValueError(
-            "torchvision_fpn needs a backbone with maps of three strides or more, and this one "
-            f"has {dict(backbone.pyramid())}."
+            f"torchvision_fpn needs maps of num_levels = {num_levels} strides (2 at least), and "
+            f"this backbone has {[info.stride for info in known.values()]}."
         )
+    pyramid = dict(list(known.items())[-num_levels:])
     strides = [info.stride for info in pyramid.values()]
     strides.append(2 * strides[-1])  # the pooled level
     anchors = AnchorGenerator(
