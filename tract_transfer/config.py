@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
 from tract_transfer.config_file import (
     ConfigError,
     Origins,
+    dump_yaml,
     explain,
     explain_all,
     read_config_file,
@@ -164,7 +164,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def dump_config(config: Config) -> str:
     """Return the whole config as YAML, defaults included; `load_config` reads the same from it."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump())
 
 
 def known_keys(schema: Any, prefix: str = "") -> list[str]:

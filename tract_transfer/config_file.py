@@ -25,17 +25,33 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML with YAML 1.2's scalars: 1e-3 is a number, and only true and false are bools."""
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would not read as the string it is."""
+
+
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith((":bool", ":float"))]
+    first: [
+        (tag, regexp)
+        for tag, regexp in resolvers
+        if not tag.endswith((":bool", ":float", ":timestamp"))
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _FLOAT = r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789."))
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789.")
+    )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool",
     re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
     list("tTfF"),
 )
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """Return a tree as YAML that reads back as the same tree."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_config_file(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origins]:
@@ -51,6 +67,9 @@ def read_config_file(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[st
     tree, origins = _read(path, ())
     given, given_origins = parse_overrides(overrides)
     tree = merge(tree, given)
+    for key in given_origins:  # a section that no file has is the command line's
+        while key := key.rpartition(".")[0]:
+            origins.setdefault(key, COMMAND_LINE)
     origins.update(given_origins)
     origins[""] = str(path)
     return tree, origins
@@ -72,7 +91,7 @@ def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], Origins]:
                 raise ConfigError(f"{key}: given without a value: {key}=...") from None
         try:
             value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"{key}: {text!r} is not YAML ({error}).") from None
         *parents, leaf = key.split(".")
         node = tree
@@ -81,8 +100,16 @@ def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], Origins]:
             if not isinstance(node, dict):
                 raise ConfigError(f"{key}: {parent} was given a value before.")
         node[leaf] = value
-        origins[key] = COMMAND_LINE
+        _record_override(key, value, origins)
     return tree, origins
+
+
+def _record_override(key: str, value: Any, origins: Origins) -> None:
+    """Note that a key and all below it came from the command line."""
+    origins[key] = COMMAND_LINE
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _record_override(f"{key}.{name}", part, origins)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -120,12 +147,12 @@ def explain_all(
         key = _dotted(problem["loc"], tree)
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
-            message = _unknown(key, task, known)
+            message = _unknown(key, task, known, _section_of(key, tree))
         elif problem["type"] == "missing":
             message = "needed, and not given."
         elif problem["type"] == "union_tag_not_found":
-            missing = "task" if not key else f"{key}.source"
-            key, message = missing, f"needed: {problem['ctx'].get('expected_tags', list(known))}."
+            message = f"needed, one of {list(known)}." if not key else "needed, and not given."
+            key = "task" if not key else f"{key}.source"
         elif problem["type"] == "union_tag_invalid":
             tag = "task" if not key else f"{key}.source"
             context = problem["ctx"]
@@ -146,17 +173,20 @@ def _read(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], Origin
         raise ConfigError(f"No config can be read at {path}{by}: {error}") from None
     try:
         node = yaml.compose(text, _Loader)
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}: a config is a mapping of keys to values.")
-        origins: Origins = {}
-        _record(node, "", path, origins)
         own = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML, or not safe YAML: {error}") from None
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}: a config is a mapping of keys to values.")
+    origins: Origins = {}
+    _record(node, "", path, origins)
     bases = own.pop("_BASE_", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"_BASE_: a path or a list of paths, got {bases!r} ({path}).")
     tree: dict[str, Any] = {}
     inherited: Origins = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         base_tree, base_origins = _read(path.parent / base, (*parents, path.resolve()))
         tree = merge(tree, base_tree)
         inherited.update(base_origins)
@@ -190,9 +220,18 @@ def _dotted(location: Sequence[Any], tree: Any) -> str:
     return ".".join(parts)
 
 
-def _unknown(key: str, task: str, known: Mapping[str, Sequence[str]]) -> str:
-    """Say that a key is unknown, and what may have been meant."""
+def _section_of(key: str, tree: Any) -> Any:
+    """The part of the tree that holds a dotted key."""
+    for part in key.split(".")[:-1]:
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _unknown(key: str, task: str, known: Mapping[str, Sequence[str]], section: Any) -> str:
+    """Say that a key is unknown in its section, and what may have been meant."""
     keys = known.get(task, ())
+    if key in keys and isinstance(section, dict):
+        return f"not a key of source: {section.get('source')}."
     elsewhere = [other for other, theirs in known.items() if key in theirs]
     if elsewhere:
         return f"not a key of a {task} config (of {' and '.join(elsewhere)})."

@@ -12,13 +12,11 @@ from fvcore.common.param_scheduler import (
     MultiStepParamScheduler,
     ParamScheduler,
 )
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 from torch.optim import Optimizer
 
 from tract_transfer.registry import did_you_mean
-
-WITH_MOMENTUM = ("sgd", "sgdw", "sgdp", "lars", "larc", "madgrad", "rmsprop", "rmsproptf", "muon")
 
 
 def build_optimizer(
@@ -51,7 +49,7 @@ def build_optimizer(
         raise ValueError(f"solver.nesterov is for sgd; {optimizer} does not take it.")
     arguments = dict(optimizer_args or {})
     if momentum is not None:
-        if optimizer not in WITH_MOMENTUM:
+        if not get_optimizer_info(optimizer).has_momentum:
             raise ValueError(
                 f"solver.momentum is not {optimizer}'s. Set solver.optimizer_args.betas instead."
             )
@@ -68,8 +66,10 @@ def build_optimizer(
                 filter_bias_and_bn=not decay_all,
                 **arguments,
             )
-    except TypeError as error:
-        raise ValueError(f"solver.optimizer_args {optimizer_args}: {error}") from error
+    except (TypeError, AssertionError) as error:  # timm asserts that a fused optimizer has a GPU
+        raise ValueError(
+            f"solver.optimizer {optimizer} with optimizer_args {optimizer_args}: {error}"
+        ) from error
     for group in built.param_groups:
         group["base_lr"] = group["lr"]
     return built
@@ -101,8 +101,10 @@ def build_schedule(
         warmup_iters: a linear rise from `warmup_start` to the schedule's own value, before it.
 
     Raises:
-        ValueError: the warm-up or a step lies outside the run.
+        ValueError: an unknown schedule, or a warm-up or a step that lies outside the run.
     """
+    if schedule not in ("cosine", "multistep", "constant"):
+        raise ValueError(f"solver.schedule: no {schedule!r}. Known: cosine, multistep, constant.")
     if not 0 <= warmup_iters < max_iters:
         raise ValueError(f"solver: the warm-up of {warmup_iters} iterations outlasts {max_iters}.")
     main: ParamScheduler

@@ -12,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from tract_transfer.models.stem import replace_stem
-from tract_transfer.registry import Registry
+from tract_transfer.registry import Registry, did_you_mean
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
@@ -90,15 +90,16 @@ class Backbone(nn.Module):
     def map_info(self) -> dict[str, MapInfo]:
         """Name, channels and stride of every map, finest first; measured once on a blank image."""
         if self._map_info is None:
-            size_px = self.image_size_px or 128
+            size_px = self.image_size_px or self._usual_size_px()
             image = torch.zeros(1, 3, size_px, size_px, device=self.mean.device)
-            training = self.training
+            in_training = [module for module in self.modules() if module.training]
             self.eval()
             with torch.no_grad():
                 maps = self.maps(image, self._map_names())
-            self.train(training)
+            for module in in_training:  # what the caller keeps in eval mode stays there
+                module.training = True
             self._map_info = {
-                name: MapInfo(tensor.shape[1], 2 ** round(math.log2(size_px / tensor.shape[-1])))
+                name: MapInfo(tensor.shape[1], _stride(size_px, tensor.shape[-1]))
                 for name, tensor in maps.items()
             }
         return self._map_info
@@ -110,6 +111,9 @@ class Backbone(nn.Module):
 
     def _map_names(self) -> list[str]:
         raise NotImplementedError
+
+    def _usual_size_px(self) -> int:
+        return 128
 
 
 class TimmBackbone(Backbone):
@@ -125,7 +129,12 @@ class TimmBackbone(Backbone):
         return {name: found[name] for name in names}
 
     def _map_names(self) -> list[str]:
-        return [info["module"] for info in self.model.feature_info]
+        names = [info["module"] for info in self.model.feature_info]
+        # A module that puts out several maps is named several times.
+        return [f"{n}@{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
+
+    def _usual_size_px(self) -> int:
+        return int(self.model.pretrained_cfg["input_size"][-1])  # some ask for multiples of it
 
 
 class TorchvisionBackbone(Backbone):
@@ -175,16 +184,19 @@ def build_backbone(
         ValueError: the model refuses `args`, or has no stem to replace.
     """
     source, _, model_name = name.partition("/")
+    from_source = source in ("timm", "torchvision")
+    build = BACKBONES.get(source if from_source else name)
+    if pretrained and not from_source:
+        raise ValueError(f"{name} has no published weights; set model.weights to a path.")
     try:
-        if name in BACKBONES:
-            if pretrained:
-                raise ValueError(f"{name} has no published weights; set model.weights to a path.")
-            backbone = BACKBONES.get(name)(**(args or {}))
+        if from_source:
+            backbone = build(model_name, args or {}, pretrained)
         else:
-            builder = BACKBONES.get(source if model_name else name)
-            backbone = builder(model_name, args or {}, pretrained)
-    except TypeError as error:
-        raise ValueError(f"{name} refuses model.backbone.args {args}: {error}") from error
+            backbone = build(**(args or {}))
+    except (TypeError, AssertionError, RuntimeError) as error:  # what constructors raise
+        raise ValueError(
+            f"{name} cannot be built with model.backbone.args {args}: {error}"
+        ) from error
     if stem == "cifar":
         replace_stem(backbone)
     assert isinstance(backbone, Backbone)
@@ -196,8 +208,8 @@ def build_backbone(
 def timm_backbone(model_name: str, args: dict[str, Any], pretrained: bool) -> Backbone:
     """Wrap `timm.create_model(model_name, **args)`."""
     if not timm.is_model(model_name):
-        near = timm.list_models(f"*{model_name.split('_')[0]}*")[:5]
-        raise KeyError(f"timm has no model {model_name!r}. Some near it: {near}")
+        near = did_you_mean(model_name, timm.list_models())
+        raise KeyError(f"timm has no model {model_name!r}.{near} timm.list_models() names all.")
     model = timm.create_model(model_name, pretrained=pretrained, num_classes=0, **args)
     config = model.pretrained_cfg
     first = config["first_conv"]
@@ -217,11 +229,21 @@ def torchvision_backbone(model_name: str, args: dict[str, Any], pretrained: bool
     """Wrap `torchvision.models.get_model(model_name, **args)`."""
     known = torchvision.models.list_models(module=torchvision.models)
     if model_name not in known:
-        raise KeyError(f"torchvision has no classification model {model_name!r}. Known: {known}")
-    if model_name in ("googlenet", "inception_v3"):
+        near = did_you_mean(model_name, known)
+        raise KeyError(
+            f"torchvision has no classification model {model_name!r}.{near} Known: {known}"
+        )
+    inception = model_name in ("googlenet", "inception_v3")
+    if inception and pretrained:
+        # These weights want colours in [-1, 1]. torchvision would convert to them inside the
+        # model, where no saved card shows it.
+        args = {"transform_input": False, **args}
+    elif inception:
         args = {"aux_logits": False, "init_weights": True, **args}
     weights = "DEFAULT" if pretrained else None
     model = torchvision.models.get_model(model_name, weights=weights, **args)
+    if inception and pretrained:
+        model.aux_logits, model.AuxLogits = False, None
     first = next(
         name
         for name, module in model.named_modules()
@@ -231,15 +253,18 @@ def torchvision_backbone(model_name: str, args: dict[str, Any], pretrained: bool
         model,
         feature_dim=_remove_classifier(model),
         first_layers=[first],
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=(0.5, 0.5, 0.5) if inception and pretrained else IMAGENET_MEAN,
+        std=(0.5, 0.5, 0.5) if inception and pretrained else IMAGENET_STD,
         image_size_px=getattr(model, "image_size", None),
     )
 
 
 @BACKBONES.register("cifar/resnet18")
 def cifar_resnet18(width: int = 64, max_pool: bool = True) -> Backbone:
-    """The paper's ResNet-18 for 32 px: a 3x3 stem of stride 1, the max-pool kept (figure 3)."""
+    """The paper's ResNet-18 for 32 px: a 3x3 stem of stride 1, the max-pool kept (figure 3).
+
+    `width` is that of the first of four stages, 64 in the paper; the stem always has 64 channels.
+    """
     channels = tuple(width * factor for factor in (1, 2, 4, 8))
     backbone = timm_backbone("resnet18", {"channels": channels, "zero_init_last": False}, False)
     replace_stem(backbone, keep_pool=max_pool)
@@ -268,9 +293,14 @@ def cifar_vit(
 def _fixed_size_px(model: nn.Module, config: dict[str, Any]) -> int | None:
     """The size of timm's models that take one only: those with a grid of position embeddings."""
     patches: Any = getattr(model, "patch_embed", None)
-    if getattr(patches, "strict_img_size", False):
-        return int(patches.img_size[0])
+    if hasattr(patches, "strict_img_size"):
+        return int(patches.img_size[0]) if patches.strict_img_size else None
     return int(config["input_size"][-1]) if config.get("fixed_input_size") else None
+
+
+def _stride(size_px: int, size: int) -> int:
+    """Input pixels a cell spans; a convolution without padding makes a map a little smaller."""
+    return size_px // size if size_px % size == 0 else 2 ** round(math.log2(size_px / size))
 
 
 def _remove_classifier(model: nn.Module) -> int:

@@ -86,7 +86,7 @@ class TwoStageDetector(nn.Module):
         """Resize (3, H, W) so that its short side is `short_side_px`, its long side at most max."""
         short, long = sorted(image.shape[-2:])
         scale = min(self.short_side_px / short, self.max_side_px / long)
-        size = [round(side * scale) for side in image.shape[-2:]]
+        size = [max(1, round(side * scale)) for side in image.shape[-2:]]
         if size == list(image.shape[-2:]):
             return image
         return F.interpolate(_as_float(image)[None], size, mode="bilinear", antialias=False)[0]
@@ -137,8 +137,13 @@ def torchvision_fpn(
         score_threshold, nms_threshold, max_detections: what remains of the detections.
 
     Raises:
-        ValueError: the backbone has maps of fewer strides.
+        ValueError: the backbone takes one image size alone, or has maps of fewer strides.
     """
+    if backbone.image_size_px is not None:
+        raise ValueError(
+            "torchvision_fpn needs a backbone for images of any size, and this one takes "
+            f"{backbone.image_size_px} px alone."
+        )
     known = backbone.pyramid()
     if not 2 <= num_levels <= len(known):
         raise ValueError(

@@ -26,8 +26,8 @@ def save_backbone(folder: Path, backbone: Backbone, card: Mapping[str, Any]) -> 
     aside = folder / f".{WEIGHTS_NAME}"
     save_file(tensors, aside)
     complete = {
-        **backbone.origin,
         **card,
+        **backbone.origin,
         "first_layers": backbone.first_layers,
         "feature_dim": backbone.feature_dim,
         "maps": {name: info._asdict() for name, info in backbone.map_info.items()},
@@ -47,7 +47,7 @@ def read_card(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the card is not JSON.
+        ValueError: the card is not JSON, or describes no backbone.
     """
     file = (path if path.is_dir() else path.parent) / CARD_NAME
     if not file.is_file():
@@ -56,9 +56,11 @@ def read_card(path: Path) -> dict[str, Any]:
             "model.backbone.name, or model.weights to a finished run folder."
         )
     try:
-        card: dict[str, Any] = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        card = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ValueError(f"{file} is not JSON ({error}). Copy it from the run again.") from error
+    if not isinstance(card, dict) or not {"name", "stem", "args"} <= card.keys():
+        raise ValueError(f"{file} lacks the name, stem and args of a backbone. Copy it again.")
     return card
 
 

@@ -25,7 +25,7 @@ _METRICS = {
 }  # fmt: skip
 _FEW_PAIRS = 5
 _MAX_LOSS_POINTS, _MAX_FILTERS = 80, 64
-_MAX_IMAGES, _MAX_IMAGE_PX, _MIN_SCORE = 4, 800, 0.5
+_MAX_IMAGES, _MAX_IMAGE_PX, _MIN_SCORE = 4, 800, 0.3
 
 
 def write_report(
@@ -179,7 +179,7 @@ def _curves(runs: Sequence[Run], methods: Sequence[str]) -> list[Markup]:
     losses = {m: [_binned(_curve(r, "loss", "train")) for r in own] for m, own in of_method.items()}
     drawn = []
     for label, series in zip(labels, (scores, losses), strict=True):
-        full = {method: [line for line in own if line[0]] for method, own in series.items()}
+        full = {m: [line for line in own if len(line[0]) > 1] for m, own in series.items()}
         if any(full.values()):
             figure = visualize.curves(full, x_label="epoch", y_label=label)
             drawn.append(Markup(visualize.figure_svg(figure, f"{task}: {label} against the epoch")))

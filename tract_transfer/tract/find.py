@@ -14,14 +14,14 @@ def find_first_layers(model: nn.Module) -> list[str]:
     """Return the dotted names of the layers that read the image.
 
     Asked in this order: `first_layers` of the model or of a part of it (our backbones have it),
-    timm's `pretrained_cfg["first_conv"]`, the one convolution with image-like input channels,
-    and, in a model without convolutions, its first Linear.
+    timm's `pretrained_cfg["first_conv"]`, the one convolution of 3 input channels, else the one
+    of 1, 2 or 4, and, in a model without convolutions, its first Linear.
 
     Raises:
         ValueError: none or several layers could be the first; the message lists them.
     """
     for prefix, module in model.named_modules():
-        names = getattr(module, "first_layers", None) or _timm_first_layers(module)
+        names = _own_first_layers(module) or _timm_first_layers(module)
         if names:
             return [f"{prefix}.{name}" if prefix else name for name in names]
     convs = [
@@ -29,7 +29,10 @@ def find_first_layers(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, nn.modules.conv._ConvNd) and not module.transposed
     ]
-    candidates = [name for name in convs if _reads_images(model.get_submodule(name))]
+    candidates = [name for name in convs if _channels(model.get_submodule(name)) == 3]
+    candidates = candidates or [
+        name for name in convs if _channels(model.get_submodule(name)) in IMAGE_CHANNELS
+    ]
     if not convs:
         linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         candidates = linears[:1]
@@ -57,7 +60,8 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
             "its outputs do not share their inputs, so there is no one matrix to multiply by."
         )
     own_forward = type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward)
-    if is_parametrized(layer) or (own_forward and not is_dynamic_same(layer)):
+    computed = is_parametrized(layer) or "weight" not in layer._parameters  # weight_norm and kin
+    if computed or (own_forward and not is_dynamic_same(layer)):
         raise ValueError(
             f"TrAct needs a layer whose weight multiplies its input as it stands; {name} "
             f"({kind}) changes its weight or its input in the forward (weight standardisation, "
@@ -71,8 +75,15 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     return layer
 
 
-def _reads_images(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.in_channels in IMAGE_CHANNELS
+def _channels(module: nn.Module) -> int | None:
+    return module.in_channels if isinstance(module, nn.Conv2d) else None
+
+
+def _own_first_layers(module: nn.Module) -> list[str]:
+    """`first_layers` of our backbones; a foreign attribute of that name is none."""
+    names = getattr(module, "first_layers", None)
+    known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return list(names) if known else []  # type: ignore[arg-type]
 
 
 def _timm_first_layers(module: nn.Module) -> list[str]:

@@ -37,8 +37,8 @@ def _convolution_gram(layer: nn.Conv2d, images: Tensor) -> tuple[Tensor, int]:
     num_inputs = layer.weight[0].numel()
     gram = images.new_zeros(num_inputs, num_inputs)
     num_rows = 0
-    image_bytes = images[0].numel() * images.element_size() * num_inputs // layer.in_channels
-    for chunk in images.split(max(1, CHUNK_BYTES // image_bytes)):
+    num_values = images.shape[1:].numel() // layer.in_channels * num_inputs  # of stride 1
+    for chunk in images.split(max(1, CHUNK_BYTES // (num_values * images.element_size()))):
         padded = pad_as_the_layer_does(layer, chunk)
         windows = F.unfold(padded, _pair(layer.kernel_size), layer.dilation, 0, layer.stride)
         rows = windows.transpose(1, 2).reshape(-1, num_inputs)

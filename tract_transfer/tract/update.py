@@ -60,10 +60,13 @@ class TrAct:
             raise ValueError(f"lam_mode is 'absolute' or 'relative', got {lam_mode!r}.")
         self.lam = lam
         self.lam_mode = lam_mode
-        names = find_first_layers(model) if layers is None else list(layers)
+        if isinstance(layers, str):
+            raise ValueError(f"layers is a list of names: [{layers!r}], got {layers!r}.")
+        names = find_first_layers(model) if layers is None else list(dict.fromkeys(layers))
         self._treated = [_Treated(name, check_layer(model, name)) for name in names]
         self._handles: list[RemovableHandle] = [
-            each.layer.register_forward_pre_hook(each.watch) for each in self._treated
+            each.layer.register_forward_pre_hook(each.watch, with_kwargs=True)
+            for each in self._treated
         ]
 
     @property
@@ -77,7 +80,7 @@ class TrAct:
 
         Raises:
             RuntimeError: no training forward or no gradient reached a layer since the last step,
-                or its input was not finite.
+                or its input was not finite, or too large for lam in float32.
         """
         for each in self._treated:
             gradient = each.layer.weight.grad
@@ -92,7 +95,13 @@ class TrAct:
             if self.lam_mode == "relative":
                 lam = self.lam * matrix.trace() / num_inputs
             matrix.diagonal().add_(lam)
-            factor = torch.linalg.cholesky(matrix)
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if failed:
+                raise RuntimeError(
+                    f"x x^T / b + {self.lam} I of {each.name} is singular in float32: lam is "
+                    "too small for inputs of this size. Normalise the images, or set lam_mode to "
+                    "'relative' or a larger lam."
+                )
             columns = gradient.reshape(-1, num_inputs).T.to(matrix.dtype)
             gradient.copy_(torch.cholesky_solve(columns, factor).T.reshape(gradient.shape))
 
@@ -127,14 +136,19 @@ class _Treated:
     gram: Tensor | None = None  # (N, N), the sum of x x^T
     num_rows: int = 0  # R
 
-    def watch(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def watch(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    ) -> None:
         """The forward pre-hook: add up x x^T of a training forward."""
         if not (module.training and torch.is_grad_enabled()):
             return
-        if not inputs[0].is_floating_point():
-            raise TypeError(f"TrAct needs a floating-point input to {self.name}.")
+        images = inputs[0] if inputs else named["input"]
+        if not images.is_floating_point():
+            raise TypeError(
+                f"TrAct needs a floating-point input to {self.name}, got {images.dtype}."
+            )
         with torch.no_grad():
-            gram, num_rows = gram_matrix(self.layer, inputs[0])
+            gram, num_rows = gram_matrix(self.layer, images)
         self.gram = gram if self.gram is None else self.gram + gram
         self.num_rows += num_rows
 
@@ -157,4 +171,4 @@ class _Treated:
                 f"The input of {self.name} is not finite (NaN, infinity, or too large to square "
                 "in float32). Check the images and their normalisation."
             )
-        return gram / num_rows
+        return gram / max(num_rows, 1)

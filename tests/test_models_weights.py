@@ -1,0 +1,181 @@
+import hashlib
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tract_transfer.models import HEADS, Backbone, Classifier, build_backbone
+from tract_transfer.models.weights import (
+    CARD_NAME,
+    WEIGHTS_NAME,
+    build_from_card,
+    load_weights,
+    read_card,
+    save_backbone,
+)
+
+
+def small(seed: int = 0) -> Backbone:
+    torch.manual_seed(seed)
+    return build_backbone("timm/test_resnet", stem="cifar", args={"drop_rate": 0.1})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    backbone = small()
+    backbone.set_colours([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    save_backbone(folder, backbone, {"method": "tract", "lam": 0.1, "name": "a label"})
+    return folder
+
+
+def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+@pytest.mark.parametrize("name", ["", WEIGHTS_NAME])
+def test_what_is_saved_is_rebuilt_to_the_bit(folder, name):
+    expected = small()
+    expected.set_colours([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    rebuilt = build_from_card(read_card(folder / name))
+    assert not same(rebuilt, expected)
+    load_weights(rebuilt, folder / name)
+    assert same(rebuilt, expected)
+    assert rebuilt.origin == expected.origin
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(rebuilt.eval().pooled(images), expected.eval().pooled(images))
+
+
+def test_the_card_describes_the_backbone(folder):
+    card, backbone = read_card(folder), small()
+    assert card["name"] == "timm/test_resnet"  # whatever the caller's card says
+    assert (card["stem"], card["args"]) == ("cifar", {"drop_rate": 0.1})
+    assert (card["method"], card["lam"]) == ("tract", 0.1)
+    assert card["feature_dim"] == backbone.feature_dim
+    assert card["first_layers"] == ["model.conv1.0"]
+    assert card["mean"] == pytest.approx([0.1, 0.2, 0.3])
+    assert card["std"] == pytest.approx([0.4, 0.5, 0.6])
+    assert card["maps"] == {name: info._asdict() for name, info in backbone.map_info.items()}
+    weights = (folder / WEIGHTS_NAME).read_bytes()
+    assert card["sha256"] == hashlib.sha256(weights).hexdigest()
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS_NAME, CARD_NAME}
+
+
+def test_saving_goes_over_what_is_there(tmp_path):
+    for seed in (0, 1):
+        save_backbone(tmp_path, small(seed).to(memory_format=torch.channels_last), {})
+    rebuilt = build_from_card(read_card(tmp_path))
+    load_weights(rebuilt, tmp_path)
+    assert same(rebuilt, small(1))
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+def test_pytorch_files_are_read(tmp_path, suffix, wrap):
+    file, source, model = tmp_path / f"w{suffix}", small(1), small(0)
+    torch.save(wrap(source.state_dict()), file)
+    load_weights(model, file)
+    assert same(model, source)
+
+
+def test_names_without_the_prefix_are_the_inner_model_s(tmp_path):
+    file, source, model = tmp_path / "w.pth", small(1), small(0)
+    torch.save(source.model.state_dict(), file)
+    load_weights(model, file, allow_missing=("mean", "std"), prefix="model.")
+    assert same(model, source)
+    with pytest.raises(ValueError, match="Missing mean, std; unexpected none"):
+        load_weights(model, file, prefix="model.")
+
+
+def test_missing_names_are_allowed_by_their_beginning_alone(folder):
+    torch.manual_seed(2)
+    backbone = small(1)
+    model = Classifier(backbone, HEADS.get("linear")(backbone.feature_dim, 3))
+    head = model.head.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"Missing head\.weight, head\.bias"):
+        load_weights(model, folder, prefix="backbone.")
+    load_weights(model, folder, allow_missing=("head.",), prefix="backbone.")
+    assert torch.equal(model.head.weight, head)
+    assert torch.equal(model.backbone.model.conv1[0].weight, small().model.conv1[0].weight)
+
+
+def test_another_architecture_is_refused_and_nothing_changes(folder):
+    model = build_backbone("cifar/vit", args={"depth": 1})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"another architecture's.*and \d+ more") as error:
+        load_weights(model, folder)
+    assert "model.backbone" in str(error.value)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_another_shape_is_refused(tmp_path):
+    wide, narrow = (build_backbone("cifar/resnet18", args={"width": w}) for w in (16, 8))
+    torch.save(wide.state_dict(), tmp_path / "w.pth")
+    says = r"of another shape model\.layer1\.0\.conv1\.weight \(16, 64, 3, 3\) for \(8, 64, 3, 3\)"
+    with pytest.raises(ValueError, match=says):
+        load_weights(narrow, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("kept", [0, 10, 5000])
+def test_a_truncated_file_is_refused(tmp_path, suffix, kept):
+    file, state = tmp_path / f"w{suffix}", small().state_dict()
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=f"w{suffix}"):
+        load_weights(small(), file)
+
+
+class Malicious:
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return (open, (str(self.file), "w"))
+
+
+@pytest.mark.parametrize("how", ["torch", "pickle"])
+def test_a_pickle_is_not_executed(tmp_path, how):
+    file, touched = tmp_path / "w.pth", tmp_path / "touched"
+    content = {"model.conv1.weight": torch.zeros(1), "evil": Malicious(touched)}
+    if how == "torch":
+        torch.save(content, file)
+    else:
+        file.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(ValueError, match="holds more than tensors and was not opened"):
+        load_weights(small(), file)
+    assert not touched.exists()
+    torch.load(file, weights_only=False) if how == "torch" else pickle.loads(file.read_bytes())
+    assert touched.exists()  # it would have been
+
+
+@pytest.mark.parametrize("content", [{"a": 1}, [torch.zeros(1)], {"state_dict": {"a": "b"}}])
+def test_a_holder_of_no_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="holds no state dict"):
+        load_weights(small(), tmp_path / "w.pth")
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"No weights at {tmp_path}/{WEIGHTS_NAME}"):
+        load_weights(small(), tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pth\. Set model\.weights"):
+        load_weights(small(), tmp_path / "nothing.pth")
+    with pytest.raises(FileNotFoundError, match=rf"No {CARD_NAME} at {tmp_path}"):
+        read_card(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "3", "{}", '{"name": "cifar/vit"}', "\udcff"], ids=repr
+)
+def test_a_broken_card_is_refused(tmp_path, text):
+    (tmp_path / CARD_NAME).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=CARD_NAME):
+        read_card(tmp_path)
+
+
+def test_the_card_is_plain_json(folder):
+    assert json.loads((folder / CARD_NAME).read_text()) == read_card(folder)

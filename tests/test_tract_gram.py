@@ -1,0 +1,118 @@
+"""The Gram matrix against an oracle that knows nothing of unfolding: the layer itself.
+
+A filter that is one at one place and zero elsewhere copies that place of the window to the output.
+So a layer with all such filters, run on the input, puts out its own rows.
+"""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from timm.layers import Conv2dSame
+from torch import nn
+
+import tract_transfer.tract.gram as gram_module
+from tract_transfer.tract import gram_matrix
+
+
+def rows_of(layer: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
+    """(R, N) rows, by the layer's own forward with one-hot filters, in float64."""
+    probe = copy.deepcopy(layer).double()
+    num_inputs = probe.weight[0].numel()
+    probe.weight = nn.Parameter(torch.eye(num_inputs).double().view(-1, *probe.weight.shape[1:]))
+    probe.bias = None
+    probe.out_channels = num_inputs
+    with torch.no_grad():
+        return probe(images.double()).permute(0, 2, 3, 1).reshape(-1, num_inputs)
+
+
+def assert_is_the_product(layer: nn.Conv2d, images: torch.Tensor) -> None:
+    rows = rows_of(layer, images)
+    gram, num_rows = gram_matrix(layer, images.double())
+    assert gram.dtype == torch.float64
+    assert num_rows == len(rows)
+    torch.testing.assert_close(gram, rows.T @ rows, rtol=1e-12, atol=1e-12)
+
+
+PADDINGS = [0, 1, (2, 1), "valid", "same"]
+MODES = ["zeros", "reflect", "replicate", "circular"]
+
+
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("padding", PADDINGS, ids=str)
+@pytest.mark.parametrize("dilation", [1, (2, 1)], ids=str)
+def test_gram_is_the_unfolded_product(padding, padding_mode, dilation):
+    images = torch.randn(2, 2, 9, 8)
+    for kernel, stride in itertools.product([1, 3, (2, 4)], [1, 2, (3, 1)]):
+        if padding == "same" and stride != 1:
+            continue  # torch refuses it
+        layer = nn.Conv2d(
+            2, 3, kernel, stride, padding, dilation, padding_mode=padding_mode, bias=False
+        )
+        assert_is_the_product(layer, images)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (5, 12), (3, 3)], ids=str)
+@pytest.mark.parametrize("kernel, stride, dilation", [(3, 2, 1), (4, 2, 1), (7, 4, 1), (3, 2, 2)])
+def test_dynamic_same_pads_by_the_size(size, kernel, stride, dilation):
+    layer = Conv2dSame(2, 3, kernel, stride, 0, dilation)
+    assert_is_the_product(layer, torch.randn(2, 2, *size))
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (2, 5, 4), (2, 3, 2, 4), (4,)], ids=str)
+def test_a_linear_multiplies_the_last_dimension(shape):
+    inputs = torch.randn(shape).double()
+    gram, num_rows = gram_matrix(nn.Linear(4, 3), inputs)
+    rows = inputs.reshape(-1, 4)
+    assert num_rows == len(rows)
+    torch.testing.assert_close(gram, sum(torch.outer(row, row) for row in rows))
+
+
+def test_the_layer_s_bias_and_weight_do_not_matter():
+    images, layer = torch.randn(2, 3, 6, 6), nn.Conv2d(3, 4, 3, padding=1)
+    gram, _ = gram_matrix(layer, images)
+    nn.init.zeros_(layer.weight)
+    assert torch.equal(gram_matrix(layer, images)[0], gram)
+
+
+def test_the_sum_does_not_depend_on_how_the_batch_is_split(monkeypatch):
+    images, layer = torch.randn(5, 3, 8, 8).double(), nn.Conv2d(3, 4, 3, 2, 1)
+    whole = gram_matrix(layer, images)
+    monkeypatch.setattr(gram_module, "CHUNK_BYTES", 1)
+    chunked = gram_matrix(layer, images)
+    assert chunked[1] == whole[1]
+    torch.testing.assert_close(chunked[0], whole[0])
+    one_by_one = sum(gram_matrix(layer, image[None])[0] for image in images)
+    torch.testing.assert_close(one_by_one, whole[0])
+
+
+def test_one_image_without_a_batch_dimension_is_a_batch_of_one():
+    image, layer = torch.randn(3, 8, 8), nn.Conv2d(3, 4, 3)
+    assert torch.equal(gram_matrix(layer, image)[0], gram_matrix(layer, image[None])[0])
+
+
+def test_memory_formats_give_the_same_sum():
+    images, layer = torch.randn(2, 3, 8, 8).double(), nn.Conv2d(3, 4, 3)
+    channels_last = images.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(gram_matrix(layer, channels_last)[0], gram_matrix(layer, images)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_half_precision_input_is_summed_in_float32(dtype):
+    images, layer = torch.randn(2, 3, 8, 8).to(dtype), nn.Conv2d(3, 4, 3, padding=1)
+    gram, _ = gram_matrix(layer, images)
+    assert gram.dtype == torch.float32
+    torch.testing.assert_close(gram, gram_matrix(layer, images.float())[0], rtol=0, atol=0)
+
+
+def test_an_empty_batch_adds_nothing():
+    for layer, shape in ((nn.Conv2d(3, 4, 3), (0, 3, 8, 8)), (nn.Linear(3, 4), (0, 3))):
+        gram, num_rows = gram_matrix(layer, torch.zeros(shape))
+        assert num_rows == 0
+        assert not gram.any()
+
+
+def test_no_graph_is_kept():
+    images = torch.randn(2, 3, 8, 8, requires_grad=True)
+    assert not gram_matrix(nn.Conv2d(3, 4, 3), images)[0].requires_grad

@@ -1,0 +1,101 @@
+"""What TrAct cannot treat, and what it says."""
+
+import pytest
+import timm
+import torch
+from timm.layers import ScaledStdConv2d
+from torch import nn
+
+from tract_transfer.tract import TrAct
+
+
+def small_model() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
+
+
+def backward(model: nn.Module, images: torch.Tensor) -> None:
+    model(images).square().mean().backward()
+
+
+@pytest.mark.parametrize("lam", [0, -0.1, float("nan"), float("inf")])
+def test_lam_is_positive(lam):
+    with pytest.raises(ValueError, match="lam above 0"):
+        TrAct(small_model(), lam)
+
+
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="'absolute' or 'relative', got 'auto'"):
+        TrAct(small_model(), lam_mode="auto")
+    with pytest.raises(ValueError, match="layers is a list of names"):
+        TrAct(small_model(), layers="0")
+
+
+def frozen() -> nn.Module:
+    model = small_model()
+    model[0].weight.requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "build, says",
+    [
+        (frozen, "0.weight is frozen"),
+        (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "groups=2"),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), "ConvTranspose2d"),
+        (lambda: nn.Sequential(nn.Conv3d(3, 4, 3)), "Conv3d"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3)), "LazyConv2d"),
+        (lambda: nn.Sequential(nn.BatchNorm2d(3)), "BatchNorm2d"),
+        (lambda: nn.Sequential(ScaledStdConv2d(3, 4, 3)), "weight standardisation"),
+        (
+            lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))),
+            "a parametrization",
+        ),
+        (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4))), "a parametrization"),
+    ],
+)
+def test_a_layer_tract_cannot_treat_is_refused(build, says):
+    with pytest.raises(ValueError, match=says):
+        TrAct(build(), layers=["0"])
+
+
+def test_an_unknown_layer_names_the_nearest():
+    model = timm.create_model("test_resnet")
+    with pytest.raises(ValueError, match=r"no layer 'layer1\.0\.conv3'.*'layer1\.0\.conv1'"):
+        TrAct(model, layers=["layer1.0.conv3"])
+
+
+def test_a_step_without_forward_or_backward_is_refused():
+    model = small_model()
+    tract = TrAct(model)
+    with pytest.raises(RuntimeError, match=r"0\.weight has no gradient.*backward"):
+        tract.step()
+    backward(model, torch.randn(4, 3, 8, 8))
+    tract.step()
+    with pytest.raises(RuntimeError, match="No training forward reached 0"):
+        tract.step()
+
+
+def test_an_integer_input_is_refused():
+    layer = nn.Linear(3, 2)
+    TrAct(layer)
+    with pytest.raises(TypeError, match=r"floating-point input.*torch\.uint8"):
+        layer(torch.zeros(2, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_a_non_finite_input_is_refused(value):
+    model, images = small_model(), torch.randn(4, 3, 8, 8)
+    tract = TrAct(model)
+    images[1, 2, 3, 4] = value
+    backward(model, images)
+    with pytest.raises(RuntimeError, match="input of 0 is not finite"):
+        tract.step()
+
+
+def test_inputs_too_large_for_lam_are_refused():
+    """Flat images of 0 to 255 make a matrix of rank 1 that float32 cannot tell from singular."""
+    layer = nn.Conv2d(3, 4, 16, 16)
+    tract = TrAct(layer)
+    layer(200 + 5 * torch.rand(2, 3, 64, 64)).sum().backward()
+    with pytest.raises(RuntimeError, match="lam is too small for inputs of this size"):
+        tract.step()
