@@ -14,7 +14,7 @@ ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 CONFIG = {"config", "config_file", "config_sections"}
-BRIDGE = {"build", "build_data", "run", "results"}
+BRIDGE = {"build", "build_data", "run", "run_probe", "results"}
 ISLANDS = {"tract", "models", "data", "evaluation", "engine", "suite", "solver", "visualize"}
 # What an island imports beside the registry, the version and itself.
 FERRIES = {"suite": {"visualize"}}

@@ -24,6 +24,9 @@ def main() -> int:
 
     try:
         runs = load_runs(arguments.folders)
+        if all(run.failure for run in runs):
+            reasons = "; ".join(f"{run.folder}: {run.failure}" for run in runs)
+            raise ValueError(f"No finished run to report. {reasons}.")
         options = {"baseline": arguments.baseline, "title": arguments.title}
         path = write_report(arguments.folders, arguments.output, **options)
     except (ValueError, OSError) as error:

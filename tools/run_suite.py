@@ -17,27 +17,16 @@ def main() -> int:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="see configs/suites/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the suite's keys")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tract_transfer.suite").setLevel(logging.INFO)
 
     from tract_transfer.config import Config, ConfigError, load_config, load_suite
-    from tract_transfer.engine.hooks import format_metrics
-    from tract_transfer.engine.signals import Stopped
-    from tract_transfer.run import is_done, run
-    from tract_transfer.suite.execute import execute
     from tract_transfer.suite.plan import PlannedRun, expand
-    from tract_transfer.suite.report import text_table, write_report
-    from tract_transfer.suite.runs import load_runs
 
     def config_of(planned: PlannedRun) -> Config:
         words = [f"{key}={json.dumps(value)}" for key, value in planned.overrides.items()]
         return load_config(planned.config_file, words)
-
-    def carry_out(planned: PlannedRun) -> str:
-        results = run(config_of(planned), resume=True)
-        metric = results["primary_metric"]
-        return format_metrics({metric: results["metrics"][metric]})
 
     try:
         suite = load_suite(arguments.config_file, arguments.overrides)
@@ -53,6 +42,19 @@ def main() -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+
+    from tract_transfer.engine.hooks import format_metrics
+    from tract_transfer.engine.signals import Stopped
+    from tract_transfer.run import is_done, run
+    from tract_transfer.suite.execute import execute
+    from tract_transfer.suite.report import text_table, write_report
+    from tract_transfer.suite.runs import load_runs
+
+    def carry_out(planned: PlannedRun) -> str:
+        results = run(config_of(planned), resume=True)
+        metric = results["primary_metric"]
+        return format_metrics({metric: results["metrics"][metric]})
+
     try:
         failures = execute(plan, lambda planned: is_done(config_of(planned)), carry_out)
     except Stopped as stopped:

@@ -8,10 +8,13 @@ torchrun --nproc-per-node 4 tools/train_net.py --config-file X.yaml
 import argparse
 import logging
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tract_transfer.config import Config
 
 
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,7 +36,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="or key value: over the file's keys"
     )
-    return parser.parse_args(words)
+    return parser.parse_intermixed_args(words)
 
 
 def main() -> int:
@@ -53,44 +56,52 @@ def main() -> int:
         return launch(arguments.num_gpus)
 
     from tract_transfer.engine.signals import Stopped
-    from tract_transfer.run import evaluate_run, preview, run
 
-    if int(os.environ.get("RANK", "0")) > 0:
+    is_main = os.environ.get("RANK", "0") == "0"
+    if not is_main:
         logging.getLogger("tract_transfer").setLevel(logging.ERROR)
     try:
-        if arguments.dry_run:
-            for what, value in preview(config).items():
-                print(f"{what:>22}  {value}")
-        elif arguments.eval_only:
-            for metric, value in evaluate_run(config).items():
-                print(f"{metric:>22}  {value:.4f}")
-        else:
-            run(config, resume=arguments.resume)
-            print(Path(config.output_dir) / "results.json")
+        lines = carry_out(arguments, config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("TRACT_TRANSFER_TRACEBACK"):
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+    if is_main:
+        print("\n".join(lines))
     return 0
 
 
+def carry_out(arguments: argparse.Namespace, config: "Config") -> list[str]:
+    """Do what the command line asks for; return what to say of it."""
+    from tract_transfer.run import evaluate_run, preview, run
+
+    if arguments.dry_run:
+        return [f"{what:>22}  {value}" for what, value in preview(config).items()]
+    if arguments.eval_only:
+        return [f"{metric:>22}  {value:.4f}" for metric, value in evaluate_run(config).items()]
+    run(config, resume=arguments.resume)
+    return [str(Path(config.output_dir) / "results.json")]
+
+
 def launch(num_gpus: int) -> int:
-    """Start this command again as `num_gpus` processes of one group."""
+    """Let `num_gpus` processes of one group take this one's place."""
     import torch
 
-    if not 1 <= num_gpus <= torch.cuda.device_count():
-        print(
-            f"--num-gpus {num_gpus}: torch sees {torch.cuda.device_count()} GPUs. "
-            "For processes on a CPU: torchrun --nproc-per-node N tools/train_net.py ...",
-            file=sys.stderr,
-        )
-        return 2
-    group = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}"]
-    return subprocess.run([sys.executable, *group, *sys.argv], check=False).returncode
+    there = torch.cuda.device_count()
+    if 1 <= num_gpus <= there:
+        group = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}"]
+        # Not as a child: a signal to this process must reach the group.
+        os.execv(sys.executable, [sys.executable, *group, *sys.argv])
+    print(
+        f"--num-gpus {num_gpus}: torch sees {there} GPUs. "
+        "For processes on a CPU: torchrun --nproc-per-node N tools/train_net.py ...",
+        file=sys.stderr,
+    )
+    return 2
 
 
 if __name__ == "__main__":

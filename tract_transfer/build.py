@@ -3,6 +3,7 @@
 # K classes
 
 import inspect
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,12 +21,13 @@ from tract_transfer.config import (
     DetectionConfig,
     ProbeConfig,
 )
+from tract_transfer.config_file import ConfigError
 from tract_transfer.config_sections import ComponentConfig, FeatureModelConfig
 from tract_transfer.engine.trainer import Trainer, seed_all
 from tract_transfer.evaluation import EVALUATORS
 from tract_transfer.models import DETECTORS, HEADS, Backbone, Classifier, build_backbone
 from tract_transfer.models.weights import build_from_card, load_weights, read_card
-from tract_transfer.registry import Registry
+from tract_transfer.registry import Registry, did_you_mean
 from tract_transfer.solver import build_optimizer, build_schedule, set_progress
 from tract_transfer.tract import TrAct
 
@@ -85,6 +87,9 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
 def build_evaluator(config: Config, class_names: list[str]) -> Any:
     """Build the evaluator of a task."""
     if not isinstance(config, DetectionConfig):
+        if config.evaluation.metric == "top5" and len(class_names) <= 5:
+            message = f"top5 needs more than 5 classes, and there are {len(class_names)}. Set top1."
+            raise config.error("evaluation.metric", message)
         return EVALUATORS.get("classification")(class_names)
     try:
         return EVALUATORS.get("voc")(class_names, config.evaluation.protocol)
@@ -116,8 +121,10 @@ def _construct(
     except ValidationError as error:
         problem = error.errors()[0]
         name = ".".join(str(part) for part in problem["loc"])
-        known = f" {section.name} takes {list(keywords)}."
-        message = f"{problem['msg']}, got {problem['input']!r}.{known}"
+        message = f"{problem['msg']}, got {problem['input']!r}."
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown.{did_you_mean(name, keywords)}"
+        message = f"{message} {section.name} takes {list(keywords)}."
         raise config.error(f"{key}.args.{name}", message) from error
     try:
         return entry(*positional, **section.args)
@@ -169,7 +176,8 @@ def build_tract(config: TrainedTask, model: nn.Module) -> TrAct:
     try:
         return TrAct(model, section.lam, lam_mode=section.lam_mode, layers=layers)
     except ValueError as error:
-        raise config.error("tract", str(error)) from error
+        key = "tract.layers" if section.layers else "tract"
+        raise config.error(key, str(error)) from error
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -184,7 +192,8 @@ def build_accelerator(config: Config) -> Accelerator:
     # A detector leaves the ends of its backbone unused.
     unused = isinstance(config, DetectionConfig)
     return Accelerator(
-        cpu=device == "cpu",
+        cpu=device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="no",  # engine.precision is, whatever the launcher's own default
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
 
@@ -198,6 +207,7 @@ def build_trainer(
         ConfigError: a part of the config does not fit another, or the data.
     """
     solver, engine = config.solver, config.engine
+    build_evaluator(config, data.class_names)  # raises now, and not after the training
     model = build_model(config, len(data.class_names))
     if engine.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -228,7 +238,7 @@ def build_trainer(
             pin_memory=accelerator.device.type == "cuda",
         )
     except ValueError as error:
-        raise config.error("solver", str(error).removeprefix("solver: ")) from error
+        raise _with_place(config, str(error)) from error
     if ema is not None:
         ema.to(accelerator.device)
     return Trainer(
@@ -246,3 +256,11 @@ def build_trainer(
         accumulate=engine.accumulate,
         ema=ema,
     )
+
+
+def _with_place(config: Config, message: str) -> ConfigError:
+    """Say where the key a message begins with was set, as `data.batch_size must lie in ...`."""
+    begins = re.match(r"((?:solver|data)[.\w]*):? ", message)
+    if begins is None:
+        return config.error("solver", message)
+    return config.error(begins[1], message[begins.end() :])

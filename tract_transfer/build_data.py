@@ -86,7 +86,10 @@ def _load(section: Any, key: str) -> Dataset:
     if isinstance(section, HuggingFaceSource):
         return load_huggingface(**section.model_dump(exclude={"source"}), key=key)
     if isinstance(section, DigitsSource):
-        return load_digits(section.split, section.classes)
+        try:
+            return load_digits(section.split, section.classes)
+        except ValueError as error:
+            raise ValueError(f"{key}.{error}") from error
     if isinstance(section, VocSource):
         return load_voc(**section.model_dump(exclude={"source"}), key=key)
     assert isinstance(section, DigitScenesSource)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tract_transfer.build import TrainedTask
 from tract_transfer.build_data import Data
 from tract_transfer.config import Config, ProbeConfig
 from tract_transfer.models.weights import read_card
@@ -54,9 +55,25 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
         lines["selection"] = "none: the last checkpoint is reported"
     if config.solver.ema_decay:
         lines["model"] = f"exponential moving average, decay {config.solver.ema_decay}"
+    if config.task == "detection":
+        lines["difficult objects"] = "trained on like all others"
     if isinstance(details.get("protocol"), str):
         lines["metric"] = details["protocol"]
     return lines
+
+
+def card(config: TrainedTask, data: Data, method: str, iterations: int) -> dict[str, Any]:
+    """Return what a saved backbone's card says of its training."""
+    tract = config.tract
+    return {
+        "method": method,
+        "lam": tract.lam if tract.enabled else None,
+        "lam_mode": tract.lam_mode if tract.enabled else None,
+        "task": config.task,
+        "seed": config.seed,
+        "iterations": iterations,
+        "data": {"train": data.train.name, "classes": data.class_names},
+    }
 
 
 def _method_of_weights(weights: str | None) -> str:

@@ -4,22 +4,16 @@
 says what a run would cost.
 """
 
-# K classes
-
 import logging
-import time
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from accelerate import Accelerator
-from torch import nn
 
 from tract_transfer.build import (
-    PRECISIONS,
     TrainedTask,
     build_accelerator,
     build_evaluator,
@@ -31,8 +25,8 @@ from tract_transfer.build_data import Data, Dataset, build_data, build_eval_load
 from tract_transfer.config import Config, DetectionConfig, ProbeConfig, dump_config
 from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.engine.checkpoint import Checkpointer, write_json
-from tract_transfer.engine.dry_run import dry_run
-from tract_transfer.engine.evaluate import evaluate, evaluating
+from tract_transfer.engine.dry_run import dry_run, dry_run_features
+from tract_transfer.engine.evaluate import evaluate, share_buffers
 from tract_transfer.engine.hooks import (
     LogProgress,
     MetricsFile,
@@ -41,6 +35,7 @@ from tract_transfer.engine.hooks import (
     format_metrics,
 )
 from tract_transfer.engine.run_folder import (
+    CONFIG_NAME,
     ENVIRONMENT_NAME,
     environment,
     is_finished,
@@ -51,10 +46,10 @@ from tract_transfer.engine.run_folder import (
 )
 from tract_transfer.engine.signals import Stopped, stop_on_signals
 from tract_transfer.engine.trainer import Trainer
-from tract_transfer.evaluation.probes import extract_features, knn_predict, logistic_regression
 from tract_transfer.models import Backbone
 from tract_transfer.models.weights import save_backbone
-from tract_transfer.results import label, protocol
+from tract_transfer.results import card, label, protocol
+from tract_transfer.run_probe import run_probe
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +67,7 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
     data = build_data(config)
     if isinstance(config, ProbeConfig):
         with _run_folder(config, folder, data, accelerator, resume=resume):
-            return _probe(config, data, folder, accelerator)
+            return run_probe(config, data, folder, accelerator)
     trainer = build_trainer(config, data, accelerator)
     with _run_folder(config, folder, data, accelerator, resume=resume):
         return _train(config, data, trainer, folder)
@@ -96,6 +91,7 @@ def evaluate_run(config: Config) -> dict[str, float]:
 
     Raises:
         FileNotFoundError: there is no whole checkpoint.
+        ValueError: it holds another model than the config's.
     """
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains nothing that --eval-only could measure again.")
@@ -108,7 +104,12 @@ def evaluate_run(config: Config) -> dict[str, float]:
         raise FileNotFoundError(
             f"No whole checkpoint in {checkpointer.folder}: train first, or set output_dir."
         )
-    trainer.load_state(*checkpointer.load(path))
+    try:
+        trainer.load_weights(checkpointer.load(path)[0])
+    except (RuntimeError, KeyError) as error:  # what load_state_dict raises, or no average in it
+        raise ValueError(
+            f"{path} holds another model than this config. Use {folder / CONFIG_NAME}."
+        ) from error
     split, dataset = data.report
     metrics, details, skipped = _measure(config, trainer, dataset, data.class_names)
     if trainer.accelerator.is_main_process:
@@ -124,17 +125,10 @@ def preview(config: Config) -> dict[str, str]:
     if isinstance(config, ProbeConfig):
         backbone = build_model(config, len(data.class_names)).to(accelerator.device)
         assert isinstance(backbone, Backbone)
-        batch = next(iter(_eval_batches(config, data.test, accelerator)))  # type: ignore[arg-type]
-        started = time.perf_counter()
-        with evaluating(backbone):
-            backbone.pooled(batch.images.to(accelerator.device))
-        rate = len(batch.images) / (time.perf_counter() - started)
+        batch = next(iter(_eval_batches(config, data.report[1], accelerator)))
+        images = batch.images.to(accelerator.device)
         count = sum(len(dataset) for dataset in data.splits.values())
-        parameters = sum(p.numel() for p in backbone.parameters())
-        return {
-            "parameters": f"{parameters:,} (frozen)",
-            "features": f"about {count / rate:.0f} s for {count} images",
-        }
+        return dry_run_features(backbone, backbone.pooled, images, count)
     trainer = build_trainer(config, data, accelerator)
     _, dataset = data.report
     batches = _eval_batches(config, dataset, accelerator)
@@ -150,6 +144,7 @@ def preview(config: Config) -> dict[str, str]:
 
 def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> dict[str, Any]:
     accelerator = trainer.accelerator
+    labels = label(config)
     length = in_iterations(config, len(data.train))
     checkpointer = Checkpointer(folder / "checkpoints", config.engine.checkpoint.keep)
     metrics_file = MetricsFile(
@@ -170,7 +165,7 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
         ),
         SaveCheckpoints(
             checkpointer,
-            _both(length.checkpoint_every, length.evaluate_every if selects else None),
+            [length.checkpoint_every, length.evaluate_every if selects else None],
         ),
         PeriodicEvaluation(
             lambda: _measure(config, trainer, data.splits[watched], data.class_names)[0],
@@ -187,17 +182,21 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
         trainer.train()
     if trainer.stop_signal is not None:
         raise Stopped(trainer.stop_signal, str(folder))
+    accelerator.wait_for_everyone()  # the main process may be marking the best
+    reported = trainer.iteration
     if selects and (best := checkpointer.best()):
-        trainer.load_state(*checkpointer.load(best))
+        parts, _, reported = checkpointer.load(best)
+        trainer.load_weights(parts)
     split, dataset = data.report
     metrics, details, skipped = _measure(config, trainer, dataset, data.class_names)
     epochs = trainer.iteration / length.iters_per_epoch
     results = {
-        **label(config),
+        **labels,
         "metrics": metrics,
         "primary_metric": config.evaluation.metric,
         "details": details,
         "iterations": trainer.iteration,
+        "reported_iteration": reported,
         "epochs": epochs,
         "train_seconds": trainer.seconds,
         "images_per_second": trainer.seen_images / max(trainer.seconds, 1e-9),
@@ -206,7 +205,9 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
     }
     if accelerator.is_main_process:
         metrics_file.write(trainer.iteration, epochs, split, metrics)
-        _save_model(config, trainer, folder, data)
+        backbone = trainer.evaluated_model.get_submodule("backbone")
+        assert isinstance(backbone, Backbone)
+        save_backbone(folder, backbone, card(config, data, labels["method"], reported))
         if isinstance(config, DetectionConfig) and isinstance(dataset, DetectionDataset):
             count = config.evaluation.save_detections
             model = trainer.evaluated_model
@@ -218,71 +219,12 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
     return results
 
 
-def _probe(
-    config: ProbeConfig, data: Data, folder: Path, accelerator: Accelerator
-) -> dict[str, Any]:
-    backbone = build_model(config, len(data.class_names)).to(accelerator.device)
-    assert isinstance(backbone, Backbone)
-    started = time.perf_counter()
-    assert data.test is not None
-    precision = PRECISIONS[config.engine.precision]
-    features = []
-    for dataset in (data.train, data.test):
-        with (
-            evaluating(backbone),
-            torch.autocast(accelerator.device.type, precision, enabled=precision is not None),
-        ):
-            batches = _eval_batches(config, dataset, accelerator, whole=True)
-            x, y, _ = extract_features(backbone.pooled, batches, accelerator.device)
-            features.append((x, y))
-    (train_x, train_y), (test_x, test_y) = features
-    num_classes = len(data.class_names)
-    scores: dict[str, np.ndarray] = {}
-    details: dict[str, Any] = {}
-    if knn := config.evaluation.knn:
-        arrays = (train_x, train_y, test_x)
-        scores["knn"] = knn_predict(*arrays, knn.k, knn.temperature, num_classes)
-    if logistic := config.evaluation.logistic_regression:
-        fit = logistic_regression(
-            train_x,
-            train_y,
-            test_x,
-            **logistic.model_dump(),
-            seed=config.seed,
-            num_classes=num_classes,
-        )
-        scores["logistic"] = fit.scores
-        details["logistic_c"] = fit.best_c
-        details["logistic_val_accuracies"] = {str(c): v for c, v in fit.val_accuracies.items()}
-    metrics = {}
-    for name, values in scores.items():
-        evaluator = build_evaluator(config, data.class_names)
-        evaluator.update(torch.from_numpy(np.asarray(values)), torch.from_numpy(test_y))
-        for metric, value in evaluator.compute().items():
-            if metric != "loss":  # a kNN's votes are no probabilities
-                metrics[f"{name}_{metric}"] = value
-        details[name] = evaluator.details()
-    results = {
-        **label(config),
-        "metrics": metrics,
-        "primary_metric": config.evaluation.metric,
-        "details": details,
-        "iterations": 0,
-        "epochs": 0.0,
-        "train_seconds": time.perf_counter() - started,
-        "protocol": protocol(config, data, details),
-    }
-    if accelerator.is_main_process:
-        write_results(folder, results)
-    logger.info("test %s", format_metrics(metrics))
-    return results
-
-
 def _measure(
     config: TrainedTask, trainer: Trainer, dataset: Dataset, class_names: list[str]
 ) -> tuple[dict[str, float], dict[str, Any], list[str]]:
     """Return metrics, details and undecodable items of the model as it stands."""
     evaluator = build_evaluator(config, class_names)
+    share_buffers(trainer.evaluated_model, trainer.accelerator)
     skipped = evaluate(
         trainer.evaluated_model,
         _eval_batches(config, dataset, trainer.accelerator),
@@ -294,15 +236,13 @@ def _measure(
     return metrics, evaluator.details(), skipped
 
 
-def _eval_batches(
-    config: Config, dataset: Dataset, accelerator: Accelerator, *, whole: bool = False
-) -> Any:
-    """One pass over a process's share of `dataset`, or over the whole of it."""
+def _eval_batches(config: Config, dataset: Dataset, accelerator: Accelerator) -> Any:
+    """One pass over a process's share of `dataset`."""
     return build_eval_loader(
         config,
         dataset,
-        rank=0 if whole else accelerator.process_index,
-        world_size=1 if whole else accelerator.num_processes,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
     )
 
@@ -327,31 +267,10 @@ def _run_folder(
     except Stopped:
         raise
     except Exception:
-        logger.exception("The run failed.")
+        # For the file alone: who called gets the error itself.
+        failed = (logger.name, logging.ERROR, __file__, 0, "The run failed.", (), sys.exc_info())
+        handler.handle(logger.makeRecord(*failed))
         raise
     finally:
         logging.getLogger("tract_transfer").removeHandler(handler)
         handler.close()
-
-
-def _save_model(config: TrainedTask, trainer: Trainer, folder: Path, data: Data) -> None:
-    """Write the reported model's backbone, and the card that describes it."""
-    model: nn.Module = trainer.evaluated_model
-    backbone = model.get_submodule("backbone")
-    assert isinstance(backbone, Backbone)
-    labels = label(config)
-    card = {
-        "method": labels["method"],
-        "lam": config.tract.lam if config.tract.enabled else None,
-        "lam_mode": config.tract.lam_mode if config.tract.enabled else None,
-        "task": config.task,
-        "seed": config.seed,
-        "iterations": trainer.iteration,
-        "data": {"train": data.train.name, "classes": data.class_names},
-    }
-    save_backbone(folder, backbone, card)
-
-
-def _both(first: int | None, second: int | None) -> list[int]:
-    """The intervals at which a checkpoint is due."""
-    return [every for every in (first, second) if every]

@@ -168,7 +168,7 @@ def load_voc(
             if xml in origin:
                 raise ValueError(f"{place} repeats {xml.stem!r}, already in {origin[xml]}.")
             origin[xml] = place
-            size, found = read_annotation(xml, image, label_of)
+            size, found = read_annotation(xml, image, label_of, key)
             files.append(str(image))
             sizes.append(size)
             objects.extend(found)

@@ -57,14 +57,16 @@ def read_split(root: Path, voc_set: str, key: str) -> Iterator[tuple[str, Path, 
         image = next((file for file in candidates if file.is_file()), candidates[0])
         for needed in (xml, image):
             if not needed.is_file():
-                raise FileNotFoundError(f"{place} needs {needed}, which does not exist.")
+                raise FileNotFoundError(
+                    f"{place} needs {needed}, which does not exist. Add it, or take the line out."
+                )
         yield place, xml, image
     if count == 0:
         raise ValueError(f"{path} names no image. Set {key}.sets to a split that does.")
 
 
 def read_annotation(
-    xml: Path, image: Path, label_of: dict[str, int]
+    xml: Path, image: Path, label_of: dict[str, int], key: str
 ) -> tuple[tuple[int, int], list[VocObject]]:
     """Return ((height, width), objects) of one XML file."""
     import defusedxml.ElementTree
@@ -74,7 +76,7 @@ def read_annotation(
         annotation: Element | None = defusedxml.ElementTree.parse(xml).getroot()
         assert annotation is not None
     except (ParseError, DefusedXmlException) as error:
-        raise ValueError(f"{xml} is not a readable XML file: {error}.") from error
+        raise ValueError(f"{xml} is not a readable XML file: {error}. Repair it.") from error
     size = _read_size(annotation, image)
     objects = []
     for number, element in enumerate(annotation.findall("object"), start=1):
@@ -82,7 +84,10 @@ def read_annotation(
         place = f"{xml} object {number} ({name or 'no name'})"
         if name not in label_of:
             hint = did_you_mean(name, label_of)
-            raise ValueError(f"{place}: unknown class.{hint} Classes: {', '.join(label_of)}.")
+            raise ValueError(
+                f"{place}: unknown class.{hint} Classes: {', '.join(label_of)}. Correct the name, "
+                f"or set {key}.classes."
+            )
         box = _read_box(element, size, place)
         flag = (element.findtext("difficult") or "0").strip()
         if flag not in ("0", "1"):
@@ -123,10 +128,10 @@ def _read_box(
     height, width = size
     numbers = f"xmin {xmin:g}, ymin {ymin:g}, xmax {xmax:g}, ymax {ymax:g}"
     if xmax < xmin or ymax < ymin:
-        raise ValueError(f"{place}: the box is inverted: {numbers}.")
+        raise ValueError(f"{place}: the box is inverted: {numbers}. Correct it.")
     if xmin < 1 or ymin < 1 or xmax > width or ymax > height:
         raise ValueError(
             f"{place}: the box must lie in 1..{width} x 1..{height} (1-based, inclusive), "
-            f"but has {numbers}."
+            f"but has {numbers}. Correct it."
         )
     return xmin - 1, ymin - 1, xmax, ymax

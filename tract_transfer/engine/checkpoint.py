@@ -1,7 +1,7 @@
 """Checkpoints that are whole or not there.
 
-`checkpoints/iter_0000500/` holds safetensors files and `state.json` with their hashes. It is
-written aside, synced and renamed, so a name without a leading dot is a whole checkpoint.
+`checkpoints/iter_0000500/` holds safetensors files and `state.json` with their hashes and its own.
+It is written aside, synced and renamed, so a name without a leading dot is a whole checkpoint.
 """
 
 import hashlib
@@ -21,6 +21,8 @@ from torch import Tensor
 STATE_NAME, BEST_NAME = "state.json", "best.json"
 logger = logging.getLogger(__name__)
 
+# What reading a file raises that is not what was written.
+_BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
 Tree = Any  # dicts, lists and plain values, with tensors among them
 
 
@@ -38,9 +40,7 @@ class Checkpointer:
             parts: file name stem -> tree of tensors and plain values (a state dict).
             state: plain values; goes to state.json.
         """
-        final = self.folder / f"iter_{iteration:07d}"
-        if final.exists():
-            shutil.rmtree(final)  # a resumed run comes here with the same bits
+        final = self._path(iteration)
         aside = self.folder / f".{final.name}"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -52,16 +52,18 @@ class Checkpointer:
             save_file(tensors, file)
             sync(file)
             content["parts"][name] = {"layout": layout, "sha256": _sha256(file)}
-        write_json(aside / STATE_NAME, content)
+        write_json(aside / STATE_NAME, {"sha256": _sha256_of(content), **content})
         sync(aside)
+        if final.exists():
+            shutil.rmtree(final)  # broken, or of the same bits
         aside.rename(final)
         sync(self.folder)
-        self._prune()
+        self._prune(iteration)
         return final
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint that is whole; name and pass over broken ones."""
-        for path in sorted(self.folder.glob("iter_*"), reverse=True):
+        for path in sorted(self.folder.glob("iter_*"), key=_number, reverse=True):
             if self._is_whole(path):
                 return path
         return None
@@ -82,6 +84,8 @@ class Checkpointer:
         """
         try:
             content = json.loads((path / STATE_NAME).read_text())
+            if content.pop("sha256") != _sha256_of(content):
+                raise ValueError(f"{STATE_NAME} is not what was written")
             parts = {}
             for name, entry in content["parts"].items():
                 file = path / f"{name}.safetensors"
@@ -89,25 +93,30 @@ class Checkpointer:
                     raise ValueError(f"{file.name} is not what was written")
                 parts[name] = _unflatten(entry["layout"], load_file(file))
             return parts, content["state"], int(content["iteration"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except _BROKEN as error:
             raise ValueError(f"Checkpoint {path} is broken: {error}.") from error
 
     def mark_best(self, iteration: int, value: float) -> None:
         """Remember that the checkpoint of `iteration` is the best so far; it will be kept."""
         write_json(self.folder / BEST_NAME, {"iteration": iteration, "value": value})
-        self._prune()
+        self._prune(iteration)
 
     def best(self) -> Path | None:
         """Return the checkpoint that was marked best."""
         file = self.folder / BEST_NAME
         if not file.is_file():
             return None
-        return self.folder / f"iter_{json.loads(file.read_text())['iteration']:07d}"
+        return self._path(json.loads(file.read_text())["iteration"])
 
-    def _prune(self) -> None:
-        for path in sorted(self.folder.glob("iter_*"))[: -self.keep]:
+    def _prune(self, iteration: int) -> None:
+        """Keep the last ones up to `iteration`: a later one is broken, the run having come back."""
+        own = [path for path in self.folder.glob("iter_*") if 0 <= _number(path) <= iteration]
+        for path in sorted(own, key=_number)[: -self.keep]:
             if path != self.best():
                 shutil.rmtree(path)
+
+    def _path(self, iteration: int) -> Path:
+        return self.folder / f"iter_{iteration:07d}"
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -130,6 +139,8 @@ def sync(path: Path) -> None:
 def _flatten(tree: Tree, name: str, tensors: dict[str, Tensor]) -> Any:
     """Put the tensors of a tree into `tensors`; return the tree with names in their places."""
     if torch.is_tensor(tree):
+        while name in tensors:  # {"a": {"b": x}, "a.b": y}
+            name += "'"
         tensors[name] = tree.detach().contiguous().clone()
         return {"tensor": name}
     if isinstance(tree, Mapping):
@@ -152,6 +163,16 @@ def _unflatten(layout: Any, tensors: Mapping[str, Tensor]) -> Tree:
     if kind == "list":
         return [_unflatten(value, tensors) for value in content]
     return content
+
+
+def _number(path: Path) -> int:
+    """The iteration in a checkpoint's name; -1 where there is none."""
+    digits = path.name.removeprefix("iter_")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _sha256_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:

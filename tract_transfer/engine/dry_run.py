@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tract_transfer.engine.evaluate import Evaluator, evaluate, evaluating
@@ -60,4 +61,18 @@ def dry_run(
         "a step": f"{step_seconds:.3f} s",
         "an evaluation": f"{eval_seconds:.1f} s (x {num_evaluations})",
         "the whole run": f"about {timedelta(seconds=round(total))} ({trainer.max_iters} steps)",
+    }
+
+
+def dry_run_features(
+    model: nn.Module, pooled: Callable[[Tensor], Tensor], images: Tensor, num_images: int
+) -> dict[str, str]:
+    """Extract features of one batch (B, 3, H, W); return what those of `num_images` would cost."""
+    started = time.perf_counter()
+    with evaluating(model):
+        pooled(images).sum().item()  # waits for the device
+    seconds = (time.perf_counter() - started) * num_images / len(images)
+    return {
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,} (frozen)",
+        "features": f"about {seconds:.0f} s for {num_images} images",
     }

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from tract_transfer.engine.trainer import Batch
@@ -29,6 +30,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process of a group the main one's buffers, which a checkpoint holds.
+
+    Each process updates batch-norm statistics from its own images; training shares them again
+    only at the next forward.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def evaluate(

@@ -113,13 +113,14 @@ class LogProgress(Hook):
 class SaveCheckpoints(Hook):
     """Writes a checkpoint at every interval given, at the end, and where a signal ends it all."""
 
-    def __init__(self, checkpointer: Checkpointer, every_iters: Sequence[int]) -> None:
+    def __init__(self, checkpointer: Checkpointer, every_iters: Sequence[int | None]) -> None:
         self.checkpointer = checkpointer
         self.every_iters = every_iters
 
     def after_step(self, trainer: Trainer) -> None:
         last = trainer.stop_signal is not None or trainer.iteration == trainer.max_iters
         if last or any(due(trainer.iteration, every) for every in self.every_iters):
+            trainer.mean_losses()  # raises: a diverged run takes no good checkpoint's place
             if trainer.accelerator.is_main_process:
                 self.checkpointer.save(trainer.iteration, trainer.state_parts(), trainer.state())
             trainer.accelerator.wait_for_everyone()

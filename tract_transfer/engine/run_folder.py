@@ -99,13 +99,17 @@ def save_detections(
     """Write the first `count` images as PNG, and detections.json with what was found and is there.
 
     Args:
-        dataset: has `image(index)`, `target(index)` and `class_names`.
+        dataset: has `image(index)`, `target(index)` and `class_names`; an image that raises
+            ValueError because it cannot be decoded is left out.
     """
     entries = []
     names = dataset.class_names
     (folder / "detections").mkdir(exist_ok=True)
     for index in range(min(count, len(dataset))):
-        image, target = dataset.image(index), dataset.target(index)
+        try:
+            image, target = dataset.image(index), dataset.target(index)
+        except ValueError:
+            continue
         with evaluating(model):
             (found,) = model([image.to(device)])
         path = f"detections/{index:04d}.png"

@@ -30,7 +30,7 @@ def stop_on_signals(trainer: Trainer) -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in numbers}
 
     def ask(number: int, _frame: FrameType | None) -> None:
-        trainer.stop_signal = number
+        trainer.stop_requested = number
         for each in numbers:
             signal.signal(each, before[each])
 

@@ -95,7 +95,8 @@ class Trainer:
     def __post_init__(self) -> None:
         self.iteration = 0
         self.best: dict[str, float] | None = None
-        self.stop_signal: int | None = None
+        self.stop_requested: int | None = None  # set at any moment, by a signal's handler
+        self.stop_signal: int | None = None  # taken up from it at the end of a step
         self.skipped: list[str] = []
         self.seconds = 0.0  # in train(), evaluations and earlier sessions included
         self.seen_images = 0
@@ -119,7 +120,7 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Run from `iteration` to `max_iters`, or until `stop_signal` is set."""
+        """Run from `iteration` to `max_iters`, or to the end of a step with `stop_requested`."""
         started, before = time.perf_counter(), self.seconds
         self.model.train()
         for hook in self.hooks:
@@ -130,10 +131,14 @@ class Trainer:
             self.step(batches)
             self.iteration += 1
             self.seconds = before + time.perf_counter() - started
+            # Taken up here alone: a signal during the hooks would end the run without the
+            # checkpoint they are past.
+            self._take_up_stop()
             for hook in self.hooks:
                 hook.after_step(self)
         for hook in self.hooks:
             hook.after_train(self)
+        self._take_up_stop()
 
     def step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step, from `accumulate` micro-batches."""
@@ -167,7 +172,25 @@ class Trainer:
         Raises:
             FloatingPointError: a loss is not finite.
         """
+        values = self.mean_losses()
         meter, self.meter = self.meter, Meter()
+        seconds = self.meter.started - meter.started
+        return {
+            "loss": sum(values.values()),
+            **values,
+            "images_per_second": meter.images * self.accelerator.num_processes / seconds,
+            "data_fraction": meter.data_seconds / seconds,
+        }
+
+    def mean_losses(self) -> dict[str, float]:
+        """Return mean losses since the last reading; every process of a group must call it.
+
+        Raises:
+            FloatingPointError: a loss is not finite.
+        """
+        meter = self.meter
+        for name, total in meter.losses.items():
+            meter.losses[name] = self.accelerator.reduce(total, reduction="mean")
         count = meter.steps * self.accumulate
         values = {name: float(total) / count for name, total in meter.losses.items()}
         broken = {name: value for name, value in values.items() if not np.isfinite(value)}
@@ -176,13 +199,7 @@ class Trainer:
                 f"The loss is not finite by iteration {self.iteration}: {broken}. Lower solver.lr, "
                 "set engine.grad_clip, or use precision bf16 instead of fp16."
             )
-        seconds = self.meter.started - meter.started
-        return {
-            "loss": sum(values.values()),
-            **values,
-            "images_per_second": meter.images * self.accelerator.num_processes / seconds,
-            "data_fraction": meter.data_seconds / seconds,
-        }
+        return values
 
     def state_parts(self) -> dict[str, Any]:
         """Return what a checkpoint holds in tensors."""
@@ -207,10 +224,8 @@ class Trainer:
         self, parts: Mapping[str, Any], state: Mapping[str, Any], iteration: int
     ) -> None:
         """Take up what `state_parts` and `state` gave; the run then goes on to the same bits."""
-        self.accelerator.unwrap_model(self.model).load_state_dict(parts["model"])
+        self.load_weights(parts)
         self.optimizer.load_state_dict(parts["optimizer"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(parts["ema"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         device = self.accelerator.device
@@ -220,6 +235,21 @@ class Trainer:
         self.seconds, self.seen_images = state["seconds"], state["seen_images"]
         self.skipped = list(state["skipped"])
         self.iteration = iteration
+
+    def load_weights(self, parts: Mapping[str, Any]) -> None:
+        """Take up the weights alone, to evaluate them."""
+        self.accelerator.unwrap_model(self.model).load_state_dict(parts["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(parts["ema"])
+
+    def _take_up_stop(self) -> None:
+        """Let a signal that one process got end the training of all at the same iteration."""
+        number = self.stop_requested or 0
+        if self.accelerator.num_processes > 1:
+            largest = torch.tensor(number, device=self.accelerator.device)
+            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+            number = int(largest)
+        self.stop_signal = number or None
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         started = time.perf_counter()

@@ -1,0 +1,133 @@
+"""Tiny runs: a quarter of a ResNet on three digits, and a detector on small scenes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from run_folders import Killed
+
+from tract_transfer.config import load_config
+from tract_transfer.engine.trainer import Trainer
+
+ROOT = Path(__file__).parents[1]
+
+CLASSIFICATION = """\
+task: classification
+model:
+  backbone: {name: cifar/resnet18, args: {width: 8}}
+data:
+  train: {source: digits, split: train, classes: [0, 1, 2]}
+  test: {source: digits, split: test, classes: [0, 1, 2]}
+  transforms: {size_px: 16, crop: pad, pad_px: 3, flip_prob: 0.5}
+  batch_size: 32
+  num_workers: 0
+solver: {optimizer: sgd, momentum: 0.9, lr: 0.05, max_iters: 6}
+engine: {device: cpu, log: {every_iters: 2, tensorboard: false}}
+"""
+PROBE = """\
+task: probe
+model:
+  backbone: {name: cifar/resnet18, args: {width: 8}}
+data:
+  train: {source: digits, split: train, classes: [0, 1, 2]}
+  test: {source: digits, split: test, classes: [0, 1, 2]}
+  transforms: {size_px: 16}
+  batch_size: 64
+  num_workers: 0
+evaluation: {logistic_regression: {cs: [0.1, 1.0], max_iters: 200}}
+engine: {device: cpu}
+"""
+DETECTION = """\
+task: detection
+model:
+  backbone: {name: cifar/resnet18, args: {width: 8}}
+  detector:
+    name: torchvision_fpn
+    args:
+      {short_side_px: 64, max_side_px: 64, num_levels: 2, anchor_scale: 4, fpn_channels: 16,
+       head_dim: 32, num_proposals: 20, rois_per_image: 16}
+data:
+  train: {source: digit_scenes, split: train, num_train: 12, num_test: 6, size_px: 64}
+  test: {source: digit_scenes, split: test, num_train: 12, num_test: 6, size_px: 64}
+  transforms: {short_sides_px: [48, 64], max_side_px: 64}
+  batch_size: 4
+  num_workers: 0
+solver: {optimizer: adamw, lr: 1e-3, max_iters: 4}
+evaluation: {save_detections: 2}
+engine: {device: cpu, log: {every_iters: 2, tensorboard: false}}
+"""
+TEXTS = {"classification": CLASSIFICATION, "probe": PROBE, "detection": DETECTION}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """Where the tiny digit scenes are, or will be."""
+    return tmp_path_factory.mktemp("data") / "scenes"
+
+
+@pytest.fixture(scope="session")
+def write_tiny(scenes):
+    """Write a task's tiny config into a folder, its output beside it; return its path."""
+
+    def write(folder, task="classification"):
+        text = f"output_dir: {folder}/run\n{TEXTS[task]}"
+        text = text.replace("source: digit_scenes,", f"source: digit_scenes, root: {scenes},")
+        path = folder / f"{task}.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def load_tiny(write_tiny):
+    """Load a task's tiny config, written into a folder, with overrides."""
+
+    def load(folder, *overrides, task="classification"):
+        return load_config(write_tiny(folder, task), overrides)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def tool():
+    """Run a tool as its user does, on one thread; return the finished process."""
+
+    def run(name, *words, launcher=(), cwd=ROOT):
+        command = [sys.executable, *launcher, str(ROOT / "tools" / name), *map(str, words)]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=cwd, check=False
+        )
+
+    return run
+
+
+@pytest.fixture
+def kill_at(monkeypatch):
+    """Let every training die at the beginning of a step, as one that loses its machine."""
+
+    step = Trainer.step
+
+    def arm(iteration):
+        def dying_step(self, batches):
+            if self.iteration == iteration:
+                raise Killed
+            step(self, batches)
+
+        monkeypatch.setattr(Trainer, "step", dying_step)
+
+    return arm

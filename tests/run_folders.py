@@ -1,0 +1,57 @@
+"""What tests read from run folders, and when two of them count as the same run."""
+
+import json
+
+import torch
+
+from tract_transfer.engine.checkpoint import Checkpointer
+
+TIMING = ("images_per_second", "data_fraction")
+CARVED = ("data.val={source: train, fraction: 0.2}", "evaluation.report=best")
+
+
+class Killed(Exception):  # noqa: N818 - it is no error of the run
+    pass
+
+
+def lines_of(folder):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def results_of(folder):
+    results = json.loads((folder / "results.json").read_text())
+    return {k: v for k, v in results.items() if k not in ("train_seconds", "images_per_second")}
+
+
+def last_parts(folder):
+    checkpointer = Checkpointer(folder / "checkpoints")
+    return checkpointer.load(checkpointer.newest())
+
+
+def assert_bits(one, two):
+    assert type(one) is type(two)
+    if torch.is_tensor(one):
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_bits(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for left, right in zip(one, two, strict=True):
+            assert_bits(left, right)
+    else:
+        assert one == two
+
+
+def assert_same_run(one, two):
+    """Same weights, optimizer, losses, log and results, to the bit."""
+    (parts, state, at), (other_parts, other_state, other_at) = last_parts(one), last_parts(two)
+    assert at == other_at
+    assert_bits(parts, other_parts)
+    assert {**state, "seconds": 0} == {**other_state, "seconds": 0}
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    assert lines_of(one) == lines_of(two)
+    assert results_of(one) == results_of(two)

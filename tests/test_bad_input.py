@@ -1,0 +1,228 @@
+"""Every bad input is an error that names key, file and fix, before training starts."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tract_transfer.build import build_features, build_model, build_tract
+from tract_transfer.config import ConfigError
+from tract_transfer.run import evaluate_run, run
+
+
+def other_weights(folder):
+    save_file({"model.conv1.weight": torch.zeros(4, 3, 3, 3)}, folder / "other.safetensors")
+    return [f"model.weights={folder / 'other.safetensors'}"]
+
+
+def no_weights(folder):
+    return [f"model.weights={folder / 'nowhere'}"]
+
+
+def no_card(folder):
+    return ["model.backbone={name: null}", f"model.weights={folder / 'nowhere'}"]
+
+
+def junk_weights(folder):
+    (folder / "junk.pth").write_bytes(b"PK junk")
+    return [f"model.weights={folder / 'junk.pth'}"]
+
+
+def told(*words):
+    return lambda _folder: list(words)
+
+
+C, P, D = "classification", "probe", "detection"
+TABLE = {
+    # a config that cannot be read
+    "unknown key": (C, told("solver.lrr=1"), ConfigError,
+        ["solver.lrr: unknown. Did you mean solver.lr?", "command line"]),
+    "unknown section": (C, told("sovler.lr=1"), ConfigError, ["sovler: unknown", "solver"]),
+    "key of another task": (C, told("evaluation.protocol=area"), ConfigError,
+        ["evaluation.protocol: not a key of a classification config (of detection)"]),
+    "key of another source": (C, told("data.train.path=x"), ConfigError,
+        ["data.train.path: not a key of source: digits"]),
+    "wrong type": (C, told("solver.lr=fast"), ConfigError,
+        ["solver.lr: Input should be a valid number, got 'fast'", "command line"]),
+    "number in quotes": (C, told("data.batch_size='32'"), ConfigError,
+        ["data.batch_size: Input should be a valid integer, got '32'"]),
+    "out of range": (C, told("solver.lr=-1"), ConfigError,
+        ["solver.lr: Input should be greater than 0, got -1"]),
+    "unknown task": (C, told("task=segment"), ConfigError,
+        ["task: 'segment' is none of", "classification", "probe", "detection"]),
+    "missing key": (C, told("solver={optimizer: sgd, lr: null}"), ConfigError, ["solver.lr"]),
+    "key without a value": (C, told("solver.lr"), ConfigError,
+        ["solver.lr: given without a value"]),
+    # keys that do not go together
+    "two lengths": (C, told("solver.max_epochs=3"), ConfigError,
+        ["give one of solver.max_epochs and solver.max_iters"]),
+    "steps without multistep": (C, told("solver.steps_iters=[2]"), ConfigError,
+        ["solver.schedule: multistep and solver.steps_epochs (or steps_iters) go together"]),
+    "best without val": (C, told("evaluation.report=best"), ConfigError,
+        ["evaluation.report: best", "needs data.val", "{source: train, fraction: 0.1}"]),
+    "nothing to measure": (C, told("data.test=null"), ConfigError, ["data.test or data.val"]),
+    "no backbone": (C, told("model.backbone={name: null}"), ConfigError,
+        ["model.backbone.name is needed"]),
+    "scale without its crop": (C, told("data.transforms.scale=[0.5, 1]"), ConfigError,
+        ["scale is for crop: random_resized, and crop is pad"]),
+    "metric of a probe left out": (P, told("evaluation.logistic_regression=null"), ConfigError,
+        ["evaluation.metric is logistic_top1, and its probe is left out"]),
+    "top 5 of 3 classes": (C, told("evaluation.metric=top5"), ConfigError,
+        ["evaluation.metric: top5 needs more than 5 classes, and there are 3. Set top1."]),
+    "warm-up too long": (C, told("solver.warmup_iters=6"), ConfigError,
+        ["solver: the warm-up of 6 iterations outlasts 6"]),
+    "step after the end": (C,
+        told("solver.schedule=multistep", "solver.steps_iters=[9]"), ConfigError,
+        ["solver: the steps [9] must ascend between", "the run's end 6"]),
+    "batch larger than the data": (C, told("data.batch_size=500"), ConfigError,
+        ["data.batch_size: must lie in 1..431", "got 500", "command line"]),
+    "batch not divisible": (C, told("engine.accumulate=3"), ConfigError,
+        ["data.batch_size: must be divisible by processes x engine.accumulate", "Set", "30"]),
+    "no gpu": (C, told("engine.device=cuda"), ConfigError,
+        ["engine.device: cuda was asked for", "Set auto.", "command line"]),
+    # names
+    "unknown backbone": (C, told("model.backbone={name: cifar/resnet19}"), ConfigError,
+        ["model.backbone: ", "'cifar/resnet19'", "Did you mean 'cifar/resnet18'?"]),
+    "unknown timm model": (C, told("model.backbone={name: timm/resnet19}"), ConfigError,
+        ["timm has no model 'resnet19'", "Did you mean"]),
+    "unknown torchvision model": (C, told("model.backbone={name: torchvision/resnt18}"),
+        ConfigError, ["torchvision has no", "Did you mean 'resnet18'?"]),
+    "unknown head": (C, told("model.head={name: liner}"), ConfigError,
+        ["model.head.name: HEADS has no 'liner'. Did you mean 'linear'?", "command line"]),
+    "unknown detector": (D, told("model.detector={name: torchvision_fnp}"), ConfigError,
+        ["model.detector.name: ", "Did you mean 'torchvision_fpn'?"]),
+    "unknown optimizer": (C, told("solver.optimizer=sgdd"), ConfigError,
+        ["solver.optimizer: no 'sgdd'. Did you mean 'sgd", "command line"]),
+    "unknown protocol": (D, told("evaluation.protocol=voc2070"), ConfigError,
+        ["evaluation.protocol: ", "Did you mean 'voc2007'?", "command line"]),
+    "unknown layer": (C,
+        told("tract={enabled: true, layers: [backbone.model.conv2]}"), ConfigError,
+        ["tract.layers: ", "no layer 'backbone.model.conv2'", "backbone.model.conv1"]),
+    "layer of another kind": (C, told("tract={enabled: true, layers: [backbone.model.bn1]}"),
+        ConfigError, ["tract.layers: TrAct treats Linear and Conv2d layers"]),
+    # arguments
+    "unknown backbone argument": (C, told("model.backbone.args={widht: 8}"), ConfigError,
+        ["model.backbone: cifar/resnet18", "widht"]),
+    "backbone argument of a wrong type": (C, told("model.backbone.args={width: wide}"),
+        ConfigError, ["model.backbone: cifar/resnet18", "wide"]),
+    "backbone argument that does not fit": (C,
+        told("model.backbone={name: cifar/vit, args: {width: 50, num_heads: 3}}"), ConfigError,
+        ["model.backbone: cifar/vit", "num_heads"]),
+    "unknown head argument": (C, told("model.head={name: linear, args: {dropout: 0.1}}"),
+        ConfigError,
+        ["model.head.args.dropout: ", "linear takes ['zero_init']", "command line"]),
+    "head argument of a wrong type": (C, told("model.head={name: mlp, args: {hidden_dim: big}}"),
+        ConfigError, ["model.head.args.hidden_dim: ", "valid integer, got 'big'"]),
+    "unknown detector argument": (D, told("model.detector.args.levels=2"), ConfigError,
+        ["model.detector.args.levels: unknown. Did you mean 'num_levels'?"]),
+    "detector argument of a wrong type": (D, told("model.detector.args.num_levels=two"),
+        ConfigError, ["model.detector.args.num_levels: ", "valid integer, got 'two'"]),
+    "detector argument that does not fit": (D, told("model.detector.args.num_levels=9"),
+        ConfigError, ["model.detector: torchvision_fpn needs maps of num_levels = 9"]),
+    "backbone of one size in a detector": (D, told("model.backbone={name: cifar/vit}"),
+        ConfigError, ["model.detector: torchvision_fpn needs a backbone for images of any size"]),
+    "unknown optimizer argument": (C, told("solver.optimizer_args={beta: 1}"), ConfigError,
+        ["solver.optimizer: ", "beta"]),
+    "momentum where there is none": (C, told("solver.optimizer=adamw"), ConfigError,
+        ["solver.momentum: is not adamw's. Set solver.optimizer_args.betas instead"]),
+    # weights
+    "weights of another architecture": (C, other_weights, ConfigError,
+        ["model.weights: ", "other.safetensors does not fit TimmBackbone", "another architecture",
+         "model.conv1.weight (4, 3, 3, 3) for (64, 3, 3, 3)", "Set model.backbone"]),
+    "no weights": (C, no_weights, ConfigError, ["model.weights: No weights at", "nowhere"]),
+    "no run folder": (C, no_card, ConfigError,
+        ["model.weights: No model.json at", "Set model.backbone.name"]),
+    "junk weights": (C, junk_weights, ConfigError, ["model.weights: ", "junk.pth"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_bad_input_is_told_before_training(name, tmp_path, load_tiny):
+    task, prepare, kind, wanted = TABLE[name]
+    with pytest.raises(kind) as caught:
+        run(load_tiny(tmp_path, *prepare(tmp_path), task=task))
+    message = str(caught.value)
+    assert [part for part in wanted if part not in message] == [], message
+    assert not (tmp_path / "run").exists()
+
+
+def test_tract_needs_a_layer_that_trains(tmp_path, load_tiny):
+    config = load_tiny(tmp_path, "tract.enabled=true")
+    model = build_model(config, 3)
+    model.backbone.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"tract: .*conv1.weight is frozen.*Unfreeze"):
+        build_tract(config, model)
+
+
+def test_tract_says_where_it_found_no_first_layer(tmp_path, load_tiny):
+    config = load_tiny(tmp_path, "tract.enabled=true")
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(3, 4, 1))
+    with pytest.raises(ConfigError, match=r"tract: .* 2 could: \['0', '1'\].*tract.layers"):
+        build_tract(config, model)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, load_tiny):
+    """A finished run's config."""
+    config = load_tiny(tmp_path_factory.mktemp("finished"), "solver.max_iters=2")
+    run(config)
+    return config
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_folder_is_not_written_over(finished, load_tiny):
+    folder = Path(finished.output_dir)
+    before = contents(folder)
+    config = load_tiny(folder.parent, "solver.lr=0.5")
+    with pytest.raises(FileExistsError) as caught:
+        run(config)
+    message = str(caught.value)
+    assert f"{folder} holds another run" in message
+    assert "(--resume), or set another output_dir" in message
+    assert contents(folder) == before
+
+
+def test_a_run_goes_on_with_its_own_config_alone(finished, load_tiny):
+    folder = Path(finished.output_dir)
+    before = contents(folder)
+    config = load_tiny(folder.parent, "solver.max_iters=2", "solver.lr=0.5", "data.batch_size=16")
+    with pytest.raises(ValueError, match="cannot be resumed with another config") as caught:
+        run(config, resume=True)
+    message = str(caught.value)
+    assert "data.batch_size: 32 then, 16 now; solver.lr: 0.05 then, 0.5 now" in message
+    assert f"Resume with {folder}/config.yaml, or set another output_dir" in message
+    assert contents(folder) == before
+
+
+def test_where_and_how_fast_may_change_on_resume(finished, load_tiny):
+    words = ("data.num_workers=1", "engine.log.every_iters=9", "engine.checkpoint.keep=3")
+    run(load_tiny(Path(finished.output_dir).parent, "solver.max_iters=2", *words), resume=True)
+
+
+def test_there_is_nothing_to_evaluate(tmp_path, load_tiny):
+    with pytest.raises(FileNotFoundError, match=r"No whole checkpoint in .*train first, or set"):
+        evaluate_run(load_tiny(tmp_path))
+    with pytest.raises(ConfigError, match=r"task: a probe trains nothing"):
+        evaluate_run(load_tiny(tmp_path, task="probe"))
+
+
+def test_a_checkpoint_of_another_model_is_told(finished, load_tiny):
+    config = load_tiny(Path(finished.output_dir).parent, "model.backbone.args={width: 16}")
+    with pytest.raises(ValueError, match=r"iter_0000002 .*another model.*config.yaml"):
+        evaluate_run(config)
+
+
+@pytest.mark.parametrize("card", ["{", "[]", json.dumps({"name": "cifar/resnet18"})])
+def test_a_broken_card_is_told(finished, tmp_path, load_tiny, card):
+    for name in ("model.safetensors", "model.json"):
+        shutil.copy(Path(finished.output_dir) / name, tmp_path / name)
+    (tmp_path / "model.json").write_text(card)
+    config = load_tiny(tmp_path, "model.backbone={name: null}", f"model.weights={tmp_path}")
+    with pytest.raises(ConfigError, match=r"model.weights: .*model.json .*again"):
+        build_features(config)

@@ -1,0 +1,139 @@
+"""Every config loads, builds its model and trains; every suite expands to configs that load."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from tract_transfer.build import build_model
+from tract_transfer.build_data import build_data
+from tract_transfer.config import DetectionConfig, ProbeConfig, dump_config, load_config, load_suite
+from tract_transfer.run import run
+from tract_transfer.suite.plan import expand
+
+ROOT = Path(__file__).parents[1]
+ALL = sorted(ROOT.glob("configs/**/*.yaml"))
+SUITES = [path for path in ALL if path.parent.name == "suites"]
+RUNS = [path for path in ALL if path.parent.name not in ("base", "suites")]
+SAMPLES = [path for path in RUNS if path.parent.name == "samples"]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT / "configs"))
+
+
+def own_backbone(config):
+    """Overrides that put a tiny backbone where a run folder is named that is not there."""
+    if config.model.backbone.name is not None:
+        return []
+    return ["model.weights=null", "model.backbone={name: cifar/resnet18, args: {width: 8}}"]
+
+
+def shortened(config, scenes):
+    """Overrides that keep a config's kind and make it two steps on embedded data."""
+    words = [*own_backbone(config), "data.batch_size=2", "data.num_workers=0", "engine.device=cpu"]
+    detects = isinstance(config, DetectionConfig)
+    for split in ("train", "val", "test"):
+        if getattr(config.data, split, None) is None:
+            continue
+        embedded = "train" if split == "train" else "test"
+        source = (
+            f"digit_scenes, root: {scenes}, num_train: 12, num_test: 6, size_px: 64"
+            if detects
+            else "digits, classes: [0, 1]"
+        )
+        words.append(f"data.{split}={{source: {source}, split: {embedded}}}")
+    if detects:
+        sizes = "{short_sides_px: [64], max_side_px: 64}"
+        words += [f"data.transforms={sizes}", "model.detector.args.short_side_px=64"]
+        words += ["model.detector.args.num_proposals=50", "model.detector.args.head_dim=32"]
+    else:
+        words.append("data.transforms.size_px=16")
+    if not isinstance(config, ProbeConfig):
+        words += ["solver.max_epochs=null", "solver.max_iters=2", "solver.warmup_epochs=null"]
+        words += ["solver.warmup_iters=null", "evaluation.every_epochs=null"]
+        words += ["evaluation.every_iters=null"]
+        if config.solver.schedule == "multistep":
+            words += ["solver.steps_epochs=null", "solver.steps_iters=[1]"]
+    return words
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_a_config_loads_and_reads_back(path, tmp_path):
+    config = load_config(path)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml").model_dump() == config.model_dump()
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_a_config_is_short_and_says_what_it_is(path):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert len([line for line in lines if line.strip() and not line.startswith("#")]) <= 25
+
+
+def test_every_run_has_a_folder_of_its_own():
+    folders = [load_config(path).output_dir for path in RUNS]
+    assert len(set(folders)) == len(folders)
+    assert all(folder.startswith("output/") for folder in folders)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_a_config_builds_its_model(path):
+    model = build_model(load_config(path, own_backbone(load_config(path))), num_classes=7)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_a_config_runs(path, tmp_path, scenes):
+    words = shortened(load_config(path), scenes)
+    results = run(load_config(path, [*words, f"output_dir={tmp_path / 'run'}"]))
+    assert results["primary_metric"] in results["metrics"]
+    assert (tmp_path / "run/results.json").is_file()
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=name_of)
+def test_the_samples_are_there(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    if not (ROOT / "../shared/data").is_dir():
+        pytest.skip("no ../shared/data")
+    monkeypatch.chdir(ROOT)
+    data = build_data(load_config(path, ["data.cache=none"]))
+    name, reported = data.report
+    assert name == "test"
+    assert min(len(data.train), len(reported)) >= 400
+    assert data.train.image(0).shape[0] == 3
+    assert len(data.class_names) in (10, 20, 100, 102, 196)
+
+
+@pytest.mark.parametrize("path", SUITES, ids=name_of)
+def test_a_suites_runs_are_configs(path):
+    suite = load_suite(path)
+    plan = expand(
+        Path(suite.output_dir),
+        {name: method.model_dump() for name, method in suite.methods.items()},
+        suite.seeds,
+        Path(suite.pretrain),
+        {name: Path(task) for name, task in suite.tasks.items()},
+    )
+    assert len(plan) == len(suite.seeds) * len(suite.methods) * (1 + len(suite.tasks))
+    labels = set()
+    for planned in plan:
+        words = [f"{key}={json.dumps(value)}" for key, value in planned.overrides.items()]
+        config = load_config(planned.config_file, words)
+        assert config.output_dir == str(planned.folder)
+        assert (config.method, config.seed, config.name) == (
+            planned.method, planned.seed, planned.task,
+        )  # fmt: skip
+        labels.add((config.name, config.method, config.seed))
+    assert len(labels) == len(plan)
+
+
+def test_two_methods_differ_in_tract_alone():
+    """What a comparison rests on: the same config but for the method's own keys."""
+    suite = load_suite(ROOT / "configs/suites/quickstart.yaml")
+    one = load_config(suite.pretrain)
+    two = load_config(suite.pretrain, ["tract.enabled=true"])
+    assert (one.tract.enabled, two.tract.enabled) == (False, True)
+    assert {**one.model_dump(), "tract": two.tract.model_dump()} == two.model_dump()

@@ -1,0 +1,194 @@
+import json
+import logging
+
+import pytest
+import torch
+
+from tract_transfer.engine.checkpoint import Checkpointer, write_json
+
+TREE = {
+    "weight": torch.randn(3, 4),
+    "half": torch.randn(5).bfloat16(),
+    "step": torch.tensor(7),
+    "mask": torch.tensor([True, False]),
+    "empty": torch.zeros(0, 2),
+    "strided": torch.randn(4, 6)[:, ::2],
+    "state": {0: {"exp_avg": torch.randn(2, dtype=torch.float64), "amsgrad": None}, 1: {}},
+    "groups": [{"lr": 0.1 + 0.2, "nesterov": False, "betas": [0.9, 0.999], "params": [0, 1]}],
+    "name": "größe",
+    "count": 2**60,
+    "nothing": {},
+}
+
+
+def assert_same(one, two):
+    """Equal in structure, type and bits."""
+    if torch.is_tensor(one):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert list(one) == list(two)
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for left, right in zip(one, two, strict=True):
+            assert_same(left, right)
+    else:
+        assert (type(one), one) == (type(two), two)
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    return Checkpointer(tmp_path / "checkpoints", keep=3)
+
+
+def names(checkpointer):
+    return sorted(path.name for path in checkpointer.folder.glob("iter_*"))
+
+
+def write(checkpointer, *iterations):
+    for iteration in iterations:
+        checkpointer.save(iteration, {"model": {"w": torch.tensor(iteration)}}, {"at": iteration})
+
+
+def test_what_is_saved_is_what_is_loaded(checkpointer):
+    path = checkpointer.save(12, {"model": TREE, "none": {}}, {"best": None, "skipped": ["a b"]})
+    parts, state, iteration = checkpointer.load(path)
+    assert_same(parts, {"model": TREE, "none": {}})
+    assert state == {"best": None, "skipped": ["a b"]}
+    assert iteration == 12
+    assert checkpointer.newest() == path
+
+
+def test_names_with_dots_do_not_collide(checkpointer):
+    tree = {"a": {"b": torch.zeros(1)}, "a.b": torch.ones(1), 1: torch.ones(2), "1": torch.ones(3)}
+    parts, _, _ = checkpointer.load(checkpointer.save(1, {"x": tree}, {}))
+    assert_same(parts["x"], tree)
+
+
+def test_tensors_that_share_memory_are_saved(checkpointer):
+    weight = torch.randn(4, 4)
+    tree = {"tied": weight, "again": weight, "view": weight[:2]}
+    parts, _, _ = checkpointer.load(checkpointer.save(1, {"model": tree}, {}))
+    assert_same(parts["model"], tree)
+
+
+def test_only_tensors_and_plain_values_are_taken(checkpointer):
+    with pytest.raises(TypeError, match=r"model\.odd: .* not <class 'object'>"):
+        checkpointer.save(1, {"model": {"odd": object()}}, {})
+    assert checkpointer.newest() is None
+
+
+def truncate(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def flip(name):
+    def damage(path):
+        content = bytearray((path / name).read_bytes())
+        content[-5] ^= 1
+        (path / name).write_bytes(content)
+
+    return damage
+
+
+def change_a_number(path):
+    file = path / "state.json"
+    file.write_text(file.read_text().replace('"at": 20', '"at": 21'))
+
+
+def replace_by_a_list(path):
+    (path / "state.json").write_text("[1, 2]")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        truncate,
+        flip("model.safetensors"),
+        flip("state.json"),
+        change_a_number,
+        replace_by_a_list,
+        lambda path: (path / "state.json").unlink(),
+        lambda path: (path / "model.safetensors").unlink(),
+    ],
+    ids=["cut", "byte", "state byte", "state number", "list", "no state", "no tensors"],
+)
+def test_a_broken_one_is_named_and_passed_over(checkpointer, caplog, damage):
+    write(checkpointer, 10, 20)
+    damage(checkpointer.folder / "iter_0000020")
+    with caplog.at_level(logging.WARNING):
+        newest = checkpointer.newest()
+    assert newest.name == "iter_0000010"
+    (record,) = caplog.records
+    assert "iter_0000020 is broken" in record.message
+    assert "Passed over." in record.message
+    with pytest.raises(ValueError, match="iter_0000020 is broken"):
+        checkpointer.load(checkpointer.folder / "iter_0000020")
+
+
+def test_folders_of_others_are_passed_over(checkpointer, caplog):
+    write(checkpointer, 3)
+    (checkpointer.folder / "iter_old").mkdir()
+    (checkpointer.folder / "iter_0000009").mkdir()
+    with caplog.at_level(logging.WARNING):
+        assert checkpointer.newest().name == "iter_0000003"
+    assert "iter_0000009" in caplog.text
+    write(checkpointer, 4, 5, 6)
+    assert "iter_old" in names(checkpointer)
+
+
+def test_an_interrupted_write_is_never_taken(checkpointer):
+    write(checkpointer, 1)
+    whole = checkpointer.folder / "iter_0000001"
+    whole.rename(checkpointer.folder / ".iter_0000002")
+    assert checkpointer.newest() is None
+    write(checkpointer, 2)
+    assert checkpointer.newest().name == "iter_0000002"
+    assert not (checkpointer.folder / ".iter_0000002").exists()
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_ones_and_the_best_stay(tmp_path, keep):
+    checkpointer = Checkpointer(tmp_path, keep)
+    write(checkpointer, 1, 2)
+    checkpointer.mark_best(2, 0.5)
+    write(checkpointer, 3, 4, 5)
+    last = [f"iter_{iteration:07d}" for iteration in range(6 - keep, 6)]
+    assert names(checkpointer) == sorted({"iter_0000002", *last})
+    assert checkpointer.best().name == "iter_0000002"
+    checkpointer.mark_best(5, 0.7)
+    assert names(checkpointer) == last
+    assert checkpointer.best().name == "iter_0000005"
+
+
+def test_a_run_that_came_back_keeps_what_it_writes(tmp_path):
+    """Broken checkpoints ahead of it do not take the place of new ones."""
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    write(checkpointer, 10, 20)
+    truncate(tmp_path / "iter_0000020")
+    write(checkpointer, 12)
+    assert checkpointer.newest().name == "iter_0000012"
+    write(checkpointer, 20)
+    assert checkpointer.newest().name == "iter_0000020"
+    assert names(checkpointer) == ["iter_0000012", "iter_0000020"]
+
+
+def test_order_is_by_number(tmp_path):
+    checkpointer = Checkpointer(tmp_path, keep=2)
+    write(checkpointer, 9_999_999, 10_000_000)
+    assert checkpointer.newest().name == "iter_10000000"
+
+
+def test_no_folder_no_checkpoint(checkpointer):
+    assert checkpointer.newest() is None
+    assert checkpointer.best() is None
+
+
+def test_json_is_whole_or_not_there(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1.5})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1.5}

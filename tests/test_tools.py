@@ -1,0 +1,270 @@
+"""Every tool runs as its user runs it."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
+QUICK = (
+    "model.backbone={name: cifar/resnet18, args: {width: 8}}",
+    "data.train.classes=[0, 1]",
+    "data.test.classes=[0, 1]",
+    "data.transforms={size_px: 16, crop: none, pad_px: null}",
+    "data.batch_size=32",
+    "data.num_workers=0",
+    "solver.max_epochs=null",
+    "solver.max_iters=4",
+    "engine={device: cpu, log: {every_iters: 2, tensorboard: false}}",
+)
+
+
+class Said(NamedTuple):
+    """How a tool ended, and what it printed and logged."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="module")
+def call():
+    """Run a tool's main() in this process: a start of Python and torch each would take minutes."""
+    loggers = [logging.getLogger(name) for name in ("tract_transfer", "tract_transfer.suite")]
+    levels = [logger.level for logger in loggers]
+
+    def run(name, *words):
+        spec = importlib.util.spec_from_file_location(name[:-3], ROOT / "tools" / name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        out, err = io.StringIO(), io.StringIO()
+        handler = logging.StreamHandler(err)
+        loggers[0].addHandler(handler)
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            patch.setattr(sys, "argv", [name, *map(str, words)])
+            patch.chdir(ROOT)
+            try:
+                code = module.main()
+            except SystemExit as end:  # argparse's
+                code = end.code
+            finally:
+                loggers[0].removeHandler(handler)
+        return Said(code, out.getvalue(), err.getvalue())
+
+    yield run
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+def lines_of(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines()
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_a_tool_says_how_it_is_used(name, tool):
+    said = tool(name, "--help")
+    assert said.returncode == 0, said.stderr
+    assert f"python tools/{name}" in said.stdout
+    assert said.stderr == ""
+
+
+def test_help_comes_at_once(tool):
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        tool("train_net.py", "--help")
+        seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 1.5
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tool):
+    """What the quickstart's pre-training says, made tiny, and its folder."""
+    folder = tmp_path_factory.mktemp("tools") / "run"
+    words = ("--config-file", "configs/quickstart/pretrain.yaml", f"output_dir={folder}", *QUICK)
+    return words, folder, tool("train_net.py", *words)
+
+
+def test_train_net_trains(trained):
+    _, folder, said = trained
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.split() == [str(folder / "results.json")]
+    assert "iter 4/4" in said.stderr
+    assert "test top1" in said.stderr
+    assert json.loads((folder / "results.json").read_text())["iterations"] == 4
+
+
+def test_train_net_measures_again(trained, call):
+    words, folder, _ = trained
+    said = call("train_net.py", *words, "--eval-only")
+    assert said.returncode == 0, said.stderr
+    results = json.loads((folder / "results.json").read_text())
+    shown = dict(line.split() for line in said.stdout.splitlines())
+    assert shown == {name: f"{value:.4f}" for name, value in results["metrics"].items()}
+
+
+def test_train_net_goes_on_and_says_where_it_does_not(trained, call):
+    words, folder, _ = trained
+    before = len(lines_of(folder))
+    again = call("train_net.py", *words[:2], "--resume", *words[2:])
+    assert again.returncode == 0, again.stderr
+    assert "Resumed from" in again.stderr
+    assert len(lines_of(folder)) == before
+    refused = call("train_net.py", *words)
+    assert refused.returncode == 1
+    assert "holds another run. Go on with it (--resume)" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_train_net_says_what_a_run_would_cost(trained, call, tmp_path):
+    words, _, _ = trained
+    said = call("train_net.py", *words, f"output_dir={tmp_path / 'none'}", "--dry-run")
+    assert said.returncode == 0, said.stderr
+    for what in ("parameters", "FLOPs", "peak memory", "a step", "the whole run"):
+        assert what in said.stdout
+    assert not (tmp_path / "none").exists()
+
+
+PRETRAIN = "--config-file configs/quickstart/pretrain.yaml"
+FINETUNE = "--config-file configs/quickstart/finetune.yaml"
+QUICK_SUITE = "--config-file configs/suites/quickstart.yaml"
+BAD_LINES = {
+    "train_net.py": (2, "--config-file"),
+    "train_net.py --config-file nowhere.yaml": (2, "No config can be read at nowhere.yaml"),
+    f"train_net.py {PRETRAIN} solver.lrr=1": (2, "solver.lrr: unknown. Did you mean solver.lr?"),
+    f"train_net.py {PRETRAIN} --num-gpus 99": (
+        2, f"--num-gpus 99: torch sees {torch.cuda.device_count()} GPUs",
+    ),
+    f"train_net.py {FINETUNE} model.weights=./nowhere": (1, "model.weights: No model.json at"),
+    f"train_net.py {PRETRAIN} --eval-only output_dir=./nowhere": (1, "No whole checkpoint in"),
+    "run_suite.py --config-file nowhere.yaml": (2, "No config can be read at nowhere.yaml"),
+    f"run_suite.py {QUICK_SUITE} baseline=tarct": (2, "'tarct' is none of methods ['vanilla',"),
+    "report.py": (2, "folders"),
+    "report.py ./nowhere": (1, "nowhere: the folder does not exist"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_command_line_is_told(call, line):
+    code, wanted = BAD_LINES[line]
+    said = call(*line.split())
+    assert said.returncode == code
+    assert wanted in said.stderr
+    assert "Traceback" not in said.stderr
+    assert not (ROOT / "nowhere").exists()
+
+
+SUITE = """\
+output_dir: {folder}/suite
+title: tiny
+baseline: vanilla
+seeds: [0]
+methods:
+  vanilla: {{}}
+  tract: {{pretrain: {{tract.enabled: true}}}}
+pretrain: classification.yaml
+tasks: {{probe: probe.yaml}}
+"""
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory, write_tiny, call):
+    """A tiny suite that was run: its folder, its command line and what it said."""
+    folder = tmp_path_factory.mktemp("suite")
+    write_tiny(folder)
+    text = write_tiny(folder, "probe").read_text()
+    backbone = "  backbone: {name: cifar/resnet18, args: {width: 8}}\n"
+    (folder / "probe.yaml").write_text(text.replace(backbone, "  weights: none\n"))
+    (folder / "suite.yaml").write_text(SUITE.format(folder=folder))
+    words = ("run_suite.py", "--config-file", folder / "suite.yaml")
+    return folder, words, call(*words)
+
+
+def metrics_of(folder):
+    return {
+        str(path.relative_to(folder)): json.loads(path.read_text())["metrics"]
+        for path in sorted(folder.rglob("results.json"))
+    }
+
+
+def test_a_suite_runs_and_reports(suite):
+    folder, _, said = suite
+    assert said.returncode == 0, said.stderr
+    assert list(metrics_of(folder / "suite")) == [
+        f"{method}/{task}/seed0/results.json"
+        for method in ("tract", "vanilla")
+        for task in ("pretrain", "probe")
+    ]
+    results = json.loads((folder / "suite/tract/probe/seed0/results.json").read_text())
+    assert (results["method"], results["name"], results["role"]) == ("tract", "probe", "downstream")
+    assert "[4/4] seed 0  probe" in said.stderr
+    report = folder / "suite/report.html"
+    assert said.stdout.splitlines()[-1] == str(report)
+    assert "tiny" in report.read_text()
+
+
+def test_a_suite_run_again_skips_what_is_finished(suite, call):
+    folder, words, first = suite
+    before = metrics_of(folder / "suite")
+    again = call(*words)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("finished before") == 4
+    assert metrics_of(folder / "suite") == before
+    assert again.stdout == first.stdout
+
+
+def test_a_failure_stops_only_itself(suite, call, tmp_path):
+    """One method's pre-training fails: its probe is not started, the other method is run."""
+    _, words, _ = suite
+    more = ("methods.tract.pretrain={tract.layers: [none], tract.enabled: true}",)
+    said = call(*words, f"output_dir={tmp_path}", *more)
+    assert said.returncode == 1
+    assert "tract.layers: Classifier has no layer 'none'" in said.stderr
+    assert "not started: its backbone" in said.stderr
+    assert "Traceback" not in said.stderr
+    assert list(metrics_of(tmp_path)) == [
+        f"vanilla/{task}/seed0/results.json" for task in ("pretrain", "probe")
+    ]
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_suite_whose_runs_cannot_be_configured_starts_none(suite, call, tmp_path):
+    _, words, _ = suite
+    said = call(*words, f"output_dir={tmp_path / 'none'}", "methods.tract.downstream={slover: 1}")
+    assert said.returncode == 2
+    assert "slover: unknown" in said.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_suite_where_everything_fails_still_says_so(suite, call, tmp_path):
+    _, words, _ = suite
+    layers = "{tract.layers: [none], tract.enabled: true}"
+    methods = f"methods={{vanilla: {{pretrain: {layers}}}, tract: {{pretrain: {layers}}}}}"
+    said = call(*words, f"output_dir={tmp_path}", methods)
+    assert said.returncode == 1
+    assert said.stderr.count("not started") == 2
+    assert "Not finished" in said.stdout
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_report_from_run_folders(suite, call, tmp_path):
+    folder, _, _ = suite
+    folders = sorted((folder / "suite").glob("*/*/seed0"))
+    said = call("report.py", *folders, "--output", tmp_path / "report.html", "--title", "Again?")
+    assert said.returncode == 0, said.stderr
+    assert "Again?" in (tmp_path / "report.html").read_text()
+    assert "probe" in said.stdout
+    assert said.stdout.splitlines()[-1] == str(tmp_path / "report.html")
