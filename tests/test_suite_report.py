@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from tract_transfer.suite.runs import compare, load_runs
 from tract_transfer.suite.report import answer, text_table, write_report
+from tract_transfer.suite.runs import compare, load_runs
 from tract_transfer.suite.statistics import paired_difference, summarize
 
 VANILLA = {0: 0.8, 1: 0.82, 2: 0.81}

@@ -4,6 +4,7 @@ python tools/run_suite.py --config-file configs/suites/quickstart.yaml
 """
 
 import argparse
+import gc
 import json
 import logging
 import sys
@@ -52,6 +53,7 @@ def main() -> int:
 
     def carry_out(planned: PlannedRun) -> str:
         results = run(config_of(planned), resume=True)
+        gc.collect()  # a trainer and its hooks know each other: free its data before the next run
         metric = results["primary_metric"]
         return format_metrics({metric: results["metrics"][metric]})
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from tract_transfer.build import (
     TrainedTask,
@@ -201,7 +202,7 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
         "train_seconds": trainer.seconds,
         "images_per_second": trainer.seen_images / max(trainer.seconds, 1e-9),
         "protocol": protocol(config, data, details),
-        "skipped": sorted({*trainer.skipped, *skipped}),
+        "skipped": sorted(set(gather_object([*trainer.skipped, *skipped]))),
     }
     if accelerator.is_main_process:
         metrics_file.write(trainer.iteration, epochs, split, metrics)

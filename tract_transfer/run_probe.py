@@ -79,7 +79,8 @@ def _features(
         pin = device.type == "cuda"
         for batch in build_eval_loader(config, dataset, rank=0, world_size=1, pin_memory=pin):
             skipped.extend(batch.skipped)
-            yield batch
+            if len(batch.images):
+                yield batch
 
     with evaluating(backbone), torch.autocast(device.type, precision, enabled=bool(precision)):
         features, labels, _ = extract_features(backbone.pooled, batches(), device)

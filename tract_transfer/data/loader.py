@@ -181,7 +181,8 @@ class Batch:
         images: uint8; (B, 3, H, W) for classification, a list of (3, H, W) for detection.
         targets: int64 (B,), or a list of dicts as `DetectionDataset.target` returns them.
         indices: which images of the dataset these are.
-        skipped: file or row and reason of each image left out because it cannot be decoded.
+        skipped: file or row and reason of each image left out because it cannot be decoded; where
+            that is all of them, images and targets are empty lists.
     """
 
     images: Tensor | list[Tensor]
@@ -216,12 +217,7 @@ def _collate(loaded: list[_Loaded]) -> Batch:
     images = [one.image for one in loaded if one.image is not None]
     targets = [one.target for one in loaded if one.image is not None]
     indices = [one.row for one in loaded if one.image is not None]
-    if not images:
-        raise ValueError(
-            "A batch needs an image that can be decoded, but all were skipped: "
-            f"{'; '.join(skipped)}. Repair the data, or set a larger data.batch_size."
-        )
-    if isinstance(targets[0], dict):
+    if not images or isinstance(targets[0], dict):
         return Batch(images, targets, indices, skipped)
     return Batch(torch.stack(images), torch.tensor(targets), indices, skipped)
 

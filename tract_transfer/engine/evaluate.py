@@ -57,6 +57,8 @@ def evaluate(
         for batch in batches:
             batch = batch.to(device)
             skipped += batch.skipped
+            if not len(batch.images):
+                continue
             with torch.autocast(device.type, precision, enabled=precision is not None):
                 predictions = model(batch.images)
             evaluator.update(predictions, batch.targets)

@@ -256,6 +256,11 @@ class Trainer:
         batch = next(batches).to(self.accelerator.device)
         self.meter.data_seconds += time.perf_counter() - started
         self.skipped += [item for item in batch.skipped if item not in self.skipped]
+        if not len(batch.images):
+            raise ValueError(
+                "A training batch needs an image that can be decoded, but all were skipped: "
+                f"{'; '.join(batch.skipped)}. Repair the data, or set a larger data.batch_size."
+            )
         return batch
 
     def _count(self, losses: Mapping[str, Tensor], num_images: int) -> None:
