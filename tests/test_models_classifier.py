@@ -27,6 +27,14 @@ def test_eval_gives_logits_and_training_the_loss(backbone):
     torch.testing.assert_close(logits, model.head(backbone.pooled(IMAGES.float() / 255)))
 
 
+def test_scores_are_not_rounded_under_autocast(backbone):
+    model = Classifier(backbone, HEADS.get("linear")(5, 4)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(IMAGES)
+    assert logits.dtype == torch.float32
+    assert (logits != logits.bfloat16()).any()
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_label_smoothing_is_torch_s(backbone, smoothing):
     model = Classifier(backbone, HEADS.get("linear")(5, 4), label_smoothing=smoothing)

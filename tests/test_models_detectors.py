@@ -214,6 +214,21 @@ def test_autocast_computes_boxes_in_float32(eager):
     assert found["boxes"].dtype == found["scores"].dtype == torch.float32
 
 
+def test_autocast_trains_on_boxes_in_float32(eager):
+    seen = []
+
+    def watch(_module, inputs):
+        seen.extend(box for boxes in inputs[1] for box in boxes.flatten().tolist())
+        assert all(boxes.dtype == torch.float32 for boxes in inputs[1])
+
+    handle = eager.train().roi_heads.box_roi_pool.register_forward_pre_hook(watch)
+    target = {"boxes": torch.tensor([[3.4, 5.0, 61.3, 57.7]]), "labels": torch.tensor([1])}
+    with torch.autocast("cpu", torch.bfloat16):
+        eager([picture(64, 96)], [target])
+    handle.remove()
+    assert target["boxes"].flatten().tolist() == seen[-4:]  # the truth is the last proposal
+
+
 # -------------------------------------------------------------------------------- building
 
 

@@ -1,6 +1,7 @@
 """A run from config to results: what it reports, and the folder that tells all."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,7 @@ def test_results_say_what_they_are(selected):
     assert results["primary_metric"] in results["metrics"]
     assert results["epochs"] == pytest.approx(8 / (346 // 32), rel=0.01)
     assert results["skipped"] == []
-    assert results["protocol"]["model"] == "exponential moving average, decay 0.5"
+    assert results["protocol"]["average"] == "exponential moving average, decay 0.5"
     line = lines_of(folder)[-1]
     assert line == {"iteration": 8, "epoch": line["epoch"], "split": "test", **results["metrics"]}
     environment = json.loads((folder / "environment.json").read_text())
@@ -213,3 +214,20 @@ def test_what_trains_on_decides_the_numbers_alone(tmp_path, load_tiny):
     run(load_tiny(tmp_path, *words, f"output_dir={tmp_path / 'two'}"))
     one, two = (tmp_path / name / "model.safetensors" for name in ("one", "two"))
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_finished_runs_know_the_weights_they_were_run_with(tmp_path, load_tiny):
+    def pretrain(seed):
+        shutil.rmtree(tmp_path / "first", ignore_errors=True)
+        words = [f"output_dir={tmp_path / 'first'}", "solver.max_iters=1", f"seed={seed}"]
+        run(load_tiny(tmp_path, *words))
+
+    pretrain(0)
+    words = [f"model.weights={tmp_path / 'first'}", "model.backbone={name: null}"]
+    config = load_tiny(tmp_path, *words, "solver.max_iters=1")
+    assert not is_done(config)
+    run(config)
+    assert is_done(config)
+    pretrain(1)
+    with pytest.raises(ValueError, match="have been trained anew since"):
+        is_done(config)

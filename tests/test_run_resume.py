@@ -88,15 +88,17 @@ def test_a_checkpoint_that_broke_costs_time_alone(tmp_path, load_tiny, kill_at, 
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_sigterm_ends_a_run_that_then_goes_on(tmp_path, write_tiny):
-    words = ["solver.max_iters=60", "engine.log.every_iters=1"]
+def test_sigterm_to_the_group_ends_a_run_that_then_goes_on(tmp_path, write_tiny):
+    words = ["solver.max_iters=60", "engine.log.every_iters=1", "data.num_workers=1"]
     path = write_tiny(tmp_path)
     command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", str(path), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while not (tmp_path / "run/metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # schedulers and Ctrl-C reach the workers too
     _, errors = process.communicate()
     assert process.returncode == 143
     assert f"SIGTERM: checkpoint written. Go on with --resume (output_dir {tmp_path}/run)" in errors

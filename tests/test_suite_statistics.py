@@ -5,10 +5,8 @@ import pytest
 from scipy import stats
 
 from tract_transfer.suite.statistics import (
-    PairedDifference,
     paired_difference,
     summarize,
-    verdict,
 )
 
 
@@ -84,29 +82,3 @@ def test_what_cannot_be_paired_is_an_error():
         paired_difference({}, {})
     with pytest.raises(ValueError, match="level"):
         paired_difference({0: 0.5}, {0: 0.5}, level=95)
-
-
-@pytest.mark.parametrize(
-    ("diff", "sentence"),
-    [
-        (
-            PairedDifference(0.017, 0.009, 0.025, 0.01, 3, 0.95),
-            "+1.7 points, 95 % interval +0.9 to +2.5, 3 seeds",
-        ),
-        (
-            PairedDifference(0.017, -0.15, 0.184, 0.4, 2, 0.95),
-            "+1.7 points, 95 % interval -15.0 to +18.4, 2 seeds; n = 2, the interval is wide; "
-            "zero is inside, no difference is shown",
-        ),
-        (
-            PairedDifference(-0.00001, None, None, None, 1, 0.95),
-            "+0.0 points, 1 seed: one seed says nothing about spread",
-        ),
-        (
-            PairedDifference(0.01, 0.01, 0.01, None, 3, 0.95),
-            "+1.0 points on each of 3 seeds: no spread to judge it by",
-        ),
-    ],
-)
-def test_verdict_says_it_in_one_sentence(diff, sentence):
-    assert verdict(diff) == sentence

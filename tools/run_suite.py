@@ -10,6 +10,8 @@ import logging
 import sys
 from pathlib import Path
 
+SUITE = "tract_transfer.suite"
+
 
 def main() -> int:
     """Run the suite the command line names; return the exit code."""
@@ -19,8 +21,11 @@ def main() -> int:
     parser.add_argument("--config-file", required=True, metavar="FILE", help="see configs/suites/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the suite's keys")
     arguments = parser.parse_intermixed_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("tract_transfer.suite").setLevel(logging.INFO)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # The screen tells the suite's progress and what is wrong; each run's own log.txt tells all.
+    logging.getLogger().handlers[0].addFilter(
+        lambda record: record.levelno > logging.INFO or record.name.startswith(SUITE)
+    )
 
     from tract_transfer.config import Config, ConfigError, load_config, load_suite
     from tract_transfer.suite.plan import PlannedRun, expand

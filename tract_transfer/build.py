@@ -22,11 +22,11 @@ from tract_transfer.config import (
     ProbeConfig,
 )
 from tract_transfer.config_file import ConfigError
-from tract_transfer.config_sections import ComponentConfig, FeatureModelConfig
+from tract_transfer.config_sections import BackboneConfig, ComponentConfig, FeatureModelConfig
 from tract_transfer.engine.trainer import Trainer, seed_all
 from tract_transfer.evaluation import EVALUATORS
 from tract_transfer.models import DETECTORS, HEADS, Backbone, Classifier, build_backbone
-from tract_transfer.models.weights import build_from_card, load_weights, read_card
+from tract_transfer.models.weights import build_from_card, has_card, load_weights, read_card
 from tract_transfer.registry import Registry, did_you_mean
 from tract_transfer.solver import build_optimizer, build_schedule, set_progress
 from tract_transfer.tract import TrAct
@@ -46,6 +46,8 @@ def build_features(config: Config) -> Backbone:
     published = section.weights == "pretrained"
     try:
         card = read_card(path) if wanted.name is None else None
+        if wanted.name is not None and has_card(path):
+            _check_card(read_card(path), wanted)
     except (FileNotFoundError, ValueError) as error:
         raise config.error("model.weights", str(error)) from error
     try:
@@ -63,7 +65,26 @@ def build_features(config: Config) -> Backbone:
         except (FileNotFoundError, ValueError) as error:
             raise config.error("model.weights", str(error)) from error
     backbone.set_colours(wanted.mean, wanted.std)
+    if not isinstance(config, DetectionConfig):
+        size_px, fixed_px = config.data.transforms.size_px, backbone.image_size_px
+        if fixed_px not in (None, size_px):
+            raise config.error(
+                "data.transforms.size_px",
+                f"the backbone takes images of {fixed_px} px, not of {size_px}. Set {fixed_px}, or "
+                "its own image size in model.backbone.args (timm: img_size).",
+            )
     return backbone
+
+
+def _check_card(card: Mapping[str, Any], wanted: BackboneConfig) -> None:
+    """Refuse a backbone that the card of its weights contradicts, even where shapes fit."""
+    told = {"name": card["name"], "stem": card["stem"], "args": card["args"]}
+    given = wanted.model_dump(include=set(told))
+    if told != given:
+        raise ValueError(
+            f"the weights are those of {told}, and model.backbone says {given}. Leave "
+            "model.backbone out: the weights say what they are."
+        )
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -180,6 +201,21 @@ def build_tract(config: TrainedTask, model: nn.Module) -> TrAct:
         raise config.error(key, str(error)) from error
 
 
+def _build_ema(config: TrainedTask, model: nn.Module, max_iters: int) -> ModelEmaV3 | None:
+    """Build the average of the weights; refuse one that would still be the initial ones."""
+    decay = config.solver.ema_decay
+    if decay is None:
+        return None
+    if decay**max_iters > 0.01:
+        fitting = 0.01 ** (1 / max_iters)
+        raise config.error(
+            "solver.ema_decay",
+            f"{decay} over {max_iters} iterations leaves {decay**max_iters:.0%} of the initial "
+            f"weights in the average. Set {fitting:.4f} or less.",
+        )
+    return ModelEmaV3(model, decay=decay)
+
+
 def build_accelerator(config: Config) -> Accelerator:
     """Join the process group this process was launched in, or run alone.
 
@@ -211,7 +247,7 @@ def build_trainer(
     model = build_model(config, len(data.class_names))
     if engine.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    ema = ModelEmaV3(model, decay=solver.ema_decay) if solver.ema_decay else None
+    ema = _build_ema(config, model, in_iterations(config, len(data.train)).max_iters)
     tract = build_tract(config, model)
     length = in_iterations(config, len(data.train))
     try:

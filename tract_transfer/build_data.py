@@ -1,7 +1,7 @@
 """The bridge's data side: where a Config becomes splits, transforms and loaders."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -73,12 +73,26 @@ def build_data(config: Config) -> Data:
         val = cast(Any, _load(val_section, "data.val") if val_section else None)
     test = _load(sections.test, "data.test") if sections.test else None
     data = Data(train, val, test)
+    _check_disjoint(data.splits)
     for warning in check_same_classes(cast(Any, data.splits)):
         logger.warning(warning)
     if sections.cache == "ram":
         for dataset in data.splits.values():
             dataset.cache_images()
     return data
+
+
+def _check_disjoint(splits: Mapping[str, Dataset]) -> None:
+    """Refuse two splits that are the same data: what is trained on cannot be the test."""
+    seen: dict[str, str] = {}
+    for name, dataset in splits.items():
+        other = seen.setdefault(dataset.fingerprint(), name)
+        if other != name:
+            raise ValueError(
+                f"data.{other} and data.{name} are the same {len(dataset)} images "
+                f"({dataset.name}). Give each its own, such as split: train[:90%] and "
+                "train[90%:], or data.val: {source: train, fraction: 0.1}."
+            )
 
 
 def _load(section: Any, key: str) -> Dataset:
@@ -93,10 +107,10 @@ def _load(section: Any, key: str) -> Dataset:
     if isinstance(section, VocSource):
         return load_voc(**section.model_dump(exclude={"source"}), key=key)
     assert isinstance(section, DigitScenesSource)
-    root = Path(section.root)
-    write_digit_scenes(
-        root, num_train=section.num_train, num_test=section.num_test, size_px=section.size_px
-    )
+    made = section.model_dump(include={"num_train", "num_test", "size_px"})
+    own = "_".join(["digit_scenes", *map(str, made.values())])
+    root = Path(section.root or f"output/data/{own}")
+    write_digit_scenes(root, **made)
     return load_voc(root, [f"2007/{section.split}"], classes=DIGIT_NAMES, key=key)
 
 

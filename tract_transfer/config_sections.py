@@ -76,6 +76,12 @@ class TractConfig(Section):
     lam_mode: Literal["absolute", "relative"] = "absolute"
     layers: list[str] | None = None
 
+    @model_validator(mode="after")
+    def _off_means_off(self) -> "TractConfig":
+        if not self.enabled and (self.lam, self.lam_mode, self.layers) != (0.1, "absolute", None):
+            raise ValueError("tract.lam, lam_mode and layers are for tract.enabled: true")
+        return self
+
 
 # -------------------------------------------------------------------------------------- data
 
@@ -117,11 +123,14 @@ class VocSource(Section):
 
 
 class DigitScenesSource(Section):
-    """Digits on photographs, written to `root` as a VOC devkit when first asked for."""
+    """Digits on photographs, written to `root` as a VOC devkit when first asked for.
+
+    `root: null` is a folder of its own for each size and number, under output/data.
+    """
 
     source: Literal["digit_scenes"]
     split: Literal["train", "test"]
-    root: str = "output/data/digit_scenes"
+    root: str | None = None
     num_train: Count = 200
     num_test: Count = 100
     size_px: Annotated[int, Field(ge=64)] = 128
@@ -237,6 +246,15 @@ class SolverConfig(Section):
             raise ValueError(
                 "solver.schedule: multistep and solver.steps_epochs (or steps_iters) go together"
             )
+        ignored = {
+            "end_factor": self.schedule != "cosine" and self.end_factor != 0,
+            "step_factor": self.schedule != "multistep" and self.step_factor != 0.1,
+            "warmup_start": not (self.warmup_epochs or self.warmup_iters)
+            and self.warmup_start != 0,
+        }
+        for key, is_ignored in ignored.items():
+            if is_ignored:
+                raise ValueError(f"solver.{key} has no use here: it is not of this schedule")
         return self
 
 

@@ -25,6 +25,7 @@ def label(config: Config) -> dict[str, Any]:
         "role": "downstream" if config.model.weights else "pretrain",
         "seed": config.seed,
         "weights": config.model.weights,
+        "weights_sha256": _sha256_of_weights(config.model.weights),
         "tract": config.tract.model_dump() if own else None,  # type: ignore[union-attr]
     }
 
@@ -47,14 +48,18 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
             share = config.evaluation.logistic_regression.val_fraction
             lines["selection"] = f"C on {share:.0%} of train, then refitted on all of train"
         return lines
-    solver = config.solver.model_dump(exclude_none=True, exclude_defaults=True)
-    lines["optimization"] = f"{solver}, batch {config.data.batch_size}"
+    engine = config.engine
+    lines["optimization"] = f"{config.solver.model_dump(exclude_none=True)}"
+    lines["batch"] = (
+        f"{config.data.batch_size} images a step, gradient norm clipped at {engine.grad_clip}"
+    )
+    lines["model"] = str(config.model.model_dump(exclude={"backbone", "weights"}))
     if config.evaluation.report == "best":
         lines["selection"] = f"best {config.evaluation.metric} on val"
     else:
         lines["selection"] = "none: the last checkpoint is reported"
     if config.solver.ema_decay:
-        lines["model"] = f"exponential moving average, decay {config.solver.ema_decay}"
+        lines["average"] = f"exponential moving average, decay {config.solver.ema_decay}"
     if config.task == "detection":
         lines["difficult objects"] = "trained on like all others"
     if isinstance(details.get("protocol"), str):
@@ -74,6 +79,16 @@ def card(config: TrainedTask, data: Data, method: str, iterations: int) -> dict[
         "iterations": iterations,
         "data": {"train": data.train.name, "classes": data.class_names},
     }
+
+
+def _sha256_of_weights(weights: str | None) -> str | None:
+    """The hash in the weights' card: which training's they are, and not only which folder's."""
+    if weights in (None, "pretrained"):
+        return None
+    try:
+        return str(read_card(Path(str(weights))).get("sha256"))
+    except FileNotFoundError:
+        return None
 
 
 def _method_of_weights(weights: str | None) -> str:

@@ -4,6 +4,7 @@
 says what a run would cost.
 """
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from tract_transfer.engine.hooks import (
 from tract_transfer.engine.run_folder import (
     CONFIG_NAME,
     ENVIRONMENT_NAME,
+    RESULTS_NAME,
     environment,
     is_finished,
     log_to,
@@ -78,12 +80,19 @@ def is_done(config: Config) -> bool:
     """Whether the run in `output_dir` is finished.
 
     Raises:
-        ValueError: it is, but was run with another config.
+        ValueError: it is, but was run with another config or with other weights.
     """
     folder = Path(config.output_dir)
     if not is_finished(folder):
         return False
     open_run_folder(folder, dump_config(config), resume=True)
+    results = json.loads((folder / RESULTS_NAME).read_text())
+    now = label(config)["weights_sha256"]
+    if results.get("weights_sha256") != now:
+        raise ValueError(
+            f"{folder} is finished, but its weights {config.model.weights} have been trained anew "
+            f"since (sha256 {now}). Remove {folder} to run it again."
+        )
     return True
 
 
@@ -166,7 +175,7 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
         ),
         SaveCheckpoints(
             checkpointer,
-            [length.checkpoint_every, length.evaluate_every if selects else None],
+            [length.checkpoint_every, length.evaluate_every],
         ),
         PeriodicEvaluation(
             lambda: _measure(config, trainer, data.splits[watched], data.class_names)[0],

@@ -6,6 +6,7 @@ is neither used nor changed.
 """
 
 import hashlib
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -212,6 +213,12 @@ class Batch:
         )
 
 
+def _leave_signals_to_the_parent(_worker: int) -> None:
+    """A signal to the whole group (Ctrl-C, a scheduler) must not kill what the last step needs."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _collate(loaded: list[_Loaded]) -> Batch:
     skipped = [one.skipped for one in loaded if one.image is None]
     images = [one.image for one in loaded if one.image is not None]
@@ -248,6 +255,7 @@ def train_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else each iterator draws from the global one
     )
@@ -274,6 +282,7 @@ def eval_loader(
         sampler=EvalSampler(len(dataset), rank, world_size),
         num_workers=num_workers,
         collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=pin_memory,
         generator=torch.Generator(),
     )

@@ -39,8 +39,8 @@ def dry_run(
     losses = trainer.read_meter()
     step_seconds = time.perf_counter() - started
     model = trainer.evaluated_model
-    first = list(itertools.islice(iter(eval_batches), 1))
     started = time.perf_counter()
+    first = list(itertools.islice(iter(eval_batches), 1))
     evaluate(model, first, make_evaluator(), device=device, precision=trainer.precision)  # type: ignore[arg-type]
     eval_seconds = (time.perf_counter() - started) * num_eval_batches
     counter = FlopCounterMode(display=False)

@@ -77,7 +77,7 @@ class LogProgress(Hook):
 
     def before_train(self, trainer: Trainer) -> None:
         self._started, self._first = time.perf_counter(), trainer.iteration
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and trainer.accelerator.is_main_process:
             columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             self._bar = Progress(*columns, transient=True)
             self._bar.start()
@@ -101,7 +101,7 @@ class LogProgress(Hook):
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)
-        elif time.perf_counter() - self._line_at > LINE_SECONDS or done == trainer.max_iters:
+        if time.perf_counter() - self._line_at > LINE_SECONDS or done == trainer.max_iters:
             self._line_at = time.perf_counter()
             logger.info(text)
 
@@ -169,7 +169,7 @@ class PeriodicEvaluation(Hook):
             return
         started = time.perf_counter()
         values = self.evaluate()
-        trainer.meter.started += time.perf_counter() - started  # not training's time
+        trainer.leave_out(time.perf_counter() - started)
         if not trainer.accelerator.is_main_process:
             return
         epoch = trainer.iteration / self.iters_per_epoch

@@ -23,7 +23,10 @@ from tract_transfer.engine.evaluate import evaluating
 CONFIG_NAME, RESULTS_NAME, ENVIRONMENT_NAME = "config.yaml", "results.json", "environment.json"
 PACKAGES = ("torch", "torchvision", "timm", "datasets", "accelerate", "numpy")
 # Keys that may differ on resume: they decide where and how fast, not what.
-SAFE_ON_RESUME = ("output_dir", "engine.log", "engine.checkpoint", "data.num_workers", "data.cache")
+SAFE_ON_RESUME = (
+    "output_dir", "engine.log", "engine.checkpoint", "data.num_workers", "data.cache",
+    "data.undecodable",
+)  # fmt: skip
 
 
 def open_run_folder(folder: Path, config_yaml: str, *, resume: bool) -> None:
@@ -61,7 +64,10 @@ def log_to(folder: Path) -> logging.Handler:
     """Let the package's log go to `folder/log.txt`; the caller removes the handler."""
     handler = logging.FileHandler(folder / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logging.getLogger("tract_transfer").addHandler(handler)
+    package = logging.getLogger("tract_transfer")
+    package.addHandler(handler)
+    if package.getEffectiveLevel() > logging.INFO:
+        package.setLevel(logging.INFO)
     return handler
 
 

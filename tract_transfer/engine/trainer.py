@@ -98,7 +98,8 @@ class Trainer:
         self.stop_requested: int | None = None  # set at any moment, by a signal's handler
         self.stop_signal: int | None = None  # taken up from it at the end of a step
         self.skipped: list[str] = []
-        self.seconds = 0.0  # in train(), evaluations and earlier sessions included
+        self.seconds = 0.0  # of training, earlier sessions included, evaluations not
+        self._last = time.perf_counter()
         self.seen_images = 0
         self.meter = Meter()
         self.scaler = torch.amp.GradScaler(
@@ -121,16 +122,16 @@ class Trainer:
 
     def train(self) -> None:
         """Run from `iteration` to `max_iters`, or to the end of a step with `stop_requested`."""
-        started, before = time.perf_counter(), self.seconds
         self.model.train()
         for hook in self.hooks:
             hook.before_train(self)
         batches = self.batches(self.iteration)
-        self.meter.started = time.perf_counter()
+        self.meter.started = self._last = time.perf_counter()
         while self.iteration < self.max_iters and self.stop_signal is None:
             self.step(batches)
             self.iteration += 1
-            self.seconds = before + time.perf_counter() - started
+            now = time.perf_counter()
+            self.seconds, self._last = self.seconds + now - self._last, now
             # Taken up here alone: a signal during the hooks would end the run without the
             # checkpoint they are past.
             self._take_up_stop()
@@ -165,6 +166,11 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.accelerator.unwrap_model(self.model))
         self.meter.steps += 1
+
+    def leave_out(self, seconds: float) -> None:
+        """Take time that was not training's, such as an evaluation's, out of its speed."""
+        self.meter.started += seconds
+        self._last += seconds
 
     def read_meter(self) -> dict[str, float]:
         """Return mean losses since the last reading, and how fast it went; start anew.

@@ -2,6 +2,7 @@
 
 # B images, H height and W width in pixels, K classes
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,7 +24,9 @@ class Classifier(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor] | Tensor:
-        logits: Tensor = self.head(self.backbone.pooled(images))
+        features = self.backbone.pooled(images)
+        with torch.autocast(features.device.type, enabled=False):  # scores are ranked unrounded
+            logits: Tensor = self.head(features.float())
         if not self.training:
             return logits
         assert targets is not None

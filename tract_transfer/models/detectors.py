@@ -3,6 +3,7 @@
 # B images, N boxes of an image, K classes
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,11 +73,8 @@ class TwoStageDetector(nn.Module):
             _, box_losses = self.roi_heads(features, proposals, batch.image_sizes, shifted)
             losses = {**rpn_losses, **box_losses}
             return {LOSS_NAMES[name]: loss for name, loss in losses.items()}
-        # Boxes want float32 coordinates, whatever the features were computed in.
-        features = {name: tensor.float() for name, tensor in features.items()}
-        with torch.autocast(batch.tensors.device.type, enabled=False):
-            proposals, _ = self.rpn(batch, features)
-            found, _ = self.roi_heads(features, proposals, batch.image_sizes)
+        proposals, _ = self.rpn(batch, features)
+        found, _ = self.roi_heads(features, proposals, batch.image_sizes)
         return [
             _in_pixels_of(image, resized, detections)
             for image, resized, detections in zip(images, inputs, found, strict=True)
@@ -184,6 +182,10 @@ def torchvision_fpn(
         nms_thresh=nms_threshold,
         detections_per_img=max_detections,
     )
+    # torchvision gives boxes and targets the type of the features: under autocast coordinates would
+    # be rounded to 8 bits. What the convolutions computed goes on in float32.
+    for part in (neck, rpn.head, roi_heads.box_predictor):
+        part.register_forward_hook(_in_float32)
     return TwoStageDetector(
         backbone,
         neck,
@@ -194,6 +196,15 @@ def torchvision_fpn(
         max_side_px=max_side_px,
         size_divisor=strides[-2],
     )
+
+
+def _in_float32(_module: nn.Module, _inputs: Any, outputs: Any) -> Any:
+    """A forward hook: tensors, and those in a dict, list or tuple, as float32."""
+    if isinstance(outputs, Tensor):
+        return outputs.float()
+    if isinstance(outputs, dict):
+        return {name: tensor.float() for name, tensor in outputs.items()}
+    return type(outputs)(_in_float32(_module, _inputs, part) for part in outputs)
 
 
 def _as_float(image: Tensor) -> Tensor:

@@ -42,6 +42,11 @@ def save_backbone(folder: Path, backbone: Backbone, card: Mapping[str, Any]) -> 
         (folder / f".{name}").replace(folder / name)
 
 
+def has_card(path: Path) -> bool:
+    """Whether a card lies in the run folder, or beside the weights file, `path`."""
+    return ((path if path.is_dir() else path.parent) / CARD_NAME).is_file()
+
+
 def read_card(path: Path) -> dict[str, Any]:
     """Return the card of the backbone in the run folder, or beside the weights file, `path`.
 

@@ -84,26 +84,6 @@ def paired_difference(
     return PairedDifference(mean, mean - half, mean + half, p_value, n, level)
 
 
-def verdict(diff: PairedDifference) -> str:
-    """Say in one short sentence what a difference of fractions shows, in percentage points."""
-    gain = f"{_points(diff.mean)} points"
-    if diff.low is None or diff.high is None:
-        return f"{gain}, 1 seed: one seed says nothing about spread"
-    if diff.p_value is None:
-        return f"{gain} on each of {diff.n} seeds: no spread to judge it by"
-    interval = f"{100 * diff.level:g} % interval {_points(diff.low)} to {_points(diff.high)}"
-    remarks = []
-    if diff.n == 2:
-        remarks.append("n = 2, the interval is wide")
-    if diff.low <= 0 <= diff.high:
-        remarks.append("zero is inside, no difference is shown")
-    return f"{gain}, {interval}, {diff.n} seeds" + "".join(f"; {remark}" for remark in remarks)
-
-
-def _points(fraction: float) -> str:
-    return f"{round(100 * fraction, 1) + 0.0:+.1f}"  # + 0.0 turns -0.0 into 0.0
-
-
 def _check_finite(what: str, values: Sequence[float]) -> None:
     if len(values) == 0 or not np.isfinite(values).all():
         raise ValueError(f"{what} must hold at least one number, all finite; got {list(values)}.")

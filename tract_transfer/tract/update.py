@@ -111,6 +111,8 @@ class TrAct:
         Raises:
             ValueError: the optimizer does not hold the weight of a treated layer.
         """
+        # accelerate wraps the optimizer that steps.
+        optimizer = getattr(optimizer, "optimizer", optimizer)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for each in self._treated:
             if id(each.layer.weight) not in held:
