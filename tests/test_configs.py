@@ -37,6 +37,9 @@ def shortened(config, scenes):
     for split in ("train", "val", "test"):
         if getattr(config.data, split, None) is None:
             continue
+        if split == "val":
+            words.append("data.val={source: train, fraction: 0.3}")
+            continue
         embedded = "train" if split == "train" else "test"
         source = (
             f"digit_scenes, root: {scenes}, num_train: 12, num_test: 6, size_px: 64"
