@@ -20,7 +20,7 @@ STATEFUL = (
     "model.backbone={name: timm/resnet18, stem: cifar, "
     "args: {channels: [8, 16, 32, 64], drop_path_rate: 0.2}}",
     "model.head={name: mlp, args: {hidden_dim: 16, dropout: 0.5}}",
-    "solver.ema_decay=0.8",
+    "solver.ema_decay=0.5",
     "solver.max_iters=8",
     "solver.weight_decay=1e-3",
     "engine.accumulate=2",
