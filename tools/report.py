@@ -24,6 +24,9 @@ def main() -> int:
 
     try:
         runs = load_runs(arguments.folders)
+        methods = sorted({run.method for run in runs if run.method})
+        if methods and arguments.baseline not in methods:
+            raise ValueError(f"--baseline {arguments.baseline} is none of the methods {methods}.")
         if all(run.failure for run in runs):
             reasons = "; ".join(f"{run.folder}: {run.failure}" for run in runs)
             raise ValueError(f"No finished run to report. {reasons}.")
