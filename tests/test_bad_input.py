@@ -212,7 +212,10 @@ def test_a_run_goes_on_with_its_own_config_alone(finished, load_tiny):
 
 def test_where_and_how_fast_may_change_on_resume(finished, load_tiny):
     words = ("data.num_workers=1", "engine.log.every_iters=9", "engine.checkpoint.keep=3")
-    run(load_tiny(Path(finished.output_dir).parent, "solver.max_iters=2", *words), resume=True)
+    folder = Path(finished.output_dir)
+    before = json.loads((folder / "results.json").read_text())["metrics"]
+    again = run(load_tiny(folder.parent, "solver.max_iters=2", *words), resume=True)
+    assert again["metrics"] == before
 
 
 def test_there_is_nothing_to_evaluate(tmp_path, load_tiny):
