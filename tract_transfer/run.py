@@ -48,7 +48,7 @@ from tract_transfer.engine.run_folder import (
     write_results,
 )
 from tract_transfer.engine.signals import Stopped, stop_on_signals
-from tract_transfer.engine.trainer import Trainer
+from tract_transfer.engine.trainer import Hook, Trainer
 from tract_transfer.models import Backbone
 from tract_transfer.models.weights import save_backbone
 from tract_transfer.results import card, label, protocol
@@ -165,36 +165,14 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
         logger.info("Resumed from %s", newest)
     if accelerator.is_main_process:
         metrics_file.cut_after(trainer.iteration)
-    watched = "val" if data.val is not None else data.report[0]
-    selects = config.evaluation.report == "best"
-    trainer.hooks = [
-        LogProgress(
-            metrics_file,
-            every_iters=config.engine.log.every_iters,
-            iters_per_epoch=length.iters_per_epoch,
-        ),
-        SaveCheckpoints(
-            checkpointer,
-            [length.checkpoint_every, length.evaluate_every],
-        ),
-        PeriodicEvaluation(
-            lambda: _measure(config, trainer, data.splits[watched], data.class_names)[0],
-            every_iters=length.evaluate_every,
-            at_end=watched != data.report[0] or selects,
-            split=watched,
-            metric=config.evaluation.metric,
-            metrics=metrics_file,
-            iters_per_epoch=length.iters_per_epoch,
-            checkpointer=checkpointer if selects else None,
-        ),
-    ]
+    trainer.hooks = _hooks(config, data, trainer, checkpointer, metrics_file)
     with stop_on_signals(trainer):
         trainer.train()
     if trainer.stop_signal is not None:
         raise Stopped(trainer.stop_signal, str(folder))
     accelerator.wait_for_everyone()  # the main process may be marking the best
     reported = trainer.iteration
-    if selects and (best := checkpointer.best()):
+    if config.evaluation.report == "best" and (best := checkpointer.best()):
         parts, _, reported = checkpointer.load(best)
         trainer.load_weights(parts)
     split, dataset = data.report
@@ -227,6 +205,40 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
     logger.info("%s %s", split, format_metrics(metrics))
     accelerator.wait_for_everyone()
     return results
+
+
+def _hooks(
+    config: TrainedTask,
+    data: Data,
+    trainer: Trainer,
+    checkpointer: Checkpointer,
+    metrics_file: MetricsFile,
+) -> list[Hook]:
+    """Return what watches a training: its log, then its checkpoints, then its evaluations."""
+    length = in_iterations(config, len(data.train))
+    watched = "val" if data.val is not None else data.report[0]
+    selects = config.evaluation.report == "best"
+    return [
+        LogProgress(
+            metrics_file,
+            every_iters=config.engine.log.every_iters,
+            iters_per_epoch=length.iters_per_epoch,
+        ),
+        SaveCheckpoints(
+            checkpointer,
+            [length.checkpoint_every, length.evaluate_every],
+        ),
+        PeriodicEvaluation(
+            lambda: _measure(config, trainer, data.splits[watched], data.class_names)[0],
+            every_iters=length.evaluate_every,
+            at_end=watched != data.report[0] or selects,
+            split=watched,
+            metric=config.evaluation.metric,
+            metrics=metrics_file,
+            iters_per_epoch=length.iters_per_epoch,
+            checkpointer=checkpointer if selects else None,
+        ),
+    ]
 
 
 def _measure(
