@@ -13,6 +13,7 @@ from timm.layers import Conv2dSame
 from torch import nn
 
 import tract_transfer.tract.gram as gram_module
+import tract_transfer.tract.lags as lags_module
 from tract_transfer.tract import gram_matrix
 
 
@@ -79,7 +80,8 @@ def test_the_layer_s_bias_and_weight_do_not_matter():
 def test_the_sum_does_not_depend_on_how_the_batch_is_split(monkeypatch):
     images, layer = torch.randn(5, 3, 8, 8).double(), nn.Conv2d(3, 4, 3, 2, 1)
     whole = gram_matrix(layer, images)
-    monkeypatch.setattr(gram_module, "CHUNK_BYTES", 1)
+    for module in (gram_module, lags_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 1})
     chunked = gram_matrix(layer, images)
     assert chunked[1] == whole[1]
     torch.testing.assert_close(chunked[0], whole[0])
@@ -98,12 +100,50 @@ def test_memory_formats_give_the_same_sum():
     torch.testing.assert_close(gram_matrix(layer, channels_last)[0], gram_matrix(layer, images)[0])
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_precision_input_is_summed_in_float32(dtype):
     images, layer = torch.randn(2, 3, 8, 8).to(dtype), nn.Conv2d(3, 4, 3, padding=1)
     gram, _ = gram_matrix(layer, images)
     assert gram.dtype == torch.float32
-    torch.testing.assert_close(gram, gram_matrix(layer, images.float())[0], rtol=0, atol=0)
+    assert relative_error(gram, gram_matrix(layer, images.double())[0]) < 3e-3
+
+
+LAYERS = {
+    "cifar": (nn.Conv2d(3, 8, 3, 1, 1), (32, 3, 32, 32)),
+    "imagenet": (nn.Conv2d(3, 8, 7, 2, 3), (2, 3, 224, 224)),
+    "odd": (nn.Conv2d(3, 8, 5, 3, 2), (3, 3, 75, 101)),
+    "patches": (nn.Conv2d(3, 8, 16, 16), (4, 3, 224, 224)),
+    "photograph": (nn.Conv2d(3, 8, 3, 1, 1), (1, 3, 300, 400)),
+    "linear": (nn.Linear(300, 8), (64, 49, 300)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("offset", [0.0, 2.0])
+def test_float32_errs_by_a_millionth_at_most(name, offset):
+    layer, shape = LAYERS[name]
+    images = torch.randn(shape) + offset
+    exact = gram_matrix(layer, images.double())[0]
+    assert relative_error(gram_matrix(layer, images)[0], exact) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(gram_matrix(layer, images)[0], exact) < 1e-6
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_products_of_a_gpu_round_the_images_and_not_the_sums(name, monkeypatch):
+    layer, shape = LAYERS[name]
+    images = torch.randn(shape) + 1
+    exact = gram_matrix(layer, images.double())[0]
+    monkeypatch.setattr(lags_module, "WIDE", float("inf"))
+    for module in (gram_module, lags_module):  # as CUDA does: 16-bit factors, float32 sums
+        monkeypatch.setattr(module, "batch_product", lambda a, b: torch.bmm(a.float(), b.float()))
+    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-3), (torch.float16, 1e-4)):
+        monkeypatch.setattr(gram_module, "_product_dtype", lambda _, dtype=dtype: dtype)
+        assert relative_error(gram_matrix(layer, images)[0], exact) < bound
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
 
 
 def test_an_empty_batch_adds_nothing():

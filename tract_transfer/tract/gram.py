@@ -2,62 +2,220 @@
 
 # B images, C channels, R rows the layer multiplies, N inputs a row
 
+import logging
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK_BYTES = 32 * 2**20  # unfolded rows held at once
+from tract_transfer.tract.lags import (
+    CHUNK_BYTES,
+    CHUNK_BYTES_ELSEWHERE,
+    Canvas,
+    batch_product,
+    lag_gram,
+)
+
+logger = logging.getLogger(__name__)
+
+BLOCK_COLUMNS = 256  # a wider product is made of blocks, those below the diagonal by symmetry
 
 
 def gram_matrix(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, int]:
     """Sum x x^T over the rows x that `layer` multiplies with its weight.
 
     A convolution's rows are its unfolded windows, in the order of `weight.flatten(1)`, padding
-    included: a zero the layer multiplies is a zero in the sum.
+    included: a zero the layer multiplies is a zero in the sum. Nothing is unfolded but the windows
+    of a dilated convolution, a few images at a time.
+
+    Everything is summed in float32, from float64 inputs in float64. The products run in the type
+    of the inputs, under autocast in autocast's, where the device can sum them in float32 (CUDA).
 
     Args:
         layer: a Linear or an ungrouped Conv2d of any stride, padding, padding mode and dilation.
         inputs: what the layer's forward is given, (..., N) or ([B,] C, H, W).
 
     Returns:
-        The (N, N) sum in float32 (float64 for float64 inputs), and R, how many rows it holds.
+        The (N, N) sum, and R, how many rows it holds.
     """
-    inputs = inputs.detach()
-    if inputs.dtype != torch.float64:
-        inputs = inputs.float()
-    with torch.autocast(inputs.device.type, enabled=False):
-        if isinstance(layer, nn.Linear):
-            rows = inputs.reshape(-1, layer.in_features)
-            return rows.T @ rows, len(rows)
-        images = inputs if inputs.ndim == 4 else inputs.unsqueeze(0)
-        return _convolution_gram(layer, images)
-
-
-def _convolution_gram(layer: nn.Conv2d, images: Tensor) -> tuple[Tensor, int]:
-    num_inputs = layer.weight[0].numel()
-    gram = images.new_zeros(num_inputs, num_inputs)
-    num_rows = 0
-    num_values = images.shape[1:].numel() // layer.in_channels * num_inputs  # of stride 1
-    for chunk in images.split(max(1, CHUNK_BYTES // (num_values * images.element_size()))):
-        padded = pad_as_the_layer_does(layer, chunk)
-        windows = F.unfold(padded, _pair(layer.kernel_size), layer.dilation, 0, layer.stride)
-        rows = windows.transpose(1, 2).reshape(-1, num_inputs)
-        gram.addmm_(rows.T, rows)
-        num_rows += len(rows)
-    return gram, num_rows
-
-
-def pad_as_the_layer_does(layer: nn.Conv2d, images: Tensor) -> Tensor:
-    """Pad (B, C, H, W) images by the layer's own padding and padding mode."""
-    if is_dynamic_same(layer):
-        padding = _dynamic_same_padding(layer, images.shape[-2], images.shape[-1])
-    else:
-        # [left, right, top, bottom]; nn.Conv2d resolves numbers, 'same' and 'valid' into it.
-        padding = list(layer._reversed_padding_repeated_twice)
-    if not any(padding):
-        return images
+    inputs, dtype = inputs.detach(), _product_dtype(inputs)
+    if isinstance(layer, nn.Linear):
+        rows = inputs.reshape(-1, layer.in_features)
+        return _gram_of_rows(rows, dtype), len(rows)
+    images = inputs if inputs.ndim == 4 else inputs.unsqueeze(0)
+    padding = _padding(layer, images.shape[-2], images.shape[-1])
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    return F.pad(images, padding, mode=mode)
+    kernel, stride, dilation = list(layer.kernel_size), list(layer.stride), list(layer.dilation)
+    gram = _gram_of_windows(images, kernel, stride, dilation, padding, mode, dtype)
+    outputs = _num_outputs(images, kernel, stride, dilation, padding)
+    return gram, len(images) * outputs[0] * outputs[1]
+
+
+def _product_dtype(inputs: Tensor) -> torch.dtype:
+    """The type of the layer's own product; float32 where it cannot be summed in float32.
+
+    A sum rounded to 16 bits is useless: its inverse would be far off (docs/tract.md).
+    """
+    device = inputs.device.type
+    if inputs.dtype == torch.float64:
+        return torch.float64
+    if device != "cuda":
+        return torch.float32
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+
+
+# Operators of torch, so that torch.compile takes them whole.
+@torch.library.custom_op("tract_transfer::gram_of_rows", mutates_args=())
+def _gram_of_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the (N, N) sum of x x^T over (R, N) rows."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return _sum_over_chunks(rows, rows.shape[1], dtype)
+
+
+@torch.library.custom_op("tract_transfer::gram_of_windows", mutates_args=())
+def _gram_of_windows(
+    images: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    padding_mode: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the (N, N) sum of x x^T over the windows of (B, C, H, W) images.
+
+    `padding` is left, right, top, bottom.
+    """
+    num_inputs = images.shape[1] * kernel[0] * kernel[1]
+    outputs = _num_outputs(images, kernel, stride, dilation, padding)
+    if len(images) * outputs[0] * outputs[1] == 0:
+        return images.new_zeros(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
+    with torch.autocast(images.device.type, enabled=False):
+        if max(dilation) == 1:
+            return _gram_by_lags(images, kernel, stride, outputs, padding, padding_mode, dtype)
+        logger.debug("TrAct unfolds a dilated convolution's input, a few images at a time.")
+        gram = images.new_zeros(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
+        values = outputs[0] * outputs[1] * num_inputs
+        for chunk in images.split(_per_chunk(values, dtype, images)):
+            padded = F.pad(chunk, padding, padding_mode)
+            rows = F.unfold(padded, kernel, dilation, 0, stride).transpose(1, 2)
+            gram += _product(rows.reshape(-1, num_inputs), dtype)
+        return gram
+
+
+@_gram_of_rows.register_fake
+def _(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.new_empty(rows.shape[1], rows.shape[1], dtype=_sum_dtype(dtype))
+
+
+@_gram_of_windows.register_fake
+def _(
+    images: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+    padding_mode: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    num_inputs = images.shape[1] * kernel[0] * kernel[1]
+    return images.new_empty(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
+
+
+def _gram_by_lags(
+    images: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    outputs: tuple[int, int],
+    padding: Sequence[int],
+    padding_mode: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The sum over undilated windows.
+
+    Tiles of stride x stride pixels taken for channels make the stride 1 and the kernel
+    ceil(kernel / stride); taps beyond the kernel's own are left out at the end.
+    """
+    channels, (sy, sx) = images.shape[1], stride
+    if padding_mode != "constant":
+        images, padding = F.pad(images, padding, padding_mode), (0, 0, 0, 0)
+    # Zeros before the image are whole tiles where the kernel has taps to spare: no copy of it.
+    spare = [-before % s for before, s in zip((padding[2], padding[0]), stride, strict=True)]
+    small = [-(-k // s) for k, s in zip(kernel, stride, strict=True)]
+    tiled = [-(-(k + o) // s) for k, o, s in zip(kernel, spare, stride, strict=True)]
+    if tiled != small or images.shape[2] % sy or images.shape[3] % sx:
+        last = [-(images.shape[2] + padding[2]) % sy, -(images.shape[3] + padding[0]) % sx]
+        images = F.pad(images, (padding[0], last[1], padding[2], last[0]))
+        spare, origin = [0, 0], (0, 0)
+    else:
+        origin = (-(-padding[2] // sy), -(-padding[0] // sx))
+    ky, kx = small
+    size = (outputs[0] + ky - 1, outputs[1] + kx - 1)
+    tiles = images.unflatten(3, (-1, sx)).unflatten(2, (-1, sy)).permute(0, 2, 4, 1, 3, 5)
+    tiles = tiles[:, : size[0] - origin[0], : size[1] - origin[1]]
+    num_channels = channels * sy * sx
+    if (ky, kx) == (1, 1):
+        found = _sum_over_chunks(tiles, num_channels, dtype)
+    else:
+        found = lag_gram(Canvas(tiles, origin, size), (ky, kx), outputs, dtype)
+    taps = found.view(ky, ky, kx, kx, channels, sy, sx, channels, sy, sx)
+    taps = taps.permute(4, 0, 5, 2, 6, 7, 1, 8, 3, 9)
+    taps = taps.reshape(channels, ky * sy, kx * sx, channels, ky * sy, kx * sx)
+    rows, columns = (slice(o, o + k) for o, k in zip(spare, kernel, strict=True))
+    return taps[:, rows, columns, :, rows, columns].reshape(channels * kernel[0] * kernel[1], -1)
+
+
+def _sum_over_chunks(parts: Tensor, num_inputs: int, dtype: torch.dtype) -> Tensor:
+    """Return the (N, N) sum of x x^T over the (R, N) rows in parts (P, ...), some at a time."""
+    gram = parts.new_zeros(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
+    for chunk in parts.split(_per_chunk(max(parts[:1].numel(), 1), dtype, parts)):
+        gram += _product(chunk.to(dtype).reshape(-1, num_inputs), dtype)
+    return gram
+
+
+def _product(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return rows^T rows, (N, N), of (R, N) rows rounded to `dtype`."""
+    rows = rows.to(dtype)
+    num_inputs = rows.shape[1]
+    product = rows.new_empty(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
+    for first in range(0, num_inputs, BLOCK_COLUMNS):
+        own = slice(first, first + BLOCK_COLUMNS)
+        part = batch_product(rows[None, :, own].mT, rows[None, :, first:])[0]
+        product[own, first:] = part
+        product[first:, own] = part.T
+    return product
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _per_chunk(num_values: int, dtype: torch.dtype, like: Tensor) -> int:
+    """How many images or rows of `num_values` are worked on at once."""
+    limit = CHUNK_BYTES.get(like.device.type, CHUNK_BYTES_ELSEWHERE)
+    return max(1, limit // max(num_values * dtype.itemsize, 1))
+
+
+def _num_outputs(
+    images: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    padding: Sequence[int],
+) -> tuple[int, int]:
+    """How many windows there are along the height and the width."""
+    height = images.shape[2] + padding[2] + padding[3] - dilation[0] * (kernel[0] - 1) - 1
+    width = images.shape[3] + padding[0] + padding[1] - dilation[1] * (kernel[1] - 1) - 1
+    return max(height // stride[0] + 1, 0), max(width // stride[1] + 1, 0)
+
+
+def _padding(layer: nn.Conv2d, height: int, width: int) -> list[int]:
+    """Return left, right, top, bottom."""
+    if is_dynamic_same(layer):
+        return _dynamic_same_padding(layer, height, width)
+    # nn.Conv2d resolves numbers, 'same' and 'valid' into it.
+    return list(layer._reversed_padding_repeated_twice)
 
 
 def is_dynamic_same(layer: nn.Module) -> bool:
@@ -73,7 +231,3 @@ def _dynamic_same_padding(layer: nn.Conv2d, height: int, width: int) -> list[int
         total = max((-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
         padding = [total // 2, total - total // 2, *padding]
     return padding
-
-
-def _pair(size: tuple[int, ...]) -> tuple[int, int]:
-    return size[0], size[1]

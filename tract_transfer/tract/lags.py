@@ -1,0 +1,238 @@
+"""The Gram matrix of a stride-1 convolution's unfolded input, without unfolding it.
+
+Two taps i and i' of the kernel multiply the same values, i' - i apart, at almost all positions. So
+the sums over all positions depend on the lag i' - i alone: an autocorrelation. What a tap never
+meets, a few rows at the top and at the bottom (columns at the sides), is summed by pairs of rows
+and taken away.
+"""
+
+# B images, Y x X positions, C channels, K kernel size, L = 2 K - 1 lags, S slices, Q blocks a slice
+
+import itertools
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 2 * 2**20}  # worked on at once: what a cache holds
+CHUNK_BYTES_ELSEWHERE = 32 * 2**20
+SLICE_BLOCKS = 2048  # blocks in one product; sums of few terms round less, and run in parallel
+
+WIDE = 48  # values of a block, from where oneDNN's convolution is faster than the products
+POSITIONS_PER_THREAD = 8192  # which it adds one by one, and so rounds more the more they are
+
+
+class Canvas(NamedTuple):
+    """Images (B, y, x, ...) whose first pixel stands at `origin` of `size` (Y, X); around are 0."""
+
+    images: Tensor
+    origin: tuple[int, int]
+    size: tuple[int, int]
+
+    def cut(self, rows: slice, columns: slice) -> Tensor:
+        """Return (B, rows, columns, C)."""
+        ranges = [range(n)[s] for n, s in zip(self.size, (rows, columns), strict=True)]
+        piece = self.images.new_zeros(len(self.images), *map(len, ranges), *self.images.shape[3:])
+        ours, theirs = [slice(None)], [slice(None)]
+        for within, origin, size in zip(ranges, self.origin, self.images.shape[1:3], strict=True):
+            first, last = max(within.start, origin), min(within.stop, origin + size)
+            ours.append(slice(first - within.start, max(last, first) - within.start))
+            theirs.append(slice(first - origin, max(last, first) - origin))
+        piece[tuple(ours)] = self.images[tuple(theirs)]
+        return piece.flatten(3)
+
+
+def lag_gram(
+    canvas: Canvas, kernel: tuple[int, int], outputs: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Sum x x^T over all windows x of the canvas, products in `dtype`.
+
+    Args:
+        canvas: its size is outputs + kernel - 1; what follows Y and X of its images is C.
+        kernel: (Ky, Kx).
+        outputs: how many windows there are along Y and X.
+        dtype: what the products run in; sums are float32, or float64 if that is float64.
+
+    Returns:
+        (Ky, Ky, Kx, Kx, C, C): taps i, i' along Y, j, j' along X, and channels c, c'.
+    """
+    (ky, kx), (oy, ox) = kernel, outputs
+    my, mx = ky - 1, kx - 1
+    lags = _lag_sums(canvas, kernel, dtype)
+    channels = lags.shape[-1]
+    # A sum at lag (-dy, -dx) of (c, c') is that at (dy, dx) of (c', c).
+    lags = torch.cat([lags[1:].flip(0, 1).mT, lags])
+    sums = lags.new_zeros(2 * ky - 1 + 2 * my * my, 2 * kx - 1 + 2 * mx * mx, channels, channels)
+    sums[: 2 * ky - 1, : 2 * kx - 1] = lags
+
+    def edge(rows: slice, columns: slice) -> Tensor:
+        """Values rounded as the products' are, to be multiplied exactly."""
+        return canvas.cut(rows, columns).to(dtype).to(lags.dtype)
+
+    every = slice(None)
+    for end_y in range(2 if my else 0):
+        rows, to_y = slice(end_y * oy, end_y * oy + my), _pairs_at(end_y, ky)
+        strip = edge(rows, every).transpose(1, 2).flatten(2)[:, None]  # (B, 1, X, my C)
+        found = _lag_sums_by_products(_whole(strip), (1, kx), lags.dtype)[0]
+        pairs = found.view(2 * kx - 1, my, channels, my, channels).permute(1, 3, 0, 2, 4)
+        sums[to_y, : 2 * kx - 1] = pairs.flatten(0, 1)
+        for end_x in range(2 if mx else 0):
+            columns, to_x = slice(end_x * ox, end_x * ox + mx), _pairs_at(end_x, kx)
+            corner = edge(rows, columns).flatten(1)
+            pairs = (corner.T @ corner).view(my, mx, channels, my, mx, channels)
+            sums[to_y, to_x] = pairs.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(0, 1)
+    for end_x in range(2 if mx else 0):
+        columns, to_x = slice(end_x * ox, end_x * ox + mx), _pairs_at(end_x, kx)
+        strip = edge(every, columns).flatten(2)[:, None]  # (B, 1, Y, mx C)
+        found = _lag_sums_by_products(_whole(strip), (1, ky), lags.dtype)[0]
+        pairs = found.view(2 * ky - 1, mx, channels, mx, channels).permute(0, 1, 3, 2, 4)
+        sums[: 2 * ky - 1, to_x] = pairs.flatten(1, 2)
+    weights_y, weights_x = (_tap_pairs(k, sums.dtype, sums.device) for k in kernel)
+    found = torch.einsum("pa,qb,abcd->pqcd", weights_y, weights_x, sums)
+    return found.view(ky, ky, kx, kx, channels, channels)
+
+
+def _whole(images: Tensor) -> Canvas:
+    return Canvas(images, (0, 0), (images.shape[1], images.shape[2]))
+
+
+def _pairs_at(end: int, kernel: int) -> slice:
+    """Where the sums of pairs of edge rows stand, after those of the lags."""
+    first = 2 * kernel - 1 + end * (kernel - 1) ** 2
+    return slice(first, first + (kernel - 1) ** 2)
+
+
+def _lag_sums(canvas: Canvas, kernel: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Return (Ky, 2 Kx - 1, C, C): sum z[y, x, c] z[y + dy, x + dx, c'] over B, y, x.
+
+    dy = 0..Ky-1, dx = -(Kx-1)..Kx-1, and z is zero outside the canvas.
+    """
+    wide = 2 * (kernel[1] - 1) * canvas.images.shape[3:].numel() >= WIDE
+    on_cpu = canvas.images.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if wide and on_cpu and dtype == torch.float32:
+        return _lag_sums_by_convolution(canvas, kernel)
+    return _lag_sums_by_products(canvas, kernel, dtype)
+
+
+def _lag_sums_by_convolution(canvas: Canvas, kernel: tuple[int, int]) -> Tensor:
+    """The weight gradient of a convolution whose input and whose output's gradient are z."""
+    (ky, kx), (images, _, size) = kernel, canvas
+    channels, num_images = images.shape[3:].numel(), len(images)
+    in_parallel = max(1, POSITIONS_PER_THREAD // (size[0] * size[1])) * torch.get_num_threads()
+    per_chunk = min(num_images, in_parallel)
+    bands = -(-size[0] // max(1, POSITIONS_PER_THREAD // size[1]))
+    band = -(-size[0] // bands)
+    height, width = bands * band + ky - 1, size[1] + 2 * (kx - 1)
+    padded = images.new_zeros(per_chunk, height, width, channels, dtype=torch.float32)
+    place = _place(canvas, padded[:, :, kx - 1 :])
+    weight = padded.new_empty(channels, channels, ky, 2 * kx - 1)
+    sums = torch.zeros(weight.shape, device=images.device)
+    for chunk in images.split(per_chunk):
+        _copy(chunk, place[: len(chunk)])
+        for top in range(0, bands * band, band):
+            own = padded[: len(chunk), top : top + band, kx - 1 : kx - 1 + size[1]]
+            met = padded[: len(chunk), top : top + band + ky - 1]
+            sums += torch.ops.aten.convolution_backward(
+                own.permute(0, 3, 1, 2),
+                met.permute(0, 3, 1, 2),
+                weight,
+                bias_sizes=None,
+                stride=[1, 1],
+                padding=[0, 0],
+                dilation=[1, 1],
+                transposed=False,
+                output_padding=[0, 0],
+                groups=1,
+                output_mask=[False, True, False],
+            )[1]
+    return sums.permute(2, 3, 0, 1)
+
+
+def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Matrix products of the batch with itself, shifted.
+
+    With Kx - 1 zeros after every row and Ky - 1 rows of zeros after every image, the batch is one
+    sequence and (dy, dx) one lag. A block of 2 (Kx - 1) positions meets its 2 Kx - 1 lags inside
+    the two blocks that begin Kx - 1 before it: two products for all of them.
+    """
+    (ky, kx), (images, _, size) = kernel, canvas
+    channels, num_images = images.shape[3:].numel(), len(images)
+    height, width = size[0] + ky - 1, size[1] + kx - 1
+    block = max(2 * (kx - 1), 1)
+    limit = CHUNK_BYTES.get(images.device.type, CHUNK_BYTES_ELSEWHERE)
+    per_chunk = max(1, limit // max(height * width * channels * dtype.itemsize, 1))
+    per_chunk = -(-num_images // -(-num_images // per_chunk))
+    blocks = -(-per_chunk * height * width // block)
+    slices = -(-blocks // SLICE_BLOCKS)
+    per_slice = -(-blocks // slices)
+    # Kx - 1 zeros stand before; after come those the last block meets at the largest lag.
+    length = kx - 1 + slices * per_slice * block + (ky - 1) * width + 2 * block
+    sequence = images.new_zeros(length, channels, dtype=dtype)
+
+    def blocks_from(position: int) -> Tensor:
+        """(slices, blocks, 2 (Kx-1) C)"""
+        shape = (slices, per_slice, block * channels)
+        strides = (per_slice * block * channels, block * channels, 1)
+        return sequence.as_strided(shape, strides, position * channels)
+
+    own = sequence[kx - 1 : kx - 1 + per_chunk * height * width]
+    place = _place(canvas, own.view(per_chunk, height, width, channels))
+    sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    products = images.new_zeros(ky, block * channels, 2, block * channels, dtype=sum_dtype)
+    for chunk in images.split(per_chunk):
+        _copy(chunk, place[: len(chunk)])
+        place[len(chunk) :].zero_()
+        left = blocks_from(kx - 1).mT
+        for dy in range(ky):
+            for half in range(2):
+                met = blocks_from(dy * width + half * block)
+                products[dy, :, half] += batch_product(left, met).sum(0)
+    # Position r of the block and position r + lag of the two: a diagonal for each lag.
+    row = 2 * block * channels
+    diagonals = products.as_strided(
+        (ky, block, channels, 2 * kx - 1, channels),
+        (block * channels * row, channels * row + channels, row, channels, 1),
+    )
+    return diagonals.sum(1).transpose(1, 2)
+
+
+def batch_product(left: Tensor, right: Tensor) -> Tensor:
+    """torch.bmm, whose result is not rounded to a 16-bit type of the factors."""
+    if left.dtype.itemsize == 2:
+        return torch.bmm(left, right, out_dtype=torch.float32)  # CUDA's alone
+    return torch.bmm(left, right)
+
+
+def _place(canvas: Canvas, padded: Tensor) -> Tensor:
+    """The part of `padded` (b, Y, X, C) where the images stand, in their shape."""
+    rows, columns = (
+        slice(first, first + n)
+        for first, n in zip(canvas.origin, canvas.images.shape[1:3], strict=True)
+    )
+    return padded[:, rows, columns].unflatten(3, canvas.images.shape[3:])
+
+
+def _copy(images: Tensor, place: Tensor) -> None:
+    """Copy (b, y, x, C, ...): pixel by pixel of a tile, which is many times faster than at once."""
+    for pixel in itertools.product(*map(range, images.shape[4:])):
+        place[(..., *pixel)].copy_(images[(..., *pixel)])
+
+
+@lru_cache(maxsize=32)
+def _tap_pairs(kernel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return (K^2, 2 K - 1 + 2 (K-1)^2): what each pair of taps (i, i') sums up.
+
+    +1 for its lag i' - i over all rows; -1 for every pair of rows of that lag which the taps do
+    not meet: the first i rows (i' for the other), and those after the last window.
+    """
+    margin = kernel - 1
+    weights = torch.zeros(kernel, kernel, 2 * kernel - 1 + 2 * margin * margin, dtype=dtype)
+    for i in range(kernel):
+        for j in range(kernel):
+            weights[i, j, j - i + margin] = 1
+            ends = weights[i, j, 2 * kernel - 1 :].view(2, margin, margin)
+            for row in range(margin):
+                if 0 <= row + j - i < margin:
+                    ends[0 if row < i else 1, row, row + j - i] = -1
+    return weights.flatten(0, 1).to(device)
