@@ -15,7 +15,10 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 CONFIG = {"config", "config_file", "config_sections"}
 BRIDGE = {"build", "build_data", "run", "run_probe", "results"}
-ISLANDS = {"tract", "models", "data", "evaluation", "engine", "suite", "solver", "visualize"}
+ISLANDS = {
+    "tract", "models", "data", "evaluation", "engine", "suite", "solver", "joined_optimizer",
+    "visualize",
+}  # fmt: skip
 # What an island imports beside the registry, the version and itself.
 FERRIES = {"suite": {"visualize"}}
 

@@ -27,14 +27,18 @@ STATEFUL = (
     "engine.log.every_iters=3",
     "engine.checkpoint.every_iters=2",
     "evaluation.every_iters=4",
-    "tract.enabled=true",
+    "tract={enabled: true, update_every: 2}",
 )
 
 
 @pytest.mark.parametrize(
     ("optimizer", "num_workers"),
-    [("{optimizer: sgd, momentum: 0.9}", 0), ("{optimizer: adamw, momentum: null}", 2)],
-    ids=["sgd", "adamw, workers"],
+    [
+        ("{optimizer: sgd, momentum: 0.9}", 0),
+        ("{optimizer: adamw, momentum: null}", 2),
+        ("{optimizer: adam, momentum: null, first_layer: {optimizer: sgd, lr: 0.1}}", 0),
+    ],
+    ids=["sgd", "adamw, workers", "first layer by sgd"],
 )
 @pytest.mark.parametrize("killed_at", [1, 5, 7])
 def test_a_killed_run_resumes_to_the_same_bits(
@@ -123,7 +127,7 @@ VIT = (
     "data.transforms={size_px: 32}",
     "solver.max_iters=4",
     "engine.accumulate=2",
-    "tract.enabled=true",
+    "tract={enabled: true, update_every: 2}",
 )
 BATCH_NORM = ("solver.lr=0.3", "evaluation.every_iters=2")
 BOTH = f"""\

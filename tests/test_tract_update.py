@@ -1,10 +1,6 @@
 """TrAct's update against its formula, dz x^T (x x^T / b + lam I)^-1, and what it must not touch."""
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -296,7 +292,7 @@ def test_autocast_sums_in_float32():
     tract = TrAct(model)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(images).square().mean()
-    assert tract._treated[0].gram.dtype == torch.float32
+    assert tract._watched[0].gram.dtype == torch.float32
     loss.backward()
     tract.step()
     exact = small_model()
@@ -313,53 +309,3 @@ def test_the_layer_itself_can_be_the_model_and_the_package_names_tract():
     assert TrAct(layer).layer_names == [""]
     with pytest.raises(AttributeError, match="no attribute 'TrAkt'"):
         _ = tract_transfer.TrAkt
-
-
-# ------------------------------------------------------------------------- several processes
-
-# A script and not a function of this module, whose imports would cost each process seconds.
-SHARED = """
-import sys
-import torch
-from torch import nn
-from tract_transfer.tract import TrAct
-
-def build():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.Flatten(), nn.Linear(64, 2)).double()
-
-def images():
-    return torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1)).double()
-"""
-WORKER = """
-torch.set_num_threads(1)
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group(
-    "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2
-)
-model = build()
-parallel = nn.parallel.DistributedDataParallel(model)
-tract = TrAct(parallel, layers=["module.0"])
-parallel(images()[rank::2]).square().mean().backward()
-tract.step()
-torch.save(model[0].weight.grad, f"{folder}/{rank}.pt")
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_are_one(tmp_path):
-    root = Path(tract_transfer.__file__).parents[1]
-    workers = [
-        subprocess.Popen([sys.executable, "-c", SHARED + WORKER, str(rank), tmp_path], cwd=root)
-        for rank in range(2)
-    ]
-    shared: dict[str, Any] = {}
-    exec(SHARED, shared)
-    model = shared["build"]()
-    tract = TrAct(model)
-    backward(model, shared["images"]())
-    tract.step()
-    assert [worker.wait(timeout=100) for worker in workers] == [0, 0]
-    for rank in range(2):
-        update = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(update, model[0].weight.grad, rtol=1e-10, atol=1e-10)

@@ -13,6 +13,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from pydantic import ConfigDict, ValidationError, create_model
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim import Optimizer
 
 from tract_transfer.build_data import Data, build_train_batches
 from tract_transfer.config import (
@@ -25,11 +26,12 @@ from tract_transfer.config_file import ConfigError
 from tract_transfer.config_sections import BackboneConfig, ComponentConfig, FeatureModelConfig
 from tract_transfer.engine.trainer import Trainer, seed_all
 from tract_transfer.evaluation import EVALUATORS
+from tract_transfer.joined_optimizer import JoinedOptimizer, keep_parameters
 from tract_transfer.models import DETECTORS, HEADS, Backbone, Classifier, build_backbone
 from tract_transfer.models.weights import build_from_card, has_card, load_weights, read_card
 from tract_transfer.registry import Registry, did_you_mean
 from tract_transfer.solver import build_optimizer, build_schedule, set_progress
-from tract_transfer.tract import TrAct
+from tract_transfer.tract import TrAct, find_first_layers
 
 TrainedTask = ClassificationConfig | DetectionConfig
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -195,7 +197,13 @@ def build_tract(config: TrainedTask, model: nn.Module) -> TrAct:
     section = config.tract
     layers = section.layers if section.enabled else []
     try:
-        return TrAct(model, section.lam, lam_mode=section.lam_mode, layers=layers)
+        return TrAct(
+            model,
+            section.lam,
+            lam_mode=section.lam_mode,
+            layers=layers,
+            update_every=section.update_every,
+        )
     except ValueError as error:
         key = "tract.layers" if section.layers else "tract"
         raise config.error(key, str(error)) from error
@@ -214,6 +222,32 @@ def _build_ema(config: TrainedTask, model: nn.Module, max_iters: int) -> ModelEm
             f"weights in the average. Set {fitting:.4f} or less.",
         )
     return ModelEmaV3(model, decay=decay)
+
+
+def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
+    """Build the optimizer; with `solver.first_layer`, one of its own for the first layer."""
+    solver = config.solver
+    rest = build_optimizer(
+        model,
+        **solver.model_dump(
+            include={
+                "optimizer", "lr", "weight_decay", "momentum", "nesterov", "decay_all",
+                "optimizer_args",
+            }
+        ),
+    )  # fmt: skip
+    if solver.first_layer is None:
+        return rest
+    try:
+        first = build_optimizer(model, **solver.first_layer.model_dump())
+        names = config.tract.layers or find_first_layers(model)
+    except ValueError as error:
+        message = str(error).removeprefix("solver.")
+        raise config.error("solver.first_layer", message) from error
+    of_first = {parameter for name in names for parameter in model.get_submodule(name).parameters()}
+    keep_parameters(first, of_first)
+    keep_parameters(rest, [each for each in model.parameters() if each not in of_first])
+    return JoinedOptimizer([first, rest])
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -251,15 +285,7 @@ def build_trainer(
     tract = build_tract(config, model)
     length = in_iterations(config, len(data.train))
     try:
-        optimizer = build_optimizer(
-            model,
-            **solver.model_dump(
-                include={
-                    "optimizer", "lr", "weight_decay", "momentum", "nesterov", "decay_all",
-                    "optimizer_args",
-                }
-            ),
-        )  # fmt: skip
+        optimizer = _build_optimizer(config, model)
         schedule = build_schedule(
             max_iters=length.max_iters,
             warmup_iters=length.warmup_iters,
@@ -273,6 +299,8 @@ def build_trainer(
             world_size=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
         )
+    except ConfigError:
+        raise
     except ValueError as error:
         raise _with_place(config, str(error)) from error
     if ema is not None:

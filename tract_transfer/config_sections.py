@@ -75,11 +75,15 @@ class TractConfig(Section):
     lam: Positive = 0.1
     lam_mode: Literal["absolute", "relative"] = "absolute"
     layers: list[str] | None = None
+    update_every: Count = 1
 
     @model_validator(mode="after")
     def _off_means_off(self) -> "TractConfig":
-        if not self.enabled and (self.lam, self.lam_mode, self.layers) != (0.1, "absolute", None):
-            raise ValueError("tract.lam, lam_mode and layers are for tract.enabled: true")
+        chosen = self.lam, self.lam_mode, self.layers, self.update_every
+        if not self.enabled and chosen != (0.1, "absolute", None, 1):
+            raise ValueError(
+                "tract.lam, lam_mode, layers and update_every are for tract.enabled: true"
+            )
         return self
 
 
@@ -212,6 +216,17 @@ class DetectionData(LoadingConfig):
 # ------------------------------------------------------------------------------------- solver
 
 
+class FirstLayerConfig(Section):
+    """Another optimizer for the first layer alone, on the same schedule."""
+
+    optimizer: str
+    lr: Positive
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    momentum: Fraction | None = None
+    nesterov: bool = False
+    optimizer_args: dict[str, Any] = {}
+
+
 class SolverConfig(Section):
     """Lengths are in epochs or in iterations: the one given counts."""
 
@@ -233,6 +248,7 @@ class SolverConfig(Section):
     steps_iters: list[Count] | None = None
     step_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    first_layer: FirstLayerConfig | None = None
 
     @model_validator(mode="after")
     def _lengths_are_one(self) -> "SolverConfig":

@@ -30,6 +30,10 @@ class GradientStep(Protocol):
 
     def step(self) -> None: ...
 
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
 
 class Ema(Protocol):
     """timm's ModelEmaV3."""
@@ -210,7 +214,11 @@ class Trainer:
     def state_parts(self) -> dict[str, Any]:
         """Return what a checkpoint holds in tensors."""
         model = self.accelerator.unwrap_model(self.model)
-        parts = {"model": model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        parts = {
+            "model": model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "tract": self.tract.state_dict(),
+        }
         if self.ema is not None:
             parts["ema"] = self.ema.module.state_dict()
         return {**parts, "losses": self.meter.losses}
@@ -232,6 +240,7 @@ class Trainer:
         """Take up what `state_parts` and `state` gave; the run then goes on to the same bits."""
         self.load_weights(parts)
         self.optimizer.load_state_dict(parts["optimizer"])
+        self.tract.load_state_dict(parts["tract"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         device = self.accelerator.device

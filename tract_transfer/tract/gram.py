@@ -99,7 +99,9 @@ def _gram_of_windows(
         values = outputs[0] * outputs[1] * num_inputs
         for chunk in images.split(_per_chunk(values, dtype, images)):
             padded = F.pad(chunk, padding, padding_mode)
-            rows = F.unfold(padded, kernel, dilation, 0, stride).transpose(1, 2)
+            rows = F.unfold(padded, tuple(kernel), tuple(dilation), 0, tuple(stride)).transpose(
+                1, 2
+            )
             gram += _product(rows.reshape(-1, num_inputs), dtype)
         return gram
 
@@ -214,8 +216,9 @@ def _padding(layer: nn.Conv2d, height: int, width: int) -> list[int]:
     """Return left, right, top, bottom."""
     if is_dynamic_same(layer):
         return _dynamic_same_padding(layer, height, width)
-    # nn.Conv2d resolves numbers, 'same' and 'valid' into it.
-    return list(layer._reversed_padding_repeated_twice)
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        return list(layer._reversed_padding_repeated_twice)
+    return [layer.padding[1]] * 2 + [layer.padding[0]] * 2
 
 
 def is_dynamic_same(layer: nn.Module) -> bool:

@@ -9,8 +9,7 @@ and taken away.
 # B images, Y x X positions, C channels, K kernel size, L = 2 K - 1 lags, S slices, Q blocks a slice
 
 import itertools
-from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -199,9 +198,9 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
 
 def batch_product(left: Tensor, right: Tensor) -> Tensor:
     """torch.bmm, whose result is not rounded to a 16-bit type of the factors."""
-    if left.dtype.itemsize == 2:
-        return torch.bmm(left, right, out_dtype=torch.float32)  # CUDA's alone
-    return torch.bmm(left, right)
+    if left.dtype.itemsize > 2:
+        return torch.bmm(left, right)
+    return torch.bmm(left, right, torch.float32)  # CUDA's alone
 
 
 def _place(canvas: Canvas, padded: Tensor) -> Tensor:
@@ -210,29 +209,29 @@ def _place(canvas: Canvas, padded: Tensor) -> Tensor:
         slice(first, first + n)
         for first, n in zip(canvas.origin, canvas.images.shape[1:3], strict=True)
     )
-    return padded[:, rows, columns].unflatten(3, canvas.images.shape[3:])
+    place: Tensor = padded[:, rows, columns].unflatten(3, canvas.images.shape[3:])
+    return place
 
 
 def _copy(images: Tensor, place: Tensor) -> None:
     """Copy (b, y, x, C, ...): pixel by pixel of a tile, which is many times faster than at once."""
     for pixel in itertools.product(*map(range, images.shape[4:])):
-        place[(..., *pixel)].copy_(images[(..., *pixel)])
+        at: tuple[Any, ...] = (..., *pixel)
+        place[at].copy_(images[at])
 
 
-@lru_cache(maxsize=32)
 def _tap_pairs(kernel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return (K^2, 2 K - 1 + 2 (K-1)^2): what each pair of taps (i, i') sums up.
 
     +1 for its lag i' - i over all rows; -1 for every pair of rows of that lag which the taps do
     not meet: the first i rows (i' for the other), and those after the last window.
     """
-    margin = kernel - 1
-    weights = torch.zeros(kernel, kernel, 2 * kernel - 1 + 2 * margin * margin, dtype=dtype)
-    for i in range(kernel):
-        for j in range(kernel):
-            weights[i, j, j - i + margin] = 1
-            ends = weights[i, j, 2 * kernel - 1 :].view(2, margin, margin)
-            for row in range(margin):
-                if 0 <= row + j - i < margin:
-                    ends[0 if row < i else 1, row, row + j - i] = -1
-    return weights.flatten(0, 1).to(device)
+    # Made on the device: a copy to it would wait for it.
+    taps = torch.arange(kernel, device=device)
+    lag = (taps - taps[:, None]).view(kernel, kernel, 1, 1)
+    own = lag.view(kernel, kernel, 1) == torch.arange(1 - kernel, kernel, device=device)
+    rows = taps[:-1]
+    apart = lag == rows - rows[:, None]
+    before = rows[:, None] < taps.view(kernel, 1, 1, 1)
+    ends = [(apart & before).flatten(2), (apart & ~before).flatten(2)]
+    return torch.cat([own.to(dtype), *(-end.to(dtype) for end in ends)], dim=2).flatten(0, 1)

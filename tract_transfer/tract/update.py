@@ -8,8 +8,9 @@ gradient, and the model, its forward, its state dict and its backward stay as th
 
 # R rows the layer multiplies, N inputs a row, O outputs
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,12 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from tract_transfer.tract.find import check_layer, find_first_layers
-from tract_transfer.tract.gram import gram_matrix
+from tract_transfer.tract.solve import DampedFactor, damped_factor
+from tract_transfer.tract.watch import WatchedLayer
+
+logger = logging.getLogger(__name__)
+
+KEPT = 0.9  # of the running mean, at each measurement with update_every > 1
 
 
 class TrAct:
@@ -34,16 +40,18 @@ class TrAct:
     every process must call `step`; the matrix is summed over all of them.
 
     Args:
-        model: any module; place it on its device before or after.
+        model: any module; place, wrap and compile it before or after.
         lam: the regulariser, in units of a squared input: 0.1 suits inputs of mean 0 and
             standard deviation 1 (paper: 0.05 for short training, 0.2 for long).
         lam_mode: "absolute", or "relative", which takes lam times the mean square of the inputs
             and so does not depend on their scale.
         layers: dotted names of the layers to treat; None finds the first. An empty list makes a
             TrAct that does nothing.
+        update_every: steps between two measurements of the matrix; above 1 it is a running mean
+            of those measured, and part of what a checkpoint must hold (`state_dict`).
 
     Raises:
-        ValueError: lam is not positive, or a layer cannot be found or treated.
+        ValueError: lam or update_every is not positive, or a layer cannot be found or treated.
     """
 
     def __init__(
@@ -53,60 +61,122 @@ class TrAct:
         *,
         lam_mode: Literal["absolute", "relative"] = "absolute",
         layers: Sequence[str] | None = None,
+        update_every: int = 1,
     ) -> None:
         if not 0 < lam < float("inf"):
             raise ValueError(f"TrAct needs a lam above 0, got {lam}. The paper's default is 0.1.")
         if lam_mode not in ("absolute", "relative"):
             raise ValueError(f"lam_mode is 'absolute' or 'relative', got {lam_mode!r}.")
-        self.lam = lam
-        self.lam_mode = lam_mode
+        if update_every < 1:
+            raise ValueError(f"update_every is a number of steps, 1 at least; got {update_every}.")
         if isinstance(layers, str):
             raise ValueError(f"layers is a list of names: [{layers!r}], got {layers!r}.")
+        self.lam = lam
+        self.lam_mode = lam_mode
+        self.update_every = update_every
+        self.num_steps = 0
         names = find_first_layers(model) if layers is None else list(dict.fromkeys(layers))
-        self._treated = [_Treated(name, check_layer(model, name)) for name in names]
-        self._handles: list[RemovableHandle] = [
-            each.layer.register_forward_pre_hook(each.watch, with_kwargs=True)
-            for each in self._treated
-        ]
+        self._watched = [WatchedLayer(name, check_layer(model, name)) for name in names]
+        self._means: dict[str, Tensor] = {}
+        self._factors: dict[str, DampedFactor] = {}
+        self._unread: deque[tuple[str, int, Tensor, Any]] = deque()
+        self._warned: set[str] = set()
+        for each in self._watched:
+            each.start()
+
+    def __repr__(self) -> str:
+        return (
+            f"TrAct(layers={self.layer_names}, lam={self.lam:g}, lam_mode={self.lam_mode!r}, "
+            f"update_every={self.update_every})"
+        )
 
     @property
     def layer_names(self) -> list[str]:
         """Dotted names of the treated layers."""
-        return [each.name for each in self._treated]
+        return [each.name for each in self._watched]
 
     @torch.no_grad()
     def step(self) -> None:
         """Multiply the gradients of the treated layers; call it once before the optimizer's step.
 
+        On a GPU nothing waits for the device: that a matrix was not finite or not positive is
+        told by a later step or by `state_dict`, and until then the layer's update is zero.
+
         Raises:
             RuntimeError: no training forward or no gradient reached a layer since the last step,
-                or its input was not finite, or too large for lam in float32.
+                or its input was not finite.
         """
-        for each in self._treated:
-            gradient = each.layer.weight.grad
-            if gradient is None:
+        measures = self.num_steps % self.update_every == 0
+        for each in self._watched:
+            if each.layer.weight.grad is None:
                 raise RuntimeError(
                     f"{each.name}.weight has no gradient. Call backward() before TrAct's step(), "
                     "and zero_grad() after it."
                 )
-            matrix = each.take_mean_gram()
-            num_inputs = len(matrix)
-            lam: float | Tensor = self.lam
-            if self.lam_mode == "relative":
-                lam = self.lam * matrix.trace() / num_inputs
-            matrix.diagonal().add_(lam)
-            factor, failed = torch.linalg.cholesky_ex(matrix)
-            if failed:
+            gradient = _local(each.layer.weight.grad, each.name)
+            if measures:
+                self._measure(each, gradient.device)
+            elif not each.reached:
+                each.take_mean(gradient.device)
+            else:
+                each.forget()
+            gradient.copy_(self._factors[each.name].times(gradient))
+        self.num_steps += 1
+        for each in self._watched:
+            each.counts = self.num_steps % self.update_every == 0
+        self._read(wait=False)
+
+    def _measure(self, each: WatchedLayer, device: torch.device) -> None:
+        mean = each.take_mean(device)
+        if self.update_every > 1 and each.name in self._means:
+            mean = torch.lerp(mean, self._means[each.name].to(mean), KEPT)
+        if self.update_every > 1:
+            self._means[each.name] = mean
+        factor = damped_factor(mean, self.lam, relative=self.lam_mode == "relative")
+        self._factors[each.name] = factor
+        if factor.health.is_cuda:
+            on_host = factor.health.to("cpu", non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+            self._unread.append((each.name, self.num_steps, on_host, done))
+        else:
+            self._unread.append((each.name, self.num_steps, factor.health, None))
+
+    def _read(self, *, wait: bool) -> None:
+        """Raise what the matrices that are done have to tell."""
+        while self._unread:
+            name, step, health, done = self._unread[0]
+            if done is not None and not done.query():
+                if not wait:
+                    return
+                done.synchronize()
+            self._unread.popleft()
+            finite, positive, as_asked = health.tolist()
+            if not finite:
                 raise RuntimeError(
-                    f"x x^T / b + {self.lam} I of {each.name} is singular in float32: lam is "
-                    "too small for inputs of this size. Normalise the images, or set lam_mode to "
+                    f"The input of {name} is not finite in step {step} (NaN, infinity, or too "
+                    "large to square in float32). Check the images and their normalisation."
+                )
+            if not positive:
+                raise RuntimeError(
+                    f"x x^T / b + {self.lam:g} I of {name} is singular in step {step}: lam is too "
+                    "small for inputs of this size. Normalise the images, or set lam_mode to "
                     "'relative' or a larger lam."
                 )
-            columns = gradient.reshape(-1, num_inputs).T.to(matrix.dtype)
-            gradient.copy_(torch.cholesky_solve(columns, factor).T.reshape(gradient.shape))
+            if not (as_asked or name in self._warned):
+                self._warned.add(name)
+                logger.warning(
+                    "lam = %g is below the rounding of x x^T / b of %s, and was raised to it: the "
+                    "inputs are large. Normalise the images, or set lam_mode to 'relative'.",
+                    self.lam,
+                    name,
+                )
 
     def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Call `step` at the start of every `optimizer.step()`; the handle's remove() undoes it.
+        """Call `step` before every update of `optimizer`; the handle's remove() undoes it.
+
+        Where `optimizer.step` is given a closure that runs forward and backward, as Lightning and
+        L-BFGS do, `step` follows each of its runs.
 
         Raises:
             ValueError: the optimizer does not hold the weight of a treated layer.
@@ -114,63 +184,83 @@ class TrAct:
         # accelerate wraps the optimizer that steps.
         optimizer = getattr(optimizer, "optimizer", optimizer)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for each in self._treated:
+        for each in self._watched:
             if id(each.layer.weight) not in held:
                 raise ValueError(f"The optimizer does not hold {each.name}.weight.")
 
-        def before_step(*_: Any) -> None:
-            self.step()
+        def before_step(
+            _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            # args begins with the optimizer itself.
+            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+            if closure is None:
+                self.step()
+                return None
+            treated = self._after(closure)
+            if "closure" in kwargs:
+                return args, {**kwargs, "closure": treated}
+            return (args[0], treated, *args[2:]), kwargs
 
         return optimizer.register_step_pre_hook(before_step)
 
+    def _after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def treated() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self.step()
+            return loss
+
+        return treated
+
     def detach(self) -> None:
-        """Remove the forward hooks; the model is then as it was."""
-        for handle in self._handles:
-            handle.remove()
+        """Remove the hooks of the model; it is then as it was."""
+        for each in self._watched:
+            each.stop()
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must hold: nothing but with update_every above 1.
 
-@dataclass
-class _Treated:
-    """One treated layer, and what its forwards since the last step have added up to."""
+        Raises:
+            RuntimeError: as `step` does, of any step before.
+        """
+        self._read(wait=True)
+        if self.update_every == 1:
+            return {}
+        state = {f"mean.{name}": mean for name, mean in self._means.items()}
+        return {"num_steps": torch.tensor(self.num_steps), **state}
 
-    name: str
-    layer: nn.Linear | nn.Conv2d
-    gram: Tensor | None = None  # (N, N), the sum of x x^T
-    num_rows: int = 0  # R
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state_dict`.
 
-    def watch(
-        self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
-    ) -> None:
-        """The forward pre-hook: add up x x^T of a training forward."""
-        if not (module.training and torch.is_grad_enabled()):
+        Raises:
+            ValueError: it is that of another update_every or of other layers.
+        """
+        expected = {"num_steps", *(f"mean.{name}" for name in self.layer_names)}
+        if set(state) != (expected if self.update_every > 1 else set()):
+            raise ValueError(
+                f"A state of TrAct with update_every = {self.update_every} on {self.layer_names} "
+                f"does not hold {sorted(state)}."
+            )
+        if self.update_every == 1:
             return
-        images = inputs[0] if inputs else named["input"]
-        if not images.is_floating_point():
-            raise TypeError(
-                f"TrAct needs a floating-point input to {self.name}, got {images.dtype}."
-            )
-        with torch.no_grad():
-            gram, num_rows = gram_matrix(self.layer, images)
-        self.gram = gram if self.gram is None else self.gram + gram
-        self.num_rows += num_rows
+        self.num_steps = int(state["num_steps"])
+        for each in self._watched:
+            mean = state[f"mean.{each.name}"].to(each.layer.weight.device)
+            self._means[each.name] = mean
+            relative = self.lam_mode == "relative"
+            self._factors[each.name] = damped_factor(mean, self.lam, relative=relative)
+            each.counts = self.num_steps % self.update_every == 0
 
-    def take_mean_gram(self) -> Tensor:
-        """Return x x^T / b over all processes, (N, N), and start anew."""
-        gram, num_rows = self.gram, self.num_rows
-        self.gram, self.num_rows = None, 0
-        if gram is None:
-            raise RuntimeError(
-                f"No training forward reached {self.name} since the last step. TrAct must be made "
-                "on the module that runs, in train mode; call its step() once an iteration."
-            )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            count = torch.tensor([num_rows], dtype=torch.float64, device=gram.device)
-            torch.distributed.all_reduce(count)
-            torch.distributed.all_reduce(gram)
-            num_rows = int(count)
-        if not torch.isfinite(gram).all():
-            raise RuntimeError(
-                f"The input of {self.name} is not finite (NaN, infinity, or too large to square "
-                "in float32). Check the images and their normalisation."
-            )
-        return gram / max(num_rows, 1)
+
+def _local(gradient: Tensor, name: str) -> Tensor:
+    """The rows that this process holds of a gradient, which FSDP may have sharded."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    if not isinstance(gradient, DTensor):
+        return gradient
+    if any(isinstance(place, Shard) and place.dim != 0 for place in gradient.placements):
+        raise RuntimeError(
+            f"{name}.weight is sharded along its inputs ({gradient.placements}); TrAct needs all "
+            "inputs of an output in one place. Shard it along dimension 0."
+        )
+    return gradient.to_local()
