@@ -134,5 +134,5 @@ def test_a_config_names_the_first_layer_s_own(tmp_path, load_tiny):
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     assert rates[0] == pytest.approx(80 * rates[-1])
     wrong = load_tiny(tmp_path, words[0], "solver.first_layer={optimizer: sdg, lr: 0.08}")
-    with pytest.raises(ConfigError, match=r"solver.first_layer.*Did you mean sgd"):
+    with pytest.raises(ConfigError, match=r"solver.first_layer.*Did you mean 'sgd'"):
         build_trainer(wrong, build_data(wrong), build_accelerator(wrong))

@@ -170,6 +170,41 @@ def test_a_closure_is_followed_by_the_step():
         torch.testing.assert_close(given[0].weight, by_hand[0].weight, rtol=0, atol=0)
 
 
+def test_a_class_whose_step_calls_its_parent_s_steps_once():
+    """torch hooks both; a step that failed does not keep the next from being treated."""
+
+    class Clipping(torch.optim.SGD):
+        fails = False
+
+        def step(self, closure=None):
+            if self.fails:
+                raise KeyboardInterrupt
+            return super().step(closure)
+
+    torch.optim.SGD([torch.zeros(1)])  # with which torch patches the parent
+    images, by_hand, given = images_like(4, 3, 8, 8), small_model(), small_model()
+    tract, plain = TrAct(by_hand), torch.optim.SGD(by_hand.parameters(), lr=0.1)
+    optimizer = Clipping(given.parameters(), lr=0.1)
+    counted = TrAct(given)
+    counted.attach(optimizer)
+    for attempt in range(3):
+        for model in (by_hand, given):
+            model.zero_grad()
+            loss_of(model, images).backward()
+        optimizer.fails = attempt == 1
+        if optimizer.fails:
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+            by_hand.zero_grad()
+            tract = TrAct(by_hand)
+            continue
+        optimizer.step()
+        tract.step()
+        plain.step()
+        assert torch.equal(given[0].weight, by_hand[0].weight)
+    assert counted.num_steps == 3
+
+
 def test_lbfgs_sees_a_treated_gradient_at_each_evaluation():
     images, model = images_like(4, 3, 8, 8), small_model()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)

@@ -172,8 +172,8 @@ class TrAct:
                     name,
                 )
 
-    def attach(self, optimizer: Optimizer) -> RemovableHandle:
-        """Call `step` before every update of `optimizer`; the handle's remove() undoes it.
+    def attach(self, optimizer: Optimizer) -> "Attached":
+        """Call `step` before every update of `optimizer`; `remove()` of what it returns undoes it.
 
         Where `optimizer.step` is given a closure that runs forward and backward, as Lightning and
         L-BFGS do, `step` follows each of its runs.
@@ -188,9 +188,15 @@ class TrAct:
             if id(each.layer.weight) not in held:
                 raise ValueError(f"The optimizer does not hold {each.name}.weight.")
 
+        attached = Attached()
+
         def before_step(
             _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            # A class whose step calls its parent's runs the hooks of both.
+            if attached.is_stepping and not any(each.reached for each in self._watched):
+                return None
+            attached.is_stepping = True
             # args begins with the optimizer itself.
             closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
             if closure is None:
@@ -201,7 +207,14 @@ class TrAct:
                 return args, {**kwargs, "closure": treated}
             return (args[0], treated, *args[2:]), kwargs
 
-        return optimizer.register_step_pre_hook(before_step)
+        def after_step(*_: Any) -> None:
+            attached.is_stepping = False
+
+        attached.handles = [
+            optimizer.register_step_pre_hook(before_step),
+            optimizer.register_step_post_hook(after_step),
+        ]
+        return attached
 
     def _after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def treated() -> Any:
@@ -250,6 +263,20 @@ class TrAct:
             relative = self.lam_mode == "relative"
             self._factors[each.name] = damped_factor(mean, self.lam, relative=relative)
             each.counts = self.num_steps % self.update_every == 0
+
+
+class Attached:
+    """TrAct on an optimizer: `remove()` takes it off."""
+
+    def __init__(self) -> None:
+        self.handles: list[RemovableHandle] = []
+        self.is_stepping = False
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
 
 
 def _local(gradient: Tensor, name: str) -> Tensor:
