@@ -292,7 +292,7 @@ def test_autocast_sums_in_float32():
     tract = TrAct(model)
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(images).square().mean()
-    assert tract._watched[0].gram.dtype == torch.float32
+    assert tract._watched[0].waiting.dtype == torch.float32
     loss.backward()
     tract.step()
     exact = small_model()

@@ -60,8 +60,9 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
             "its outputs do not share their inputs, so there is no one matrix to multiply by."
         )
     own_forward = type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward)
+    known_forward = is_dynamic_same(layer) or _is_detectron2_s(layer)
     computed = is_parametrized(layer) or "weight" not in layer._parameters  # weight_norm and kin
-    if computed or (own_forward and not is_dynamic_same(layer)):
+    if computed or (own_forward and not known_forward):
         raise ValueError(
             f"TrAct needs a layer whose weight multiplies its input as it stands; {name} "
             f"({kind}) changes its weight or its input in the forward (weight standardisation, "
@@ -73,6 +74,14 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
             "TrAct off (tract.enabled: false in a config)."
         )
     return layer
+
+
+def _is_detectron2_s(layer: nn.Module) -> bool:
+    """Whether `layer` is detectron2's Conv2d: norm and activation follow, padding is of zeros."""
+    forward = type(layer).forward
+    place = (forward.__module__, forward.__qualname__)
+    known = place == ("detectron2.layers.wrappers", "Conv2d.forward")
+    return known and getattr(layer, "padding_mode", None) == "zeros"
 
 
 def _channels(module: nn.Module) -> int | None:

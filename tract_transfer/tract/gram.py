@@ -19,7 +19,7 @@ from tract_transfer.tract.lags import (
 
 logger = logging.getLogger(__name__)
 
-BLOCK_COLUMNS = 256  # a wider product is made of blocks, those below the diagonal by symmetry
+BLOCK_COLUMNS = 128  # a wider product is made of blocks, those below the diagonal by symmetry
 
 
 def gram_matrix(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, int]:

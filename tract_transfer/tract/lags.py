@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 2 * 2**20}  # worked on at once: what a cache holds
+CHUNK_BYTES = {"cpu": 4 * 2**20}  # worked on at once: what a cache holds
 CHUNK_BYTES_ELSEWHERE = 32 * 2**20
 SLICE_BLOCKS = 2048  # blocks in one product; sums of few terms round less, and run in parallel
 

@@ -179,10 +179,15 @@ class TrAct:
         L-BFGS do, `step` follows each of its runs.
 
         Raises:
-            ValueError: the optimizer does not hold the weight of a treated layer.
+            ValueError: the optimizer does not hold the weight of a treated layer, or calls no hooks.
         """
         # accelerate wraps the optimizer that steps.
         optimizer = getattr(optimizer, "optimizer", optimizer)
+        if not getattr(type(optimizer).step, "hooked", False):
+            raise ValueError(
+                f"The step of {type(optimizer).__name__} calls no hooks. Attach to the optimizer "
+                "that it wraps."
+            )
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for each in self._watched:
             if id(each.layer.weight) not in held:

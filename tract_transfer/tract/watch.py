@@ -16,17 +16,20 @@ from tract_transfer.tract.gram import gram_matrix
 class WatchedLayer:
     """A treated layer and the sum over the rows of its training forwards.
 
-    Forwards without gradient or in eval mode do not count; nor do those whose gradient was thrown
-    away by `zero_grad()` instead of being used, as a GradScaler does that skips a step.
+    Forwards without gradient or in eval mode do not count; nor do those whose gradient was zeroed
+    instead of being used, as it is after a step that a GradScaler skipped. Loops call
+    `zero_grad()` before or after a forward. So its rows wait for its backward, which is the first
+    to know whether the gradients of earlier ones are still there.
     """
 
     name: str
     layer: nn.Linear | nn.Conv2d
     counts: bool = True  # whether forwards are added now
     reached: bool = False
-    has_gradient: bool = False  # a backward has come since the last step
-    gram: Tensor | None = None  # (N, N), the sum of x x^T
-    num_rows: Tensor | None = None  # (1,), in gram's type
+    waiting: Tensor | None = None  # (N N + 1,), x x^T and the number of rows, before a backward
+    used: Tensor | None = None  # the same of the rows whose gradient the weight holds
+    holds: bool | Tensor = False  # whether it held one when the backward now running came
+    version: int | None = None  # of the gradient after the last backward
     handles: list[RemovableHandle] = field(default_factory=list)
 
     @property
@@ -38,18 +41,15 @@ class WatchedLayer:
         """Register the hooks."""
         # Prepended: what another hook makes of the input is the layer's own affair.
         forward = self.layer.register_forward_pre_hook(self.add_forward, with_kwargs=True)
-        backward = self.layer.weight.register_post_accumulate_grad_hook(self.note_gradient)
-        self.handles = [forward, backward]
+        before = self.layer.weight.register_hook(self.look_at_gradient)
+        after = self.layer.weight.register_post_accumulate_grad_hook(self.add_backward)
+        self.handles = [forward, before, after]
 
     def stop(self) -> None:
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
         self.handles = []
-
-    def note_gradient(self, _: Tensor) -> None:
-        """The weight's hook after a backward."""
-        self.has_gradient = True
 
     def add_forward(
         self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
@@ -65,23 +65,41 @@ class WatchedLayer:
         self.reached = True
         if not self.counts:
             return
-        if self.has_gradient and self.layer.weight.grad is None:
-            self.forget()
-            self.reached = True
         with torch.no_grad():
             gram, num_rows = gram_matrix(self.layer, images)
-            if self.gram is None or self.num_rows is None:
-                self.gram, self.num_rows = gram, gram.new_full((1,), num_rows)
+            both = torch.cat([gram.flatten(), gram.new_full((1,), num_rows)])
+            if self.waiting is None:
+                self.waiting = both
             else:
-                self.gram.add_(gram)
-                self.num_rows.add_(num_rows)
+                self.waiting.add_(both)
+
+    def look_at_gradient(self, _: Tensor) -> None:
+        """The weight's hook before a backward adds to its gradient."""
+        gradient = self.layer.weight.grad
+        if gradient is None or gradient._version == self.version:
+            self.holds = gradient is not None
+        else:  # Written to since the last backward: scaled, or zeroed in place.
+            self.holds = gradient.any()
+
+    def add_backward(self, weight: Tensor) -> None:
+        """The weight's hook after a backward."""
+        self.version = None if weight.grad is None else weight.grad._version
+        if self.waiting is None:
+            return
+        if self.used is None or self.holds is False:
+            self.used = self.waiting.clone()
+        elif self.holds is True:
+            self.used.add_(self.waiting)
+        else:
+            self.used = torch.where(self.holds, self.used, 0).add_(self.waiting)
+        self.waiting.zero_()
 
     def forget(self) -> None:
         """Start anew."""
-        self.reached = self.has_gradient = False
-        if self.gram is not None and self.num_rows is not None:
-            self.gram.zero_()
-            self.num_rows.zero_()
+        self.reached = False
+        self.used = None
+        if self.waiting is not None:
+            self.waiting.zero_()
 
     def take_mean(self, device: torch.device) -> Tensor:
         """Return x x^T / b over all processes, (N, N), and start anew.
@@ -95,14 +113,10 @@ class WatchedLayer:
                 f"No training forward reached {self.name} since the last step. TrAct must be made "
                 "on the module that runs, in train mode; call its step() once an iteration."
             )
-        if self.gram is None or self.num_rows is None:  # of a process without images
-            self.gram = torch.zeros(self.num_inputs, self.num_inputs, device=device)
-            self.num_rows = torch.zeros(1, device=device)
+        if self.waiting is None:  # of a process without images
+            self.waiting = torch.zeros(self.num_inputs**2 + 1, device=device)
+        both = self.waiting.clone() if self.used is None else self.used + self.waiting
         if joined:
-            both = torch.cat([self.gram.flatten(), self.num_rows])
             dist.all_reduce(both)
-            mean = both[:-1].view_as(self.gram) / both[-1]
-        else:
-            mean = self.gram / self.num_rows
         self.forget()
-        return mean
+        return (both[:-1] / both[-1]).view(self.num_inputs, self.num_inputs)
