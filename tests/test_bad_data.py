@@ -225,9 +225,10 @@ TABLE = {
     "unknown class": (D, unknown_class, ValueError,
         ["000003.xml object 1 (dgo): unknown class. Did you mean 'dog'?", "data.train.classes"]),
     "box outside": (D, box_outside, ValueError,
-        ["000003.xml object 1 (dog): the box must lie in 1..64 x 1..48", "xmax 80", "Correct it."]),
+        ["000003.xml object 1 (dog): the box must lie in the image of 64x48 pixels", "xmax 80",
+         "Correct it, or set data.invalid_boxes: clip."]),
     "box inverted": (D, box_inverted, ValueError,
-        ["000003.xml object 1 (dog): the box is inverted", "xmin 50", "Correct it."]),
+        ["000003.xml object 1 (dog): the box is empty or inverted", "xmin 50", "Correct it"]),
 }  # fmt: skip
 
 

@@ -6,8 +6,9 @@ import torch
 from PIL import Image
 
 from tract_transfer.data.classification import check_same_classes
-from tract_transfer.data.detection import VOC_CLASSES, load_voc
+from tract_transfer.data.findings import Findings
 from tract_transfer.data.images import UndecodableImage
+from tract_transfer.data.voc import VOC_CLASSES, load_voc
 
 SHARED = Path(__file__).parents[1] / "../shared/data/voc"
 SIZE = "<size><width>40</width><height>30</height><depth>3</depth></size>"
@@ -94,9 +95,9 @@ def test_two_columns_keep_all_but_minus_one(devkit):
         (thing(corners=(1, 1, 40)), r"object 1 \(cat\): <ymax> must be a finite number, not None"),
         (thing(corners=(1, "nan", 40, 30)), "<ymin> must be a finite number, not 'nan'"),
         (thing(corners=(1, 1, "wide", 30)), "<xmax> must be a finite number, not 'wide'"),
-        (thing(corners=(9, 1, 8, 30)), "inverted: xmin 9, ymin 1, xmax 8"),
-        (thing(corners=(0, 1, 8, 30)), r"must lie in 1..40 x 1..30 .* xmin 0"),
-        (thing(corners=(1, 1, 40.4, 30)), r"must lie in .* xmax 40.4"),
+        (thing(corners=(9, 1, 8, 30)), "empty or inverted: xmin 9, ymin 1, xmax 8"),
+        (thing(corners=(0, 1, 8, 30)), r"must lie in the image of 40x30 pixels, but is xmin 0"),
+        (thing(corners=(1, 1, 41, 30)), r"must lie in .* xmax 41"),
         (thing(more="<difficult>yes</difficult>"), "<difficult> must be 0 or 1, not 'yes'"),
         ("<broken>", "a.xml is not a readable XML file"),
     ],
@@ -138,11 +139,53 @@ def test_unknown_sets_name_the_fix(devkit, voc_set, error, message):
         load_voc(devkit.parent, [voc_set], key="data.val")
 
 
-def test_entities_are_refused(devkit):
-    bomb = '<!DOCTYPE x [<!ENTITY e "e">]><annotation>&e;</annotation>'
-    (devkit / "Annotations/a.xml").write_text(bomb)
-    with pytest.raises(ValueError, match="not a readable XML"):
+DOCTYPES = {
+    "internal entity": '<!DOCTYPE x [<!ENTITY e "e">]>',
+    "bomb": '<!DOCTYPE x [<!ENTITY a "aa"><!ENTITY b "&a;&a;"><!ENTITY e "&b;&b;">]>',
+    "external entity": '<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]>',
+    "unknown encoding": '<?xml version="1.0" encoding="none-such"?>',
+}
+
+
+@pytest.mark.parametrize("kind", DOCTYPES)
+def test_entities_are_refused(devkit, kind):
+    text = f"{DOCTYPES[kind]}<annotation><folder>&e;</folder>{SIZE}{thing()}</annotation>"
+    (devkit / "Annotations/a.xml").write_text(text)
+    with pytest.raises(ValueError, match=r"a.xml is not a readable XML file: .*Repair it"):
         load_voc(devkit.parent, ["2007/train"])
+
+
+def test_a_split_file_of_other_bytes_names_the_line(devkit):
+    (devkit / "ImageSets/Main/train.txt").write_bytes(b"a\n\xff\xfe\n")
+    with pytest.raises(FileNotFoundError, match=r"train.txt line 2 needs"):
+        load_voc(devkit.parent, ["2007/train"])
+
+
+def test_without_a_size_a_broken_image_waits_for_its_access(devkit):
+    (devkit / "JPEGImages/b.jpg").write_bytes(b"broken")
+    dataset = load_voc(devkit.parent, ["2007/train"])
+    assert len(dataset.target(1)["labels"]) == 0
+    with pytest.raises(UndecodableImage, match=r"b\.jpg cannot be decoded"):
+        dataset.image(1)
+
+
+@pytest.mark.parametrize("tags", ["", "<pose/><truncated/><difficult/>", "<pose>Left</pose>"])
+def test_pose_truncated_and_difficult_may_be_missing_or_blank(tags, tmp_path):
+    write(tmp_path / "VOC2007", {"a": SIZE + thing(more=tags)})
+    target = load_voc(tmp_path, ["2007/train"]).target(0)
+    assert target["difficult"].tolist() == [False]
+
+
+def test_collecting_tells_every_line_and_file(tmp_path):
+    devkit = tmp_path / "VOC2007"
+    lines = ["a", "zz", "a", "b 2", "c", "d"]
+    write(devkit, {"a": SIZE + thing("catt"), "c": "<broken>", "d": SIZE + thing()}, lines=lines)
+    findings = Findings(collect=True)
+    dataset = load_voc(tmp_path, ["2007/train"], findings=findings)
+    wanted = ["a.xml object 1 (catt)", "line 2 needs", "line 3 repeats", "line 4 must", "c.xml is"]
+    for part, problem in zip(wanted, findings.problems, strict=True):
+        assert part in problem
+    assert [Path(dataset.item(index)).stem for index in range(2)] == ["a", "d"]
 
 
 def test_the_image_must_have_the_annotated_size(devkit):
@@ -176,10 +219,10 @@ def test_real_voc():
     dataset = load_voc(SHARED, ["2007/train", "2007/val"])
     assert len(dataset) == 800
     assert np.bincount(dataset.labels, minlength=20)[VOC_CLASSES.index("person")] == 770
-    assert dataset.difficult.sum() == 507
-    assert len(dataset.labels) == dataset.first[-1]
-    heights, widths = dataset.sizes[np.repeat(np.arange(800), np.diff(dataset.first))].T
-    assert (dataset.boxes[:, :2] >= 0).all()
-    assert (dataset.boxes[:, 2] <= widths).all()
-    assert (dataset.boxes[:, 3] <= heights).all()
+    assert dataset.objects.difficult.sum() == 507
+    assert len(dataset.labels) == dataset.objects.first[-1]
+    heights, widths = dataset.sizes[np.repeat(np.arange(800), np.diff(dataset.objects.first))].T
+    assert (dataset.objects.boxes[:, :2] >= 0).all()
+    assert (dataset.objects.boxes[:, 2] <= widths).all()
+    assert (dataset.objects.boxes[:, 3] <= heights).all()
     assert tuple(dataset.image(7).shape[1:]) == dataset.size(7)

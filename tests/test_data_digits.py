@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from tract_transfer.data.detection import load_voc
 from tract_transfer.data.digits import DIGIT_NAMES, load_digits, write_digit_scenes
+from tract_transfer.data.voc import load_voc
 
 
 def test_splits_are_complete_disjoint_and_stratified():
@@ -51,10 +51,10 @@ def test_scenes_are_a_valid_devkit_and_a_function_of_the_arguments(tmp_path):
     assert (len(train), len(test)) == (12, 5)
     for index in range(len(train)):
         assert train.image(index).shape == (3, 128, 128)
-    counts = np.diff(train.first)
+    counts = np.diff(train.objects.first)
     assert counts.min() >= 1
     assert counts.max() <= 4
-    heights = train.boxes[:, 3] - train.boxes[:, 1]
+    heights = train.objects.boxes[:, 3] - train.objects.boxes[:, 1]
     assert heights.min() >= 14
     assert heights.max() <= 54
     again = write_digit_scenes(tmp_path / "again", seed=1, num_train=12, num_test=5)

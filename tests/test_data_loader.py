@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
@@ -7,15 +9,8 @@ import torch
 
 from tract_transfer.data.digits import load_digits
 from tract_transfer.data.images import UndecodableImage
-from tract_transfer.data.loader import (
-    Batch,
-    EvalSampler,
-    Sample,
-    SampledDataset,
-    TrainBatchSampler,
-    eval_loader,
-    train_loader,
-)
+from tract_transfer.data.loader import Batch, SampledDataset, eval_loader, train_loader
+from tract_transfer.data.sampling import EpochOrder, Sample, TrainBatchSampler
 from tract_transfer.data.transforms import classification_train, detection_eval, detection_train
 
 AUGMENT = classification_train(32, "random_resized", 0, (0.3, 1.0), 0.5, "bilinear")
@@ -48,61 +43,6 @@ class Labels(Objects):
         return index % 3
 
 
-def take(sampler, count):
-    return list(islice(iter(sampler), count))
-
-
-def test_every_epoch_visits_each_kept_index_once():
-    batches = take(TrainBatchSampler(23, 5, seed=1), 12)
-    for epoch in range(3):
-        samples = [sample for batch in batches[4 * epoch : 4 * epoch + 4] for sample in batch]
-        assert {sample.epoch for sample in samples} == {epoch}
-        assert len({sample.index for sample in samples}) == 20
-    orders = {tuple(s.index for b in batches[4 * e : 4 * e + 4] for s in b) for e in range(3)}
-    assert len(orders) == 3
-    assert take(TrainBatchSampler(23, 5, seed=2), 12) != batches
-
-
-@pytest.mark.parametrize("start_iter", [0, 1, 4, 7, 11])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resuming_gives_the_tail(start_iter, accumulate):
-    whole = take(TrainBatchSampler(17, 4, 0, accumulate=accumulate), 15 * accumulate)
-    tail = TrainBatchSampler(17, 4, 0, start_iter, accumulate=accumulate)
-    skipped = start_iter * accumulate
-    assert take(tail, 15 * accumulate - skipped) == whole[skipped:]
-
-
-@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 3), (2, 3), (6, 2)])
-def test_ranks_and_micro_batches_partition_the_batch(world_size, accumulate):
-    whole = take(TrainBatchSampler(30, 12, seed=5), 5)
-    ranks = [
-        take(TrainBatchSampler(30, 12, 5, 0, rank, world_size, accumulate), 5 * accumulate)
-        for rank in range(world_size)
-    ]
-    for i, batch in enumerate(whole):
-        micros = range(i * accumulate, (i + 1) * accumulate)
-        assert [s for m in micros for rank in ranks for s in rank[m]] == batch
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "parts", "message"),
-    [
-        (11, (1, 1), "data.batch_size must lie in 1..10"),
-        (0, (1, 1), "data.batch_size must lie in 1..10"),
-        (6, (2, 2), r"2 x 2 = 4, got 6. Set data.batch_size to 4, or another engine.accumulate"),
-    ],
-)
-def test_wrong_batch_sizes_say_what_to_set(batch_size, parts, message):
-    with pytest.raises(ValueError, match=message):
-        TrainBatchSampler(10, batch_size, 0, 0, 0, *parts)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 12])
-def test_eval_visits_every_image_once_on_any_number_of_processes(world_size):
-    seen = [list(EvalSampler(10, rank, world_size)) for rank in range(world_size)]
-    assert sorted(index for part in seen for index in part) == list(range(10))
-
-
 def states():
     return torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
 
@@ -119,19 +59,14 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone():
     torch.manual_seed(123)
     assert torch.equal(SampledDataset(dataset, AUGMENT, 0)[Sample(2, 7)].image, first)
     assert not torch.equal(SampledDataset(dataset, AUGMENT, 0)[Sample(3, 7)].image, first)
+    assert not torch.equal(SampledDataset(dataset, AUGMENT, 0)[Sample(2, 7, 1)].image, first)
     assert not torch.equal(SampledDataset(dataset, AUGMENT, 1)[Sample(2, 7)].image, first)
 
 
 def batches_with(num_workers, start_iter=0, count=4):
-    loader = train_loader(
-        load_digits("train"),
-        AUGMENT,
-        batch_size=8,
-        seed=3,
-        num_workers=num_workers,
-        start_iter=start_iter,
-        accumulate=2,
-    )
+    dataset = load_digits("train")
+    sampler = TrainBatchSampler(EpochOrder(len(dataset), 8, 3), start_iter, accumulate=2)
+    loader = train_loader(dataset, AUGMENT, sampler, seed=3, num_workers=num_workers)
     return list(islice(iter(loader), count))
 
 
@@ -155,9 +90,32 @@ def test_workers_and_resuming_change_no_bit_and_no_global_state():
     assert same_states(before, states())
 
 
+def test_an_image_repeated_in_an_epoch_is_augmented_anew_and_reproducibly():
+    flip = detection_train([20, 30, 40, 50, 60], 100, 0.5, photometric_prob=0.5)
+    order = EpochOrder(12, 12, 0, factors=np.full(12, 4.0))
+
+    def load(num_workers, start_iter=0):
+        sampler = TrainBatchSampler(order, start_iter)
+        loader = train_loader(Objects(), flip, sampler, seed=0, num_workers=num_workers)
+        return list(islice(iter(loader), 4 - start_iter))
+
+    batches = load(0)
+    by_image = {}
+    for batch in batches:
+        for index, image in zip(batch.indices, batch.images, strict=True):
+            by_image.setdefault(index, []).append((tuple(image.shape), image.sum().item()))
+    assert {len(shown) for shown in by_image.values()} == {4}
+    assert min(len(set(shown)) for shown in by_image.values()) > 1
+    for ours, theirs in ((batches, load(2)), (batches[1:], load(0, start_iter=1))):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.indices == b.indices
+            assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
+
+
 def test_detection_batches_are_lists():
     flip = detection_train([40], 80, 0.5)
-    loader = train_loader(Objects(), flip, batch_size=3, seed=0, num_workers=0)
+    sampler = TrainBatchSampler(EpochOrder(12, 3, 0))
+    loader = train_loader(Objects(), flip, sampler, seed=0, num_workers=0)
     batch = next(iter(loader)).to("cpu")
     assert [target["image_id"] for target in batch.targets] == batch.indices
     assert [int(image[0, 0, 0]) for image in batch.images] == batch.indices
@@ -203,3 +161,23 @@ def test_skipped_images_are_told():
 def test_batches_pin():
     batch = Batch([torch.zeros(3, 2, 2)], [{"boxes": torch.zeros(1, 4), "image_id": 0}], [0], [])
     assert batch.pin_memory().targets[0]["boxes"].is_pinned()
+
+
+ENDING = """
+from tract_transfer.data.digits import load_digits
+from tract_transfer.data.loader import eval_loader
+from tract_transfer.data.transforms import classification_eval
+
+transform = classification_eval(32, 1.0, "bilinear")
+left_open = iter(eval_loader(load_digits("test"), transform, batch_size=4, num_workers=2))
+next(left_open)
+raise RuntimeError("as from a training")
+"""
+
+
+def test_a_process_that_fails_ends_although_its_workers_leave_signals_alone():
+    process = subprocess.run(
+        [sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert process.returncode == 1
+    assert "as from a training" in process.stderr

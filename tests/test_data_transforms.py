@@ -97,8 +97,21 @@ def test_the_long_side_is_capped_and_every_short_side_drawn():
     assert sizes == {(3, 40, 60), (3, 60, 90)}
 
 
-def test_randomness_is_torchs_own():
-    transform = detection_train([40, 60, 80], 200, 0.5)
+def test_colours_change_as_often_as_asked_and_nothing_else_does():
+    image, target = noise(40, 60), make_target(BOXES)
+    transform = detection_train([40], 60, 0.0, photometric_prob=0.5)
+    found = [transform(image, target) for _ in range(60)]
+    assert {(tuple(x.shape), x.dtype) for x, _ in found} == {((3, 40, 60), torch.uint8)}
+    same = sum(torch.equal(x, image) for x, _ in found)
+    assert same < 15  # 60 / 2^5 expected, and a channel order that is the same one
+    assert all(torch.equal(y["boxes"], target["boxes"]) for _, y in found)
+    plain = detection_train([40], 60, 0.0)
+    assert torch.equal(plain(image, target)[0], image)
+
+
+@pytest.mark.parametrize("photometric_prob", [0.0, 0.5])
+def test_randomness_is_torchs_own(photometric_prob):
+    transform = detection_train([40, 60, 80], 200, 0.5, photometric_prob)
     torch.manual_seed(3)
     first = [transform(noise(40, 60), make_target(BOXES)) for _ in range(5)]
     torch.manual_seed(3)

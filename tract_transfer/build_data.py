@@ -2,31 +2,37 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
-from tract_transfer.config import Config, ProbeConfig, TrainedConfig
-from tract_transfer.config_sections import (
+from tract_transfer.config import Config, DetectionConfig, ProbeConfig, TrainedConfig
+from tract_transfer.config_data import (
     CarvedSource,
+    CocoSource,
     DetectionTransformsConfig,
     DigitScenesSource,
     DigitsSource,
+    HuggingFaceBoxesSource,
     HuggingFaceSource,
     VocSource,
 )
-from tract_transfer.data import transforms
+from tract_transfer.data import sampling, transforms
 from tract_transfer.data.classification import (
     ClassificationDataset,
     carve,
     check_same_classes,
     load_huggingface,
 )
-from tract_transfer.data.detection import DetectionDataset, load_voc
+from tract_transfer.data.coco import load_coco
+from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.digits import DIGIT_NAMES, load_digits, write_digit_scenes
-from tract_transfer.data.loader import Batch, TrainBatchSampler, eval_loader, train_loader
+from tract_transfer.data.findings import Findings
+from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
+from tract_transfer.data.loader import Batch, eval_loader, train_loader
+from tract_transfer.data.voc import load_voc
 
 logger = logging.getLogger(__name__)
 Dataset = ClassificationDataset | DetectionDataset
@@ -34,11 +40,15 @@ Dataset = ClassificationDataset | DetectionDataset
 
 @dataclass
 class Data:
-    """The splits of a run. `report` is the one whose numbers are reported."""
+    """The splits of a run. `report` is the one whose numbers are reported.
+
+    `mended_boxes` lists what `data.invalid_boxes: clip` has cut or left out.
+    """
 
     train: Dataset
     val: Dataset | None
     test: Dataset | None
+    mended_boxes: list[str] = field(default_factory=list)
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -65,24 +75,30 @@ def build_data(config: Config) -> Data:
         ValueError, FileNotFoundError: a split does not load; the message names file and key.
     """
     sections = config.data
-    train: Any = _load(sections.train, "data.train")
+    findings = Findings(getattr(sections, "invalid_boxes", "error"))
+    train: Any = load_split(sections.train, "data.train", findings)
     val_section = getattr(sections, "val", None)
     if isinstance(val_section, CarvedSource):
         train, val = carve(train, val_section.fraction, config.seed)
     else:
-        val = cast(Any, _load(val_section, "data.val") if val_section else None)
-    test = _load(sections.test, "data.test") if sections.test else None
-    data = Data(train, val, test)
-    _check_disjoint(data.splits)
+        val = cast(Any, load_split(val_section, "data.val", findings) if val_section else None)
+    test = load_split(sections.test, "data.test", findings) if sections.test else None
+    if isinstance(config, DetectionConfig) and config.data.empty_images == "drop":
+        train = train.with_objects()
+    data = Data(train, val, test, findings.mended)
+    check_disjoint(data.splits)
     for warning in check_same_classes(cast(Any, data.splits)):
         logger.warning(warning)
+    if data.mended_boxes:
+        first, count = data.mended_boxes[0], len(data.mended_boxes)
+        logger.warning("%d invalid boxes are cut or left out, the first: %s", count, first)
     if sections.cache == "ram":
         for dataset in data.splits.values():
             dataset.cache_images()
     return data
 
 
-def _check_disjoint(splits: Mapping[str, Dataset]) -> None:
+def check_disjoint(splits: Mapping[str, Dataset]) -> None:
     """Refuse two splits that are the same data: what is trained on cannot be the test."""
     seen: dict[str, str] = {}
     for name, dataset in splits.items():
@@ -95,23 +111,28 @@ def _check_disjoint(splits: Mapping[str, Dataset]) -> None:
             )
 
 
-def _load(section: Any, key: str) -> Dataset:
+def load_split(section: Any, key: str, findings: Findings) -> Dataset:
     """Load the data a section describes; `key` is its name in error messages."""
+    arguments = {**section.model_dump(exclude={"source"}), "key": key, "findings": findings}
     if isinstance(section, HuggingFaceSource):
-        return load_huggingface(**section.model_dump(exclude={"source"}), key=key)
+        return load_huggingface(**arguments)
+    if isinstance(section, HuggingFaceBoxesSource):
+        return load_huggingface_boxes(**arguments)
+    if isinstance(section, CocoSource):
+        return load_coco(**arguments)
+    if isinstance(section, VocSource):
+        return load_voc(**arguments)
     if isinstance(section, DigitsSource):
         try:
             return load_digits(section.split, section.classes)
         except ValueError as error:
             raise ValueError(f"{key}.{error}") from error
-    if isinstance(section, VocSource):
-        return load_voc(**section.model_dump(exclude={"source"}), key=key)
     assert isinstance(section, DigitScenesSource)
     made = section.model_dump(include={"num_train", "num_test", "size_px"})
     own = "_".join(["digit_scenes", *map(str, made.values())])
     root = Path(section.root or f"output/data/{own}")
     write_digit_scenes(root, **made)
-    return load_voc(root, [f"2007/{section.split}"], classes=DIGIT_NAMES, key=key)
+    return load_voc(root, [f"2007/{section.split}"], DIGIT_NAMES, key=key, findings=findings)
 
 
 def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -140,6 +161,25 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
     )
 
 
+def build_epoch_order(config: TrainedConfig, train: Dataset) -> sampling.EpochOrder:
+    """Return the batches of every epoch; `iters_per_epoch` is their number.
+
+    Raises:
+        ValueError: the batch does not fit the data.
+    """
+    section, groups, factors = cast(Any, config).data, None, None
+    if isinstance(train, DetectionDataset):
+        objects, threshold = train.objects, section.repeat_threshold
+        if section.group_by_aspect:
+            groups = sampling.aspect_groups(train.sizes)
+        if threshold is not None:
+            num_classes = len(train.class_names)
+            factors = sampling.repeat_factors(objects.first, objects.labels, num_classes, threshold)
+    return sampling.EpochOrder(
+        len(train), section.batch_size, config.seed, groups=groups, factors=factors
+    )
+
+
 def build_train_batches(
     config: TrainedConfig, train: Dataset, *, rank: int, world_size: int, pin_memory: bool
 ) -> Callable[[int], Iterator[Batch]]:
@@ -150,27 +190,26 @@ def build_train_batches(
     """
     section = cast(Any, config).data
     transform, _ = build_transforms(cast(Config, config))
-    accumulate = config.engine.accumulate
-    sampling = (len(train), section.batch_size, config.seed)
-    TrainBatchSampler(*sampling, 0, rank, world_size, accumulate)  # raises before training does
+    order = build_epoch_order(config, train)
+
+    def sampler(start_iter: int) -> sampling.TrainBatchSampler:
+        accumulate = config.engine.accumulate
+        return sampling.TrainBatchSampler(order, start_iter, rank, world_size, accumulate)
 
     def batches(start_iter: int) -> Iterator[Batch]:
         return iter(
             train_loader(
                 train,
                 transform,
-                batch_size=section.batch_size,
+                sampler(start_iter),
                 seed=config.seed,
                 num_workers=section.num_workers,
-                start_iter=start_iter,
-                rank=rank,
-                world_size=world_size,
-                accumulate=accumulate,
                 undecodable=section.undecodable,
                 pin_memory=pin_memory,
             )
         )
 
+    sampler(0)  # raises before training does
     return batches
 
 

@@ -1,14 +1,19 @@
 """Classification datasets: Hugging Face rows (memory-mapped) and arrays, behind one class."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from tract_transfer.data import images
-from tract_transfer.data.huggingface import find_image_column, find_label_column, open_rows
+from tract_transfer.data.findings import Findings
+from tract_transfer.data.huggingface import (
+    RowImages,
+    find_image_column,
+    find_label_column,
+    open_rows,
+)
 
 
 class ImageSource(Protocol):
@@ -85,38 +90,6 @@ class ClassificationDataset:
         self._cache = images.decode_all(self.image, len(self))
 
 
-class _HuggingFaceImages:
-    """One image column of Arrow rows, kept encoded and memory-mapped."""
-
-    def __init__(self, rows: Any, column: str, title: str) -> None:
-        import datasets
-
-        undecoded = rows.select_columns([column])
-        self._rows = undecoded.cast_column(column, datasets.Image(decode=False))
-        self._column = column
-        self._title = title
-
-    def _stored(self, row: int) -> bytes | Path:
-        cell = self._rows[row][self._column]
-        if cell is None:
-            return b""
-        return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
-
-    def encoded(self, row: int) -> bytes:
-        stored = self._stored(row)
-        return stored.read_bytes() if isinstance(stored, Path) else stored
-
-    def image(self, row: int) -> Tensor:
-        stored = self._stored(row)
-        item = self.item(row)
-        return images.decode_image(
-            stored, f"{item} ({stored})" if isinstance(stored, Path) else item
-        )
-
-    def item(self, row: int) -> str:
-        return f"{self._title} row {row}"
-
-
 def load_huggingface(
     path: str,
     split: str,
@@ -126,6 +99,7 @@ def load_huggingface(
     image_column: str | None = None,
     label_column: str | None = None,
     key: str = "data.train",
+    findings: Findings | None = None,
 ) -> ClassificationDataset:
     """Load one split of an image classification dataset with Hugging Face `datasets`.
 
@@ -141,6 +115,7 @@ def load_huggingface(
         image_column, label_column: needed where the features `Image` and `ClassLabel` do not tell.
             A named label column may hold integers: the classes are then called "0", "1", ...
         key: the config section that error messages point to.
+        findings: what becomes of rows with a wrong label; by default the first is raised.
 
     Raises:
         FileNotFoundError: the path does not exist, or the hub does not answer.
@@ -151,8 +126,9 @@ def load_huggingface(
     label_column = find_label_column(rows, label_column, key)
     title = f"{path} split {split}"
     labels, class_names = _read_labels(rows, label_column, title, key)
-    source = _HuggingFaceImages(rows, image_column, title)
-    return ClassificationDataset(path, class_names, labels, source)
+    kept = _check_labels(labels, class_names, label_column, title, key, findings or Findings())
+    source = RowImages(rows, image_column, title)
+    return ClassificationDataset(path, class_names, labels[kept], source, kept)
 
 
 def _read_labels(rows: Any, column: str, title: str, key: str) -> tuple[np.ndarray, list[str]]:
@@ -168,15 +144,27 @@ def _read_labels(rows: Any, column: str, title: str, key: str) -> tuple[np.ndarr
         class_names = list(feature.names)
     else:
         class_names = [str(label) for label in range(max(labels) + 1)]
-    wrong = np.flatnonzero((labels < 0) | (labels >= len(class_names)))
-    if len(wrong):
-        row = int(wrong[0])
-        hint = " -1 marks an unlabelled split: set" if labels[row] == -1 else " Correct it, or set"
-        raise ValueError(
-            f"{title} row {row}: label {labels[row]} in column {column!r} must be in "
-            f"0..{len(class_names) - 1} ({len(wrong)} such rows).{hint} {key}.split to another."
-        )
     return labels, class_names
+
+
+def _check_labels(
+    labels: np.ndarray,
+    class_names: list[str],
+    column: str,
+    title: str,
+    key: str,
+    findings: Findings,
+) -> np.ndarray:
+    """Return the rows whose label is one of the classes; what is found wrong are the others."""
+    is_wrong = (labels < 0) | (labels >= len(class_names))
+    for row in np.flatnonzero(is_wrong).tolist():
+        hint = " -1 marks an unlabelled split: set" if labels[row] == -1 else " Correct it, or set"
+        message = (
+            f"{title} row {row}: label {labels[row]} in column {column!r} must be in "
+            f"0..{len(class_names) - 1} ({is_wrong.sum()} such rows).{hint} {key}.split to another."
+        )
+        findings.wrong(ValueError(message))
+    return np.flatnonzero(~is_wrong)
 
 
 class Labelled(Protocol):

@@ -4,9 +4,47 @@ import re
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from tract_transfer.data import images
 from tract_transfer.registry import did_you_mean
 
 _SPLIT_NAMES = ("train", "validation", "val", "valid", "test")
+
+
+class RowImages:
+    """One image column of rows, kept encoded and memory-mapped."""
+
+    def __init__(self, rows: Any, column: str, title: str) -> None:
+        import datasets
+
+        undecoded = rows.select_columns([column])
+        self._rows = undecoded.cast_column(column, datasets.Image(decode=False))
+        self._column = column
+        self._title = title
+
+    def stored(self, row: int) -> bytes | Path:
+        """Return a row's encoded image, or its file; an empty cell is no bytes."""
+        cell = self._rows[row][self._column]
+        if cell is None:
+            return b""
+        return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
+
+    def encoded(self, row: int) -> bytes:
+        """Return a row's encoded image."""
+        return images.read_stored(self.stored(row))
+
+    def image(self, row: int) -> Tensor:
+        """Return a row's image, uint8 RGB (3, H, W). Raises UndecodableImage."""
+        stored = self.stored(row)
+        item = self.item(row)
+        return images.decode_image(
+            stored, f"{item} ({stored})" if isinstance(stored, Path) else item
+        )
+
+    def item(self, row: int) -> str:
+        """Return what an error message calls a row, as `cifar10 split train row 17`."""
+        return f"{self._title} row {row}"
 
 
 def open_rows(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 # What PIL's readers raise for bytes that are no image, cut short or corrupt.
@@ -68,7 +68,7 @@ def decode_image(source: bytes | Path, item: str, exif: bool = True) -> Tensor:
             of 32-bit floats, which have no defined range.
         OSError: the file `source` cannot be read.
     """
-    data = source.read_bytes() if isinstance(source, Path) else source
+    data = read_stored(source)
     if not data:
         raise UndecodableImage(item, "it is empty (0 bytes)")
     try:
@@ -83,6 +83,21 @@ def decode_image(source: bytes | Path, item: str, exif: bool = True) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
+def read_size(source: bytes | Path, exif: bool = False) -> tuple[int, int]:
+    """Return (height, width) from an image's header, turned as its EXIF orientation says or not.
+
+    Raises:
+        UndecodableImage: there is no header that PIL knows.
+    """
+    try:
+        with Image.open(source if isinstance(source, Path) else BytesIO(source)) as header:
+            height, width = header.height, header.width
+            turned = exif and header.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except _DECODER_ERRORS as error:
+        raise UndecodableImage(str(source)[:200], f"no size to be read ({error})") from error
+    return (width, height) if turned else (height, width)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("32-bit float pixels have no defined range; save it with 8 or 16 bits")
@@ -95,6 +110,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def read_stored(stored: bytes | Path) -> bytes:
+    """Return the encoded bytes of an image, which lie in memory or in a file."""
+    return stored.read_bytes() if isinstance(stored, Path) else stored
 
 
 def decode_all(image: Callable[[int], Tensor], length: int) -> list[Tensor | None]:

@@ -1,21 +1,24 @@
 """Batches that depend on the seed and the iteration alone.
 
-Which samples an iteration sees depends on (seed, epoch), their random numbers on (seed, epoch,
+Which samples an iteration sees is sampling.py's; their random numbers depend on (seed, epoch,
 index): neither on the number of workers, nor on where a run was resumed. The global random state
 is neither used nor changed.
 """
 
-import hashlib
+import atexit
+import multiprocessing
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from tract_transfer.data.images import UndecodableImage
+from tract_transfer.data.sampling import EvalSampler, Sample, TrainBatchSampler, mix
 
 
 class ImageDataset(Protocol):
@@ -29,93 +32,6 @@ class ImageDataset(Protocol):
 
     def target(self, index: int) -> Any:
         """Return a class (int), or the dict of an image's objects."""
-
-
-class Sample(NamedTuple):
-    """One image as it is met in one epoch."""
-
-    epoch: int
-    index: int  # type: ignore[assignment]  # hides tuple.index
-
-
-def _mix(*parts: int) -> int:
-    """Hash whole numbers to 64 bits, so that neighbouring seeds share nothing."""
-    text = ",".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-
-
-class TrainBatchSampler(Sampler[list[Sample]]):
-    """The endless sequence of one process's micro-batches.
-
-    Each epoch is a permutation that depends on (seed, epoch); what does not fill a batch at its
-    end is dropped. A batch, the images of one optimizer step over all processes, is a slice of
-    it, cut into `accumulate` micro-batches, each cut into one part a process. The sequence from
-    `start_iter` is the tail of the one from 0.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        seed: int,
-        start_iter: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulate: int = 1,
-    ) -> None:
-        assert 0 <= rank < world_size
-        assert start_iter >= 0
-        assert accumulate >= 1
-        if not 1 <= batch_size <= num_samples:
-            raise ValueError(
-                f"data.batch_size must lie in 1..{num_samples}, the number of training images, "
-                f"got {batch_size}. Set data.batch_size to {num_samples} or less."
-            )
-        parts = world_size * accumulate
-        if batch_size % parts:
-            nearest = max(batch_size // parts, 1) * parts
-            raise ValueError(
-                f"data.batch_size must be divisible by processes x engine.accumulate = "
-                f"{world_size} x {accumulate} = {parts}, got {batch_size}. "
-                f"Set data.batch_size to {nearest}, or another engine.accumulate."
-            )
-        self.iters_per_epoch = num_samples // batch_size
-        self._num_samples = num_samples
-        self._batch_size = batch_size
-        self._seed = seed
-        self._start_iter = start_iter
-        self._rank = rank
-        self._world_size = world_size
-        self._micro_size = batch_size // accumulate
-
-    def __iter__(self) -> Iterator[list[Sample]]:
-        epoch, position = divmod(self._start_iter, self.iters_per_epoch)
-        own = self._micro_size // self._world_size
-        used = self.iters_per_epoch * self._batch_size
-        while True:
-            order = self._permutation(epoch)
-            for start in range(position * self._batch_size, used, self._micro_size):
-                first = start + self._rank * own
-                yield [Sample(epoch, index) for index in order[first : first + own].tolist()]
-            epoch, position = epoch + 1, 0
-
-    def _permutation(self, epoch: int) -> Tensor:
-        generator = torch.Generator().manual_seed(_mix(self._seed, epoch))
-        return torch.randperm(self._num_samples, generator=generator)
-
-
-class EvalSampler(Sampler[int]):
-    """Every `world_size`-th index from `rank`: each image once, none twice as padding."""
-
-    def __init__(self, num_samples: int, rank: int, world_size: int) -> None:
-        assert 0 <= rank < world_size
-        self._indices = range(rank, num_samples, world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
 
 
 class _Loaded(NamedTuple):
@@ -133,8 +49,8 @@ class SampledDataset(Dataset[_Loaded]):
     Args:
         dataset: where images and targets come from.
         transform: called with the image, or, where targets are dicts, with image and target.
-        seed: with the sample's epoch and index it seeds torch's CPU generator while the transform
-            runs; afterwards the generator is as it was. A plain index counts as epoch 0.
+        seed: with the sample's epoch, index and copy it seeds torch's CPU generator while the
+            transform runs; afterwards the generator is as it was. A plain index counts as epoch 0.
         undecodable: `error` raises UndecodableImage; `skip` leaves the image out and says so.
     """
 
@@ -156,7 +72,7 @@ class SampledDataset(Dataset[_Loaded]):
         return len(self._dataset)
 
     def __getitem__(self, sample: Sample | int) -> _Loaded:
-        epoch, index = sample if isinstance(sample, Sample) else Sample(0, sample)
+        epoch, index, copy = sample if isinstance(sample, Sample) else Sample(0, sample)
         try:
             image = self._dataset.image(index)
         except UndecodableImage as error:
@@ -166,7 +82,8 @@ class SampledDataset(Dataset[_Loaded]):
         target = self._dataset.target(index)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed the accelerators too.
-            torch.default_generator.manual_seed(_mix(self._seed, epoch, index))
+            again = (copy,) if copy else ()
+            torch.default_generator.manual_seed(mix(self._seed, epoch, index, *again))
             if isinstance(target, dict):
                 image, target = self._transform(image, target)
             else:
@@ -219,6 +136,18 @@ def _leave_signals_to_the_parent(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+@cache
+def _end_workers_at_exit() -> None:
+    """multiprocessing sends SIGTERM to those still there, and would wait for them forever."""
+
+    def end() -> None:
+        for worker in multiprocessing.active_children():
+            if worker.daemon:
+                worker.kill()
+
+    atexit.register(end)
+
+
 def _collate(loaded: list[_Loaded]) -> Batch:
     skipped = [one.skipped for one in loaded if one.image is None]
     images = [one.image for one in loaded if one.image is not None]
@@ -232,24 +161,15 @@ def _collate(loaded: list[_Loaded]) -> Batch:
 def train_loader(
     dataset: ImageDataset,
     transform: Callable[..., Any],
+    sampler: TrainBatchSampler,
     *,
-    batch_size: int,
     seed: int,
     num_workers: int,
-    start_iter: int = 0,
-    rank: int = 0,
-    world_size: int = 1,
-    accumulate: int = 1,
     undecodable: str = "error",
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """Return the endless loader of one process's micro-batches, from iteration `start_iter`.
-
-    See TrainBatchSampler for `batch_size` and the order, SampledDataset for the rest.
-    """
-    sampler = TrainBatchSampler(
-        len(dataset), batch_size, seed, start_iter, rank, world_size, accumulate
-    )
+    """Return the endless loader of one process's micro-batches; see SampledDataset."""
+    _end_workers_at_exit()
     return DataLoader(
         SampledDataset(dataset, transform, seed, undecodable),  # type: ignore[arg-type]
         batch_sampler=sampler,
@@ -276,6 +196,7 @@ def eval_loader(
 
     `batch_size` counts the images of this process; the last batch may be smaller.
     """
+    _end_workers_at_exit()
     return DataLoader(
         SampledDataset(dataset, transform, 0, undecodable),  # type: ignore[arg-type]
         batch_size=batch_size,

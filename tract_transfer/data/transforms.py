@@ -69,11 +69,20 @@ def _interpolation(name: str) -> InterpolationMode:
 
 
 class _DetectionTrain:
-    """Random short side and flip of an image and its boxes."""
+    """Random colours, short side and flip of an image and its boxes."""
 
-    def __init__(self, short_sides_px: Sequence[int], max_side_px: int, flip_prob: float) -> None:
+    def __init__(
+        self,
+        short_sides_px: Sequence[int],
+        max_side_px: int,
+        flip_prob: float,
+        photometric_prob: float,
+    ) -> None:
+        # First, as detectors mostly enlarge: fewer pixels to change.
+        distort = [v2.RandomPhotometricDistort(p=photometric_prob)] if photometric_prob else []
         self._pipeline = v2.Compose(
             [
+                *distort,
                 v2.RandomShortestSize(list(short_sides_px), max_size=max_side_px),
                 v2.RandomHorizontalFlip(flip_prob),
             ]
@@ -83,24 +92,30 @@ class _DetectionTrain:
         size = (image.shape[-2], image.shape[-1])
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
         image, boxes = self._pipeline(tv_tensors.Image(image), boxes)
-        return image.as_subclass(Tensor), {**target, "boxes": boxes.as_subclass(Tensor)}
+        changed = {"boxes": boxes.as_subclass(Tensor), "scale": image.shape[-2] / size[0]}
+        return image.as_subclass(Tensor), {**target, **changed}
 
 
 def detection_train(
-    short_sides_px: Sequence[int], max_side_px: int, flip_prob: float
+    short_sides_px: Sequence[int],
+    max_side_px: int,
+    flip_prob: float,
+    photometric_prob: float = 0.0,
 ) -> DetectionTransform:
     """Return the training transform (image, target) -> (image, target).
 
     The short side becomes one of `short_sides_px`, drawn at random, or what keeps the long side
     within `max_side_px`; with probability `flip_prob` left and right are swapped. Boxes follow,
-    whatever else the target holds stays.
+    whatever else the target holds stays, and `scale` is what the height was multiplied by.
+    Brightness, contrast, saturation, hue and the order of the channels change with probability
+    `photometric_prob` each (SSD's distortion has 0.5).
     """
     if not short_sides_px or min(short_sides_px) < 1 or max_side_px < max(short_sides_px):
         raise ValueError(
             f"short_sides_px must be positive and at most max_side_px, got {list(short_sides_px)} "
             f"and {max_side_px}."
         )
-    return _DetectionTrain(short_sides_px, max_side_px, flip_prob)
+    return _DetectionTrain(short_sides_px, max_side_px, flip_prob, photometric_prob)
 
 
 def detection_eval() -> DetectionTransform:

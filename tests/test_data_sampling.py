@@ -1,0 +1,169 @@
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from tract_transfer.data.sampling import (
+    EpochOrder,
+    EvalSampler,
+    TrainBatchSampler,
+    aspect_groups,
+    repeat_factors,
+)
+
+TALL = np.arange(30) % 3 == 0  # 10 of 30
+FACTORS = np.where(np.arange(30) < 6, 2.4, 1.0) + np.where(np.arange(30) == 29, 1.5, 0)
+# 24 * 1 + 6 * 2.4 + 1.5 = 39.9; of the tall: 10 + 2 * 1.4 = 12.8, of the others 27.1
+KINDS = {
+    "plain": {},
+    "grouped": {"groups": TALL.astype(np.int64)},
+    "repeated": {"factors": FACTORS},
+    "both": {"groups": TALL.astype(np.int64), "factors": FACTORS},
+}
+
+
+def take(sampler, count):
+    return list(islice(iter(sampler), count))
+
+
+def epoch(order, number):
+    return [sample for batch in order.batches(number) for sample in batch]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_depends_on_seed_and_epoch_alone(kind):
+    order, same, other = (EpochOrder(30, 5, seed, **KINDS[kind]) for seed in (1, 1, 2))
+    orders = [tuple(epoch(order, number)) for number in range(5)]
+    assert [tuple(epoch(same, number)) for number in (4, 0)] == [orders[4], orders[0]]
+    assert len({tuple(sample[1:] for sample in one) for one in orders}) == 5
+    assert tuple(epoch(other, 0)) != orders[0]
+    for number, one in enumerate(orders):
+        assert {sample.epoch for sample in one} == {number}
+        assert len(one) == 5 * order.iters_per_epoch
+
+
+@pytest.mark.parametrize(("count", "kept"), [(23, 20), (20, 20), (5, 5)])
+def test_every_epoch_visits_each_kept_image_once(count, kept):
+    order = EpochOrder(count, 5, seed=1)
+    assert order.iters_per_epoch == kept // 5
+    for number in range(3):
+        samples = epoch(order, number)
+        assert len({sample.index for sample in samples}) == len(samples) == kept
+        assert {sample.copy for sample in samples} == {0}
+
+
+def test_no_batch_mixes_shapes_and_none_is_seen_twice():
+    order = EpochOrder(30, 4, seed=0, **KINDS["grouped"])
+    assert order.iters_per_epoch == 10 // 4 + 20 // 4
+    shapes = []
+    for number in range(20):
+        batches = order.batches(number)
+        assert all(len({TALL[sample.index] for sample in batch}) == 1 for batch in batches)
+        assert len({sample.index for batch in batches for sample in batch}) == 28
+        shapes.append(tuple(TALL[batch[0].index] for batch in batches))
+    assert len(set(shapes)) > 5  # the shapes come mixed, not one after the other
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_a_factor_is_the_mean_number_of_showings(batch_size):
+    order = EpochOrder(30, batch_size, seed=0, factors=FACTORS)
+    assert order.iters_per_epoch == 40 // batch_size
+    epochs = [Counter(sample.index for sample in epoch(order, e)) for e in range(400)]
+    shown = np.array([[counts[index] for index in range(30)] for counts in epochs])
+    assert (shown.sum(axis=1) == 40).all()
+    scaled = FACTORS * 40 / FACTORS.sum()
+    assert (shown >= np.floor(scaled)).all()
+    assert (shown <= np.ceil(scaled)).all()
+    assert np.abs(shown.mean(axis=0) - scaled).max() < 5 * 0.5 / np.sqrt(400)
+
+
+def test_factors_of_one_change_nothing_but_the_order():
+    for number in range(50):
+        samples = epoch(EpochOrder(30, 5, 0, factors=np.ones(30)), number)
+        assert sorted(sample.index for sample in samples) == list(range(30))
+        assert {sample.copy for sample in samples} == {0}
+
+
+@pytest.mark.parametrize("kind", ["repeated", "both"])
+def test_each_showing_of_an_image_has_its_own_number(kind):
+    order = EpochOrder(30, 1, seed=0, **KINDS[kind])
+    samples = epoch(order, 0)
+    assert len(set(samples)) == len(samples)
+    for index, count in Counter(sample.index for sample in samples).items():
+        assert {s.copy for s in samples if s.index == index} == set(range(count))
+
+
+def test_repetition_with_groups_keeps_their_lengths():
+    order = EpochOrder(30, 1, seed=0, **KINDS["both"])
+    for number in range(20):
+        tall = [TALL[sample.index] for sample in epoch(order, number)]
+        assert (sum(tall), len(tall)) == (13, 40)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start_iter", [0, 1, 5, 7, 23])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resuming_gives_the_tail(kind, start_iter, accumulate):
+    order = EpochOrder(30, 4, 0, **KINDS[kind])
+    whole = take(TrainBatchSampler(order, accumulate=accumulate), 30 * accumulate)
+    tail = TrainBatchSampler(order, start_iter, accumulate=accumulate)
+    skipped = start_iter * accumulate
+    assert take(tail, 30 * accumulate - skipped) == whole[skipped:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 3), (2, 3), (3, 2)])
+def test_ranks_and_micro_batches_partition_the_batch(kind, world_size, accumulate):
+    order = EpochOrder(30, 6, 5, **KINDS[kind])
+    whole = take(TrainBatchSampler(order), 12)
+    ranks = [
+        take(TrainBatchSampler(order, 0, rank, world_size, accumulate), 12 * accumulate)
+        for rank in range(world_size)
+    ]
+    for i, batch in enumerate(whole):
+        micros = range(i * accumulate, (i + 1) * accumulate)
+        assert [s for m in micros for rank in ranks for s in rank[m]] == batch
+
+
+def test_tall_images_are_those_higher_than_wide():
+    assert aspect_groups(np.array([[3, 2], [2, 3], [2, 2], [0, 0]])).tolist() == [1, 0, 0, 0]
+
+
+def test_repeat_factors_are_the_papers():
+    # Class 0 is in all four images, 1 in two (thrice in one of them), 2 in one; image 4 is empty.
+    first = np.array([0, 1, 3, 7, 8, 8])
+    labels = np.array([0, 0, 1, 0, 1, 1, 2, 0])
+    factors = repeat_factors(first, labels, 4, threshold=0.8)
+    of_class = [1.0, np.sqrt(0.8 / 0.4), np.sqrt(0.8 / 0.2)]
+    expected = [of_class[0], of_class[1], of_class[2], of_class[0], 1.0]
+    assert np.allclose(factors, expected)
+    assert (repeat_factors(first, labels, 4, threshold=0.2) == 1).all()
+    with pytest.raises(ValueError, match=r"data.repeat_threshold must lie in \(0, 1\], got 0"):
+        repeat_factors(first, labels, 4, threshold=0)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "kind", "message"),
+    [
+        (10, 11, {}, "data.batch_size must lie in 1..10, .* got 11. Set data.batch_size to 10"),
+        (10, 0, {}, "data.batch_size must lie in 1..10"),
+        (0, 1, {}, "data.batch_size must lie in 1..0"),
+        (30, 12, KINDS["grouped"], "10 images are tall: fewer than data.batch_size 12"),
+        (30, 15, {"groups": 1 - TALL}, "10 images are wide or square: fewer than"),
+    ],
+)
+def test_wrong_batch_sizes_say_what_to_set(count, batch_size, kind, message):
+    with pytest.raises(ValueError, match=message):
+        EpochOrder(count, batch_size, 0, **kind)
+
+
+def test_a_batch_must_divide():
+    with pytest.raises(ValueError, match=r"2 x 2 = 4, got 6. Set data.batch_size to 4, or another"):
+        TrainBatchSampler(EpochOrder(10, 6, 0), 0, 0, 2, 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 12])
+def test_eval_visits_every_image_once_on_any_number_of_processes(world_size):
+    seen = [list(EvalSampler(10, rank, world_size)) for rank in range(world_size)]
+    assert sorted(index for part in seen for index in part) == list(range(10))

@@ -1,0 +1,176 @@
+"""The data sections of a config: where images come from, their transforms, their batches.
+
+A source goes to a loader of tract_transfer.data as arguments of the same names (see build_data.py).
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from tract_transfer.config_sections import Count, Fraction, Section
+
+
+class HuggingFaceSource(Section):
+    """A hub id, parquet file or folder, image folder or saved dataset."""
+
+    source: Literal["huggingface"]
+    path: str
+    split: str
+    config_name: str | None = None
+    revision: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+class DigitsSource(Section):
+    """scikit-learn's handwritten digits at 32 px; `classes` keeps some of the ten."""
+
+    source: Literal["digits"]
+    split: Literal["train", "test"]
+    classes: list[int] | None = None
+
+
+class CarvedSource(Section):
+    """A stratified `fraction` of data.train, which then lacks it."""
+
+    source: Literal["train"]
+    fraction: Annotated[float, Field(gt=0, lt=1)]
+
+
+class VocSource(Section):
+    """Split files of a VOC devkit, such as `sets: [2007/trainval, 2012/trainval]`."""
+
+    source: Literal["voc"]
+    root: str
+    sets: Annotated[list[str], Field(min_length=1)]
+    classes: list[str] | None = None
+
+
+class CocoSource(Section):
+    """A folder of images and a COCO json of boxes; `classes: null` are its categories by id."""
+
+    source: Literal["coco"]
+    images: str
+    annotations: str
+    classes: list[str] | None = None
+
+
+class HuggingFaceBoxesSource(Section):
+    """A hub id, parquet file or folder, or saved dataset, with a column of objects.
+
+    `classes` is needed where the classes are no ClassLabel.
+    """
+
+    source: Literal["huggingface"]
+    path: str
+    split: str
+    box_format: Literal["xywh", "xyxy", "cxcywh"]
+    box_unit: Literal["pixel", "relative"] = "pixel"
+    classes: list[str] | None = None
+    config_name: str | None = None
+    revision: str | None = None
+    image_column: str | None = None
+    objects_column: str | None = None
+
+
+class DigitScenesSource(Section):
+    """Digits on photographs, written to `root` as a VOC devkit when first asked for.
+
+    `root: null` is a folder of its own for each size and number, under output/data.
+    """
+
+    source: Literal["digit_scenes"]
+    split: Literal["train", "test"]
+    root: str | None = None
+    num_train: Count = 200
+    num_test: Count = 100
+    size_px: Annotated[int, Field(ge=64)] = 128
+
+
+ImageSource = Annotated[HuggingFaceSource | DigitsSource, Field(discriminator="source")]
+ValSource = Annotated[
+    HuggingFaceSource | DigitsSource | CarvedSource, Field(discriminator="source")
+]
+BoxSource = Annotated[
+    VocSource | CocoSource | HuggingFaceBoxesSource | DigitScenesSource,
+    Field(discriminator="source"),
+]
+
+
+class EvalTransformsConfig(Section):
+    """Test images: the short side to size / crop_ratio, then the centre of size."""
+
+    size_px: Count
+    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+
+class ClassificationTransformsConfig(EvalTransformsConfig):
+    """Training images: `pad` by pad_px (4) and crop, `random_resized` crop of `scale` of the area
+    ([0.08, 1]), or none."""
+
+    crop: Literal["pad", "random_resized", "none"] = "none"
+    pad_px: Annotated[int, Field(ge=0)] | None = None
+    scale: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = None
+    flip_prob: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _arguments_are_the_crops(self) -> "ClassificationTransformsConfig":
+        for key, crop in (("pad_px", "pad"), ("scale", "random_resized")):
+            if getattr(self, key) is not None and self.crop != crop:
+                raise ValueError(f"{key} is for crop: {crop}, and crop is {self.crop}")
+        return self
+
+
+class DetectionTransformsConfig(Section):
+    """Training images: one of `short_sides_px`, the long side at most `max_side_px`, flips.
+
+    `photometric_prob` is that of each of SSD's colour distortions, which has 0.5.
+    """
+
+    short_sides_px: Annotated[list[Count], Field(min_length=1)]
+    max_side_px: Count
+    flip_prob: Fraction = 0.5
+    photometric_prob: Fraction = 0.0
+
+
+class LoadingConfig(Section):
+    """`batch_size` counts the images of an optimizer step, over all processes and micro-batches."""
+
+    batch_size: Count
+    num_workers: Annotated[int, Field(ge=0)] = 2
+    cache: Literal["none", "ram"] = "none"
+    undecodable: Literal["error", "skip"] = "error"
+
+
+class ClassificationData(LoadingConfig):
+    """`val` is for selection, `test` for the report."""
+
+    train: ImageSource
+    val: ValSource | None = None
+    test: ImageSource | None = None
+    transforms: ClassificationTransformsConfig
+
+
+class ProbeData(LoadingConfig):
+    train: ImageSource
+    test: ImageSource
+    transforms: EvalTransformsConfig
+
+
+class DetectionData(LoadingConfig):
+    """`val` is for selection, `test` for the report.
+
+    Of the training images, `empty_images` keeps or drops those without objects,
+    `group_by_aspect` keeps wide and tall ones in batches of their own, and `repeat_threshold` is
+    the fraction of images below which a class is shown more often (LVIS).
+    """
+
+    train: BoxSource
+    val: BoxSource | None = None
+    test: BoxSource | None = None
+    transforms: DetectionTransformsConfig
+    invalid_boxes: Literal["error", "clip"] = "error"
+    empty_images: Literal["keep", "drop"] = "keep"
+    group_by_aspect: bool = False
+    repeat_threshold: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -1,0 +1,225 @@
+"""Which images an iteration sees: a function of the seed and the iteration alone.
+
+So it depends neither on the number of workers or processes, nor on where a run was resumed.
+"""
+
+# N images, M objects, B images a batch
+
+import hashlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+_GROUPS = ("wide or square", "tall")
+
+
+class Sample(NamedTuple):
+    """One image as it is met in one epoch, for the `copy`-th time from 0."""
+
+    epoch: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    copy: int = 0
+
+
+def mix(*parts: int) -> int:
+    """Hash whole numbers to 64 bits, so that neighbouring seeds share nothing."""
+    text = ",".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def aspect_groups(sizes: np.ndarray) -> np.ndarray:
+    """Return int64 (N,): 1 where an image of `sizes` (N, 2) (height, width) is tall, else 0."""
+    return np.asarray(sizes[:, 0] > sizes[:, 1], dtype=np.int64)
+
+
+def repeat_factors(
+    first: np.ndarray, labels: np.ndarray, num_classes: int, threshold: float
+) -> np.ndarray:
+    """Return how often an epoch shows each image, float64 (N,) from 1 (LVIS, appendix B.2).
+
+    A class in a fraction f of the images asks for max(1, sqrt(threshold / f)); an image is
+    repeated as the rarest of its classes asks, one without objects is not.
+
+    Args:
+        first: int64 (N + 1,); image i owns `labels[first[i]:first[i + 1]]`.
+        labels: int64 (M,), in 0..num_classes-1.
+        threshold: the fraction of images below which a class is repeated, in (0, 1].
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"data.repeat_threshold must lie in (0, 1], got {threshold}.")
+    num_images = len(first) - 1
+    image_of = np.repeat(np.arange(num_images), np.diff(first))
+    pairs = np.unique(np.stack([image_of, labels]), axis=1)
+    fractions = np.bincount(pairs[1], minlength=num_classes) / num_images
+    of_class = np.sqrt(np.maximum(threshold / np.maximum(fractions, 1e-12), 1.0))
+    factors = np.ones(num_images)
+    np.maximum.at(factors, pairs[0], of_class[pairs[1]])
+    return factors
+
+
+class EpochOrder:
+    """The batches of every epoch: their number is fixed, their images depend on (seed, epoch).
+
+    An epoch is a permutation of the images; what does not fill a batch at its end is dropped.
+
+    Args:
+        batch_size: B, the images of an optimizer step over all processes.
+        groups: int64 (N,) of 0 and 1; the images of a batch are all of one group. What does not
+            fill a batch is then dropped from each, and the batches are shuffled.
+        factors: float64 (N,), at least 1; an image is shown floor or ceil of its factor times, as
+            often as makes the factor its mean. The length of an epoch is round(sum of factors),
+            with groups of each group: to hold it, the factors are scaled by less than half an
+            image in all.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        *,
+        groups: np.ndarray | None = None,
+        factors: np.ndarray | None = None,
+    ) -> None:
+        group_of = np.zeros(num_images, dtype=np.int64) if groups is None else groups
+        self._members = [np.flatnonzero(group_of == group) for group in np.unique(group_of)]
+        weights = np.ones(num_images) if factors is None else factors
+        self._lengths = [round(float(weights[members].sum())) for members in self._members]
+        if not 1 <= batch_size <= sum(self._lengths):
+            raise ValueError(
+                f"data.batch_size must lie in 1..{sum(self._lengths)}, the number of training "
+                f"images, got {batch_size}. Set data.batch_size to {sum(self._lengths)} or less."
+            )
+        for group, members, length in zip(
+            np.unique(group_of), self._members, self._lengths, strict=True
+        ):
+            if length < batch_size:
+                raise ValueError(
+                    f"data.group_by_aspect needs a batch of each shape, and {len(members)} images "
+                    f"are {_GROUPS[group]}: fewer than data.batch_size {batch_size}, they would "
+                    "never be seen. Set data.group_by_aspect: false, or smaller batches."
+                )
+        self.batch_size = batch_size
+        self.iters_per_epoch = sum(length // batch_size for length in self._lengths)
+        self._seed = seed
+        self._factors = factors
+        self._group_of = torch.from_numpy(group_of)
+
+    def batches(self, epoch: int) -> list[list[Sample]]:
+        """Return the batches of an epoch, `iters_per_epoch` lists of B samples."""
+        generator = torch.Generator().manual_seed(mix(self._seed, epoch))
+        order = torch.randperm(len(self._group_of), generator=generator)
+        copies = torch.zeros_like(order)
+        if self._factors is not None:
+            order, copies = self._repeated(order, generator)
+        if len(self._members) > 1:
+            picked = self._grouped(order, generator)
+        else:
+            picked = torch.arange(self.iters_per_epoch * self.batch_size)
+        samples = [
+            Sample(epoch, index, copy)
+            for index, copy in zip(order[picked].tolist(), copies[picked].tolist(), strict=True)
+        ]
+        starts = range(0, len(samples), self.batch_size)
+        return [samples[start : start + self.batch_size] for start in starts]
+
+    def _repeated(self, order: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return the images of an epoch with their repetitions, and which repetition each is.
+
+        Systematic sampling: the factors lie end to end on a line, and an image is shown once for
+        every whole number (plus one random offset) in its stretch. So the sum never varies.
+        """
+        assert self._factors is not None
+        parts = []
+        for group, length in enumerate(self._lengths):
+            members = order[self._in_group(order, group)]
+            ends = np.cumsum(self._factors[members.numpy()])
+            ends *= length / ends[-1]
+            ends[-1] = length
+            # A multiple of 2^-20 adds to whole numbers without rounding: factors of 1 stay exact.
+            offset = int(torch.randint(2**20, (1,), generator=generator)) / 2**20
+            counts = np.diff(np.floor(ends + offset), prepend=0.0)
+            parts.append(members.repeat_interleave(torch.from_numpy(counts).long()))
+        repeated = torch.cat(parts)
+        repeated = repeated[torch.randperm(len(repeated), generator=generator)]
+        by_image, places = torch.sort(repeated, stable=True)
+        copies = torch.empty_like(repeated)
+        copies[places] = torch.arange(len(repeated)) - torch.searchsorted(by_image, by_image)
+        return repeated, copies
+
+    def _grouped(self, order: Tensor, generator: torch.Generator) -> Tensor:
+        """Return positions in `order`, each batch of them of one group."""
+        parts = []
+        for group, length in enumerate(self._lengths):
+            used = length // self.batch_size * self.batch_size
+            positions = self._in_group(order, group).nonzero().flatten()
+            parts.append(positions[:used].view(-1, self.batch_size))
+        batches = torch.cat(parts)
+        return batches[torch.randperm(len(batches), generator=generator)].flatten()
+
+    def _in_group(self, order: Tensor, group: int) -> Tensor:
+        """Whether each image of `order` is of the group, bool."""
+        number = int(self._group_of[self._members[group][0]])
+        return self._group_of[order] == number
+
+
+class TrainBatchSampler(Sampler[list[Sample]]):
+    """The endless sequence of one process's micro-batches.
+
+    A batch, the images of one optimizer step over all processes, is cut into `accumulate`
+    micro-batches, each cut into one part a process. The sequence from `start_iter` is the tail of
+    the one from 0.
+    """
+
+    def __init__(
+        self,
+        order: EpochOrder,
+        start_iter: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+    ) -> None:
+        assert 0 <= rank < world_size
+        assert start_iter >= 0
+        assert accumulate >= 1
+        parts = world_size * accumulate
+        if order.batch_size % parts:
+            nearest = max(order.batch_size // parts, 1) * parts
+            raise ValueError(
+                f"data.batch_size must be divisible by processes x engine.accumulate = "
+                f"{world_size} x {accumulate} = {parts}, got {order.batch_size}. "
+                f"Set data.batch_size to {nearest}, or another engine.accumulate."
+            )
+        self._order = order
+        self._start_iter = start_iter
+        self._rank = rank
+        self._world_size = world_size
+        self._micro_size = order.batch_size // accumulate
+
+    def __iter__(self) -> Iterator[list[Sample]]:
+        epoch, position = divmod(self._start_iter, self._order.iters_per_epoch)
+        own = self._micro_size // self._world_size
+        while True:
+            for batch in self._order.batches(epoch)[position:]:
+                for start in range(0, self._order.batch_size, self._micro_size):
+                    first = start + self._rank * own
+                    yield batch[first : first + own]
+            epoch, position = epoch + 1, 0
+
+
+class EvalSampler(Sampler[int]):
+    """Every `world_size`-th index from `rank`: each image once, none twice as padding."""
+
+    def __init__(self, num_samples: int, rank: int, world_size: int) -> None:
+        assert 0 <= rank < world_size
+        self._indices = range(rank, num_samples, world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
