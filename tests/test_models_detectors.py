@@ -1,30 +1,48 @@
+"""The four kinds of Faster R-CNN: what they share, and what each is made of."""
+
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torchvision.models import vgg11
 
-from tract_transfer.models import DETECTORS, Backbone, build_backbone
-from tract_transfer.models.detectors import TwoStageDetector
+from tract_transfer.models import DETECTORS, build_backbone
+from tract_transfer.models.freeze import set_norm
+from tract_transfer.models.two_stage import TwoStageDetector
+from tract_transfer.models.vit import accept_any_size
+from tract_transfer.models.weights import load_weights
 
-SMALL = {
-    "fpn_channels": 16,
-    "head_dim": 32,
-    "num_proposals": 50,
-    "rois_per_image": 16,
-    "short_side_px": 64,
-    "max_side_px": 96,
+PYRAMID = {"fpn_channels": 16, "head_dim": 32}
+# Backbone, its arguments, the detector's own small ones.
+KINDS = {
+    "torchvision_fpn": ("timm/test_resnet", {}, PYRAMID),
+    "torchvision_c4": ("cifar/resnet18", {"width": 8}, {}),
+    "torchvision_c5": ("timm/vgg11", {"mlp_ratio": 0.01}, {}),
+    "torchvision_vitdet": ("timm/test_vit", {}, PYRAMID),
 }
+SMALL = {"short_side_px": 64, "max_side_px": 96}
+FEW = {"post_nms_train": 50, "post_nms_test": 50}
 
 
-def detector(**args) -> TwoStageDetector:
+def detector(kind="torchvision_fpn", backbone=None, **args) -> TwoStageDetector:
     torch.manual_seed(0)
-    backbone = build_backbone("timm/test_resnet")
-    return DETECTORS.get("torchvision_fpn")(backbone, 3, **{**SMALL, **args})
+    name, backbone_args, small = KINDS[kind]
+    backbone = backbone or build_backbone(name, args=backbone_args)
+    rpn = {**FEW, **args.pop("rpn", {})}
+    box = {"rois_per_image": 16, **args.pop("box", {})}
+    return DETECTORS.get(kind)(backbone, 3, **{**SMALL, **small, **args}, rpn=rpn, box=box)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request) -> str:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def eager() -> TwoStageDetector:
+def eager(kind) -> TwoStageDetector:
     """A detector that finds something everywhere."""
-    return detector(score_threshold=0.0, max_detections=20).eval()
+    return detector(kind, box={"score_threshold": 0.0, "max_detections": 20}).eval()
 
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -32,11 +50,11 @@ def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def target(boxes, labels) -> dict[str, torch.Tensor]:
+def target(boxes, labels, difficult=None) -> dict[str, torch.Tensor]:
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
         "labels": torch.tensor(labels, dtype=torch.int64),
-        "difficult": torch.zeros(len(labels), dtype=torch.bool),
+        "difficult": torch.tensor(difficult or [False] * len(labels), dtype=torch.bool),
         "image_id": 7,
     }
 
@@ -45,30 +63,37 @@ IMAGES = [picture(64, 96), picture(80, 64, 1)]
 TARGETS = [target([[5, 5, 40, 50], [50, 10, 90, 60]], [0, 2]), target([[1, 2, 30, 70]], [1])]
 
 
-def test_training_gives_four_finite_losses_that_reach_the_first_layer():
-    model = detector().train()
-    losses = model(IMAGES, TARGETS)
+def losses_of(model, targets=TARGETS) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return model.train()(IMAGES, targets)
+
+
+def test_training_gives_four_finite_losses_that_reach_the_first_layer(kind):
+    model = detector(kind)
+    losses = losses_of(model)
     assert sorted(losses) == ["loss_box", "loss_cls", "loss_rpn_box", "loss_rpn_cls"]
     assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
-    gradient = model.get_submodule("backbone.model.conv1.0").weight.grad
+    gradient = model.get_submodule(f"backbone.{model.backbone.first_layers[0]}").weight.grad
     assert gradient.isfinite().all()
     assert gradient.any()
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    assert unused == {n for n in unused if n.startswith("backbone.model.norm.")}  # a ViT's last
 
 
-def test_images_without_boxes_are_background():
-    model = detector().train()
-    losses = model(IMAGES, [target([], []), target([], [])])
+def test_images_without_boxes_are_background(kind):
+    model = detector(kind)
+    losses = losses_of(model, [target([], []), target([], [])])
     assert all(loss.isfinite() for loss in losses.values())
     assert losses["loss_rpn_box"] == losses["loss_box"] == 0
-    mixed = model(IMAGES, [TARGETS[0], target([], [])])
+    mixed = losses_of(model, [TARGETS[0], target([], [])])
     assert all(loss.isfinite() for loss in mixed.values())
 
 
 @torch.no_grad()
 def test_detections_are_in_the_pixels_of_each_image(eager):
     images = [picture(300, 400), picture(30, 20), picture(64, 96), picture(200, 70)]
-    found = eager(images)
+    found = eager.eval()(images)
     assert len(found) == len(images)
     for image, each in zip(images, found, strict=True):
         height, width = image.shape[-2:]
@@ -88,185 +113,244 @@ def test_detections_are_in_the_pixels_of_each_image(eager):
 def test_company_of_no_larger_images_changes_nothing(eager):
     """An image that sets the padded size is seen as when it is alone."""
     image = picture(64, 96)
-    (alone,) = eager([image])
+    (alone,) = eager.eval()([image])
     for company in (picture(64, 96, 1), picture(64, 64, 2)):
         for together in (eager([image, company])[0], eager([company, image])[1]):
             for key in alone:
                 torch.testing.assert_close(together[key], alone[key], rtol=1e-3, atol=1e-3)
 
 
-class Patches(nn.Module):
-    """Two maps that see no neighbour: means of the colours of 4x4 and 8x8 patches."""
-
-    def forward(self, images: torch.Tensor) -> list[torch.Tensor]:
-        return [nn.functional.avg_pool2d(images, size) for size in (4, 8)]
-
-
-class PatchBackbone(Backbone):
-    def maps(self, images, names):
-        return dict(zip(names, self.model(self.normalize(images)), strict=True))
-
-    def _map_names(self):
-        return ["fine", "coarse"]
-
-
-class Seen(nn.Module):
-    """Stands for the region proposal or the box head, and keeps what it was given."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, *given):
-        self.given = given
-        return self.answer
-
-
-def stub_detector(found=None, **sizes) -> TwoStageDetector:
-    backbone = PatchBackbone(
-        Patches(), feature_dim=3, first_layers=[], mean=[0.4, 0.5, 0.6], std=[0.2] * 3
-    )
-    return TwoStageDetector(
-        backbone,
-        nn.Identity(),
-        Seen((["proposals"], {"loss_objectness": torch.tensor(1.0)})),
-        Seen((found, {"loss_classifier": torch.tensor(2.0)})),
-        ["fine", "coarse"],
-        **{"short_side_px": 32, "max_side_px": 64, "size_divisor": 8, **sizes},
-    )
-
-
-def test_padding_is_the_mean_colour_and_leaves_the_image_alone():
-    model = stub_detector().train()
-    images = [picture(16, 24), picture(9, 33, 1).float() / 255]
-    model(images, [target([], [])] * 2)
-    batch, features, _ = model.rpn.given
-    assert batch.tensors.shape == (2, 3, 16, 40)
-    assert batch.image_sizes == [(16, 24), (9, 33)]
-    torch.testing.assert_close(batch.tensors[0, :, :, :24], images[0].float() / 255)
-    torch.testing.assert_close(batch.tensors[1, :, :9, :33], images[1])
-    normalized = model.backbone.normalize(batch.tensors)
-    assert not normalized[0, :, :, 24:].any()
-    assert not normalized[1, :, 9:].any()
-    alone = model.backbone.maps(images[0][None], ["fine", "coarse"])
-    for name, stride in (("fine", 4), ("coarse", 8)):
-        inside = features[name][0, :, : 16 // stride, : 24 // stride]
-        torch.testing.assert_close(inside, alone[name][0])
-
-
-def test_labels_are_shifted_for_torchvision_and_back():
-    found = {
-        "boxes": torch.tensor([[0.0, 0.0, 32.0, 16.0]]),
-        "scores": torch.tensor([0.9]),
-        "labels": torch.tensor([1]),
-    }
-    model = stub_detector([found]).train()
-    given = target([[1, 2, 3, 4], [0, 0, 9, 9]], [0, 2])
-    losses = model([picture(32, 64)], [given])
-    assert losses == {"loss_rpn_cls": 1, "loss_cls": 2}
-    for shifted in (model.rpn.given[2], model.roi_heads.given[3]):
-        assert shifted[0]["labels"].tolist() == [1, 3]
-        assert torch.equal(shifted[0]["boxes"], given["boxes"])
-    assert given["labels"].tolist() == [0, 2]
-    (detections,) = model.eval()([picture(64, 128)])
-    assert detections["labels"].tolist() == [0]
-    assert detections["boxes"].tolist() == [[0, 0, 64, 32]]  # 64x128 was seen as 32x64
-
-
-@pytest.mark.parametrize(
-    "size, seen",
-    [
-        ((32, 64), (32, 64)),
-        ((16, 16), (32, 32)),
-        ((100, 80), (40, 32)),
-        ((20, 80), (16, 64)),
-        ((200, 50), (64, 16)),
-        ((1, 500), (1, 64)),
-    ],
-    ids=str,
-)
-def test_test_images_are_resized_and_training_images_are_not(size, seen):
-    empty = {"boxes": torch.zeros(0, 4), "scores": torch.zeros(0), "labels": torch.zeros(0).long()}
-    model = stub_detector([empty])
-    model.eval()([picture(*size)])
-    assert model.rpn.given[0].image_sizes == [seen]
-    model.train()([picture(*size)], [target([], [])])
-    assert model.rpn.given[0].image_sizes == [size]
-
-
-def test_width_and_height_are_scaled_back_by_their_own_ratios():
-    """33x64 rounds to 32x62, which is not quite the same shape."""
-    found = {
-        "boxes": torch.tensor([[31.0, 8.0, 62.0, 32.0]]),
-        "scores": torch.tensor([0.9]),
-        "labels": torch.tensor([1]),
-    }
-    model = stub_detector([found]).eval()
-    (detections,) = model([picture(33, 64)])
-    assert model.rpn.given[0].image_sizes == [(32, 62)]
-    assert detections["boxes"].tolist() == [[32, 8.25, 64, 33]]
-
-
-@torch.no_grad()
-def test_autocast_computes_boxes_in_float32(eager):
-    with torch.autocast("cpu", torch.bfloat16):
-        (found,) = eager([picture(64, 96)])
-    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
-
-
-def test_autocast_trains_on_boxes_in_float32(eager):
+def test_autocast_trains_and_finds_boxes_in_float32(eager):
     seen = []
 
     def watch(_module, inputs):
         seen.extend(box for boxes in inputs[1] for box in boxes.flatten().tolist())
         assert all(boxes.dtype == torch.float32 for boxes in inputs[1])
 
-    handle = eager.train().roi_heads.box_roi_pool.register_forward_pre_hook(watch)
-    target = {"boxes": torch.tensor([[3.4, 5.0, 61.3, 57.7]]), "labels": torch.tensor([1])}
+    eager = copy.deepcopy(eager)
+    eager.roi_heads.pooler.register_forward_pre_hook(watch)
+    truth = {"boxes": torch.tensor([[3.4, 5.0, 61.3, 57.7]]), "labels": torch.tensor([1])}
     with torch.autocast("cpu", torch.bfloat16):
-        eager([picture(64, 96)], [target])
-    handle.remove()
-    assert target["boxes"].flatten().tolist() == seen[-4:]  # the truth is the last proposal
+        losses = eager.train()([picture(64, 96)], [truth])
+        assert {loss.dtype for loss in losses.values()} == {torch.float32}
+        assert set(truth["boxes"].flatten().tolist()) <= set(seen)
+        with torch.no_grad():
+            (found,) = eager.eval()([picture(64, 96)])
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
 
 
-# -------------------------------------------------------------------------------- building
+def test_a_difficult_object_kept_is_another_and_dropped_is_not_there():
+    hard = [target([[5, 5, 40, 50], [50, 10, 90, 60]], [0, 2], [False, True]), TARGETS[1]]
+    easy_alone = [target([[5, 5, 40, 50]], [0]), TARGETS[1]]
+    kept, dropped, ignored = (
+        losses_of(detector(difficult_in_training=policy), hard)
+        for policy in ("keep", "drop", "ignore")
+    )
+    assert kept == losses_of(detector(), TARGETS)
+    assert dropped == losses_of(detector(), easy_alone)
+    assert ignored["loss_rpn_cls"] not in (kept["loss_rpn_cls"], dropped["loss_rpn_cls"])
+
+
+def test_the_number_of_classes_leaves_room_for_the_background(kind):
+    predictor = detector(kind).roi_heads.box_predictor
+    assert (predictor.cls_score.out_features, predictor.bbox_pred.out_features) == (4, 12)
+
+
+@pytest.mark.parametrize("group", ["rpn", "box"])
+def test_an_unknown_option_names_the_nearest(kind, group):
+    with pytest.raises(ValueError, match=rf"^{group}\.nms_io: unknown\. Did you mean 'nms_iou'"):
+        detector(kind, **{group: {"nms_io": 0.5}})
+
+
+def test_options_reach_both_stages(kind):
+    model = detector(kind, rpn={"nms_iou": 0.61}, box={"nms_iou": 0.37})
+    assert (model.rpn.options.nms_iou, model.roi_heads.options.nms_iou) == (0.61, 0.37)
+
+
+def test_a_copy_trains_on_its_own_weights(kind):
+    """The average of the weights is a copy: its box head must not read the original's layers."""
+    model = detector(kind)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert losses_of(other) == losses_of(detector(kind)) != losses_of(model)
+
+
+# ------------------------------------------------------------------------- feature pyramids
 
 
 @pytest.mark.parametrize("num_levels", [2, 3, 4])
 def test_the_pyramid_stands_on_the_last_strides(num_levels):
-    model = detector(num_levels=num_levels, anchor_scale=4)
+    model = detector(num_levels=num_levels)
     strides = [info.stride for info in model.backbone.pyramid().values()]
     assert strides == [2, 4, 8, 16, 32]
-    levels = strides[-num_levels:]
     assert list(model.backbone.pyramid())[-num_levels:] == model.map_names
     assert model.size_divisor == 32
-    assert [size for (size,) in model.rpn.anchor_generator.sizes] == [
-        4 * stride for stride in [*levels, 64]
-    ]
-    losses = model.train()(IMAGES, TARGETS)
-    assert all(loss.isfinite() for loss in losses.values())
+    assert model.rpn.strides == [*strides[-num_levels:], 64]
+    assert model.roi_heads.pooler.strides == strides[-num_levels:]
+    assert all(loss.isfinite() for loss in losses_of(model).values())
 
 
 @pytest.mark.parametrize("num_levels", [1, 6])
 def test_a_backbone_with_too_few_strides_is_refused(num_levels):
     with pytest.raises(ValueError, match=rf"num_levels = {num_levels}.*\[2, 4, 8, 16, 32\]"):
         detector(num_levels=num_levels)
+    plain = build_backbone("timm/vit_tiny_patch16_224", args={"depth": 1, "dynamic_img_size": True})
     with pytest.raises(ValueError, match=r"this backbone has \[16\]"):
-        DETECTORS.get("torchvision_fpn")(
-            build_backbone(
-                "timm/vit_tiny_patch16_224", args={"depth": 1, "dynamic_img_size": True}
-            ),
-            3,
-        )
+        detector(backbone=plain)
 
 
 def test_a_backbone_of_one_size_is_refused():
-    backbone = build_backbone("cifar/vit", args={"depth": 1})
     with pytest.raises(ValueError, match="takes 32 px alone"):
-        DETECTORS.get("torchvision_fpn")(backbone, 3)
+        detector(backbone=build_backbone("cifar/vit", args={"depth": 1}))
 
 
-def test_the_number_of_classes_leaves_room_for_the_background():
-    predictor = detector().roi_heads.box_predictor
-    assert predictor.cls_score.out_features == 4
-    assert predictor.bbox_pred.out_features == 16
+# ------------------------------------------------------------------------------ plain ViTs
+
+
+@pytest.mark.parametrize(
+    "name, args, strides",
+    [
+        ("timm/test_vit", {}, [4, 8, 16, 32, 64]),
+        ("cifar/vit", {"depth": 1, "width": 48}, [1, 2, 4, 8, 16]),
+        ("timm/vit_tiny_patch16_224", {"depth": 1, "dynamic_img_size": True}, [4, 8, 16, 32, 64]),
+    ],
+)
+def test_a_vit_sees_any_size_on_a_pyramid_around_its_patches(name, args, strides):
+    backbone = build_backbone(name, args=args)
+    names = list(backbone.state_dict())
+    model = detector("torchvision_vitdet", backbone=backbone)
+    assert model.rpn.strides == strides
+    assert list(backbone.state_dict()) == names
+    seen = []
+    model.rpn.head.register_forward_pre_hook(lambda _module, inputs: seen.extend(inputs[0]))
+    losses_of(model)
+    # Images of 64x96 and 80x64, padded to a multiple of the second-coarsest stride.
+    height, width = (-(-side // strides[-2]) * strides[-2] for side in (80, 96))
+    assert [tuple(each.shape[2:]) for each in seen] == [
+        (-(-height // stride), -(-width // stride)) for stride in strides
+    ]
+
+
+def test_at_its_own_size_a_freed_vit_is_the_same():
+    backbone = build_backbone("cifar/vit", args={"depth": 2, "width": 48}).eval()
+    size = backbone.image_size_px
+    images = torch.rand(1, 3, size, size)
+    (name,) = backbone.pyramid()
+    before, pooled = backbone.maps(images, [name])[name], backbone.pooled(images)
+    accept_any_size(backbone)
+    assert backbone.image_size_px is None
+    torch.testing.assert_close(backbone.maps(images, [name])[name], before)
+    torch.testing.assert_close(backbone.pooled(images), pooled)
+
+
+@pytest.mark.parametrize(
+    "name, args, says",
+    [
+        ("timm/test_resnet", {}, r"maps of one stride.*\[2, 4, 8, 16, 32\].*torchvision_fpn"),
+        (
+            "timm/vit_tiny_patch16_224",
+            {"img_size": 56, "depth": 1, "patch_size": 14, "embed_dim": 48},
+            r"that 4 divides.*\[14\]",
+        ),
+    ],
+)
+def test_what_is_no_plain_vit_is_refused(name, args, says):
+    with pytest.raises(ValueError, match=says):
+        detector("torchvision_vitdet", backbone=build_backbone(name, args=args))
+
+
+# ----------------------------------------------------------------- heads of the backbone's own
+
+
+@pytest.mark.parametrize("kind", ["torchvision_c4", "torchvision_c5"])
+def test_the_box_head_is_the_backbone_s_and_stays_there(kind):
+    plain, model = detector(kind).backbone, detector(kind)
+    last = {"torchvision_c4": "layer4.", "torchvision_c5": "pre_logits."}[kind]
+    assert list(model.backbone.state_dict()) == list(plain.state_dict())
+    assert not any(last in name for name in model.roi_heads.state_dict())
+    sum(losses_of(model).values()).backward()
+    assert all(p.grad is not None for n, p in model.backbone.named_parameters() if last in n)
+
+
+@pytest.mark.parametrize("name", ["cifar/resnet18", "torchvision/resnet18"])
+def test_the_fourth_stage_sees_proposals_alone(name):
+    """Its BatchNorms would else mix the statistics of whole images into those of proposals."""
+    args = {"width": 8} if name == "cifar/resnet18" else {}
+    model = detector("torchvision_c4", backbone=build_backbone(name, args=args))
+    seen = []
+    model.backbone.model.layer4.register_forward_pre_hook(
+        lambda _module, inputs: seen.append(inputs[0])
+    )
+    losses_of(model)
+    assert [len(each) for each in seen] == [2 * 16]
+    assert seen[0].shape[2:] == (14, 14)
+
+
+def test_the_extra_norm_is_normal_and_synchronised_where_the_others_are():
+    assert isinstance(detector("torchvision_c4").roi_heads.box_head.norm, nn.Identity)
+    model = detector("torchvision_c4", extra_norm=True)
+    norm = model.roi_heads.box_head.norm
+    assert type(norm) is nn.BatchNorm2d
+    seen = []
+    norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    losses_of(model)
+    torch.testing.assert_close(seen[0].mean((0, 2, 3)), torch.zeros(64), rtol=0, atol=1e-5)
+    synced = set_norm(build_backbone("cifar/resnet18", args={"width": 8}), "synced")
+    model = detector("torchvision_c4", backbone=synced, extra_norm=True)
+    assert isinstance(model.roi_heads.box_head.norm, nn.SyncBatchNorm)
+
+
+@torch.no_grad()
+def test_a_vgg_s_box_head_is_its_classifier():
+    """An image of 7 x 7 cells, pooled to itself, is classified as by the VGG."""
+    images = torch.rand(2, 3, 224, 224)
+    for name, args in (("timm/vgg11", {"mlp_ratio": 0.01}), ("torchvision/vgg11", {})):
+        backbone = build_backbone(name, args=args).eval()
+        model = detector("torchvision_c5", backbone=backbone).eval()
+        assert model.map_names == ["features.19"]
+        assert model.rpn.strides == [16]
+        pooled = backbone.model.features(backbone.normalize(images))
+        torch.testing.assert_close(model.roi_heads.box_head(pooled), backbone.pooled(images))
+
+
+def test_dropout_is_in_training_alone():
+    pooled = torch.rand(2, 512, 7, 7)
+    for dropout, differs in ((0.5, True), (0.0, False)):
+        head = detector("torchvision_c5", dropout=dropout).roi_heads.box_head
+        assert torch.equal(head.eval()(pooled), head(pooled))
+        assert (not torch.equal(head.train()(pooled), head(pooled))) == differs
+    with pytest.raises(ValueError, match=r"^dropout: must lie in \[0, 1\), got 1\.0"):
+        detector("torchvision_c5", dropout=1.0)
+
+
+def test_a_vgg_without_its_classifier_s_weights_is_refused(tmp_path):
+    state = {n: t for n, t in vgg11().state_dict().items() if not n.startswith("classifier")}
+    torch.save(state, tmp_path / "features.pth")
+    with torch.device("meta"):
+        backbone = build_backbone("torchvision/vgg11")
+    with pytest.raises(ValueError, match=r"does not fit.*Missing model\.classifier\.0\.weight"):
+        load_weights(
+            backbone, tmp_path / "features.pth", allow_missing=("mean", "std"), prefix="model."
+        )
+
+
+@pytest.mark.parametrize(
+    "kind, name, says",
+    [
+        ("torchvision_c4", "timm/test_vit", r"needs a ResNet.*layer4.*VisionTransformer"),
+        ("torchvision_c4", "timm/vgg11", r"needs a ResNet.*layer4.*VGG"),
+        ("torchvision_c5", "timm/test_resnet", r"needs a VGG.*fc6 and fc7.*ResNet"),
+    ],
+)
+def test_a_backbone_without_such_layers_is_refused(kind, name, says):
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+    with pytest.raises(ValueError, match=says):
+        detector(kind, backbone=backbone)
+
+
+def test_a_pool_that_fc6_cannot_read_is_refused():
+    with pytest.raises(ValueError, match=r"^box\.pool_size: 14 gives fc6 512 x 14\^2 inputs"):
+        detector("torchvision_c5", box={"pool_size": 14})

@@ -163,6 +163,43 @@ def test_decay_spares_biases_and_norms_unless_told():
     assert all(group["base_lr"] == 0.1 for group in some.param_groups)
 
 
+def groups_of(net, optimizer) -> dict[str, tuple[float, float]]:
+    """Name -> (learning rate, weight decay)."""
+    settings = {
+        id(p): (group["lr"], group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    return {n: settings[id(p)] for n, p in net.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    "factor, decay, expected", [(2.0, 0.0, 0.0), (3.0, None, 0.3), (1.0, 0.1, 0.1)]
+)
+def test_biases_have_a_rate_and_a_decay_of_their_own(factor, decay, expected):
+    net = model()
+    net[0].requires_grad_(False)
+    optimizer = build_optimizer(
+        net, optimizer="sgd", lr=0.1, weight_decay=0.3, bias_lr_factor=factor,
+        bias_weight_decay=decay,
+    )  # fmt: skip
+    assert groups_of(net, optimizer) == {
+        "1.weight": (0.1, 0.3), "1.bias": (0.1 * factor, expected), "3.weight": (0.1, 0.3),
+        "3.bias": (0.1 * factor, expected),
+    }  # fmt: skip
+    set_progress(optimizer, build_schedule(max_iters=10), 0.5)
+    assert groups_of(net, optimizer)["3.bias"][0] == pytest.approx(0.05 * factor)
+
+
+def test_biases_like_the_rest_are_the_rest():
+    told = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.01}
+    plain = trained(lambda net: build_optimizer(net, **told))
+    apart = trained(lambda net: build_optimizer(net, **told, bias_weight_decay=0.01))
+    faster = trained(lambda net: build_optimizer(net, **told, bias_lr_factor=2.0))
+    torch.testing.assert_close(apart, plain)
+    assert not torch.allclose(faster, plain)
+
+
 def test_frozen_parameters_are_left_out():
     net = model()
     net[0].requires_grad_(False)
@@ -182,6 +219,10 @@ def test_frozen_parameters_are_left_out():
         ({"optimizer": "adamw", "optimizer_args": {"beta": 1}}, r"adamw.*optimizer_args.*beta"),
         ({"optimizer": "sgd", "optimizer_args": {"lr": 1}}, "optimizer_args"),
         ({"optimizer": "sgd", "nesterov": True, "momentum": 0.0}, "[Nn]esterov"),
+        (
+            {"optimizer": "sgd", "decay_all": False, "bias_lr_factor": 2.0},
+            r"solver\.bias_lr_factor and bias_weight_decay need solver\.decay_all: true",
+        ),
     ],
 )
 def test_what_an_optimizer_does_not_take_is_refused(arguments, says):

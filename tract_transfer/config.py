@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
+from tract_transfer.config_data import ClassificationData, DetectionData, ProbeData
 from tract_transfer.config_file import (
     ConfigError,
     Origins,
@@ -18,16 +19,13 @@ from tract_transfer.config_file import (
     read_config_file,
 )
 from tract_transfer.config_sections import (
-    ClassificationData,
     ClassificationEvaluation,
     ClassifierConfig,
-    DetectionData,
     DetectionEvaluation,
     DetectorConfig,
     DeviceConfig,
     EngineConfig,
     FeatureModelConfig,
-    ProbeData,
     ProbeEvaluation,
     Section,
     SolverConfig,

@@ -65,6 +65,11 @@ class ClassifierConfig(FeatureModelConfig):
 
 
 class DetectorConfig(FeatureModelConfig):
+    """`freeze_at`: stages of the backbone that stay as they are, counted as in detectron2: 1 is the
+    stem. `norm`: whether its BatchNorms train."""
+
+    freeze_at: Annotated[int, Field(ge=0, le=5)] = 0
+    norm: Literal["trained", "frozen", "synced"] = "trained"
     detector: ComponentConfig = ComponentConfig(name="torchvision_fpn")
 
 
@@ -85,132 +90,6 @@ class TractConfig(Section):
                 "tract.lam, lam_mode, layers and update_every are for tract.enabled: true"
             )
         return self
-
-
-# -------------------------------------------------------------------------------------- data
-
-
-class HuggingFaceSource(Section):
-    """A hub id, parquet file or folder, image folder or saved dataset."""
-
-    source: Literal["huggingface"]
-    path: str
-    split: str
-    config_name: str | None = None
-    revision: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-
-
-class DigitsSource(Section):
-    """scikit-learn's handwritten digits at 32 px; `classes` keeps some of the ten."""
-
-    source: Literal["digits"]
-    split: Literal["train", "test"]
-    classes: list[int] | None = None
-
-
-class CarvedSource(Section):
-    """A stratified `fraction` of data.train, which then lacks it."""
-
-    source: Literal["train"]
-    fraction: Annotated[float, Field(gt=0, lt=1)]
-
-
-class VocSource(Section):
-    """Split files of a VOC devkit, such as `sets: [2007/trainval, 2012/trainval]`."""
-
-    source: Literal["voc"]
-    root: str
-    sets: Annotated[list[str], Field(min_length=1)]
-    classes: list[str] | None = None
-
-
-class DigitScenesSource(Section):
-    """Digits on photographs, written to `root` as a VOC devkit when first asked for.
-
-    `root: null` is a folder of its own for each size and number, under output/data.
-    """
-
-    source: Literal["digit_scenes"]
-    split: Literal["train", "test"]
-    root: str | None = None
-    num_train: Count = 200
-    num_test: Count = 100
-    size_px: Annotated[int, Field(ge=64)] = 128
-
-
-ImageSource = Annotated[HuggingFaceSource | DigitsSource, Field(discriminator="source")]
-ValSource = Annotated[
-    HuggingFaceSource | DigitsSource | CarvedSource, Field(discriminator="source")
-]
-BoxSource = Annotated[VocSource | DigitScenesSource, Field(discriminator="source")]
-
-
-class EvalTransformsConfig(Section):
-    """Test images: the short side to size / crop_ratio, then the centre of size."""
-
-    size_px: Count
-    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-
-
-class ClassificationTransformsConfig(EvalTransformsConfig):
-    """Training images: `pad` by pad_px (4) and crop, `random_resized` crop of `scale` of the area
-    ([0.08, 1]), or none."""
-
-    crop: Literal["pad", "random_resized", "none"] = "none"
-    pad_px: Annotated[int, Field(ge=0)] | None = None
-    scale: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = None
-    flip_prob: Fraction = 0.0
-
-    @model_validator(mode="after")
-    def _arguments_are_the_crops(self) -> "ClassificationTransformsConfig":
-        for key, crop in (("pad_px", "pad"), ("scale", "random_resized")):
-            if getattr(self, key) is not None and self.crop != crop:
-                raise ValueError(f"{key} is for crop: {crop}, and crop is {self.crop}")
-        return self
-
-
-class DetectionTransformsConfig(Section):
-    """Training images: one of `short_sides_px`, the long side at most `max_side_px`, flips."""
-
-    short_sides_px: Annotated[list[Count], Field(min_length=1)]
-    max_side_px: Count
-    flip_prob: Fraction = 0.5
-
-
-class LoadingConfig(Section):
-    """`batch_size` counts the images of an optimizer step, over all processes and micro-batches."""
-
-    batch_size: Count
-    num_workers: Annotated[int, Field(ge=0)] = 2
-    cache: Literal["none", "ram"] = "none"
-    undecodable: Literal["error", "skip"] = "error"
-
-
-class ClassificationData(LoadingConfig):
-    """`val` is for selection, `test` for the report."""
-
-    train: ImageSource
-    val: ValSource | None = None
-    test: ImageSource | None = None
-    transforms: ClassificationTransformsConfig
-
-
-class ProbeData(LoadingConfig):
-    train: ImageSource
-    test: ImageSource
-    transforms: EvalTransformsConfig
-
-
-class DetectionData(LoadingConfig):
-    """`val` is for selection, `test` for the report."""
-
-    train: BoxSource
-    val: BoxSource | None = None
-    test: BoxSource | None = None
-    transforms: DetectionTransformsConfig
 
 
 # ------------------------------------------------------------------------------------- solver
@@ -236,6 +115,8 @@ class SolverConfig(Section):
     momentum: Fraction | None = None
     nesterov: bool = False
     decay_all: bool = True
+    bias_lr_factor: Positive = 1.0
+    bias_weight_decay: Annotated[float, Field(ge=0)] | None = None
     optimizer_args: dict[str, Any] = {}
     max_epochs: Positive | None = None
     max_iters: Count | None = None
@@ -291,18 +172,23 @@ class PeriodicConfig(Section):
 
 
 class ClassificationEvaluation(PeriodicConfig):
-    """`report: best` reports the checkpoint that is best on data.val by `metric`."""
+    """`report: best` reports the checkpoint that is best on data.val by `metric`.
+
+    `flip` averages the logits of an image and of its mirror image.
+    """
 
     report: Literal["last", "best"] = "last"
     metric: Literal["top1", "top5", "mean_per_class"] = "top1"
+    flip: bool = False
 
 
 class DetectionEvaluation(PeriodicConfig):
-    """`protocol`: an entry of evaluation.detection.PROTOCOLS."""
+    """`protocol`: an entry of evaluation.EVALUATORS; `flip` adds what mirror images show."""
 
     report: Literal["last", "best"] = "last"
     metric: Literal["ap50", "ap75", "ap"] = "ap50"
-    protocol: str = "voc2007"
+    protocol: str = "voc2007_devkit"
+    flip: bool = False
     save_detections: Annotated[int, Field(ge=0)] = 8
 
 

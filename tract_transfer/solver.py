@@ -28,6 +28,8 @@ def build_optimizer(
     momentum: float | None = None,
     nesterov: bool = False,
     decay_all: bool = True,
+    bias_lr_factor: float = 1.0,
+    bias_weight_decay: float | None = None,
     optimizer_args: dict[str, Any] | None = None,
 ) -> Optimizer:
     """Build any of timm's optimizers over the trainable parameters of `model`.
@@ -37,10 +39,13 @@ def build_optimizer(
     Args:
         momentum: None takes 0.9 where the optimizer has one.
         decay_all: decay biases and normalisation layers too; False leaves them out.
+        bias_lr_factor: of the parameters called bias, over `lr` (Caffe's recipes: 2).
+        bias_weight_decay: of the same, in place of `weight_decay` (Caffe's recipes: 0).
         optimizer_args: further arguments of the optimizer's constructor, such as betas and eps.
 
     Raises:
-        ValueError: unknown optimizer, or one that does not take momentum or an argument.
+        ValueError: unknown optimizer, or one that does not take momentum or an argument; or
+            `bias_weight_decay` where biases are not decayed anyway.
     """
     known = list_optimizers()
     if optimizer not in known:
@@ -54,12 +59,21 @@ def build_optimizer(
                 f"solver.momentum is not {optimizer}'s. Set solver.optimizer_args.betas instead."
             )
         arguments["momentum"] = momentum
+    trained: Any = model
+    if bias_lr_factor != 1 or bias_weight_decay is not None:
+        if not decay_all:
+            raise ValueError(
+                "solver.bias_lr_factor and bias_weight_decay need solver.decay_all: true, and say "
+                "themselves what a bias decays by."
+            )
+        decay = weight_decay if bias_weight_decay is None else bias_weight_decay
+        trained = _with_biases_apart(model, lr, weight_decay, lr * bias_lr_factor, decay)
     name = "momentum" if optimizer == "sgd" and not nesterov else optimizer  # timm's plain SGD
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             built: Optimizer = create_optimizer_v2(
-                model,
+                trained,
                 opt=name,
                 lr=lr,
                 weight_decay=weight_decay,
@@ -73,6 +87,22 @@ def build_optimizer(
     for group in built.param_groups:
         group["base_lr"] = group["lr"]
     return built
+
+
+def _with_biases_apart(
+    model: nn.Module, lr: float, weight_decay: float, bias_lr: float, bias_weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return two parameter groups: what is trained and not called bias, and what is."""
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.rpartition(".")[2] == "bias"].append(parameter)
+    settings = ((lr, weight_decay), (bias_lr, bias_weight_decay))
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for parameters, (rate, decay) in zip(groups, settings, strict=True)
+        if parameters
+    ]
 
 
 def set_progress(optimizer: Optimizer, schedule: ParamScheduler, progress: float) -> float:

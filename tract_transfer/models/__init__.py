@@ -3,6 +3,15 @@
 from tract_transfer.models.backbones import BACKBONES, Backbone, build_backbone
 from tract_transfer.models.classifier import Classifier
 from tract_transfer.models.detectors import DETECTORS
+from tract_transfer.models.detectron2 import detectron2_detector
 from tract_transfer.models.heads import HEADS
 
-__all__ = ["BACKBONES", "DETECTORS", "HEADS", "Backbone", "Classifier", "build_backbone"]
+__all__ = [
+    "BACKBONES",
+    "DETECTORS",
+    "HEADS",
+    "Backbone",
+    "Classifier",
+    "build_backbone",
+    "detectron2_detector",
+]

@@ -123,7 +123,7 @@ class TimmBackbone(Backbone):
         known = self._map_names()
         indices = sorted(known.index(name) for name in names)
         tensors = self.model.forward_intermediates(
-            self.normalize(images), indices=indices, intermediates_only=True
+            self.normalize(images), indices=indices, intermediates_only=True, stop_early=True
         )
         found = {known[index]: tensor for index, tensor in zip(indices, tensors, strict=True)}
         return {name: found[name] for name in names}
@@ -142,26 +142,26 @@ class TorchvisionBackbone(Backbone):
 
     def maps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        handles = [
-            self.model.get_submodule(name).register_forward_hook(
-                lambda _module, _inputs, output, name=name: found.__setitem__(name, output)
-            )
-            for name in names
-        ]
-        try:
-            self.model(self.normalize(images))
-        finally:
-            for handle in handles:
-                handle.remove()
+        features = self.normalize(images)
+        for name, layer in self._layers():
+            features = layer(features)
+            if name in names:
+                found[name] = features
+            if len(found) == len(names):
+                break
         if isinstance(self.model, torchvision.models.SwinTransformer):  # channels come last
             found = {name: tensor.permute(0, 3, 1, 2) for name, tensor in found.items()}
         return {name: found[name] for name in names}
 
     def _map_names(self) -> list[str]:
-        stages = dict(self.model.named_children())
-        if isinstance(features := stages.get("features"), nn.Sequential):
-            return [f"features.{name}" for name, _ in features.named_children()]
-        return [name for name in stages if name.startswith("layer")]
+        return [name for name, _ in self._layers() if name.startswith(("features.", "layer"))]
+
+    def _layers(self) -> list[tuple[str, nn.Module]]:
+        """The layers that follow each other from the image on, up to the last map."""
+        children = list(self.model.named_children())
+        if isinstance(features := dict(children).get("features"), nn.Sequential):
+            return [(f"features.{name}", layer) for name, layer in features.named_children()]
+        return children
 
 
 def build_backbone(

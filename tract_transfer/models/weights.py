@@ -95,7 +95,7 @@ def load_weights(
     wanted = model.state_dict()
     found = {
         name if name in wanted else prefix + name: tensor
-        for name, tensor in _read_tensors(file).items()
+        for name, tensor in read_tensors(file).items()
     }
     missing = [n for n in wanted if n not in found and not n.startswith(tuple(allow_missing))]
     unexpected = [name for name in found if name not in wanted]
@@ -113,7 +113,12 @@ def load_weights(
     model.load_state_dict(found, strict=False)
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the state dict of a safetensors or PyTorch file; nothing in it is executed.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

@@ -1,0 +1,181 @@
+"""The bridge: where a Config becomes models and evaluators."""
+
+# K classes
+
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import ConfigDict, ValidationError, create_model
+from torch import nn
+
+from tract_transfer.config import (
+    ClassificationConfig,
+    Config,
+    DetectionConfig,
+    ProbeConfig,
+)
+from tract_transfer.config_file import ConfigError
+from tract_transfer.config_sections import BackboneConfig, ComponentConfig, FeatureModelConfig
+from tract_transfer.engine.evaluate import Evaluator
+from tract_transfer.engine.trainer import seed_all
+from tract_transfer.evaluation import EVALUATORS, ClassificationEvaluator
+from tract_transfer.models import DETECTORS, HEADS, Backbone, Classifier, build_backbone
+from tract_transfer.models.flip import FlipClassifier, FlipDetector
+from tract_transfer.models.freeze import freeze_stages, set_norm
+from tract_transfer.models.options import BoxOptions
+from tract_transfer.models.weights import build_from_card, has_card, load_weights, read_card
+from tract_transfer.registry import Registry, did_you_mean
+
+TrainedTask = ClassificationConfig | DetectionConfig
+
+
+def build_features(config: Config) -> Backbone:
+    """Build the backbone of a config, with its weights.
+
+    Raises:
+        ConfigError: no such backbone, or one that its weights do not fit.
+    """
+    section: FeatureModelConfig = config.model
+    wanted, path = section.backbone, Path(section.weights or "")
+    published = section.weights == "pretrained"
+    try:
+        card = read_card(path) if wanted.name is None else None
+        if wanted.name is not None and has_card(path):
+            _check_card(read_card(path), wanted)
+    except (FileNotFoundError, ValueError) as error:
+        raise config.error("model.weights", str(error)) from error
+    try:
+        if card is not None:
+            backbone = build_from_card(card)
+        else:
+            assert wanted.name is not None
+            arguments = wanted.model_dump(include={"stem", "args"})
+            backbone = build_backbone(wanted.name, pretrained=published, **arguments)
+    except (KeyError, ValueError) as error:
+        raise config.error("model.backbone", str(error.args[0])) from error
+    if section.weights is not None and not published:
+        try:
+            load_weights(backbone, path, allow_missing=("mean", "std"), prefix="model.")
+        except (FileNotFoundError, ValueError) as error:
+            raise config.error("model.weights", str(error)) from error
+    backbone.set_colours(wanted.mean, wanted.std)
+    if not isinstance(config, DetectionConfig):
+        size_px, fixed_px = config.data.transforms.size_px, backbone.image_size_px
+        if fixed_px not in (None, size_px):
+            raise config.error(
+                "data.transforms.size_px",
+                f"the backbone takes images of {fixed_px} px, not of {size_px}. Set {fixed_px}, or "
+                "its own image size in model.backbone.args (timm: img_size).",
+            )
+    return backbone
+
+
+def _check_card(card: Mapping[str, Any], wanted: BackboneConfig) -> None:
+    """Refuse a backbone that the card of its weights contradicts, even where shapes fit."""
+    told = {"name": card["name"], "stem": card["stem"], "args": card["args"]}
+    given = wanted.model_dump(include=set(told))
+    if told != given:
+        raise ValueError(
+            f"the weights are those of {told}, and model.backbone says {given}. Leave "
+            "model.backbone out: the weights say what they are."
+        )
+
+
+def build_model(config: Config, num_classes: int) -> nn.Module:
+    """Build the model of a task: its weights are random by `seed`, or loaded.
+
+    Raises:
+        ConfigError: a name or argument is unknown, or the parts do not fit.
+    """
+    seed_all(config.seed, 0, 0)
+    backbone = build_features(config)
+    if isinstance(config, DetectionConfig):
+        try:
+            freeze_stages(set_norm(backbone, config.model.norm), config.model.freeze_at)
+        except ValueError as error:
+            raise with_place(config, str(error)) from error
+        section, positional = config.model.detector, (backbone, num_classes)
+        return cast(nn.Module, _construct(DETECTORS, section, "model.detector", config, positional))
+    if isinstance(config, ProbeConfig):
+        return backbone
+    positional_head = (backbone.feature_dim, num_classes)
+    head = _construct(HEADS, config.model.head, "model.head", config, positional_head)
+    return Classifier(backbone, head, config.model.label_smoothing)
+
+
+def build_evaluator(config: Config, class_names: list[str]) -> Evaluator:
+    """Build the evaluator of a task.
+
+    Raises:
+        ConfigError: the protocol is unknown, or the metric is not defined for so few classes.
+    """
+    if not isinstance(config, DetectionConfig):
+        if config.evaluation.metric == "top5" and len(class_names) <= 5:
+            message = f"top5 needs more than 5 classes, and there are {len(class_names)}. Set top1."
+            raise config.error("evaluation.metric", message)
+        return ClassificationEvaluator(class_names)
+    try:
+        make = EVALUATORS.get(config.evaluation.protocol)
+    except KeyError as error:
+        raise config.error("evaluation.protocol", str(error.args[0])) from error
+    return cast(Evaluator, make(class_names))
+
+
+def build_evaluated(config: TrainedTask, model: nn.Module) -> nn.Module:
+    """Return what is measured of a trained model: it as it is, or over both views of an image."""
+    if not config.evaluation.flip:
+        return model
+    if not isinstance(config, DetectionConfig):
+        return FlipClassifier(model)
+    # Views are joined as the detector joins its own boxes, where it says how.
+    box = getattr(getattr(model, "roi_heads", None), "options", BoxOptions())
+    return FlipDetector(model, box.nms_iou, box.max_detections)
+
+
+def _construct(
+    registry: Registry,
+    section: ComponentConfig,
+    key: str,
+    config: Config,
+    positional: tuple[Any, ...],
+) -> Any:
+    """Call a registry's entry with a section's args, checked against its signature."""
+    try:
+        entry = registry.get(section.name)
+    except KeyError as error:
+        raise config.error(f"{key}.name", str(error.args[0])) from error
+    keywords = {
+        name: (parameter.annotation, parameter.default)
+        for name, parameter in inspect.signature(entry).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    strict = ConfigDict(extra="forbid", strict=True)
+    schema = create_model("Args", __config__=strict, **cast(Mapping[str, Any], keywords))
+    try:
+        schema.model_validate(section.args)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        message = f"{problem['msg']}, got {problem['input']!r}."
+        if problem["type"] == "extra_forbidden":
+            message = f"unknown.{did_you_mean(name, keywords)}"
+        message = f"{message} {section.name} takes {list(keywords)}."
+        raise config.error(f"{key}.args.{name}", message) from error
+    try:
+        return entry(*positional, **section.args)
+    except (ValueError, ImportError) as error:
+        argument, colon, message = str(error).partition(": ")
+        if colon and argument.partition(".")[0] in keywords:  # as `rpn.nms_iou: must be ...`
+            raise config.error(f"{key}.args.{argument}", message) from error
+        raise config.error(key, str(error)) from error
+
+
+def with_place(config: Config, message: str) -> ConfigError:
+    """Say where the key a message begins with was set, as `data.batch_size must lie in ...`."""
+    begins = re.match(r"((?:solver|data|model)[.\w]*):? ", message)
+    if begins is None:
+        return config.error("solver", message)
+    return config.error(begins[1], message[begins.end() :])

@@ -1,0 +1,129 @@
+"""The second stage: proposals become detections (Girshick, ICCV 2015)."""
+
+# P proposals of an image, R of all images, C channels, S pooled side, D features, K classes
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+
+from tract_transfer.models.assignment import POSITIVE, Objects, assign, sample
+from tract_transfer.models.options import BoxOptions
+
+SMALLEST_PX = 1e-2
+
+
+class BoxHeads(nn.Module):
+    """Pools each proposal, classifies it and corrects its box.
+
+    `found, losses = heads(maps, proposals, image_sizes, objects)`: in training the losses of a
+    sample of the proposals, in eval a dict an image: `boxes` (N, 4) float32 xyxy, `scores` (N,)
+    descending, `labels` (N,) in 0..K-1; K is the background.
+
+    Args:
+        pooler: (maps, proposals) -> (R, C, S, S).
+        box_head: (R, C, S, S) -> (R, D).
+        feature_dim: D.
+    """
+
+    def __init__(
+        self,
+        pooler: nn.Module,
+        box_head: nn.Module,
+        feature_dim: int,
+        num_classes: int,
+        options: BoxOptions,
+    ) -> None:
+        super().__init__()
+        self.pooler = pooler
+        self.box_head = box_head
+        self.box_predictor = BoxPredictor(feature_dim, num_classes, options.class_agnostic)
+        self.num_classes = num_classes
+        self.options = options
+        self.box_coder = BoxCoder(tuple(1 / std for std in options.box_std))
+
+    def forward(
+        self,
+        maps: Sequence[Tensor],
+        proposals: list[Tensor],
+        image_sizes: Sequence[tuple[int, int]],
+        objects: Sequence[Objects] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        if objects is not None:
+            proposals, labels, truth = self._sample(proposals, objects)
+        logits, codes = self.box_predictor(self.box_head(self.pooler(maps, proposals)))
+        if objects is not None:
+            return [], self._losses(logits, codes, torch.cat(proposals), labels, truth)
+        sizes = [len(each) for each in proposals]
+        parts = proposals, logits.softmax(-1).split(sizes), codes.split(sizes), image_sizes
+        return [self._detections(*each) for each in zip(*parts, strict=True)], {}
+
+    @torch.no_grad()
+    def _sample(
+        self, proposals: list[Tensor], objects: Sequence[Objects]
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Return proposals (with the objects themselves), labels (R,) and their boxes (R, 4)."""
+        options = self.options
+        low, high = options.bg_iou
+        chosen, labels, truth = [], [], []
+        for boxes, own in zip(proposals, objects, strict=True):
+            boxes = torch.cat([boxes, own.boxes])
+            status, matched = assign(boxes, own, fg_iou=options.fg_iou, bg_iou=(low, high))
+            index = torch.cat(sample(status, options.rois_per_image, options.positive_fraction))
+            is_object = status[index] == POSITIVE
+            label = torch.full_like(index, self.num_classes)
+            label[is_object] = own.labels[matched[index[is_object]]]
+            box = boxes[index].clone()
+            box[is_object] = own.boxes[matched[index[is_object]]]
+            chosen.append(boxes[index])
+            labels.append(label)
+            truth.append(box)
+        return chosen, torch.cat(labels), torch.cat(truth)
+
+    def _losses(
+        self, logits: Tensor, codes: Tensor, proposals: Tensor, labels: Tensor, truth: Tensor
+    ) -> dict[str, Tensor]:
+        """Return both losses as means over all proposals, background included."""
+        count = max(len(labels), 1)
+        positive = torch.where(labels < self.num_classes)[0]
+        column = torch.zeros_like(positive) if codes.shape[1] == 1 else labels[positive]
+        wanted = self.box_coder.encode_single(truth[positive], proposals[positive])
+        loss_box = F.smooth_l1_loss(
+            codes[positive, column], wanted, beta=self.options.smooth_l1_beta, reduction="sum"
+        )
+        loss_cls = F.cross_entropy(logits, labels, reduction="sum")
+        return {"loss_cls": loss_cls / count, "loss_box": loss_box / count}
+
+    def _detections(
+        self, proposals: Tensor, scores: Tensor, codes: Tensor, size: tuple[int, int]
+    ) -> dict[str, Tensor]:
+        options = self.options
+        scores = scores[:, : self.num_classes]
+        row, label = torch.where(scores > options.score_threshold)
+        column = torch.zeros_like(label) if codes.shape[1] == 1 else label
+        boxes = self.box_coder.decode_single(codes[row, column], proposals[row])
+        boxes = clip_boxes_to_image(boxes, size)
+        large = remove_small_boxes(boxes, SMALLEST_PX)
+        boxes, score, label = boxes[large], scores[row, label][large], label[large]
+        kept = batched_nms(boxes, score, label, options.nms_iou)[: options.max_detections]
+        return {"boxes": boxes[kept], "scores": score[kept], "labels": label[kept]}
+
+
+class BoxPredictor(nn.Module):
+    """(R, D) -> float32 logits (R, K + 1), the background last, and box codes (R, K or 1, 4)."""
+
+    def __init__(self, feature_dim: int, num_classes: int, class_agnostic: bool) -> None:
+        super().__init__()
+        self.cls_score = nn.Linear(feature_dim, num_classes + 1)
+        self.bbox_pred = nn.Linear(feature_dim, 4 if class_agnostic else 4 * num_classes)
+        # All classes and no correction, to begin with (Fast R-CNN, section 2.3).
+        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        codes: Tensor = self.bbox_pred(features).float()
+        return self.cls_score(features).float(), codes.unflatten(1, (-1, 4))
