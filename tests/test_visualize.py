@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +18,11 @@ from tract_transfer.visualize import (
     array_png_data_uri,
     curves,
     draw_detections,
-    figure_png_data_uri,
+    draw_samples,
+    figure_pixels,
     figure_svg,
     filter_grid,
+    save_pixels,
 )
 
 
@@ -35,9 +38,8 @@ def decoded(uri: str) -> np.ndarray:
 
 def test_without_boxes_the_figure_is_the_image() -> None:
     pixels = image()
-    figure = draw_detections(pixels, [], [], width_in=0.5)
-    drawn = decoded(figure_png_data_uri(figure, dots_per_inch=100))
-    assert np.array_equal(drawn[..., :3], pixels.permute(1, 2, 0).numpy())
+    drawn = figure_pixels(draw_detections(pixels, [], []), width_px=50)
+    assert np.array_equal(drawn, pixels.permute(1, 2, 0).numpy())
 
 
 def test_a_box_lies_where_its_pixels_lie() -> None:
@@ -155,6 +157,22 @@ def test_a_photograph_is_embedded_as_jpeg_and_a_small_image_exactly() -> None:
     uri = re.search(r'href="(data:image/png[^"]+)"', small)
     assert uri
     assert np.array_equal(decoded(uri[1])[..., :3], image().permute(1, 2, 0).numpy())
+
+
+def test_a_grid_shows_every_sample_with_its_boxes(tmp_path: Path) -> None:
+    images = [image(), image(20, 60), image(60, 20)]
+    boxes = [[((1, 2, 11, 12), "cat", False)], [], [((0, 0, 5, 5), "dog", True)]]
+    figure = draw_samples(images, ["one", "two", "three"], boxes, columns=2)
+    assert [axes.get_xlim()[1] for axes in figure.axes] == [50, 60, 20]
+    drawn = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert drawn == [["cat"], [], ["dog"]]
+    assert [text.get_text() for text in figure.texts] == ["one", "two", "three"]
+    save_pixels(figure_pixels(figure, 300), tmp_path / "new" / "grid.png")
+    saved = np.asarray(Image.open(tmp_path / "new" / "grid.png"))
+    assert saved.shape[1:] == (300, 3)
+    assert (saved[-10:, -10:] == 255).all(), "the fourth place is empty, and white"
+    with pytest.raises(ValueError, match="image"):
+        draw_samples([], [])
 
 
 def test_an_array_survives_its_png() -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from tract_transfer.build import TrainedTask
 from tract_transfer.build_data import Data
+from tract_transfer.build_model import TrainedTask
 from tract_transfer.config import Config, ProbeConfig
 from tract_transfer.models.weights import read_card
 
@@ -61,7 +61,15 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
     if config.solver.ema_decay:
         lines["average"] = f"exponential moving average, decay {config.solver.ema_decay}"
     if config.task == "detection":
+        lines["sampling"] = str(
+            config.data.model_dump(
+                include={"empty_images", "invalid_boxes", "group_by_aspect", "repeat_threshold"}
+            )
+        )
         lines["difficult objects"] = "trained on like all others"
+    if config.evaluation.flip:
+        joined = "detections joined by NMS" if config.task == "detection" else "logits averaged"
+        lines["views"] = f"each image and its mirror image, {joined}"
     if isinstance(details.get("protocol"), str):
         lines["metric"] = details["protocol"]
     return lines

@@ -15,15 +15,9 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from tract_transfer.build import (
-    TrainedTask,
-    build_accelerator,
-    build_evaluator,
-    build_model,
-    build_trainer,
-    in_iterations,
-)
+from tract_transfer.build import build_accelerator, build_trainer, in_iterations
 from tract_transfer.build_data import Data, Dataset, build_data, build_eval_loader
+from tract_transfer.build_model import TrainedTask, build_evaluated, build_evaluator, build_model
 from tract_transfer.config import Config, DetectionConfig, ProbeConfig, dump_config
 from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.engine.checkpoint import Checkpointer, write_json
@@ -53,6 +47,7 @@ from tract_transfer.models import Backbone
 from tract_transfer.models.weights import save_backbone
 from tract_transfer.results import card, label, protocol
 from tract_transfer.run_probe import run_probe
+from tract_transfer.trained import reported_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -108,17 +103,13 @@ def evaluate_run(config: Config) -> dict[str, float]:
     folder = Path(config.output_dir)
     data = build_data(config)
     trainer = build_trainer(config, data, build_accelerator(config))
-    checkpointer = Checkpointer(folder / "checkpoints")
-    path = checkpointer.best() if config.evaluation.report == "best" else checkpointer.newest()
-    if path is None:
-        raise FileNotFoundError(
-            f"No whole checkpoint in {checkpointer.folder}: train first, or set output_dir."
-        )
+    path, parts = reported_checkpoint(config)
     try:
-        trainer.load_weights(checkpointer.load(path)[0])
+        trainer.load_weights(parts)
     except (RuntimeError, KeyError) as error:  # what load_state_dict raises, or no average in it
         raise ValueError(
-            f"{path} holds another model than this config. Use {folder / CONFIG_NAME}."
+            f"{path} holds another model than this config, or one of other classes. Use "
+            f"{folder / CONFIG_NAME}. ({error})"
         ) from error
     split, dataset = data.report
     metrics, details, skipped = _measure(config, trainer, dataset, data.class_names)
@@ -142,7 +133,7 @@ def preview(config: Config) -> dict[str, str]:
     trainer = build_trainer(config, data, accelerator)
     _, dataset = data.report
     batches = _eval_batches(config, dataset, accelerator)
-    every = in_iterations(config, len(data.train)).evaluate_every
+    every = in_iterations(config, data.train).evaluate_every
     return dry_run(
         trainer,
         batches,
@@ -155,7 +146,7 @@ def preview(config: Config) -> dict[str, str]:
 def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> dict[str, Any]:
     accelerator = trainer.accelerator
     labels = label(config)
-    length = in_iterations(config, len(data.train))
+    length = in_iterations(config, data.train)
     checkpointer = Checkpointer(folder / "checkpoints", config.engine.checkpoint.keep)
     metrics_file = MetricsFile(
         folder, tensorboard=config.engine.log.tensorboard and accelerator.is_main_process
@@ -190,6 +181,7 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
         "images_per_second": trainer.seen_images / max(trainer.seconds, 1e-9),
         "protocol": protocol(config, data, details),
         "skipped": sorted(set(gather_object([*trainer.skipped, *skipped]))),
+        "mended_boxes": data.mended_boxes,
     }
     if accelerator.is_main_process:
         metrics_file.write(trainer.iteration, epochs, split, metrics)
@@ -198,7 +190,7 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
         save_backbone(folder, backbone, card(config, data, labels["method"], reported))
         if isinstance(config, DetectionConfig) and isinstance(dataset, DetectionDataset):
             count = config.evaluation.save_detections
-            model = trainer.evaluated_model
+            model = build_evaluated(config, trainer.evaluated_model)
             save_detections(folder, model, dataset, count, accelerator.device)
         write_results(folder, results)
     metrics_file.close()
@@ -215,7 +207,7 @@ def _hooks(
     metrics_file: MetricsFile,
 ) -> list[Hook]:
     """Return what watches a training: its log, then its checkpoints, then its evaluations."""
-    length = in_iterations(config, len(data.train))
+    length = in_iterations(config, data.train)
     watched = "val" if data.val is not None else data.report[0]
     selects = config.evaluation.report == "best"
     return [
@@ -248,7 +240,7 @@ def _measure(
     evaluator = build_evaluator(config, class_names)
     share_buffers(trainer.evaluated_model, trainer.accelerator)
     skipped = evaluate(
-        trainer.evaluated_model,
+        build_evaluated(config, trainer.evaluated_model),
         _eval_batches(config, dataset, trainer.accelerator),
         evaluator,
         device=trainer.accelerator.device,

@@ -36,17 +36,6 @@ def label_ranks(logits: Floats, labels: Ints) -> NDArray[np.int64]:
     return ranks
 
 
-def top_k_accuracy(logits: Floats, labels: Ints, k: int) -> float:
-    """Return the fraction of images whose true class is among the `k` highest logits.
-
-    Raises:
-        ValueError: as `label_ranks`, or there is no image, or k < 1.
-    """
-    if k < 1 or len(labels) == 0:
-        raise ValueError(f"top_k_accuracy needs k >= 1 and an image, got {k=}, {len(labels)=}.")
-    return float((label_ranks(logits, labels) < k).mean())
-
-
 def cross_entropy(logits: Floats, labels: Ints) -> NDArray[np.float64]:
     """Return (N,) the negative log-likelihood, in nats, of each label.
 

@@ -30,20 +30,35 @@ class Detections:
 
 @dataclass(frozen=True, eq=False)
 class GroundTruth:
-    """image_ids (M,) int, labels (M,) in 0..K-1, boxes_xyxy (M, 4) pixels, difficult (M,) bool."""
+    """image_ids (M,) int, labels (M,) in 0..K-1, boxes_xyxy (M, 4) pixels, difficult (M,) bool.
+
+    areas (M,), square pixels, are those of the objects, which a mask may tell better than the box.
+    """
 
     image_ids: Ints
     labels: Ints
     boxes_xyxy: Floats
     difficult: NDArray[np.bool_]
+    areas: Floats
 
     def __post_init__(self) -> None:
         _check_rows("object", self.image_ids, self.boxes_xyxy, self.labels, self.difficult)
+        assert self.areas.shape == self.labels.shape
 
 
-def ranking(detections: Detections) -> NDArray[np.intp]:
-    """Return (N,) the order by label, then best score, then image id, then order in the image."""
-    return np.lexsort((detections.image_ids, -detections.scores, detections.labels))
+def ranking(detections: Detections, stable: bool = True) -> NDArray[np.intp]:
+    """Return (N,) the order by label, then best score, then image id, then order in the image.
+
+    Without `stable`, equal scores of a label stand as NumPy's default argsort leaves them.
+    """
+    ids, labels, scores = detections.image_ids, detections.labels, detections.scores
+    if stable:
+        return np.lexsort((ids, -scores, labels))
+    order = np.lexsort((ids, labels))
+    ends = np.flatnonzero(np.diff(labels[order])) + 1
+    for part in np.split(order, ends):  # views: each label is ranked in its place
+        part[:] = part[np.argsort(-scores[part])]
+    return order
 
 
 def best_overlaps(
@@ -84,12 +99,13 @@ def paired_iou(a_xyxy: Floats, b_xyxy: Floats, pixel_offset: int) -> NDArray[np.
     corners = np.concatenate(
         [np.maximum(a[:, :2], b[:, :2]), np.minimum(a[:, 2:], b[:, 2:])], axis=1
     )
-    common = _area(corners, pixel_offset)
-    union = _area(a, pixel_offset) + _area(b, pixel_offset) - common
+    common = box_areas(corners, pixel_offset)
+    union = box_areas(a, pixel_offset) + box_areas(b, pixel_offset) - common
     return np.divide(common, union, out=np.zeros(len(a)), where=union > 0)
 
 
-def _area(boxes_xyxy: NDArray[np.float64], pixel_offset: int) -> NDArray[np.float64]:
+def box_areas(boxes_xyxy: NDArray[np.float64], pixel_offset: int = 0) -> NDArray[np.float64]:
+    """Return (P,) the areas of (P, 4) boxes, 0 where a side is negative."""
     sides = np.maximum(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] + pixel_offset, 0)
     area: NDArray[np.float64] = sides[:, 0] * sides[:, 1]
     return area

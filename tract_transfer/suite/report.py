@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from tract_transfer import __version__, visualize
+from tract_transfer.suite.precision_recall import draw_precision_recall
 from tract_transfer.suite.runs import Row, Run, compare, is_finite, load_runs, matched, methods_of
 from tract_transfer.suite.statistics import PairedDifference, Summary, summarize
 
@@ -168,7 +169,7 @@ def interval(difference: PairedDifference, metric: str) -> str:
 
 
 def _curves(runs: Sequence[Run], methods: Sequence[str]) -> list[Markup]:
-    """Draw the evaluations and the training loss of one task against the epoch."""
+    """Draw evaluations and training loss of one task against the epoch, and its precision."""
     task, metric = runs[0].task, runs[0].primary_metric
     lines = [line for run in runs for line in run.history if metric in line]
     split = "val" if any(line.get("split") == "val" for line in lines) else "test"
@@ -183,7 +184,7 @@ def _curves(runs: Sequence[Run], methods: Sequence[str]) -> list[Markup]:
         if any(full.values()):
             figure = visualize.curves(full, x_label="epoch", y_label=label)
             drawn.append(Markup(visualize.figure_svg(figure, f"{task}: {label} against the epoch")))
-    return drawn
+    return drawn + draw_precision_recall(task, of_method)
 
 
 def _curve(run: Run, key: str, split: str | None, scale: float = 1) -> visualize.Curve:
