@@ -1,9 +1,14 @@
 """Tiny runs: a quarter of a ResNet on three digits, and a detector on small scenes."""
 
+import contextlib
+import importlib.util
+import io
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -13,6 +18,15 @@ from tract_transfer.config import load_config
 from tract_transfer.engine.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
+
+
+class Said(NamedTuple):
+    """How a tool ended, and what it printed and logged."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
 
 CLASSIFICATION = """\
 task: classification
@@ -47,8 +61,9 @@ model:
   detector:
     name: torchvision_fpn
     args:
-      {short_side_px: 64, max_side_px: 64, num_levels: 2, anchor_scale: 4, fpn_channels: 16,
-       head_dim: 32, num_proposals: 20, rois_per_image: 16}
+      {short_side_px: 64, max_side_px: 64, num_levels: 2, fpn_channels: 16, head_dim: 32,
+       rpn: {anchor_scales: [4], pre_nms_train: 40, post_nms_train: 20, post_nms_test: 20},
+       box: {rois_per_image: 16}}
 data:
   train: {source: digit_scenes, split: train, num_train: 12, num_test: 6, size_px: 64}
   test: {source: digit_scenes, split: test, num_train: 12, num_test: 6, size_px: 64}
@@ -114,6 +129,39 @@ def tool():
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def call():
+    """Run a tool's main() in this process: a start of Python and torch each would take minutes."""
+    loggers = [logging.getLogger(name) for name in ("tract_transfer", "tract_transfer.suite")]
+    levels = [logger.level for logger in loggers]
+
+    def run(name, *words):
+        spec = importlib.util.spec_from_file_location(name[:-3], ROOT / "tools" / name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        out, err = io.StringIO(), io.StringIO()
+        handler = logging.StreamHandler(err)
+        loggers[0].addHandler(handler)
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            patch.setattr(sys, "argv", [name, *map(str, words)])
+            patch.chdir(ROOT)
+            try:
+                code = module.main()
+            except SystemExit as end:  # argparse's
+                code = end.code
+            finally:
+                loggers[0].removeHandler(handler)
+        return Said(code, out.getvalue(), err.getvalue())
+
+    yield run
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture

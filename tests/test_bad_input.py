@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tract_transfer.build import build_features, build_model, build_tract
+from tract_transfer.build import build_tract
+from tract_transfer.build_model import build_features, build_model
 from tract_transfer.config import ConfigError
 from tract_transfer.run import evaluate_run, run
 
@@ -69,7 +70,7 @@ TABLE = {
     "scale without its crop": (C, told("data.transforms.scale=[0.5, 1]"), ConfigError,
         ["scale is for crop: random_resized, and crop is pad"]),
     "tract tuned and not enabled": (C, told("tract.lam=0.5"), ConfigError,
-        ["tract.lam, lam_mode and layers are for tract.enabled: true"]),
+        ["tract.lam, lam_mode, layers and update_every are for tract.enabled: true"]),
     "step factor without steps": (C, told("solver.step_factor=0.5"), ConfigError,
         ["solver.step_factor has no use here"]),
     "test on training data": (C, told("data.test.split=train"), ValueError,
@@ -106,8 +107,8 @@ TABLE = {
         ["model.detector.name: ", "Did you mean 'torchvision_fpn'?"]),
     "unknown optimizer": (C, told("solver.optimizer=sgdd"), ConfigError,
         ["solver.optimizer: no 'sgdd'. Did you mean 'sgd", "command line"]),
-    "unknown protocol": (D, told("evaluation.protocol=voc2070"), ConfigError,
-        ["evaluation.protocol: ", "Did you mean 'voc2007'?", "command line"]),
+    "unknown protocol": (D, told("evaluation.protocol=voc2007"), ConfigError,
+        ["evaluation.protocol: ", "Did you mean 'voc2007_devkit'?", "command line"]),
     "unknown layer": (C,
         told("tract={enabled: true, layers: [backbone.model.conv2]}"), ConfigError,
         ["tract.layers: ", "no layer 'backbone.model.conv2'", "backbone.model.conv1"]),

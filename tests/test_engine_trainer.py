@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from fvcore.common.param_scheduler import ConstantParamScheduler
 from torch import nn
 
-from tract_transfer.build import build_model, build_trainer
+from tract_transfer.build import build_trainer
 from tract_transfer.build_data import build_data, build_train_batches
+from tract_transfer.build_model import build_model
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.evaluate import evaluate, evaluating
 from tract_transfer.engine.trainer import Hook, Trainer, seed_all

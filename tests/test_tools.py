@@ -1,14 +1,8 @@
 """Every tool runs as its user runs it."""
 
-import contextlib
-import importlib.util
-import io
 import json
-import logging
-import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -26,47 +20,6 @@ QUICK = (
     "solver.max_iters=4",
     "engine={device: cpu, log: {every_iters: 2, tensorboard: false}}",
 )
-
-
-class Said(NamedTuple):
-    """How a tool ended, and what it printed and logged."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture(scope="module")
-def call():
-    """Run a tool's main() in this process: a start of Python and torch each would take minutes."""
-    loggers = [logging.getLogger(name) for name in ("tract_transfer", "tract_transfer.suite")]
-    levels = [logger.level for logger in loggers]
-
-    def run(name, *words):
-        spec = importlib.util.spec_from_file_location(name[:-3], ROOT / "tools" / name)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        out, err = io.StringIO(), io.StringIO()
-        handler = logging.StreamHandler(err)
-        loggers[0].addHandler(handler)
-        with (
-            pytest.MonkeyPatch.context() as patch,
-            contextlib.redirect_stdout(out),
-            contextlib.redirect_stderr(err),
-        ):
-            patch.setattr(sys, "argv", [name, *map(str, words)])
-            patch.chdir(ROOT)
-            try:
-                code = module.main()
-            except SystemExit as end:  # argparse's
-                code = end.code
-            finally:
-                loggers[0].removeHandler(handler)
-        return Said(code, out.getvalue(), err.getvalue())
-
-    yield run
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
 
 
 def lines_of(folder):

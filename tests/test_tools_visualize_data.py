@@ -1,0 +1,57 @@
+"""tools/visualize_data.py draws what the training gets."""
+
+import importlib.util
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tract_transfer.build_data import build_data, build_train_batches
+from tract_transfer.config import load_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+@pytest.mark.parametrize("task", ["classification", "detection", "probe"])
+def test_a_grid_is_drawn_and_is_the_same_again(call, write_tiny, tmp_path, task):
+    path = write_tiny(tmp_path, task)
+    drawn = []
+    for name, more in (("a", ()), ("b", ()), ("c", ("seed=1",))):
+        words = ("--config-file", path, "--num-images", 3, "--output", tmp_path / f"{name}.png")
+        said = call("visualize_data.py", *words, *more)
+        assert said.returncode == 0, said.stderr
+        assert said.stdout.split() == [str(tmp_path / f"{name}.png")]
+        drawn.append(pixels(tmp_path / f"{name}.png"))
+    assert np.array_equal(drawn[0], drawn[1])
+    assert drawn[0].std() > 10
+    assert np.array_equal(drawn[0], drawn[2]) == (task == "probe")
+
+
+def test_the_images_are_the_trainings_from_an_iteration_on(write_tiny, tmp_path):
+    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools/visualize_data.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    config = load_config(write_tiny(tmp_path, "detection"), ["engine.accumulate=2"])
+    train = build_data(config).train
+    seen = list(islice(tool.samples(config, train, start_iter=1), 4))
+    make = build_train_batches(config, train, rank=0, world_size=1, pin_memory=False)
+    batches = make(1)
+    expected = [image for _ in range(2) for image in next(batches).images]
+    assert len(expected) == 4
+    for (image, _, boxes), wanted in zip(seen, expected, strict=True):
+        assert image.equal(wanted)
+        assert all(name in train.class_names for _, name, _ in boxes)
+
+
+def test_what_cannot_be_drawn_is_told(call, write_tiny, tmp_path):
+    said = call("visualize_data.py", "--config-file", write_tiny(tmp_path), "data.batch_size=99999")
+    assert said.returncode == 1
+    assert "data.batch_size" in said.stderr
+    said = call("visualize_data.py", "--config-file", write_tiny(tmp_path), "--num-images", 0)
+    assert said.returncode == 2

@@ -1,0 +1,163 @@
+"""Let a trained model answer for images and videos: boxes drawn, or the likeliest classes.
+
+python tools/predict.py --run output/quickstart/detect photo.jpg holidays/ clip.mp4
+python tools/predict.py --run output/samples/flowers102 photo.jpg --top-k 3
+
+Writes predictions.json into --output, and, for a detector, every image with its boxes as PNG, every
+video as MP4. Videos need PyAV (pip install av).
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from tract_transfer.trained import Trained
+
+MIN_WIDTH_PX = 480  # a smaller image is drawn enlarged, so that its labels can be read
+
+
+def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, metavar="FOLDER", help="a run folder")
+    which.add_argument("--config-file", metavar="FILE", help="YAML, whose output_dir is the run's")
+    parser.add_argument("inputs", nargs="+", type=Path, help="images, folders of images, videos")
+    parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
+    parser.add_argument("--min-score", type=float, default=0.5, help="boxes to draw (default 0.5)")
+    parser.add_argument("--top-k", type=int, default=5, help="classes to write (default 5)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    return parser.parse_args(words)
+
+
+def main() -> int:
+    """Answer for every input; return the exit code: 1 if one could not be read."""
+    arguments = parse()
+    from tract_transfer.config import ConfigError, load_config
+
+    try:
+        run = arguments.run or Path(load_config(arguments.config_file).output_dir)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+    from tract_transfer.trained import load_trained
+
+    try:
+        trained = load_trained(run, [f"engine.device={arguments.device}"])
+        files = [found for given in arguments.inputs for found in files_of(given)]
+        arguments.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    entries, failed = [], 0
+    for file, name in files:
+        try:
+            entries += answer(trained, file, name, arguments)
+        except (ValueError, OSError, ImportError) as error:  # noqa: PERF203 - once a file
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            failed += 1
+    path = arguments.output / "predictions.json"
+    about = {"run": str(run), "checkpoint": trained.checkpoint.name}
+    path.write_text(json.dumps({**about, "predictions": entries}, indent=1) + "\n")
+    print(path)
+    return 1 if failed else 0
+
+
+def files_of(given: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the files of an input, each with its name below --output.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no image in the folder.
+    """
+    from PIL import Image
+
+    if not given.is_dir():
+        if not given.is_file():
+            raise FileNotFoundError(f"{given} is neither a file nor a folder.")
+        yield given, Path(given.name)
+        return
+    known = Image.registered_extensions()
+    files = [f for f in sorted(given.rglob("*")) if f.suffix.lower() in known or is_video(f)]
+    if not files:
+        raise FileNotFoundError(f"{given} holds no image and no video.")
+    for file in files:
+        yield file, given.name / file.relative_to(given)
+
+
+def answer(
+    trained: "Trained", file: Path, name: Path, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return what is found in an image, or in every frame of a video; draw it if it is boxes."""
+    from tract_transfer.data.video import frame_rate, write_video
+    from tract_transfer.visualize import save_pixels
+
+    entries: list[dict[str, Any]] = []
+    found = find(trained, file, arguments.top_k)
+    if not trained.detects:
+        for _, entry in found:
+            entries.append(entry)
+            best = zip(entry["labels"], entry["scores"], strict=True)
+            where = f"{file} {entry['frame']}" if "frame" in entry else str(file)
+            print(where, ", ".join(f"{label} {score:.3f}" for label, score in best), sep="  ")
+        return entries
+
+    def pictures() -> Iterator["np.ndarray"]:
+        for image, entry in found:
+            entries.append(entry)
+            yield draw(image, entry, arguments.min_score)
+
+    path = arguments.output / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_video(file):
+        write_video(path.with_name(f"{name.name}.mp4"), pictures(), frame_rate(file))
+    else:
+        save_pixels(next(pictures()), path.with_name(f"{name.name}.png"))
+    return entries
+
+
+def find(trained: "Trained", file: Path, top_k: int) -> Iterator[tuple["Tensor", dict[str, Any]]]:
+    """Yield an image, or every frame of a video, and what the model finds in it."""
+    from tract_transfer.data.images import decode_image
+    from tract_transfer.data.video import read_video
+
+    frames = read_video(file) if is_video(file) else iter([decode_image(file, str(file))])
+    for number, image in enumerate(frames):
+        (found,) = trained.predict([image])
+        if not trained.detects:
+            found = {key: rows[:top_k] for key, rows in found.items()}
+        entry: dict[str, Any] = {"file": str(file)}
+        entry |= {"frame": number} if is_video(file) else {}
+        entry |= {"height": image.shape[1], "width": image.shape[2]}
+        entry |= {key: rows.tolist() for key, rows in found.items()}
+        entry["labels"] = [trained.class_names[label] for label in entry["labels"]]
+        yield image, entry
+
+
+def is_video(file: Path) -> bool:
+    """Whether a file's name says it is a video."""
+    from tract_transfer.data.video import VIDEO_SUFFIXES
+
+    return file.suffix.lower() in VIDEO_SUFFIXES
+
+
+def draw(image: "Tensor", entry: dict[str, Any], min_score: float) -> "np.ndarray":
+    """Return an image with its boxes of `min_score` and above, (H, W, 3) uint8."""
+    from tract_transfer.visualize import draw_detections, figure_pixels
+
+    kept = [i for i, score in enumerate(entry["scores"]) if score >= min_score]
+    columns = ([entry[key][i] for i in kept] for key in ("boxes", "labels", "scores"))
+    return figure_pixels(draw_detections(image, *columns), max(entry["width"], MIN_WIDTH_PX))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
