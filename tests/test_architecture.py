@@ -13,8 +13,18 @@ PACKAGE = Path(tract_transfer.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
-CONFIG = {"config", "config_file", "config_sections"}
-BRIDGE = {"build", "build_data", "run", "run_probe", "results"}
+CONFIG = {"config", "config_data", "config_file", "config_sections"}
+BRIDGE = {
+    "build",
+    "build_data",
+    "build_model",
+    "check_data",
+    "detectron2_plugin",
+    "run",
+    "run_probe",
+    "results",
+    "trained",
+}
 ISLANDS = {
     "tract", "models", "data", "evaluation", "engine", "suite", "solver", "joined_optimizer",
     "visualize",

@@ -13,8 +13,9 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from tract_transfer.build import PRECISIONS, build_evaluator, build_model
+from tract_transfer.build import PRECISIONS
 from tract_transfer.build_data import Data, Dataset, build_eval_loader
+from tract_transfer.build_model import build_evaluator, build_model
 from tract_transfer.config import ProbeConfig
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.evaluate import evaluating

@@ -179,7 +179,8 @@ class TrAct:
         L-BFGS do, `step` follows each of its runs.
 
         Raises:
-            ValueError: the optimizer does not hold the weight of a treated layer, or calls no hooks.
+            ValueError: the optimizer does not hold the weight of a treated layer, or its step
+                calls no hooks.
         """
         # accelerate wraps the optimizer that steps.
         optimizer = getattr(optimizer, "optimizer", optimizer)

@@ -1,0 +1,41 @@
+"""The convolution that detectron2's models begin with: TrAct treats it as a plain one."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tract_transfer.tract import TrAct
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+wrappers = pytest.importorskip("detectron2.layers.wrappers")
+
+
+def test_its_norm_and_activation_come_after_what_is_treated():
+    torch.manual_seed(0)
+    wrapped = wrappers.Conv2d(
+        3, 4, 5, stride=2, padding=2, norm=nn.BatchNorm2d(4), activation=nn.ReLU()
+    )
+    plain = nn.Conv2d(3, 4, 5, stride=2, padding=2)
+    plain.load_state_dict({n: p for n, p in wrapped.state_dict().items() if "norm" not in n})
+    models = (
+        nn.Sequential(wrapped),
+        nn.Sequential(plain, copy.deepcopy(wrapped.norm), nn.ReLU()),
+    )
+    images = torch.randn(2, 3, 16, 16)
+    for model in models:
+        tract = TrAct(model)
+        assert tract.layer_names == ["0"]
+        model(images).square().mean().backward()
+        tract.step()
+    torch.testing.assert_close(wrapped.weight.grad, plain.weight.grad)
+
+
+def test_one_that_changes_its_weight_is_refused():
+    class Standardised(wrappers.Conv2d):
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.weight - self.weight.mean())
+
+    with pytest.raises(ValueError, match="changes its weight or its input"):
+        TrAct(nn.Sequential(Standardised(3, 4, 3)))
