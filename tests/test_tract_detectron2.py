@@ -39,3 +39,23 @@ def test_one_that_changes_its_weight_is_refused():
 
     with pytest.raises(ValueError, match="changes its weight or its input"):
         TrAct(nn.Sequential(Standardised(3, 4, 3)))
+
+
+def test_attach_works_on_its_clipping_optimizers():
+    """Their class is swapped, so that torch hooks the parent's step alone: after the clipping."""
+    solver = pytest.importorskip("detectron2.solver")
+    cfg = pytest.importorskip("detectron2.config").get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e-3
+    cfg.SOLVER.MOMENTUM = cfg.SOLVER.WEIGHT_DECAY = 0.0
+    cfg.SOLVER.BASE_LR = 1.0
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(6, 4).double(), torch.randn(9, 6).double()
+    optimizer = solver.build_optimizer(cfg, layer)
+    TrAct(layer).attach(optimizer)
+    before = layer.weight.detach().clone()
+    (layer(inputs).square().sum() / 2).backward()
+    clipped = layer.weight.grad.clamp(-1e-3, 1e-3)
+    optimizer.step()
+    matrix = inputs.T @ inputs / 9 + 0.1 * torch.eye(6).double()
+    torch.testing.assert_close(before - layer.weight, clipped @ torch.linalg.inv(matrix))

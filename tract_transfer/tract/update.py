@@ -184,7 +184,9 @@ class TrAct:
         """
         # accelerate wraps the optimizer that steps.
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        if not getattr(type(optimizer).step, "hooked", False):
+        # Of the class or, as with detectron2's clipping ones, of the parent whose step it calls.
+        steps = [vars(each).get("step") for each in type(optimizer).__mro__]
+        if not any(getattr(step, "hooked", False) for step in steps):
             raise ValueError(
                 f"The step of {type(optimizer).__name__} calls no hooks. Attach to the optimizer "
                 "that it wraps."
