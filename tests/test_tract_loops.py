@@ -171,7 +171,9 @@ def test_hugging_face_trainer(clips, tmp_path, accelerate_on_cpu):
     transformers = pytest.importorskip("transformers")
     model = tiny()
     dataset = [
-        {"images": image, "labels": label} for batch in batches() for image, label in zip(*batch)
+        {"images": image, "labels": label}
+        for batch in batches()
+        for image, label in zip(*batch, strict=True)
     ]
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path),
