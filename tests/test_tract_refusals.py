@@ -64,6 +64,16 @@ def test_an_unknown_layer_names_the_nearest():
         TrAct(model, layers=["layer1.0.conv3"])
 
 
+def test_a_name_like_no_other_is_told_where_the_model_begins():
+    with pytest.raises(ValueError, match=r"no layer 'xyz'. It begins with \['conv1.0', "):
+        TrAct(timm.create_model("test_resnet"), layers=["xyz"])
+
+
+def test_what_is_no_optimizer_is_refused():
+    with pytest.raises(ValueError, match="takes a torch optimizer, got NoneType"):
+        TrAct(nn.Linear(3, 2)).attach(None)
+
+
 def test_a_step_without_forward_or_backward_is_refused():
     model = small_model()
     tract = TrAct(model)

@@ -136,7 +136,10 @@ def build_schedule(
     if schedule not in ("cosine", "multistep", "constant"):
         raise ValueError(f"solver.schedule: no {schedule!r}. Known: cosine, multistep, constant.")
     if not 0 <= warmup_iters < max_iters:
-        raise ValueError(f"solver: the warm-up of {warmup_iters} iterations outlasts {max_iters}.")
+        raise ValueError(
+            f"solver: the warm-up of {warmup_iters} iterations outlasts {max_iters}. Shorten "
+            "solver.warmup_iters (or warmup_epochs), or set it to null."
+        )
     main: ParamScheduler
     if schedule == "multistep":
         if list(steps_iters) != sorted(set(steps_iters)) or not all(

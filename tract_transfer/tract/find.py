@@ -50,7 +50,9 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     known = dict(model.named_modules())
     if name not in known:
         near = get_close_matches(name, known, n=3, cutoff=0.5)
-        raise ValueError(f"{type(model).__name__} has no layer {name!r}. Nearest: {near}")
+        begins = [key for key, each in known.items() if isinstance(each, nn.Linear | nn.Conv2d)][:3]
+        hint = f"Nearest: {near}" if near else f"It begins with {begins}"
+        raise ValueError(f"{type(model).__name__} has no layer {name!r}. {hint}.")
     layer, kind = known[name], type(known[name]).__name__
     if not isinstance(layer, nn.Linear | nn.Conv2d) or isinstance(layer, nn.LazyConv2d):
         raise ValueError(f"TrAct treats Linear and Conv2d layers; {name} is a {kind}.")

@@ -184,6 +184,8 @@ class TrAct:
         """
         # accelerate wraps the optimizer that steps.
         optimizer = getattr(optimizer, "optimizer", optimizer)
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"attach takes a torch optimizer, got {type(optimizer).__name__}.")
         # Of the class or, as with detectron2's clipping ones, of the parent whose step it calls.
         steps = [vars(each).get("step") for each in type(optimizer).__mro__]
         if not any(getattr(step, "hooked", False) for step in steps):

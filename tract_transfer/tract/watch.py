@@ -111,7 +111,8 @@ class WatchedLayer:
         if not (self.reached or joined):
             raise RuntimeError(
                 f"No training forward reached {self.name} since the last step. TrAct must be made "
-                "on the module that runs, in train mode; call its step() once an iteration."
+                "on the module that runs, in train mode; call its step() once an iteration, and "
+                "not at all where it is attached to an optimizer."
             )
         if self.waiting is None:  # of a process without images
             self.waiting = torch.zeros(self.num_inputs**2 + 1, device=device)
