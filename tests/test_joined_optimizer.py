@@ -53,6 +53,22 @@ def test_it_steps_as_its_parts_do():
         assert parameter in optimizer.state
 
 
+def test_each_parameter_s_state_is_its_own_optimizer_s():
+    model = small_model()
+    optimizer = JoinedOptimizer(parts_of(model))
+    assert len(optimizer.state) == 0
+    backward(model, 0)
+    optimizer.step()
+    assert set(optimizer.state[model[0].weight]) == {"momentum_buffer"}
+    assert {"exp_avg", "exp_avg_sq"} <= set(optimizer.state[model[2].weight])
+    assert len(optimizer.state) == len(list(optimizer.state)) == 4
+    optimizer.state_dict()
+    shadow = copy.deepcopy(optimizer)
+    assert len(shadow.optimizers) == len(shadow.param_groups) == 2
+    with pytest.raises(ValueError, match=r"to one of \.optimizers"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
 def test_its_state_goes_on():
     model, other = small_model(), small_model()
     optimizer, resumed = (JoinedOptimizer(parts_of(each)) for each in (model, other))

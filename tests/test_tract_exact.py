@@ -195,8 +195,7 @@ def test_a_class_whose_step_calls_its_parent_s_steps_once():
         if optimizer.fails:
             with pytest.raises(KeyboardInterrupt):
                 optimizer.step()
-            by_hand.zero_grad()
-            tract = TrAct(by_hand)
+            tract.forget()
             continue
         optimizer.step()
         tract.step()
@@ -236,6 +235,53 @@ def test_both_first_layers_of_a_model_are_treated(name):
         key for key, weight in model.named_parameters() if not torch.equal(weight.grad, plain[key])
     }
     assert changed == {f"{layer}.weight" for layer in tract.layer_names}
+
+
+def test_several_backwards_of_one_forward_count_it_once():
+    """As where the gradients of several losses are taken one by one."""
+    images, whole, again = images_like(4, 3, 8, 8).double(), small_model(), small_model()
+    update = update_of(whole.double(), images)
+    tract = TrAct(again.double())
+    loss = loss_of(again, images)
+    for set_to_none in (True, False):
+        loss.backward(retain_graph=True)
+        again.zero_grad(set_to_none=set_to_none)
+    loss.backward()
+    tract.step()
+    torch.testing.assert_close(again[0].weight.grad, update, rtol=1e-10, atol=1e-12)
+
+
+def test_a_batch_given_up_after_its_forward_is_forgotten():
+    images, model = images_like(4, 3, 8, 8), small_model()
+    tract = TrAct(model)
+    loss_of(model, images * float("nan"))
+    tract.forget()
+    loss_of(model, images).backward()
+    tract.step()
+    assert torch.equal(model[0].weight.grad, update_of(small_model(), images))
+
+
+def test_what_another_hook_makes_of_the_input_counts():
+    images, hooked, plain = images_like(4, 3, 8, 8), small_model(), small_model()
+    tract = TrAct(hooked)
+    hooked[0].register_forward_pre_hook(lambda _, inputs: (inputs[0] * 5 + 1,))
+    loss_of(hooked, images).backward()
+    tract.step()
+    torch.testing.assert_close(hooked[0].weight.grad, update_of(plain, images * 5 + 1))
+
+
+def test_a_copy_of_a_treated_model_is_not_treated():
+    model, images = small_model(), images_like(4, 3, 8, 8)
+    tract = TrAct(model)
+    shadow = copy.deepcopy(model)
+    loss_of(shadow, images).backward()
+    plain = shadow[0].weight.grad.clone()
+    other = TrAct(shadow)
+    with pytest.raises(RuntimeError, match="No training forward reached 0"):
+        other.step()
+    assert torch.equal(shadow[0].weight.grad, plain)
+    tract.detach()
+    TrAct(model)
 
 
 # ---------------------------------------------------------------------------- update_every

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from timm.layers import ScaledStdConv2d
+from timm.layers import Conv2dSame, ScaledStdConv2d
 from torch import nn
 
 from tract_transfer.tract import TrAct
@@ -67,6 +67,63 @@ def test_an_unknown_layer_names_the_nearest():
 def test_a_name_like_no_other_is_told_where_the_model_begins():
     with pytest.raises(ValueError, match=r"no layer 'xyz'. It begins with \['conv1.0', "):
         TrAct(timm.create_model("test_resnet"), layers=["xyz"])
+
+
+def test_a_layer_is_treated_once(caplog):
+    """By the latest, as when a notebook's cell runs again."""
+    model, images = small_model(), torch.randn(4, 3, 8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    earlier = TrAct(model)
+    earlier.attach(optimizer)
+    with pytest.raises(ValueError, match="attached to this optimizer already"):
+        earlier.attach(optimizer)
+    assert not caplog.text
+    later = TrAct(model)
+    assert "An earlier TrAct on 0 is detached now." in caplog.text
+    later.attach(optimizer)
+    backward(model, images)
+    optimizer.step()
+    assert (earlier.num_steps, later.num_steps) == (0, 1)
+
+
+class OwnConvolution(nn.Conv2d):
+    def _conv_forward(self, images, weight, bias):
+        return super()._conv_forward(images, weight - weight.mean(), bias)
+
+
+class OwnSame(Conv2dSame):
+    def forward(self, images):
+        return super().forward(2 * images)
+
+
+def with_own_forward() -> nn.Conv2d:
+    layer = nn.Conv2d(3, 4, 3)
+    layer.forward = lambda images: nn.functional.conv2d(2 * images, layer.weight)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: OwnConvolution(3, 4, 3), lambda: OwnSame(3, 4, 3), with_own_forward]
+)
+def test_a_forward_of_its_own_is_refused_wherever_it_hides(build):
+    with pytest.raises(ValueError, match="changes its weight or its input in the forward"):
+        TrAct(nn.Sequential(build()))
+
+
+def test_a_weight_that_two_layers_share_is_refused():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"0.weight is also that of \['1'\].*Untie"):
+        TrAct(model)
+
+
+def test_a_layer_frozen_later_is_told():
+    model = small_model()
+    tract = TrAct(model)
+    model[0].weight.requires_grad_(False)
+    backward(model, torch.randn(4, 3, 8, 8))
+    with pytest.raises(RuntimeError, match=r"0.weight was frozen after TrAct was made. detach"):
+        tract.step()
 
 
 def test_what_is_no_optimizer_is_refused():

@@ -1,10 +1,9 @@
 """One optimizer made of several, each over parameters of its own."""
 
-from collections import ChainMap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -31,7 +30,20 @@ class JoinedOptimizer(Optimizer):
 
     def _see_theirs(self) -> None:
         self.param_groups = [group for each in self.optimizers for group in each.param_groups]
-        self.state = ChainMap(*(each.state for each in self.optimizers))  # type: ignore[assignment]
+        self.state = _States(self.optimizers)  # type: ignore[assignment]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"defaults": self.defaults, "optimizers": self.optimizers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "state": {}, "param_groups": []})
+        self._see_theirs()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused: which optimizer is to step it?"""
+        if "state" in vars(self) and isinstance(self.state, _States):
+            raise ValueError("Add a parameter group to one of .optimizers, before they are joined.")
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Step each of them, after `closure` where there is one; return what it returned."""
@@ -59,6 +71,34 @@ class JoinedOptimizer(Optimizer):
         for each, state in zip(self.optimizers, states, strict=True):
             each.load_state_dict(state)
         self._see_theirs()
+
+
+class _States(MutableMapping[Tensor, Any]):
+    """The state of a parameter, in the optimizer that steps it."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers = optimizers
+
+    def _of(self, parameter: Tensor) -> dict[Tensor, Any]:
+        for each in self._optimizers:
+            if any(parameter is held for group in each.param_groups for held in group["params"]):
+                return each.state
+        raise KeyError(parameter)
+
+    def __getitem__(self, parameter: Tensor) -> Any:
+        return self._of(parameter)[parameter]
+
+    def __setitem__(self, parameter: Tensor, value: Any) -> None:
+        self._of(parameter)[parameter] = value
+
+    def __delitem__(self, parameter: Tensor) -> None:
+        del self._of(parameter)[parameter]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (parameter for each in self._optimizers for parameter in each.state)
+
+    def __len__(self) -> int:
+        return sum(len(each.state) for each in self._optimizers)
 
 
 def keep_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:

@@ -53,7 +53,8 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
         begins = [key for key, each in known.items() if isinstance(each, nn.Linear | nn.Conv2d)][:3]
         hint = f"Nearest: {near}" if near else f"It begins with {begins}"
         raise ValueError(f"{type(model).__name__} has no layer {name!r}. {hint}.")
-    layer, kind = known[name], type(known[name]).__name__
+    layer: nn.Module = known[name]
+    kind = type(layer).__name__
     if not isinstance(layer, nn.Linear | nn.Conv2d) or isinstance(layer, nn.LazyConv2d):
         raise ValueError(f"TrAct treats Linear and Conv2d layers; {name} is a {kind}.")
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
@@ -63,12 +64,26 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
         )
     own_forward = type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward)
     known_forward = is_dynamic_same(layer) or _is_detectron2_s(layer)
+    if isinstance(layer, nn.Conv2d) and type(layer)._conv_forward is not nn.Conv2d._conv_forward:
+        own_forward, known_forward = True, False
+    if "forward" in vars(layer):  # of the object itself
+        own_forward, known_forward = True, False
     computed = is_parametrized(layer) or "weight" not in layer._parameters  # weight_norm and kin
     if computed or (own_forward and not known_forward):
         raise ValueError(
             f"TrAct needs a layer whose weight multiplies its input as it stands; {name} "
             f"({kind}) changes its weight or its input in the forward (weight standardisation, "
             "a parametrization). Use a model with a plain first layer."
+        )
+    sharers = [
+        other
+        for other, module in known.items()
+        if module is not layer and any(layer.weight is p for p in module._parameters.values())
+    ]
+    if sharers:
+        raise ValueError(
+            f"{name}.weight is also that of {sharers}: its gradient comes from inputs that TrAct "
+            "does not see. Untie them."
         )
     if not layer.weight.requires_grad:
         raise ValueError(

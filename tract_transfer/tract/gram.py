@@ -4,6 +4,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def gram_matrix(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, i
     images = inputs if inputs.ndim == 4 else inputs.unsqueeze(0)
     padding = _padding(layer, images.shape[-2], images.shape[-1])
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    kernel, stride, dilation = list(layer.kernel_size), list(layer.stride), list(layer.dilation)
+    kernel, stride, dilation = map(_two, (layer.kernel_size, layer.stride, layer.dilation))
     gram = _gram_of_windows(images, kernel, stride, dilation, padding, mode, dtype)
     outputs = _num_outputs(images, kernel, stride, dilation, padding)
     return gram, len(images) * outputs[0] * outputs[1]
@@ -218,12 +219,19 @@ def _padding(layer: nn.Conv2d, height: int, width: int) -> list[int]:
         return _dynamic_same_padding(layer, height, width)
     if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         return list(layer._reversed_padding_repeated_twice)
-    return [layer.padding[1]] * 2 + [layer.padding[0]] * 2
+    rows, columns = _two(layer.padding)
+    return [columns, columns, rows, rows]
+
+
+def _two(size: Any) -> list[int]:
+    """What nn.Conv2d keeps as a pair, and takes as a number where it was set later."""
+    return [size, size] if isinstance(size, int) else list(size)
 
 
 def is_dynamic_same(layer: nn.Module) -> bool:
     """Whether `layer` is timm's Conv2dSame, which pads in its forward by the size it is given."""
-    return any(cls.__name__ == "Conv2dSame" for cls in type(layer).__mro__)
+    forward = type(layer).forward
+    return forward.__module__.startswith("timm.") and forward.__qualname__ == "Conv2dSame.forward"
 
 
 def _dynamic_same_padding(layer: nn.Conv2d, height: int, width: int) -> list[int]:

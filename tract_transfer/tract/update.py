@@ -2,7 +2,7 @@
 
 The weights that come closest to such a step are the plain gradient, right-multiplied by
 (x x^T / b + lam I)^-1 (Petersen, Borgelt, Ermon, NeurIPS 2024, equation 6). The matrix depends on
-the layer's input alone. So a forward pre-hook adds it up, one call multiplies the finished
+the layer's input alone. So a forward hook adds it up, one call multiplies the finished
 gradient, and the model, its forward, its state dict and its backward stay as they are.
 """
 
@@ -10,14 +10,14 @@ gradient, and the model, its forward, its state dict and its backward stay as th
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from tract_transfer.tract.attach import Attached
 from tract_transfer.tract.find import check_layer, find_first_layers
 from tract_transfer.tract.solve import DampedFactor, damped_factor
 from tract_transfer.tract.watch import WatchedLayer
@@ -76,11 +76,14 @@ class TrAct:
         self.update_every = update_every
         self.num_steps = 0
         names = find_first_layers(model) if layers is None else list(dict.fromkeys(layers))
-        self._watched = [WatchedLayer(name, check_layer(model, name)) for name in names]
+        self._watched = [
+            WatchedLayer(name, check_layer(model, name), self.detach) for name in names
+        ]
         self._means: dict[str, Tensor] = {}
         self._factors: dict[str, DampedFactor] = {}
         self._unread: deque[tuple[str, int, Tensor, Any]] = deque()
         self._warned: set[str] = set()
+        self._attached: list[Attached] = []
         for each in self._watched:
             each.start()
 
@@ -106,20 +109,15 @@ class TrAct:
             RuntimeError: no training forward or no gradient reached a layer since the last step,
                 or its input was not finite.
         """
-        measures = self.num_steps % self.update_every == 0
+        gradients = []
         for each in self._watched:
-            if each.layer.weight.grad is None:
-                raise RuntimeError(
-                    f"{each.name}.weight has no gradient. Call backward() before TrAct's step(), "
-                    "and zero_grad() after it."
-                )
-            gradient = _local(each.layer.weight.grad, each.name)
+            gradients.append(_local(_gradient(each), each.name))
+            each.check_reached()
+        measures = self.num_steps % self.update_every == 0
+        for each, gradient in zip(self._watched, gradients, strict=True):
             if measures:
                 self._measure(each, gradient.device)
-            elif not each.reached:
-                each.take_mean(gradient.device)
-            else:
-                each.forget()
+            each.forget()
             gradient.copy_(self._factors[each.name].times(gradient))
         self.num_steps += 1
         for each in self._watched:
@@ -127,11 +125,13 @@ class TrAct:
         self._read(wait=False)
 
     def _measure(self, each: WatchedLayer, device: torch.device) -> None:
-        mean = each.take_mean(device)
-        if self.update_every > 1 and each.name in self._means:
-            mean = torch.lerp(mean, self._means[each.name].to(mean), KEPT)
+        mean = each.mean(device)
         if self.update_every > 1:
-            self._means[each.name] = mean
+            old = self._means.get(each.name, mean).to(mean)
+            running = torch.lerp(mean, old, KEPT)
+            # What is not finite is told of, and not kept.
+            self._means[each.name] = torch.where(mean.isfinite().all(), running, old)
+            mean = running
         factor = damped_factor(mean, self.lam, relative=self.lam_mode == "relative")
         self._factors[each.name] = factor
         if factor.health.is_cuda:
@@ -155,7 +155,8 @@ class TrAct:
             if not finite:
                 raise RuntimeError(
                     f"The input of {name} is not finite in step {step} (NaN, infinity, or too "
-                    "large to square in float32). Check the images and their normalisation."
+                    "large to square in float32), or no process had an image. Check the images and "
+                    "their normalisation; call forget() after a forward whose batch is given up."
                 )
             if not positive:
                 raise RuntimeError(
@@ -172,73 +173,39 @@ class TrAct:
                     name,
                 )
 
-    def attach(self, optimizer: Optimizer) -> "Attached":
+    def attach(self, optimizer: Optimizer) -> Attached:
         """Call `step` before every update of `optimizer`; `remove()` of what it returns undoes it.
 
-        Where `optimizer.step` is given a closure that runs forward and backward, as Lightning and
-        L-BFGS do, `step` follows each of its runs.
-
         Raises:
-            ValueError: the optimizer does not hold the weight of a treated layer, or its step
-                calls no hooks.
+            ValueError: the optimizer does not hold the weight of a treated layer, has this TrAct
+                already, or its step calls no hooks.
         """
         # accelerate wraps the optimizer that steps.
         optimizer = getattr(optimizer, "optimizer", optimizer)
-        if not isinstance(optimizer, Optimizer):
-            raise ValueError(f"attach takes a torch optimizer, got {type(optimizer).__name__}.")
-        # Of the class or, as with detectron2's clipping ones, of the parent whose step it calls.
-        steps = [vars(each).get("step") for each in type(optimizer).__mro__]
-        if not any(getattr(step, "hooked", False) for step in steps):
-            raise ValueError(
-                f"The step of {type(optimizer).__name__} calls no hooks. Attach to the optimizer "
-                "that it wraps."
-            )
+        if any(each.optimizer is optimizer and each.is_on for each in self._attached):
+            raise ValueError("This TrAct is attached to this optimizer already: once is enough.")
+        attached = Attached(
+            optimizer, self.step, lambda: any(each.reached for each in self._watched)
+        )
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for each in self._watched:
             if id(each.layer.weight) not in held:
+                attached.remove()
                 raise ValueError(f"The optimizer does not hold {each.name}.weight.")
-
-        attached = Attached()
-
-        def before_step(
-            _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-            # A class whose step calls its parent's runs the hooks of both.
-            if attached.is_stepping and not any(each.reached for each in self._watched):
-                return None
-            attached.is_stepping = True
-            # args begins with the optimizer itself.
-            closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-            if closure is None:
-                self.step()
-                return None
-            treated = self._after(closure)
-            if "closure" in kwargs:
-                return args, {**kwargs, "closure": treated}
-            return (args[0], treated, *args[2:]), kwargs
-
-        def after_step(*_: Any) -> None:
-            attached.is_stepping = False
-
-        attached.handles = [
-            optimizer.register_step_pre_hook(before_step),
-            optimizer.register_step_post_hook(after_step),
-        ]
+        self._attached.append(attached)
         return attached
 
-    def _after(self, closure: Callable[[], Any]) -> Callable[[], Any]:
-        def treated() -> Any:
-            with torch.enable_grad():
-                loss = closure()
-            self.step()
-            return loss
-
-        return treated
-
     def detach(self) -> None:
-        """Remove the hooks of the model; it is then as it was."""
+        """Remove all hooks; the model, and the optimizers attached to, are then as they were."""
         for each in self._watched:
             each.stop()
+        for attached in self._attached:
+            attached.remove()
+
+    def forget(self) -> None:
+        """Leave out the forwards since the last step: for a batch that is given up after one."""
+        for each in self._watched:
+            each.forget()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold: nothing but with update_every above 1.
@@ -275,18 +242,18 @@ class TrAct:
             each.counts = self.num_steps % self.update_every == 0
 
 
-class Attached:
-    """TrAct on an optimizer: `remove()` takes it off."""
-
-    def __init__(self) -> None:
-        self.handles: list[RemovableHandle] = []
-        self.is_stepping = False
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
-        self.handles = []
+def _gradient(each: WatchedLayer) -> Tensor:
+    weight = each.layer.weight
+    if not weight.requires_grad:
+        raise RuntimeError(
+            f"{each.name}.weight was frozen after TrAct was made. detach() TrAct for as long."
+        )
+    if weight.grad is None:
+        raise RuntimeError(
+            f"{each.name}.weight has no gradient. Call backward() before TrAct's step(), and "
+            "zero_grad() after it."
+        )
+    return weight.grad
 
 
 def _local(gradient: Tensor, name: str) -> Tensor:

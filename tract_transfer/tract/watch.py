@@ -1,8 +1,11 @@
-"""What a layer has multiplied since the last step: x x^T, added up by a forward pre-hook."""
+"""What a layer has multiplied since the last step: x x^T, added up by a forward hook."""
 
 # R rows the layer multiplies, N inputs a row
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tract_transfer.tract.gram import gram_matrix
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -24,6 +29,8 @@ class WatchedLayer:
 
     name: str
     layer: nn.Linear | nn.Conv2d
+    detach_all: Callable[[], None]  # of the TrAct that it is of
+    alive: bool = False  # its hooks are on, and it is no copy
     counts: bool = True  # whether forwards are added now
     reached: bool = False
     waiting: Tensor | None = None  # (N N + 1,), x x^T and the number of rows, before a backward
@@ -38,37 +45,55 @@ class WatchedLayer:
         return int(self.layer.weight.shape[1:].numel())
 
     def start(self) -> None:
-        """Register the hooks."""
-        # Prepended: what another hook makes of the input is the layer's own affair.
-        forward = self.layer.register_forward_pre_hook(self.add_forward, with_kwargs=True)
-        before = self.layer.weight.register_hook(self.look_at_gradient)
-        after = self.layer.weight.register_post_accumulate_grad_hook(self.add_backward)
-        self.handles = [forward, before, after]
+        """Register the hooks; an earlier TrAct on the layer goes, for two would both multiply."""
+        for hook in list(self.layer._forward_hooks.values()):
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, WatchedLayer) and other.alive:
+                logger.warning("An earlier TrAct on %s is detached now.", self.name or "the layer")
+                other.detach_all()
+        weight, self.alive = self.layer.weight, True
+        self.handles = [
+            self.layer.register_forward_pre_hook(self.check_input, with_kwargs=True),
+            # After the forward, which knows what other hooks made of its input.
+            self.layer.register_forward_hook(self.add_forward, with_kwargs=True),
+            weight.register_hook(self.look_at_gradient),
+            weight.register_post_accumulate_grad_hook(self.add_backward),
+        ]
 
     def stop(self) -> None:
         """Remove the hooks."""
         for handle in self.handles:
             handle.remove()
-        self.handles = []
+        self.handles, self.alive = [], False
 
-    def add_forward(
-        self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model, such as an average of its weights, is not treated."""
+        dead = {"alive": False, "detach_all": _nothing}
+        return {**vars(self), **dead, "handles": [], "waiting": None, "used": None}
+
+    def check_input(
+        self, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
     ) -> None:
         """The forward pre-hook."""
-        if not (module.training and torch.is_grad_enabled()):
-            return
         images = inputs[0] if inputs else named["input"]
-        if not images.is_floating_point():
+        if self.alive and not images.is_floating_point():
             raise TypeError(
                 f"TrAct needs a floating-point input to {self.name}, got {images.dtype}."
             )
+
+    def add_forward(
+        self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], _: Tensor
+    ) -> None:
+        """The forward hook."""
+        if not (self.alive and module.training and torch.is_grad_enabled()):
+            return
         self.reached = True
         if not self.counts:
             return
         with torch.no_grad():
-            gram, num_rows = gram_matrix(self.layer, images)
+            gram, num_rows = gram_matrix(self.layer, inputs[0] if inputs else named["input"])
             both = torch.cat([gram.flatten(), gram.new_full((1,), num_rows)])
-            if self.waiting is None:
+            if self.waiting is None or self.waiting.dtype != both.dtype:
                 self.waiting = both
             else:
                 self.waiting.add_(both)
@@ -86,12 +111,15 @@ class WatchedLayer:
         self.version = None if weight.grad is None else weight.grad._version
         if self.waiting is None:
             return
-        if self.used is None or self.holds is False:
+        if self.used is None:
             self.used = self.waiting.clone()
         elif self.holds is True:
             self.used.add_(self.waiting)
         else:
-            self.used = torch.where(self.holds, self.used, 0).add_(self.waiting)
+            keeps = self.waiting[-1] == 0  # the same forwards, gone back through once more
+            if self.holds is not False:
+                keeps = keeps | self.holds
+            self.used = torch.where(keeps, self.used, 0).add_(self.waiting)
         self.waiting.zero_()
 
     def forget(self) -> None:
@@ -101,23 +129,28 @@ class WatchedLayer:
         if self.waiting is not None:
             self.waiting.zero_()
 
-    def take_mean(self, device: torch.device) -> Tensor:
-        """Return x x^T / b over all processes, (N, N), and start anew.
-
-        Raises:
-            RuntimeError: no training forward reached the layer, and no other process may have one.
-        """
-        joined = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        if not (self.reached or joined):
+    def check_reached(self) -> None:
+        """Raise RuntimeError where no forward has come; other processes may have had all."""
+        if not (self.reached or _is_joined()):
             raise RuntimeError(
                 f"No training forward reached {self.name} since the last step. TrAct must be made "
                 "on the module that runs, in train mode; call its step() once an iteration, and "
                 "not at all where it is attached to an optimizer."
             )
+
+    def mean(self, device: torch.device) -> Tensor:
+        """Return x x^T / b over all processes, (N, N)."""
         if self.waiting is None:  # of a process without images
             self.waiting = torch.zeros(self.num_inputs**2 + 1, device=device)
         both = self.waiting.clone() if self.used is None else self.used + self.waiting
-        if joined:
+        if _is_joined():
             dist.all_reduce(both)
-        self.forget()
         return (both[:-1] / both[-1]).view(self.num_inputs, self.num_inputs)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _is_joined() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
