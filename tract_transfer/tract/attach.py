@@ -37,6 +37,7 @@ class Attached:
         self._step = step
         self._is_due = is_due
         self._is_stepping = False
+        self._treated: Callable[[], Any] | None = None  # the closure of the step that runs
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -56,12 +57,13 @@ class Attached:
     def _before(
         self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        # A class whose step calls its parent's runs the hooks of both.
-        if self._is_stepping and not self._is_due():
-            return None
-        self._is_stepping = True
         # args begins with the optimizer itself.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        # A class whose step calls its parent's runs the hooks of both.
+        is_done = not self._is_due() if closure is None else closure is self._treated
+        if self._is_stepping and is_done:
+            return None
+        self._is_stepping = True
         if closure is None:
             self._step()
             return None
@@ -72,9 +74,10 @@ class Attached:
             self._step()
             return loss
 
+        self._treated = treated
         if "closure" in kwargs:
             return args, {**kwargs, "closure": treated}
         return (args[0], treated, *args[2:]), kwargs
 
     def _after(self, *_: Any) -> None:
-        self._is_stepping = False
+        self._is_stepping, self._treated = False, None

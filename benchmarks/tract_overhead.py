@@ -1,0 +1,272 @@
+"""What TrAct adds to a training step, in time and peak memory, over the same step without it.
+
+Three first layers of equal weights share the rest of a model: plain, ours (TrAct's hooks and
+`step()`), and that of the authors' package torch_tract, which replaces the layer. They take turns
+step by step in random order, and so does a second plain one, whose ratio to the first should be 1.
+Since 1 % of a step is less than steps differ by, TrAct's own work is timed too, where it happens in
+the step. Peaks are those of a process of its own for each variant.
+
+    python benchmarks/tract_overhead.py [--cases vgg16] [--precisions bf16] [--steps 20]
+"""
+
+# B images, H height and W width in pixels
+
+import argparse
+import copy
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from tract_transfer.models import build_backbone
+from tract_transfer.tract import TrAct
+
+NUM_CLASSES = 100
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+VARIANTS = ("plain", "again", "official", "ours")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model as it is trained; `images` is (B, H, W)."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    first_layer: str
+    images: tuple[int, int, int]
+    channels_last: bool = True
+
+
+def cifar_resnet18() -> nn.Module:
+    """ResNet-18 with a 3x3 stem of stride 1; its max-pool is kept, as in the paper."""
+    backbone = build_backbone("cifar/resnet18")
+    return nn.Sequential(backbone.model, nn.Linear(backbone.feature_dim, NUM_CLASSES))
+
+
+def vgg16() -> nn.Module:
+    """VGG-16's convolutions, as Faster R-CNN runs them, pooled to a linear head."""
+    features = torchvision.models.vgg16().features
+    head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, NUM_CLASSES))
+    return nn.Sequential(features, *head)
+
+
+CASES = {
+    "resnet18": Case("ResNet-18, 128 x 32 px", cifar_resnet18, "0.conv1", (128, 32, 32)),
+    "resnet50": Case(
+        "ResNet-50, 16 x 224 px",
+        lambda: timm.create_model("resnet50", num_classes=NUM_CLASSES),
+        "conv1",
+        (16, 224, 224),
+    ),
+    "vit_small": Case(
+        "ViT-S/16, 32 x 224 px",
+        lambda: timm.create_model("vit_small_patch16_224", num_classes=NUM_CLASSES),
+        "patch_embed.proj",
+        (32, 224, 224),
+        channels_last=False,
+    ),
+    "vgg16": Case("VGG-16, 1 x 600 x 800 px", vgg16, "0.0", (1, 600, 800)),
+}
+
+
+class Bench:
+    """One model, batch and optimizer under any of three first layers."""
+
+    def __init__(
+        self, case: Case, batch_size: int, precision: torch.dtype | None, device: torch.device
+    ) -> None:
+        torch.manual_seed(0)
+        self.device, self.precision = device, precision
+        self.first_layer = case.first_layer
+        self.model = case.build().train().to(device)
+        self.images = torch.randn(batch_size, 3, *case.images[1:], device=device)
+        self.targets = torch.randint(0, NUM_CLASSES, (batch_size,), device=device)
+        if case.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+            self.images = self.images.to(memory_format=torch.channels_last)
+        plain = self.model.get_submodule(case.first_layer)
+        names = ("plain", "again", "ours", "official")
+        self.layers = {name: copy.deepcopy(plain) for name in names}
+        # A layer out of place has no gradient, and SGD passes over its weight.
+        parameters = [*self.model.parameters(), *nn.ModuleDict(self.layers).parameters()]
+        self.optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
+        self.marks: list[float] | None = None
+        self.use("ours")
+        self.mark_hooks(self.layers["ours"])
+        self.tract = TrAct(self.model, layers=[case.first_layer])
+        self.mark_hooks(self.layers["ours"])
+
+    def mark_hooks(self, layer: nn.Module) -> None:
+        """Mark the time wherever TrAct has a hook: called before and after it registers them."""
+        layer.register_forward_pre_hook(lambda *_: self.mark())
+        layer.register_forward_hook(lambda *_: self.mark())
+        layer.weight.register_hook(lambda _: self.mark())
+        layer.weight.register_post_accumulate_grad_hook(lambda _: self.mark())
+
+    def add_official(self) -> None:
+        """Add the layer of torch_tract where that is installed and trains at this precision."""
+        try:
+            import torch_tract
+
+            self.layers["official"] = torch_tract.TrAct(self.layers["official"])
+            self.step("official")
+        except (ImportError, RuntimeError) as error:
+            print(f"torch_tract is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+            del self.layers["official"]
+
+    def use(self, variant: str) -> None:
+        """Put a variant's first layer in place."""
+        self.model.set_submodule(self.first_layer, self.layers[variant])
+
+    def wait(self) -> None:
+        """Let the device finish what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def mark(self) -> None:
+        """Note the time, where TrAct's own work is being timed."""
+        if self.marks is not None:
+            self.wait()
+            self.marks.append(time.perf_counter())
+
+    def step(self, variant: str) -> float:
+        """Run one training step; return its seconds."""
+        self.use(variant)
+        self.wait()
+        started = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
+            loss = F.cross_entropy(self.model(self.images), self.targets)
+        loss.backward()
+        if variant == "ours":
+            self.mark()
+            self.tract.step()
+            self.mark()
+        self.optimizer.step()
+        self.wait()
+        return time.perf_counter() - started
+
+    def own_work(self) -> tuple[float, float]:
+        """Return the seconds of TrAct's hooks and of its `step()`, within a step."""
+        self.marks = []
+        self.step("ours")
+        spans = [after - before for before, after in zip(*[iter(self.marks)] * 2, strict=True)]
+        self.marks = None
+        return sum(spans[:-1]), spans[-1]
+
+
+def interval(ratios: list[float]) -> str:
+    """The median, with its 95 % interval by order statistics."""
+    ordered, n = sorted(ratios), len(ratios)
+    reach = 0.98 * n**0.5
+    low, high = max(0, round(n / 2 - reach) - 1), min(n - 1, round(n / 2 + reach))
+    return f"{statistics.median(ratios):.4f} [{ordered[low]:.4f}, {ordered[high]:.4f}]"
+
+
+def own_peak(device: torch.device) -> float:
+    """Return the peak memory of this process (of its GPU memory, where it has one) in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    # Sees oneDNN's buffers; ru_maxrss would begin with the parent's.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def peak_of(variant: str, words: list[str]) -> float:
+    """Train a few steps of one variant in a process of its own; return its peak in MiB."""
+    command = [sys.executable, __file__, *words, "--peak_of", variant]
+    # Arenas of their own for threads come and go by chance.
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return float(said.stdout)
+
+
+def measure_times(bench: Bench, steps: int) -> dict[str, str]:
+    """Return the cells of a table row that are about time."""
+    random_order = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS if name in bench.layers}
+    for name in seconds:
+        bench.step(name)
+    for _ in range(steps):
+        for name in random_order.sample(list(seconds), len(seconds)):
+            seconds[name].append(bench.step(name))
+    work = [bench.own_work() for _ in range(max(steps // 2, 4))]
+    step = statistics.median(seconds["plain"])
+    hook, solve = (statistics.median(column) for column in zip(*work, strict=True))
+    cells = {"step": f"{1e3 * step:.0f} ms"}
+    for name in VARIANTS[1:]:
+        pairs = zip(seconds.get(name, ()), seconds["plain"], strict=False)
+        ratios = [own / plain for own, plain in pairs]
+        cells[name] = interval(ratios) if ratios else "fails"
+    cells["added"] = f"{1e3 * hook:.1f} + {1e3 * solve:.1f} ms"
+    cells["share"] = f"{(hook + solve) / step:.2%}"
+    return cells
+
+
+def measure_peaks(variants: list[str], words: list[str], repeats: int) -> dict[str, str]:
+    """Return the cells of a table row that are about memory."""
+    peaks = {
+        name: statistics.median(peak_of(name, words) for _ in range(repeats)) for name in variants
+    }
+    ratios = [f"{name} {peaks[name] / peaks['plain']:.4f}" for name in variants[1:]]
+    return {"peak": f"{peaks['plain']:.0f} MiB", "peaks": ", ".join(ratios)}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of each variant")
+    parser.add_argument("--peaks", type=int, default=3, help="processes of each variant, or 0")
+    parser.add_argument("--batch_size", type=int, help="in place of a case's own")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peak_of", choices=VARIANTS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print a row of a Markdown table for each case and precision."""
+    arguments = parse_arguments()
+    device = torch.device(arguments.device)
+    if arguments.peak_of is None:
+        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", file=sys.stderr)
+        print("| case | precision | plain step | again / plain | official / plain ", end="")
+        print("| ours / plain | our hooks + step() | of the step | plain peak | peaks / plain |")
+        print("| --- " * 10 + "|", flush=True)
+    for name in arguments.cases:
+        for precision in arguments.precisions:
+            case = CASES[name]
+            batch_size = arguments.batch_size or case.images[0]
+            bench = Bench(case, batch_size, PRECISIONS[precision], device)
+            if arguments.peak_of in (None, "official"):
+                bench.add_official()
+            if arguments.peak_of is not None:
+                for _ in range(2):
+                    bench.step(arguments.peak_of)
+                print(own_peak(device))
+                continue
+            cells = {"case": case.title, "precision": precision}
+            cells |= measure_times(bench, arguments.steps)
+            words = f"--cases {name} --precisions {precision} --batch_size {batch_size}".split()
+            variants = [each for each in VARIANTS if each in bench.layers and each != "again"]
+            del bench
+            if arguments.peaks:
+                words += ["--device", arguments.device]
+                cells |= measure_peaks(variants, words, arguments.peaks)
+            print("| " + " | ".join(cells.values()) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

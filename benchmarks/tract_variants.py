@@ -1,0 +1,204 @@
+"""What TrAct's settings do to the accuracy of short trainings, each paired with plain training.
+
+A ResNet-18 of half the width learns 4,000 CIFAR-10 images for three epochs, once a seed; runs of
+one seed share initial weights, order and augmentation. `--output` keeps the runs done, and a later
+call goes on from there.
+
+    python benchmarks/tract_variants.py --data ../shared/data/cifar10 [--variants inputs layers]
+
+The folder holds parquet files of the columns img and label, such as those of uoft-cs/cifar10.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tract_transfer.build import build_accelerator, build_evaluator, build_trainer
+from tract_transfer.build_data import Data, build_data, build_eval_loader
+from tract_transfer.config import ClassificationConfig, load_config
+from tract_transfer.engine.evaluate import evaluate
+from tract_transfer.models import Backbone
+from tract_transfer.suite.statistics import paired_difference, summarize
+
+CONFIG = Path(__file__).parents[1] / "configs" / "samples" / "pretrain.yaml"
+SCALES = {  # what images in [0, 1] are divided by; no mean is taken off
+    "in [0, 1]": 1.0,
+    "in [0, 255]": 1 / 255,
+}
+ON = ("tract.enabled=true",)
+RELATIVE = (*ON, "tract.lam_mode=relative")
+BLOCK = "backbone.model.conv1, backbone.model.layer1.0.conv1, backbone.model.layer1.0.conv2"
+ADAM = ("solver.optimizer=adam", "solver.momentum=null", "solver.lr=0.001")
+FIRST_BY_SGD = (*ADAM, "solver.first_layer={optimizer: sgd, lr: 0.08, momentum: 0.9}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A training: what it changes of CONFIG, and the one it is compared with."""
+
+    name: str
+    changes: tuple[str, ...] = ()
+    against: str = "plain"
+    inputs: str = "standardised"
+
+
+def _of_inputs(inputs: str) -> list[Variant]:
+    plain = f"plain, {inputs}"
+    return [
+        Variant(plain, (), plain, inputs),
+        Variant(f"lam 0.1 absolute, {inputs}", ON, plain, inputs),
+        Variant(f"lam 0.1 relative, {inputs}", RELATIVE, plain, inputs),
+    ]
+
+
+GROUPS = {
+    "inputs": [
+        Variant("plain"),
+        Variant("lam 0.1 absolute", ON),
+        Variant("lam 0.1 relative", RELATIVE),
+        *(variant for inputs in SCALES for variant in _of_inputs(inputs)),
+    ],
+    "update_every": [
+        Variant("plain"),
+        Variant("lam 0.1 absolute", ON),
+        Variant("update_every 4", (*ON, "tract.update_every=4")),
+        Variant("update_every 16", (*ON, "tract.update_every=16")),
+    ],
+    "layers": [
+        Variant("plain"),
+        Variant("lam 0.1 absolute", ON),
+        Variant("stem and first block", (*ON, f"tract.layers=[{BLOCK}]")),
+    ],
+    "optimizer": [
+        Variant("Adam", ADAM, "Adam"),
+        Variant("Adam + TrAct", (*ADAM, *ON), "Adam"),
+        Variant("first layer SGD, rest Adam", FIRST_BY_SGD, "Adam"),
+        Variant("first layer SGD + TrAct, rest Adam", (*FIRST_BY_SGD, *ON), "Adam"),
+    ],
+}
+
+
+def make_config(variant: Variant, seed: int, arguments: argparse.Namespace) -> ClassificationConfig:
+    """Return the config of one run."""
+    config = load_config(
+        CONFIG,
+        [
+            f"data.train.path={arguments.data}",
+            f"data.train.split=train[:{arguments.images}]",
+            f"data.test.path={arguments.data}",
+            "data.num_workers=0",
+            f"solver.max_epochs={arguments.epochs}",
+            f"engine.precision={arguments.precision}",
+            f"seed={seed}",
+            *variant.changes,
+        ],
+    )
+    assert isinstance(config, ClassificationConfig)
+    return config
+
+
+def accuracy(config: ClassificationConfig, data: Data, inputs: str) -> float:
+    """Train, and return the accuracy on data.test in [0, 1]."""
+    trainer = build_trainer(config, data, build_accelerator(config))
+    backbone = trainer.evaluated_model.get_submodule("backbone")
+    assert isinstance(backbone, Backbone)
+    if inputs in SCALES:
+        backbone.set_colours(mean=[0.0] * 3, std=[SCALES[inputs]] * 3)
+    trainer.train()
+    trainer.state_parts()  # raises what TrAct has to tell
+    evaluator = build_evaluator(config, data.class_names)
+    test = data.report[1]
+    batches = build_eval_loader(config, test, rank=0, world_size=1, pin_memory=False)
+    model, device = trainer.evaluated_model, trainer.accelerator.device
+    evaluate(model, batches, evaluator, device=device, precision=trainer.precision)
+    return float(evaluator.compute()["top1"])
+
+
+class Results:
+    """Accuracies by run, kept in a JSON file where a path is given.
+
+    A run is what this script sets of it; begin another file after a change of the code.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known: dict[str, float] = {}
+
+    def of(self, variant: Variant, seed: int, data: Data, arguments: argparse.Namespace) -> float:
+        """Return the accuracy of a run, which is carried out unless it was before."""
+        settings = arguments.images, arguments.epochs, arguments.precision
+        key = json.dumps([*settings, variant.inputs, variant.changes, seed])
+        self.read()
+        if key not in self.known:
+            found = accuracy(make_config(variant, seed, arguments), data, variant.inputs)
+            print(f"seed {seed}  {found:.4f}  {variant.name}", file=sys.stderr, flush=True)
+            self.read()
+            self.known[key] = found
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.path.write_text(json.dumps(self.known, indent=1))
+        return self.known[key]
+
+    def read(self) -> None:
+        """Take up what is in the file, which another process may have added to."""
+        if self.path is not None and self.path.is_file():
+            self.known |= json.loads(self.path.read_text())
+
+
+def row(variant: Variant, found: dict[str, dict[int, float]]) -> str:
+    """Return a row of the table: mean accuracy and paired difference, in %."""
+    own, level = found[variant.name], 0.95
+    cells = [variant.name, f"{100 * summarize(list(own.values())).mean:.1f}"]
+    if variant.name == variant.against:
+        cells += ["", ""]
+    else:
+        difference = paired_difference(own, found[variant.against], level)
+        cells.append(f"{100 * difference.mean:+.1f}")
+        known = difference.low is not None and difference.high is not None
+        cells.append(
+            f"{100 * difference.low:+.1f} .. {100 * difference.high:+.1f}" if known else ""
+        )
+    return "| " + " | ".join(cells) + " |"
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="../shared/data/cifar10", help="a folder of parquet")
+    parser.add_argument("--variants", nargs="+", choices=GROUPS, default=list(GROUPS))
+    parser.add_argument("--images", type=int, default=4000, help="training images")
+    parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--output", type=Path, help="a JSON file that keeps the runs done")
+    parser.add_argument("--quick", action="store_true", help="two iterations and one seed")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.images, arguments.epochs, arguments.seeds = 256, 1, 1
+    if not Path(arguments.data).is_dir():
+        parser.error(f"no folder {arguments.data}. Set --data to one of CIFAR-10 as parquet files.")
+    return arguments
+
+
+def main() -> None:
+    """Train what is asked for and print a table for each group."""
+    arguments = parse_arguments()
+    results = Results(arguments.output)
+    data = build_data(make_config(Variant("plain"), 0, arguments))
+    for group in arguments.variants:
+        variants = GROUPS[group]
+        found: dict[str, dict[int, float]] = {variant.name: {} for variant in variants}
+        for seed in range(arguments.seeds):
+            for variant in variants:
+                found[variant.name][seed] = results.of(variant, seed, data, arguments)
+        print(f"| {group} | accuracy, % | difference, % | 95 % interval |")
+        print("| --- " * 4 + "|")
+        for variant in variants:
+            print(row(variant, found))
+        print(flush=True)
+
+
+if __name__ == "__main__":
+    main()

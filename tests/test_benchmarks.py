@@ -1,0 +1,88 @@
+"""Every benchmark says how it is used, and those that a test can afford measure."""
+
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a benchmark as a script in this process; return what it printed."""
+
+    def run(name, *words):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        return capsys.readouterr()
+
+    return run
+
+
+def table(text):
+    """The cells of a Markdown table's rows, without its two heading lines."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in BENCHMARKS.glob("*.py")))
+def test_a_benchmark_says_how_it_is_used(name, call, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(name, "--help")
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage:")
+    assert f"python benchmarks/{name}" in (BENCHMARKS / name).read_text()
+    assert f"`{name}`" in (BENCHMARKS / "README.md").read_text()
+
+
+def test_the_overhead_is_a_ratio_to_the_same_step(call):
+    tiny = ("--cases", "resnet18", "--batch_size", 2, "--steps", 3, "--peaks", 0)
+    said = call("tract_overhead.py", *tiny)
+    rows = table(said.out)
+    assert [row[1] for row in rows] == ["fp32", "bf16"]
+    for row in rows:
+        low, high = map(float, row[5].split("[")[1].strip("]").split(","))
+        assert 0 < low <= float(row[5].split()[0]) <= high
+        assert float(row[7].strip("%")) > 0
+
+
+def test_a_peak_is_this_processs_own(call):
+    tiny = ("--cases", "resnet18", "--precisions", "fp32", "--batch_size", 2)
+    first = float(call("tract_overhead.py", *tiny, "--peak_of", "plain").out)
+    assert first > 100  # torch alone
+    assert float(call("tract_overhead.py", *tiny, "--peak_of", "ours").out) >= first
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Random images of ten classes, as CIFAR-10 comes."""
+    spec = importlib.util.spec_from_file_location("memory", BENCHMARKS / "memory.py")
+    memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    folder = tmp_path_factory.mktemp("images")
+    memory.write_parquet(folder / "train.parquet", 256)
+    memory.write_parquet(folder / "test.parquet", 100)
+    return folder
+
+
+def test_the_variants_are_paired_with_plain_training_and_kept(call, images, tmp_path):
+    words = ("--data", images, "--quick", "--variants", "layers", "--output", tmp_path / "runs")
+    said = call("tract_variants.py", *words)
+    rows = table(said.out)
+    plain = float(rows[0][1])
+    assert len(rows) == 3
+    for row in rows[1:]:
+        assert float(row[2]) == pytest.approx(float(row[1]) - plain, abs=0.101)
+    assert said.err.count("seed 0") == 3
+    again = call("tract_variants.py", *words)
+    assert again.out == said.out
+    assert "seed 0" not in again.err
+
+
+def test_the_variants_say_where_the_data_should_be(call, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call("tract_variants.py", "--data", tmp_path / "none")
+    assert "Set --data" in capsys.readouterr().err
