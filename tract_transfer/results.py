@@ -8,6 +8,12 @@ from tract_transfer.build_model import TrainedTask
 from tract_transfer.config import Config, ProbeConfig
 from tract_transfer.models.weights import read_card
 
+TRAINED_DIFFICULT = {
+    "keep": "trained on like all others",
+    "drop": "not trained on: background",
+    "ignore": "not trained on: neither object nor background",
+}
+
 
 def label(config: Config) -> dict[str, Any]:
     """Return what a run is: task, name, method, role, seed, weights and tract.
@@ -66,7 +72,8 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
                 include={"empty_images", "invalid_boxes", "group_by_aspect", "repeat_threshold"}
             )
         )
-        lines["difficult objects"] = "trained on like all others"
+        policy = config.model.detector.args.get("difficult_in_training", "keep")
+        lines["difficult objects"] = TRAINED_DIFFICULT[policy]
     if config.evaluation.flip:
         joined = "detections joined by NMS" if config.task == "detection" else "logits averaged"
         lines["views"] = f"each image and its mirror image, {joined}"
