@@ -7,6 +7,10 @@ Since 1 % of a step is less than steps differ by, TrAct's own work is timed too,
 the step. Peaks are those of a process of its own for each variant.
 
     python benchmarks/tract_overhead.py [--cases vgg16] [--precisions bf16] [--steps 20]
+
+On a CPU, MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 before it lets glibc
+keep the memory it has. Else a step also fetches the pages again that were given back to the system
+before, and how many hangs on little; with TrAct they can be more.
 """
 
 # B images, H height and W width in pixels

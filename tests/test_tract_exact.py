@@ -204,6 +204,25 @@ def test_a_class_whose_step_calls_its_parent_s_steps_once():
     assert counted.num_steps == 3
 
 
+def test_an_update_without_gradients_is_passed_over_and_its_forward_not_counted():
+    """As where Lightning's `training_step` returned None."""
+    skipped, images = images_like(2, 3, 8, 8), images_like(4, 3, 8, 8)
+    by_hand, given = small_model(), small_model()
+    tract, attached = TrAct(by_hand), TrAct(given)
+    optimizers = [torch.optim.SGD(each.parameters(), lr=0.1) for each in (by_hand, given)]
+    attached.attach(optimizers[1])
+    loss_of(given, skipped)
+    optimizers[1].step()
+    assert torch.equal(given[0].weight, by_hand[0].weight)
+    assert attached.num_steps == 0
+    for model in (by_hand, given):
+        loss_of(model, images).backward()
+    tract.step()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(given[0].weight, by_hand[0].weight)
+
+
 def test_lbfgs_sees_a_treated_gradient_at_each_evaluation():
     images, model = images_like(4, 3, 8, 8), small_model()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)

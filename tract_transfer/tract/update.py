@@ -176,6 +176,9 @@ class TrAct:
     def attach(self, optimizer: Optimizer) -> Attached:
         """Call `step` before every update of `optimizer`; `remove()` of what it returns undoes it.
 
+        An update that finds no gradient at the treated layers passes them over, as the optimizer
+        does: Lightning makes one where `training_step` returned None.
+
         Raises:
             ValueError: the optimizer does not hold the weight of a treated layer, has this TrAct
                 already, or its step calls no hooks.
@@ -185,7 +188,7 @@ class TrAct:
         if any(each.optimizer is optimizer and each.is_on for each in self._attached):
             raise ValueError("This TrAct is attached to this optimizer already: once is enough.")
         attached = Attached(
-            optimizer, self.step, lambda: any(each.reached for each in self._watched)
+            optimizer, self._step_if_used, lambda: any(each.reached for each in self._watched)
         )
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for each in self._watched:
@@ -194,6 +197,13 @@ class TrAct:
                 raise ValueError(f"The optimizer does not hold {each.name}.weight.")
         self._attached.append(attached)
         return attached
+
+    def _step_if_used(self) -> None:
+        if all(each.layer.weight.grad is None for each in self._watched):
+            for each in self._watched:
+                each.forget()
+        else:
+            self.step()
 
     def detach(self) -> None:
         """Remove all hooks; the model, and the optimizers attached to, are then as they were."""
