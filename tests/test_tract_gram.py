@@ -129,6 +129,32 @@ def test_float32_errs_by_a_millionth_at_most(name, offset):
         assert relative_error(gram_matrix(layer, images)[0], exact) < 1e-6
 
 
+@pytest.mark.parametrize("name", ["imagenet", "odd", "photograph"])
+def test_a_constant_image_errs_as_little(name):
+    layer, shape = LAYERS[name]
+    images = torch.full(shape, 0.7)
+    exact = gram_matrix(layer, images.double())[0]
+    assert relative_error(gram_matrix(layer, images)[0], exact) < 1e-6
+
+
+@pytest.mark.parametrize("kernel", [(1, 3), (3, 1), (2, 4), (3, 3), (4, 2)], ids=str)
+@pytest.mark.parametrize("size", [(7, 10), (6, 13), (1, 9)], ids=str)
+def test_lags_by_the_fourier_transform_are_those_by_products(kernel, size, monkeypatch):
+    """Over chunks of one image, of even and odd transforms, with zeros on some sides."""
+    monkeypatch.setattr(lags_module, "CHUNK_BYTES", {"cpu": 1})
+    images = torch.randn(3, *size, 2, 1, 2)
+    canvas = lags_module.Canvas(images, (1, 0), (size[0] + 1, size[1] + 2))
+    exact = lags_module._lag_sums_by_products(canvas, kernel, torch.float64)
+    found = lags_module._lag_sums_by_fourier(canvas, kernel)
+    assert found.shape == (kernel[0], 2 * kernel[1] - 1, 4, 4)
+    assert relative_error(found, exact) < 1e-6
+
+
+def test_fast_lengths_have_small_factors_alone():
+    lengths = [lags_module._fast_length(least) for least in (1, 7, 11, 13, 121, 118, 2049)]
+    assert lengths == [1, 7, 12, 14, 125, 120, 2058]
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_products_of_a_gpu_round_the_images_and_not_the_sums(name, monkeypatch):
     layer, shape = LAYERS[name]

@@ -9,6 +9,7 @@ and taken away.
 # B images, Y x X positions, C channels, K kernel size, L = 2 K - 1 lags, S slices, Q blocks a slice
 
 import itertools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,7 @@ CHUNK_BYTES = {"cpu": 4 * 2**20}  # worked on at once: what a cache holds
 CHUNK_BYTES_ELSEWHERE = 32 * 2**20
 SLICE_BLOCKS = 2048  # blocks in one product; sums of few terms round less, and run in parallel
 
-WIDE = 48  # values of a block, from where oneDNN's convolution is faster than the products
-POSITIONS_PER_THREAD = 8192  # which it adds one by one, and so rounds more the more they are
+WIDE = 36  # values of a block, from where the Fourier transform is faster than the products
 
 
 class Canvas(NamedTuple):
@@ -108,44 +108,53 @@ def _lag_sums(canvas: Canvas, kernel: tuple[int, int], dtype: torch.dtype) -> Te
     dy = 0..Ky-1, dx = -(Kx-1)..Kx-1, and z is zero outside the canvas.
     """
     wide = 2 * (kernel[1] - 1) * canvas.images.shape[3:].numel() >= WIDE
-    on_cpu = canvas.images.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    on_cpu = canvas.images.device.type == "cpu"
     if wide and on_cpu and dtype == torch.float32:
-        return _lag_sums_by_convolution(canvas, kernel)
+        return _lag_sums_by_fourier(canvas, kernel)
     return _lag_sums_by_products(canvas, kernel, dtype)
 
 
-def _lag_sums_by_convolution(canvas: Canvas, kernel: tuple[int, int]) -> Tensor:
-    """The weight gradient of a convolution whose input and whose output's gradient are z."""
+def _lag_sums_by_fourier(canvas: Canvas, kernel: tuple[int, int]) -> Tensor:
+    """Along x by the Fourier transform of every row, along y by products of the transforms.
+
+    A lag along x is a factor exp(2 pi i f dx / N) of frequency f, and a lag along y one of rows: at
+    each frequency, the products of all channels over all rows, dy apart.
+    """
     (ky, kx), (images, _, size) = kernel, canvas
     channels, num_images = images.shape[3:].numel(), len(images)
-    in_parallel = max(1, POSITIONS_PER_THREAD // (size[0] * size[1])) * torch.get_num_threads()
-    per_chunk = min(num_images, in_parallel)
-    bands = -(-size[0] // max(1, POSITIONS_PER_THREAD // size[1]))
-    band = -(-size[0] // bands)
-    height, width = bands * band + ky - 1, size[1] + 2 * (kx - 1)
-    padded = images.new_zeros(per_chunk, height, width, channels, dtype=torch.float32)
-    place = _place(canvas, padded[:, :, kx - 1 :])
-    weight = padded.new_empty(channels, channels, ky, 2 * kx - 1)
-    sums = torch.zeros(weight.shape, device=images.device)
+    height, length = size[0] + ky - 1, _fast_length(size[1] + kx - 1)
+    per_chunk = _per_chunk(num_images, height * length * channels * 4, "cpu")
+    padded = images.new_zeros(per_chunk, height, length, channels, dtype=torch.float32)
+    place = _place(canvas, padded)
+    frequencies = length // 2 + 1
+    products = padded.new_zeros(ky, frequencies, 2 * channels, 2 * channels)
     for chunk in images.split(per_chunk):
         _copy(chunk, place[: len(chunk)])
-        for top in range(0, bands * band, band):
-            own = padded[: len(chunk), top : top + band, kx - 1 : kx - 1 + size[1]]
-            met = padded[: len(chunk), top : top + band + ky - 1]
-            sums += torch.ops.aten.convolution_backward(
-                own.permute(0, 3, 1, 2),
-                met.permute(0, 3, 1, 2),
-                weight,
-                bias_sizes=None,
-                stride=[1, 1],
-                padding=[0, 0],
-                dilation=[1, 1],
-                transposed=False,
-                output_padding=[0, 0],
-                groups=1,
-                output_mask=[False, True, False],
-            )[1]
-    return sums.permute(2, 3, 0, 1)
+        spectra = torch.fft.rfft(padded[: len(chunk)].flatten(0, 1), dim=1).transpose(0, 1)
+        # (frequencies, rows, 2 C): the last Ky - 1 rows are zero.
+        spectra = torch.view_as_real(spectra.contiguous()).flatten(2)
+        rows = spectra.shape[1] - (ky - 1)
+        left = spectra[:, :rows].mT
+        for dy in range(ky):
+            products[dy] += torch.bmm(left, spectra[:, dy : dy + rows])
+    parts = products.view(ky, frequencies, channels, 2, channels, 2)
+    real = parts[:, :, :, 0, :, 0] + parts[:, :, :, 1, :, 1]
+    imaginary = parts[:, :, :, 0, :, 1] - parts[:, :, :, 1, :, 0]
+    waves = torch.arange(frequencies, dtype=torch.float64)
+    turns = torch.outer(torch.arange(1 - kx, kx, dtype=torch.float64), waves) / length
+    # Those above N / 2 are the conjugates of those below: all but 0 and N / 2 count twice.
+    weight = torch.where((waves > 0) & (2 * waves < length), 2 / length, 1 / length)
+    cosine, sine = (wave(2 * math.pi * turns) * weight for wave in (torch.cos, torch.sin))
+    return torch.einsum("xf,yfcd->yxcd", cosine.float(), real) - torch.einsum(
+        "xf,yfcd->yxcd", sine.float(), imaginary
+    )
+
+
+def _fast_length(least: int) -> int:
+    """The least number from `least` on without prime factors above 7."""
+    while 210 ** least.bit_length() % least:
+        least += 1
+    return least
 
 
 def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -159,9 +168,8 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
     channels, num_images = images.shape[3:].numel(), len(images)
     height, width = size[0] + ky - 1, size[1] + kx - 1
     block = max(2 * (kx - 1), 1)
-    limit = CHUNK_BYTES.get(images.device.type, CHUNK_BYTES_ELSEWHERE)
-    per_chunk = max(1, limit // max(height * width * channels * dtype.itemsize, 1))
-    per_chunk = -(-num_images // -(-num_images // per_chunk))
+    image_bytes = height * width * channels * dtype.itemsize
+    per_chunk = _per_chunk(num_images, image_bytes, images.device.type)
     blocks = -(-per_chunk * height * width // block)
     slices = -(-blocks // SLICE_BLOCKS)
     per_slice = -(-blocks // slices)
@@ -194,6 +202,13 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
         (block * channels * row, channels * row + channels, row, channels, 1),
     )
     return diagonals.sum(1).transpose(1, 2)
+
+
+def _per_chunk(num_images: int, image_bytes: int, device: str) -> int:
+    """How many images are worked on at once: chunks of about one size."""
+    limit = CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE)
+    per_chunk = max(1, limit // max(image_bytes, 1))
+    return -(-num_images // -(-num_images // per_chunk))
 
 
 def batch_product(left: Tensor, right: Tensor) -> Tensor:
