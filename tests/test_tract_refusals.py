@@ -51,6 +51,7 @@ def frozen() -> nn.Module:
             "a parametrization",
         ),
         (lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4))), "a parametrization"),
+        (lambda: nn.Sequential(nn.Linear(150_528, 2)), r"has 150,528 \(84 GiB\), and 16,384"),
     ],
 )
 def test_a_layer_tract_cannot_treat_is_refused(build, says):

@@ -8,6 +8,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from tract_transfer.tract.gram import is_dynamic_same
 
 IMAGE_CHANNELS = (1, 2, 3, 4)
+MAX_INPUTS = 16384  # of a layer: its matrix is 1 GiB then
 
 
 def find_first_layers(model: nn.Module) -> list[str]:
@@ -84,6 +85,13 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
         raise ValueError(
             f"{name}.weight is also that of {sharers}: its gradient comes from inputs that TrAct "
             "does not see. Untie them."
+        )
+    num_inputs = layer.weight.shape[1:].numel()
+    if num_inputs > MAX_INPUTS:
+        raise ValueError(
+            f"TrAct needs an n x n matrix of a layer with n inputs; {name} has {num_inputs:,} "
+            f"({num_inputs**2 * 4 / 2**30:,.0f} GiB), and {MAX_INPUTS:,} are the most. Read the "
+            "image by patches or a convolution."
         )
     if not layer.weight.requires_grad:
         raise ValueError(

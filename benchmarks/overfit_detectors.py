@@ -1,0 +1,140 @@
+"""Whether each kind of detector learns: AP on the 20 real photographs that it is trained on.
+
+Backbones begin at random weights, so the whole detector must learn. A detector with a wrong target,
+box, or gradient cannot tell 20 photographs by heart.
+
+    python benchmarks/overfit_detectors.py --voc ../shared/data/voc [--kinds fpn c4] [--iters 600]
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from tract_transfer.config import load_config
+from tract_transfer.run import evaluate_run, run
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "detection" / "r18_fpn_voc07.yaml"
+NUM_IMAGES = 20
+SETTINGS = [
+    "model.weights=null",
+    "data.transforms={short_sides_px: [192], max_side_px: 288, flip_prob: 0.0}",
+    "data.batch_size=4",
+    "data.num_workers=1",
+    "data.cache=ram",
+    "solver.optimizer=adamw",
+    "solver.momentum=null",
+    "solver.weight_decay=1e-4",
+    "solver.schedule=cosine",
+    "solver.steps_iters=null",
+    "solver.warmup_iters=50",
+    "evaluation.every_iters=null",
+    "engine.checkpoint.every_iters=null",
+    "engine.grad_clip=10.0",
+]
+# As small as will do on a CPU.
+SIZE = "short_side_px: 192, max_side_px: 288"
+PROPOSALS = "rpn: {pre_nms_train: 600, post_nms_train: 300, post_nms_test: 300}"
+ROIS = "box: {rois_per_image: 64}"
+NECK = f"fpn_channels: 64, head_dim: 256, {PROPOSALS}, {ROIS}"
+RESNET = "model.backbone.name=torchvision/resnet18"
+# Kind -> (what it is, overrides)
+KINDS = {
+    "fpn": ("torchvision_fpn, ResNet-18", [RESNET, f"model.detector.args={{{SIZE}, {NECK}}}"]),
+    "c4": (
+        "torchvision_c4, ResNet-18",
+        [
+            RESNET,
+            "model.detector.name=torchvision_c4",
+            f"model.detector.args={{{SIZE}, {PROPOSALS}, {ROIS}}}",
+        ],
+    ),
+    "c5": (
+        "torchvision_c5, VGG-11 with BatchNorm",
+        [
+            "model.backbone.name=torchvision/vgg11_bn",
+            "model.detector.name=torchvision_c5",
+            f"model.detector.args={{{SIZE}, {ROIS}, rpn: {{anchor_scales: [2, 4, 8, 16]}}}}",
+        ],
+    ),
+    "vitdet": (
+        "torchvision_vitdet, ViT-Ti/16",
+        [
+            "model.backbone.name=timm/vit_tiny_patch16_224",
+            "model.detector.name=torchvision_vitdet",
+            f"model.detector.args={{{SIZE}, {NECK}}}",
+        ],
+    ),
+    "detectron2": (
+        "detectron2 (FPN), ResNet-18",
+        [
+            RESNET,
+            "model.detector.name=detectron2",
+            f"model.detector.args={{{SIZE}, options: {{MODEL.FPN.OUT_CHANNELS: 64, "
+            "MODEL.ROI_BOX_HEAD.FC_DIM: 256, MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE: 64}}",
+        ],
+    ),
+    "detectron2_c4": (
+        "detectron2 (C4), ResNet-18",
+        [
+            RESNET,
+            "model.detector.name=detectron2",
+            f"model.detector.args={{{SIZE}, neck: c4, "
+            "options: {MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE: 64}}",
+        ],
+    ),
+}
+
+
+def write_devkit(voc: Path, folder: Path) -> Path:
+    """Make a devkit of some images of `voc`, sets `learn` and `other`; return its folder."""
+    known = voc / "VOCdevkit" / "VOC2007"
+    year = folder / "VOCdevkit" / "VOC2007"
+    (year / "ImageSets" / "Main").mkdir(parents=True)
+    for name in ("JPEGImages", "Annotations"):
+        (year / name).symlink_to((known / name).resolve())
+    names = (known / "ImageSets" / "Main" / "train.txt").read_text().split()
+    for name, first in (("learn", 0), ("other", NUM_IMAGES)):
+        chosen = names[first : first + NUM_IMAGES]
+        (year / "ImageSets" / "Main" / f"{name}.txt").write_text("\n".join(chosen) + "\n")
+    return folder
+
+
+def main() -> None:
+    """Print a row of a Markdown table for each kind."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--voc", type=Path, required=True, help="folder that holds VOCdevkit")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--iters", type=int, default=600)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--tract", action="store_true", help="train with TrAct")
+    arguments = parser.parse_args()
+    print("| detector | AP50 | AP75 | s an iteration |\n| --- | --- | --- | --- |", flush=True)
+    for kind in arguments.kinds:
+        title, overrides = KINDS[kind]
+        with tempfile.TemporaryDirectory() as folder:
+            root = write_devkit(arguments.voc, Path(folder))
+            learn, other = (f"{{root: {root}, sets: [2007/{name}]}}" for name in ("learn", "other"))
+            words = [
+                *SETTINGS,
+                *overrides,
+                f"output_dir={folder}/run",
+                f"solver.max_iters={arguments.iters}",
+                f"solver.lr={arguments.lr}",
+                f"tract.enabled={str(arguments.tract).lower()}",
+            ]
+            started = time.perf_counter()
+            run(load_config(CONFIG, [*words, f"data.train={learn}", f"data.test={other}"]))
+            seconds = time.perf_counter() - started
+            # A run does not report the images it trained on: they are measured afterwards.
+            swapped = [*words, f"data.train={other}", f"data.test={learn}"]
+            metrics = evaluate_run(load_config(CONFIG, swapped))
+        print(
+            f"| {title} | {100 * metrics['ap50']:.1f} | {100 * metrics['ap75']:.1f} "
+            f"| {seconds / arguments.iters:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
