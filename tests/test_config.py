@@ -145,6 +145,9 @@ def test_an_error_of_later_says_where_its_key_was_set(write):
     [
         ("solver.lrr=1", "solver.lrr: unknown. Did you mean solver.lr?"),
         ("lr=1", "lr: unknown. Did you mean solver.lr?"),
+        ("model.backbone.zzz=1", "model.backbone.zzz: unknown. Known: ['model.backbone.name'"),
+        ("model.backbone.label_smooth=1", "model.backbone.label_smooth: unknown. Did you mean mod"),
+        ("model.backbone.head=1", "model.backbone.head: unknown. Did you mean model.head?"),
         ("solvr.lr=1", "solvr: unknown. Did you mean solver?"),
         ("zzz=1", "zzz: unknown. Known: ['output_dir', 'seed'"),
         ("data.train.path=x", "data.train.path: not a key of source: digits."),

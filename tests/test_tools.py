@@ -66,7 +66,10 @@ def test_train_net_measures_again(trained, call):
     assert said.returncode == 0, said.stderr
     results = json.loads((folder / "results.json").read_text())
     shown = dict(line.split() for line in said.stdout.splitlines())
-    assert shown == {name: f"{value:.4f}" for name, value in results["metrics"].items()}
+    metrics = results["metrics"]
+    assert shown == {name: f"{metrics[name]:.2%}" for name in metrics if name != "loss"} | {
+        "loss": f"{metrics['loss']:.4f}"
+    }
 
 
 def test_train_net_goes_on_and_says_where_it_does_not(trained, call):

@@ -81,10 +81,25 @@ def test_what_cannot_be_answered_is_told(trained, photos, call, tmp_path):
         ("--run", photos, photos): "it is no run folder",
         ("--run", trained, photos / "none.png"): "neither a file nor a folder",
     }.items():
-        said = call("predict.py", *words, "--output", tmp_path / "out")
+        said = call("predict.py", *words, "--output", tmp_path / "other")
         assert said.returncode == 1
         assert wanted in said.stderr
         assert "Traceback" not in said.stderr
+
+
+def test_earlier_answers_are_replaced_only_when_told(trained, photos, call, tmp_path):
+    words = ("--run", trained, "--output", tmp_path, "--min-score", 2, photos / "a.png")
+    said = call("predict.py", *words)
+    assert said.returncode == 0, said.stderr
+    if load_trained(trained).detects:
+        assert f"{photos / 'a.png'}  0 of " in said.stdout
+        assert "boxes score 2 or more" in said.stdout
+    said = call("predict.py", *words[:-1], photos / "b.jpg")
+    assert said.returncode == 2
+    assert "predictions.json exists: set another --output, or --overwrite." in said.stderr
+    assert [entry["file"] for entry in entries_of(tmp_path)] == [str(photos / "a.png")]
+    assert call("predict.py", *words[:-1], photos / "b.jpg", "--overwrite").returncode == 0
+    assert [entry["file"] for entry in entries_of(tmp_path)] == [str(photos / "b.jpg")]
 
 
 def test_a_video_is_answered_frame_by_frame(trained, call, tmp_path):

@@ -49,9 +49,18 @@ def test_the_images_are_the_trainings_from_an_iteration_on(write_tiny, tmp_path)
         assert all(name in train.class_names for _, name, _ in boxes)
 
 
+def test_images_fewer_than_a_batch_are_drawn(call, write_tiny, tmp_path):
+    words = ("--config-file", write_tiny(tmp_path), "--output", tmp_path / "a.png")
+    said = call("visualize_data.py", *words, "data.batch_size=99999", "engine.accumulate=3")
+    assert said.returncode == 0, said.stderr
+    assert pixels(tmp_path / "a.png").std() > 10
+
+
 def test_what_cannot_be_drawn_is_told(call, write_tiny, tmp_path):
-    said = call("visualize_data.py", "--config-file", write_tiny(tmp_path), "data.batch_size=99999")
+    said = call(
+        "visualize_data.py", "--config-file", write_tiny(tmp_path), "data.train.classes=[10]"
+    )
     assert said.returncode == 1
-    assert "data.batch_size" in said.stderr
+    assert "data.train.classes" in said.stderr
     said = call("visualize_data.py", "--config-file", write_tiny(tmp_path), "--num-images", 0)
     assert said.returncode == 2

@@ -33,6 +33,9 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     which.add_argument("--config-file", metavar="FILE", help="YAML, whose output_dir is the run's")
     parser.add_argument("inputs", nargs="+", type=Path, help="images, folders of images, videos")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what --output holds from before"
+    )
     parser.add_argument("--min-score", type=float, default=0.5, help="boxes to draw (default 0.5)")
     parser.add_argument("--top-k", type=int, default=5, help="classes to write (default 5)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -50,6 +53,10 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
 
+    path = arguments.output / "predictions.json"
+    if path.exists() and not arguments.overwrite:
+        print(f"{path} exists: set another --output, or --overwrite.", file=sys.stderr)
+        return 2
     from tract_transfer.trained import load_trained
 
     try:
@@ -66,7 +73,6 @@ def main() -> int:
         except (ValueError, OSError, ImportError) as error:  # noqa: PERF203 - once a file
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             failed += 1
-    path = arguments.output / "predictions.json"
     about = {"run": str(run), "checkpoint": trained.checkpoint.name}
     path.write_text(json.dumps({**about, "predictions": entries}, indent=1) + "\n")
     print(path)
@@ -122,7 +128,17 @@ def answer(
         write_video(path.with_name(f"{name.name}.mp4"), pictures(), frame_rate(file))
     else:
         save_pixels(next(pictures()), path.with_name(f"{name.name}.png"))
+    print(summary(file, entries, arguments.min_score))
     return entries
+
+
+def summary(file: Path, entries: list[dict[str, Any]], min_score: float) -> str:
+    """Say how many boxes of an image or a video are drawn, and how good the best one is."""
+    scores = [score for entry in entries for score in entry["scores"]]
+    drawn = sum(score >= min_score for score in scores)
+    frames = f" in {len(entries)} frames" if is_video(file) else ""
+    best = f", the best {max(scores):.3f}" if scores else ""
+    return f"{file}  {drawn} of {len(scores)} boxes{frames} score {min_score:g} or more{best}"
 
 
 def find(trained: "Trained", file: Path, top_k: int) -> Iterator[tuple["Tensor", dict[str, Any]]]:

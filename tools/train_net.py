@@ -77,12 +77,14 @@ def main() -> int:
 
 def carry_out(arguments: argparse.Namespace, config: "Config") -> list[str]:
     """Do what the command line asks for; return what to say of it."""
+    from tract_transfer.engine.hooks import format_metric
     from tract_transfer.run import evaluate_run, preview, run
 
     if arguments.dry_run:
         return [f"{what:>22}  {value}" for what, value in preview(config).items()]
     if arguments.eval_only:
-        return [f"{metric:>22}  {value:.4f}" for metric, value in evaluate_run(config).items()]
+        metrics = evaluate_run(config)
+        return [f"{name:>22}  {format_metric(name, value)}" for name, value in metrics.items()]
     run(config, resume=arguments.resume)
     return [str(Path(config.output_dir) / "results.json")]
 

@@ -58,6 +58,10 @@ def main() -> int:
 
     try:
         train = build_data(config).train
+        if config.task != "probe" and config.data.batch_size > len(train):
+            # A training would have no batch, but its images can be seen.
+            fits = [f"data.batch_size={len(train)}", "engine.accumulate=1"]
+            config = load_config(arguments.config_file, [*arguments.overrides, *quick, *fits])
         seen = samples(config, train, arguments.start_iter)
         images, captions, targets = zip(*islice(seen, arguments.num_images), strict=True)
         figure = draw_samples(images, captions, targets)

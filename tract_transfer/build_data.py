@@ -107,7 +107,8 @@ def check_disjoint(splits: Mapping[str, Dataset]) -> None:
             raise ValueError(
                 f"data.{other} and data.{name} are the same {len(dataset)} images "
                 f"({dataset.name}). Give each its own, such as split: train[:90%] and "
-                "train[90%:], or data.val: {source: train, fraction: 0.1}."
+                "train[90%:], sets: [2007/train] and [2007/val], or, of classes, data.val: "
+                "{source: train, fraction: 0.1}."
             )
 
 

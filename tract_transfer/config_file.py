@@ -237,7 +237,12 @@ def _unknown(key: str, task: str, known: Mapping[str, Sequence[str]], section: A
         return f"not a key of a {task} config (of {' and '.join(elsewhere)})."
     parent, _, leaf = key.rpartition(".")
     siblings = [name for name in keys if name.rpartition(".")[0] == parent]
-    near = get_close_matches(key, siblings, n=1, cutoff=0.6)
+    leaves = {name.rpartition(".")[2]: name for name in siblings}
+    near = [leaves[name] for name in get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
     near = near or [name for name in keys if name.rpartition(".")[2] == leaf]
-    near = near or get_close_matches(key, keys, n=1, cutoff=0.6)
+    if not near and siblings:
+        near = [
+            name for name in keys if get_close_matches(leaf, [name.rpartition(".")[2]], 1, 0.75)
+        ]
+    near = near or ([] if siblings and parent else get_close_matches(key, keys, n=1, cutoff=0.6))
     return f"unknown. Did you mean {near[0]}?" if near else f"unknown. Known: {siblings}."

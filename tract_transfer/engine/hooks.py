@@ -185,10 +185,12 @@ class PeriodicEvaluation(Hook):
 
 def format_metrics(values: Mapping[str, Any]) -> str:
     """Return `top1 91.25 %  loss 0.3412`: fractions in percent."""
-    return "  ".join(
-        f"{name} {value:.4f}" if name == "loss" else f"{name} {value:.2%}"
-        for name, value in values.items()
-    )
+    return "  ".join(f"{name} {format_metric(name, value)}" for name, value in values.items())
+
+
+def format_metric(name: str, value: float) -> str:
+    """Return `91.25%`, or `0.3412` of a loss."""
+    return f"{value:.4f}" if name == "loss" else f"{value:.2%}"
 
 
 def _whole_lines(path: Path) -> list[str]:

@@ -51,9 +51,11 @@ def open_run_folder(folder: Path, config_yaml: str, *, resume: bool) -> None:
             if old.get(key) != new.get(key) and not key.startswith(SAFE_ON_RESUME)
         ]
         if changed:
+            longer = any(line.startswith("solver.max_") for line in changed)
+            schedule = " Its schedule fits its length: a longer run begins anew." if longer else ""
             raise ValueError(
                 f"{folder} cannot be resumed with another config: {'; '.join(changed)}. "
-                f"Resume with {file}, or set another output_dir."
+                f"Resume with {file}, or set another output_dir.{schedule}"
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
