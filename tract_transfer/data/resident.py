@@ -1,0 +1,150 @@
+"""A small dataset on its device: decoded once, cropped and flipped a batch at a time.
+
+The random numbers of an image are a hash of (seed, epoch, index, copy): the law of loader.py, by
+other numbers. No worker is needed, and where a run was resumed does not show.
+"""
+
+# N images in the dataset, B in a batch, S their side
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from tract_transfer.data.images import UndecodableImage
+from tract_transfer.data.loader import Batch, ImageDataset
+from tract_transfer.data.sampling import Sample, mix
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class ResidentImages:
+    """The images of a classification dataset as one uint8 tensor (N, 3, S, S) on `device`.
+
+    Args:
+        size_px: S; the short side is resized to it once, and must then be the long one too.
+        interpolation: of that resizing: nearest, bilinear or bicubic.
+        undecodable: `skip` leaves those out that cannot be decoded, and every batch says so.
+
+    Raises:
+        UndecodableImage: the first that cannot be decoded, where they are not to be skipped.
+        ValueError: an image is not square, or there is not enough memory.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        size_px: int,
+        device: torch.device,
+        *,
+        interpolation: str = "bilinear",
+        undecodable: str = "error",
+    ) -> None:
+        shape = (len(dataset), 3, size_px, size_px)
+        needed, available = math.prod(shape), _available_bytes(device)
+        if needed > available:
+            raise ValueError(
+                f"data.cache: device needs {needed / 2**30:.1f} GiB for {len(dataset)} images of "
+                f"{size_px} px, and {device} has {available / 2**30:.1f} GiB. Set data.cache: none."
+            )
+        self.images = torch.zeros(shape, dtype=torch.uint8, device=device)
+        self.skipped: dict[int, str] = {}
+        resize = v2.Resize(size_px, InterpolationMode(interpolation))
+        for index in range(len(dataset)):
+            try:
+                image = resize(dataset.image(index))
+            except UndecodableImage as error:
+                if undecodable != "skip":
+                    raise
+                self.skipped[index] = f"{error.item}: {error.reason}"
+                continue
+            if image.shape[1:] != shape[2:]:
+                raise ValueError(
+                    f"data.cache: device needs square images, and image {index} is "
+                    f"{image.shape[2]} x {image.shape[1]} px with its short side at {size_px}. "
+                    "Set data.cache: none or ram."
+                )
+            self.images[index] = image.to(device)
+        labels = [dataset.target(index) for index in range(len(dataset))]
+        self.labels = torch.tensor(labels, dtype=torch.int64, device=device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def resident_batches(
+    data: ResidentImages,
+    sampler: Iterable[Sequence[Sample]],
+    *,
+    seed: int,
+    pad_px: int,
+    flip_prob: float,
+) -> Iterator[Batch]:
+    """Yield the micro-batches of `sampler`, each image cropped and flipped by its own numbers.
+
+    Args:
+        pad_px: zeros on every side before the crop of S x S at random; 0 crops nothing.
+        flip_prob: probability of a horizontal flip.
+    """
+    for samples in sampler:
+        skipped = [data.skipped[s.index] for s in samples if s.index in data.skipped]
+        whole = [s for s in samples if s.index not in data.skipped] if skipped else samples
+        indices = [sample.index for sample in whole]
+        if not whole:
+            yield Batch([], [], indices, skipped)
+            continue
+        chosen = torch.tensor(indices, device=data.images.device)
+        draws = hashed_uniform(seed, np.array(whole, dtype=np.uint64), 3)
+        images = data.images.index_select(0, chosen)
+        if pad_px:
+            shifts = (draws[:, :2] * (2 * pad_px + 1)).astype(np.int64)
+            images = shifted(images, torch.from_numpy(shifts).to(images.device), pad_px)
+        flips = torch.from_numpy(draws[:, 2] < flip_prob).to(images.device)
+        images = torch.where(flips[:, None, None, None], images.flip(3), images)
+        yield Batch(images, data.labels[chosen], indices, skipped)
+
+
+def shifted(images: Tensor, shifts: Tensor, pad_px: int) -> Tensor:
+    """Crop (B, C, S, S) at `shifts` (B, 2), down and right, of the images with zeros around."""
+    side = images.shape[-1]
+    padded = torch.nn.functional.pad(images, [pad_px] * 4)
+    windows = padded.unfold(2, side, 1).unfold(3, side, 1)  # (B, C, shifts, shifts, S, S), a view
+    number = torch.arange(len(images), device=images.device)
+    return windows[number, :, shifts[:, 0], shifts[:, 1]]
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)
+
+
+def hashed_uniform(seed: int, rows: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
+    """Return `count` numbers in [0, 1) for each of `rows` (B, P): a function of seed and row.
+
+    Each part is added to the state and scrambled by the finaliser of SplitMix64 (Steele, Lea,
+    Flood, OOPSLA 2014).
+
+    Returns:
+        (B, count).
+    """
+    state = np.full((len(rows), 1), mix(seed), dtype=np.uint64)
+    for part in rows.T:
+        state = _scramble(state + part[:, None] + np.uint64(1))
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+    # 53 bits: what a float64 holds.
+    draws: NDArray[np.float64] = (_scramble(state + steps) >> np.uint64(11)) / 2.0**53
+    return draws
+
+
+def _scramble(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    state = state * np.uint64(_GOLDEN)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    scrambled: NDArray[np.uint64] = state ^ (state >> np.uint64(31))
+    return scrambled
