@@ -211,7 +211,10 @@ def test_a_missing_task_is_named(fails):
         (["solver.max_epochs=null"], "give one of solver.max_epochs and solver.max_iters"),
         (["solver.warmup_epochs=1", "solver.warmup_iters=1"], "solver.warmup_epochs and"),
         (["evaluation.every_epochs=1", "evaluation.every_iters=1"], "one of every_epochs and"),
-        (["data.transforms.pad_px=4"], "pad_px is for crop: pad, and crop is none"),
+        (
+            ["data.transforms.pad_px=4"],
+            "pad_px is for crop: pad or resize_random, and crop is none",
+        ),
         (["data.transforms.scale=[0.1,1]"], "scale is for crop: random_resized"),
         (["model.backbone=null"], "model.backbone: Input should be a valid dictionary"),
         (["model.backbone.name=null"], "model.backbone.name is needed"),

@@ -45,7 +45,7 @@ def test_padding_is_black_and_shifts_at_most_by_itself():
     ("make", "message"),
     [
         (lambda: classification_train(32, "centre", 4, (1, 1), 0.5, "bilinear"), "crop must be"),
-        (lambda: classification_eval(32, 0.9, "cubic"), "interpolation must be one of"),
+        (lambda: classification_eval(32, 0.9, "cubic"), "interpolation: must be one of"),
         (lambda: classification_eval(32, 1.2, "bicubic"), "crop_ratio"),
         (lambda: detection_train([], 100, 0.5), "short_sides_px"),
         (lambda: detection_train([200], 100, 0.5), "short_sides_px"),
@@ -124,3 +124,55 @@ def test_randomness_is_torchs_own(photometric_prob):
 def test_detection_eval_is_the_identity():
     image, target = noise(4, 5), make_target(BOXES)
     assert detection_eval()(image, target) == (image, target)
+
+
+def plain(**options):
+    return classification_train(32, "none", 0, (1, 1), 0.0, "bilinear", **options)
+
+
+def test_a_simple_random_crop_pads_by_reflection():
+    image = noise(32, 32)
+    transform = classification_train(32, "resize_random", 4, (1, 1), 0.0, "bicubic")
+    padded = torch.nn.functional.pad(image.float()[None], [4] * 4, mode="reflect")[0].byte()
+    windows = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+    found = [transform(image) for _ in range(20)]
+    assert all(any(torch.equal(crop, window) for window in windows) for crop in found)
+    assert len({crop.sum().item() for crop in found}) > 3
+    tall = classification_train(16, "resize_random", 0, (1, 1), 0.0, "bicubic")(noise(32, 64))
+    assert tall.shape == (3, 16, 16)
+
+
+def test_a_rotation_turns_by_no_more_than_told():
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[:, 4, 16] = 255  # 12 px above the centre
+    angles = []
+    for _ in range(60):
+        y, x = plain(rotation_deg=15.0)(image)[0].nonzero().float().mean(dim=0)
+        angles.append(torch.rad2deg(torch.atan2(x - 15.5, 15.5 - y)).item())
+    assert -19 < min(angles) < -8  # a pixel is 5 degrees wide there
+    assert 8 < max(angles) < 19
+
+
+def test_colours_jitter_within_their_factor():
+    image = torch.full((3, 32, 32), 100, dtype=torch.uint8)  # no contrast and no saturation
+    levels = {plain(color_jitter=0.3)(image).float().mean().item() for _ in range(60)}
+    assert min(levels) >= 69
+    assert max(levels) <= 131
+    assert len(levels) > 20
+
+
+def test_erasing_fills_a_rectangle_with_the_mean_colour_as_often_as_told():
+    image = noise(32, 32)
+    erased = 0
+    torch.manual_seed(0)
+    for _ in range(200):
+        changed = (plain(erase_prob=0.25)(image) != image).any(dim=0)
+        if not changed.any():
+            continue
+        erased += 1
+        ys, xs = changed.nonzero(as_tuple=True)
+        height, width = ys.max() - ys.min() + 1, xs.max() - xs.min() + 1
+        assert 0.015 * 32 * 32 < height * width < 0.35 * 32 * 32
+    assert abs(erased - 50) < 5 * (200 * 0.25 * 0.75) ** 0.5
+    whole = plain(erase_prob=1.0)(torch.zeros(3, 32, 32, dtype=torch.uint8))
+    assert whole.amax(dim=(1, 2)).tolist() == [124, 116, 104]

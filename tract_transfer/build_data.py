@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch.utils.data import DataLoader
 
+from tract_transfer.build_model import call_checked
 from tract_transfer.config import Config, DetectionConfig, ProbeConfig, TrainedConfig
 from tract_transfer.config_data import (
     CarvedSource,
@@ -20,6 +21,7 @@ from tract_transfer.config_data import (
     VocSource,
 )
 from tract_transfer.data import sampling, transforms
+from tract_transfer.data.augment import AUGMENTATIONS
 from tract_transfer.data.classification import (
     ClassificationDataset,
     carve,
@@ -137,7 +139,11 @@ def load_split(section: Any, key: str, findings: Findings) -> Dataset:
 
 
 def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return the transforms of training and of evaluation images."""
+    """Return the transforms of training and of evaluation images.
+
+    Raises:
+        ConfigError: the augmentation does not take its arguments.
+    """
     section = config.data.transforms
     if isinstance(section, DetectionTransformsConfig):
         return transforms.detection_train(**section.model_dump()), transforms.detection_eval()
@@ -148,6 +154,11 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
         return evaluation, evaluation
     train = config.data.transforms
     assert not isinstance(train, DetectionTransformsConfig)
+    augment = None
+    if train.augment is not None:
+        entry = AUGMENTATIONS.get(train.augment)
+        key = "data.transforms.augment_args"
+        augment = call_checked(entry, train.augment, train.augment_args, key, config)
     low, high = train.scale or (0.08, 1.0)
     return (
         transforms.classification_train(
@@ -157,6 +168,10 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
             (low, high),
             train.flip_prob,
             train.interpolation,
+            rotation_deg=train.rotation_deg,
+            augment=augment,
+            color_jitter=train.color_jitter,
+            erase_prob=train.erase_prob,
         ),
         evaluation,
     )

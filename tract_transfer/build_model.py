@@ -4,7 +4,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -147,6 +147,24 @@ def _construct(
         entry = registry.get(section.name)
     except KeyError as error:
         raise config.error(f"{key}.name", str(error.args[0])) from error
+    args = f"{key}.args"
+    return call_checked(entry, section.name, section.args, args, config, positional)
+
+
+def call_checked(
+    entry: Callable[..., Any],
+    name: str,
+    args: Mapping[str, Any],
+    key: str,
+    config: Config,
+    positional: tuple[Any, ...] = (),
+) -> Any:
+    """Call `entry` with the args that `key` holds, checked against its keyword-only arguments.
+
+    Raises:
+        ConfigError: an argument is unknown, of another type or out of range; `name` and its
+            arguments are named.
+    """
     keywords = {
         name: (parameter.annotation, parameter.default)
         for name, parameter in inspect.signature(entry).parameters.items()
@@ -155,22 +173,22 @@ def _construct(
     strict = ConfigDict(extra="forbid", strict=True)
     schema = create_model("Args", __config__=strict, **cast(Mapping[str, Any], keywords))
     try:
-        schema.model_validate(section.args)
+        schema.model_validate(args)
     except ValidationError as error:
         problem = error.errors()[0]
-        name = ".".join(str(part) for part in problem["loc"])
+        wrong = ".".join(str(part) for part in problem["loc"])
         message = f"{problem['msg']}, got {problem['input']!r}."
         if problem["type"] == "extra_forbidden":
-            message = f"unknown.{did_you_mean(name, keywords)}"
-        message = f"{message} {section.name} takes {list(keywords)}."
-        raise config.error(f"{key}.args.{name}", message) from error
+            message = f"unknown.{did_you_mean(wrong, keywords)}"
+        message = f"{message} {name} takes {list(keywords)}."
+        raise config.error(f"{key}.{wrong}", message) from error
     try:
-        return entry(*positional, **section.args)
+        return entry(*positional, **args)
     except (ValueError, ImportError) as error:
         argument, colon, message = str(error).partition(": ")
         if colon and argument.partition(".")[0] in keywords:  # as `rpn.nms_iou: must be ...`
-            raise config.error(f"{key}.args.{argument}", message) from error
-        raise config.error(key, str(error)) from error
+            raise config.error(f"{key}.{argument}", message) from error
+        raise config.error(key.removesuffix(".args"), str(error)) from error
 
 
 def with_place(config: Config, message: str) -> ConfigError:

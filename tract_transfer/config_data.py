@@ -3,7 +3,7 @@
 A source goes to a loader of tract_transfer.data as arguments of the same names (see build_data.py).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -106,19 +106,42 @@ class EvalTransformsConfig(Section):
 
 
 class ClassificationTransformsConfig(EvalTransformsConfig):
-    """Training images: `pad` by pad_px (4) and crop, `random_resized` crop of `scale` of the area
-    ([0.08, 1]), or none."""
+    """Training images: `pad` by pad_px (4) and crop, `resize_random` the same by reflection,
+    `random_resized` crop of `scale` of the area ([0.08, 1]), or none.
 
-    crop: Literal["pad", "random_resized", "none"] = "none"
+    Then flips, rotations, the policy `augment` (an entry of data.augment.AUGMENTATIONS), colour
+    jitter and erasing.
+    """
+
+    crop: Literal["pad", "resize_random", "random_resized", "none"] = "none"
     pad_px: Annotated[int, Field(ge=0)] | None = None
     scale: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = None
     flip_prob: Fraction = 0.0
+    rotation_deg: Annotated[float, Field(ge=0, le=180)] = 0.0
+    augment: (
+        Literal[
+            "rand_augment",
+            "auto_augment_cifar10",
+            "auto_augment_imagenet",
+            "auto_augment_svhn",
+            "trivial_augment",
+            "three_augment",
+        ]
+        | None
+    ) = None
+    augment_args: dict[str, Any] = Field(default={})
+    color_jitter: Fraction = 0.0
+    erase_prob: Fraction = 0.0
 
     @model_validator(mode="after")
     def _arguments_are_the_crops(self) -> "ClassificationTransformsConfig":
-        for key, crop in (("pad_px", "pad"), ("scale", "random_resized")):
-            if getattr(self, key) is not None and self.crop != crop:
-                raise ValueError(f"{key} is for crop: {crop}, and crop is {self.crop}")
+        for key, crops in (("pad_px", ("pad", "resize_random")), ("scale", ("random_resized",))):
+            if getattr(self, key) is not None and self.crop not in crops:
+                raise ValueError(
+                    f"{key} is for crop: {' or '.join(crops)}, and crop is {self.crop}"
+                )
+        if self.augment_args and self.augment is None:
+            raise ValueError("augment_args has no use here: augment is null")
         return self
 
 

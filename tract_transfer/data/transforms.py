@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms import v2
+
+from tract_transfer.data.augment import interpolation_mode
 
 ImageTransform = Callable[[Tensor], Tensor]
 DetectionTransform = Callable[[Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
 
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
+_MEAN_COLOUR = (124, 116, 104)  # of ImageNet, of 0 to 255
 
 
 def classification_train(
@@ -23,31 +25,62 @@ def classification_train(
     scale: tuple[float, float],
     flip_prob: float,
     interpolation: str,
+    *,
+    rotation_deg: float = 0.0,
+    augment: ImageTransform | None = None,
+    color_jitter: float = 0.0,
+    erase_prob: float = 0.0,
 ) -> ImageTransform:
     """Return the training transform, uint8 (3, H, W) -> uint8 (3, size_px, size_px).
+
+    Its steps are, in this order: crop, flip, rotation, `augment`, colour jitter, erasing.
 
     Args:
         size_px: side of the result.
         crop: `pad`: resize the short side to `size_px` (no change where it is), pad `pad_px` zeros
-            on every side, crop at random; the CIFAR recipe. `random_resized`: crop a share of the
-            area within `scale` and resize it; the ImageNet recipe. `none`: resize to the square.
-        pad_px: used by `pad` alone.
+            on every side, crop at random; the CIFAR recipe. `resize_random`: the same, padded by
+            reflection; DeiT III's simple random crop. `random_resized`: crop a share of the area
+            within `scale` and resize it; the ImageNet recipe. `none`: resize to the square.
+        pad_px: used by `pad` and `resize_random` alone.
         scale: used by `random_resized` alone.
         flip_prob: probability of a horizontal flip.
         interpolation: nearest, bilinear or bicubic; the latter two antialiased.
+        rotation_deg: the largest angle of a rotation to either side; its corners are black, its
+            pixels the nearest ones.
+        augment: a policy of `AUGMENTATIONS`.
+        color_jitter: brightness, contrast and saturation change by factors within 1 - this and
+            1 + this, each drawn on its own.
+        erase_prob: probability that a rectangle of 2 to 33 % of the area is filled with
+            ImageNet's mean colour (Zhong et al. 2020).
     """
-    mode = _interpolation(interpolation)
-    steps: list[v2.Transform]
-    if crop == "pad":
-        steps = [v2.Resize(size_px, mode), v2.RandomCrop(size_px, padding=pad_px)]
-    elif crop == "random_resized":
-        steps = [v2.RandomResizedCrop(size_px, scale=scale, interpolation=mode)]
-    elif crop == "none":
-        steps = [v2.Resize((size_px, size_px), mode)]
-    else:
-        raise ValueError(f"crop must be pad, random_resized or none, got {crop!r}.")
-    pipeline: ImageTransform = v2.Compose([*steps, v2.RandomHorizontalFlip(flip_prob)])
+    steps = [*_crop(size_px, crop, pad_px, scale, interpolation)]
+    steps.append(v2.RandomHorizontalFlip(flip_prob))
+    if rotation_deg:
+        steps.append(v2.RandomRotation(rotation_deg))
+    if augment is not None:
+        steps.append(augment)
+    if color_jitter:
+        steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
+    if erase_prob:
+        steps.append(v2.RandomErasing(erase_prob, value=_MEAN_COLOUR))
+    pipeline: ImageTransform = v2.Compose(steps)
     return pipeline
+
+
+def _crop(
+    size_px: int, crop: str, pad_px: int, scale: tuple[float, float], interpolation: str
+) -> list[ImageTransform]:
+    mode = interpolation_mode(interpolation)
+    if crop == "pad":
+        return [v2.Resize(size_px, mode), v2.RandomCrop(size_px, padding=pad_px)]
+    if crop == "resize_random":
+        reflected = v2.RandomCrop(size_px, padding=pad_px, padding_mode="reflect")
+        return [v2.Resize(size_px, mode), reflected]
+    if crop == "random_resized":
+        return [v2.RandomResizedCrop(size_px, scale=scale, interpolation=mode)]
+    if crop == "none":
+        return [v2.Resize((size_px, size_px), mode)]
+    raise ValueError(f"crop must be pad, resize_random, random_resized or none, got {crop!r}.")
 
 
 def classification_eval(size_px: int, crop_ratio: float, interpolation: str) -> ImageTransform:
@@ -57,15 +90,9 @@ def classification_eval(size_px: int, crop_ratio: float, interpolation: str) -> 
     """
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"crop_ratio must lie in (0, 1], got {crop_ratio}.")
-    resize = v2.Resize(round(size_px / crop_ratio), _interpolation(interpolation))
+    resize = v2.Resize(round(size_px / crop_ratio), interpolation_mode(interpolation))
     pipeline: ImageTransform = v2.Compose([resize, v2.CenterCrop(size_px)])
     return pipeline
-
-
-def _interpolation(name: str) -> InterpolationMode:
-    if name not in _INTERPOLATIONS:
-        raise ValueError(f"interpolation must be one of {_INTERPOLATIONS}, got {name!r}.")
-    return InterpolationMode(name)
 
 
 class _DetectionTrain:
