@@ -216,6 +216,12 @@ def test_a_missing_task_is_named(fails):
             "pad_px is for crop: pad or resize_random, and crop is none",
         ),
         (["data.transforms.scale=[0.1,1]"], "scale is for crop: random_resized"),
+        (["model.bce_target_threshold=0"], "bce_target_threshold has no use here"),
+        (
+            ["model.loss=bce", "model.bce_target_threshold=0", "model.label_smoothing=0.1"],
+            "set model.label_smoothing: 0, or leave the threshold out",
+        ),
+        (["model.loss=hinge"], "model.loss: Input should be 'cross_entropy' or 'bce'"),
         (["model.backbone=null"], "model.backbone: Input should be a valid dictionary"),
         (["model.backbone.name=null"], "model.backbone.name is needed"),
         (

@@ -20,6 +20,7 @@ KINDS = {
     "grouped": {"groups": TALL.astype(np.int64)},
     "repeated": {"factors": FACTORS},
     "both": {"groups": TALL.astype(np.int64), "factors": FACTORS},
+    "copied": {"repeats": 2},
 }
 
 
@@ -33,14 +34,14 @@ def epoch(order, number):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_order_depends_on_seed_and_epoch_alone(kind):
-    order, same, other = (EpochOrder(30, 5, seed, **KINDS[kind]) for seed in (1, 1, 2))
+    order, same, other = (EpochOrder(30, 6, seed, **KINDS[kind]) for seed in (1, 1, 2))
     orders = [tuple(epoch(order, number)) for number in range(5)]
     assert [tuple(epoch(same, number)) for number in (4, 0)] == [orders[4], orders[0]]
     assert len({tuple(sample[1:] for sample in one) for one in orders}) == 5
     assert tuple(epoch(other, 0)) != orders[0]
     for number, one in enumerate(orders):
         assert {sample.epoch for sample in one} == {number}
-        assert len(one) == 5 * order.iters_per_epoch
+        assert len(one) == 6 * order.iters_per_epoch
 
 
 @pytest.mark.parametrize(("count", "kept"), [(23, 20), (20, 20), (5, 5)])
@@ -167,3 +168,37 @@ def test_a_batch_must_divide():
 def test_eval_visits_every_image_once_on_any_number_of_processes(world_size):
     seen = [list(EvalSampler(10, rank, world_size)) for rank in range(world_size)]
     assert sorted(index for part in seen for index in part) == list(range(10))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(30, 6), (29, 6), (14, 12)])
+def test_a_repeated_image_is_in_its_batch_so_often_and_nowhere_else(count, batch_size):
+    order = EpochOrder(count, batch_size, 1, repeats=3)
+    assert order.iters_per_epoch == count // batch_size  # an epoch shows as many images
+    for number in range(5):
+        batches = order.batches(number)
+        samples = epoch(order, number)
+        assert len(set(samples)) == len(samples) == count // batch_size * batch_size
+        assert len({sample.index for sample in samples}) == len(samples) // 3
+        for batch in batches:
+            assert set(Counter(sample.index for sample in batch).values()) == {3}
+            by_image = {(sample.index, sample.copy) for sample in batch}
+            assert by_image == {(sample.index, copy) for sample in batch for copy in range(3)}
+
+
+def test_neighbours_and_processes_have_other_images():
+    order = EpochOrder(60, 12, 1, repeats=3)
+    for batch in order.batches(0):
+        indices = [sample.index for sample in batch]
+        assert all(a != b for a, b in zip(indices, indices[1:] + indices[:1], strict=True))
+    parts = [take(TrainBatchSampler(order, 0, rank, 3), 5) for rank in range(3)]
+    for micro in (batch for part in parts for batch in part):
+        assert len({sample.index for sample in micro}) == len(micro)
+
+
+def test_one_repeat_changes_nothing():
+    assert EpochOrder(30, 5, 1, repeats=1).batches(2) == EpochOrder(30, 5, 1).batches(2)
+
+
+def test_a_batch_is_a_multiple_of_the_repeats():
+    with pytest.raises(ValueError, match=r"multiple of data.repeats = 3, got 5. .*batch_size to 3"):
+        EpochOrder(30, 5, 0, repeats=3)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.loss import BinaryCrossEntropy
 from torch import nn
 
 from tract_transfer.models import HEADS, Backbone, Classifier
@@ -79,3 +80,50 @@ def test_a_step_lowers_the_loss(backbone):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+SOFT = torch.tensor([[0.7, 0.3, 0, 0], [0, 1, 0, 0], [0.5, 0, 0, 0.5]])
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.4])
+@pytest.mark.parametrize("targets", [TARGETS[:3], SOFT], ids=["indices", "probabilities"])
+def test_bce_is_timm_s(backbone, threshold, targets):
+    model = Classifier(
+        backbone, HEADS.get("linear")(5, 4), loss="bce", bce_target_threshold=threshold
+    )
+    loss = model.train()(IMAGES[:3], targets)["loss_cls"]
+    logits = model.eval()(IMAGES[:3])
+    theirs = BinaryCrossEntropy(smoothing=0.0, target_threshold=threshold)
+    torch.testing.assert_close(loss, theirs(logits, targets))
+
+
+def test_bce_smooths_as_timm_does_and_probabilities_alike(backbone):
+    model = Classifier(backbone, HEADS.get("linear")(5, 4), 0.2, loss="bce")
+    logits = model.eval()(IMAGES)
+    theirs = BinaryCrossEntropy(smoothing=0.2)(logits, TARGETS)
+    torch.testing.assert_close(model.train()(IMAGES, TARGETS)["loss_cls"], theirs)
+    one_hot = F.one_hot(TARGETS, 4).float()
+    torch.testing.assert_close(model(IMAGES, one_hot), model(IMAGES, TARGETS))
+
+
+def test_deit_s_targets_above_nothing_are_wholly_there(backbone):
+    model = Classifier(
+        backbone, HEADS.get("linear")(5, 4), loss="bce", bce_target_threshold=0.0
+    ).train()
+    torch.testing.assert_close(model(IMAGES[:3], SOFT), model(IMAGES[:3], (SOFT > 0).float()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"loss": "hinge"}, "loss must be cross_entropy or bce, got 'hinge'"),
+        ({"bce_target_threshold": 0.0}, "bce_target_threshold is for loss: bce"),
+        (
+            {"loss": "bce", "bce_target_threshold": 0.0, "label_smoothing": 0.1},
+            "label_smoothing: 0",
+        ),
+    ],
+)
+def test_a_loss_that_is_none_is_refused(backbone, arguments, says):
+    with pytest.raises(ValueError, match=says):
+        Classifier(backbone, HEADS.get("linear")(5, 4), **arguments)

@@ -8,11 +8,17 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from tract_transfer.build_data import Data, Dataset, build_epoch_order, build_train_batches
+from tract_transfer.build_data import (
+    Data,
+    Dataset,
+    build_epoch_order,
+    build_mix,
+    build_train_batches,
+)
 from tract_transfer.build_model import TrainedTask, build_evaluator, build_model, with_place
 from tract_transfer.config import ClassificationConfig, Config, DetectionConfig
 from tract_transfer.config_file import ConfigError
-from tract_transfer.engine.trainer import Trainer
+from tract_transfer.engine.trainer import Trainer, as_it_is
 from tract_transfer.joined_optimizer import JoinedOptimizer, keep_parameters
 from tract_transfer.solver import build_optimizer, build_schedule, set_progress
 from tract_transfer.tract import TrAct, find_first_layers
@@ -175,6 +181,7 @@ def build_trainer(
         raise
     except ValueError as error:
         raise with_place(config, str(error)) from error
+    mix = build_mix(config, len(data.class_names), accelerator.num_processes * engine.accumulate)
     if ema is not None:
         ema.to(accelerator.device)
     return Trainer(
@@ -191,4 +198,5 @@ def build_trainer(
         grad_clip=engine.grad_clip,
         accumulate=engine.accumulate,
         ema=ema,
+        mix=mix or as_it_is,
     )

@@ -34,6 +34,7 @@ from tract_transfer.data.digits import DIGIT_NAMES, load_digits, write_digit_sce
 from tract_transfer.data.findings import Findings
 from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
 from tract_transfer.data.loader import Batch, eval_loader, train_loader
+from tract_transfer.data.mixup import BatchMix
 from tract_transfer.data.voc import load_voc
 
 logger = logging.getLogger(__name__)
@@ -184,6 +185,7 @@ def build_epoch_order(config: TrainedConfig, train: Dataset) -> sampling.EpochOr
         ValueError: the batch does not fit the data.
     """
     section, groups, factors = cast(Any, config).data, None, None
+    repeats = getattr(section, "repeats", 1)
     if isinstance(train, DetectionDataset):
         objects, threshold = train.objects, section.repeat_threshold
         if section.group_by_aspect:
@@ -192,8 +194,31 @@ def build_epoch_order(config: TrainedConfig, train: Dataset) -> sampling.EpochOr
             num_classes = len(train.class_names)
             factors = sampling.repeat_factors(objects.first, objects.labels, num_classes, threshold)
     return sampling.EpochOrder(
-        len(train), section.batch_size, config.seed, groups=groups, factors=factors
+        len(train),
+        section.batch_size,
+        config.seed,
+        groups=groups,
+        factors=factors,
+        repeats=repeats,
     )
+
+
+def build_mix(config: TrainedConfig, num_classes: int, num_parts: int) -> BatchMix | None:
+    """Return what mixes the images of a batch, which is cut into `num_parts`; None mixes nothing.
+
+    Raises:
+        ConfigError: the parts are single images.
+    """
+    section = cast(Any, config).data
+    if getattr(section, "mixup", None) is None:
+        return None
+    if section.batch_size // num_parts < 2:
+        raise config.error(
+            "data.mixup",
+            f"mixes the images of a micro-batch of a process, and {section.batch_size} images in "
+            f"{num_parts} parts are single ones. Set a larger data.batch_size.",
+        )
+    return BatchMix(num_classes, config.seed, **section.mixup.model_dump())
 
 
 def build_train_batches(

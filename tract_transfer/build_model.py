@@ -103,7 +103,8 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         return backbone
     positional_head = (backbone.feature_dim, num_classes)
     head = _construct(HEADS, config.model.head, "model.head", config, positional_head)
-    return Classifier(backbone, head, config.model.label_smoothing)
+    losses = config.model.model_dump(include={"label_smoothing", "loss", "bce_target_threshold"})
+    return Classifier(backbone, head, **losses)
 
 
 def build_evaluator(config: Config, class_names: list[str]) -> Evaluator:

@@ -166,13 +166,37 @@ class LoadingConfig(Section):
     undecodable: Literal["error", "skip"] = "error"
 
 
+class MixupConfig(Section):
+    """mixup and CutMix over the batch; an alpha of 0 leaves one out. With both, `switch_prob` is
+    CutMix's share; `prob` is that of mixing an iteration's images at all."""
+
+    mixup_alpha: Annotated[float, Field(ge=0)] = 0.0
+    cutmix_alpha: Annotated[float, Field(ge=0)] = 0.0
+    prob: Annotated[float, Field(gt=0, le=1)] = 1.0
+    switch_prob: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _something_is_mixed(self) -> "MixupConfig":
+        if not (self.mixup_alpha or self.cutmix_alpha):
+            raise ValueError("give mixup_alpha or cutmix_alpha, or set data.mixup: null")
+        if self.switch_prob != 0.5 and not (self.mixup_alpha and self.cutmix_alpha):
+            raise ValueError(
+                "switch_prob has no use here: it chooses between mixup_alpha and cutmix_alpha, "
+                "and one of them is 0"
+            )
+        return self
+
+
 class ClassificationData(LoadingConfig):
-    """`val` is for selection, `test` for the report."""
+    """`val` is for selection, `test` for the report. `repeats` is how often an image is in a batch,
+    each time augmented anew; an epoch then shows as many fewer images."""
 
     train: ImageSource
     val: ValSource | None = None
     test: ImageSource | None = None
     transforms: ClassificationTransformsConfig
+    mixup: MixupConfig | None = None
+    repeats: Count = 1
 
 
 class ProbeData(LoadingConfig):

@@ -60,8 +60,25 @@ class FeatureModelConfig(Section):
 
 
 class ClassifierConfig(FeatureModelConfig):
+    """`bce_target_threshold`: targets above it are 1, all others 0; null leaves them."""
+
     head: ComponentConfig = ComponentConfig(name="linear")
     label_smoothing: Fraction = 0.0
+    loss: Literal["cross_entropy", "bce"] = "cross_entropy"
+    bce_target_threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _threshold_is_bce_s(self) -> "ClassifierConfig":
+        if self.bce_target_threshold is None:
+            return self
+        if self.loss != "bce":
+            raise ValueError("bce_target_threshold has no use here: it is for model.loss: bce")
+        if self.label_smoothing:
+            raise ValueError(
+                "bce_target_threshold makes of every smoothed target 0 or 1 again: set "
+                "model.label_smoothing: 0, or leave the threshold out"
+            )
+        return self
 
 
 class DetectorConfig(FeatureModelConfig):

@@ -74,6 +74,15 @@ class EpochOrder:
             often as makes the factor its mean. The length of an epoch is round(sum of factors),
             with groups of each group: to hold it, the factors are scaled by less than half an
             image in all.
+        repeats: how often an image is in its batch, each time as another copy (repeated
+            augmentation: Hoffer et al. 2020). As in DeiT, an epoch still shows as many images: the
+            first N / repeats of its permutation, all their copies, and none of the rest. Without
+            groups and factors. A batch holds its first copies, then its second ones and so on, so
+            that processes and micro-batches, and mixup, which mixes neighbours, meet different
+            images.
+
+    Raises:
+        ValueError: the batch is larger than the data, or no multiple of `repeats`.
     """
 
     def __init__(
@@ -84,7 +93,9 @@ class EpochOrder:
         *,
         groups: np.ndarray | None = None,
         factors: np.ndarray | None = None,
+        repeats: int = 1,
     ) -> None:
+        assert repeats == 1 or (groups is None and factors is None)
         group_of = np.zeros(num_images, dtype=np.int64) if groups is None else groups
         self._members = [np.flatnonzero(group_of == group) for group in np.unique(group_of)]
         weights = np.ones(num_images) if factors is None else factors
@@ -103,10 +114,17 @@ class EpochOrder:
                     f"are {_GROUPS[group]}: fewer than data.batch_size {batch_size}, they would "
                     "never be seen. Set data.group_by_aspect: false, or smaller batches."
                 )
+        if batch_size % repeats:
+            nearest = max(batch_size // repeats, 1) * repeats
+            raise ValueError(
+                f"data.batch_size must be a multiple of data.repeats = {repeats}, got "
+                f"{batch_size}. Set data.batch_size to {nearest}, or another data.repeats."
+            )
         self.batch_size = batch_size
         self.iters_per_epoch = sum(length // batch_size for length in self._lengths)
         self._seed = seed
         self._factors = factors
+        self._repeats = repeats
         self._group_of = torch.from_numpy(group_of)
 
     def batches(self, epoch: int) -> list[list[Sample]]:
@@ -116,6 +134,8 @@ class EpochOrder:
         copies = torch.zeros_like(order)
         if self._factors is not None:
             order, copies = self._repeated(order, generator)
+        if self._repeats > 1:
+            order, copies = self._copied(order)
         if len(self._members) > 1:
             picked = self._grouped(order, generator)
         else:
@@ -150,6 +170,13 @@ class EpochOrder:
         copies = torch.empty_like(repeated)
         copies[places] = torch.arange(len(repeated)) - torch.searchsorted(by_image, by_image)
         return repeated, copies
+
+    def _copied(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Return an epoch's images, each `repeats` times in its batch, and which copy each is."""
+        shape = (self.iters_per_epoch, self._repeats, self.batch_size // self._repeats)
+        shown = order[: shape[0] * shape[2]].view(shape[0], 1, shape[2]).expand(shape)
+        copies = torch.arange(self._repeats).view(1, -1, 1).expand(shape)
+        return shown.flatten(), copies.flatten()
 
     def _grouped(self, order: Tensor, generator: torch.Generator) -> Tensor:
         """Return positions in `order`, each batch of them of one group."""

@@ -43,6 +43,17 @@ class Ema(Protocol):
     def update(self, model: nn.Module) -> None: ...
 
 
+class Mix(Protocol):
+    """mixup, CutMix, or anything else that changes a batch by the iteration's number."""
+
+    def __call__(self, images: Any, targets: Any, iteration: int) -> tuple[Any, Any]: ...
+
+
+def as_it_is(images: Any, targets: Any, iteration: int) -> tuple[Any, Any]:
+    """Mix nothing."""
+    return images, targets
+
+
 class Hook:
     """Watches a training: it never touches parameters, gradients or random state."""
 
@@ -75,6 +86,7 @@ class Trainer:
         model: `model(images, targets) -> dict[str, scalar loss]`, wrapped by the accelerator.
         batches: given the first iteration, yields this process's micro-batches from there on.
         tract: its `step()` comes after the last backward and before clipping.
+        mix: called with each micro-batch on its device; a function of the iteration alone.
         precision: the forward's type; None is float32 throughout.
         grad_clip: the largest norm of the whole gradient, or None.
         accumulate: micro-batches of a step.
@@ -94,6 +106,7 @@ class Trainer:
     grad_clip: float | None = None
     accumulate: int = 1
     ema: Ema | None = None
+    mix: Mix = as_it_is
     hooks: Sequence[Hook] = ()
 
     def __post_init__(self) -> None:
@@ -153,13 +166,14 @@ class Trainer:
         self.set_lr(self.optimizer, self.schedule, self.iteration / self.max_iters)
         for micro in range(self.accumulate):
             batch = self._next(batches)
+            images, targets = self.mix(batch.images, batch.targets, self.iteration)
             last = micro + 1 == self.accumulate
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.autocast():
-                    losses: dict[str, Tensor] = self.model(batch.images, batch.targets)
+                    losses: dict[str, Tensor] = self.model(images, targets)
                     loss = torch.stack(list(losses.values())).sum() / self.accumulate
                 self.scaler.scale(loss).backward()
-            self._count(losses, len(batch.images))
+            self._count(losses, len(images))
         self.tract.step()
         if self.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
