@@ -9,8 +9,9 @@ import pytest
 import torch
 from run_folders import CARVED, Killed, assert_same_run, lines_of, results_of
 
+from tract_transfer.build import build_accelerator, build_trainer
 from tract_transfer.build_data import build_data
-from tract_transfer.config import load_config
+from tract_transfer.config import ConfigError, load_config
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.models.weights import build_from_card, load_weights, read_card
 from tract_transfer.run import evaluate_run, is_done, preview, run
@@ -231,3 +232,25 @@ def test_finished_runs_know_the_weights_they_were_run_with(tmp_path, load_tiny):
     pretrain(1)
     with pytest.raises(ValueError, match="have been trained anew since"):
         is_done(config)
+
+
+def test_the_average_warms_up_as_timm_s(tmp_path, load_tiny):
+    words = ("solver.ema_decay=0.9999", "solver.max_iters=5")
+    with pytest.raises(ConfigError, match=r"leaves 100% of the initial weights"):
+        run(load_tiny(tmp_path, *words))
+    config = load_tiny(tmp_path, *words, "solver.ema_warmup=true")
+    trainer = build_trainer(config, build_data(config), build_accelerator(config))
+    name = "backbone.model.conv1.weight"
+    expected, seen = trainer.model.state_dict()[name].clone(), []
+    trainer.optimizer.register_step_post_hook(
+        lambda *_: seen.append(trainer.model.state_dict()[name].clone())
+    )
+    trainer.train()
+    for step, weight in enumerate(seen, start=1):
+        expected.lerp_(weight, (1 + step) ** (-2 / 3))
+    torch.testing.assert_close(trainer.evaluated_model.state_dict()[name], expected)
+
+
+def test_a_warm_up_of_no_average_is_refused(tmp_path, load_tiny):
+    with pytest.raises(ConfigError, match=r"solver.ema_warmup has no use here: .* ema_decay"):
+        load_tiny(tmp_path, "solver.ema_warmup=true")

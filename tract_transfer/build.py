@@ -92,6 +92,8 @@ def _build_ema(config: TrainedTask, model: nn.Module, max_iters: int) -> ModelEm
     decay = config.solver.ema_decay
     if decay is None:
         return None
+    if config.solver.ema_warmup:  # which forgets the initial weights in a few steps
+        return ModelEmaV3(model, decay=decay, use_warmup=True, update_after_step=-1)
     if decay**max_iters > 0.01:
         fitting = 0.01 ** (1 / max_iters)
         raise config.error(
@@ -99,7 +101,7 @@ def _build_ema(config: TrainedTask, model: nn.Module, max_iters: int) -> ModelEm
             f"{decay} over {max_iters} iterations leaves {decay**max_iters:.0%} of the initial "
             f"weights in the average. Set {fitting:.4f} or less.",
         )
-    return ModelEmaV3(model, decay=decay)
+    return ModelEmaV3(model, decay=decay, update_after_step=-1)  # averages from step 1 on
 
 
 def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
@@ -182,6 +184,7 @@ def build_trainer(
     except ValueError as error:
         raise with_place(config, str(error)) from error
     mix = build_mix(config, len(data.class_names), accelerator.num_processes * engine.accumulate)
+    patience = config.evaluation.patience
     if ema is not None:
         ema.to(accelerator.device)
     return Trainer(
@@ -199,4 +202,5 @@ def build_trainer(
         accumulate=engine.accumulate,
         ema=ema,
         mix=mix or as_it_is,
+        patience_iters=patience and length.evaluate_every and patience * length.evaluate_every,
     )

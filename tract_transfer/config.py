@@ -62,6 +62,12 @@ class TrainedConfig(BaseConfig):
                 "evaluation.report: best selects a checkpoint, and needs data.val to select on: "
                 "never data.test. Set data.val, such as {source: train, fraction: 0.1}"
             )
+        if evaluation and data and evaluation.patience and None in (data.val, data.test):
+            raise ValueError(
+                "evaluation.patience chooses by data.val when to end, and needs data.test beside "
+                "it to report: never the same split. Set both, such as data.val: {source: train, "
+                "fraction: 0.1}"
+            )
         if data and data.val is None and data.test is None:
             raise ValueError("data.test or data.val is needed: nothing would be measured")
         return self

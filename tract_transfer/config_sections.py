@@ -123,6 +123,15 @@ class FirstLayerConfig(Section):
     optimizer_args: dict[str, Any] = {}
 
 
+# What an option of the solver is for, said where it would be ignored.
+USES = {
+    "end_factor": "it is of schedule: cosine",
+    "step_factor": "it is of schedule: multistep",
+    "warmup_start": "it is of a warm-up, and there is none",
+    "ema_warmup": "it is of the average that ema_decay asks for",
+}
+
+
 class SolverConfig(Section):
     """Lengths are in epochs or in iterations: the one given counts."""
 
@@ -146,6 +155,7 @@ class SolverConfig(Section):
     steps_iters: list[Count] | None = None
     step_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema_warmup: bool = False
     first_layer: FirstLayerConfig | None = None
 
     @model_validator(mode="after")
@@ -163,12 +173,13 @@ class SolverConfig(Section):
         ignored = {
             "end_factor": self.schedule != "cosine" and self.end_factor != 0,
             "step_factor": self.schedule != "multistep" and self.step_factor != 0.1,
+            "ema_warmup": self.ema_decay is None and self.ema_warmup,
             "warmup_start": not (self.warmup_epochs or self.warmup_iters)
             and self.warmup_start != 0,
         }
         for key, is_ignored in ignored.items():
             if is_ignored:
-                raise ValueError(f"solver.{key} has no use here: it is not of this schedule")
+                raise ValueError(f"solver.{key} has no use here: {USES[key]}")
         return self
 
 
@@ -188,21 +199,33 @@ class PeriodicConfig(Section):
         return self
 
 
-class ClassificationEvaluation(PeriodicConfig):
-    """`report: best` reports the checkpoint that is best on data.val by `metric`.
-
-    `flip` averages the logits of an image and of its mirror image.
-    """
+class SelectingEvaluation(PeriodicConfig):
+    """`report: best` reports the checkpoint that is best on data.val by `metric`; `patience` ends
+    the training after so many evaluations on data.val without a better one."""
 
     report: Literal["last", "best"] = "last"
+    patience: Count | None = None
+
+    @model_validator(mode="after")
+    def _patience_has_evaluations(self) -> "SelectingEvaluation":
+        if self.patience is not None and not (self.every_epochs or self.every_iters):
+            raise ValueError(
+                "patience counts evaluations, and there are none before the end: set "
+                "evaluation.every_epochs or every_iters"
+            )
+        return self
+
+
+class ClassificationEvaluation(SelectingEvaluation):
+    """`flip` averages the logits of an image and of its mirror image."""
+
     metric: Literal["top1", "top5", "mean_per_class"] = "top1"
     flip: bool = False
 
 
-class DetectionEvaluation(PeriodicConfig):
+class DetectionEvaluation(SelectingEvaluation):
     """`protocol`: an entry of evaluation.EVALUATORS; `flip` adds what mirror images show."""
 
-    report: Literal["last", "best"] = "last"
     metric: Literal["ap50", "ap75", "ap"] = "ap50"
     protocol: str = "voc2007_devkit"
     flip: bool = False

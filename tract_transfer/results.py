@@ -64,6 +64,11 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
         lines["selection"] = f"best {config.evaluation.metric} on val"
     else:
         lines["selection"] = "none: the last checkpoint is reported"
+    if config.evaluation.patience is not None:
+        lines["early stopping"] = (
+            f"after {config.evaluation.patience} evaluations on val without a better "
+            f"{config.evaluation.metric}"
+        )
     if config.solver.ema_decay:
         lines["average"] = f"exponential moving average, decay {config.solver.ema_decay}"
     if config.task == "detection":

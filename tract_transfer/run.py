@@ -177,6 +177,7 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
         "iterations": trainer.iteration,
         "reported_iteration": reported,
         "epochs": epochs,
+        "early_stop": _early_stop(trainer),
         "train_seconds": trainer.seconds,
         "images_per_second": trainer.seen_images / max(trainer.seconds, 1e-9),
         "protocol": protocol(config, data, details),
@@ -199,6 +200,18 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
     return results
 
 
+def _early_stop(trainer: Trainer) -> dict[str, float] | None:
+    """Where patience ended the training, and the best it had seen on val; None where it did not."""
+    if not trainer.stopped_early or trainer.best is None:
+        return None
+    best = trainer.best
+    return {
+        "iteration": trainer.iteration,
+        "best_iteration": best["iteration"],
+        "best_value": best["value"],
+    }
+
+
 def _hooks(
     config: TrainedTask,
     data: Data,
@@ -210,6 +223,7 @@ def _hooks(
     length = in_iterations(config, data.train)
     watched = "val" if data.val is not None else data.report[0]
     selects = config.evaluation.report == "best"
+    patient = config.evaluation.patience is not None
     return [
         LogProgress(
             metrics_file,
@@ -229,6 +243,7 @@ def _hooks(
             metrics=metrics_file,
             iters_per_epoch=length.iters_per_epoch,
             checkpointer=checkpointer if selects else None,
+            selects=patient,
         ),
     ]
 

@@ -133,8 +133,9 @@ class PeriodicEvaluation(Hook):
         evaluate: returns the metrics of the model as it stands.
         at_end: evaluate after the last iteration too.
         split: "val" or "test".
-        metric: the key of the metrics that selects the best checkpoint.
-        checkpointer: where the best is marked; None where nothing is selected.
+        metric: the key of the metrics that `trainer.best` is the best of.
+        checkpointer: where the best is marked; None where no checkpoint is selected.
+        selects: keep `trainer.best` without a checkpointer too: patience counts from it.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class PeriodicEvaluation(Hook):
         metrics: MetricsFile,
         iters_per_epoch: int,
         checkpointer: Checkpointer | None = None,
+        selects: bool = False,
     ) -> None:
         self.evaluate = evaluate
         self.every_iters = every_iters
@@ -157,6 +159,7 @@ class PeriodicEvaluation(Hook):
         self.metrics = metrics
         self.iters_per_epoch = iters_per_epoch
         self.checkpointer = checkpointer
+        self.selects = selects or checkpointer is not None
 
     def before_train(self, trainer: Trainer) -> None:
         if trainer.iteration:  # the run may have ended between a checkpoint and its evaluation
@@ -170,17 +173,18 @@ class PeriodicEvaluation(Hook):
         started = time.perf_counter()
         values = self.evaluate()
         trainer.leave_out(time.perf_counter() - started)
-        if not trainer.accelerator.is_main_process:
+        if trainer.accelerator.is_main_process:
+            epoch = trainer.iteration / self.iters_per_epoch
+            self.metrics.write(trainer.iteration, epoch, self.split, values)
+            logger.info("iter %d  %s %s", trainer.iteration, self.split, format_metrics(values))
+        if not self.selects:
             return
-        epoch = trainer.iteration / self.iters_per_epoch
-        self.metrics.write(trainer.iteration, epoch, self.split, values)
-        logger.info("iter %d  %s %s", trainer.iteration, self.split, format_metrics(values))
-        if self.checkpointer is None:
-            return
+        # Every process has the metrics, and has to end the training at the same iteration.
         value = values[self.metric]
         if trainer.best is None or value > trainer.best["value"]:
             trainer.best = {"iteration": trainer.iteration, "value": value}
-            self.checkpointer.mark_best(trainer.iteration, value)
+            if self.checkpointer is not None and trainer.accelerator.is_main_process:
+                self.checkpointer.mark_best(trainer.iteration, value)
 
 
 def format_metrics(values: Mapping[str, Any]) -> str:

@@ -40,7 +40,7 @@ class Ema(Protocol):
 
     module: nn.Module
 
-    def update(self, model: nn.Module) -> None: ...
+    def update(self, model: nn.Module, step: int) -> None: ...
 
 
 class Mix(Protocol):
@@ -86,6 +86,9 @@ class Trainer:
         model: `model(images, targets) -> dict[str, scalar loss]`, wrapped by the accelerator.
         batches: given the first iteration, yields this process's micro-batches from there on.
         tract: its `step()` comes after the last backward and before clipping.
+        ema: updated after every step with the number of steps done.
+        patience_iters: training ends where an evaluation comes so many iterations after `best`, or
+            more; None never.
         mix: called with each micro-batch on its device; a function of the iteration alone.
         precision: the forward's type; None is float32 throughout.
         grad_clip: the largest norm of the whole gradient, or None.
@@ -107,6 +110,7 @@ class Trainer:
     accumulate: int = 1
     ema: Ema | None = None
     mix: Mix = as_it_is
+    patience_iters: int | None = None
     hooks: Sequence[Hook] = ()
 
     def __post_init__(self) -> None:
@@ -131,6 +135,18 @@ class Trainer:
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         return model
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all iterations are done, or it `stopped_early`."""
+        return self.iteration >= self.max_iters or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether `patience_iters` went by without a better `best`, before the last iteration."""
+        if self.patience_iters is None or self.best is None or self.iteration == self.max_iters:
+            return False
+        return self.iteration - self.best["iteration"] >= self.patience_iters
+
     def autocast(self) -> torch.autocast:
         """Return the context every forward runs in."""
         return torch.autocast(
@@ -138,13 +154,13 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Run from `iteration` to `max_iters`, or to the end of a step with `stop_requested`."""
+        """Run until it `is_over`, or to the end of a step with `stop_requested`."""
         self.model.train()
         for hook in self.hooks:
             hook.before_train(self)
         batches = self.batches(self.iteration)
         self.meter.started = self._last = time.perf_counter()
-        while self.iteration < self.max_iters and self.stop_signal is None:
+        while not self.is_over and self.stop_signal is None:
             self.step(batches)
             self.iteration += 1
             now = time.perf_counter()
@@ -182,7 +198,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update(self.accelerator.unwrap_model(self.model))
+            self.ema.update(self.accelerator.unwrap_model(self.model), self.iteration + 1)
         self.meter.steps += 1
 
     def leave_out(self, seconds: float) -> None:
