@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tract_transfer import build
 from tract_transfer.build import build_accelerator, build_trainer
 from tract_transfer.build_data import build_data
 from tract_transfer.config_file import ConfigError
@@ -152,3 +153,17 @@ def test_a_config_names_the_first_layer_s_own(tmp_path, load_tiny):
     wrong = load_tiny(tmp_path, words[0], "solver.first_layer={optimizer: sdg, lr: 0.08}")
     with pytest.raises(ConfigError, match=r"solver.first_layer.*Did you mean 'sgd'"):
         build_trainer(wrong, build_data(wrong), build_accelerator(wrong))
+
+
+def test_a_frozen_first_layer_has_no_optimizer_of_its_own(tmp_path, load_tiny, monkeypatch):
+    config = load_tiny(tmp_path, "solver.first_layer={optimizer: sgd, lr: 0.08}")
+    plain = build.build_model
+
+    def frozen(*arguments):
+        model = plain(*arguments)
+        model.backbone.model.conv1.requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(build, "build_model", frozen)
+    with pytest.raises(ConfigError, match=r"solver.first_layer: .*conv1'\] are frozen.*null"):
+        build_trainer(config, build_data(config), build_accelerator(config))

@@ -87,7 +87,7 @@ def test_set_progress_scales_every_group_by_its_own_base():
         ({"schedule": "multistep", "steps_iters": [5, 5]}, "must ascend"),
         ({"schedule": "multistep", "steps_iters": [10]}, "run's end 10"),
         ({"schedule": "multistep", "steps_iters": [3], "warmup_iters": 3}, "warm-up's end 3"),
-        ({"schedule": "linear"}, "no 'linear'. Known: cosine, multistep, constant"),
+        ({"schedule": "linear"}, "no 'linear'. Known: cosine, cosine_epochs, multistep, constant"),
     ],
 )
 def test_a_schedule_outside_the_run_is_refused(arguments, says):

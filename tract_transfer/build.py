@@ -112,7 +112,8 @@ def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
         **solver.model_dump(
             include={
                 "optimizer", "lr", "weight_decay", "momentum", "nesterov", "decay_all",
-                "bias_lr_factor", "bias_weight_decay", "optimizer_args",
+                "bias_lr_factor", "bias_weight_decay", "layer_decay",
+                "optimizer_args",
             }
         ),
     )  # fmt: skip
@@ -126,6 +127,9 @@ def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
         raise config.error("solver.first_layer", message) from error
     of_first = {parameter for name in names for parameter in model.get_submodule(name).parameters()}
     keep_parameters(first, of_first)
+    if not first.param_groups:
+        message = f"{names} are frozen, and have nothing to step. Set it to null."
+        raise config.error("solver.first_layer", message)
     keep_parameters(rest, [each for each in model.parameters() if each not in of_first])
     return JoinedOptimizer([first, rest])
 
@@ -170,6 +174,7 @@ def build_trainer(
             max_iters=length.max_iters,
             warmup_iters=length.warmup_iters,
             steps_iters=length.steps_iters,
+            iters_per_epoch=length.iters_per_epoch,
             **solver.model_dump(include={"schedule", "warmup_start", "step_factor", "end_factor"}),
         )
         batches = build_train_batches(

@@ -125,7 +125,7 @@ class FirstLayerConfig(Section):
 
 # What an option of the solver is for, said where it would be ignored.
 USES = {
-    "end_factor": "it is of schedule: cosine",
+    "end_factor": "it is of schedule: cosine or cosine_epochs",
     "step_factor": "it is of schedule: multistep",
     "warmup_start": "it is of a warm-up, and there is none",
     "ema_warmup": "it is of the average that ema_decay asks for",
@@ -143,10 +143,11 @@ class SolverConfig(Section):
     decay_all: bool = True
     bias_lr_factor: Positive = 1.0
     bias_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     optimizer_args: dict[str, Any] = {}
     max_epochs: Positive | None = None
     max_iters: Count | None = None
-    schedule: Literal["cosine", "multistep", "constant"] = "cosine"
+    schedule: Literal["cosine", "cosine_epochs", "multistep", "constant"] = "cosine"
     end_factor: Fraction = 0.0
     warmup_epochs: Annotated[float, Field(ge=0)] | None = None
     warmup_iters: Annotated[int, Field(ge=0)] | None = None
@@ -171,7 +172,7 @@ class SolverConfig(Section):
                 "solver.schedule: multistep and solver.steps_epochs (or steps_iters) go together"
             )
         ignored = {
-            "end_factor": self.schedule != "cosine" and self.end_factor != 0,
+            "end_factor": "cosine" not in self.schedule and self.end_factor != 0,
             "step_factor": self.schedule != "multistep" and self.step_factor != 0.1,
             "ema_warmup": self.ema_decay is None and self.ema_warmup,
             "warmup_start": not (self.warmup_epochs or self.warmup_iters)

@@ -1,7 +1,7 @@
 """The optimizer and how its learning rate goes with progress."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from fvcore.common.param_scheduler import (
@@ -12,11 +12,22 @@ from fvcore.common.param_scheduler import (
     MultiStepParamScheduler,
     ParamScheduler,
 )
-from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_info,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import nn
 from torch.optim import Optimizer
 
 from tract_transfer.registry import did_you_mean
+
+# What timm's factory takes beside an optimizer's own arguments.
+_FALLBACK = ("fallback_list", "fallback_no_weight_decay")
+_SCHEDULES = ("cosine", "cosine_epochs", "multistep", "constant")
+_LAYER_DECAY = ("layer_decay_min_scale", "layer_decay_no_opt_scale")
 
 
 def build_optimizer(
@@ -30,6 +41,7 @@ def build_optimizer(
     decay_all: bool = True,
     bias_lr_factor: float = 1.0,
     bias_weight_decay: float | None = None,
+    layer_decay: float | None = None,
     optimizer_args: dict[str, Any] | None = None,
 ) -> Optimizer:
     """Build any of timm's optimizers over the trainable parameters of `model`.
@@ -38,14 +50,18 @@ def build_optimizer(
 
     Args:
         momentum: None takes 0.9 where the optimizer has one.
-        decay_all: decay biases and normalisation layers too; False leaves them out.
+        decay_all: decay biases and normalisation layers too; False leaves them out, and what the
+            model's `no_weight_decay()` names, as timm's recipes do (position embeddings).
         bias_lr_factor: of the parameters called bias, over `lr` (Caffe's recipes: 2).
         bias_weight_decay: of the same, in place of `weight_decay` (Caffe's recipes: 0).
+        layer_decay: the learning rate of each layer over that of the next (BEiT, and timm's
+            layers); the head's is `lr`. The model tells its layers by `group_matcher()`.
         optimizer_args: further arguments of the optimizer's constructor, such as betas and eps.
+            `fallback_list` names parameters, by patterns, that muon leaves to AdamW.
 
     Raises:
-        ValueError: unknown optimizer, or one that does not take momentum or an argument; or
-            `bias_weight_decay` where biases are not decayed anyway.
+        ValueError: unknown optimizer, or one that does not take momentum or an argument; options
+            of biases beside others that group parameters; or a model that tells no layers.
     """
     known = list_optimizers()
     if optimizer not in known:
@@ -53,21 +69,28 @@ def build_optimizer(
     if nesterov and optimizer != "sgd":
         raise ValueError(f"solver.nesterov is for sgd; {optimizer} does not take it.")
     arguments = dict(optimizer_args or {})
+    if grouping := arguments.keys() & {"layer_decay", "param_group_fn", *_LAYER_DECAY}:
+        raise ValueError(
+            f"solver.optimizer_args: {sorted(grouping)} are not {optimizer}'s own. Set "
+            "solver.layer_decay."
+        )
     if momentum is not None:
         if not get_optimizer_info(optimizer).has_momentum:
             raise ValueError(
                 f"solver.momentum is not {optimizer}'s. Set solver.optimizer_args.betas instead."
             )
         arguments["momentum"] = momentum
-    trained: Any = model
+    fallback = {key: arguments.pop(key) for key in _FALLBACK if key in arguments}
     if bias_lr_factor != 1 or bias_weight_decay is not None:
-        if not decay_all:
+        if not decay_all or layer_decay is not None or fallback:
             raise ValueError(
-                "solver.bias_lr_factor and bias_weight_decay need solver.decay_all: true, and say "
-                "themselves what a bias decays by."
+                "solver.bias_lr_factor and bias_weight_decay need solver.decay_all: true and no "
+                "layer_decay or fallback_list, and say themselves what a bias decays by."
             )
         decay = weight_decay if bias_weight_decay is None else bias_weight_decay
         trained = _with_biases_apart(model, lr, weight_decay, lr * bias_lr_factor, decay)
+    else:
+        trained = _groups(model, weight_decay, decay_all, layer_decay, fallback)
     name = "momentum" if optimizer == "sgd" and not nesterov else optimizer  # timm's plain SGD
     try:
         with warnings.catch_warnings():
@@ -77,7 +100,6 @@ def build_optimizer(
                 opt=name,
                 lr=lr,
                 weight_decay=weight_decay,
-                filter_bias_and_bn=not decay_all,
                 **arguments,
             )
     except (TypeError, AssertionError) as error:  # timm asserts that a fused optimizer has a GPU
@@ -85,8 +107,37 @@ def build_optimizer(
             f"solver.optimizer {optimizer} with optimizer_args {optimizer_args}: {error}"
         ) from error
     for group in built.param_groups:
+        group["lr"] *= group.get("lr_scale", 1.0)
         group["base_lr"] = group["lr"]
     return built
+
+
+def _groups(
+    model: nn.Module,
+    weight_decay: float,
+    decay_all: bool,
+    layer_decay: float | None,
+    fallback: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Return timm's parameter groups: by decay, and with `layer_decay` by layer."""
+    spared: Collection[str] = () if decay_all else getattr(model, "no_weight_decay", set)()
+    settings = {
+        "weight_decay": weight_decay,
+        "weight_decay_exclude_1d": not decay_all,
+        "no_weight_decay_list": spared,
+        **fallback,
+    }
+    groups: list[dict[str, Any]]
+    if layer_decay is None:
+        groups = param_groups_weight_decay(model, **settings)
+    elif hasattr(model, "group_matcher"):
+        groups = param_groups_layer_decay(model, layer_decay=layer_decay, **settings)
+    else:
+        raise ValueError(
+            f"solver.layer_decay is for classifiers; {type(model).__name__} does not tell its "
+            "layers. Set it to null."
+        )
+    return groups
 
 
 def _with_biases_apart(
@@ -122,19 +173,27 @@ def build_schedule(
     steps_iters: Sequence[int] = (),
     step_factor: float = 0.1,
     end_factor: float = 0.0,
+    iters_per_epoch: int = 1,
 ) -> ParamScheduler:
     """Return a factor on the base learning rate as a function of progress in [0, 1).
 
     Args:
-        schedule: "cosine" (to `end_factor`), "multistep" (times `step_factor` at each of
-            `steps_iters`) or "constant".
+        schedule: "cosine" (to `end_factor`), "cosine_epochs" (the same, with its warm-up, held
+            through every epoch at its value at the beginning), "multistep" (times `step_factor`
+            at each of `steps_iters`) or "constant".
         warmup_iters: a linear rise from `warmup_start` to the schedule's own value, before it.
 
     Raises:
-        ValueError: an unknown schedule, or a warm-up or a step that lies outside the run.
+        ValueError: an unknown schedule, a warm-up or a step that lies outside the run, or a first
+            epoch of learning rate 0.
     """
-    if schedule not in ("cosine", "multistep", "constant"):
-        raise ValueError(f"solver.schedule: no {schedule!r}. Known: cosine, multistep, constant.")
+    if schedule not in _SCHEDULES:
+        raise ValueError(f"solver.schedule: no {schedule!r}. Known: {', '.join(_SCHEDULES)}.")
+    if schedule == "cosine_epochs" and warmup_iters and not warmup_start:
+        raise ValueError(
+            "solver.warmup_start must be above 0 with schedule: cosine_epochs, which holds it "
+            "through the whole first epoch. Set it, such as 0.001."
+        )
     if not 0 <= warmup_iters < max_iters:
         raise ValueError(
             f"solver: the warm-up of {warmup_iters} iterations outlasts {max_iters}. Shorten "
@@ -154,15 +213,29 @@ def build_schedule(
             num_updates=max_iters - warmup_iters,
             milestones=[step - warmup_iters for step in steps_iters],
         )
-    elif schedule == "cosine":
+    elif schedule in ("cosine", "cosine_epochs"):
         main = CosineParamScheduler(1.0, end_factor)
     else:
         main = ConstantParamScheduler(1.0)
-    if not warmup_iters:
-        return main
-    rest = 1 - warmup_iters / max_iters
-    return CompositeParamScheduler(
-        [LinearParamScheduler(warmup_start, 1.0), main],
-        lengths=[1 - rest, rest],  # fvcore wants them to add up to 1 exactly
-        interval_scaling=["rescaled", "rescaled"],
-    )
+    if warmup_iters:
+        rest = 1 - warmup_iters / max_iters
+        main = CompositeParamScheduler(
+            [LinearParamScheduler(warmup_start, 1.0), main],
+            lengths=[1 - rest, rest],  # fvcore wants them to add up to 1 exactly
+            interval_scaling=["rescaled", "rescaled"],
+        )
+    return _ByEpoch(main, max_iters, iters_per_epoch) if schedule == "cosine_epochs" else main
+
+
+class _ByEpoch(ParamScheduler):  # type: ignore[misc]
+    """A schedule that is held through every epoch at its value at the beginning."""
+
+    def __init__(self, schedule: ParamScheduler, max_iters: int, iters_per_epoch: int) -> None:
+        self._schedule = schedule
+        self._max_iters = max_iters
+        self._iters_per_epoch = iters_per_epoch
+
+    def __call__(self, where: float) -> float:
+        iteration = round(where * self._max_iters)
+        begin = iteration - iteration % self._iters_per_epoch
+        return float(self._schedule(begin / self._max_iters))

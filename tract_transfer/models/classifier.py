@@ -2,11 +2,16 @@
 
 # B images, H height and W width in pixels, K classes
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from tract_transfer.models.backbones import Backbone
+
+_TRUNK = "backbone.model."
 
 
 class Classifier(nn.Module):
@@ -58,6 +63,31 @@ class Classifier(nn.Module):
             return logits
         assert targets is not None
         return {"loss_cls": self._loss_of(logits, targets)}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of what timm's recipes do not decay, such as position embeddings."""
+        names: set[str] = getattr(self.backbone.model, "no_weight_decay", set)()
+        return {f"{_TRUNK}{name}" for name in names}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Return the function from a parameter's name to its layer, the head's being the last.
+
+        It is what timm's layer decay asks for.
+
+        Raises:
+            ValueError: the backbone tells no layers; timm's do.
+        """
+        if not hasattr(self.backbone.model, "group_matcher"):
+            raise ValueError(
+                "solver.layer_decay needs a backbone that tells its layers, as timm's do; "
+                f"{self.backbone.origin.get('name')} does not. Set it to null."
+            )
+        trunk = self.backbone.model
+        # Where timm's own classifier would be: in a ConvNeXt, with the norm before it.
+        head = f"{trunk.pretrained_cfg['classifier']}.weight"
+        named = ((name, name) for name in (*dict(trunk.named_parameters()), head))
+        layers = group_with_matcher(named, trunk.group_matcher(coarse=coarse), reverse=True)
+        return lambda name: int(layers.get(name.removeprefix(_TRUNK), layers[head]))
 
     def _loss_of(self, logits: Tensor, targets: Tensor) -> Tensor:
         if self.loss == "cross_entropy":
