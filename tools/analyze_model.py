@@ -27,7 +27,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--config-file", metavar="FILE", help="YAML, see configs/")
     which.add_argument("--backbone", metavar="NAME", help="such as timm/resnet50")
-    parser.add_argument("--stem", choices=["default", "cifar"], default="default")
+    stems = ["default", "cifar", "patch_norm", "dual_patch_norm", "whitened"]
+    parser.add_argument("--stem", choices=stems, default="default")
     parser.add_argument("--args", default="{}", metavar="JSON", help="arguments of --backbone")
     parser.add_argument(
         "--size-px", type=int, metavar="N", help="side of the images (default: the config's, 224)"

@@ -14,12 +14,21 @@ from tract_transfer.build_data import (
     build_epoch_order,
     build_mix,
     build_train_batches,
+    whitening_images,
 )
-from tract_transfer.build_model import TrainedTask, build_evaluator, build_model, with_place
+from tract_transfer.build_model import (
+    TrainedTask,
+    build_evaluator,
+    build_model,
+    needs_whitening,
+    with_place,
+)
 from tract_transfer.config import ClassificationConfig, Config, DetectionConfig
 from tract_transfer.config_file import ConfigError
 from tract_transfer.engine.trainer import Trainer, as_it_is
 from tract_transfer.joined_optimizer import JoinedOptimizer, keep_parameters
+from tract_transfer.models import Backbone
+from tract_transfer.models.stem import whiten
 from tract_transfer.solver import build_optimizer, build_schedule, set_progress
 from tract_transfer.tract import TrAct, find_first_layers
 
@@ -163,6 +172,10 @@ def build_trainer(
     solver, engine = config.solver, config.engine
     build_evaluator(config, data.class_names)  # raises now, and not after the training
     model = build_model(config, len(data.class_names))
+    if needs_whitening(config):
+        backbone = model.get_submodule("backbone")
+        assert isinstance(backbone, Backbone)
+        whiten(backbone, whitening_images(config, data.train))
     if engine.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     length = in_iterations(config, data.train)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tract_transfer.build_model import call_checked
@@ -33,7 +35,7 @@ from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.digits import DIGIT_NAMES, load_digits, write_digit_scenes
 from tract_transfer.data.findings import Findings
 from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
-from tract_transfer.data.loader import Batch, eval_loader, train_loader
+from tract_transfer.data.loader import Batch, SampledDataset, eval_loader, train_loader
 from tract_transfer.data.mixup import BatchMix
 from tract_transfer.data.voc import load_voc
 
@@ -219,6 +221,22 @@ def build_mix(config: TrainedConfig, num_classes: int, num_parts: int) -> BatchM
             f"{num_parts} parts are single ones. Set a larger data.batch_size.",
         )
     return BatchMix(num_classes, config.seed, **section.mixup.model_dump())
+
+
+def whitening_images(config: TrainedConfig, train: Dataset) -> Iterator[Tensor]:
+    """Yield batches of training images, transformed as in the evaluation: 5000 by the seed.
+
+    As many as airbench takes. Those that cannot be decoded are left out where they may be.
+    """
+    _, transform = build_transforms(cast(Config, config))
+    generator = torch.Generator().manual_seed(config.seed)
+    indices = torch.randperm(len(train), generator=generator)[:5000]
+    images = SampledDataset(train, transform, 0, cast(Any, config).data.undecodable)
+    for part in indices.split(100):
+        found = [images[index].image for index in part.tolist()]
+        decoded = [image for image in found if image is not None]
+        if decoded:
+            yield torch.stack(decoded)
 
 
 def build_train_batches(

@@ -23,6 +23,7 @@ from tract_transfer.engine.evaluate import Evaluator
 from tract_transfer.engine.trainer import seed_all
 from tract_transfer.evaluation import EVALUATORS, ClassificationEvaluator
 from tract_transfer.models import DETECTORS, HEADS, Backbone, Classifier, build_backbone
+from tract_transfer.models.drop_path import set_drop_path
 from tract_transfer.models.flip import FlipClassifier, FlipDetector
 from tract_transfer.models.freeze import freeze_stages, set_norm
 from tract_transfer.models.options import BoxOptions
@@ -62,6 +63,17 @@ def build_features(config: Config) -> Backbone:
         except (FileNotFoundError, ValueError) as error:
             raise config.error("model.weights", str(error)) from error
     backbone.set_colours(wanted.mean, wanted.std)
+    if wanted.drop_path is not None:
+        try:
+            set_drop_path(backbone.model, wanted.drop_path.rate, wanted.drop_path.mode)
+        except ValueError as error:
+            raise with_place(config, str(error)) from error
+    if needs_whitening(config) and not isinstance(config, ClassificationConfig):
+        raise config.error(
+            "model.backbone.stem",
+            "whitened is made from the images of a classification's training. Set model.weights "
+            "to its run folder, or another stem.",
+        )
     if not isinstance(config, DetectionConfig):
         size_px, fixed_px = config.data.transforms.size_px, backbone.image_size_px
         if fixed_px not in (None, size_px):
@@ -71,6 +83,12 @@ def build_features(config: Config) -> Backbone:
                 "its own image size in model.backbone.args (timm: img_size).",
             )
     return backbone
+
+
+def needs_whitening(config: Config) -> bool:
+    """Whether the stem's filters are to be made from training images: no weights bring them."""
+    model: FeatureModelConfig = config.model
+    return model.backbone.stem == "whitened" and model.weights in (None, "pretrained")
 
 
 def _check_card(card: Mapping[str, Any], wanted: BackboneConfig) -> None:

@@ -94,6 +94,12 @@ class ProbeConfig(BaseConfig):
     evaluation: ProbeEvaluation = ProbeEvaluation()
     engine: DeviceConfig = DeviceConfig()
 
+    @model_validator(mode="after")
+    def _nothing_is_dropped(self) -> "ProbeConfig":
+        if self.model.backbone.drop_path is not None:
+            raise ValueError("model.backbone.drop_path has no use here: a probe trains no backbone")
+        return self
+
 
 Config = ClassificationConfig | DetectionConfig | ProbeConfig
 TASKS: Mapping[str, type[Config]] = {

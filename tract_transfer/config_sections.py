@@ -11,6 +11,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Colour = Annotated[list[Positive], Field(min_length=3, max_length=3)]
+DarkColour = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
 
 
 class Section(BaseModel):
@@ -24,14 +25,31 @@ class Section(BaseModel):
 # ------------------------------------------------------------------------------------- model
 
 
+class DropPathConfig(Section):
+    """Stochastic depth: `rate` for every block, or from 0 for the first to `rate` for the last."""
+
+    rate: Annotated[float, Field(gt=0, lt=1)]
+    mode: Literal["constant", "linear"]
+
+
 class BackboneConfig(Section):
-    """`name: null` takes the backbone that `model.weights` describes."""
+    """`name: null` takes the backbone that `model.weights` describes.
+
+    `mean: [0, 0, 0]` with `std` of 1 leaves images in [0, 1], and with `std` of 1/255 in [0, 255].
+    """
 
     name: str | None = None
-    stem: Literal["default", "cifar"] = "default"
+    stem: Literal["default", "cifar", "patch_norm", "dual_patch_norm", "whitened"] = "default"
     args: dict[str, Any] = {}
-    mean: Colour | None = None
+    mean: DarkColour | None = None
     std: Colour | None = None
+    drop_path: DropPathConfig | None = None
+
+    @model_validator(mode="after")
+    def _depth_is_told_once(self) -> "BackboneConfig":
+        if self.drop_path is not None and "drop_path_rate" in self.args:
+            raise ValueError("give one of model.backbone.drop_path and args.drop_path_rate")
+        return self
 
 
 class ComponentConfig(Section):

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from tract_transfer.models.stem import replace_stem
+from tract_transfer.models.stem import change_stem, replace_stem
 from tract_transfer.registry import Registry, did_you_mean
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -175,7 +175,9 @@ def build_backbone(
 
     Args:
         stem: "default", or "cifar" to put a 3x3 convolution of stride 1 in place of a
-            convolution stem, and leave its max-pool out.
+            convolution stem, and leave its max-pool out; "patch_norm" or "dual_patch_norm" for
+            LayerNorms around a patch embedding; "whitened" for a frozen 2x2 convolution, whose
+            filters `stem.whiten` sets, before the first one.
         args: arguments of the model's own constructor.
         pretrained: load the source's pre-trained weights (from its hub).
 
@@ -197,9 +199,8 @@ def build_backbone(
         raise ValueError(
             f"{name} cannot be built with model.backbone.args {args}: {error}"
         ) from error
-    if stem == "cifar":
-        replace_stem(backbone)
     assert isinstance(backbone, Backbone)
+    change_stem(backbone, stem)
     backbone.origin = {"name": name, "stem": stem, "args": args or {}}
     return backbone
 
