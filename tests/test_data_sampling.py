@@ -185,12 +185,31 @@ def test_a_repeated_image_is_in_its_batch_so_often_and_nowhere_else(count, batch
             assert by_image == {(sample.index, copy) for sample in batch for copy in range(3)}
 
 
-def test_neighbours_and_processes_have_other_images():
-    order = EpochOrder(60, 12, 1, repeats=3)
+@pytest.mark.parametrize(("count", "batch_size"), [(30, 7), (41, 10), (100, 16)])
+def test_a_batch_that_is_no_multiple_shares_its_ends_with_its_neighbours(count, batch_size):
+    order = EpochOrder(count, batch_size, 1, repeats=3)
+    samples = epoch(order, 0)
+    assert len(set(samples)) == len(samples) == count // batch_size * batch_size
+    counts = Counter(sample.index for sample in samples)
+    assert sorted(counts.values())[1:] == [3] * (len(counts) - 1)  # the epoch ends in one of them
+    whole = [
+        sum(n == 3 for n in Counter(sample.index for sample in batch).values())
+        for batch in order.batches(0)
+    ]
+    assert min(whole) >= (batch_size - 4) // 3
+
+
+@pytest.mark.parametrize("batch_size", [6, 7, 12, 20])
+def test_neighbours_and_processes_have_other_images(batch_size):
+    order = EpochOrder(60, batch_size, 1, repeats=3)
     for batch in order.batches(0):
         indices = [sample.index for sample in batch]
-        assert all(a != b for a, b in zip(indices, indices[1:] + indices[:1], strict=True))
-    parts = [take(TrainBatchSampler(order, 0, rank, 3), 5) for rank in range(3)]
+        same = sum(a == b for a, b in zip(indices, indices[1:] + indices[:1], strict=True))
+        assert same <= (batch_size % 3 > 0)  # the first and the last, of a batch cut within copies
+    parts = [
+        take(TrainBatchSampler(EpochOrder(60, 12, 1, repeats=3), 0, rank, 3), 5)
+        for rank in range(3)
+    ]
     for micro in (batch for part in parts for batch in part):
         assert len({sample.index for sample in micro}) == len(micro)
 
@@ -199,6 +218,8 @@ def test_one_repeat_changes_nothing():
     assert EpochOrder(30, 5, 1, repeats=1).batches(2) == EpochOrder(30, 5, 1).batches(2)
 
 
-def test_a_batch_is_a_multiple_of_the_repeats():
-    with pytest.raises(ValueError, match=r"multiple of data.repeats = 3, got 5. .*batch_size to 3"):
+def test_a_batch_of_one_repeated_image_is_refused():
+    with pytest.raises(
+        ValueError, match=r"batch_size must be 6 or more with data.repeats = 3, got"
+    ):
         EpochOrder(30, 5, 0, repeats=3)

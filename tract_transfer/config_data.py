@@ -188,8 +188,11 @@ class MixupConfig(Section):
 
 
 class ClassificationData(LoadingConfig):
-    """`val` is for selection, `test` for the report. `repeats` is how often an image is in a batch,
-    each time augmented anew; an epoch then shows as many fewer images."""
+    """`val` is for selection, `test` for the report.
+
+    `repeats` is how often an image comes in a batch, each time augmented anew; an epoch shows as
+    many images as without, and so fewer different ones.
+    """
 
     train: ImageSource
     val: ValSource | None = None

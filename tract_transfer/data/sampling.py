@@ -74,15 +74,17 @@ class EpochOrder:
             often as makes the factor its mean. The length of an epoch is round(sum of factors),
             with groups of each group: to hold it, the factors are scaled by less than half an
             image in all.
-        repeats: how often an image is in its batch, each time as another copy (repeated
-            augmentation: Hoffer et al. 2020). As in DeiT, an epoch still shows as many images: the
-            first N / repeats of its permutation, all their copies, and none of the rest. Without
-            groups and factors. A batch holds its first copies, then its second ones and so on, so
-            that processes and micro-batches, and mixup, which mixes neighbours, meet different
+        repeats: how often an image comes, each time as another copy (repeated augmentation:
+            Hoffer et al. 2020), without groups and factors. As in DeiT, every image of the
+            permutation comes so often in a row, batches are cut from that, and an epoch still
+            shows as many images: all copies of the first N / repeats, and none of the rest. So a
+            batch holds all copies of its images, but for its first and last one where it is no
+            multiple of `repeats`. In it all first copies come before all second ones and so on,
+            so that processes, micro-batches and neighbours, which mixup mixes, have different
             images.
 
     Raises:
-        ValueError: the batch is larger than the data, or no multiple of `repeats`.
+        ValueError: the batch is larger than the data, or holds the copies of one image alone.
     """
 
     def __init__(
@@ -114,11 +116,10 @@ class EpochOrder:
                     f"are {_GROUPS[group]}: fewer than data.batch_size {batch_size}, they would "
                     "never be seen. Set data.group_by_aspect: false, or smaller batches."
                 )
-        if batch_size % repeats:
-            nearest = max(batch_size // repeats, 1) * repeats
+        if repeats > 1 and batch_size < 2 * repeats:
             raise ValueError(
-                f"data.batch_size must be a multiple of data.repeats = {repeats}, got "
-                f"{batch_size}. Set data.batch_size to {nearest}, or another data.repeats."
+                f"data.batch_size must be {2 * repeats} or more with data.repeats = {repeats}, got "
+                f"{batch_size}: a batch would hold one image alone. Set either."
             )
         self.batch_size = batch_size
         self.iters_per_epoch = sum(length // batch_size for length in self._lengths)
@@ -172,11 +173,11 @@ class EpochOrder:
         return repeated, copies
 
     def _copied(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Return an epoch's images, each `repeats` times in its batch, and which copy each is."""
-        shape = (self.iters_per_epoch, self._repeats, self.batch_size // self._repeats)
-        shown = order[: shape[0] * shape[2]].view(shape[0], 1, shape[2]).expand(shape)
-        copies = torch.arange(self._repeats).view(1, -1, 1).expand(shape)
-        return shown.flatten(), copies.flatten()
+        """Return an epoch's images, each `repeats` times, and which copy each is."""
+        places = torch.arange(self.iters_per_epoch * self.batch_size).view(-1, self.batch_size)
+        by_copy = (places % self._repeats).argsort(dim=1, stable=True)
+        places = places.gather(1, by_copy).flatten()
+        return order[places // self._repeats], places % self._repeats
 
     def _grouped(self, order: Tensor, generator: torch.Generator) -> Tensor:
         """Return positions in `order`, each batch of them of one group."""
