@@ -1,0 +1,26 @@
+"""The recipes in docs/training.md load, and each option it names is one."""
+
+import re
+from pathlib import Path
+
+from tract_transfer.config import ClassificationConfig, known_keys, load_config
+
+PAGE = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
+
+
+def test_the_recipe_loads(tmp_path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(block)
+    config = load_config(path)
+    assert config.solver.end_factor * config.solver.lr == 1e-5
+    assert config.solver.warmup_start * config.solver.lr == 1e-6
+    assert config.data.repeats == 3
+
+
+def test_every_option_of_the_transforms_is_told():
+    keys = [key for key in known_keys(ClassificationConfig) if key.startswith("data.transforms.")]
+    told = PAGE.partition("## Images")[2].partition("## Batches")[0]
+    names = {key.rpartition(".")[2] for key in keys}
+    untold = {name for name in names if f"`{name}" not in told}
+    assert untold <= {"flip_prob", "crop_ratio"}  # which every recipe has
