@@ -168,3 +168,16 @@ def test_the_config_reaches_the_transform(tmp_path, load_tiny):
         "ColorJitter", "RandomErasing",
     ]  # fmt: skip
     assert len(evaluation.transforms) == 2
+
+
+def test_the_copies_of_an_image_in_a_batch_are_augmented_each_in_its_way():
+    dataset = load_digits("train", [0])
+    sampler = TrainBatchSampler(EpochOrder(len(dataset), 30, 3, repeats=3))
+    loader = train_loader(dataset, everything("three_augment"), sampler, seed=3, num_workers=0)
+    batch = next(iter(loader))
+    assert len(set(batch.indices)) == 10
+    copies = batch.images.view(3, 10, 3, 32, 32)
+    assert batch.indices[:10] == batch.indices[10:20] == batch.indices[20:]
+    for one, other in ((0, 1), (1, 2), (0, 2)):
+        differ = (copies[one] != copies[other]).flatten(1).any(dim=1)
+        assert differ.sum() >= 9

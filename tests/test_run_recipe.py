@@ -47,6 +47,8 @@ def test_a_killed_recipe_resumes_to_the_same_bits(
     whole = run(config("whole", 0))
     assert killed_at < whole["iterations"] < 40  # a schedule of 40, which patience ended
     assert whole["early_stop"]["iteration"] == whole["iterations"]
+    assert whole["protocol"]["stochastic depth"] == "rate 0.1, constant"
+    assert "'mixup_alpha': 0.8" in whole["protocol"]["mixing"]
     kill_at(killed_at)
     with pytest.raises(Killed):
         run(config("killed", num_workers))

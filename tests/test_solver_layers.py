@@ -127,8 +127,17 @@ def test_muon_leaves_to_adamw_what_the_fallback_list_names():
         ),
         (
             classifier,
-            {"bias_weight_decay": 0.0, "optimizer_args": {"fallback_list": ["x"]}},
+            {
+                "optimizer": "muon",
+                "bias_weight_decay": 0.0,
+                "optimizer_args": {"fallback_list": ["x"]},
+            },
             "no layer_decay or fallback_list",
+        ),
+        (
+            classifier,
+            {"optimizer_args": {"fallback_list": ["x"]}},
+            r"\['fallback_list'\] are for muon and its kin.*sgd steps all itself",
         ),
         (
             classifier,
@@ -139,7 +148,7 @@ def test_muon_leaves_to_adamw_what_the_fallback_list_names():
 )
 def test_groupings_that_do_not_fit_are_refused(make, arguments, says):
     with pytest.raises(ValueError, match=says):
-        build_optimizer(make(), optimizer="sgd", lr=0.1, **arguments)
+        build_optimizer(make(), **{"optimizer": "sgd", "lr": 0.1, **arguments})
 
 
 def test_torchvision_tells_no_layers(tmp_path, load_tiny):

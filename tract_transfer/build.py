@@ -27,7 +27,7 @@ from tract_transfer.config import ClassificationConfig, Config, DetectionConfig
 from tract_transfer.config_file import ConfigError
 from tract_transfer.engine.trainer import Trainer, as_it_is
 from tract_transfer.joined_optimizer import JoinedOptimizer, keep_parameters
-from tract_transfer.models import Backbone
+from tract_transfer.models import Classifier
 from tract_transfer.models.stem import whiten
 from tract_transfer.solver import build_optimizer, build_schedule, set_progress
 from tract_transfer.tract import TrAct, find_first_layers
@@ -172,10 +172,8 @@ def build_trainer(
     solver, engine = config.solver, config.engine
     build_evaluator(config, data.class_names)  # raises now, and not after the training
     model = build_model(config, len(data.class_names))
-    if needs_whitening(config):
-        backbone = model.get_submodule("backbone")
-        assert isinstance(backbone, Backbone)
-        whiten(backbone, whitening_images(config, data.train))
+    if isinstance(model, Classifier) and needs_whitening(config):
+        whiten(model.backbone, whitening_images(config, data.train))
     if engine.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     length = in_iterations(config, data.train)

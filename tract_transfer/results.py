@@ -60,6 +60,12 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
         f"{config.data.batch_size} images a step, gradient norm clipped at {engine.grad_clip}"
     )
     lines["model"] = str(config.model.model_dump(exclude={"backbone", "weights"}))
+    if config.task == "classification":
+        mixing = config.data.model_dump(include={"mixup", "repeats"})
+        if mixing != {"mixup": None, "repeats": 1}:
+            lines["mixing"] = str(mixing)
+    if (drop_path := config.model.backbone.drop_path) is not None:
+        lines["stochastic depth"] = f"rate {drop_path.rate}, {drop_path.mode}"
     if config.evaluation.report == "best":
         lines["selection"] = f"best {config.evaluation.metric} on val"
     else:

@@ -81,6 +81,11 @@ def build_optimizer(
             )
         arguments["momentum"] = momentum
     fallback = {key: arguments.pop(key) for key in _FALLBACK if key in arguments}
+    if fallback and "muon" not in optimizer:
+        raise ValueError(
+            f"solver.optimizer_args: {sorted(fallback)} are for muon and its kin, which leave "
+            f"parameters to AdamW; {optimizer} steps all itself. Leave them out."
+        )
     if bias_lr_factor != 1 or bias_weight_decay is not None:
         if not decay_all or layer_decay is not None or fallback:
             raise ValueError(
