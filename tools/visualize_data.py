@@ -47,8 +47,11 @@ def main() -> int:
     from tract_transfer.config import ConfigError, load_config
 
     try:
-        quick = ["data.num_workers=0", "data.cache=none"]
+        quick = ["data.num_workers=0"]
         config = load_config(arguments.config_file, [*arguments.overrides, *quick])
+        if config.data.cache == "ram":
+            quick.append("data.cache=none")
+            config = load_config(arguments.config_file, [*arguments.overrides, *quick])
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -194,6 +194,7 @@ def build_trainer(
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
+            device=accelerator.device,
         )
     except ConfigError:
         raise

@@ -14,6 +14,7 @@ from tract_transfer.build_model import call_checked
 from tract_transfer.config import Config, DetectionConfig, ProbeConfig, TrainedConfig
 from tract_transfer.config_data import (
     CarvedSource,
+    ClassificationData,
     CocoSource,
     DetectionTransformsConfig,
     DigitScenesSource,
@@ -37,9 +38,12 @@ from tract_transfer.data.findings import Findings
 from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
 from tract_transfer.data.loader import Batch, SampledDataset, eval_loader, train_loader
 from tract_transfer.data.mixup import BatchMix
+from tract_transfer.data.resident import ResidentImages, resident_batches
 from tract_transfer.data.voc import load_voc
 
 logger = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
 Dataset = ClassificationDataset | DetectionDataset
 
 
@@ -97,8 +101,8 @@ def build_data(config: Config) -> Data:
     if data.mended_boxes:
         first, count = data.mended_boxes[0], len(data.mended_boxes)
         logger.warning("%d invalid boxes are cut or left out, the first: %s", count, first)
-    if sections.cache == "ram":
-        for dataset in data.splits.values():
+    for dataset in data.splits.values():
+        if sections.cache == "ram" or (sections.cache == "device" and dataset is not train):
             dataset.cache_images()
     return data
 
@@ -240,9 +244,18 @@ def whitening_images(config: TrainedConfig, train: Dataset) -> Iterator[Tensor]:
 
 
 def build_train_batches(
-    config: TrainedConfig, train: Dataset, *, rank: int, world_size: int, pin_memory: bool
+    config: TrainedConfig,
+    train: Dataset,
+    *,
+    rank: int,
+    world_size: int,
+    pin_memory: bool,
+    device: torch.device = CPU,
 ) -> Callable[[int], Iterator[Batch]]:
     """Return what yields a process's micro-batches from a given iteration on.
+
+    Args:
+        device: where `data.cache: device` keeps the images; the loader's own are on the CPU.
 
     Raises:
         ValueError: the batch does not fit the data or divide among processes and micro-batches.
@@ -254,6 +267,10 @@ def build_train_batches(
     def sampler(start_iter: int) -> sampling.TrainBatchSampler:
         accumulate = config.engine.accumulate
         return sampling.TrainBatchSampler(order, start_iter, rank, world_size, accumulate)
+
+    sampler(0)  # raises before training does
+    if section.cache == "device":
+        return _build_resident_batches(section, train, sampler, config.seed, device)
 
     def batches(start_iter: int) -> Iterator[Batch]:
         return iter(
@@ -268,7 +285,35 @@ def build_train_batches(
             )
         )
 
-    sampler(0)  # raises before training does
+    return batches
+
+
+def _build_resident_batches(
+    section: ClassificationData,
+    train: Dataset,
+    sampler: Callable[[int], sampling.TrainBatchSampler],
+    seed: int,
+    device: torch.device,
+) -> Callable[[int], Iterator[Batch]]:
+    chosen = section.transforms
+    images = ResidentImages(
+        train,
+        chosen.size_px,
+        device,
+        interpolation=chosen.interpolation,
+        undecodable=section.undecodable,
+    )
+    pad_px = 4 if chosen.pad_px is None else chosen.pad_px
+
+    def batches(start_iter: int) -> Iterator[Batch]:
+        return resident_batches(
+            images,
+            sampler(start_iter),
+            seed=seed,
+            pad_px=pad_px if chosen.crop == "pad" else 0,
+            flip_prob=chosen.flip_prob,
+        )
+
     return batches
 
 

@@ -191,15 +191,35 @@ class ClassificationData(LoadingConfig):
     """`val` is for selection, `test` for the report.
 
     `repeats` is how often an image comes in a batch, each time augmented anew; an epoch shows as
-    many images as without, and so fewer different ones.
+    many images as without, and so fewer different ones. `cache: device` keeps the training images
+    on the device, and crops and flips whole batches there.
     """
 
+    cache: Literal["none", "ram", "device"] = "none"  # type: ignore[assignment]
     train: ImageSource
     val: ValSource | None = None
     test: ImageSource | None = None
     transforms: ClassificationTransformsConfig
     mixup: MixupConfig | None = None
     repeats: Count = 1
+
+    @model_validator(mode="after")
+    def _device_crops_and_flips(self) -> "ClassificationData":
+        chosen = self.transforms
+        others = {
+            "crop": chosen.crop not in ("pad", "none"),
+            "rotation_deg": chosen.rotation_deg != 0,
+            "augment": chosen.augment is not None,
+            "color_jitter": chosen.color_jitter != 0,
+            "erase_prob": chosen.erase_prob != 0,
+        }
+        found = [key for key, is_used in others.items() if is_used]
+        if self.cache == "device" and found:
+            raise ValueError(
+                f"cache: device knows crop: pad or none, and flip_prob, of data.transforms, and "
+                f"not its {', '.join(found)}. Set cache: ram"
+            )
+        return self
 
 
 class ProbeData(LoadingConfig):

@@ -48,7 +48,7 @@ def open_run_folder(folder: Path, config_yaml: str, *, resume: bool) -> None:
         changed = [
             f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not key.startswith(SAFE_ON_RESUME)
+            if old.get(key) != new.get(key) and not _may_differ(key, old.get(key), new.get(key))
         ]
         if changed:
             longer = any(line.startswith("solver.max_") for line in changed)
@@ -94,6 +94,12 @@ def environment(fingerprints: Mapping[str, str]) -> dict[str, Any]:
         "data": dict(fingerprints),
         "command": " ".join(sys.argv),
     }
+
+
+def _may_differ(key: str, old: Any, new: Any) -> bool:
+    if key == "data.cache" and "device" in (old, new):
+        return False  # it augments by other random numbers
+    return key.startswith(SAFE_ON_RESUME)
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:

@@ -1,0 +1,52 @@
+"""Training from images that stay on the device."""
+
+import pytest
+from run_folders import Killed, assert_same_run
+
+from tract_transfer.run import run
+
+RESIDENT = ("data.cache=device", "data.transforms.flip_prob=0.5", "engine.accumulate=2")
+
+
+@pytest.mark.parametrize("killed_at", [1, 3])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, load_tiny, kill_at, killed_at):
+    def config(name):
+        return load_tiny(
+            tmp_path, *RESIDENT, f"output_dir={tmp_path / name}", "engine.checkpoint.every_iters=1"
+        )
+
+    run(config("whole"))
+    kill_at(killed_at)
+    with pytest.raises(Killed):
+        run(config("killed"))
+    kill_at(None)
+    run(config("killed"), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_it_is_another_run_than_that_of_the_loader(tmp_path, load_tiny, kill_at):
+    """Its random numbers are others, so none goes on with the other's."""
+    kill_at(2)
+    words = (f"output_dir={tmp_path / 'run'}", "engine.checkpoint.every_iters=1")
+    with pytest.raises(Killed):
+        run(load_tiny(tmp_path, *RESIDENT, *words))
+    kill_at(None)
+    changed = load_tiny(tmp_path, *RESIDENT[1:], "data.cache=ram", *words)
+    with pytest.raises(ValueError, match="data.cache: 'device' then, 'ram' now"):
+        run(changed, resume=True)
+
+
+@pytest.mark.parametrize(
+    "word, named",
+    [
+        ("data.transforms.crop=random_resized", "crop"),
+        ("data.transforms.augment=trivial_augment", "augment"),
+        ("data.transforms.color_jitter=0.2", "color_jitter"),
+        ("data.transforms.rotation_deg=5", "rotation_deg"),
+        ("data.transforms.erase_prob=0.1", "erase_prob"),
+    ],
+)
+def test_what_is_not_done_in_batches_is_refused(tmp_path, load_tiny, word, named):
+    words = ("data.cache=device", "data.transforms.pad_px=null", word)
+    with pytest.raises(ValueError, match=f"cache: device knows crop: .* not its {named}. Set"):
+        load_tiny(tmp_path, *words)
