@@ -80,3 +80,12 @@ def test_it_needs_evaluations_on_data_of_their_own(tmp_path, load_tiny, words, s
     with pytest.raises(ConfigError) as error:
         load_tiny(tmp_path, *words)
     assert says in str(error.value)
+
+
+def test_a_detector_ends_early_too(tmp_path, load_tiny):
+    val = "{source: digit_scenes, split: test, num_train: 4, num_test: 4, size_px: 64, root: %s}"
+    config = load_tiny(
+        tmp_path, f"data.val={val % (tmp_path / 'val')}", "solver.lr=1e-30", "solver.max_iters=9",
+        "evaluation={every_iters: 1, patience: 2}", task="detection",
+    )  # fmt: skip
+    assert run(config)["early_stop"]["iteration"] == 3
