@@ -198,7 +198,8 @@ TABLE = {
     "wrong label column": (C, wrong_label_column, ValueError,
         ["data.train.label_column: no column 'labell'. Did you mean 'label'?"]),
     "label column of strings": (C, string_labels, ValueError,
-        ["data.train.label_column: 'label' must hold integers or a ClassLabel, not string",
+        ["data.train.label_column: 'label' must hold integers, booleans or a ClassLabel, not "
+         "string",
          "class_encode_column('label')"]),
     "unlabelled split": (C, unlabelled, ValueError,
         ["split train row 0: label -1 in column 'label'", "set data.train.split to another"]),

@@ -36,6 +36,8 @@ from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.digits import DIGIT_NAMES, load_digits, write_digit_scenes
 from tract_transfer.data.findings import Findings
 from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
+from tract_transfer.data.known_splits import size_checks
+from tract_transfer.data.labels import join_integer_classes
 from tract_transfer.data.loader import Batch, SampledDataset, eval_loader, train_loader
 from tract_transfer.data.mixup import BatchMix
 from tract_transfer.data.resident import ResidentImages, resident_batches
@@ -95,9 +97,13 @@ def build_data(config: Config) -> Data:
     if isinstance(config, DetectionConfig) and config.data.empty_images == "drop":
         train = train.with_objects()
     data = Data(train, val, test, findings.mended)
+    join_integer_classes(data.splits)
     check_disjoint(data.splits)
     for warning in check_same_classes(cast(Any, data.splits)):
         logger.warning(warning)
+    for name, check in size_checks(data.splits).items():
+        if check.differs:
+            logger.warning("data.%s: %s", name, check.text)
     if data.mended_boxes:
         first, count = data.mended_boxes[0], len(data.mended_boxes)
         logger.warning("%d invalid boxes are cut or left out, the first: %s", count, first)

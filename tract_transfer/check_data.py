@@ -9,6 +9,8 @@ from tract_transfer.config_data import CarvedSource
 from tract_transfer.data.check import Progress, check_images, statistics
 from tract_transfer.data.classification import check_same_classes
 from tract_transfer.data.findings import Findings
+from tract_transfer.data.known_splits import size_checks
+from tract_transfer.data.labels import join_integer_classes
 
 
 @dataclass
@@ -79,7 +81,10 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
 
 def _check_between(loaded: dict[str, Dataset], report: DataReport) -> None:
     """Add what the splits have wrong together."""
+    checks = size_checks(loaded)
+    report.warnings += [f"{n}: {check.text}" for n, check in checks.items() if check.differs]
     try:
+        join_integer_classes(loaded)
         report.warnings += check_same_classes(cast(Any, loaded))
     except ValueError as error:
         report.problems.append(str(error))

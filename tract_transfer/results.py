@@ -6,6 +6,7 @@ from typing import Any
 from tract_transfer.build_data import Data
 from tract_transfer.build_model import TrainedTask
 from tract_transfer.config import Config, ProbeConfig
+from tract_transfer.data.known_splits import size_checks
 from tract_transfer.models.weights import read_card
 
 TRAINED_DIFFICULT = {
@@ -48,6 +49,8 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
         "transforms": str(config.data.transforms.model_dump(exclude_none=True)),
         "precision": config.engine.precision,
     }
+    if sizes := dict.fromkeys(check.text for check in size_checks(data.splits).values()):
+        lines["official splits"] = "; ".join(sizes)
     if isinstance(config, ProbeConfig):
         lines["probe"] = "features of the frozen backbone in eval mode, test transforms throughout"
         if config.evaluation.logistic_regression:
@@ -103,8 +106,18 @@ def card(config: TrainedTask, data: Data, method: str, iterations: int) -> dict[
         "task": config.task,
         "seed": config.seed,
         "iterations": iterations,
-        "data": {"train": data.train.name, "classes": data.class_names},
+        "data": {
+            "train": data.train.name,
+            "classes": data.class_names,
+            "hub_ids": hub_ids(data),
+        },
     }
+
+
+def hub_ids(data: Data) -> dict[str, str]:
+    """Return the Hugging Face ids of the splits that came from the hub."""
+    ids = {split: dataset.origin.hub_id for split, dataset in data.splits.items()}
+    return {split: hub_id for split, hub_id in ids.items() if hub_id}
 
 
 def _sha256_of_weights(weights: str | None) -> str | None:

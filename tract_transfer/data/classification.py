@@ -1,7 +1,7 @@
 """Classification datasets: Hugging Face rows (memory-mapped) and arrays, behind one class."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
@@ -12,8 +12,11 @@ from tract_transfer.data.huggingface import (
     RowImages,
     find_image_column,
     find_label_column,
+    is_hub_id,
     open_rows,
 )
+from tract_transfer.data.known_splits import Origin, check_size
+from tract_transfer.data.labels import check_labels, is_integer, read_labels
 
 
 class ImageSource(Protocol):
@@ -43,8 +46,10 @@ class ClassificationDataset:
         labels: np.ndarray,
         source: ImageSource,
         rows: np.ndarray | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.name = name
+        self.origin = origin or Origin()
         self.class_names = list(class_names)
         self.labels = np.asarray(labels, dtype=np.int64)
         self._source = source
@@ -79,7 +84,12 @@ class ClassificationDataset:
         """Return the dataset of these images, in this order; all classes stay."""
         picked = np.asarray(indices, dtype=np.int64)
         chosen = ClassificationDataset(
-            name, self.class_names, self.labels[picked], self._source, self._rows[picked]
+            name,
+            self.class_names,
+            self.labels[picked],
+            self._source,
+            self._rows[picked],
+            self.origin,
         )
         if self._cache is not None:
             chosen._cache = [self._cache[index] for index in picked]
@@ -113,7 +123,8 @@ def load_huggingface(
         config_name: which of a hub dataset's configurations.
         revision: branch, tag or commit of a hub id.
         image_column, label_column: needed where the features `Image` and `ClassLabel` do not tell.
-            A named label column may hold integers: the classes are then called "0", "1", ...
+            A named label column may hold integers: the classes are then called "0", "1", ... up
+            to the largest (see `labels.join_integer_classes`); or booleans: "False", "True".
         key: the config section that error messages point to.
         findings: what becomes of rows with a wrong label; by default the first is raised.
 
@@ -125,46 +136,16 @@ def load_huggingface(
     image_column = find_image_column(rows, image_column, key)
     label_column = find_label_column(rows, label_column, key)
     title = f"{path} split {split}"
-    labels, class_names = _read_labels(rows, label_column, title, key)
-    kept = _check_labels(labels, class_names, label_column, title, key, findings or Findings())
+    labels, class_names = read_labels(rows, label_column, title, key)
+    kept = check_labels(labels, class_names, label_column, title, key, findings or Findings())
+    is_hub = is_hub_id(path)
+    origin = Origin(
+        path if is_hub else None,
+        check_size(path, rows.info.dataset_name, is_hub, split, len(rows)),
+        f"{key}.label_column" if is_integer(rows, label_column) else None,
+    )
     source = RowImages(rows, image_column, title)
-    return ClassificationDataset(path, class_names, labels[kept], source, kept)
-
-
-def _read_labels(rows: Any, column: str, title: str, key: str) -> tuple[np.ndarray, list[str]]:
-    import datasets
-
-    if len(rows) == 0:
-        raise ValueError(f"{title} has no rows. Set {key}.split to a split that has some.")
-    feature = rows.features[column]
-    table = rows.select_columns([column]).with_format("arrow")[:]
-    # null counts as unlabelled
-    labels = np.asarray(table[column].fill_null(-1), dtype=np.int64)
-    if isinstance(feature, datasets.ClassLabel):
-        class_names = list(feature.names)
-    else:
-        class_names = [str(label) for label in range(max(labels) + 1)]
-    return labels, class_names
-
-
-def _check_labels(
-    labels: np.ndarray,
-    class_names: list[str],
-    column: str,
-    title: str,
-    key: str,
-    findings: Findings,
-) -> np.ndarray:
-    """Return the rows whose label is one of the classes; what is found wrong are the others."""
-    is_wrong = (labels < 0) | (labels >= len(class_names))
-    for row in np.flatnonzero(is_wrong).tolist():
-        hint = " -1 marks an unlabelled split: set" if labels[row] == -1 else " Correct it, or set"
-        message = (
-            f"{title} row {row}: label {labels[row]} in column {column!r} must be in "
-            f"0..{len(class_names) - 1} ({is_wrong.sum()} such rows).{hint} {key}.split to another."
-        )
-        findings.wrong(ValueError(message))
-    return np.flatnonzero(~is_wrong)
+    return ClassificationDataset(path, class_names, labels[kept], source, kept, origin)
 
 
 class Labelled(Protocol):

@@ -13,6 +13,7 @@ from torch import Tensor
 from tract_transfer.data import images
 from tract_transfer.data.annotations import UNKNOWN_SIZE, Objects
 from tract_transfer.data.findings import Size
+from tract_transfer.data.known_splits import Origin
 
 
 class StoredImages(Protocol):
@@ -43,7 +44,8 @@ class ImageFiles:
 class DetectionDataset:
     """Images and their objects, which lie in flat arrays: see annotations.Objects.
 
-    `sizes` int64 (N, 2) holds (height, width). Images are decoded at each access.
+    `sizes` int64 (N, 2) holds (height, width). Images are decoded at each access. `origin`
+    tells where it comes from.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class DetectionDataset:
         self._source = source
         self._rows = np.arange(len(self.sizes)) if rows is None else rows
         self._cache: list[Tensor | None] | None = None
+        self.origin = Origin()
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -151,6 +154,7 @@ class DetectionDataset:
             self.objects.select(picked),
             self._rows[picked],
         )
+        chosen.origin = self.origin
         if self._cache is not None:
             chosen._cache = [self._cache[index] for index in picked]
         return chosen

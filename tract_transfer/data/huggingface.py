@@ -47,12 +47,17 @@ class RowImages:
         return f"{self._title} row {row}"
 
 
+def is_hub_id(path: str) -> bool:
+    """Whether a path is none on this machine: it neither looks local nor exists."""
+    return not (path.startswith((".", "/", "~")) or Path(path).exists())
+
+
 def open_rows(
     path: str, split: str, config_name: str | None, revision: str | None, key: str
 ) -> Any:
     """Return the `datasets.Dataset` of a split; see `classification.load_huggingface`."""
     folder = Path(path).expanduser()
-    if not (path.startswith((".", "/", "~")) or folder.exists()):
+    if is_hub_id(path):
         return _open_hub(path, split, config_name, revision, key)
     if not folder.exists():
         raise FileNotFoundError(f"{folder.absolute()} does not exist. Set {key}.path.")
@@ -204,9 +209,10 @@ def find_label_column(rows: Any, column: str | None, key: str) -> str:
     column = _find(rows, column, datasets.ClassLabel, f"{key}.label_column")
     feature = rows.features[column]
     dtype = str(getattr(feature, "dtype", feature))
-    if not isinstance(feature, datasets.ClassLabel) and not dtype.startswith(("int", "uint")):
+    if not isinstance(feature, datasets.ClassLabel) and not re.fullmatch(r"u?int\d+|bool", dtype):
         raise ValueError(
-            f"{key}.label_column: {column!r} must hold integers or a ClassLabel, not {dtype}. "
+            f"{key}.label_column: {column!r} must hold integers, booleans or a ClassLabel, not "
+            f"{dtype}. "
             f"Convert it with class_encode_column({column!r}) on all splits together, and "
             "save_to_disk."
         )

@@ -19,7 +19,8 @@ from tract_transfer.data.annotations import (
 )
 from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.findings import Box, Findings, Size
-from tract_transfer.data.huggingface import RowImages, find_image_column, open_rows
+from tract_transfer.data.huggingface import RowImages, find_image_column, is_hub_id, open_rows
+from tract_transfer.data.known_splits import Origin
 from tract_transfer.registry import did_you_mean
 
 BOX_FORMATS = ("xywh", "xyxy", "cxcywh")
@@ -110,9 +111,10 @@ def load_huggingface_boxes(
         kept.append(number)
         sizes.append(size)
         objects.append(list(reader.read(row[columns.objects], item, size, box_format, unit)))
-    return DetectionDataset(
-        path, names, source, sizes, flatten(objects), np.array(kept, dtype=np.int64)
-    )
+    picked = np.array(kept, dtype=np.int64)
+    dataset = DetectionDataset(path, names, source, sizes, flatten(objects), picked)
+    dataset.origin = Origin(path if is_hub_id(path) else None)
+    return dataset
 
 
 @dataclass

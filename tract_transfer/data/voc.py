@@ -16,6 +16,7 @@ from tract_transfer.data.annotations import (
 )
 from tract_transfer.data.detection import DetectionDataset, ImageFiles
 from tract_transfer.data.findings import Box, Findings, Size
+from tract_transfer.data.known_splits import Origin, check_voc_sets
 from tract_transfer.registry import did_you_mean
 
 VOC_CLASSES: tuple[str, ...] = (
@@ -76,9 +77,11 @@ def load_voc(
             files.append(str(image))
             sizes.append(size)
             objects.append(list(_read_objects(annotation, xml, size, label_of, key, findings)))
-    return DetectionDataset(
-        f"voc {'+'.join(sets)}", names, ImageFiles(files), sizes, flatten(objects)
-    )
+    name = f"voc {'+'.join(sets)}"
+    dataset = DetectionDataset(name, names, ImageFiles(files), sizes, flatten(objects))
+    if classes is None:
+        dataset.origin = Origin(size_check=check_voc_sets(sets, len(files)))
+    return dataset
 
 
 def _find_devkit(root: Path, year: str, key: str) -> Path:
