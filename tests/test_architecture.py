@@ -18,6 +18,7 @@ BRIDGE = {
     "build",
     "build_data",
     "build_model",
+    "build_weights",
     "check_data",
     "detectron2_plugin",
     "run",

@@ -24,7 +24,7 @@ def no_weights(folder):
 
 
 def no_card(folder):
-    return ["model.backbone={name: null}", f"model.weights={folder / 'nowhere'}"]
+    return ["model.backbone={name: null}", f"model.weights={folder}"]
 
 
 def junk_weights(folder):
@@ -142,8 +142,8 @@ TABLE = {
     # weights
     "weights of another architecture": (C, other_weights, ConfigError,
         ["model.weights: ", "other.safetensors does not fit TimmBackbone", "another architecture",
-         "model.conv1.weight (4, 3, 3, 3) for (64, 3, 3, 3)", "Set model.backbone"]),
-    "no weights": (C, no_weights, ConfigError, ["model.weights: No weights at", "nowhere"]),
+         "of another shape conv1.weight (4, 3, 3, 3) for (64, 3, 3, 3)", "Set model.backbone"]),
+    "no weights": (C, no_weights, ConfigError, ["model.weights: No weights at", "nowhere: there is no such file or folder"]),
     "no run folder": (C, no_card, ConfigError,
         ["model.weights: No model.json at", "Set model.backbone.name"]),
     "junk weights": (C, junk_weights, ConfigError, ["model.weights: ", "junk.pth"]),

@@ -6,10 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tract_transfer.models import HEADS, Backbone, Classifier, build_backbone
+from tract_transfer.models import Backbone, build_backbone
 from tract_transfer.models.weights import (
     CARD_NAME,
     WEIGHTS_NAME,
+    WeightsError,
     build_from_card,
     load_weights,
     read_card,
@@ -84,22 +85,29 @@ def test_pytorch_files_are_read(tmp_path, suffix, wrap):
 def test_names_without_the_prefix_are_the_inner_model_s(tmp_path):
     file, source, model = tmp_path / "w.pth", small(1), small(0)
     torch.save(source.model.state_dict(), file)
-    load_weights(model, file, allow_missing=("mean", "std"), prefix="model.")
-    assert same(model, source)
-    with pytest.raises(ValueError, match="Missing mean, std; unexpected none"):
-        load_weights(model, file, prefix="model.")
+    model.set_colours([0.1, 0.2, 0.3])
+    report = load_weights(model, file)
+    assert same(model.model, source.model)
+    assert model.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert any("does not say its colours" in note for note in report.notes)
 
 
-def test_missing_names_are_allowed_by_their_beginning_alone(folder):
-    torch.manual_seed(2)
-    backbone = small(1)
-    model = Classifier(backbone, HEADS.get("linear")(backbone.feature_dim, 3))
-    head = model.head.weight.detach().clone()
-    with pytest.raises(ValueError, match=r"Missing head\.weight, head\.bias"):
-        load_weights(model, folder, prefix="backbone.")
-    load_weights(model, folder, allow_missing=("head.",), prefix="backbone.")
-    assert torch.equal(model.head.weight, head)
-    assert torch.equal(model.backbone.model.conv1[0].weight, small().model.conv1[0].weight)
+def test_missing_names_are_ignored_by_pattern_alone(tmp_path):
+    file, source, model = tmp_path / "w.pth", small(1), small(0)
+    state = source.model.state_dict()
+    gone = [name for name in state if name.startswith("layer4.")]
+    torch.save({name: t for name, t in state.items() if name not in gone}, file)
+    own = model.model.layer4[0].conv1.weight.detach().clone()
+    with pytest.raises(WeightsError, match=r"Missing layer4\.0\.conv1\.weight"):
+        load_weights(model, file)
+    with pytest.raises(ValueError, match=r"model\.ignore_missing: 'layer5\.\*' is none of"):
+        load_weights(model, file, ignore_missing=["layer4.*", "layer5.*"])
+    report = load_weights(model, file, ignore_missing=["layer4.*"])
+    assert {n for n in gone if "num_batches" not in n} == set(report.started_anew)
+    assert torch.equal(model.model.layer4[0].conv1.weight, own)
+    assert torch.equal(model.model.conv1[0].weight, source.model.conv1[0].weight)
+    with pytest.raises(WeightsError, match="does not fit"):  # nothing at all would be loaded
+        load_weights(build_backbone("cifar/vit", args={"depth": 1}), file, ignore_missing=["*"])
 
 
 def test_another_architecture_is_refused_and_nothing_changes(folder):
@@ -114,7 +122,7 @@ def test_another_architecture_is_refused_and_nothing_changes(folder):
 def test_another_shape_is_refused(tmp_path):
     wide, narrow = (build_backbone("cifar/resnet18", args={"width": w}) for w in (16, 8))
     torch.save(wide.state_dict(), tmp_path / "w.pth")
-    says = r"of another shape model\.layer1\.0\.conv1\.weight \(16, 64, 3, 3\) for \(8, 64, 3, 3\)"
+    says = r"of another shape layer1\.0\.conv1\.weight \(16, 64, 3, 3\) for \(8, 64, 3, 3\)"
     with pytest.raises(ValueError, match=says):
         load_weights(narrow, tmp_path / "w.pth")
 

@@ -32,7 +32,7 @@ def test_it_is_another_run_than_that_of_the_loader(tmp_path, load_tiny, kill_at)
         run(load_tiny(tmp_path, *RESIDENT, *words))
     kill_at(None)
     changed = load_tiny(tmp_path, *RESIDENT[1:], "data.cache=ram", *words)
-    with pytest.raises(ValueError, match="data.cache: 'device' then, 'ram' now"):
+    with pytest.raises(ValueError, match=r"data.cache: 'device' then, 'ram' now"):
         run(changed, resume=True)
 
 

@@ -104,7 +104,7 @@ BAD_LINES = {
     f"train_net.py {PRETRAIN} --num-gpus 99": (
         2, f"--num-gpus 99: torch sees {torch.cuda.device_count()} GPUs",
     ),
-    f"train_net.py {FINETUNE} model.weights=./nowhere": (1, "model.weights: No model.json at"),
+    f"train_net.py {FINETUNE} model.weights=./nowhere": (1, "model.weights: No weights at"),
     f"train_net.py {PRETRAIN} --eval-only output_dir=./nowhere": (1, "No whole checkpoint in"),
     "run_suite.py --config-file nowhere.yaml": (2, "No config can be read at nowhere.yaml"),
     f"run_suite.py {QUICK_SUITE} baseline=tarct": (2, "'tarct' is none of methods ['vanilla',"),

@@ -5,12 +5,12 @@
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, cast
 
 from pydantic import ConfigDict, ValidationError, create_model
 from torch import nn
 
+from tract_transfer.build_weights import build_with_weights
 from tract_transfer.config import (
     ClassificationConfig,
     Config,
@@ -18,16 +18,15 @@ from tract_transfer.config import (
     ProbeConfig,
 )
 from tract_transfer.config_file import ConfigError
-from tract_transfer.config_sections import BackboneConfig, ComponentConfig, FeatureModelConfig
+from tract_transfer.config_sections import ComponentConfig, FeatureModelConfig
 from tract_transfer.engine.evaluate import Evaluator
 from tract_transfer.engine.trainer import seed_all
 from tract_transfer.evaluation import EVALUATORS, ClassificationEvaluator
-from tract_transfer.models import DETECTORS, HEADS, Backbone, Classifier, build_backbone
+from tract_transfer.models import DETECTORS, HEADS, Backbone, Classifier
 from tract_transfer.models.drop_path import set_drop_path
 from tract_transfer.models.flip import FlipClassifier, FlipDetector
 from tract_transfer.models.freeze import freeze_stages, set_norm
 from tract_transfer.models.options import BoxOptions
-from tract_transfer.models.weights import build_from_card, has_card, load_weights, read_card
 from tract_transfer.registry import Registry, did_you_mean
 
 TrainedTask = ClassificationConfig | DetectionConfig
@@ -39,30 +38,8 @@ def build_features(config: Config) -> Backbone:
     Raises:
         ConfigError: no such backbone, or one that its weights do not fit.
     """
-    section: FeatureModelConfig = config.model
-    wanted, path = section.backbone, Path(section.weights or "")
-    published = section.weights == "pretrained"
-    try:
-        card = read_card(path) if wanted.name is None else None
-        if wanted.name is not None and has_card(path):
-            _check_card(read_card(path), wanted)
-    except (FileNotFoundError, ValueError) as error:
-        raise config.error("model.weights", str(error)) from error
-    try:
-        if card is not None:
-            backbone = build_from_card(card)
-        else:
-            assert wanted.name is not None
-            arguments = wanted.model_dump(include={"stem", "args"})
-            backbone = build_backbone(wanted.name, pretrained=published, **arguments)
-    except (KeyError, ValueError) as error:
-        raise config.error("model.backbone", str(error.args[0])) from error
-    if section.weights is not None and not published:
-        try:
-            load_weights(backbone, path, allow_missing=("mean", "std"), prefix="model.")
-        except (FileNotFoundError, ValueError) as error:
-            raise config.error("model.weights", str(error)) from error
-    backbone.set_colours(wanted.mean, wanted.std)
+    wanted = config.model.backbone
+    backbone = build_with_weights(config)
     if wanted.drop_path is not None:
         try:
             set_drop_path(backbone.model, wanted.drop_path.rate, wanted.drop_path.mode)
@@ -89,17 +66,6 @@ def needs_whitening(config: Config) -> bool:
     """Whether the stem's filters are to be made from training images: no weights bring them."""
     model: FeatureModelConfig = config.model
     return model.backbone.stem == "whitened" and model.weights in (None, "pretrained")
-
-
-def _check_card(card: Mapping[str, Any], wanted: BackboneConfig) -> None:
-    """Refuse a backbone that the card of its weights contradicts, even where shapes fit."""
-    told = {"name": card["name"], "stem": card["stem"], "args": card["args"]}
-    given = wanted.model_dump(include=set(told))
-    if told != given:
-        raise ValueError(
-            f"the weights are those of {told}, and model.backbone says {given}. Leave "
-            "model.backbone out: the weights say what they are."
-        )
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:

@@ -60,10 +60,16 @@ class ComponentConfig(Section):
 
 
 class FeatureModelConfig(Section):
-    """A backbone. `weights`: null, `pretrained`, a run folder or a weights file."""
+    """A backbone. `weights`: null, `pretrained`, a run folder or a weights file.
+
+    `ignore_missing`: patterns of names that the file may lack; `adapt_stem`: resample a ViT's
+    patches to the backbone's size.
+    """
 
     backbone: BackboneConfig = BackboneConfig()
     weights: str | None = None
+    ignore_missing: list[str] = []
+    adapt_stem: bool = False
 
     @model_validator(mode="after")
     def _backbone_is_known(self) -> "FeatureModelConfig":
@@ -73,6 +79,10 @@ class FeatureModelConfig(Section):
             raise ValueError(
                 "model.backbone.stem and args need model.backbone.name; without it they come from "
                 "model.weights"
+            )
+        if self.weights in (None, "pretrained") and (self.ignore_missing or self.adapt_stem):
+            raise ValueError(
+                "model.ignore_missing and model.adapt_stem are for model.weights: a file or folder"
             )
         return self
 

@@ -181,8 +181,7 @@ def _features(cfg: CfgNode) -> Backbone:
             "timm/resnet50."
         )
     if section.WEIGHTS and not published:
-        allowed = ("mean", "std")
-        load_weights(backbone, Path(section.WEIGHTS), allow_missing=allowed, prefix="model.")
+        load_weights(backbone, Path(section.WEIGHTS))
     return backbone
 
 

@@ -1,13 +1,19 @@
 """What a result says of itself: its labels, and its protocol in words."""
 
+import logging
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from tract_transfer.build_data import Data
 from tract_transfer.build_model import TrainedTask
 from tract_transfer.config import Config, ProbeConfig
 from tract_transfer.data.known_splits import size_checks
 from tract_transfer.models.weights import read_card
+from tract_transfer.models.weights_match import MatchReport
+
+logger = logging.getLogger(__name__)
 
 TRAINED_DIFFICULT = {
     "keep": "trained on like all others",
@@ -35,6 +41,16 @@ def label(config: Config) -> dict[str, Any]:
         "weights_sha256": _sha256_of_weights(config.model.weights),
         "tract": config.tract.model_dump() if own else None,  # type: ignore[union-attr]
     }
+
+
+def log_weights(backbone: nn.Module) -> dict[str, Any] | None:
+    """Log what became of the weights file a backbone was loaded from; return it for the results."""
+    report = backbone.loaded
+    if not isinstance(report, MatchReport):
+        return None
+    for line in report.lines():
+        logger.info(line)
+    return report.summary()
 
 
 def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, str]:

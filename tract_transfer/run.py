@@ -45,7 +45,7 @@ from tract_transfer.engine.signals import Stopped, stop_on_signals
 from tract_transfer.engine.trainer import Hook, Trainer
 from tract_transfer.models import Backbone
 from tract_transfer.models.weights import save_backbone
-from tract_transfer.results import card, label, protocol
+from tract_transfer.results import card, label, log_weights, protocol
 from tract_transfer.run_probe import run_probe
 from tract_transfer.trained import reported_checkpoint
 
@@ -146,6 +146,7 @@ def preview(config: Config) -> dict[str, str]:
 def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> dict[str, Any]:
     accelerator = trainer.accelerator
     labels = label(config)
+    started_from = log_weights(trainer.evaluated_model.get_submodule("backbone"))
     length = in_iterations(config, data.train)
     checkpointer = Checkpointer(folder / "checkpoints", config.engine.checkpoint.keep)
     metrics_file = MetricsFile(
@@ -171,6 +172,7 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
     epochs = trainer.iteration / length.iters_per_epoch
     results = {
         **labels,
+        "weights_match": started_from,
         "metrics": metrics,
         "primary_metric": config.evaluation.metric,
         "details": details,

@@ -23,7 +23,7 @@ from tract_transfer.engine.hooks import format_metrics
 from tract_transfer.engine.run_folder import write_results
 from tract_transfer.evaluation.probes import extract_features, knn_predict, logistic_regression
 from tract_transfer.models import Backbone
-from tract_transfer.results import label, protocol
+from tract_transfer.results import label, log_weights, protocol
 
 logger = logging.getLogger(__name__)
 Features = tuple[NDArray[np.float32], NDArray[np.int64]]
@@ -51,6 +51,7 @@ def run_probe(
         details[name] = evaluator.details()
     results = {
         **label(config),
+        "weights_match": log_weights(backbone),
         "metrics": metrics,
         "primary_metric": config.evaluation.metric,
         "details": details,

@@ -12,6 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 from tract_transfer.models.stem import change_stem, replace_stem
+from tract_transfer.models.weights_match import MatchReport
 from tract_transfer.registry import Registry, did_you_mean
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -38,6 +39,7 @@ class Backbone(nn.Module):
         feature_dim: D of the pooled features.
         first_layers: dotted names of the layers that read the image.
         image_size_px: the only size it takes, or None where it takes any.
+        loaded: what became of the weights file it was loaded from, if it was.
     """
 
     mean: Tensor
@@ -56,6 +58,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.model: Any = model
         self.origin: dict[str, Any] = {}
+        self.loaded: MatchReport | None = None
         self.feature_dim = feature_dim
         self.first_layers = [f"model.{name}" for name in first_layers]
         self.image_size_px = image_size_px

@@ -4,13 +4,11 @@ detectron2's checkpoints do not say in which order and by what their images are 
 file goes with a YAML in detectron2's own keys, which `cfg.merge_from_file` takes as it stands.
 """
 
-import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -23,19 +21,9 @@ from tract_transfer.models.detectron2_names import (
     to_theirs,
     without_prefix,
 )
-from tract_transfer.models.weights import read_tensors
+from tract_transfer.models.weights_file import flat_tensors, read_content
 
 AUTHOR = "tract_transfer"
-# What a file of arrays and plain values is pickled with; anything else could run code.
-_PLAIN = {
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core")
-      for name in ("_reconstruct", "scalar")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-}  # fmt: skip
 
 
 def save_detectron2(path: Path, backbone: Backbone, card: Mapping[str, Any]) -> Path:
@@ -224,30 +212,10 @@ def _check_strides(config: Mapping[str, Any], path: Path, *, bottleneck: bool) -
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors of a .pkl or .pth file, and our card if it holds one; executes nothing."""
-    if path.suffix != ".pkl":
-        tensors = read_tensors(path)
-        card = torch.load(path, map_location="cpu", weights_only=True).get("card")
-        return tensors, card if isinstance(card, dict) else {}
-    try:
-        content = _PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} was not opened: {error}") from error
-    except (EOFError, ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read as a pickle: {error}") from error
+    content = read_content(path)
     content = content if isinstance(content, dict) else {}
     model, card = content.get("model", content), content.get("card")
-    if not isinstance(model, dict) or not model or not all(map(_is_array, model.values())):
+    tensors = flat_tensors(model)
+    if not tensors or len(tensors) != len(model):
         raise ValueError(f"{path} holds no dict of names to arrays, alone or as its 'model'.")
-    arrays = {name: torch.from_numpy(np.array(array)) for name, array in model.items()}
-    return arrays, card if isinstance(card, dict) else {}
-
-
-def _is_array(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype.kind in "fiu"
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _PLAIN:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it holds more than arrays and plain values: {module}.{name}")
+    return tensors, card if isinstance(card, dict) else {}

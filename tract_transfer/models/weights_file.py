@@ -1,0 +1,129 @@
+"""Weights files as names and tensors: nothing in a file is ever executed."""
+
+import argparse
+import io
+import pathlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+# Plain values that published checkpoints keep beside their weights.
+_HARMLESS: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
+# What a file of arrays and plain values is pickled with; anything else could run code.
+_PLAIN = {
+    ("collections", "OrderedDict"),
+    ("_codecs", "encode"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core")
+      for name in ("_reconstruct", "scalar")),
+    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
+}  # fmt: skip
+
+
+def read_content(file: Path) -> Any:
+    """Return what a `.safetensors`, `.pkl` or PyTorch file holds.
+
+    A `.pkl` may hold arrays and plain values alone, a PyTorch file tensors and plain values.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is something else, is cut short, or would run code.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"No weights at {file}. Set model.weights to a file or run folder.")
+    _check_beginning(file)
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        if file.suffix == ".pkl":
+            return _PlainUnpickler(io.BytesIO(file.read_bytes()), encoding="latin1").load()
+        with torch.serialization.safe_globals(_HARMLESS):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "truncated" in str(error):
+            raise ValueError(_unreadable(file, error)) from error
+        raise ValueError(
+            f"{file} holds more than tensors and was not opened, as it could run code: {error}. "
+            "Save its state dict alone, as safetensors, where you trust it."
+        ) from error
+    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
+        raise ValueError(_unreadable(file, error)) from error
+    except Exception as error:  # a damaged pickle fails in any way: KeyError, IndexError, ...
+        raise ValueError(_unreadable(file, error)) from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return all tensors of a file by their dotted path in it, `state_dict.conv1.weight`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file cannot be read, or holds no tensors.
+    """
+    tensors = flat_tensors(read_content(file))
+    if not tensors:
+        raise ValueError(
+            f"{file} holds no state dict (names to tensors). Set model.weights to a file of "
+            "weights."
+        )
+    return tensors
+
+
+def flat_tensors(content: Any, prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors and arrays in nested dicts by dotted path; what else is there is left."""
+    if not isinstance(content, Mapping):
+        return {}
+    flat: dict[str, Tensor] = {}
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flat_tensors(value, f"{name}."))
+        elif isinstance(value, Tensor):
+            flat[name] = value.detach()
+        elif is_array(value):
+            flat[name] = torch.from_numpy(np.array(value))
+    return flat
+
+
+def is_array(value: Any) -> bool:
+    """Whether `value` is an array of numbers."""
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiu"
+
+
+def _check_beginning(file: Path) -> None:
+    """Name what is often saved in the place of weights."""
+    with file.open("rb") as opened:
+        begins = opened.read(200).lstrip().lower()
+    if not begins:
+        raise ValueError(f"{file} is empty. Copy or download it again.")
+    if begins.startswith(b"version https://git-lfs.github.com"):
+        raise ValueError(
+            f"{file} is a git-lfs pointer, not the weights. Run git lfs pull where it was cloned."
+        )
+    if begins.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        raise ValueError(
+            f"{file} is a web page, not weights: the download was refused or led elsewhere. "
+            "Download the file itself."
+        )
+
+
+def _unreadable(file: Path, error: Exception) -> str:
+    said = str(error) or type(error).__name__
+    return (
+        f"{file} cannot be read as weights: {said}. It is cut short or of another format: copy "
+        "it again, or save it as .safetensors or .pth."
+    )
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PLAIN:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
