@@ -3,6 +3,11 @@
 import json
 
 import pytest
+import timm
+import torch
+
+from tract_transfer.models import build_backbone
+from tract_transfer.models.weights import save_backbone
 
 
 def test_resnet18_costs_what_its_paper_says(call):
@@ -45,3 +50,60 @@ def test_what_cannot_be_analysed_is_told(call):
         assert said.returncode == code
         assert wanted in said.stderr
         assert "Traceback" not in said.stderr
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A published ResNet-18, one of a MoCo training, and one that lacks a layer."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    state = timm.create_model("resnet18").state_dict()
+    short = {name: tensor for name, tensor in state.items() if name != "layer1.0.conv1.weight"}
+    moco = {f"module.encoder_q.{name}": tensor for name, tensor in state.items()}
+    torch.save(state, folder / "published.pth")
+    torch.save(short, folder / "short.pth")
+    torch.save({"state_dict": moco, "epoch": 1}, folder / "moco.pth.tar")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["published.pth", "moco.pth.tar"])
+def test_weights_are_compared_without_training(call, files, name):
+    words = ("--weights", files / name, "--backbone", "timm/resnet18")
+    said = call("analyze_model.py", *words)
+    assert said.returncode == 0, said.stderr
+    assert "11,176,512 of 11,176,512 parameters (100.00%)" in said.stdout
+    assert "fc.bias (the file's own head, 2 names)" in said.stdout
+    found = json.loads(call("analyze_model.py", *words, "--json").stdout)
+    assert (found["fits"], found["parameters_loaded"]) == (True, 11_176_512)
+
+
+def test_weights_that_would_be_refused_end_with_1(call, files, write_tiny, tmp_path):
+    words = ("--weights", files / "short.pth")
+    said = call("analyze_model.py", *words, "--backbone", "timm/resnet18")
+    assert said.returncode == 1
+    assert "missing      layer1.0.conv1.weight (1 names)" in said.stdout
+    assert "refused: " in said.stderr
+    assert "does not fit TimmBackbone" in said.stderr
+    path = write_tiny(tmp_path)
+    config = ("--config-file", path, "model.backbone={name: timm/resnet18}")
+    said = call("analyze_model.py", *words, *config)
+    assert said.returncode == 1
+    assert "refused: model.weights: " in said.stderr
+    ignored = "model.ignore_missing=[layer1.0.conv1.weight]"
+    said = call("analyze_model.py", *words, *config, ignored)
+    assert said.returncode == 0, said.stderr
+    assert "started anew layer1.0.conv1.weight" in said.stdout
+
+
+def test_weights_alone_are_a_run_folder_s(call, files, tmp_path):
+    said = call("analyze_model.py", "--weights", files / "short.pth")
+    assert said.returncode == 1
+    assert "No model.json" in said.stderr
+    save_backbone(tmp_path, build_backbone("cifar/resnet18", args={"width": 8}), {})
+    said = call("analyze_model.py", "--weights", tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert "(100.00%)" in said.stdout
+    said = call("analyze_model.py", "--weights", "output/pretrain/cifar10_resnet18_not")
+    assert said.returncode == 1
+    assert "no such file or folder" in said.stderr
+    assert call("analyze_model.py").returncode == 2

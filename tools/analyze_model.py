@@ -2,18 +2,23 @@
 
 python tools/analyze_model.py --config-file configs/detection/r18_fpn_voc07.yaml
 python tools/analyze_model.py --backbone timm/resnet50 --size-px 224 --depth 2
+python tools/analyze_model.py --weights r50.pth --backbone timm/resnet50
 
-Needs no data and no weights: what is pre-trained costs the same at random.
+The first two need no data and no weights: what is pre-trained costs the same at random. The third
+tells what of a weights file fits, by name; it ends with 1 where a training would refuse the file.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from tract_transfer.models import Backbone
 
 MAX_MAPS = 8
 NUM_IMAGES = 2  # of a training step: batch normalisation refuses one
@@ -24,9 +29,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    which = parser.add_mutually_exclusive_group(required=True)
+    which = parser.add_mutually_exclusive_group()
     which.add_argument("--config-file", metavar="FILE", help="YAML, see configs/")
     which.add_argument("--backbone", metavar="NAME", help="such as timm/resnet50")
+    parser.add_argument(
+        "--weights",
+        metavar="FILE",
+        help="compare these weights instead, a run folder alone or any file with one of the above",
+    )
     stems = ["default", "cifar", "patch_norm", "dual_patch_norm", "whitened"]
     parser.add_argument("--stem", choices=stems, default="default")
     parser.add_argument("--args", default="{}", metavar="JSON", help="arguments of --backbone")
@@ -39,7 +49,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="or key value: over the file's keys"
     )
-    return parser.parse_intermixed_args(words)
+    arguments = parser.parse_intermixed_args(words)
+    if not (arguments.config_file or arguments.backbone or arguments.weights):
+        parser.error("one of --config-file, --backbone and --weights is needed.")
+    return arguments
 
 
 def main() -> int:
@@ -48,6 +61,8 @@ def main() -> int:
     from tract_transfer.config import ConfigError
 
     try:
+        if arguments.weights is not None:
+            return compare(arguments)
         model, size_px = build(arguments)
         found = analyze(model, arguments.size_px or size_px, arguments.depth)
     except ConfigError as error:
@@ -63,15 +78,7 @@ def main() -> int:
 def build(arguments: argparse.Namespace) -> tuple["nn.Module", int]:
     """Return the model, its weights at random, and the side of its images."""
     if arguments.backbone is not None:
-        from tract_transfer.models import build_backbone
-
-        if arguments.overrides:
-            raise ValueError(f"{arguments.overrides} are of a config: give --config-file.")
-        try:
-            own = json.loads(arguments.args)
-        except ValueError as error:
-            raise ValueError(f'--args must be JSON, such as {{"width": 8}}: {error}') from error
-        backbone = build_backbone(arguments.backbone, stem=arguments.stem, args=own)
+        backbone = build_named(arguments)
         return backbone, backbone.image_size_px or 224
 
     from tract_transfer.build_model import build_model
@@ -84,6 +91,56 @@ def build(arguments: argparse.Namespace) -> tuple["nn.Module", int]:
     transforms: Any = config.data.transforms
     size_px = transforms.size_px if config.task != "detection" else max(transforms.short_sides_px)
     return build_model(config, arguments.num_classes), size_px
+
+
+def build_named(arguments: argparse.Namespace) -> "Backbone":
+    """Return the backbone of --backbone, --stem and --args, its weights at random."""
+    from tract_transfer.models import build_backbone
+
+    if arguments.overrides:
+        raise ValueError(f"{arguments.overrides} are of a config: give --config-file.")
+    try:
+        own = json.loads(arguments.args)
+    except ValueError as error:
+        raise ValueError(f'--args must be JSON, such as {{"width": 8}}: {error}') from error
+    return build_backbone(arguments.backbone, stem=arguments.stem, args=own)
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Print what of --weights fits the model; return 0 where all of the model is there, else 1."""
+    from tract_transfer.models.weights import WeightsError
+
+    refusal, report = None, None
+    try:
+        report = load(arguments).loaded
+    except (FileNotFoundError, ValueError) as error:
+        refusal = error
+        known = error if isinstance(error, WeightsError) else error.__cause__
+        report = known.report if isinstance(known, WeightsError) else None
+    if report is not None:
+        as_json = arguments.json
+        print(json.dumps(report.summary(), indent=1) if as_json else "\n".join(report.lines()))
+    if refusal is not None:
+        print(f"refused: {refusal}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def load(arguments: argparse.Namespace) -> "Backbone":
+    """Return the backbone with --weights loaded, by the config's rules where one is given."""
+    from tract_transfer.build_weights import build_with_weights, check_is_there
+    from tract_transfer.config import load_config
+    from tract_transfer.models.weights import build_from_card, load_weights, read_card
+
+    path = Path(arguments.weights)
+    if arguments.config_file is not None:
+        words = [*arguments.overrides, f"model.weights={json.dumps(arguments.weights)}"]
+        return build_with_weights(load_config(arguments.config_file, words))
+    check_is_there(path)
+    named = arguments.backbone is not None
+    backbone = build_named(arguments) if named else build_from_card(read_card(path))
+    load_weights(backbone, path)
+    return backbone
 
 
 def analyze(model: "nn.Module", size_px: int, depth: int) -> dict[str, Any]:

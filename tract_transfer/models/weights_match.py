@@ -23,6 +23,7 @@ HEADS = (
 )
 TRAINING_ONLY = "of its pre-training alone", re.compile(r"(mask_token$|decoder\w*(\.|$))")
 OTHER = "outside of the backbone"
+WRONG = ("started_anew", "missing", "misshapen", "unexpected", "not_finite")  # fields of a report
 # Of two copies of all weights, the one that their authors evaluate.
 _PREFERRED = ("ema", "teacher", "encoder_q", "base_encoder")
 
@@ -63,6 +64,7 @@ class MatchReport:
     def summary(self) -> dict[str, Any]:
         """Return it as plain values for results.json."""
         return {
+            "fits": self.fits,
             "file": self.file,
             "prefix": self.prefix,
             "parameters": self.num_parameters,
@@ -70,7 +72,7 @@ class MatchReport:
             "names_loaded": len(self.loaded),
             "resized": self.resized,
             "dropped": {reason: len(names) for reason, names in self.dropped.items()},
-            "started_anew": self.started_anew,
+            **{what: getattr(self, what) for what in WRONG},
             "notes": self.notes,
         }
 
@@ -87,7 +89,7 @@ class MatchReport:
             f"dropped      {few(names)} ({reason}, {len(names)} names)"
             for reason, names in self.dropped.items()
         ]
-        for what in ("started_anew", "missing", "misshapen", "unexpected", "not_finite"):
+        for what in WRONG:
             if names := getattr(self, what):
                 lines.append(f"{what.replace('_', ' '):<12} {few(names)} ({len(names)} names)")
         return [*lines, *(f"note         {note}" for note in self.notes)]
