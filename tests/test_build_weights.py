@@ -1,0 +1,113 @@
+"""The keys of model.weights, its errors at their place, and its report in the run folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+from tract_transfer.build_model import build_model
+from tract_transfer.build_weights import makes
+from tract_transfer.config import load_config
+from tract_transfer.config_file import ConfigError
+from tract_transfer.models import build_backbone
+from tract_transfer.models.weights import save_backbone
+from tract_transfer.run import run
+
+ROOT = Path(__file__).parents[1]
+SMALL = "model.backbone={name: timm/test_resnet}"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    torch.manual_seed(3)
+    file = tmp_path_factory.mktemp("weights") / "published.pth"
+    state = timm.create_model("test_resnet", num_classes=9).state_dict()
+    torch.save({"state_dict": state}, file)
+    return file
+
+
+@pytest.mark.parametrize("task", ["classification", "probe"])
+def test_a_run_says_what_became_of_its_weights(file, load_tiny, tmp_path, task):
+    config = load_tiny(tmp_path, SMALL, f"model.weights={file}", task=task)
+    results = run(config)
+    match = json.loads((tmp_path / "run/results.json").read_text())["weights_match"]
+    assert match == results["weights_match"]
+    assert match["fits"]
+    assert match["parameters_loaded"] == match["parameters"] > 0
+    assert match["dropped"] == {"the file's own head": 2}
+    log = (tmp_path / "run/log.txt").read_text()
+    assert f"weights      {file}" in log
+    assert "(100.00%)" in log
+
+
+def test_a_run_from_nothing_says_so(load_tiny, tmp_path):
+    assert run(load_tiny(tmp_path))["weights_match"] is None
+
+
+def test_ignore_missing_and_its_refusals(load_tiny, tmp_path):
+    state = timm.create_model("test_resnet").state_dict()
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("layer4.")}
+    torch.save(kept, tmp_path / "w.pth")
+    words = [SMALL, f"model.weights={tmp_path / 'w.pth'}"]
+    with pytest.raises(ConfigError, match=r"model\.weights: .*Missing layer4\.0\.conv1\.weight"):
+        build_model(load_tiny(tmp_path, *words), 3)
+    with pytest.raises(ConfigError, match=r"model\.ignore_missing: 'layer5\.\*' is none of"):
+        build_model(load_tiny(tmp_path, *words, "model.ignore_missing=[layer5.*]"), 3)
+    model = build_model(load_tiny(tmp_path, *words, "model.ignore_missing=[layer4.*]"), 3)
+    assert torch.equal(model.backbone.model.conv1[0].weight, state["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("key", ["ignore_missing=[a]", "adapt_stem=true"])
+@pytest.mark.parametrize("weights", ["null", "pretrained"])
+def test_keys_without_a_file_are_refused(load_tiny, tmp_path, key, weights):
+    with pytest.raises(ConfigError, match=r"adapt_stem are for model\.weights: a file"):
+        load_tiny(tmp_path, SMALL, f"model.weights={weights}", f"model.{key}")
+
+
+def test_adapt_stem_resamples_patches(load_tiny, tmp_path):
+    small = {"depth": 1, "embed_dim": 24, "num_heads": 3}
+    source = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, **small)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    args = json.dumps({**small, "img_size": 16, "patch_size": 4})
+    words = [
+        f"model.backbone={{name: timm/vit_tiny_patch16_224, args: {args}}}",
+        f"model.weights={tmp_path / 'w.pth'}",
+    ]
+    with pytest.raises(ConfigError, match=r"model\.weights: .*model\.adapt_stem: true"):
+        build_model(load_tiny(tmp_path, *words), 3)
+    model = build_model(load_tiny(tmp_path, *words, "model.adapt_stem=true"), 3)
+    assert "patch_embed.proj.weight" in model.backbone.loaded.resized
+
+
+def test_missing_weights_name_the_command_that_makes_them(load_tiny, tmp_path):
+    folder = "output/pretrain/cifar10_resnet18"
+    assert makes(folder) == "configs/pretrain/cifar10_resnet18.yaml"
+    assert makes("output/none") is None
+    config = load_tiny(tmp_path, "model.backbone={name: null}", f"model.weights=./{folder}")
+    says = (
+        r"No weights at output/pretrain/cifar10_resnet18: there is no such file or folder\. "
+        r"python tools/train_net\.py --config-file configs/pretrain/cifar10_resnet18\.yaml makes"
+    )
+    if not Path(folder).exists():
+        with pytest.raises(ConfigError, match=says):
+            build_model(config, 3)
+    assert load_config(ROOT / makes(folder)).output_dir == folder
+
+
+def test_image_size_and_drop_rates_may_differ_from_the_card_s(load_tiny, tmp_path):
+    args = {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 4}
+    name = "timm/vit_tiny_patch16_224"
+    save_backbone(tmp_path, build_backbone(name, args={**args, "img_size": 32}), {})
+
+    def build(**more):
+        backbone = yaml.safe_dump({"name": name, "args": {**args, **more}}, default_flow_style=True)
+        words = [f"model.backbone={backbone.strip()}", f"model.weights={tmp_path}"]
+        return build_model(load_tiny(tmp_path, *words), 3).backbone
+
+    backbone = build(img_size=16, drop_path_rate=0.1)
+    assert backbone.loaded.resized == {"pos_embed": "(1, 65, 24) -> (1, 17, 24)"}
+    with pytest.raises(ConfigError, match="the weights are those of"):
+        build(img_size=16, num_heads=2)
