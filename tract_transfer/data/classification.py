@@ -72,13 +72,13 @@ class ClassificationDataset:
         """Return what an error message calls an image, as `cifar10 split train row 17`."""
         return self._source.item(int(self._rows[index]))
 
+    def encoded(self, index: int) -> bytes:
+        """Return an image's stored bytes."""
+        return self._source.encoded(int(self._rows[index]))
+
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of length, class names, labels and 64 images' stored bytes."""
-
-        def encoded(index: int) -> bytes:
-            return self._source.encoded(int(self._rows[index]))
-
-        return images.fingerprint(self.class_names, [self.labels], encoded, len(self))
+        return images.fingerprint(self.class_names, [self.labels], self.encoded, len(self))
 
     def select(self, indices: Sequence[int] | np.ndarray, name: str) -> "ClassificationDataset":
         """Return the dataset of these images, in this order; all classes stay."""

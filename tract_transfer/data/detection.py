@@ -133,15 +133,15 @@ class DetectionDataset:
         """Return what an error message calls an image: its file, or its row."""
         return self._source.item(int(self._rows[index]))
 
+    def encoded(self, index: int) -> bytes:
+        """Return an image's stored bytes."""
+        return images.read_stored(self._source.stored(int(self._rows[index])))
+
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of length, class names, all objects and 64 stored images."""
         objects = self.objects
         arrays = [self.sizes, objects.first, objects.boxes, objects.labels, objects.difficult]
-
-        def encoded(index: int) -> bytes:
-            return images.read_stored(self._source.stored(int(self._rows[index])))
-
-        return images.fingerprint(self.class_names, arrays, encoded, len(self))
+        return images.fingerprint(self.class_names, arrays, self.encoded, len(self))
 
     def select(self, indices: Sequence[int] | np.ndarray, name: str) -> "DetectionDataset":
         """Return the dataset of these images, in this order; all classes stay."""

@@ -128,6 +128,11 @@ def decode_all(image: Callable[[int], Tensor], length: int) -> list[Tensor | Non
     return decoded
 
 
+def content_hashes(encoded: Callable[[int], bytes], length: int) -> list[str]:
+    """Return the sha256 (hex) of each of `length` images' stored bytes."""
+    return [hashlib.sha256(encoded(index)).hexdigest() for index in range(length)]
+
+
 def fingerprint(
     class_names: Sequence[str],
     arrays: Iterable[np.ndarray],
