@@ -51,7 +51,7 @@ data:
   transforms: {size_px: 16}
   batch_size: 64
   num_workers: 0
-evaluation: {logistic_regression: {cs: [0.1, 1.0], max_iters: 200}}
+evaluation: {knn: {ks: [1, 5]}, logistic_regression: {cs: [0.1, 1.0], max_iters: 200}}
 engine: {device: cpu}
 """
 DETECTION = """\

@@ -13,11 +13,12 @@ PACKAGE = Path(tract_transfer.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
-CONFIG = {"config", "config_data", "config_file", "config_sections"}
+CONFIG = {"config", "config_data", "config_file", "config_probe", "config_sections"}
 BRIDGE = {
     "build",
     "build_data",
     "build_model",
+    "build_probes",
     "build_weights",
     "check_data",
     "detectron2_plugin",

@@ -33,6 +33,16 @@ def test_without_randomness_a_square_of_the_size_is_unchanged(crop):
     assert torch.equal(flipped, image.flip(-1))
 
 
+def test_whole_keeps_the_borders_that_short_cuts_off():
+    image = torch.zeros(3, 32, 96, dtype=torch.uint8)
+    image[..., :24] = image[..., -24:] = 255
+    short, whole = (classification_eval(16, 1.0, "bilinear", name) for name in ("short", "whole"))
+    assert (short(image) == 0).all()
+    assert short(image).shape == whole(image).shape == (3, 16, 16)
+    assert (whole(image)[..., [0, 1, -2, -1]] == 255).all()
+    assert (whole(image)[..., 6:10] == 0).all()
+
+
 def test_padding_is_black_and_shifts_at_most_by_itself():
     image = torch.full((3, 16, 16), 255, dtype=torch.uint8)
     transform = classification_train(16, "pad", 3, (1, 1), 0.0, "bilinear")
@@ -47,6 +57,8 @@ def test_padding_is_black_and_shifts_at_most_by_itself():
         (lambda: classification_train(32, "centre", 4, (1, 1), 0.5, "bilinear"), "crop must be"),
         (lambda: classification_eval(32, 0.9, "cubic"), "interpolation: must be one of"),
         (lambda: classification_eval(32, 1.2, "bicubic"), "crop_ratio"),
+        (lambda: classification_eval(32, 0.9, "bicubic", "whole"), "crop_ratio must be 1"),
+        (lambda: classification_eval(32, 1.0, "bicubic", "long"), "resize must be short or whole"),
         (lambda: detection_train([], 100, 0.5), "short_sides_px"),
         (lambda: detection_train([200], 100, 0.5), "short_sides_px"),
     ],

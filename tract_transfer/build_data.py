@@ -36,6 +36,7 @@ from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.digits import DIGIT_NAMES, load_digits, write_digit_scenes
 from tract_transfer.data.findings import Findings
 from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
+from tract_transfer.data.image_labels import ImageLabels
 from tract_transfer.data.known_splits import size_checks
 from tract_transfer.data.labels import join_integer_classes
 from tract_transfer.data.loader import Batch, SampledDataset, eval_loader, train_loader
@@ -46,7 +47,8 @@ from tract_transfer.data.voc import load_voc
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-Dataset = ClassificationDataset | DetectionDataset
+Loaded = ClassificationDataset | DetectionDataset
+Dataset = Loaded | ImageLabels
 
 
 @dataclass
@@ -93,9 +95,11 @@ def build_data(config: Config) -> Data:
         train, val = carve(train, val_section.fraction, config.seed)
     else:
         val = cast(Any, load_split(val_section, "data.val", findings) if val_section else None)
-    test = load_split(sections.test, "data.test", findings) if sections.test else None
+    test: Any = load_split(sections.test, "data.test", findings) if sections.test else None
     if isinstance(config, DetectionConfig) and config.data.empty_images == "drop":
         train = train.with_objects()
+    if isinstance(config, ProbeConfig) and config.data.has_many_labels:
+        train, test = ImageLabels(train), ImageLabels(test)
     data = Data(train, val, test, findings.mended)
     join_integer_classes(data.splits)
     check_disjoint(data.splits)
@@ -127,7 +131,7 @@ def check_disjoint(splits: Mapping[str, Dataset]) -> None:
             )
 
 
-def load_split(section: Any, key: str, findings: Findings) -> Dataset:
+def load_split(section: Any, key: str, findings: Findings) -> Loaded:
     """Load the data a section describes; `key` is its name in error messages."""
     arguments = {**section.model_dump(exclude={"source"}), "key": key, "findings": findings}
     if isinstance(section, HuggingFaceSource):
@@ -161,7 +165,7 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
     if isinstance(section, DetectionTransformsConfig):
         return transforms.detection_train(**section.model_dump()), transforms.detection_eval()
     evaluation = transforms.classification_eval(
-        section.size_px, section.crop_ratio, section.interpolation
+        section.size_px, section.crop_ratio, section.interpolation, section.resize
     )
     if isinstance(config, ProbeConfig):
         return evaluation, evaluation

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
-from tract_transfer.build_data import Dataset, check_disjoint, load_split
+from tract_transfer.build_data import Loaded, check_disjoint, load_split
 from tract_transfer.config import Config
 from tract_transfer.config_data import CarvedSource
 from tract_transfer.data.check import Progress, check_images, statistics
@@ -49,7 +49,7 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
     What `data.undecodable` and `data.invalid_boxes` would pass over counts as broken here.
     """
     report = DataReport()
-    loaded: dict[str, Dataset] = {}
+    loaded: dict[str, Loaded] = {}
     item_of: dict[str, str] = {}  # sha256 of the pixels -> split and image
     for name in ("train", "val", "test"):
         section = getattr(config.data, name, None)
@@ -79,7 +79,7 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
     return report
 
 
-def _check_between(loaded: dict[str, Dataset], report: DataReport) -> None:
+def _check_between(loaded: dict[str, Loaded], report: DataReport) -> None:
     """Add what the splits have wrong together."""
     checks = size_checks(loaded)
     report.warnings += [f"{n}: {check.text}" for n, check in checks.items() if check.differs]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
-from tract_transfer.config_data import ClassificationData, DetectionData, ProbeData
+from tract_transfer.config_data import ClassificationData, DetectionData
 from tract_transfer.config_file import (
     ConfigError,
     Origins,
@@ -18,6 +18,7 @@ from tract_transfer.config_file import (
     explain_all,
     read_config_file,
 )
+from tract_transfer.config_probe import ProbeData, ProbeEvaluation
 from tract_transfer.config_sections import (
     ClassificationEvaluation,
     ClassifierConfig,
@@ -26,7 +27,6 @@ from tract_transfer.config_sections import (
     DeviceConfig,
     EngineConfig,
     FeatureModelConfig,
-    ProbeEvaluation,
     Section,
     SolverConfig,
     TractConfig,
@@ -95,7 +95,8 @@ class ProbeConfig(BaseConfig):
     engine: DeviceConfig = DeviceConfig()
 
     @model_validator(mode="after")
-    def _nothing_is_dropped(self) -> "ProbeConfig":
+    def _probes_fit_the_data(self) -> "ProbeConfig":
+        self.evaluation.check(self.data)
         if self.model.backbone.drop_path is not None:
             raise ValueError("model.backbone.drop_path has no use here: a probe trains no backbone")
         return self

@@ -98,11 +98,19 @@ BoxSource = Annotated[
 
 
 class EvalTransformsConfig(Section):
-    """Test images: the short side to size / crop_ratio, then the centre of size."""
+    """Test images: the short side to size / crop_ratio, then the centre of size; or, with
+    `resize: whole`, the whole image to the square."""
 
     size_px: Count
+    resize: Literal["short", "whole"] = "short"
     crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+
+    @model_validator(mode="after")
+    def _whole_is_not_cropped(self) -> "EvalTransformsConfig":
+        if self.resize == "whole" and self.crop_ratio != 1:
+            raise ValueError("crop_ratio is for resize: short, and resize is whole")
+        return self
 
 
 class ClassificationTransformsConfig(EvalTransformsConfig):
@@ -220,12 +228,6 @@ class ClassificationData(LoadingConfig):
                 f"not its {', '.join(found)}. Set cache: ram"
             )
         return self
-
-
-class ProbeData(LoadingConfig):
-    train: ImageSource
-    test: ImageSource
-    transforms: EvalTransformsConfig
 
 
 class DetectionData(LoadingConfig):

@@ -261,35 +261,6 @@ class DetectionEvaluation(SelectingEvaluation):
     save_detections: Annotated[int, Field(ge=0)] = 8
 
 
-class KnnConfig(Section):
-    """Weighted nearest neighbours (DINO)."""
-
-    k: Count = 20
-    temperature: Positive = 0.07
-
-
-class LogisticRegressionConfig(Section):
-    """L-BFGS; C is selected on `val_fraction` of train, then all of train is fitted."""
-
-    cs: Annotated[list[Positive], Field(min_length=1)] = [0.01, 0.1, 1.0, 10.0, 100.0]
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    max_iters: Count = 1000
-
-
-class ProbeEvaluation(Section):
-    """The probes to run; null leaves one out."""
-
-    knn: KnnConfig | None = KnnConfig()
-    logistic_regression: LogisticRegressionConfig | None = LogisticRegressionConfig()
-    metric: Literal["knn_top1", "logistic_top1"] = "logistic_top1"
-
-    @model_validator(mode="after")
-    def _metric_is_measured(self) -> "ProbeEvaluation":
-        if (self.knn if self.metric == "knn_top1" else self.logistic_regression) is None:
-            raise ValueError(f"evaluation.metric is {self.metric}, and its probe is left out")
-        return self
-
-
 # ------------------------------------------------------------------------------------- engine
 
 

@@ -69,9 +69,6 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
         lines["official splits"] = "; ".join(sizes)
     if isinstance(config, ProbeConfig):
         lines["probe"] = "features of the frozen backbone in eval mode, test transforms throughout"
-        if config.evaluation.logistic_regression:
-            share = config.evaluation.logistic_regression.val_fraction
-            lines["selection"] = f"C on {share:.0%} of train, then refitted on all of train"
         return lines
     engine = config.engine
     lines["optimization"] = f"{config.solver.model_dump(exclude_none=True)}"

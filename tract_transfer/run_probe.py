@@ -2,80 +2,141 @@
 
 # N images, K classes
 
+import importlib.metadata
 import logging
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
 
 from tract_transfer.build import PRECISIONS
 from tract_transfer.build_data import Data, Dataset, build_eval_loader
 from tract_transfer.build_model import build_evaluator, build_model
+from tract_transfer.build_probes import Measure, probe_protocol, run_probes
 from tract_transfer.config import ProbeConfig
+from tract_transfer.data.image_labels import ImageLabels
+from tract_transfer.data.images import content_hashes
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.evaluate import evaluating
 from tract_transfer.engine.hooks import format_metrics
 from tract_transfer.engine.run_folder import write_results
-from tract_transfer.evaluation.probes import extract_features, knn_predict, logistic_regression
+from tract_transfer.evaluation.multilabel import multilabel_metrics
+from tract_transfer.evaluation.probes import Labels, Rows, Scores, extract_features
+from tract_transfer.evaluation.probes_cache import Extracted, cached_features, feature_key
+from tract_transfer.evaluation.probes_few_shot import check_shots
+from tract_transfer.evaluation.probes_knn import check_ks
 from tract_transfer.models import Backbone
 from tract_transfer.results import label, log_weights, protocol
 
 logger = logging.getLogger(__name__)
-Features = tuple[NDArray[np.float32], NDArray[np.int64]]
+_PACKAGES = ("torch", "torchvision", "timm")
+_NAMED_LEAKS = 10
 
 
 def run_probe(
     config: ProbeConfig, data: Data, folder: Path, accelerator: Accelerator
 ) -> dict[str, Any]:
-    """Probe a backbone and return the results, which it also writes to `folder`."""
+    """Probe a backbone and return the results, which it also writes to `folder`.
+
+    Raises:
+        ConfigError, ValueError: the data do not serve the probes; before features are extracted,
+            wherever that can be known.
+    """
     started = time.perf_counter()
+    _check(config, data)
     backbone = build_model(config, len(data.class_names)).to(accelerator.device)
     assert isinstance(backbone, Backbone)
-    skipped: list[str] = []
-    train = _features(config, backbone, data.train, accelerator, skipped)
-    test = _features(config, backbone, data.report[1], accelerator, skipped)
-    scores, details = _scores(config, train, test[0], len(data.class_names))
-    metrics = {}
-    for name, values in scores.items():
-        evaluator = build_evaluator(config, data.class_names)
-        if accelerator.is_main_process:  # every process has all of them
-            evaluator.update(torch.from_numpy(values), torch.from_numpy(test[1]))
-        for metric, value in evaluator.compute().items():
-            if metric != "loss":  # the votes of neighbours are no probabilities
-                metrics[f"{name}_{metric}"] = value
-        details[name] = evaluator.details()
+    cache = Path(config.data.feature_cache or folder / "features")
+    hashes = {
+        name: content_hashes(split.encoded, len(split)) for name, split in data.splits.items()
+    }
+    found: dict[str, Extracted] = {}
+    with accelerator.main_process_first():  # the others read what it has kept
+        for name, split in data.splits.items():
+            key = feature_key(_described(config, backbone), backbone.state_dict(), hashes[name])
+            extract = partial(_extract, config, backbone, split, accelerator)
+            found[name] = cached_features(cache, key, extract)
+    labels = {name: _targets(data.splits[name])[one.indices] for name, one in found.items()}
+    rows = {name: Rows(one.features, labels[name]) for name, one in found.items()}
+    decoded = {name: one.indices for name, one in found.items()}
+    metrics: dict[str, float] = {}
+    details: dict[str, Any] = {}
+    probes: dict[str, Any] = {}
+    measure = _measure(config, data.class_names, rows["test"].y, accelerator)
+    num_classes, device = len(data.class_names), accelerator.device
+    for name, probed in run_probes(config, rows, num_classes, measure, device):
+        metrics.update({f"{name}_{metric}": value for metric, value in probed.metrics.items()})
+        probes[name] = probed.about
+        details |= {name: probed.details} if probed.details else {}
+        logger.info("%s test %s", name, format_metrics(probed.metrics))
     results = {
         **label(config),
         "weights_match": log_weights(backbone),
         "metrics": metrics,
         "primary_metric": config.evaluation.metric,
+        "probes": probes,
+        "rows": {name: len(one.y) for name, one in rows.items()},
+        "leaks": _leaks(data, hashes, decoded),
+        "test_classes_without_training_images": _untrained(data, labels),
         "details": details,
         "iterations": 0,
         "epochs": 0.0,
         "train_seconds": time.perf_counter() - started,
-        "protocol": protocol(config, data, details),
-        "skipped": sorted(skipped),
+        "protocol": {**protocol(config, data, details), **probe_protocol(config)},
+        "skipped": sorted(item for one in found.values() for item in one.skipped),
     }
     if accelerator.is_main_process:
         write_results(folder, results)
-    logger.info("test %s", format_metrics(metrics))
     return results
 
 
-def _features(
-    config: ProbeConfig,
-    backbone: Backbone,
-    dataset: Dataset,
-    accelerator: Accelerator,
-    skipped: list[str],
-) -> Features:
-    """Return features and labels of a split; append what could not be decoded to `skipped`."""
+def _check(config: ProbeConfig, data: Data) -> None:
+    """Refuse what the labels show to be impossible."""
+    num_classes, metric = len(data.class_names), config.evaluation.metric
+    train = _targets(data.train)
+    classes = np.unique(data.train.labels)
+    if len(classes) < 2:
+        raise config.error(
+            "data.train",
+            f"a probe needs 2 classes, and its {len(data.train)} images show "
+            f"{[data.class_names[k] for k in classes]}. Give it images of another class too.",
+        )
+    if metric.endswith("_top5") and num_classes <= 5:
+        message = f"{metric} needs more than 5 classes, and there are {num_classes}. Set a top1."
+        raise config.error("evaluation.metric", message)
+    if knn := config.evaluation.knn:
+        check_ks(knn.ks, len(data.train))
+    if few_shot := config.evaluation.few_shot:
+        check_shots(train, few_shot.ks, data.class_names)
+
+
+def _targets(dataset: Dataset) -> Labels:
+    """Return classes (N,), or marks (N, K) where an image has several labels."""
+    return dataset.marks if isinstance(dataset, ImageLabels) else dataset.labels
+
+
+def _described(config: ProbeConfig, backbone: Backbone) -> dict[str, Any]:
+    """Return what features depend on beside weights and images."""
+    return {
+        "backbone": backbone.origin,
+        "transforms": config.data.transforms.model_dump(),
+        "undecodable": config.data.undecodable,
+        "precision": config.engine.precision,
+        "device": backbone.mean.device.type,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _extract(
+    config: ProbeConfig, backbone: Backbone, dataset: Dataset, accelerator: Accelerator
+) -> Extracted:
     device, precision = accelerator.device, PRECISIONS[config.engine.precision]
+    skipped: list[str] = []
 
     def batches() -> Iterator[Batch]:
         pin = device.type == "cuda"
@@ -85,26 +146,60 @@ def _features(
                 yield batch
 
     with evaluating(backbone), torch.autocast(device.type, precision, enabled=bool(precision)):
-        features, labels, _ = extract_features(backbone.pooled, batches(), device)
-    return features, labels
+        features, indices = extract_features(backbone.pooled, batches(), device)
+    return Extracted(features, indices, skipped)
 
 
-def _scores(
-    config: ProbeConfig, train: Features, test_x: NDArray[np.float32], num_classes: int
-) -> tuple[dict[str, NDArray[np.float64]], dict[str, Any]]:
-    """Return the (N, K) scores of each probe, and what it selected."""
-    scores: dict[str, NDArray[np.float64]] = {}
-    details: dict[str, Any] = {}
-    if knn := config.evaluation.knn:
-        votes = knn_predict(*train, test_x, knn.k, knn.temperature, num_classes)
-        scores["knn"] = np.asarray(votes, np.float64)
-    if logistic := config.evaluation.logistic_regression:
-        arguments = logistic.model_dump()
-        fit = logistic_regression(
-            *train, test_x, **arguments, seed=config.seed, num_classes=num_classes
-        )
-        scores["logistic"] = fit.scores
-        details["logistic_c"] = fit.best_c
-        details["logistic_converged"] = fit.converged
-        details["logistic_val_accuracies"] = {str(c): v for c, v in fit.val_accuracies.items()}
-    return scores, details
+def _measure(
+    config: ProbeConfig, class_names: list[str], truth: Labels, accelerator: Accelerator
+) -> Measure:
+    """Return what measures scores (N, K) of the test images, whose labels are `truth`."""
+
+    def one_label(scores: Scores) -> tuple[dict[str, float], dict[str, Any]]:
+        evaluator = build_evaluator(config, class_names)
+        if accelerator.is_main_process:  # every process has all of them
+            evaluator.update(torch.from_numpy(scores), torch.from_numpy(truth))
+        metrics = evaluator.compute()
+        metrics.pop("loss")  # votes and distances are no probabilities
+        return metrics, evaluator.details()
+
+    def many_labels(scores: Scores) -> tuple[dict[str, float], dict[str, Any]]:
+        return multilabel_metrics(scores, truth, class_names)
+
+    return many_labels if config.data.has_many_labels else one_label
+
+
+def _leaks(
+    data: Data, hashes: dict[str, list[str]], decoded: dict[str, Labels]
+) -> dict[str, dict[str, Any]]:
+    """Return, for train and val, how many of its images are test images too, and the first ones.
+
+    Images are the same where their stored bytes are.
+    """
+    tested = {hashes["test"][row]: row for row in decoded["test"].tolist()[::-1]}
+    found: dict[str, dict[str, Any]] = {}
+    for name in ("train", "val"):
+        if name not in decoded:
+            continue
+        split = data.splits[name]
+        own = [row for row in decoded[name].tolist() if hashes[name][row] in tested]
+        pairs = [
+            [split.item(row), data.splits["test"].item(tested[hashes[name][row]])]
+            for row in own[:_NAMED_LEAKS]
+        ]
+        found[name] = {"images_in_test": len(own), "first": pairs}
+        if own:
+            logger.warning(
+                "%d of the %d images of %s are in test too, the first: %s is %s. They stay; the "
+                "result is that much too good.", len(own), len(decoded[name]), name, *pairs[0],
+            )  # fmt: skip
+    return found
+
+
+def _untrained(data: Data, labels: dict[str, Labels]) -> list[str]:
+    """Return the classes that test images show and training images do not."""
+
+    def shown(y: Labels) -> set[int]:
+        return set((y if y.ndim == 1 else np.nonzero(y == 1)[1]).tolist())
+
+    return [data.class_names[k] for k in sorted(shown(labels["test"]) - shown(labels["train"]))]

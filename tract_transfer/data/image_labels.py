@@ -19,6 +19,7 @@ class ImageLabels:
         self._objects = objects
         self.name = objects.name
         self.class_names = objects.class_names
+        self.origin = objects.origin
         self.marks = _marks(objects)
 
     def __len__(self) -> int:

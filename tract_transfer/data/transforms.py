@@ -83,15 +83,33 @@ def _crop(
     raise ValueError(f"crop must be pad, resize_random, random_resized or none, got {crop!r}.")
 
 
-def classification_eval(size_px: int, crop_ratio: float, interpolation: str) -> ImageTransform:
+def classification_eval(
+    size_px: int, crop_ratio: float, interpolation: str, resize: str = "short"
+) -> ImageTransform:
     """Return the test transform, uint8 (3, H, W) -> uint8 (3, size_px, size_px).
 
-    The short side is resized to round(size_px / crop_ratio), then the centre is cropped.
+    Args:
+        size_px: side of the result.
+        crop_ratio: side of the centre crop over the short side it is taken from.
+        interpolation: nearest, bilinear or bicubic; the latter two antialiased.
+        resize: `short`: the short side to round(size_px / crop_ratio), then the centre is cropped.
+            `whole`: the whole image to the square, which changes its shape; nothing is cropped.
     """
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"crop_ratio must lie in (0, 1], got {crop_ratio}.")
-    resize = v2.Resize(round(size_px / crop_ratio), interpolation_mode(interpolation))
-    pipeline: ImageTransform = v2.Compose([resize, v2.CenterCrop(size_px)])
+    mode = interpolation_mode(interpolation)
+    pipeline: ImageTransform
+    if resize == "whole":
+        if crop_ratio != 1:
+            raise ValueError(
+                f"resize: whole crops nothing: crop_ratio must be 1, got {crop_ratio}."
+            )
+        pipeline = v2.Resize((size_px, size_px), mode)
+    elif resize == "short":
+        short = v2.Resize(round(size_px / crop_ratio), mode)
+        pipeline = v2.Compose([short, v2.CenterCrop(size_px)])
+    else:
+        raise ValueError(f"resize must be short or whole, got {resize!r}.")
     return pipeline
 
 

@@ -25,7 +25,7 @@ PACKAGES = ("torch", "torchvision", "timm", "datasets", "accelerate", "numpy")
 # Keys that may differ on resume: they decide where and how fast, not what.
 SAFE_ON_RESUME = (
     "output_dir", "engine.log", "engine.checkpoint", "data.num_workers", "data.cache",
-    "data.undecodable",
+    "data.undecodable", "data.feature_cache",
 )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ from tract_transfer.suite.statistics import PairedDifference, Summary, summarize
 _METRICS = {
     "top1": "top-1 accuracy", "top5": "top-5 accuracy", "mean_per_class": "mean per-class accuracy",
     "ap": "AP 50:95", "ap50": "AP 50", "ap75": "AP 75",
-    "knn_top1": "k-NN top-1", "logistic_top1": "logistic top-1",
+    "knn20_top1": "k-NN (20) top-1", "logistic_top1": "logistic top-1",
+    "linear_top1": "linear top-1", "svm_top1": "SVM top-1",
 }  # fmt: skip
 _FEW_PAIRS = 5
 _MAX_LOSS_POINTS, _MAX_FILTERS = 80, 64
