@@ -53,8 +53,13 @@ def shortened(config, scenes):
     """Overrides that keep a config's kind and make it two steps on embedded data."""
     words = [*own_backbone(config), "data.batch_size=2", "data.num_workers=0", "engine.device=cpu"]
     detects = isinstance(config, DetectionConfig)
+    probes = isinstance(config, ProbeConfig)
+    has_boxes = detects or (probes and config.data.has_many_labels)
     for split in ("train", "val", "test"):
         if getattr(config.data, split, None) is None:
+            continue
+        if split == "val" and probes:
+            words.append("data.val=null")
             continue
         if split == "val":
             words.append("data.val={source: train, fraction: 0.3}")
@@ -62,7 +67,7 @@ def shortened(config, scenes):
         embedded = "train" if split == "train" else "test"
         source = (
             f"digit_scenes, root: {scenes}, num_train: 12, num_test: 6, size_px: 64"
-            if detects
+            if has_boxes
             else "digits, classes: [0, 1]"
         )
         words.append(f"data.{split}={{source: {source}, split: {embedded}}}")
@@ -71,7 +76,14 @@ def shortened(config, scenes):
         words += [f"data.transforms={sizes}", *small_detector(config)]
     else:
         words.append("data.transforms.size_px=16")
-    if not isinstance(config, ProbeConfig):
+    if probes:
+        words.append("data.feature_cache=null")
+        if config.evaluation.few_shot:
+            ks = [1] if has_boxes else [8]
+            words += [f"evaluation.few_shot.ks={ks}", "evaluation.few_shot.samplings=2"]
+        if has_boxes:
+            words.append("model.backbone={name: cifar/resnet18, args: {width: 8}}")
+    else:
         words += ["solver.max_epochs=null", "solver.max_iters=2", "solver.warmup_epochs=null"]
         words += ["solver.warmup_iters=null", "evaluation.every_epochs=null"]
         words += ["evaluation.every_iters=null"]
