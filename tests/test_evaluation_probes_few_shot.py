@@ -88,6 +88,13 @@ def test_the_draw_decides_all(name):
     assert (scores.argmax(1) == TEST.y).mean() > 0.6
 
 
+@pytest.mark.filterwarnings("error")
+def test_as_many_classes_as_rows_are_no_reason_to_warn():
+    many = Rows(TRAIN.x[:40], np.arange(40))
+    fit = classifier("logistic", cs=(1.0,), folds=3, temperature=0.07, seed=0, num_classes=40)
+    assert fit(many, TEST.x, 1, 0).scores.shape == (80, 40)
+
+
 def test_the_classifiers_are_the_probes_on_the_drawn_rows():
     (drawn,) = draws(TRAIN, 4, 1, seed=0)
     marks = Rows(drawn.x, one_hot_marks(drawn.y, 4))

@@ -66,6 +66,12 @@ def test_every_probe_reports_and_says_how(everything):
     assert "C of 2 values in 0.1..1" in results["protocol"]["logistic"]
 
 
+def test_the_headlines_confusion_matrix_alone_is_kept(everything):
+    details = everything[0]["details"]
+    assert {name for name in details if "confusion_matrix" in details[name]} == {"logistic"}
+    assert all("per_class" in own for own in details.values())
+
+
 def test_selection_is_on_train_and_says_on_how_many(everything):
     probes = everything[0]["probes"]
     assert probes["logistic"]["selected_on"] == "10% of train, 43 images"

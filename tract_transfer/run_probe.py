@@ -72,6 +72,8 @@ def run_probe(
     for name, probed in run_probes(config, rows, num_classes, measure, device):
         metrics.update({f"{name}_{metric}": value for metric, value in probed.metrics.items()})
         probes[name] = probed.about
+        if not config.evaluation.metric.startswith(f"{name}_"):  # large, and one is enough
+            probed.details.pop("confusion_matrix", None)
         details |= {name: probed.details} if probed.details else {}
         logger.info("%s test %s", name, format_metrics(probed.metrics))
     results = {

@@ -95,6 +95,8 @@ def fit_logistic(
 def _fit(model: Any, x: Floats, y: Labels) -> None:
     with warnings.catch_warnings():  # the caller reports it
         warnings.simplefilter("ignore", ConvergenceWarning)
+        # Few shots of many classes: scikit-learn asks whether these are not numbers to regress on.
+        warnings.filterwarnings("ignore", "The number of unique classes", UserWarning)
         model.fit(x, y)
 
 
