@@ -56,6 +56,21 @@ def test_images_fewer_than_a_batch_are_drawn(call, write_tiny, tmp_path):
     assert pixels(tmp_path / "a.png").std() > 10
 
 
+def test_images_of_several_labels_are_named_by_all(write_tiny, scenes, tmp_path):
+    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools/visualize_data.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    made = f"root: {scenes}, num_train: 12, num_test: 6, size_px: 64"
+    words = [f"data.{s}={{source: digit_scenes, split: {s}, {made}}}" for s in ("train", "test")]
+    words.append("evaluation={knn: null, logistic_regression: null, svm: {}, metric: svm_map_area}")
+    config = load_config(write_tiny(tmp_path, "probe"), words)
+    train = build_data(config).train
+    for number, (_, caption, boxes) in enumerate(tool.samples(config, train, start_iter=0)):
+        shown = [train.class_names[k] for k in np.flatnonzero(train.marks[number] == 1)]
+        assert caption == f"image {number}: {', '.join(shown) or 'none'}, 16 x 16"
+        assert boxes == []
+
+
 def test_what_cannot_be_drawn_is_told(call, write_tiny, tmp_path):
     said = call(
         "visualize_data.py", "--config-file", write_tiny(tmp_path), "data.train.classes=[10]"

@@ -94,7 +94,9 @@ def samples(
             if isinstance(target, dict):
                 yield image, f"image {index}: {size}", boxes_of(target, train.class_names)
             else:
-                yield image, f"image {index}: {train.class_names[int(target)]}, {size}", []
+                shown = (target == 1).nonzero().flatten() if target.ndim else [target]
+                names = ", ".join(train.class_names[int(label)] for label in shown)
+                yield image, f"image {index}: {names or 'none'}, {size}", []
 
 
 def boxes_of(
