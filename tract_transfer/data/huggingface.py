@@ -115,7 +115,12 @@ def _check_split(split: str, known: list[str], path: Path, key: str) -> list[str
 def _open_saved(folder: Path, split: str, key: str) -> Any:
     import datasets
 
-    saved = datasets.load_from_disk(str(folder))
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except IndexError as error:  # of a split that was saved without rows
+        raise ValueError(
+            f"{folder} has a split without rows. Save it anew, or set {key}.path."
+        ) from error
     if not isinstance(saved, datasets.DatasetDict):
         saved = datasets.DatasetDict({str(saved.split or _own_split(folder)): saved})
     _check_split(split, list(saved), folder, key)
