@@ -22,6 +22,8 @@ BRIDGE = {
     "build_weights",
     "check_data",
     "detectron2_plugin",
+    "export",
+    "model_card",
     "run",
     "run_probe",
     "results",

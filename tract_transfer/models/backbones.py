@@ -36,6 +36,7 @@ class Backbone(nn.Module):
 
     Attributes:
         origin: the name, stem and args `build_backbone` made it from.
+        library: whose model it wraps, `timm` or `torchvision`, by which name and args there.
         feature_dim: D of the pooled features.
         first_layers: dotted names of the layers that read the image.
         image_size_px: the only size it takes, or None where it takes any.
@@ -59,6 +60,7 @@ class Backbone(nn.Module):
         self.model: Any = model
         self.origin: dict[str, Any] = {}
         self.loaded: MatchReport | None = None
+        self.library: tuple[str, str, dict[str, Any]] | None = None
         self.feature_dim = feature_dim
         self.first_layers = [f"model.{name}" for name in first_layers]
         self.image_size_px = image_size_px
@@ -218,7 +220,7 @@ def timm_backbone(model_name: str, args: dict[str, Any], pretrained: bool) -> Ba
     config = model.pretrained_cfg
     first = config["first_conv"]
     size_px = _fixed_size_px(model, config)
-    return TimmBackbone(
+    backbone = TimmBackbone(
         model,
         feature_dim=getattr(model, "head_hidden_size", None) or model.num_features,
         first_layers=[first] if isinstance(first, str) else first,
@@ -226,6 +228,8 @@ def timm_backbone(model_name: str, args: dict[str, Any], pretrained: bool) -> Ba
         std=config["std"],
         image_size_px=size_px,
     )
+    backbone.library = ("timm", config["architecture"], args)
+    return backbone
 
 
 @BACKBONES.register("torchvision")
@@ -253,7 +257,7 @@ def torchvision_backbone(model_name: str, args: dict[str, Any], pretrained: bool
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d) and module.in_channels == 3
     )
-    return TorchvisionBackbone(
+    backbone = TorchvisionBackbone(
         model,
         feature_dim=_remove_classifier(model),
         first_layers=[first],
@@ -261,6 +265,9 @@ def torchvision_backbone(model_name: str, args: dict[str, Any], pretrained: bool
         std=(0.5, 0.5, 0.5) if inception and pretrained else IMAGENET_STD,
         image_size_px=getattr(model, "image_size", None),
     )
+    plain = {"aux_logits": False, "init_weights": False, "transform_input": False}
+    backbone.library = ("torchvision", model_name, {**args, **plain} if inception else args)
+    return backbone
 
 
 @BACKBONES.register("cifar/resnet18")

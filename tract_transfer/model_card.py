@@ -1,0 +1,200 @@
+"""The README.md of an exported model: front matter, results with their protocol, how to load it.
+
+Everything is the run's own: what it does not tell is left out.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from tract_transfer.config import ClassificationConfig
+from tract_transfer.models import Backbone
+from tract_transfer.models.export import ONNX_NAME, OPSET, Portable
+
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>#|~$&!{}])")
+
+
+def model_card(
+    config: ClassificationConfig,
+    results: dict[str, Any],
+    environment: dict[str, Any],
+    saved: dict[str, Any],
+    portable: Portable,
+    backbone: Backbone,
+    hub_id: str | None,
+    onnx: bool,
+) -> str:
+    """Return the model card, Markdown with YAML front matter.
+
+    Args:
+        results, environment: the run's results.json and environment.json.
+        saved: the run's model.json.
+        hub_id: where the code loads from; None is the folder itself.
+        onnx: whether model.onnx lies beside it.
+    """
+    hub_ids = list(dict.fromkeys(saved.get("data", {}).get("hub_ids", {}).values()))
+    names = results["details"]["class_names"]
+    local = _local_paths(config, hub_ids)
+    sections = [
+        _front_matter(results, portable, hub_ids, onnx),
+        f"# {escape(results['name'])}\n\n"
+        f"{escape(portable.name)} that tells {len(names)} classes apart, trained with "
+        f"tract_transfer ({escape(results['role'])} run, method {escape(results['method'])}).",
+        _table("Results", results["metrics"], digits=True)
+        + f"\n\nOf iteration {results['reported_iteration']}; "
+        f"the primary metric is {escape(results['primary_metric'])}.",
+        _table("Protocol", {k: _named(v, local) for k, v in results["protocol"].items()}),
+        _table("Training", _training(results, local)),
+        _table("Data fingerprints (sha256)", environment["data"]),
+        _table("Versions", {**environment["versions"], **environment["git"]}),
+        "## How to load it\n\n" + _code(config, portable, backbone, hub_id),
+        _onnx(config) if onnx else "",
+        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(config, portable, results)),
+        "## Classes\n\n" + ", ".join(f"{k} {escape(name)}" for k, name in enumerate(names)),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def escape(text: object) -> str:
+    """Return text on one line that Markdown shows as it is."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))
+
+
+def _front_matter(
+    results: dict[str, Any], portable: Portable, hub_ids: list[str], onnx: bool
+) -> str:
+    from huggingface_hub import ModelCardData
+
+    tags = ["image-classification", portable.library, "tract_transfer", results["method"]]
+    data = ModelCardData(
+        library_name=portable.library,
+        pipeline_tag="image-classification",
+        tags=list(dict.fromkeys([*tags, *(["onnx"] if onnx else [])])),
+        datasets=hub_ids or None,
+        metrics=["accuracy"],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _training(results: dict[str, Any], local: list[str]) -> dict[str, Any]:
+    facts: dict[str, Any] = {"seed": results["seed"], "method": results["method"]}
+    weights = results.get("weights")
+    if weights:
+        facts["first weights"] = weights if weights == "pretrained" else Path(weights).name
+        facts["first weights' sha256"] = results.get("weights_sha256")
+    tract = results.get("tract")
+    facts["TrAct in this training"] = (
+        f"lam {tract['lam']:g}, {tract['lam_mode']}" if tract and tract["enabled"] else "no"
+    )
+    facts["iterations"] = results["iterations"]
+    facts["epochs"] = f"{results['epochs']:.4g}"
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _table(title: str, facts: dict[str, Any], digits: bool = False) -> str:
+    if not facts:
+        return ""
+    rows = [
+        f"| {escape(name)} | {f'{value:.4f}' if digits else escape(value)} |"
+        for name, value in facts.items()
+    ]
+    return f"## {title}\n\n| | |\n| --- | --- |\n" + "\n".join(rows)
+
+
+def _local_paths(config: ClassificationConfig, hub_ids: list[str]) -> list[str]:
+    """Paths of the machine that trained, the longest first: a card tells their last part alone."""
+    sections = (config.data.train, config.data.val, config.data.test)
+    paths = {str(getattr(section, "path", "")) for section in sections} - {"", *hub_ids}
+    return sorted(paths, key=len, reverse=True)
+
+
+def _named(text: str, paths: list[str]) -> str:
+    for path in paths:
+        text = text.replace(path, Path(path).name)
+    return text
+
+
+def _code(
+    config: ClassificationConfig, portable: Portable, backbone: Backbone, hub_id: str | None
+) -> str:
+    """Return the Python that loads the model and classifies photo.jpg."""
+    section = config.data.transforms
+    own = portable.library == "tract_transfer"
+    plain_timm = portable.library == "timm" and not portable.edits
+    mode = f"InterpolationMode.{section.interpolation.upper()}"
+    mean, std = backbone.mean.flatten().tolist(), backbone.std.flatten().tolist()
+    card = "config.json" if plain_timm else "model.json"
+    arguments = f"{portable.name!r}, num_classes=len(names), **{portable.args!r}"
+    build = {
+        "timm": [f"model = timm.create_model({arguments})", *portable.edits],
+        "torchvision": [f"model = torchvision.models.get_model({arguments})", *portable.edits],
+        "tract_transfer": ["model = load_exported(folder)"],
+    }[portable.library]
+    if plain_timm:
+        build = ['model = timm.create_model(f"local-dir:{folder}", pretrained=True)']
+    elif not own:
+        build.append('model.load_state_dict(load_file(f"{folder}/model.safetensors"))')
+    imports = [
+        *(["import timm"] if portable.library == "timm" else []),
+        "import torch",
+        *(["import torchvision"] if portable.library == "torchvision" else []),
+        *(["from huggingface_hub import snapshot_download"] if hub_id else []),
+        "from PIL import Image",
+        *([] if own or plain_timm else ["from safetensors.torch import load_file"]),
+        "from torchvision.transforms import InterpolationMode, v2",
+        *(["from tract_transfer.models.export import load_exported"] if own else []),
+    ]
+    steps = [
+        "v2.PILToTensor()",
+        f"v2.Resize({round(section.size_px / section.crop_ratio)}, {mode})",
+        f"v2.CenterCrop({section.size_px})",
+        "v2.ToDtype(torch.float32, scale=True)",
+        *([] if own else [f"v2.Normalize({mean}, {std})"]),
+    ]
+    lines = [
+        "import json",
+        "",
+        *imports,
+        "",
+        f"folder = snapshot_download({hub_id!r})" if hub_id else 'folder = "."  # this folder',
+        f'names = json.load(open(f"{{folder}}/{card}", encoding="utf-8"))["label_names"]',
+        *build,
+        "model.eval()",
+        "transform = v2.Compose([",
+        *[f"    {step}," for step in steps],
+        "])",
+        'image = Image.open("photo.jpg").convert("RGB")',
+        "with torch.no_grad():",
+        "    logits = model(transform(image).unsqueeze(0))",
+        "print(names[logits.argmax()])",
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _onnx(config: ClassificationConfig) -> str:
+    size_px = config.data.transforms.size_px
+    return (
+        f"`{ONNX_NAME}` (opset {OPSET}) takes `images`, float32 RGB in [0, 1] of shape "
+        f"(batch, 3, {size_px}, {size_px}) with any batch, normalises them inside and gives "
+        "`logits`:\n\n```python\nimport numpy as np\nimport onnxruntime\n\n"
+        f'session = onnxruntime.InferenceSession(f"{{folder}}/{ONNX_NAME}")\n'
+        f"images = np.zeros((1, 3, {size_px}, {size_px}), np.float32)\n"
+        '(logits,) = session.run(["logits"], {"images": images})\n```'
+    )
+
+
+def _limits(config: ClassificationConfig, portable: Portable, results: dict[str, Any]) -> list[str]:
+    lines = [
+        "The numbers are of one run with one seed, on the split and by the protocol above.",
+        "Images of other kinds than the training's were not measured.",
+    ]
+    if portable.edits:
+        lines.append("Its stem is not the library's: it loads by the code above alone.")
+    if portable.reason:
+        reason = escape(portable.reason)
+        lines.append(f"It loads with tract_transfer alone, because {reason}.")
+    if config.evaluation.flip:
+        lines.append("The numbers average each image and its mirror image; the model looks once.")
+    if results.get("skipped"):
+        lines.append(f"{len(results['skipped'])} images could not be decoded and were left out.")
+    return lines

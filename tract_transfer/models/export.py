@@ -1,0 +1,232 @@
+"""A trained classifier in the form in which others load it: timm's or torchvision's own model.
+
+Where neither library has its like, it stays what it is, beside a card that says what to build.
+"""
+
+# B images, K classes
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tract_transfer.models.backbones import Backbone, build_backbone
+from tract_transfer.models.classifier import Classifier
+from tract_transfer.models.heads import HEADS
+from tract_transfer.models.stem import POOL_NAMES
+from tract_transfer.models.weights import CARD_NAME, WEIGHTS_NAME, read_card
+from tract_transfer.models.weights_file import read_tensors
+
+CONFIG_NAME, ONNX_NAME = "config.json", "model.onnx"
+OPSET = 18
+MAX_DIFFERENCE, MAX_ONNX_DIFFERENCE = 1e-5, 1e-4
+
+
+@dataclass
+class Portable:
+    """A classifier as a library's model.
+
+    Attributes:
+        library: `timm`, `torchvision` or `tract_transfer`.
+        name, args: what the library makes the model from.
+        model: the model with its weights, in eval mode. A library's takes normalised images.
+        edits: Python lines that change what the library makes, for a stem of our own.
+        reason: why it is not a library's model.
+    """
+
+    library: str
+    name: str
+    args: dict[str, Any]
+    model: nn.Module
+    edits: list[str] = field(default_factory=list)
+    reason: str | None = None
+
+
+class Logits(nn.Module):
+    """(B, 3, H, W) float RGB in [0, 1] -> (B, K) logits, normalised inside."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.backbone = classifier.backbone
+        self.head = classifier.head
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.backbone.pooled(images))
+        return logits
+
+
+def to_library(classifier: Classifier, size_px: int) -> Portable:
+    """Return the classifier as a library's own model where that gives equal logits, else as it is.
+
+    Args:
+        size_px: side of the images it is compared on.
+    """
+    classifier.eval()
+    try:
+        portable = _library_model(classifier)
+        _compare(Logits(classifier), classifier.backbone, portable.model, size_px)
+    except ValueError as error:
+        name = classifier.backbone.origin["name"]
+        return Portable("tract_transfer", name, {}, classifier, reason=str(error))
+    return portable
+
+
+def save_portable(folder: Path, portable: Portable, card: Mapping[str, Any]) -> None:
+    """Write model.safetensors, and config.json (timm's) or model.json beside it.
+
+    Args:
+        card: timm's config for a model that timm makes, else what model.json says.
+    """
+    tensors = {name: t.contiguous().clone() for name, t in portable.model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    is_timm = portable.library == "timm" and not portable.edits
+    text = json.dumps(card, indent=2) + "\n"
+    (folder / (CONFIG_NAME if is_timm else CARD_NAME)).write_text(text, encoding="utf-8")
+
+
+def load_exported(folder: str | Path) -> Classifier:
+    """Load an exported classifier that is no library's model; it normalises inside.
+
+    Raises:
+        FileNotFoundError, ValueError: the folder holds none.
+    """
+    card = read_card(Path(folder))
+    if "head" not in card:
+        raise ValueError(f"{folder} holds no exported classifier. Its README.md says how it loads.")
+    backbone = build_backbone(card["name"], stem=card["stem"], args=card["args"])
+    make = HEADS.get(card["head"]["name"])
+    head = make(backbone.feature_dim, len(card["label_names"]), **card["head"]["args"])
+    classifier = Classifier(backbone, head)
+    file = Path(folder) / WEIGHTS_NAME
+    try:
+        classifier.load_state_dict(read_tensors(file))
+    except RuntimeError as error:  # what load_state_dict raises
+        raise ValueError(f"{file} is not what {CARD_NAME} beside it describes: {error}") from error
+    return classifier.eval()
+
+
+def export_onnx(classifier: Classifier, size_px: int, file: Path) -> None:
+    """Write the classifier, normalisation included, for (B, 3, size_px, size_px) of any B.
+
+    The file is checked with onnxruntime on two batch sizes, and removed where it differs.
+
+    Raises:
+        ImportError: a package is missing; the message has the pip command.
+        ValueError: ONNX gives other logits than torch.
+    """
+    require_onnx()
+    import onnxruntime
+
+    model = Logits(classifier).eval()
+    images = torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
+    torch.onnx.export(
+        model,
+        (images,),
+        file,
+        input_names=["images"],
+        output_names=["logits"],
+        opset_version=OPSET,
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for batch in (images, torch.cat([images, 1 - images[:1]])):
+        (found,) = session.run(None, {"images": batch.numpy()})
+        with torch.no_grad():
+            difference = (torch.from_numpy(found) - model(batch)).abs().max().item()
+        if not difference <= MAX_ONNX_DIFFERENCE:
+            file.unlink()
+            raise ValueError(
+                f"ONNX gives logits that differ by {difference:.1e} from torch's, more than "
+                f"{MAX_ONNX_DIFFERENCE:g}. Leave --onnx out."
+            )
+
+
+def require_onnx() -> None:
+    """Raise ImportError, with what to do, where a package that --onnx needs is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"--onnx needs a package more ({error}): pip install onnx onnxruntime onnxscript"
+        ) from error
+
+
+def _library_model(classifier: Classifier) -> Portable:
+    backbone, head = classifier.backbone, classifier.head
+    if backbone.library is None:
+        raise ValueError(f"the backbone {backbone.origin['name']} wraps no library's model")
+    if not isinstance(head, nn.Linear):
+        raise ValueError("the head is more than one matrix, which is what a library's model has")
+    library, name, args = backbone.library
+    if library == "timm":
+        model = timm.create_model(name, num_classes=head.out_features, **args)
+        last = model.pretrained_cfg["classifier"]
+    else:
+        model = torchvision.models.get_model(name, num_classes=head.out_features, **args)
+        linears = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
+        last = linears[-1] if linears else None
+    if not isinstance(last, str):
+        raise ValueError(f"{library}'s {name} does not classify by one matrix")
+    edits = _edit_stem(model, backbone)
+    like = model.get_submodule(last).weight  # some classify by a 1x1 convolution
+    assert isinstance(like, Tensor)
+    own = {f"{last}.weight": head.weight, f"{last}.bias": head.bias}
+    try:
+        own[f"{last}.weight"] = head.weight.detach().reshape(like.shape)
+        model.load_state_dict({**backbone.model.state_dict(), **own})
+    except RuntimeError as error:
+        raise ValueError(f"{library}'s {name} has other weights ({error})") from error
+    return Portable(library, name, args, model.eval(), edits)
+
+
+def _edit_stem(model: nn.Module, backbone: Backbone) -> list[str]:
+    """Give a library's model the stem of the backbone's; return the Python lines that do so."""
+    ours = dict(backbone.model.named_modules())
+    fresh = dict(model.named_modules())
+    edits = []
+    for name in [layer.removeprefix("model.") for layer in backbone.first_layers]:
+        conv = ours[name]
+        if repr(conv) == repr(fresh[name]) or not isinstance(conv, nn.Conv2d):
+            continue
+        made = (
+            f"torch.nn.Conv2d({conv.in_channels}, {conv.out_channels}, {conv.kernel_size[0]}, "
+            f"stride={conv.stride[0]}, padding={conv.padding[0]}, bias={conv.bias is not None})"
+        )
+        model.set_submodule(
+            name,
+            nn.Conv2d(
+                conv.in_channels,
+                conv.out_channels,
+                conv.kernel_size[0],
+                stride=conv.stride[0],
+                padding=conv.padding[0],
+                bias=conv.bias is not None,
+            ),
+        )
+        edits.append(f"model.set_submodule({name!r}, {made})")
+    for name in POOL_NAMES:
+        if isinstance(ours.get(name), nn.Identity) and not isinstance(fresh[name], nn.Identity):
+            model.set_submodule(name, nn.Identity())
+            edits.append(f"model.set_submodule({name!r}, torch.nn.Identity())")
+    return edits
+
+
+def _compare(logits: Logits, backbone: Backbone, model: nn.Module, size_px: int) -> None:
+    images = torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = logits(images)
+        difference = (model(backbone.normalize(images)) - expected).abs().max().item()
+    if not difference <= MAX_DIFFERENCE * max(1.0, expected.abs().max().item()):
+        raise ValueError(f"the library's model gives logits that differ by {difference:.1e}")
