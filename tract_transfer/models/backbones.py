@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from tract_transfer.models.stem import change_stem, replace_stem
+from tract_transfer.models.stem import change_stem
 from tract_transfer.models.weights_match import MatchReport
 from tract_transfer.registry import Registry, did_you_mean
 
@@ -40,6 +40,7 @@ class Backbone(nn.Module):
         feature_dim: D of the pooled features.
         first_layers: dotted names of the layers that read the image.
         image_size_px: the only size it takes, or None where it takes any.
+        usual_size_px: the size it is meant for; maps are measured at it.
         loaded: what became of the weights file it was loaded from, if it was.
     """
 
@@ -64,6 +65,7 @@ class Backbone(nn.Module):
         self.feature_dim = feature_dim
         self.first_layers = [f"model.{name}" for name in first_layers]
         self.image_size_px = image_size_px
+        self.usual_size_px = 128
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
         self._map_info: dict[str, MapInfo] | None = None
@@ -95,7 +97,7 @@ class Backbone(nn.Module):
     def map_info(self) -> dict[str, MapInfo]:
         """Name, channels and stride of every map, finest first; measured once on a blank image."""
         if self._map_info is None:
-            size_px = self.image_size_px or self._usual_size_px()
+            size_px = self.image_size_px or self.usual_size_px
             image = torch.zeros(1, 3, size_px, size_px, device=self.mean.device)
             in_training = [module for module in self.modules() if module.training]
             self.eval()
@@ -117,9 +119,6 @@ class Backbone(nn.Module):
     def _map_names(self) -> list[str]:
         raise NotImplementedError
 
-    def _usual_size_px(self) -> int:
-        return 128
-
 
 class TimmBackbone(Backbone):
     """A timm model without its classifier."""
@@ -137,9 +136,6 @@ class TimmBackbone(Backbone):
         names = [info["module"] for info in self.model.feature_info]
         # A module that puts out several maps is named several times.
         return [f"{n}@{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
-
-    def _usual_size_px(self) -> int:
-        return int(self.model.pretrained_cfg["input_size"][-1])  # some ask for multiples of it
 
 
 class TorchvisionBackbone(Backbone):
@@ -229,6 +225,7 @@ def timm_backbone(model_name: str, args: dict[str, Any], pretrained: bool) -> Ba
         image_size_px=size_px,
     )
     backbone.library = ("timm", config["architecture"], args)
+    backbone.usual_size_px = int(config["input_size"][-1])  # some ask for multiples of it
     return backbone
 
 
@@ -267,37 +264,6 @@ def torchvision_backbone(model_name: str, args: dict[str, Any], pretrained: bool
     )
     plain = {"aux_logits": False, "init_weights": False, "transform_input": False}
     backbone.library = ("torchvision", model_name, {**args, **plain} if inception else args)
-    return backbone
-
-
-@BACKBONES.register("cifar/resnet18")
-def cifar_resnet18(width: int = 64, max_pool: bool = True) -> Backbone:
-    """The paper's ResNet-18 for 32 px: a 3x3 stem of stride 1, the max-pool kept (figure 3).
-
-    `width` is that of the first of four stages, 64 in the paper; the stem always has 64 channels.
-    """
-    channels = tuple(width * factor for factor in (1, 2, 4, 8))
-    backbone = timm_backbone("resnet18", {"channels": channels, "zero_init_last": False}, False)
-    replace_stem(backbone, keep_pool=max_pool)
-    backbone.set_colours(CIFAR_MEAN, CIFAR_STD)
-    return backbone
-
-
-@BACKBONES.register("cifar/vit")
-def cifar_vit(
-    depth: int = 7, width: int = 384, num_heads: int = 12, patch_size_px: int = 4
-) -> Backbone:
-    """The paper's ViT for 32 px: 4x4 patches, a class token, an MLP as wide as it (figure 4)."""
-    args = {
-        "img_size": 32,
-        "patch_size": patch_size_px,
-        "depth": depth,
-        "num_heads": num_heads,
-        "embed_dim": width,
-        "mlp_ratio": 1,
-    }
-    backbone = timm_backbone("vit_small_patch16_224", args, False)
-    backbone.set_colours(CIFAR_MEAN, CIFAR_STD)
     return backbone
 
 
