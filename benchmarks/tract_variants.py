@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tract_transfer.build import build_accelerator, build_evaluator, build_trainer
-from tract_transfer.build_data import Data, build_data, build_eval_loader
+from tract_transfer.build_batches import build_eval_loader
+from tract_transfer.build_data import Data, build_data
 from tract_transfer.config import ClassificationConfig, load_config
 from tract_transfer.engine.evaluate import evaluate
 from tract_transfer.models import Backbone

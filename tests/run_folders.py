@@ -1,10 +1,13 @@
 """What tests read from run folders, and when two of them count as the same run."""
 
 import json
+from pathlib import Path
 
+import pytest
 import torch
 
 from tract_transfer.engine.checkpoint import Checkpointer
+from tract_transfer.run import run
 
 TIMING = ("images_per_second", "data_fraction")
 CARVED = ("data.val={source: train, fraction: 0.2}", "evaluation.report=best")
@@ -55,3 +58,19 @@ def assert_same_run(one, two):
     assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
     assert lines_of(one) == lines_of(two)
     assert results_of(one) == results_of(two)
+
+
+def assert_resumes_exactly(kill_at, killed_at, whole, killed, resumed=None):
+    """A run killed at an iteration and resumed is the `whole` one; returns that one's results.
+
+    The configs differ in output_dir, and in what may change on resume.
+    """
+    results = run(whole)
+    kill_at(killed_at)
+    with pytest.raises(Killed):
+        run(killed)
+    kill_at(None)
+    assert not (Path(killed.output_dir) / "results.json").exists()
+    run(resumed or killed, resume=True)
+    assert_same_run(Path(whole.output_dir), Path(killed.output_dir))
+    return results

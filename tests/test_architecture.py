@@ -16,6 +16,7 @@ TOOLS = sorted((ROOT / "tools").glob("*.py"))
 CONFIG = {"config", "config_data", "config_file", "config_probe", "config_sections"}
 BRIDGE = {
     "build",
+    "build_batches",
     "build_data",
     "build_model",
     "build_probes",

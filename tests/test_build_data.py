@@ -8,7 +8,8 @@ from box_data import write_coco, write_rows, write_voc
 from PIL import Image
 
 from tract_transfer.build import in_iterations
-from tract_transfer.build_data import build_data, build_epoch_order
+from tract_transfer.build_batches import build_epoch_order
+from tract_transfer.build_data import build_data
 from tract_transfer.config import ConfigError
 from tract_transfer.run import run
 

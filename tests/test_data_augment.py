@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from tract_transfer.build_data import build_transforms
+from tract_transfer.build_batches import build_transforms
 from tract_transfer.config import ConfigError
 from tract_transfer.data.augment import AUGMENTATIONS
 from tract_transfer.data.digits import load_digits

@@ -39,7 +39,7 @@ class Pixels:
 
 
 def batches(data, start_iter=0, *, seed=3, pad_px=2, flip_prob=0.5, batch_size=4, **split):
-    sampler = TrainBatchSampler(EpochOrder(len(data), batch_size, seed), start_iter, **split)
+    sampler = TrainBatchSampler(EpochOrder(len(data.labels), batch_size, seed), start_iter, **split)
     return resident_batches(data, sampler, seed=seed, pad_px=pad_px, flip_prob=flip_prob)
 
 

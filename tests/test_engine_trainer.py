@@ -11,7 +11,8 @@ from fvcore.common.param_scheduler import ConstantParamScheduler
 from torch import nn
 
 from tract_transfer.build import build_trainer
-from tract_transfer.build_data import build_data, build_train_batches
+from tract_transfer.build_batches import build_train_batches
+from tract_transfer.build_data import build_data
 from tract_transfer.build_model import build_model
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.evaluate import evaluate, evaluating

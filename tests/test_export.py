@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from tract_transfer.build_data import build_transforms
+from tract_transfer.build_batches import build_transforms
 from tract_transfer.export import export_run
 from tract_transfer.model_card import escape
 from tract_transfer.models import Classifier, build_backbone

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tract_transfer.build import build_accelerator, build_trainer
-from tract_transfer.build_data import build_data, whitening_images
+from tract_transfer.build_batches import whitening_images
+from tract_transfer.build_data import build_data
 from tract_transfer.build_model import build_features
 from tract_transfer.config import ConfigError
 from tract_transfer.models import build_backbone

@@ -1,7 +1,7 @@
 """Early stopping: by data.val alone, at the same iteration after a resume, and said in results."""
 
 import pytest
-from run_folders import CARVED, Killed, assert_same_run, lines_of
+from run_folders import CARVED, assert_resumes_exactly, lines_of
 
 from tract_transfer.config import ConfigError
 from tract_transfer.run import run
@@ -45,13 +45,7 @@ def test_a_killed_run_ends_where_the_whole_one_does(tmp_path, load_tiny, kill_at
     def config(name):
         return load_tiny(tmp_path, *FROZEN, f"output_dir={tmp_path / name}")
 
-    run(config("whole"))
-    kill_at(killed_at)
-    with pytest.raises(Killed):
-        run(config("killed"))
-    kill_at(None)
-    run(config("killed"), resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_resumes_exactly(kill_at, killed_at, config("whole"), config("killed"))
 
 
 def test_a_run_that_ended_and_lost_its_results_trains_no_further(tmp_path, load_tiny, kill_at):

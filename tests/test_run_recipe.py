@@ -1,7 +1,7 @@
 """A whole modern recipe at once: it resumes to the same bits, and runs on a group of processes."""
 
 import pytest
-from run_folders import CARVED, Killed, assert_same_run, results_of
+from run_folders import CARVED, assert_resumes_exactly, results_of
 
 from tract_transfer.run import run
 
@@ -44,17 +44,12 @@ def test_a_killed_recipe_resumes_to_the_same_bits(
             f"data.num_workers={workers}",
         )  # fmt: skip
 
-    whole = run(config("whole", 0))
+    killed, resumed = config("killed", num_workers), config("killed", 0)
+    whole = assert_resumes_exactly(kill_at, killed_at, config("whole", 0), killed, resumed)
     assert killed_at < whole["iterations"] < 40  # a schedule of 40, which patience ended
     assert whole["early_stop"]["iteration"] == whole["iterations"]
     assert whole["protocol"]["stochastic depth"] == "rate 0.1, constant"
     assert "'mixup_alpha': 0.8" in whole["protocol"]["mixing"]
-    kill_at(killed_at)
-    with pytest.raises(Killed):
-        run(config("killed", num_workers))
-    kill_at(None)
-    run(config("killed", 0), resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_a_group_of_processes_ends_together(tmp_path, write_tiny, tool):

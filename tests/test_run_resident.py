@@ -1,7 +1,7 @@
 """Training from images that stay on the device."""
 
 import pytest
-from run_folders import Killed, assert_same_run
+from run_folders import Killed, assert_resumes_exactly
 
 from tract_transfer.run import run
 
@@ -15,13 +15,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, load_tiny, kill_at, kil
             tmp_path, *RESIDENT, f"output_dir={tmp_path / name}", "engine.checkpoint.every_iters=1"
         )
 
-    run(config("whole"))
-    kill_at(killed_at)
-    with pytest.raises(Killed):
-        run(config("killed"))
-    kill_at(None)
-    run(config("killed"), resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_resumes_exactly(kill_at, killed_at, config("whole"), config("killed"))
 
 
 def test_it_is_another_run_than_that_of_the_loader(tmp_path, load_tiny, kill_at):

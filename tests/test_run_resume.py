@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_folders import CARVED, Killed, assert_same_run, last_parts, lines_of, results_of
+from run_folders import (
+    CARVED,
+    Killed,
+    assert_resumes_exactly,
+    assert_same_run,
+    last_parts,
+    lines_of,
+    results_of,
+)
 
 from tract_transfer.config import load_config
 from tract_transfer.run import evaluate_run, run
@@ -50,14 +58,8 @@ def test_a_killed_run_resumes_to_the_same_bits(
             f"output_dir={tmp_path / name}", f"data.num_workers={workers}",
         )  # fmt: skip
 
-    run(config("whole", 0))
-    kill_at(killed_at)
-    with pytest.raises(Killed):
-        run(config("killed", num_workers))
-    kill_at(None)
-    assert not (tmp_path / "killed/results.json").exists()
-    run(config("killed", 0), resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    killed, resumed = config("killed", num_workers), config("killed", 0)
+    assert_resumes_exactly(kill_at, killed_at, config("whole", 0), killed, resumed)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -68,13 +70,7 @@ def test_a_killed_detector_resumes_to_the_same_bits(tmp_path, load_tiny, kill_at
             "engine.checkpoint.every_iters=2", "evaluation.every_iters=2", task="detection",
         )  # fmt: skip
 
-    run(config("whole"))
-    kill_at(3)
-    with pytest.raises(Killed):
-        run(config("killed"))
-    kill_at(None)
-    run(config("killed"), resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert_resumes_exactly(kill_at, 3, config("whole"), config("killed"))
 
 
 def test_a_checkpoint_that_broke_costs_time_alone(tmp_path, load_tiny, kill_at, caplog):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tract_transfer.build_data import build_data, build_train_batches
+from tract_transfer.build_batches import build_train_batches
+from tract_transfer.build_data import build_data
 from tract_transfer.config import load_config
 
 ROOT = Path(__file__).parents[1]

@@ -81,7 +81,7 @@ def samples(
     config: "Config", train: "Dataset", start_iter: int
 ) -> Iterator[tuple["Tensor", str, list[tuple[list[float], str, bool]]]]:
     """Yield images as the training gets them, each with its caption and its boxes."""
-    from tract_transfer.build_data import build_eval_loader, build_train_batches
+    from tract_transfer.build_batches import build_eval_loader, build_train_batches
 
     if config.task == "probe":
         batches = build_eval_loader(config, train, rank=0, world_size=1, pin_memory=False)

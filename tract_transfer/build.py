@@ -8,14 +8,13 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
-from tract_transfer.build_data import (
-    Data,
-    Dataset,
+from tract_transfer.build_batches import (
     build_epoch_order,
     build_mix,
     build_train_batches,
     whitening_images,
 )
+from tract_transfer.build_data import Data, Dataset
 from tract_transfer.build_model import (
     TrainedTask,
     build_evaluator,

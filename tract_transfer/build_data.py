@@ -1,30 +1,21 @@
-"""The bridge's data side: where a Config becomes splits, transforms and loaders."""
+"""The bridge's data side: where a Config becomes splits."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
-
-from tract_transfer.build_model import call_checked
-from tract_transfer.config import Config, DetectionConfig, ProbeConfig, TrainedConfig
+from tract_transfer.config import Config, DetectionConfig, ProbeConfig
 from tract_transfer.config_data import (
     CarvedSource,
-    ClassificationData,
     CocoSource,
-    DetectionTransformsConfig,
     DigitScenesSource,
     DigitsSource,
     HuggingFaceBoxesSource,
     HuggingFaceSource,
     VocSource,
 )
-from tract_transfer.data import sampling, transforms
-from tract_transfer.data.augment import AUGMENTATIONS
 from tract_transfer.data.classification import (
     ClassificationDataset,
     carve,
@@ -39,14 +30,10 @@ from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
 from tract_transfer.data.image_labels import ImageLabels
 from tract_transfer.data.known_splits import size_checks
 from tract_transfer.data.labels import join_integer_classes
-from tract_transfer.data.loader import Batch, SampledDataset, eval_loader, train_loader
-from tract_transfer.data.mixup import BatchMix
-from tract_transfer.data.resident import ResidentImages, resident_batches
 from tract_transfer.data.voc import load_voc
 
 logger = logging.getLogger(__name__)
 
-CPU = torch.device("cpu")
 Loaded = ClassificationDataset | DetectionDataset
 Dataset = Loaded | ImageLabels
 
@@ -153,193 +140,3 @@ def load_split(section: Any, key: str, findings: Findings) -> Loaded:
     root = Path(section.root or f"output/data/{own}")
     write_digit_scenes(root, **made)
     return load_voc(root, [f"2007/{section.split}"], DIGIT_NAMES, key=key, findings=findings)
-
-
-def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return the transforms of training and of evaluation images.
-
-    Raises:
-        ConfigError: the augmentation does not take its arguments.
-    """
-    section = config.data.transforms
-    if isinstance(section, DetectionTransformsConfig):
-        return transforms.detection_train(**section.model_dump()), transforms.detection_eval()
-    evaluation = transforms.classification_eval(
-        section.size_px, section.crop_ratio, section.interpolation, section.resize
-    )
-    if isinstance(config, ProbeConfig):
-        return evaluation, evaluation
-    train = config.data.transforms
-    assert not isinstance(train, DetectionTransformsConfig)
-    augment = None
-    if train.augment is not None:
-        entry = AUGMENTATIONS.get(train.augment)
-        key = "data.transforms.augment_args"
-        augment = call_checked(entry, train.augment, train.augment_args, key, config)
-    low, high = train.scale or (0.08, 1.0)
-    return (
-        transforms.classification_train(
-            train.size_px,
-            train.crop,
-            4 if train.pad_px is None else train.pad_px,
-            (low, high),
-            train.flip_prob,
-            train.interpolation,
-            rotation_deg=train.rotation_deg,
-            augment=augment,
-            color_jitter=train.color_jitter,
-            erase_prob=train.erase_prob,
-        ),
-        evaluation,
-    )
-
-
-def build_epoch_order(config: TrainedConfig, train: Dataset) -> sampling.EpochOrder:
-    """Return the batches of every epoch; `iters_per_epoch` is their number.
-
-    Raises:
-        ValueError: the batch does not fit the data.
-    """
-    section, groups, factors = cast(Any, config).data, None, None
-    repeats = getattr(section, "repeats", 1)
-    if isinstance(train, DetectionDataset):
-        objects, threshold = train.objects, section.repeat_threshold
-        if section.group_by_aspect:
-            groups = sampling.aspect_groups(train.sizes)
-        if threshold is not None:
-            num_classes = len(train.class_names)
-            factors = sampling.repeat_factors(objects.first, objects.labels, num_classes, threshold)
-    return sampling.EpochOrder(
-        len(train),
-        section.batch_size,
-        config.seed,
-        groups=groups,
-        factors=factors,
-        repeats=repeats,
-    )
-
-
-def build_mix(config: TrainedConfig, num_classes: int, num_parts: int) -> BatchMix | None:
-    """Return what mixes the images of a batch, which is cut into `num_parts`; None mixes nothing.
-
-    Raises:
-        ConfigError: the parts are single images.
-    """
-    section = cast(Any, config).data
-    if getattr(section, "mixup", None) is None:
-        return None
-    if section.batch_size // num_parts < 2:
-        raise config.error(
-            "data.mixup",
-            f"mixes the images of a micro-batch of a process, and {section.batch_size} images in "
-            f"{num_parts} parts are single ones. Set a larger data.batch_size.",
-        )
-    return BatchMix(num_classes, config.seed, **section.mixup.model_dump())
-
-
-def whitening_images(config: TrainedConfig, train: Dataset) -> Iterator[Tensor]:
-    """Yield batches of training images, transformed as in the evaluation: 5000 by the seed.
-
-    As many as airbench takes. Those that cannot be decoded are left out where they may be.
-    """
-    _, transform = build_transforms(cast(Config, config))
-    generator = torch.Generator().manual_seed(config.seed)
-    indices = torch.randperm(len(train), generator=generator)[:5000]
-    images = SampledDataset(train, transform, 0, cast(Any, config).data.undecodable)
-    for part in indices.split(100):
-        found = [images[index].image for index in part.tolist()]
-        decoded = [image for image in found if image is not None]
-        if decoded:
-            yield torch.stack(decoded)
-
-
-def build_train_batches(
-    config: TrainedConfig,
-    train: Dataset,
-    *,
-    rank: int,
-    world_size: int,
-    pin_memory: bool,
-    device: torch.device = CPU,
-) -> Callable[[int], Iterator[Batch]]:
-    """Return what yields a process's micro-batches from a given iteration on.
-
-    Args:
-        device: where `data.cache: device` keeps the images; the loader's own are on the CPU.
-
-    Raises:
-        ValueError: the batch does not fit the data or divide among processes and micro-batches.
-    """
-    section = cast(Any, config).data
-    transform, _ = build_transforms(cast(Config, config))
-    order = build_epoch_order(config, train)
-
-    def sampler(start_iter: int) -> sampling.TrainBatchSampler:
-        accumulate = config.engine.accumulate
-        return sampling.TrainBatchSampler(order, start_iter, rank, world_size, accumulate)
-
-    sampler(0)  # raises before training does
-    if section.cache == "device":
-        return _build_resident_batches(section, train, sampler, config.seed, device)
-
-    def batches(start_iter: int) -> Iterator[Batch]:
-        return iter(
-            train_loader(
-                train,
-                transform,
-                sampler(start_iter),
-                seed=config.seed,
-                num_workers=section.num_workers,
-                undecodable=section.undecodable,
-                pin_memory=pin_memory,
-            )
-        )
-
-    return batches
-
-
-def _build_resident_batches(
-    section: ClassificationData,
-    train: Dataset,
-    sampler: Callable[[int], sampling.TrainBatchSampler],
-    seed: int,
-    device: torch.device,
-) -> Callable[[int], Iterator[Batch]]:
-    chosen = section.transforms
-    images = ResidentImages(
-        train,
-        chosen.size_px,
-        device,
-        interpolation=chosen.interpolation,
-        undecodable=section.undecodable,
-    )
-    pad_px = 4 if chosen.pad_px is None else chosen.pad_px
-
-    def batches(start_iter: int) -> Iterator[Batch]:
-        return resident_batches(
-            images,
-            sampler(start_iter),
-            seed=seed,
-            pad_px=pad_px if chosen.crop == "pad" else 0,
-            flip_prob=chosen.flip_prob,
-        )
-
-    return batches
-
-
-def build_eval_loader(
-    config: Config, dataset: Dataset, *, rank: int, world_size: int, pin_memory: bool
-) -> DataLoader[Batch]:
-    """Return one pass over a process's share of `dataset`, each image once."""
-    _, transform = build_transforms(config)
-    section = config.data
-    return eval_loader(
-        dataset,
-        transform,
-        batch_size=max(1, section.batch_size // world_size),
-        num_workers=section.num_workers,
-        rank=rank,
-        world_size=world_size,
-        undecodable=section.undecodable,
-        pin_memory=pin_memory,
-    )

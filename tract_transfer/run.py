@@ -16,7 +16,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from tract_transfer.build import build_accelerator, build_trainer, in_iterations
-from tract_transfer.build_data import Data, Dataset, build_data, build_eval_loader
+from tract_transfer.build_batches import build_eval_loader
+from tract_transfer.build_data import Data, Dataset, build_data
 from tract_transfer.build_model import TrainedTask, build_evaluated, build_evaluator, build_model
 from tract_transfer.config import Config, DetectionConfig, ProbeConfig, dump_config
 from tract_transfer.data.detection import DetectionDataset

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 
 from tract_transfer.build import PRECISIONS
-from tract_transfer.build_data import Data, Dataset, build_eval_loader
+from tract_transfer.build_batches import build_eval_loader
+from tract_transfer.build_data import Data, Dataset
 from tract_transfer.build_model import build_evaluator, build_model
 from tract_transfer.build_probes import Measure, probe_protocol, run_probes
 from tract_transfer.config import ProbeConfig

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tract_transfer.build import PRECISIONS, build_accelerator
-from tract_transfer.build_data import build_data, build_transforms
+from tract_transfer.build_batches import build_transforms
+from tract_transfer.build_data import build_data
 from tract_transfer.build_model import TrainedTask, build_evaluated, build_model
 from tract_transfer.config import DetectionConfig, ProbeConfig, load_config
 from tract_transfer.config_sections import BackboneConfig

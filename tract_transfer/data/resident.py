@@ -73,9 +73,6 @@ class ResidentImages:
         labels = [dataset.target(index) for index in range(len(dataset))]
         self.labels = torch.tensor(labels, dtype=torch.int64, device=device)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
 
 def resident_batches(
     data: ResidentImages,

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tract_transfer.tract.lags import (
-    CHUNK_BYTES,
-    CHUNK_BYTES_ELSEWHERE,
     Canvas,
     batch_product,
     lag_gram,
+    per_chunk,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,8 +96,8 @@ def _gram_of_windows(
             return _gram_by_lags(images, kernel, stride, outputs, padding, padding_mode, dtype)
         logger.debug("TrAct unfolds a dilated convolution's input, a few images at a time.")
         gram = images.new_zeros(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
-        values = outputs[0] * outputs[1] * num_inputs
-        for chunk in images.split(_per_chunk(values, dtype, images)):
+        image_bytes = outputs[0] * outputs[1] * num_inputs * dtype.itemsize
+        for chunk in images.split(per_chunk(len(images), image_bytes, images.device.type)):
             padded = F.pad(chunk, padding, padding_mode)
             rows = F.unfold(padded, tuple(kernel), tuple(dilation), 0, tuple(stride)).transpose(
                 1, 2
@@ -172,7 +171,8 @@ def _gram_by_lags(
 def _sum_over_chunks(parts: Tensor, num_inputs: int, dtype: torch.dtype) -> Tensor:
     """Return the (N, N) sum of x x^T over the (R, N) rows in parts (P, ...), some at a time."""
     gram = parts.new_zeros(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
-    for chunk in parts.split(_per_chunk(max(parts[:1].numel(), 1), dtype, parts)):
+    part_bytes = parts[:1].numel() * dtype.itemsize
+    for chunk in parts.split(per_chunk(len(parts), part_bytes, parts.device.type)):
         gram += _product(chunk.to(dtype).reshape(-1, num_inputs), dtype)
     return gram
 
@@ -192,12 +192,6 @@ def _product(rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _per_chunk(num_values: int, dtype: torch.dtype, like: Tensor) -> int:
-    """How many images or rows of `num_values` are worked on at once."""
-    limit = CHUNK_BYTES.get(like.device.type, CHUNK_BYTES_ELSEWHERE)
-    return max(1, limit // max(num_values * dtype.itemsize, 1))
 
 
 def _num_outputs(

@@ -123,12 +123,12 @@ def _lag_sums_by_fourier(canvas: Canvas, kernel: tuple[int, int]) -> Tensor:
     (ky, kx), (images, _, size) = kernel, canvas
     channels, num_images = images.shape[3:].numel(), len(images)
     height, length = size[0] + ky - 1, _fast_length(size[1] + kx - 1)
-    per_chunk = _per_chunk(num_images, height * length * channels * 4, "cpu")
-    padded = images.new_zeros(per_chunk, height, length, channels, dtype=torch.float32)
+    at_once = per_chunk(num_images, height * length * channels * 4, "cpu")
+    padded = images.new_zeros(at_once, height, length, channels, dtype=torch.float32)
     place = _place(canvas, padded)
     frequencies = length // 2 + 1
     products = padded.new_zeros(ky, frequencies, 2 * channels, 2 * channels)
-    for chunk in images.split(per_chunk):
+    for chunk in images.split(at_once):
         _copy(chunk, place[: len(chunk)])
         spectra = torch.fft.rfft(padded[: len(chunk)].flatten(0, 1), dim=1).transpose(0, 1)
         # (frequencies, rows, 2 C): the last Ky - 1 rows are zero.
@@ -169,8 +169,8 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
     height, width = size[0] + ky - 1, size[1] + kx - 1
     block = max(2 * (kx - 1), 1)
     image_bytes = height * width * channels * dtype.itemsize
-    per_chunk = _per_chunk(num_images, image_bytes, images.device.type)
-    blocks = -(-per_chunk * height * width // block)
+    at_once = per_chunk(num_images, image_bytes, images.device.type)
+    blocks = -(-at_once * height * width // block)
     slices = -(-blocks // SLICE_BLOCKS)
     per_slice = -(-blocks // slices)
     # Kx - 1 zeros stand before; after come those the last block meets at the largest lag.
@@ -183,11 +183,11 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
         strides = (per_slice * block * channels, block * channels, 1)
         return sequence.as_strided(shape, strides, position * channels)
 
-    own = sequence[kx - 1 : kx - 1 + per_chunk * height * width]
-    place = _place(canvas, own.view(per_chunk, height, width, channels))
+    own = sequence[kx - 1 : kx - 1 + at_once * height * width]
+    place = _place(canvas, own.view(at_once, height, width, channels))
     sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     products = images.new_zeros(ky, block * channels, 2, block * channels, dtype=sum_dtype)
-    for chunk in images.split(per_chunk):
+    for chunk in images.split(at_once):
         _copy(chunk, place[: len(chunk)])
         place[len(chunk) :].zero_()
         left = blocks_from(kx - 1).mT
@@ -204,11 +204,11 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
     return diagonals.sum(1).transpose(1, 2)
 
 
-def _per_chunk(num_images: int, image_bytes: int, device: str) -> int:
-    """How many images are worked on at once: chunks of about one size."""
+def per_chunk(count: int, item_bytes: int, device: str) -> int:
+    """How many of `count` images or rows are worked on at once: chunks of about one size."""
     limit = CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE)
-    per_chunk = max(1, limit // max(image_bytes, 1))
-    return -(-num_images // -(-num_images // per_chunk))
+    chunks = -(-count // max(1, limit // max(item_bytes, 1)))
+    return max(1, -(-count // max(chunks, 1)))
 
 
 def batch_product(left: Tensor, right: Tensor) -> Tensor:
