@@ -12,7 +12,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tract_transfer.build_batches import build_transforms
@@ -215,6 +215,14 @@ def test_what_cannot_be_exported_says_why(finished, load_tiny, call, tmp_path):
     assert "--private goes with --push-to-hub" in said.stderr
     with pytest.raises(ValueError, match=r"holds no exported classifier. Its README.md says how"):
         load_exported(finished("own"))
+
+
+def test_weights_of_another_model_than_the_cards_are_refused(finished, tmp_path):
+    folder = tmp_path / "out"
+    export_run(finished("mlp"), folder)
+    save_file({"head.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"(?s)is not what model.json beside it describes: .*head"):
+        load_exported(folder)
 
 
 def test_a_mirrored_evaluation_exports_one_view(load_tiny, tmp_path):
