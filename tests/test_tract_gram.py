@@ -119,21 +119,22 @@ LAYERS = {
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("offset", [0.0, 2.0])
-def test_float32_errs_by_a_millionth_at_most(name, offset):
+def test_float32_errs_by_a_millionth_at_most_and_bfloat16_by_3_thousandths(name, offset):
     layer, shape = LAYERS[name]
     images = torch.randn(shape) + offset
     exact = gram_matrix(layer, images.double())[0]
     assert relative_error(gram_matrix(layer, images)[0], exact) < 1e-6
     with torch.autocast("cpu", torch.bfloat16):
-        assert relative_error(gram_matrix(layer, images)[0], exact) < 1e-6
+        assert relative_error(gram_matrix(layer, images)[0], exact) < 3e-3
 
 
 @pytest.mark.parametrize("name", ["imagenet", "odd", "photograph"])
-def test_a_constant_image_errs_as_little(name):
+def test_a_constant_image_errs_little_more(name):
+    """All products are equal, so that rounding adds up: by how much hangs on the CPU's kernels."""
     layer, shape = LAYERS[name]
     images = torch.full(shape, 0.7)
     exact = gram_matrix(layer, images.double())[0]
-    assert relative_error(gram_matrix(layer, images)[0], exact) < 1e-6
+    assert relative_error(gram_matrix(layer, images)[0], exact) < 3e-6
 
 
 @pytest.mark.parametrize("kernel", [(1, 3), (3, 1), (2, 4), (3, 3), (4, 2)], ids=str)

@@ -2,8 +2,10 @@
 
 # B images, C channels, R rows the layer multiplies, N inputs a row
 
+import contextlib
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from tract_transfer.tract.lags import (
 logger = logging.getLogger(__name__)
 
 BLOCK_COLUMNS = 128  # a wider product is made of blocks, those below the diagonal by symmetry
+CHUNK_OF_SUM = 8  # rows worked on at once are at least so many times their sum's size
 
 
 def gram_matrix(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, int]:
@@ -30,7 +33,8 @@ def gram_matrix(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, i
     of a dilated convolution, a few images at a time.
 
     Everything is summed in float32, from float64 inputs in float64. The products run in the type
-    of the inputs, under autocast in autocast's, where the device can sum them in float32 (CUDA).
+    of the inputs, under autocast in autocast's, where the device can sum them in float32: CUDA, and
+    for rows and patches a CPU with instructions for bfloat16.
 
     Args:
         layer: a Linear or an ungrouped Conv2d of any stride, padding, padding mode and dilation.
@@ -60,9 +64,33 @@ def _product_dtype(inputs: Tensor) -> torch.dtype:
     device = inputs.device.type
     if inputs.dtype == torch.float64:
         return torch.float64
-    if device != "cuda":
+    if device not in ("cpu", "cuda"):
         return torch.float32
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+    on = torch.is_autocast_enabled(device)
+    wanted = torch.get_autocast_dtype(device) if on else inputs.dtype
+    if device == "cpu" and not (wanted == torch.bfloat16 and _cpu_sums_bfloat16()):
+        return torch.float32
+    return wanted
+
+
+@functools.cache
+def _cpu_sums_bfloat16() -> bool:
+    """Whether oneDNN can round float32 factors to bfloat16 and sum their products in float32."""
+    settings = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return hasattr(settings, "fp32_precision") and bool(supported())
+
+
+@contextlib.contextmanager
+def _factors_rounded_to_bfloat16() -> Iterator[None]:
+    """Let a CPU's float32 matrix products round their factors, and not their sums."""
+    settings = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - unknown to its types
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 # Operators of torch, so that torch.compile takes them whole.
@@ -91,6 +119,8 @@ def _gram_of_windows(
     outputs = _num_outputs(images, kernel, stride, dilation, padding)
     if len(images) * outputs[0] * outputs[1] == 0:
         return images.new_zeros(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
+    if images.device.type == "cpu" and list(kernel) != list(stride):
+        dtype = _sum_dtype(dtype)  # small products, which rounding would not make faster
     with torch.autocast(images.device.type, enabled=False):
         if max(dilation) == 1:
             return _gram_by_lags(images, kernel, stride, outputs, padding, padding_mode, dtype)
@@ -171,14 +201,21 @@ def _gram_by_lags(
 def _sum_over_chunks(parts: Tensor, num_inputs: int, dtype: torch.dtype) -> Tensor:
     """Return the (N, N) sum of x x^T over the (R, N) rows in parts (P, ...), some at a time."""
     gram = parts.new_zeros(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
-    part_bytes = parts[:1].numel() * dtype.itemsize
-    for chunk in parts.split(per_chunk(len(parts), part_bytes, parts.device.type)):
-        gram += _product(chunk.to(dtype).reshape(-1, num_inputs), dtype)
+    factor_dtype = _sum_dtype(dtype) if parts.device.type == "cpu" else dtype
+    part_bytes = parts[:1].numel() * factor_dtype.itemsize
+    at_once = per_chunk(
+        len(parts), part_bytes, parts.device.type, CHUNK_OF_SUM * gram.numel() * gram.itemsize
+    )
+    for chunk in parts.split(at_once):
+        gram += _product(chunk.to(factor_dtype).reshape(-1, num_inputs), dtype)
     return gram
 
 
 def _product(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return rows^T rows, (N, N), of (R, N) rows rounded to `dtype`."""
+    if rows.device.type == "cpu" and dtype == torch.bfloat16:
+        with _factors_rounded_to_bfloat16():
+            return rows.T @ rows
     rows = rows.to(dtype)
     num_inputs = rows.shape[1]
     product = rows.new_empty(num_inputs, num_inputs, dtype=_sum_dtype(dtype))

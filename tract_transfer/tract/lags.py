@@ -17,7 +17,9 @@ from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 4 * 2**20}  # worked on at once: what a cache holds
 CHUNK_BYTES_ELSEWHERE = 32 * 2**20
-SLICE_BLOCKS = 2048  # blocks in one product; sums of few terms round less, and run in parallel
+# Blocks, or rows, in one product: sums of few terms round less, and run in parallel.
+SLICE_BLOCKS = 2048
+SLICE_ROWS = 4096
 
 WIDE = 36  # values of a block, from where the Fourier transform is faster than the products
 
@@ -65,41 +67,53 @@ def lag_gram(
     sums = lags.new_zeros(2 * ky - 1 + 2 * my * my, 2 * kx - 1 + 2 * mx * mx, channels, channels)
     sums[: 2 * ky - 1, : 2 * kx - 1] = lags
 
-    def edge(rows: slice, columns: slice) -> Tensor:
-        """Values rounded as the products' are, to be multiplied exactly."""
-        return canvas.cut(rows, columns).to(dtype).to(lags.dtype)
+    def ends(count: int, last: int, along: int) -> list[Tensor]:
+        """The first and the last rows (columns), rounded as the products' are: (B, Y, X, C)."""
+        pieces = [slice(first, first + count) for first in (0, last)]
+        cuts = [(piece, slice(None)) if along == 0 else (slice(None), piece) for piece in pieces]
+        return [canvas.cut(*cut).to(dtype).to(lags.dtype) for cut in cuts]
 
-    every = slice(None)
-    for end_y in range(2 if my else 0):
-        rows, to_y = slice(end_y * oy, end_y * oy + my), _pairs_at(end_y, ky)
-        strip = edge(rows, every).transpose(1, 2).flatten(2)[:, None]  # (B, 1, X, my C)
-        found = _lag_sums_by_products(_whole(strip), (1, kx), lags.dtype)[0]
-        pairs = found.view(2 * kx - 1, my, channels, my, channels).permute(1, 3, 0, 2, 4)
-        sums[to_y, : 2 * kx - 1] = pairs.flatten(0, 1)
-        for end_x in range(2 if mx else 0):
-            columns, to_x = slice(end_x * ox, end_x * ox + mx), _pairs_at(end_x, kx)
-            corner = edge(rows, columns).flatten(1)
-            pairs = (corner.T @ corner).view(my, mx, channels, my, mx, channels)
-            sums[to_y, to_x] = pairs.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(0, 1)
-    for end_x in range(2 if mx else 0):
-        columns, to_x = slice(end_x * ox, end_x * ox + mx), _pairs_at(end_x, kx)
-        strip = edge(every, columns).flatten(2)[:, None]  # (B, 1, Y, mx C)
-        found = _lag_sums_by_products(_whole(strip), (1, ky), lags.dtype)[0]
-        pairs = found.view(2 * ky - 1, mx, channels, mx, channels).permute(0, 1, 3, 2, 4)
-        sums[: 2 * ky - 1, to_x] = pairs.flatten(1, 2)
+    if my:
+        rows = ends(my, oy, along=0)
+        pairs = _end_sums([end.transpose(1, 2) for end in rows], kx)  # (E, lag, my, C, my, C)
+        sums[2 * ky - 1 :, : 2 * kx - 1] = pairs.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+    if mx:
+        pairs = _end_sums(ends(mx, ox, along=1), ky)  # (E, lag, mx, C, mx, C)
+        pairs = pairs.permute(1, 0, 2, 4, 3, 5).flatten(1, 3)
+        sums[: 2 * ky - 1, 2 * kx - 1 :] = pairs
+    if my and mx:
+        corners = [end[:, :, x : x + mx].flatten(1) for end in rows for x in (0, ox)]
+        stacked = torch.stack(corners)  # (E E', B, my mx C)
+        pairs = torch.bmm(stacked.mT, stacked).view(2, 2, my, mx, channels, my, mx, channels)
+        pairs = pairs.permute(0, 2, 5, 1, 3, 6, 4, 7)
+        sums[2 * ky - 1 :, 2 * kx - 1 :] = pairs.flatten(3, 5).flatten(0, 2)
     weights_y, weights_x = (_tap_pairs(k, sums.dtype, sums.device) for k in kernel)
     found = torch.einsum("pa,qb,abcd->pqcd", weights_y, weights_x, sums)
     return found.view(ky, ky, kx, kx, channels, channels)
 
 
-def _whole(images: Tensor) -> Canvas:
-    return Canvas(images, (0, 0), (images.shape[1], images.shape[2]))
+def _end_sums(strips: list[Tensor], kernel: int) -> Tensor:
+    """Return (E, 2 K - 1, m, C, m, C), the lag sums along L of E strips (B, L, m, C).
 
-
-def _pairs_at(end: int, kernel: int) -> slice:
-    """Where the sums of pairs of edge rows stand, after those of the lags."""
-    first = 2 * kernel - 1 + end * (kernel - 1) ** 2
-    return slice(first, first + (kernel - 1) ** 2)
+    One sequence of all strips, K - 1 zeros after every row, in slices.
+    """
+    num_images, length, *values = strips[0].shape
+    num_values, padded = math.prod(values), length + kernel - 1
+    slices = -(-num_images * padded // SLICE_ROWS)
+    per_slice = -(-num_images * padded // slices)
+    total = len(strips) * slices * per_slice
+    sequence = strips[0].new_zeros(total + kernel - 1, num_values)
+    for strip, own in zip(strips, sequence[:total].chunk(len(strips)), strict=True):
+        place = own[: num_images * padded].view(num_images, padded, *values)
+        place[:, :length] = strip
+    left = sequence[:total].view(-1, per_slice, num_values).mT
+    found = []
+    for lag in range(kernel):
+        right = sequence[lag : lag + total].view(-1, per_slice, num_values)
+        found.append(torch.bmm(left, right).view(len(strips), slices, num_values, -1).sum(1))
+    forward = torch.stack(found, 1)
+    both = torch.cat([forward[:, 1:].flip(1).mT, forward], 1)
+    return both.view(*both.shape[:2], *values, *values)
 
 
 def _lag_sums(canvas: Canvas, kernel: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -204,9 +218,9 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
     return diagonals.sum(1).transpose(1, 2)
 
 
-def per_chunk(count: int, item_bytes: int, device: str) -> int:
+def per_chunk(count: int, item_bytes: int, device: str, least_bytes: int = 0) -> int:
     """How many of `count` images or rows are worked on at once: chunks of about one size."""
-    limit = CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE)
+    limit = max(CHUNK_BYTES.get(device, CHUNK_BYTES_ELSEWHERE), least_bytes)
     chunks = -(-count // max(1, limit // max(item_bytes, 1)))
     return max(1, -(-count // max(chunks, 1)))
 

@@ -31,14 +31,14 @@ def damped_factor(gram: Tensor, lam: float, *, relative: bool) -> DampedFactor:
     """Factorise gram + lam I.
 
     `relative` takes lam times the mean of the diagonal. Neither is taken below what rounding can
-    take from an eigenvalue, 2 eps of the trace, which keeps a matrix without full rank positive.
-    For inputs of standard deviation 1 that is a thousandth of any lam in use.
+    take from an eigenvalue, 4 eps of the trace, which keeps a matrix without full rank positive.
+    For inputs of standard deviation 1 that is less than a hundredth of any lam in use.
 
     Args:
         gram: (N, N), the mean of x x^T; float32 or float64.
     """
     finite = gram.isfinite().all()
-    rounding = 2 * torch.finfo(gram.dtype).eps
+    rounding = 4 * torch.finfo(gram.dtype).eps
     if len(gram) <= EXACT_SIZE and gram.device.type in ("cpu", "cuda"):
         gram = gram.double()
     trace = gram.diagonal().sum()
