@@ -25,7 +25,8 @@ def lines_of(folder):
 
 def results_of(folder):
     results = json.loads((folder / "results.json").read_text())
-    return {k: v for k, v in results.items() if k not in ("train_seconds", "images_per_second")}
+    costs = ("train_seconds", "images_per_second", "cost")
+    return {k: v for k, v in results.items() if k not in costs}
 
 
 def last_parts(folder):

@@ -10,6 +10,7 @@ from tract_transfer.build_data import Data
 from tract_transfer.build_model import TrainedTask
 from tract_transfer.config import Config, ProbeConfig
 from tract_transfer.data.known_splits import size_checks
+from tract_transfer.engine.run_folder import RESULTS_FORMAT
 from tract_transfer.models.weights import read_card
 from tract_transfer.models.weights_match import MatchReport
 
@@ -23,7 +24,7 @@ TRAINED_DIFFICULT = {
 
 
 def label(config: Config) -> dict[str, Any]:
-    """Return what a run is: task, name, method, role, seed, weights and tract.
+    """Return what a run is: format, task, name, method, role, seed, weights and tract.
 
     The method is the config's, or `tract` where TrAct trains or pre-trained the first layer.
     """
@@ -32,6 +33,7 @@ def label(config: Config) -> dict[str, Any]:
     if method is None:
         method = "tract" if own else _method_of_weights(config.model.weights)
     return {
+        "format": RESULTS_FORMAT,
         "task": config.task,
         "name": config.name or config.task,
         "method": method,

@@ -22,6 +22,7 @@ from tract_transfer.build_model import TrainedTask, build_evaluated, build_evalu
 from tract_transfer.config import Config, DetectionConfig, ProbeConfig, dump_config
 from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.engine.checkpoint import Checkpointer, write_json
+from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.dry_run import dry_run, dry_run_features
 from tract_transfer.engine.evaluate import evaluate, share_buffers
 from tract_transfer.engine.hooks import (
@@ -63,13 +64,14 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
     """
     folder = Path(config.output_dir)
     accelerator = build_accelerator(config)
+    meter = CostMeter(accelerator.device)
     data = build_data(config)
     if isinstance(config, ProbeConfig):
         with _run_folder(config, folder, data, accelerator, resume=resume):
-            return run_probe(config, data, folder, accelerator)
+            return run_probe(config, data, folder, accelerator, meter)
     trainer = build_trainer(config, data, accelerator)
     with _run_folder(config, folder, data, accelerator, resume=resume):
-        return _train(config, data, trainer, folder)
+        return _train(config, data, trainer, folder, meter)
 
 
 def is_done(config: Config) -> bool:
@@ -144,7 +146,9 @@ def preview(config: Config) -> dict[str, str]:
     )
 
 
-def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> dict[str, Any]:
+def _train(
+    config: TrainedTask, data: Data, trainer: Trainer, folder: Path, meter: CostMeter
+) -> dict[str, Any]:
     accelerator = trainer.accelerator
     labels = label(config)
     started_from = log_weights(trainer.evaluated_model.get_submodule("backbone"))
@@ -183,6 +187,7 @@ def _train(config: TrainedTask, data: Data, trainer: Trainer, folder: Path) -> d
         "early_stop": _early_stop(trainer),
         "train_seconds": trainer.seconds,
         "images_per_second": trainer.seen_images / max(trainer.seconds, 1e-9),
+        "cost": meter.read(whole=newest is None),
         "protocol": protocol(config, data, details),
         "skipped": sorted(set(gather_object([*trainer.skipped, *skipped]))),
         "mended_boxes": data.mended_boxes,

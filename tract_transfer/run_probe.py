@@ -23,6 +23,7 @@ from tract_transfer.config import ProbeConfig
 from tract_transfer.data.image_labels import ImageLabels
 from tract_transfer.data.images import content_hashes
 from tract_transfer.data.loader import Batch
+from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.evaluate import evaluating
 from tract_transfer.engine.hooks import format_metrics
 from tract_transfer.engine.run_folder import write_results
@@ -40,7 +41,7 @@ _NAMED_LEAKS = 10
 
 
 def run_probe(
-    config: ProbeConfig, data: Data, folder: Path, accelerator: Accelerator
+    config: ProbeConfig, data: Data, folder: Path, accelerator: Accelerator, meter: CostMeter
 ) -> dict[str, Any]:
     """Probe a backbone and return the results, which it also writes to `folder`.
 
@@ -90,6 +91,7 @@ def run_probe(
         "iterations": 0,
         "epochs": 0.0,
         "train_seconds": time.perf_counter() - started,
+        "cost": meter.read(whole=True),
         "protocol": {**protocol(config, data, details), **probe_protocol(config)},
         "skipped": sorted(item for one in found.values() for item in one.skipped),
     }

@@ -21,11 +21,12 @@ from tract_transfer.engine.checkpoint import write_json
 from tract_transfer.engine.evaluate import evaluating
 
 CONFIG_NAME, RESULTS_NAME, ENVIRONMENT_NAME = "config.yaml", "results.json", "environment.json"
+RESULTS_FORMAT = 1  # of results.json; what reads it refuses another
 PACKAGES = ("torch", "torchvision", "timm", "datasets", "accelerate", "numpy")
 # Keys that may differ on resume: they decide where and how fast, not what.
 SAFE_ON_RESUME = (
     "output_dir", "engine.log", "engine.checkpoint", "data.num_workers", "data.cache",
-    "data.undecodable", "data.feature_cache",
+    "data.undecodable", "data.feature_cache", "paper",
 )  # fmt: skip
 
 
