@@ -33,13 +33,24 @@ from tract_transfer.config_sections import (
 )
 
 
+# Rows of the paper's tables; those of t1 and t2 are found by the backbone's name and the epochs.
+PaperRow = Literal[
+    "t1", "t2", "t3_small_400", "t3_small_800", "t3_base_400",
+    "t4_cifar10", "t4_cifar100", "t4_flowers102", "t4_stanford_cars", "t5",
+]  # fmt: skip
+
+
 class BaseConfig(Section):
-    """What all tasks share. `name` and `method` label the run in a report; null derives them."""
+    """What all tasks share. `name` and `method` label the run in a report; null derives them.
+
+    `paper`: the row of the paper's tables that a report sets beside the run.
+    """
 
     output_dir: str
     seed: Annotated[int, Field(ge=0)] = 0
     name: str | None = None
     method: str | None = None
+    paper: PaperRow | None = None
     _origins: Origins = PrivateAttr(default_factory=dict)
 
     def error(self, key: str, message: str) -> ConfigError:
