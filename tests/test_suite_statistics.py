@@ -5,7 +5,11 @@ import pytest
 from scipy import stats
 
 from tract_transfer.suite.statistics import (
+    effect_size,
+    holm,
     paired_difference,
+    sign_flip_test,
+    studentised_bootstrap,
     summarize,
 )
 
@@ -51,7 +55,7 @@ def test_pairs_are_found_by_seed_and_swapping_turns_the_sign():
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     inside = 0
     for seed in range(2000):
-        diff = paired_difference(*pair(5, seed))
+        diff = paired_difference(*pair(5, seed), resample=False)
         inside += diff.low <= 0.02 <= diff.high
     assert 0.93 <= inside / 2000 <= 0.97
 
@@ -82,3 +86,91 @@ def test_what_cannot_be_paired_is_an_error():
         paired_difference({}, {})
     with pytest.raises(ValueError, match="level"):
         paired_difference({0: 0.5}, {0: 0.5}, level=95)
+
+
+def test_holm_is_the_step_down_of_bonferroni():
+    # Holm's own procedure: reject in order while p <= alpha / (number left).
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        p_values = np.round(rng.random(rng.integers(1, 8)) ** 3, 2).tolist()
+        corrected = holm(p_values)
+        for alpha in (0.01, 0.05, 0.2):
+            rejected, order = set(), sorted(range(len(p_values)), key=p_values.__getitem__)
+            for rank, i in enumerate(order):
+                if p_values[i] > alpha / (len(order) - rank):
+                    break
+                rejected.add(i)
+            assert {i for i, p in enumerate(corrected) if p <= alpha + 1e-12} == rejected
+    assert holm([]) == []
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+
+
+@pytest.mark.parametrize("n", [6, 9, 13])
+def test_flipping_signs_is_scipys_permutation_test(n):
+    differences = np.random.default_rng(n).normal(0.5, 1, n)
+    theirs = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=2**14
+    )
+    assert sign_flip_test(differences) == pytest.approx(theirs.pvalue)
+
+
+def test_flipping_signs_of_many_is_near_the_exact_p_value():
+    differences = np.random.default_rng(0).normal(0.4, 1, 16)
+    theirs = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", n_resamples=2**16
+    )
+    assert sign_flip_test(differences) == pytest.approx(theirs.pvalue, abs=0.01)
+    assert sign_flip_test(differences) == sign_flip_test(differences)
+
+
+def test_flipping_signs_counts_equal_means_as_no_smaller():
+    assert sign_flip_test(np.full(6, 0.1)) == 2 / 64
+    assert sign_flip_test(np.zeros(6)) == 1
+
+
+def test_the_effect_size_is_unbiased():
+    rng = np.random.default_rng(0)
+    for n, bias in ((3, 0.25), (6, 0.06)):
+        drawn = rng.normal(0.8, 1, (40_000, n))
+        raw = drawn.mean(axis=1) / drawn.std(axis=1, ddof=1)
+        assert abs(raw.mean() - 0.8) > bias, "the correction has something to correct"
+        factor = effect_size(drawn[0]) / raw[0]
+        assert factor * raw.mean() == pytest.approx(0.8, abs=0.025)
+
+
+@pytest.mark.parametrize(("n", "least"), [(5, 0.92), (10, 0.9)])
+def test_the_bootstrap_covers_skewed_differences_better_than_t(n, least):
+    rng = np.random.default_rng(0)
+    inside, inside_t = 0, 0
+    for _ in range(400):
+        drawn = rng.exponential(1, n)
+        low, high = studentised_bootstrap(drawn, resamples=999)
+        inside += low <= 1 <= high
+        error = stats.t.ppf(0.975, n - 1) * drawn.std(ddof=1) / math.sqrt(n)
+        inside_t += abs(drawn.mean() - 1) <= error
+    assert inside / 400 >= least
+    assert inside > inside_t
+
+
+def test_the_bootstrap_has_no_interval_where_most_differences_are_equal():
+    assert studentised_bootstrap(np.array([0.1, 0.1, 0.1, 0.1, 0.2])) is None
+
+
+def test_what_few_pairs_cannot_say_is_said():
+    remarks = {n: paired_difference(*pair(n)).remark for n in (1, 2, 3, 5, 6)}
+    assert remarks[1].startswith("One pair: no interval and no test")
+    assert "12.7 standard errors" in remarks[2]
+    assert stats.t.ppf(0.975, 1) == pytest.approx(12.7, abs=0.01)
+    assert "could not get below 0.25" in remarks[3]
+    assert "could not get below 0.062" in remarks[5]
+    assert remarks[6] == ""
+    same = paired_difference({0: 0.3, 1: 0.6}, {0: 0.1, 1: 0.4})
+    assert "same difference" in same.remark
+
+
+def test_resampling_begins_where_it_holds():
+    found = {n: paired_difference(*pair(n)) for n in (2, 3, 4, 5, 6)}
+    assert [n for n, d in found.items() if d.bootstrap] == [5, 6]
+    assert [n for n, d in found.items() if d.permutation_p] == [6]
+    assert [n for n, d in found.items() if d.effect_size] == [3, 4, 5, 6]
+    assert paired_difference(*pair(6), resample=False).bootstrap is None
