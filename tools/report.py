@@ -1,11 +1,14 @@
-"""Write the report of any run folders.
+"""Write the report of any runs: run folders, a suite's folder, or folders that hold either.
 
-python tools/report.py output/quickstart/*/*/* --output output/report.html
+python tools/report.py output/quickstart --output output/report.html
+python tools/report.py output/quickstart --output output/report --format html md tex json
 """
 
 import argparse
 import sys
 from pathlib import Path
+
+FORMATS = ("html", "md", "tex", "json")
 
 
 def main() -> int:
@@ -13,30 +16,40 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders")
+    parser.add_argument("folders", nargs="+", type=Path, help="where the runs are")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE")
-    parser.add_argument("--baseline", default="vanilla", help="the method others are compared with")
-    parser.add_argument("--title", default="Does the backbone transfer?")
+    parser.add_argument(
+        "--format", nargs="+", choices=FORMATS, default=None, dest="formats",
+        help="by default that of FILE's suffix; each goes to FILE with its own suffix",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baseline", help="the method others are compared with: by default the suite's, or vanilla"
+    )
+    parser.add_argument("--title", help="by default the suite's")
     arguments = parser.parse_args()
 
-    from tract_transfer.suite.report import text_table, write_report
-    from tract_transfer.suite.runs import load_runs
+    from tract_transfer.suite.content import read_report
+    from tract_transfer.suite.report import save_report, text_table
 
+    suffix = arguments.output.suffix.removeprefix(".")
+    formats = arguments.formats or ([suffix] if suffix in FORMATS else [])
+    if not formats:
+        parser.error(f"--output {arguments.output}: end it in one of {FORMATS}, or give --format.")
+    stem = arguments.output.with_suffix("") if suffix in FORMATS else arguments.output
     try:
-        runs = load_runs(arguments.folders)
-        methods = sorted({run.method for run in runs if run.method})
-        if methods and arguments.baseline not in methods:
-            raise ValueError(f"--baseline {arguments.baseline} is none of the methods {methods}.")
-        if all(run.failure for run in runs):
-            reasons = "; ".join(f"{run.folder}: {run.failure}" for run in runs)
+        report = read_report(arguments.folders, arguments.baseline, arguments.title)
+        if not report.tasks:
+            reasons = "; ".join(f"{run.folder}: {run.failure}" for run in report.runs)
             raise ValueError(f"No finished run to report. {reasons}.")
-        options = {"baseline": arguments.baseline, "title": arguments.title}
-        path = write_report(arguments.folders, arguments.output, **options)
+        paths = [stem.with_name(f"{stem.name}.{name}") for name in formats]
+        for path in paths:
+            save_report(report, path)
     except (ValueError, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
-    print(text_table(runs, arguments.baseline))
-    print(path.resolve())
+    print(text_table(report.runs, report.baseline))
+    for path in paths:
+        print(path.resolve())
     return 0
 
 

@@ -32,7 +32,6 @@ from tract_transfer.config_sections import (
     TractConfig,
 )
 
-
 # Rows of the paper's tables; those of t1 and t2 are found by the backbone's name and the epochs.
 PaperRow = Literal[
     "t1", "t2", "t3_small_400", "t3_small_800", "t3_base_400",

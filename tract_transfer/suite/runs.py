@@ -1,4 +1,4 @@
-"""Methods x tasks x seeds: `load_runs` reads a suite's run folders, `compare` sets them in rows.
+"""Run folders as `Run`s: what was trained, how, and what was measured.
 
 Reading never fails on a run's contents. A run that has not finished keeps its place with the
 reason in `failure`, and a file that cannot be read is named in `problems`: a report shows both.
@@ -14,9 +14,11 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from tract_transfer.suite.statistics import PairedDifference, Summary, paired_difference, summarize
+from tract_transfer.suite.find_runs import Found, Planned, find_runs
 
+RESULTS_FORMAT = 1
 _NEEDED = {"method": str, "name": str, "seed": int, "primary_metric": str, "metrics": dict}
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times as fast
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,13 @@ class Run:
     Attributes:
         folder: as it was given.
         failure: why the run counts as not finished; empty for a finished run.
+        state: "finished", "failed", "blocked" (what it needs failed), "running", "waiting",
+            "missing" (no folder), "unreadable" or "unfinished".
         task: the suite's name of the task ("finetune"); like `method`, empty where unknown.
         method: label of the method ("vanilla").
         seed: None where unknown.
         role: "pretrain" or "downstream".
+        backbone: its name ("cifar/resnet18"), empty where unknown.
         metrics: name -> finite value; fractions in [0, 1], or losses.
         primary_metric: the key of `metrics` the task is judged by.
         results: all of results.json.
@@ -40,10 +45,12 @@ class Run:
 
     folder: Path
     failure: str = ""
+    state: str = "finished"
     task: str = ""
     method: str = ""
     seed: int | None = None
     role: str = "downstream"
+    backbone: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     primary_metric: str = ""
     results: dict[str, Any] = field(default_factory=dict)
@@ -54,38 +61,26 @@ class Run:
     problems: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Row:
-    """One metric of one task for every method.
-
-    Attributes:
-        values: method -> seed -> value; every method has an entry.
-        missing: method -> its runs without this metric.
-        notes: what keeps the values from being compared as they stand.
-    """
-
-    task: str
-    role: str
-    metric: str
-    values: dict[str, dict[int, float]]
-    missing: dict[str, list[Run]]
-    summaries: dict[str, Summary]
-    differences: dict[str, PairedDifference]
-    notes: list[str]
-
-
-def load_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read run folders, in the order given.
-
-    A run without results is placed by the names of its path: `vanilla/finetune/seed-2` belongs to
-    the method and the task of these names, if another run has finished under them.
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read the runs that `paths` are, plan or hold, as `find_runs` finds them.
 
     Raises:
-        ValueError: no folder was given, or two finished runs share method, task and seed.
+        ValueError: as `find_runs` and `read_runs` do.
     """
-    if not folders:
-        raise ValueError("No run folders: give at least one folder that holds a results.json.")
-    runs = [_load_run(Path(folder)) for folder in folders]
+    return read_runs(find_runs(paths))
+
+
+def read_runs(found: Found) -> list[Run]:
+    """Read the run folders found, in their order.
+
+    A run without results is placed by its suite's plan, or else by the names of its path:
+    `vanilla/finetune/seed-2` belongs to the method and the task of these names, if another run has
+    finished under them.
+
+    Raises:
+        ValueError: two finished runs share method, task and seed.
+    """
+    runs = [_as_planned(_load_run(folder), found.planned.get(folder)) for folder in found.folders]
     finished = [run for run in runs if not run.failure]
     seen: dict[tuple[str, str, int | None], Run] = {}
     for run in finished:
@@ -100,80 +95,35 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     return [_placed(run, roles, methods) if run.failure else run for run in runs]
 
 
-def methods_of(runs: Sequence[Run], baseline: str) -> list[str]:
-    """Return the methods in their order of appearance, the baseline first."""
-    known = dict.fromkeys(run.method for run in runs if run.method)
-    return sorted(known, key=lambda method: method != baseline)
+def _as_planned(run: Run, planned: Planned | None) -> Run:
+    """Return a run with the place and the failure that its suite's plan knows of."""
+    if planned is None:
+        return run
+    place = {"method": planned.method, "task": planned.task, "seed": planned.seed}
+    own = {"method": run.method, "task": run.task, "seed": run.seed}
+    if not run.failure:
+        if own == place:
+            return run
+        text = f"its results.json is of {_words(own)}, and the plan says {_words(place)}"
+        return replace(run, failure=text, state="unreadable", **place)  # type: ignore[arg-type]
+    failure, state = run.failure, run.state
+    if planned.state != "finished" and state != "unreadable":
+        state = planned.state
+        failure = planned.error or {"waiting": "not started yet"}.get(state, run.failure)
+        if planned.attempts > 1:
+            failure += f" ({planned.attempts} attempts)"
+    role = "pretrain" if planned.task == "pretrain" else "downstream"
+    return replace(run, failure=failure, state=state, role=role, **place)  # type: ignore[arg-type]
 
 
-def compare(runs: Sequence[Run], baseline: str, every_metric: bool = False) -> list[Row]:
-    """Return one row for each task's primary metric, or for every metric; downstream first.
-
-    Means are over all seeds of a method, differences over the seeds it shares with the baseline.
-    """
-    methods = methods_of(runs, baseline)
-    rows = []
-    for task in dict.fromkeys(run.task for run in runs if not run.failure):
-        own = [run for run in runs if run.task == task]
-        finished = [run for run in own if not run.failure]
-        metrics = dict.fromkeys(metric for run in finished for metric in run.metrics)
-        shown = list(metrics) if every_metric else [finished[0].primary_metric]
-        rows += [_row(own, metric, methods, baseline) for metric in shown]
-    return sorted(rows, key=lambda row: row.role == "pretrain")
-
-
-def matched(runs: Sequence[Run]) -> dict[str, Run]:
-    """Return method -> run for the first task and seed that the most methods share."""
-    groups: dict[tuple[str, int | None], dict[str, Run]] = {}
-    for run in runs:
-        groups.setdefault((run.task, run.seed), {})[run.method] = run
-    return max(groups.values(), key=len, default={})
-
-
-def _row(runs: list[Run], metric: str, methods: Sequence[str], baseline: str) -> Row:
-    values: dict[str, dict[int, float]] = {method: {} for method in methods}
-    missing: dict[str, list[Run]] = {method: [] for method in methods}
-    for run in runs:
-        if not run.failure and run.seed is not None and metric in run.metrics:
-            values[run.method][run.seed] = run.metrics[metric]
-        elif run.method:
-            missing[run.method].append(run)
-    differences, notes = {}, []
-    base = values.get(baseline, {})
-    for method in (method for method in methods if method != baseline):
-        shared = sorted(base.keys() & values[method].keys())
-        if shared:
-            treated = {seed: values[method][seed] for seed in shared}
-            differences[method] = paired_difference(treated, {seed: base[seed] for seed in shared})
-        for one, other in ((method, baseline), (baseline, method)):
-            alone = sorted(values.get(one, {}).keys() - set(shared))
-            if alone and values.get(other):
-                seeds = f"seed{'s' * (len(alone) > 1)} {', '.join(map(str, alone))}"
-                notes.append(
-                    f"{one} {seeds} without a {other} run: in the mean, not in the difference."
-                )
-    differing = _differing([run for run in runs if not run.failure])
-    if differing:
-        notes.append(f"The runs differ in {', '.join(differing)}: compare with care.")
-    summaries = {method: summarize(list(v.values())) for method, v in values.items() if v}
-    first = next(run for run in runs if not run.failure)
-    return Row(first.task, first.role, metric, values, missing, summaries, differences, notes)
-
-
-def _differing(runs: list[Run]) -> list[str]:
-    """Name what all runs of a task must share, and do not."""
-    shared = ("primary_metric", "iterations")
-    records = [
-        {**run.results["protocol"], **{key: run.results.get(key) for key in shared}} for run in runs
-    ]
-    keys = dict.fromkeys(key for record in records for key in record)
-    return [key for key in keys if len({repr(record.get(key)) for record in records}) > 1]
+def _words(place: dict[str, Any]) -> str:
+    return f"{place['method']}, {place['task']}, seed {place['seed']}"
 
 
 def _load_run(folder: Path) -> Run:
     problems: list[str] = []
     if not folder.is_dir():
-        return Run(folder, failure="the folder does not exist")
+        return Run(folder, failure="the folder does not exist", state="missing")
     history = _read_lines(folder / "metrics.jsonl", problems)
     config = _mapping(_read(folder / "config.yaml", problems))
     results = _read(folder / "results.json", problems)
@@ -187,17 +137,32 @@ def _load_run(folder: Path) -> Run:
         problems=tuple(problems),
     )
     if results is None:
-        read = "results.json cannot be read" if any("results.json" in p for p in problems) else ""
-        ends = _last_iteration(history)
-        return replace(run, failure=read or f"no results.json; {ends}")
+        if any("results.json" in problem for problem in problems):
+            return replace(run, failure="results.json cannot be read", state="unreadable")
+        return replace(
+            run, failure=f"no results.json; {_last_iteration(history)}", state="unfinished"
+        )
     return _with_results(run, _mapping(results))
 
 
 def _with_results(run: Run, results: dict[str, Any]) -> Run:
     """Return the run with its results, or with the reason why they do not count."""
-    wrong = [key for key, kind in _NEEDED.items() if not isinstance(results.get(key), kind)]
+    form = results.get("format", RESULTS_FORMAT)
+    if form != RESULTS_FORMAT:
+        return replace(
+            run,
+            failure=f"results.json has format {form!r}, and this version reads {RESULTS_FORMAT}",
+            state="unreadable",
+        )
+    wrong = [
+        key
+        for key, kind in _NEEDED.items()
+        if not isinstance(results.get(key), kind) or isinstance(results.get(key), bool)
+    ]
     if wrong:
-        return replace(run, failure=f"results.json lacks a usable {', '.join(wrong)}")
+        return replace(
+            run, failure=f"results.json lacks a usable {', '.join(wrong)}", state="unreadable"
+        )
     results = {**results, **{k: _mapping(results.get(k)) for k in ("details", "protocol")}}
     metrics = {k: float(v) for k, v in results["metrics"].items() if is_finite(v)}
     problems = [
@@ -206,12 +171,16 @@ def _with_results(run: Run, results: dict[str, Any]) -> Run:
         if key not in metrics
     ]
     detections = _read(run.folder / "detections.json", problems)
+    card = _mapping(_read(run.folder / "model.json", problems))
+    model = _mapping(run.config.get("model"))
+    named = _mapping(model.get("backbone")).get("name") or card.get("name")
     run = replace(
         run,
         task=results["name"],
         method=results["method"],
         seed=results["seed"],
         role="pretrain" if results.get("role") == "pretrain" else "downstream",
+        backbone=str(named or ""),
         metrics=metrics,
         primary_metric=results["primary_metric"],
         results=results,
@@ -220,7 +189,9 @@ def _with_results(run: Run, results: dict[str, Any]) -> Run:
     )
     if run.primary_metric in metrics:
         return run
-    return replace(run, failure=f"results.json has no finite {run.primary_metric}")
+    return replace(
+        run, failure=f"results.json has no finite {run.primary_metric}", state="unreadable"
+    )
 
 
 def _placed(run: Run, roles: dict[str, str], methods: set[str]) -> Run:
@@ -250,8 +221,8 @@ def _read(path: Path, problems: list[str]) -> Any:
         return None
     try:
         text = path.read_text(encoding="utf-8")
-        return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return yaml.load(text, _Loader) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{path}: {error}")
         return None
 
@@ -263,7 +234,7 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     for number, text in enumerate(path.read_bytes().splitlines(), 1):
         try:
             line = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             problems.append(f"{path}, line {number}: {error}")
             continue
         lines.append(_mapping(line))

@@ -1,0 +1,165 @@
+"""Markdown, LaTeX and JSON say what the page says, and no name is markup in any of them."""
+
+import errno
+import json
+import re
+from pathlib import Path
+
+import pytest
+from report_runs import write_pair, write_run
+
+from tract_transfer.suite import report_latex, report_markdown
+from tract_transfer.suite.content import read_report
+from tract_transfer.suite.report import FORMATS, save_report, text_table, write_report
+from tract_transfer.suite.runs import load_runs
+
+EVIL = "<script>alert('x')</script> | $x_1$ & \\input{/etc/passwd} [a](b) ]]>\nline"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    root = tmp_path_factory.mktemp("runs")
+    classes = {"cat": 0.5, EVIL: 0.25}
+    pairs = write_pair(root)
+    return pairs + [
+        write_run(root, method, "detect", seed, {"ap50": value + seed / 50}, per_class=classes)
+        for method, value in (("vanilla", 0.4), ("tract", 0.5))
+        for seed in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Runs whose task, metric and class are as bad as names can be."""
+    folders = write_pair(tmp_path_factory.mktemp("evil"))
+    for folder in folders:
+        results = json.loads((folder / "results.json").read_text())
+        results["name"] = EVIL
+        results["metrics"] = {EVIL: results["metrics"]["top1"]}
+        results["primary_metric"] = EVIL
+        results["details"] = {"per_class": {EVIL: 0.5}}
+        results["protocol"]["test"] = EVIL
+        (folder / "results.json").write_text(json.dumps(results))
+    return folders
+
+
+def test_every_format_has_the_answer_and_the_numbers(folders: list[Path], tmp_path: Path) -> None:
+    report = read_report(folders)
+    texts = {suffix: write(report) for suffix, write in FORMATS.items()}
+    (answer,) = report.answer
+    gap, numbers = "+2.83", ("81.00 ± 1.00", "83.83 ± 0.76")
+    assert answer in texts[".tex"]
+    assert answer in texts[".html"].replace("\xa0", " ")
+    assert report_markdown.escape(answer) in texts[".md"]
+    assert json.loads(texts[".json"])["answer"] == [answer]
+    for number in numbers:
+        assert number in texts[".html"]
+        assert number in texts[".md"]
+        assert number.replace("±", r"$\pm$") in texts[".tex"]
+    assert all(gap in texts[suffix] for suffix in (".html", ".md", ".tex"))
+
+
+def test_json_has_the_numbers_unrounded_and_a_version(folders: list[Path], tmp_path: Path) -> None:
+    path = write_report(folders, tmp_path / "deep" / "report.json", title="T")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert (content["schema"], content["schema_version"]) == ("tract_transfer.report", 1)
+    assert set(content) == {
+        "schema", "schema_version", "tract_transfer", "title", "baseline", "methods", "answer",
+        "results", "all_metrics", "curves", "speed_ups", "classes", "costs", "paper", "protocol",
+        "runs", "problems",
+    }  # fmt: skip
+    row = next(row for row in content["results"] if row["task"] == "finetune")
+    assert row["values"]["tract"] == {"0": 0.83, "1": 0.84, "2": 0.845}
+    found = row["differences"]["tract"]
+    assert found["mean"] == pytest.approx(0.085 / 3)
+    assert set(found) >= {
+        "low",
+        "high",
+        "p_value",
+        "n",
+        "std",
+        "effect_size",
+        "bootstrap",
+        "remark",
+    }
+    assert [name["name"] for name in content["classes"]["detect"]] == ["cat", EVIL]
+    assert len(content["runs"]) == len(folders)
+    assert content["curves"][0]["curves"]["vanilla"]["0"][0] == [float(e) for e in range(1, 11)]
+
+
+def test_a_speed_up_that_is_never_reached_is_no_infinity(folders: list[Path]) -> None:
+    report = read_report(folders, "tract")  # vanilla does not reach where tract ends
+    text = FORMATS[".json"](report)
+    assert '"never"' in text
+    assert "Infinity" not in text
+    assert "never reached it with seed" in FORMATS[".md"](report)
+
+
+def test_markdown_shows_names_and_runs_none(evil: list[Path]) -> None:
+    text = FORMATS[".md"](read_report(evil))
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    unescaped = re.compile(r"(?<!\\)\|")
+    tables = re.findall(r"(?:^\|.*\|$\n?)+", text, flags=re.MULTILINE)
+    assert len(tables) > 5
+    for table in tables:
+        assert len({len(unescaped.findall(line)) for line in table.splitlines()}) == 1, table
+
+
+def test_a_table_for_the_terminal_keeps_its_columns(evil: list[Path]) -> None:
+    lines = text_table(load_runs(evil)).splitlines()
+    assert len(lines) == 3
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+def test_latex_has_booktabs_and_only_its_own_commands(evil: list[Path]) -> None:
+    text = FORMATS[".tex"](read_report(evil))
+    assert r"\textbackslash{}input\{/etc/passwd\}" in text
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == text.count(r"\begin{table}")
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    bare = re.sub(r"\\.", "", body)
+    assert bare.count("{") == bare.count("}")
+    assert bare.count("$") % 2 == 0
+    assert "input" not in re.findall(r"\\([a-zA-Z]+)", body)
+    commands = set(re.findall(r"\\([a-zA-Z]+)", body))
+    own = {"begin", "end", "centering", "footnotesize", "caption", "label", "toprule", "midrule"}
+    assert commands <= own | {"bottomrule", "pm", "times", "lambda"} | {
+        name for name in commands if name.startswith("text")
+    }
+    for line in body.splitlines():
+        if line.endswith(r" \\"):
+            assert "\n" not in line
+
+
+def test_latex_takes_every_character(tmp_path: Path) -> None:
+    special = "\\ & % $ # _ { } ~ ^ < > | \" ' ` -- [x] \x07"
+    escaped = report_latex.escape(special)
+    assert r"\textbackslash{} \& \% \$ \# \_ \{ \} \textasciitilde{}" in escaped
+    assert "--" not in escaped
+    assert "\x07" not in escaped
+    assert report_latex.escape("[a]") == "{}[a]", "no argument of the row before"
+
+
+def test_another_suffix_is_an_error(folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must be one of \.html, \.md, \.tex, \.json"):
+        write_report(folders, tmp_path / "report.docx")
+
+
+def test_a_full_disk_leaves_the_old_report(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "report.md"
+    path.write_text("the old one")
+    write_text = Path.write_text
+
+    def full(self: Path, text: str, **options: str) -> int:
+        write_text(self, text[:100], **options)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    report = read_report(folders)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space left on device\)\. Make room") as raised:
+        save_report(report, path)
+    assert raised.value.errno == errno.ENOSPC
+    assert path.read_text() == "the old one"
+    assert list(tmp_path.iterdir()) == [path], "no half of a file stays behind"

@@ -1,0 +1,239 @@
+"""Everything a report says, as plain values: each format writes the same content."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tract_transfer.suite.answer import answer
+from tract_transfer.suite.compare import Row, by_task, compare, methods_of, pairs
+from tract_transfer.suite.curves import Evaluations, SpeedUpRow, evaluations_of, speed_ups
+from tract_transfer.suite.find_runs import find_runs
+from tract_transfer.suite.paper import PaperRow, beside_the_paper
+from tract_transfer.suite.runs import Run, is_finite, read_runs
+from tract_transfer.suite.statistics import PairedDifference, Summary, summarize
+
+TITLE, BASELINE = "Does the backbone transfer?", "vanilla"
+_LABELS = ("seed", "output_dir", "name", "method")  # of a run, not of its protocol
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A class's own number: accuracy, or average precision at IoU 0.5."""
+
+    name: str
+    summaries: dict[str, Summary]
+    differences: dict[str, PairedDifference]
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What something cost on a task: means over seeds, and as a multiple of the baseline's."""
+
+    task: str
+    quantity: str
+    unit: str
+    means: dict[str, float]
+    ratios: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Card:
+    """A part of a task's protocol: key -> method -> values where runs differ, else key -> value."""
+
+    heading: str
+    differing: dict[str, dict[str, list[str]]]
+    shared: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The content of a report.
+
+    Attributes:
+        methods: the baseline first.
+        tasks: task -> its finished runs, downstream tasks first.
+        rows, every_row: of the primary metrics, and of all.
+        classes: task -> its classes, those that changed most first.
+        problems: what could not be read, and what was left out.
+    """
+
+    title: str
+    baseline: str
+    methods: list[str]
+    answer: list[str]
+    runs: list[Run]
+    tasks: dict[str, list[Run]]
+    rows: list[Row]
+    every_row: list[Row]
+    evaluations: list[Evaluations]
+    speed_ups: list[SpeedUpRow]
+    classes: dict[str, list[ClassRow]]
+    costs: list[CostRow]
+    paper: list[PaperRow]
+    cards: dict[str, list[Card]]
+    problems: list[str]
+
+    @property
+    def treated(self) -> list[str]:
+        """The methods that are compared with the baseline."""
+        return [method for method in self.methods if method != self.baseline]
+
+    @property
+    def unfinished(self) -> list[Run]:
+        """The runs without usable results."""
+        return [run for run in self.runs if run.failure]
+
+
+def read_report(
+    paths: Sequence[Path], baseline: str | None = None, title: str | None = None
+) -> Report:
+    """Read run folders, suites' folders, and folders that hold either, into one report.
+
+    Args:
+        baseline: the method that others are compared with; None takes the suite's, or "vanilla".
+        title: None takes the suite's.
+
+    Raises:
+        ValueError: no run is found, a suite's plan cannot be used, two runs are the same task,
+            method and seed, or no run is of the baseline.
+    """
+    found = find_runs(paths)
+    runs = read_runs(found)
+    baseline = baseline or found.baseline or BASELINE
+    methods = methods_of(runs, baseline)
+    if methods and baseline not in methods:
+        raise ValueError(
+            f"The baseline must be a method of the runs, and {baseline!r} is none of "
+            f"{sorted(methods)}. Name one of them (--baseline), or add its runs."
+        )
+    rows, tasks = compare(runs, baseline), by_task(runs)
+    evaluations = [evaluations_of(own) for own in tasks.values()]
+    paper, unmatched = beside_the_paper(tasks)
+    return Report(
+        title=title or found.title or TITLE,
+        baseline=baseline,
+        methods=methods,
+        answer=answer(rows, baseline),
+        runs=runs,
+        tasks=tasks,
+        rows=rows,
+        every_row=compare(runs, baseline, every_metric=True),
+        evaluations=evaluations,
+        speed_ups=speed_ups(evaluations, rows, baseline),
+        classes={task: _classes(own, methods, baseline) for task, own in tasks.items()},
+        costs=[row for task, own in tasks.items() for row in _costs(task, own, baseline)],
+        paper=paper,
+        cards={task: _cards(own) for task, own in tasks.items()},
+        problems=[
+            *found.problems,
+            *unmatched,
+            *(problem for run in runs for problem in run.problems),
+        ],
+    )
+
+
+def _classes(runs: Sequence[Run], methods: Sequence[str], baseline: str) -> list[ClassRow]:
+    values: dict[str, dict[str, dict[int, float]]] = {}
+    for run in runs:
+        for name, value in _per_class(run).items():
+            if is_finite(value) and run.seed is not None:
+                by_method = values.setdefault(str(name), {method: {} for method in methods})
+                by_method[run.method][run.seed] = float(value)
+    rows = [
+        ClassRow(
+            name,
+            {method: summarize(list(seeds.values())) for method, seeds in own.items() if seeds},
+            pairs(own, baseline, resample=False),
+        )
+        for name, own in values.items()
+    ]
+    return sorted(rows, key=_largest_change, reverse=True)
+
+
+def _largest_change(row: ClassRow) -> float:
+    return max((abs(difference.mean) for difference in row.differences.values()), default=0.0)
+
+
+def _per_class(run: Run) -> dict[str, Any]:
+    """Return class -> value: a probe has them among the details of its own name."""
+    details = run.results["details"]
+    parts = [details, *(part for name, part in details.items() if _is_of(name, run))]
+    found = [part["per_class"] for part in parts if isinstance(part, dict) and "per_class" in part]
+    return found[0] if found and isinstance(found[0], dict) else {}
+
+
+def _is_of(name: str, run: Run) -> bool:
+    return run.primary_metric.startswith(f"{name}_")
+
+
+def _costs(task: str, runs: Sequence[Run], baseline: str) -> list[CostRow]:
+    rows = []
+    for quantity, unit, of in (
+        ("training", "s", lambda run: run.results.get("train_seconds")),
+        ("speed", "images/s", lambda run: run.results.get("images_per_second")),
+        ("peak memory of the process", "MiB", lambda run: _memory(run, "process")),
+        ("peak memory of the GPU", "MiB", lambda run: _memory(run, "gpu")),
+        ("energy of the machine", "kJ", _kilojoules),
+    ):
+        values: dict[str, dict[int, float]] = {}
+        for run in runs:
+            value = of(run)
+            if is_finite(value) and run.seed is not None:
+                values.setdefault(run.method, {})[run.seed] = float(value)
+        means = {method: summarize(list(own.values())).mean for method, own in values.items()}
+        base, ratios = values.get(baseline, {}), {}
+        for method, own in values.items():
+            shared = base.keys() & own.keys()
+            below = sum(base[seed] for seed in shared)
+            if method != baseline and below:
+                ratios[method] = sum(own[seed] for seed in shared) / below
+        if means:
+            rows.append(CostRow(task, quantity, unit, means, ratios))
+    return rows
+
+
+def _memory(run: Run, of: str) -> float | None:
+    cost = run.results.get("cost")
+    memory = cost.get("peak_memory_bytes") if isinstance(cost, dict) else None
+    peak = memory.get(of) if isinstance(memory, dict) else None
+    return peak / 2**20 if is_finite(peak) else None
+
+
+def _kilojoules(run: Run) -> float | None:
+    cost = run.results.get("cost")
+    joules = cost.get("energy_joules") if isinstance(cost, dict) else None
+    if not isinstance(joules, dict) or not all(map(is_finite, joules.values())):
+        return None
+    return sum(joules.values()) / 1e3
+
+
+def _cards(runs: Sequence[Run]) -> list[Card]:
+    methods = {run.method for run in runs}
+    parts: dict[str, dict[str, dict[str, list[str]]]] = {}
+    for run in runs:
+        config = {key: value for key, value in run.config.items() if key not in _LABELS}
+        own = {"Protocol": run.results["protocol"], "Configuration": config}
+        for heading, part in {**own, "Environment and data": run.environment}.items():
+            for key, text in _flatten(part).items():
+                texts = parts.setdefault(heading, {}).setdefault(key, {})
+                values = texts.setdefault(run.method, [])
+                values += [text] if text not in values else []
+    cards = []
+    for heading, keys in parts.items():
+        shared = {
+            key: next(iter(by.values()))[0]
+            for key, by in keys.items()
+            if by.keys() == methods and len({text for own in by.values() for text in own}) == 1
+        }
+        cards.append(Card(heading, {k: by for k, by in keys.items() if k not in shared}, shared))
+    return cards
+
+
+def _flatten(value: Any, key: str = "") -> dict[str, str]:
+    """Return nested mappings as dotted key -> text."""
+    if isinstance(value, Mapping) and value:
+        items = [_flatten(v, f"{key}.{k}" if key else str(k)) for k, v in value.items()]
+        return {k: v for item in items for k, v in item.items()}
+    return {key: value if isinstance(value, str) else json.dumps(value, default=str)} if key else {}
