@@ -1,0 +1,111 @@
+"""Chromium opens the page without an error, a request, or anything that hangs over its edge."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chromium import Chromium, find_chromium
+from report_runs import page, write_detections, write_filters, write_pair, write_run
+
+pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
+EVIL = "<script>document.title = 'run'</script><img src=x onerror='document.title = 1'>"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page with everything a page can have, and names that would be markup."""
+    root = tmp_path_factory.mktemp("report")
+    folders = write_pair(root, treated="tract, with a long name that does not fit into its column")
+    for method, value in (("vanilla", 0.4), ("b" * 60, 0.5), (EVIL, 0.3)):
+        classes = {EVIL: value, "cat": 0.2, "dog": value / 2}
+        folders += [
+            write_run(root / str(i), method, task, seed, {"ap50": value}, per_class=classes)
+            for i, task in enumerate(("pre", "detect"))
+            for seed in (0, 1)
+        ]
+    for folder in folders:
+        write_detections(folder, label=EVIL)
+        write_filters(folder)
+    (folders[-1] / "results.json").write_text("{broken")
+    config = json.dumps({"paper": "t1", "seed": 0, "solver": {"max_epochs": 200}})
+    (folders[0] / "config.yaml").write_text(config)
+    page(folders, root)
+    return root / "out" / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Chromium]:
+    with Chromium() as chromium:
+        yield chromium
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_page_renders_without_errors_or_requests(
+    browser: Chromium, report: Path, width: int, dark: bool
+) -> None:
+    browser.open(report, width, 900, dark=dark)
+    assert browser.evaluate("matchMedia('(prefers-color-scheme: dark)').matches") is dark
+    assert browser.requests() == [report.resolve().as_uri()]
+    assert browser.errors() == []
+    browser.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    assert browser.evaluate("document.title") == "Does the backbone transfer?", "no name has run"
+    assert browser.evaluate("document.querySelectorAll('script').length") == 0
+    assert browser.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+
+
+def test_text_stands_out_from_the_paper(browser: Chromium, report: Path) -> None:
+    """WCAG's contrast of 4.5 for every colour that text has, in the light and in the dark."""
+    for dark in (False, True):
+        browser.open(report, 1440, 900, dark=dark)
+        for name in ("--ink", "--muted", "--bad"):
+            script = f"getComputedStyle(document.documentElement).getPropertyValue('{name}')"
+            paper = script.replace(name, "--paper")
+            assert contrast(browser.evaluate(script), browser.evaluate(paper)) >= 4.5, (name, dark)
+
+
+def contrast(one: str, other: str) -> float:
+    """Return the contrast of two #rrggbb colours by WCAG 2."""
+
+    def luminance(color: str) -> float:
+        parts = [int(color.strip()[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(w * p for w, p in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def test_a_phone_sees_the_differences_without_scrolling_sideways(
+    browser: Chromium, report: Path
+) -> None:
+    browser.open(report, 390, 844)
+    right_edges = browser.evaluate(
+        "[...document.querySelectorAll('table.results')].slice(0, 1).flatMap(table => "
+        "[...table.querySelectorAll('td.num b')].map(cell => cell.getBoundingClientRect().right))"
+    )
+    assert len(right_edges) > 2
+    assert max(right_edges) <= 390
+
+
+def test_a_request_or_an_error_would_be_seen(browser: Chromium, tmp_path: Path) -> None:
+    page = tmp_path / "bad.html"
+    page.write_text("<title>x</title><img src='missing.png'><script>throw new Error('oh')</script>")
+    browser.open(page, 800, 600)
+    assert browser.requests() == [page.resolve().as_uri(), (tmp_path / "missing.png").as_uri()]
+    assert any("oh" in error for error in browser.errors())
+
+
+def test_the_printed_page_has_what_is_folded_away(
+    browser: Chromium, report: Path, tmp_path: Path
+) -> None:
+    browser.open(report, 1440, 900)
+    hidden = "[...document.querySelectorAll('details td')].filter(cell => !cell.checkVisibility())"
+    assert browser.evaluate(f"{hidden}.length") > 100
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert browser.evaluate(f"{hidden}.length") == 0
+    browser.pdf(tmp_path / "page.pdf")
+    assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+    browser.call("Emulation.setEmulatedMedia", media="")
