@@ -179,3 +179,17 @@ def kill_at(monkeypatch):
         monkeypatch.setattr(Trainer, "step", dying_step)
 
     return arm
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one megabyte; where this user may not mount one, a skip."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

@@ -17,6 +17,11 @@ class Killed(Exception):  # noqa: N818 - it is no error of the run
     pass
 
 
+def entries(folder):
+    """The names of all that lies in a folder, hidden files too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
 def lines_of(folder):
     """The lines of metrics.jsonl without what depends on the clock."""
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]

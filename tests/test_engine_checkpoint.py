@@ -1,10 +1,13 @@
 import json
 import logging
+import shutil
 
 import pytest
 import torch
+from run_folders import entries
 
-from tract_transfer.engine.checkpoint import Checkpointer, write_json
+from tract_transfer.engine.checkpoint import Checkpointer
+from tract_transfer.files import DiskFullError
 
 TREE = {
     "weight": torch.randn(3, 4),
@@ -187,8 +190,83 @@ def test_no_folder_no_checkpoint(checkpointer):
     assert checkpointer.best() is None
 
 
-def test_json_is_whole_or_not_there(tmp_path):
-    write_json(tmp_path / "a.json", {"x": 1.5})
-    with pytest.raises(ValueError, match="JSON compliant"):
-        write_json(tmp_path / "a.json", {"x": float("nan")})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1.5}
+def test_broken_ones_are_kept_aside_and_leftovers_cleared(checkpointer, caplog):
+    write(checkpointer, 10, 20, 30)
+    for iteration in (20, 30):
+        truncate(checkpointer.folder / f"iter_00000{iteration}")
+    (checkpointer.folder / ".iter_0000040").mkdir()
+    (checkpointer.folder / ".best.json.0a1b2c3d.part").touch()
+    checkpointer.tidy()
+    assert entries(checkpointer.folder) == [
+        "broken-iter_0000020", "broken-iter_0000030", "iter_0000010",
+    ]  # fmt: skip
+    assert f"Kept as {checkpointer.folder}/broken-iter_0000030" in caplog.text
+    write(checkpointer, 20)
+    truncate(checkpointer.folder / "iter_0000020")
+    checkpointer.tidy()
+    assert (checkpointer.folder / "broken-iter_0000020-2").is_dir()
+    write(checkpointer, 20)
+    assert checkpointer.newest().name == "iter_0000020"
+
+
+def test_writing_over_a_whole_one_never_leaves_none(checkpointer, monkeypatch):
+    write(checkpointer, 10)
+    monkeypatch.setattr(shutil, "rmtree", None)  # nothing is removed
+    checkpointer.save(10, {"model": {"w": torch.tensor(11)}}, {})
+    assert checkpointer.load(checkpointer.newest())[0]["model"]["w"] == 10
+
+
+def test_a_full_disk_leaves_the_last_good_one(small_disk):
+    checkpointer = Checkpointer(small_disk / "checkpoints")
+    checkpointer.save(1, {"model": {"w": torch.zeros(100_000)}}, {})
+    with pytest.raises(DiskFullError, match=r"iter_0000002 needs 800,000 bytes"):
+        checkpointer.save(2, {"model": {"w": torch.zeros(200_000)}}, {})
+    (small_disk / "other").write_bytes(b"x" * 300_000)
+    with pytest.raises(DiskFullError, match=f"No space left in {small_disk}/checkpoints"):
+        checkpointer.save(2, {"model": {"w": torch.zeros(80_000)}}, {"x": "y" * 400_000})
+    assert entries(checkpointer.folder) == ["iter_0000001"]
+    assert checkpointer.newest().name == "iter_0000001"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"value": 1}', '{"iteration": "x"}'])
+def test_a_broken_best_is_found_again(checkpointer, caplog, text):
+    write(checkpointer, 10, 20, 30)
+    checkpointer.mark_best(20, 0.5)
+    file = checkpointer.folder / "best.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"best\.json is broken: .* --resume finds"):
+        checkpointer.best()
+    with pytest.raises(ValueError, match=r"best\.json is broken"):
+        write(checkpointer, 40)  # rather than to remove the best
+    assert "iter_0000020" in names(checkpointer)
+    checkpointer.mend_best({"iteration": 20, "value": 0.5})
+    assert checkpointer.best().name == "iter_0000020"
+    assert json.loads(file.read_text()) == {"iteration": 20, "value": 0.5}
+    assert (checkpointer.folder / "broken-best.json").read_text() == text
+    assert "best.json is broken" in caplog.text
+    write(checkpointer, 60)
+    assert names(checkpointer) == [f"iter_00000{i}" for i in (20, 30, 40, 60)]
+
+
+def test_a_best_that_is_gone_is_an_error_now_and_not_at_the_end(checkpointer):
+    write(checkpointer, 10, 20)
+    checkpointer.mark_best(10, 0.5)
+    truncate(checkpointer.folder / "iter_0000010")
+    with pytest.raises(ValueError, match=r"iter_0000010 is broken.*the best of its run"):
+        checkpointer.mend_best({"iteration": 10, "value": 0.5})
+
+
+def test_nothing_is_mended_where_nothing_was_marked(checkpointer):
+    write(checkpointer, 10)
+    checkpointer.mend_best(None)
+    assert checkpointer.best() is None
+
+
+def test_a_removal_cut_short_leaves_no_broken_one(checkpointer, monkeypatch):
+    write(checkpointer, 1, 2, 3)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before it removes
+    write(checkpointer, 4)
+    assert names(checkpointer) == [f"iter_000000{i}" for i in (2, 3, 4)]
+    monkeypatch.undo()
+    checkpointer.tidy()
+    assert entries(checkpointer.folder) == names(checkpointer)

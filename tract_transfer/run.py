@@ -21,7 +21,7 @@ from tract_transfer.build_data import Data, Dataset, build_data
 from tract_transfer.build_model import TrainedTask, build_evaluated, build_evaluator, build_model
 from tract_transfer.config import Config, DetectionConfig, ProbeConfig, dump_config
 from tract_transfer.data.detection import DetectionDataset
-from tract_transfer.engine.checkpoint import Checkpointer, write_json
+from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.dry_run import dry_run, dry_run_features
 from tract_transfer.engine.evaluate import evaluate, share_buffers
@@ -45,6 +45,7 @@ from tract_transfer.engine.run_folder import (
 )
 from tract_transfer.engine.signals import Stopped, stop_on_signals
 from tract_transfer.engine.trainer import Hook, Trainer
+from tract_transfer.files import write_json
 from tract_transfer.models import Backbone
 from tract_transfer.models.weights import save_backbone
 from tract_transfer.results import card, label, log_weights, protocol

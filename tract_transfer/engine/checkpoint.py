@@ -1,13 +1,13 @@
 """Checkpoints that are whole or not there.
 
 `checkpoints/iter_0000500/` holds safetensors files and `state.json` with their hashes and its own.
-It is written aside, synced and renamed, so a name without a leading dot is a whole checkpoint.
+It is written aside, synced and renamed, so a name without a leading dot is a whole checkpoint. One
+that is not what was written is renamed `broken-iter_...` where the run goes on.
 """
 
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tract_transfer.files import (
+    check_space,
+    make_folder,
+    naming_full_disk,
+    remove_leftovers,
+    sync,
+    write_json,
+)
+
 STATE_NAME, BEST_NAME = "state.json", "best.json"
 logger = logging.getLogger(__name__)
 
@@ -27,54 +36,63 @@ Tree = Any  # dicts, lists and plain values, with tensors among them
 
 
 class Checkpointer:
-    """Writes and finds the checkpoints of one run folder; keeps the last `keep` and the best."""
+    """Writes and finds the checkpoints of one run folder; keeps the last `keep` and the best.
+
+    Only the process that holds the run folder may call `save`, `tidy` and those of the best.
+    """
 
     def __init__(self, folder: Path, keep: int = 1) -> None:
         self.folder = folder
         self.keep = keep
 
     def save(self, iteration: int, parts: Mapping[str, Tree], state: Mapping[str, Any]) -> Path:
-        """Write one checkpoint.
+        """Write one checkpoint; one of this iteration that is whole stays.
 
         Args:
             parts: file name stem -> tree of tensors and plain values (a state dict).
             state: plain values; goes to state.json.
+
+        Raises:
+            DiskFullError: there is no room; the checkpoints before it stay.
         """
         final = self._path(iteration)
+        if final.exists():
+            if self._is_whole(final):
+                return final
+            self._set_aside(final)
+        flat: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
+        layouts = {name: _flatten(tree, name, flat[name]) for name, tree in parts.items()}
+        needed = sum(tensor.nbytes for part in flat.values() for tensor in part.values())
+        make_folder(self.folder)
         aside = self.folder / f".{final.name}"
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        content: dict[str, Any] = {"iteration": iteration, "state": dict(state), "parts": {}}
-        for name, tree in parts.items():
-            tensors: dict[str, Tensor] = {}
-            layout = _flatten(tree, name, tensors)
-            file = aside / f"{name}.safetensors"
-            save_file(tensors, file)
-            sync(file)
-            content["parts"][name] = {"layout": layout, "sha256": _sha256(file)}
-        write_json(aside / STATE_NAME, {"sha256": _sha256_of(content), **content})
-        sync(aside)
-        if final.exists():
-            shutil.rmtree(final)  # broken, or of the same bits
-        aside.rename(final)
-        sync(self.folder)
+        check_space(self.folder, final.name, needed)
+        try:
+            with naming_full_disk(self.folder, final.name, needed):
+                aside.mkdir()
+                self._write(aside, iteration, flat, layouts, state)
+                aside.rename(final)
+                sync(self.folder)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         self._prune(iteration)
         return final
 
     def newest(self) -> Path | None:
         """Return the newest checkpoint that is whole; name and pass over broken ones."""
-        for path in sorted(self.folder.glob("iter_*"), key=_number, reverse=True):
-            if self._is_whole(path):
-                return path
-        return None
+        return next((path for path in self._descending() if self._is_whole(path)), None)
 
-    def _is_whole(self, path: Path) -> bool:
-        try:
-            self.load(path)
-        except ValueError as error:
-            logger.warning("%s Passed over.", error)
-            return False
-        return True
+    def tidy(self) -> None:
+        """Clear what a killed process left half-written or half-removed; keep broken ones aside."""
+        for leftover in self.folder.glob(".iter_*"):
+            shutil.rmtree(leftover)
+        if self.folder.is_dir():
+            remove_leftovers(self.folder)
+        for path in self._descending():
+            if self._is_whole(path):
+                return
+            self._set_aside(path)
 
     def load(self, path: Path) -> tuple[dict[str, Tree], dict[str, Any], int]:
         """Return (parts, state, iteration) of one checkpoint.
@@ -82,16 +100,12 @@ class Checkpointer:
         Raises:
             ValueError: a file is missing or is not what was written.
         """
+        content = _verified(path)
         try:
-            content = json.loads((path / STATE_NAME).read_text())
-            if content.pop("sha256") != _sha256_of(content):
-                raise ValueError(f"{STATE_NAME} is not what was written")
-            parts = {}
-            for name, entry in content["parts"].items():
-                file = path / f"{name}.safetensors"
-                if _sha256(file) != entry["sha256"]:
-                    raise ValueError(f"{file.name} is not what was written")
-                parts[name] = _unflatten(entry["layout"], load_file(file))
+            parts = {
+                name: _unflatten(entry["layout"], load_file(path / f"{name}.safetensors"))
+                for name, entry in content["parts"].items()
+            }
             return parts, content["state"], int(content["iteration"])
         except _BROKEN as error:
             raise ValueError(f"Checkpoint {path} is broken: {error}.") from error
@@ -102,38 +116,113 @@ class Checkpointer:
         self._prune(iteration)
 
     def best(self) -> Path | None:
-        """Return the checkpoint that was marked best."""
+        """Return the checkpoint that was marked best.
+
+        Raises:
+            ValueError: best.json is not what was written.
+        """
         file = self.folder / BEST_NAME
-        if not file.is_file():
+        try:
+            return self._path(int(json.loads(file.read_text())["iteration"]))
+        except FileNotFoundError:
             return None
-        return self._path(json.loads(file.read_text())["iteration"])
+        except _BROKEN as error:
+            raise ValueError(
+                f"{file} is broken: {error}. --resume finds the best again, from the checkpoints."
+            ) from error
+
+    def mend_best(self, best: Mapping[str, float] | None) -> None:
+        """Let best.json name a whole checkpoint again, after a resume.
+
+        Args:
+            best: iteration and value of the best, as the checkpoint resumed from knows it.
+
+        Raises:
+            ValueError: the best checkpoint itself is broken.
+        """
+        try:
+            path = self.best()
+        except ValueError as error:
+            logger.warning("%s", error)
+            self._set_aside(self.folder / BEST_NAME)
+            path = None
+        if path is None and best is not None and self._path(int(best["iteration"])).exists():
+            path = self._path(int(best["iteration"]))
+            write_json(self.folder / BEST_NAME, dict(best))
+        if path is None:
+            return
+        try:
+            _verified(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} It is the best of its run, which cannot be reported without it: put it "
+                "back, or set another output_dir to train anew."
+            ) from error
+
+    def _write(
+        self,
+        folder: Path,
+        iteration: int,
+        flat: Mapping[str, dict[str, Tensor]],
+        layouts: Mapping[str, Any],
+        state: Mapping[str, Any],
+    ) -> None:
+        content: dict[str, Any] = {"iteration": iteration, "state": dict(state), "parts": {}}
+        for name, tensors in flat.items():
+            file = folder / f"{name}.safetensors"
+            save_file(tensors, file)
+            sync(file)
+            content["parts"][name] = {"layout": layouts[name], "sha256": _sha256(file)}
+        write_json(folder / STATE_NAME, {"sha256": _sha256_of(content), **content})
+
+    def _is_whole(self, path: Path) -> bool:
+        try:
+            _verified(path)
+        except ValueError as error:
+            logger.warning("%s Passed over.", error)
+            return False
+        return True
+
+    def _set_aside(self, path: Path) -> None:
+        """Rename what is broken, so that it stands in nobody's way and is there to be looked at."""
+        names = [f"broken-{path.name}", *(f"broken-{path.name}-{i}" for i in range(2, 100))]
+        aside = next(self.folder / name for name in names if not (self.folder / name).exists())
+        path.rename(aside)
+        sync(self.folder)
+        logger.warning("Kept as %s.", aside)
+
+    def _descending(self) -> list[Path]:
+        """The checkpoints, newest first, whole or not."""
+        own = [path for path in self.folder.glob("iter_*") if _number(path) >= 0]
+        return sorted(own, key=_number, reverse=True)
 
     def _prune(self, iteration: int) -> None:
-        """Keep the last ones up to `iteration`: a later one is broken, the run having come back."""
-        own = [path for path in self.folder.glob("iter_*") if 0 <= _number(path) <= iteration]
-        for path in sorted(own, key=_number)[: -self.keep]:
-            if path != self.best():
-                shutil.rmtree(path)
+        """Keep the last ones up to `iteration`, and the best."""
+        best = self.best()
+        own = [path for path in self._descending() if _number(path) <= iteration]
+        for path in own[self.keep :]:
+            if path != best:
+                aside = self.folder / f".{path.name}"
+                path.rename(aside)  # killed halfway it would be a broken one
+                shutil.rmtree(aside)
 
     def _path(self, iteration: int) -> Path:
         return self.folder / f"iter_{iteration:07d}"
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON aside, sync and rename it: a reader sees the old file or the new."""
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    sync(aside)
-    aside.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _verified(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's state.json, all of whose files are what was written."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        content: dict[str, Any] = json.loads((path / STATE_NAME).read_text())
+        if content.pop("sha256") != _sha256_of(content):
+            raise ValueError(f"{STATE_NAME} is not what was written")
+        for name, entry in content["parts"].items():
+            file = path / f"{name}.safetensors"
+            if _sha256(file) != entry["sha256"]:
+                raise ValueError(f"{file.name} is not what was written")
+    except _BROKEN as error:
+        raise ValueError(f"Checkpoint {path} is broken: {error}.") from error
+    return content
 
 
 def _flatten(tree: Tree, name: str, tensors: dict[str, Tensor]) -> Any:

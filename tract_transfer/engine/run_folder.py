@@ -17,8 +17,8 @@ from torch import nn
 from torchvision.io import write_png
 
 from tract_transfer import __version__
-from tract_transfer.engine.checkpoint import write_json
 from tract_transfer.engine.evaluate import evaluating
+from tract_transfer.files import write_json
 
 CONFIG_NAME, RESULTS_NAME, ENVIRONMENT_NAME = "config.yaml", "results.json", "environment.json"
 RESULTS_FORMAT = 1  # of results.json; what reads it refuses another

@@ -5,7 +5,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from tract_transfer.evaluation.probes import Features, Labels
+from tract_transfer.files import make_folder, replacing
 
 logger = logging.getLogger(__name__)
 _VERSION = 1
@@ -54,8 +54,8 @@ def feature_key(
 def cached_features(folder: Path, key: str, extract: Callable[[], Extracted]) -> Extracted:
     """Return the features kept in `folder` under `key`, or extract and keep them.
 
-    A file that cannot be read is named in the log and written anew. It is written aside and
-    renamed: a reader sees a whole one or none.
+    A file that cannot be read is named in the log and written anew; a reader sees a whole one
+    or none.
     """
     path = folder / f"{key}.safetensors"
     if path.is_file():
@@ -67,11 +67,11 @@ def cached_features(folder: Path, key: str, extract: Callable[[], Extracted]) ->
             logger.info("Features read from %s", path)
             return found
     made = extract()
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".{key}.{os.getpid()}"
+    make_folder(folder)
     arrays: dict[str, NDArray[Any]] = {"features": made.features, "indices": made.indices}
-    save_file(arrays, aside, metadata={"about": json.dumps({"key": key, "skipped": made.skipped})})
-    aside.replace(path)
+    about = json.dumps({"key": key, "skipped": made.skipped})
+    with replacing(path, sum(array.nbytes for array in arrays.values())) as aside:
+        save_file(arrays, aside, metadata={"about": about})
     return made
 
 

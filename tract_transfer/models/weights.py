@@ -3,7 +3,6 @@
 import hashlib
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+from tract_transfer.files import replacing, write_json
 from tract_transfer.models.backbones import Backbone, build_backbone
 from tract_transfer.models.weights_file import read_tensors
 from tract_transfer.models.weights_match import (
@@ -40,8 +40,10 @@ def save_backbone(folder: Path, backbone: Backbone, card: Mapping[str, Any]) -> 
     Both files are written aside, synced and renamed. The card's `sha256` is the weights' own.
     """
     tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
-    aside = folder / f".{WEIGHTS_NAME}"
-    save_file(tensors, aside)
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    with replacing(folder / WEIGHTS_NAME, needed) as aside:
+        save_file(tensors, aside)
+        digest = hashlib.sha256(aside.read_bytes()).hexdigest()
     complete = {
         **card,
         **backbone.origin,
@@ -50,13 +52,9 @@ def save_backbone(folder: Path, backbone: Backbone, card: Mapping[str, Any]) -> 
         "maps": {name: info._asdict() for name, info in backbone.map_info.items()},
         "mean": backbone.mean.flatten().tolist(),
         "std": backbone.std.flatten().tolist(),
-        "sha256": hashlib.sha256(aside.read_bytes()).hexdigest(),
+        "sha256": digest,
     }
-    (folder / f".{CARD_NAME}").write_text(json.dumps(complete, indent=2) + "\n")
-    for name in (WEIGHTS_NAME, CARD_NAME):
-        with (folder / f".{name}").open("rb") as file:
-            os.fsync(file.fileno())
-        (folder / f".{name}").replace(folder / name)
+    write_json(folder / CARD_NAME, complete)
 
 
 def has_card(path: Path) -> bool:
