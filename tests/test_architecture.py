@@ -27,6 +27,7 @@ BRIDGE = {
     "model_card",
     "run",
     "run_probe",
+    "run_training",
     "results",
     "trained",
 }
