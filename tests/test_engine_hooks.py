@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 
@@ -16,6 +17,8 @@ from tract_transfer.engine.hooks import (
     due,
     format_metrics,
 )
+from tract_transfer.engine.trainer import Hook
+from tract_transfer.files import DiskFullError
 
 
 def lines_of(path):
@@ -107,7 +110,7 @@ def test_a_diverged_run_writes_no_checkpoint(tmp_path, trainer):
 
 def test_a_signal_in_an_evaluation_still_gets_its_checkpoint(tmp_path, trainer, metrics):
     def evaluate():
-        trainer.stop_requested = 15
+        trainer.stop.number = 15
         return {"top1": 0.5}
 
     hooks = all_hooks(tmp_path, metrics, evaluate, every_iters=2)
@@ -145,6 +148,89 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (event,) = events.Scalars("val/top1")
     assert (event.step, event.value) == (5, 0.25)
+
+
+def scalars(folder):
+    """Tag -> (step, value)s of every event file, in their order and without any purging."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found = {}
+    for path in sorted((folder / "tensorboard").iterdir()):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                (number,) = value.tensor.float_val
+                found.setdefault(value.tag, []).append((event.step, number))
+    return found
+
+
+def test_tensorboard_has_no_line_twice_and_none_too_few_after_a_kill(tmp_path):
+    killed = MetricsFile(tmp_path, tensorboard=True)
+    for iteration in (2, 4, 6):
+        killed.write(iteration, 0.5, "train", {"loss": iteration / 8})
+    killed.write(4, 0.5, "val", {"top1": 0.5})
+    for file in (tmp_path / "tensorboard").iterdir():
+        file.write_bytes(b"")  # nothing of it had reached the disk
+    resumed = MetricsFile(tmp_path, tensorboard=True)
+    resumed.cut_after(4)
+    resumed.write(4, 0.5, "val", {"top1": 0.5})
+    resumed.write(6, 0.5, "train", {"loss": 0.75})
+    resumed.close()
+    assert scalars(tmp_path) == {
+        "train/loss": [(2, 0.25), (4, 0.5), (6, 0.75)],
+        "val/top1": [(4, 0.5)],
+    }
+    killed.close()
+
+
+def test_lines_that_cannot_be_read_are_named_and_kept_beside(metrics, caplog):
+    for iteration in (1, 2, 3):
+        metrics.write(iteration, 0.5, "train", {"loss": 1.0})
+    text = metrics.path.read_text().replace('"iteration": 2', "\0\0")
+    metrics.path.write_text(text)
+    metrics.cut_after(3)
+    assert [line["iteration"] for line in lines_of(metrics.path)] == [1, 3]
+    assert "metrics.jsonl: lines [2] cannot be read" in caplog.text
+    assert metrics.path.with_name("broken-metrics.jsonl").read_text() == text
+
+
+def test_lines_are_on_the_disk_before_their_checkpoint(tmp_path, trainer, metrics, monkeypatch):
+    """A power failure after a checkpoint must not lose lines that no resume writes again."""
+    order = []
+    monkeypatch.setattr("tract_transfer.engine.hooks.sync", lambda path: order.append(path.name))
+    save = Checkpointer.save
+    monkeypatch.setattr(Checkpointer, "save", lambda *a: order.append("save") or save(*a))
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    trainer.hooks = [
+        LogProgress(metrics, every_iters=3, iters_per_epoch=4),
+        SaveCheckpoints(checkpointer, [3], metrics),
+    ]
+    trainer.train()
+    assert order == ["metrics.jsonl", "save"] * 2
+
+
+def test_a_full_disk_names_the_log(metrics, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(json, "dumps", full)
+    with pytest.raises(DiskFullError, match=r"No space left in .*: metrics\.jsonl"):
+        metrics.write(1, 0.5, "train", {"loss": 1.0})
+
+
+def test_hooks_end_with_an_error_too(trainer):
+    ended = []
+
+    class Watch(Hook):
+        def after_step(self, trainer):
+            raise ValueError("no")
+
+        def after_train(self, trainer):
+            ended.append(trainer.iteration)
+
+    trainer.hooks = [Watch()]
+    with pytest.raises(ValueError, match="no"):
+        trainer.train()
+    assert ended == [1]  # or a progress bar would keep the terminal
 
 
 def test_a_long_run_is_told_line_by_line(trainer, metrics, caplog):

@@ -238,7 +238,7 @@ def test_a_request_ends_the_training_after_a_step_and_before_its_hooks():
         def after_step(self, trainer):
             calls.append((trainer.iteration, trainer.stop_signal))
             if trainer.iteration == 3:
-                trainer.stop_requested = 15  # as a handler does, in the middle of the hooks
+                trainer.stop.number = 15  # as a handler does, in the middle of the hooks
 
         def after_train(self, trainer):
             calls.append("end")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tract_transfer.config import ClassificationConfig
-from tract_transfer.engine.run_folder import ENVIRONMENT_NAME, RESULTS_NAME
+from tract_transfer.engine.environment import ENVIRONMENT_NAME
+from tract_transfer.engine.run_folder import RESULTS_NAME
 from tract_transfer.model_card import model_card
 from tract_transfer.models import Classifier
 from tract_transfer.models.export import (

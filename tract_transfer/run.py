@@ -6,9 +6,8 @@ says what a run would cost.
 
 import json
 import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,20 @@ from accelerate import Accelerator
 from tract_transfer.build import build_accelerator, build_trainer, in_iterations
 from tract_transfer.build_data import Data, build_data
 from tract_transfer.build_model import build_evaluator, build_model
-from tract_transfer.config import Config, ProbeConfig, dump_config
+from tract_transfer.config import Config, ProbeConfig, dump_config, load_config
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.dry_run import dry_run, dry_run_features
+from tract_transfer.engine.environment import Inputs
+from tract_transfer.engine.group import telling_of_lost_processes
 from tract_transfer.engine.run_folder import (
     CONFIG_NAME,
-    ENVIRONMENT_NAME,
     RESULTS_NAME,
-    environment,
+    check_run_folder,
+    how_to_go_on,
     is_finished,
-    log_to,
     open_run_folder,
 )
-from tract_transfer.engine.signals import Stopped
+from tract_transfer.engine.signals import stop_on_signals
 from tract_transfer.files import write_json
 from tract_transfer.models import Backbone
 from tract_transfer.results import label
@@ -46,18 +46,21 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError, ValueError, FileNotFoundError: before training, wherever that can be known.
         FileExistsError: the folder holds another run, and `resume` is off.
-        Stopped: a signal ended the training; its checkpoint is written.
+        FolderInUseError: another process holds the folder.
+        Stopped: a signal ended the run; the message says how to go on.
     """
     folder = Path(config.output_dir)
-    accelerator = build_accelerator(config)
-    meter = CostMeter(accelerator.device)
-    data = build_data(config)
-    if isinstance(config, ProbeConfig):
-        with _run_folder(config, folder, data, accelerator, resume=resume):
-            return run_probe(config, data, folder, accelerator, meter)
-    trainer = build_trainer(config, data, accelerator)
-    with _run_folder(config, folder, data, accelerator, resume=resume):
-        return train(config, data, trainer, folder, meter)
+    with stop_on_signals(partial(how_to_go_on, folder)) as stop:
+        accelerator = build_accelerator(config)
+        meter = CostMeter(accelerator.device)
+        with telling_of_lost_processes(accelerator):
+            data = build_data(config)
+            if isinstance(config, ProbeConfig):
+                with _run_folder(config, data, accelerator, resume=resume):
+                    return run_probe(config, data, folder, accelerator, meter)
+            trainer = build_trainer(config, data, accelerator)
+            with _run_folder(config, data, accelerator, resume=resume):
+                return train(config, data, trainer, folder, stop, meter)
 
 
 def is_done(config: Config) -> bool:
@@ -69,7 +72,7 @@ def is_done(config: Config) -> bool:
     folder = Path(config.output_dir)
     if not is_finished(folder):
         return False
-    open_run_folder(folder, dump_config(config), resume=True)
+    check_run_folder(folder, dump_config(config), resume=True, read_config=_read_config)
     results = json.loads((folder / RESULTS_NAME).read_text())
     now = label(config)["weights_sha256"]
     if results.get("weights_sha256") != now:
@@ -132,30 +135,25 @@ def preview(config: Config) -> dict[str, str]:
     )
 
 
-@contextmanager
 def _run_folder(
-    config: Config, folder: Path, data: Data, accelerator: Accelerator, *, resume: bool
-) -> Iterator[None]:
-    """Enter the run folder: config.yaml and environment.json in it, the log going to it."""
-    with accelerator.main_process_first():
-        open_run_folder(
-            folder, dump_config(config), resume=resume or not accelerator.is_main_process
-        )
-    if not accelerator.is_main_process:
-        yield
-        return
-    fingerprints = {name: dataset.fingerprint() for name, dataset in data.splits.items()}
-    write_json(folder / ENVIRONMENT_NAME, environment(fingerprints))
-    handler = log_to(folder)
-    try:
-        yield
-    except Stopped:
-        raise
-    except Exception:
-        # For the file alone: who called gets the error itself.
-        failed = (logger.name, logging.ERROR, __file__, 0, "The run failed.", (), sys.exc_info())
-        handler.handle(logger.makeRecord(*failed))
-        raise
-    finally:
-        logging.getLogger("tract_transfer").removeHandler(handler)
-        handler.close()
+    config: Config, data: Data, accelerator: Accelerator, *, resume: bool
+) -> AbstractContextManager[None]:
+    """Return the hold on a run's folder; see `open_run_folder`."""
+
+    def inputs() -> Inputs:
+        fingerprints = {name: dataset.fingerprint() for name, dataset in data.splits.items()}
+        return Inputs(fingerprints, label(config)["weights_sha256"])
+
+    return open_run_folder(
+        Path(config.output_dir),
+        dump_config(config),
+        accelerator,
+        resume=resume,
+        read_config=_read_config,
+        inputs=inputs,
+    )
+
+
+def _read_config(file: Path) -> str:
+    """Return a run's own config.yaml, with their defaults for keys that came after it."""
+    return dump_config(load_config(file))

@@ -1,5 +1,6 @@
 """A training: from a built trainer to the results, and everything between that is written."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.evaluate import evaluate, share_buffers
+from tract_transfer.engine.group import check_same, main_first
 from tract_transfer.engine.hooks import (
     LogProgress,
     MetricsFile,
@@ -24,7 +26,7 @@ from tract_transfer.engine.hooks import (
     format_metrics,
 )
 from tract_transfer.engine.run_folder import save_detections, write_results
-from tract_transfer.engine.signals import Stopped, stop_on_signals
+from tract_transfer.engine.signals import StopRequest
 from tract_transfer.engine.trainer import Hook, Trainer
 from tract_transfer.models import Backbone
 from tract_transfer.models.weights import save_backbone
@@ -34,42 +36,87 @@ logger = logging.getLogger(__name__)
 
 
 def train(
-    config: TrainedTask, data: Data, trainer: Trainer, folder: Path, meter: CostMeter
+    config: TrainedTask,
+    data: Data,
+    trainer: Trainer,
+    folder: Path,
+    stop: StopRequest,
+    meter: CostMeter,
 ) -> dict[str, Any]:
     """Train, or go on from the newest checkpoint in `folder`; return and write the results.
 
     Raises:
-        Stopped: a signal ended the training; its checkpoint is written.
+        Stopped: a signal came; the training goes on from its checkpoint.
     """
     accelerator = trainer.accelerator
-    labels = label(config)
-    started_from = log_weights(trainer.evaluated_model.get_submodule("backbone"))
-    length = in_iterations(config, data.train)
     checkpointer = Checkpointer(folder / "checkpoints", config.engine.checkpoint.keep)
-    metrics_file = MetricsFile(
-        folder, tensorboard=config.engine.log.tensorboard and accelerator.is_main_process
-    )
-    if newest := checkpointer.newest():
-        trainer.load_state(*checkpointer.load(newest))
+    board = config.engine.log.tensorboard and accelerator.is_main_process
+    with contextlib.closing(MetricsFile(folder, tensorboard=board)) as metrics_file:
+        started_from = log_weights(trainer.evaluated_model.get_submodule("backbone"))
+        _go_on(trainer, checkpointer)
+        if accelerator.is_main_process:
+            metrics_file.cut_after(trainer.iteration)
+        trainer.hooks = _hooks(config, data, trainer, checkpointer, metrics_file)
+        trainer.stop = stop
+        with stop.waits():
+            trainer.train()
+            stop.check(accelerator)
+            accelerator.wait_for_everyone()  # the main process may be marking the best
+            results = _report(config, data, trainer, checkpointer, metrics_file)
+            results["weights_match"] = started_from
+            if accelerator.is_main_process:
+                write_results(folder, results)
+    logger.info("%s %s", data.report[0], format_metrics(results["metrics"]))
+    accelerator.wait_for_everyone()
+    return results
+
+
+def _go_on(trainer: Trainer, checkpointer: Checkpointer) -> None:
+    """Take up the newest checkpoint, if there is one; every process the same.
+
+    Raises:
+        ValueError: it holds another model, or the processes see different ones.
+    """
+    accelerator = trainer.accelerator
+    main_first(accelerator, checkpointer.tidy)
+    newest = checkpointer.newest()
+    if newest is not None:
+        parts, state, iteration = checkpointer.load(newest)
+        try:
+            trainer.load_state(parts, state, iteration)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"{newest} is whole, but not of this model or of this version: {error}. Go on with "
+                "the version that wrote it (environment.json), or set another output_dir."
+            ) from error
         logger.info("Resumed from %s", newest)
-    if accelerator.is_main_process:
-        metrics_file.cut_after(trainer.iteration)
-    trainer.hooks = _hooks(config, data, trainer, checkpointer, metrics_file)
-    with stop_on_signals(trainer):
-        trainer.train()
-    if trainer.stop_signal is not None:
-        raise Stopped(trainer.stop_signal, str(folder))
-    accelerator.wait_for_everyone()  # the main process may be marking the best
+    check_same(accelerator, trainer.iteration, "iterations to go on from")
+    main_first(accelerator, lambda: checkpointer.mend_best(trainer.best))
+
+
+def _report(
+    config: TrainedTask,
+    data: Data,
+    trainer: Trainer,
+    checkpointer: Checkpointer,
+    metrics_file: MetricsFile,
+) -> dict[str, Any]:
+    """Measure the reported checkpoint; return the results and write all that goes with them."""
     reported = trainer.iteration
-    if config.evaluation.report == "best" and (best := checkpointer.best()):
+    if config.evaluation.report == "best":
+        best = checkpointer.best()
+        if best is None:
+            raise ValueError(
+                f"{checkpointer.folder} lost the best checkpoint, which evaluation.report: best "
+                "is to report. Set another output_dir to train anew."
+            )
         parts, _, reported = checkpointer.load(best)
         trainer.load_weights(parts)
     split, dataset = data.report
     metrics, details, skipped = measure(config, trainer, dataset, data.class_names)
-    epochs = trainer.iteration / length.iters_per_epoch
+    epochs = trainer.iteration / in_iterations(config, data.train).iters_per_epoch
     results = {
-        **labels,
-        "weights_match": started_from,
+        **label(config),
         "metrics": metrics,
         "primary_metric": config.evaluation.metric,
         "details": details,
@@ -84,20 +131,25 @@ def train(
         "skipped": sorted(set(gather_object([*trainer.skipped, *skipped]))),
         "mended_boxes": data.mended_boxes,
     }
-    if accelerator.is_main_process:
+    if trainer.accelerator.is_main_process:
         metrics_file.write(trainer.iteration, epochs, split, metrics)
-        backbone = trainer.evaluated_model.get_submodule("backbone")
-        assert isinstance(backbone, Backbone)
-        save_backbone(folder, backbone, card(config, data, labels["method"], reported))
-        if isinstance(config, DetectionConfig) and isinstance(dataset, DetectionDataset):
-            count = config.evaluation.save_detections
-            model = build_evaluated(config, trainer.evaluated_model)
-            save_detections(folder, model, dataset, count, accelerator.device)
-        write_results(folder, results)
-    metrics_file.close()
-    logger.info("%s %s", split, format_metrics(metrics))
-    accelerator.wait_for_everyone()
+        _write_model(config, data, trainer, checkpointer.folder.parent, results)
     return results
+
+
+def _write_model(
+    config: TrainedTask, data: Data, trainer: Trainer, folder: Path, results: dict[str, Any]
+) -> None:
+    """Write the backbone with its card, and what a detector finds in the first images."""
+    backbone = trainer.evaluated_model.get_submodule("backbone")
+    assert isinstance(backbone, Backbone)
+    about = card(config, data, results["method"], results["reported_iteration"])
+    save_backbone(folder, backbone, about)
+    dataset = data.report[1]
+    if isinstance(config, DetectionConfig) and isinstance(dataset, DetectionDataset):
+        count = config.evaluation.save_detections
+        model = build_evaluated(config, trainer.evaluated_model)
+        save_detections(folder, model, dataset, count, trainer.accelerator.device)
 
 
 def _early_stop(trainer: Trainer) -> dict[str, float] | None:
@@ -133,6 +185,7 @@ def _hooks(
         SaveCheckpoints(
             checkpointer,
             [length.checkpoint_every, length.evaluate_every],
+            metrics_file,
         ),
         PeriodicEvaluation(
             lambda: measure(config, trainer, data.splits[watched], data.class_names)[0],
@@ -151,16 +204,21 @@ def _hooks(
 def measure(
     config: TrainedTask, trainer: Trainer, dataset: Dataset, class_names: list[str]
 ) -> tuple[dict[str, float], dict[str, Any], list[str]]:
-    """Return metrics, details and undecodable items of the model as it stands."""
+    """Return metrics, details and undecodable items of the model as it stands.
+
+    Raises:
+        Stopped: a signal came in the middle of it.
+    """
     evaluator = build_evaluator(config, class_names)
     share_buffers(trainer.evaluated_model, trainer.accelerator)
     skipped = evaluate(
         build_evaluated(config, trainer.evaluated_model),
-        eval_batches(config, dataset, trainer.accelerator),
+        trainer.stop.watched(eval_batches(config, dataset, trainer.accelerator)),
         evaluator,
         device=trainer.accelerator.device,
         precision=trainer.precision,
     )
+    trainer.stop.check(trainer.accelerator)
     metrics: dict[str, float] = evaluator.compute()
     return metrics, evaluator.details(), skipped
 

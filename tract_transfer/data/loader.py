@@ -132,7 +132,7 @@ class Batch:
 
 def _leave_signals_to_the_parent(_worker: int) -> None:
     """A signal to the whole group (Ctrl-C, a scheduler) must not kill what the last step needs."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 

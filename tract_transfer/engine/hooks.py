@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.trainer import Hook, Trainer
+from tract_transfer.files import naming_full_disk, sync, write_text
 
 METRICS_NAME = "metrics.jsonl"
 LINE_SECONDS = 5.0  # a plain log line at most this often
@@ -29,40 +31,83 @@ class MetricsFile:
 
     def __init__(self, folder: Path, *, tensorboard: bool) -> None:
         self.path = folder / METRICS_NAME
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-            self._board = SummaryWriter(folder / "tensorboard")  # type: ignore[no-untyped-call]
+        self._board_folder = folder / "tensorboard" if tensorboard else None
+        self._board = self._open_board()
 
     def write(self, iteration: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
-        """Append a line: numbers of training, or of an evaluation on `split`."""
+        """Append a line: numbers of training, or of an evaluation on `split`.
+
+        Raises:
+            DiskFullError: there is no room for it.
+        """
         line = {"iteration": iteration, "epoch": round(epoch, 6), "split": split, **values}
-        with self.path.open("a") as file:
+        with naming_full_disk(self.path.parent, self.path.name), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{split}/{name}", value, iteration)  # type: ignore[no-untyped-call]
+        self._show(line)
+
+    def sync(self) -> None:
+        """Wait until the lines are on the disk: those before a checkpoint must not be lost."""
+        if self.path.exists():
+            sync(self.path)
 
     def cut_after(self, iteration: int) -> None:
-        """Drop what a resumed run writes again: all after `iteration`, and evaluations at it."""
-        if not self.path.exists():
-            return
-        lines = [json.loads(line) for line in _whole_lines(self.path)]
+        """Drop what a resumed run writes again: all after `iteration`, and evaluations at it.
+
+        TensorBoard's files are written anew from the lines that stay, for a kill loses what it had
+        in memory. Lines that cannot be read are dropped and named; the file stays beside, as
+        `broken-metrics.jsonl`.
+        """
         kept = [
             line
-            for line in lines
+            for line in self._read()
             if line["iteration"] < iteration
             or (line["iteration"] == iteration and line["split"] == "train")
         ]
-        aside = self.path.with_name(f".{self.path.name}")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(self.path)
+        if self.path.exists():
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        if self._board_folder is None:
+            return
+        self.close()
+        for file in self._board_folder.glob("events.out.tfevents.*"):
+            file.unlink()
+        self._board = self._open_board()
+        for line in kept:
+            self._show(line)
 
     def close(self) -> None:
         """Finish TensorBoard's file."""
         if self._board is not None:
-            self._board.close()  # type: ignore[no-untyped-call]
+            self._board.close()
+
+    def _open_board(self) -> Any:
+        if self._board_folder is None:
+            return None
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        # A TensorBoard that is looking on forgets what it has read of the files before.
+        return SummaryWriter(self._board_folder, purge_step=0)  # type: ignore[no-untyped-call]
+
+    def _show(self, line: Mapping[str, Any]) -> None:
+        if self._board is not None:
+            for name, value in line.items():
+                if name not in ("iteration", "epoch", "split"):
+                    self._board.add_scalar(f"{line['split']}/{name}", value, line["iteration"])
+
+    def _read(self) -> list[dict[str, Any]]:
+        """Return the lines; the last may have been cut off in writing, and is not one then."""
+        lines, broken = [], []
+        texts = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
+        for number, text in enumerate(texts, 1):
+            try:
+                line = json.loads(text)
+                lines.append({**line, "iteration": int(line["iteration"]), "split": line["split"]})
+            except (ValueError, TypeError, KeyError):  # noqa: PERF203 - a file is read once
+                broken.append(number)
+        if broken:
+            aside = self.path.with_name(f"broken-{self.path.name}")
+            shutil.copyfile(self.path, aside)
+            logger.warning("%s: lines %s cannot be read. Kept as %s.", self.path, broken, aside)
+        return lines
 
 
 class LogProgress(Hook):
@@ -111,17 +156,28 @@ class LogProgress(Hook):
 
 
 class SaveCheckpoints(Hook):
-    """Writes a checkpoint at every interval given, at the end, and where a signal ends it all."""
+    """Writes a checkpoint at every interval given, at the end, and where a signal ends it all.
 
-    def __init__(self, checkpointer: Checkpointer, every_iters: Sequence[int | None]) -> None:
+    The lines of `metrics` before it are on the disk first.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        every_iters: Sequence[int | None],
+        metrics: MetricsFile | None = None,
+    ) -> None:
         self.checkpointer = checkpointer
         self.every_iters = every_iters
+        self.metrics = metrics
 
     def after_step(self, trainer: Trainer) -> None:
         last = trainer.stop_signal is not None or trainer.iteration == trainer.max_iters
         if last or any(due(trainer.iteration, every) for every in self.every_iters):
             trainer.mean_losses()  # raises: a diverged run takes no good checkpoint's place
             if trainer.accelerator.is_main_process:
+                if self.metrics is not None:
+                    self.metrics.sync()
                 self.checkpointer.save(trainer.iteration, trainer.state_parts(), trainer.state())
             trainer.accelerator.wait_for_everyone()
 
@@ -195,8 +251,3 @@ def format_metrics(values: Mapping[str, Any]) -> str:
 def format_metric(name: str, value: float) -> str:
     """Return `91.25%`, or `0.3412` of a loss."""
     return f"{value:.4f}" if name == "loss" else f"{value:.2%}"
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file whose last one may have been cut off in writing."""
-    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

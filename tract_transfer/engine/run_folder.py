@@ -1,100 +1,178 @@
 """A run's folder: what goes in first, what comes out last, and whose it is."""
 
-import importlib.metadata
+import contextlib
 import json
 import logging
-import os
-import platform
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate import Accelerator
 from torch import nn
 from torchvision.io import write_png
 
-from tract_transfer import __version__
+from tract_transfer.engine.environment import ENVIRONMENT_NAME, Inputs, continued, environment
 from tract_transfer.engine.evaluate import evaluating
-from tract_transfer.files import write_json
+from tract_transfer.engine.group import main_first
+from tract_transfer.engine.run_lock import locked
+from tract_transfer.files import make_folder, remove_leftovers, replacing, write_json, write_text
 
-CONFIG_NAME, RESULTS_NAME, ENVIRONMENT_NAME = "config.yaml", "results.json", "environment.json"
+CONFIG_NAME, RESULTS_NAME = "config.yaml", "results.json"
 RESULTS_FORMAT = 1  # of results.json; what reads it refuses another
-PACKAGES = ("torch", "torchvision", "timm", "datasets", "accelerate", "numpy")
 # Keys that may differ on resume: they decide where and how fast, not what.
 SAFE_ON_RESUME = (
     "output_dir", "engine.log", "engine.checkpoint", "data.num_workers", "data.cache",
     "data.undecodable", "data.feature_cache", "paper",
 )  # fmt: skip
+logger = logging.getLogger(__name__)
 
 
-def open_run_folder(folder: Path, config_yaml: str, *, resume: bool) -> None:
-    """Make a run folder with its config.yaml, or enter the one to resume.
+@contextlib.contextmanager
+def open_run_folder(
+    folder: Path,
+    config_yaml: str,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    read_config: Callable[[Path], str],
+    inputs: Callable[[], Inputs],
+) -> Iterator[None]:
+    """Hold a run folder: new, with its config.yaml, or the one to resume; its log in log.txt.
+
+    Args:
+        read_config: returns the YAML of a run's own config.yaml, with a value for every key that
+            there is today.
+        inputs: returns what the run starts from; called on the main process.
+
+    Raises:
+        FileExistsError, ValueError: as `check_run_folder`; or other inputs under the same config.
+        FolderInUseError: another process holds it.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def enter() -> None:
+            check_run_folder(folder, config_yaml, resume=resume, read_config=read_config)
+            make_folder(folder)
+            stack.enter_context(locked(folder))
+            # Again, for whoever held it until now may have changed it.
+            used = check_run_folder(folder, config_yaml, resume=resume, read_config=read_config)
+            now = environment(inputs(), accelerator.num_processes)
+            changes: list[str] = []
+            if used:
+                now, changes = continued(now, _environment_of(folder))
+            else:
+                write_text(folder / CONFIG_NAME, config_yaml)
+            write_json(folder / ENVIRONMENT_NAME, now)
+            for place in (folder, folder / "features", folder / "detections"):
+                remove_leftovers(place)
+            stack.enter_context(_logging_to(folder))
+            if changes:
+                logger.warning(
+                    "This run goes on elsewhere than it began, and not to the same bits: %s.",
+                    "; ".join(changes),
+                )
+
+        main_first(accelerator, enter)
+        yield
+
+
+def check_run_folder(
+    folder: Path, config_yaml: str, *, resume: bool, read_config: Callable[[Path], str]
+) -> bool:
+    """Return whether `folder` holds a run, which is then this config's to go on with.
 
     Raises:
         FileExistsError: the folder holds another run, and this is no resume.
-        ValueError: the run to resume has another config; the message lists the keys.
+        ValueError: the run to resume has another config, and the message lists the keys; or its
+            config.yaml is missing or cannot be read.
     """
-    file = folder / CONFIG_NAME
-    used = (folder / RESULTS_NAME).exists() or any(folder.glob("checkpoints/iter_*"))
-    if used and not resume:
+    if not (folder / RESULTS_NAME).exists() and not any(folder.glob("checkpoints/iter_*")):
+        return False
+    if not resume:
         raise FileExistsError(
             f"{folder} holds another run. Go on with it (--resume), or set another output_dir."
         )
-    if used:
-        old = flatten(yaml.safe_load(file.read_text()))
-        new = flatten(yaml.safe_load(config_yaml))
-        changed = [
-            f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and not _may_differ(key, old.get(key), new.get(key))
-        ]
-        if changed:
-            longer = any(line.startswith("solver.max_") for line in changed)
-            schedule = " Its schedule fits its length: a longer run begins anew." if longer else ""
-            raise ValueError(
-                f"{folder} cannot be resumed with another config: {'; '.join(changed)}. "
-                f"Resume with {file}, or set another output_dir.{schedule}"
-            )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(config_yaml)
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise ValueError(
+            f"{folder} holds a run, but no {CONFIG_NAME}, which says what run it is. Put that "
+            "file back, or set another output_dir."
+        )
+    try:
+        old = flatten(yaml.safe_load(read_config(file)))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is no whole config of this version, so {folder} cannot be resumed by it: "
+            f"{error} Put back the file that the run wrote, or set another output_dir."
+        ) from error
+    new = flatten(yaml.safe_load(config_yaml))
+    changed = [
+        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _may_differ(key, old.get(key), new.get(key))
+    ]
+    if changed:
+        longer = any(line.startswith("solver.max_") for line in changed)
+        schedule = " Its schedule fits its length: a longer run begins anew." if longer else ""
+        raise ValueError(
+            f"{folder} cannot be resumed with another config: {'; '.join(changed)}. "
+            f"Resume with {file}, or set another output_dir.{schedule}"
+        )
+    return True
 
 
-def log_to(folder: Path) -> logging.Handler:
-    """Let the package's log go to `folder/log.txt`; the caller removes the handler."""
-    handler = logging.FileHandler(folder / "log.txt")
+def how_to_go_on(folder: Path) -> str:
+    """Say what to do about the run in `folder` after it was stopped."""
+    if is_finished(folder):
+        return f"the run is finished (output_dir {folder})."
+    if any(folder.glob("checkpoints/iter_*")):
+        return f"checkpoint written. Go on with --resume (output_dir {folder})."
+    return f"nothing to go on from yet. Give the same command again (output_dir {folder})."
+
+
+@contextlib.contextmanager
+def _logging_to(folder: Path) -> Iterator[None]:
+    """Let the package's log go to `folder/log.txt`, and what ends the run too."""
+    path = folder / "log.txt"
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        with path.open("a") as file:  # cut off by a kill: the next line must not be its end
+            file.write("\n")
+    handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     package = logging.getLogger("tract_transfer")
     package.addHandler(handler)
     if package.getEffectiveLevel() > logging.INFO:
         package.setLevel(logging.INFO)
-    return handler
+    try:
+        yield
+    except Exception:
+        # For the file alone: who called gets the error itself.
+        failed = (logger.name, logging.ERROR, __file__, 0, "The run failed.", (), sys.exc_info())
+        handler.handle(logger.makeRecord(*failed))
+        raise
+    finally:
+        package.removeHandler(handler)
+        handler.close()
 
 
-def environment(fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """Return versions, hardware, git state and data fingerprints. No environment variables."""
-    versions = {"python": platform.python_version(), "tract_transfer": __version__}
-    for package in PACKAGES:
-        versions[package] = importlib.metadata.version(package)
-    hardware = {
-        "system": platform.platform(),
-        "processor": _processor(),
-        "cores": str(os.cpu_count()),
-        "threads": str(torch.get_num_threads()),
-    }
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        hardware["gpus"] = ", ".join(names)
-    return {
-        "versions": versions,
-        "hardware": hardware,
-        "git": _git_state(),
-        "data": dict(fingerprints),
-        "command": " ".join(sys.argv),
-    }
+def _environment_of(folder: Path) -> dict[str, Any]:
+    """Return the environment the run had before; {} where its file is lost, which is warned of."""
+    file = folder / ENVIRONMENT_NAME
+    try:
+        then = json.loads(file.read_text())
+        if isinstance(then, dict):
+            return then
+        error = f"{type(then).__name__} in place of a mapping"
+    except (OSError, ValueError) as problem:
+        error = str(problem)
+    logger.warning(
+        "%s cannot be read (%s): whether the data are those the run began with is not known.",
+        file, error,
+    )  # fmt: skip
+    return {}
 
 
 def _may_differ(key: str, old: Any, new: Any) -> bool:
@@ -119,7 +197,7 @@ def save_detections(
     """
     entries = []
     names = dataset.class_names
-    (folder / "detections").mkdir(exist_ok=True)
+    make_folder(folder / "detections")
     for index in range(min(count, len(dataset))):
         try:
             image, target = dataset.image(index), dataset.target(index)
@@ -128,7 +206,8 @@ def save_detections(
         with evaluating(model):
             (found,) = model([image.to(device)])
         path = f"detections/{index:04d}.png"
-        write_png(image, str(folder / path))
+        with replacing(folder / path) as aside:
+            write_png(image, str(aside))
         entries.append(
             {
                 "image": path,
@@ -160,28 +239,3 @@ def is_finished(folder: Path) -> bool:
     except (OSError, json.JSONDecodeError):
         return False
     return True
-
-
-def _git_state() -> dict[str, str]:
-    """Commit of the repository the package is in, and whether it was changed; {} without one."""
-    here = Path(__file__).parent
-
-    def ask(arguments: Sequence[str]) -> str:
-        command = ["git", "-C", str(here), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        changed = ask(["status", "--porcelain", "--untracked-files=no"])
-        return {"commit": ask(["rev-parse", "HEAD"]), "changed": "yes" if changed else "no"}
-    except (OSError, subprocess.CalledProcessError):
-        return {}
-
-
-def _processor() -> str:
-    """The processor's name, from Linux's own list where there is one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

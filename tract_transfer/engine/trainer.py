@@ -14,6 +14,8 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tract_transfer.engine.signals import StopRequest
+
 
 class Batch(Protocol):
     """What a loader yields."""
@@ -64,7 +66,7 @@ class Hook:
         """Called when `trainer.iteration` steps are done."""
 
     def after_train(self, trainer: "Trainer") -> None:
-        """Called once after the last step, and where a signal ended the training."""
+        """Called once after the last step, and where a signal or an error ended the training."""
 
 
 @dataclass
@@ -116,7 +118,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self.iteration = 0
         self.best: dict[str, float] | None = None
-        self.stop_requested: int | None = None  # set at any moment, by a signal's handler
+        self.stop = StopRequest(can_wait=True)  # which a signal makes at any moment
         self.stop_signal: int | None = None  # taken up from it at the end of a step
         self.skipped: list[str] = []
         self.seconds = 0.0  # of training, earlier sessions included, evaluations not
@@ -154,25 +156,26 @@ class Trainer:
         )
 
     def train(self) -> None:
-        """Run until it `is_over`, or to the end of a step with `stop_requested`."""
+        """Run until it `is_over`, or to the end of a step with a request to `stop`."""
         self.model.train()
-        for hook in self.hooks:
-            hook.before_train(self)
-        batches = self.batches(self.iteration)
-        self.meter.started = self._last = time.perf_counter()
-        while not self.is_over and self.stop_signal is None:
-            self.step(batches)
-            self.iteration += 1
-            now = time.perf_counter()
-            self.seconds, self._last = self.seconds + now - self._last, now
-            # Taken up here alone: a signal during the hooks would end the run without the
-            # checkpoint they are past.
-            self._take_up_stop()
+        try:
             for hook in self.hooks:
-                hook.after_step(self)
-        for hook in self.hooks:
-            hook.after_train(self)
-        self._take_up_stop()
+                hook.before_train(self)
+            batches = self.batches(self.iteration)
+            self.meter.started = self._last = time.perf_counter()
+            while not self.is_over and self.stop_signal is None:
+                self.step(batches)
+                self.iteration += 1
+                now = time.perf_counter()
+                self.seconds, self._last = self.seconds + now - self._last, now
+                # Taken up here alone: a signal during the hooks would end the run without the
+                # checkpoint they are past.
+                self.stop_signal = self.stop.shared(self.accelerator)
+                for hook in self.hooks:
+                    hook.after_step(self)
+        finally:
+            for hook in self.hooks:
+                hook.after_train(self)
 
     def step(self, batches: Iterator[Batch]) -> None:
         """One optimizer step, from `accumulate` micro-batches."""
@@ -286,15 +289,6 @@ class Trainer:
         self.accelerator.unwrap_model(self.model).load_state_dict(parts["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(parts["ema"])
-
-    def _take_up_stop(self) -> None:
-        """Let a signal that one process got end the training of all at the same iteration."""
-        number = self.stop_requested or 0
-        if self.accelerator.num_processes > 1:
-            largest = torch.tensor(number, device=self.accelerator.device)
-            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-            number = int(largest)
-        self.stop_signal = number or None
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         started = time.perf_counter()
