@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test torture lint clean
 
 quickstart: $(VENV)/installed  ## the whole way on embedded data: a few minutes on two cores
 	$(BIN)/python tools/run_suite.py --config-file configs/suites/quickstart.yaml
 
 test: lint  ## lint, types and tests
 	$(BIN)/python -m pytest -n 2
+
+torture: $(VENV)/installed  ## kill every kind of run 50 times and compare: half an hour
+	$(BIN)/python tests/torture.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

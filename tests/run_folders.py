@@ -34,6 +34,29 @@ def results_of(folder):
     return {k: v for k, v in results.items() if k not in costs}
 
 
+def scalars_of(folder):
+    """Tag -> (step, value)s in TensorBoard's files, in their order and without any purging."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found = {}
+    for path in sorted((folder / "tensorboard").glob("*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                (number,) = value.tensor.float_val
+                found.setdefault(value.tag, []).append((event.step, number))
+    return found
+
+
+def assert_same_scalars(one, two):
+    """The same numbers in TensorBoard's files, each once, but for those of the clock."""
+    found, others = scalars_of(one), scalars_of(two)
+    assert found.keys() == others.keys()
+    for tag, rows in found.items():
+        if not tag.endswith(TIMING):
+            assert rows == others[tag], tag
+        assert [step for step, _ in rows] == [step for step, _ in others[tag]]
+
+
 def last_parts(folder):
     checkpointer = Checkpointer(folder / "checkpoints")
     return checkpointer.load(checkpointer.newest())

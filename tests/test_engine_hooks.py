@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 from accelerate import Accelerator
+from run_folders import scalars_of
 
 from tract_transfer.build import build_trainer
 from tract_transfer.build_data import build_data
@@ -150,19 +151,6 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
     assert (event.step, event.value) == (5, 0.25)
 
 
-def scalars(folder):
-    """Tag -> (step, value)s of every event file, in their order and without any purging."""
-    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-
-    found = {}
-    for path in sorted((folder / "tensorboard").iterdir()):
-        for event in EventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                (number,) = value.tensor.float_val
-                found.setdefault(value.tag, []).append((event.step, number))
-    return found
-
-
 def test_tensorboard_has_no_line_twice_and_none_too_few_after_a_kill(tmp_path):
     killed = MetricsFile(tmp_path, tensorboard=True)
     for iteration in (2, 4, 6):
@@ -175,7 +163,7 @@ def test_tensorboard_has_no_line_twice_and_none_too_few_after_a_kill(tmp_path):
     resumed.write(4, 0.5, "val", {"top1": 0.5})
     resumed.write(6, 0.5, "train", {"loss": 0.75})
     resumed.close()
-    assert scalars(tmp_path) == {
+    assert scalars_of(tmp_path) == {
         "train/loss": [(2, 0.25), (4, 0.5), (6, 0.75)],
         "val/top1": [(4, 0.5)],
     }
