@@ -54,6 +54,7 @@ def train(
     with contextlib.closing(MetricsFile(folder, tensorboard=board)) as metrics_file:
         started_from = log_weights(trainer.evaluated_model.get_submodule("backbone"))
         _go_on(trainer, checkpointer)
+        whole = trainer.iteration == 0
         if accelerator.is_main_process:
             metrics_file.cut_after(trainer.iteration)
         trainer.hooks = _hooks(config, data, trainer, checkpointer, metrics_file)
@@ -64,6 +65,7 @@ def train(
             accelerator.wait_for_everyone()  # the main process may be marking the best
             results = _report(config, data, trainer, checkpointer, metrics_file)
             results["weights_match"] = started_from
+            results["cost"] = meter.read(whole=whole)
             if accelerator.is_main_process:
                 write_results(folder, results)
     logger.info("%s %s", data.report[0], format_metrics(results["metrics"]))
@@ -126,7 +128,6 @@ def _report(
         "early_stop": _early_stop(trainer),
         "train_seconds": trainer.seconds,
         "images_per_second": trainer.seen_images / max(trainer.seconds, 1e-9),
-        "cost": meter.read(whole=newest is None),
         "protocol": protocol(config, data, details),
         "skipped": sorted(set(gather_object([*trainer.skipped, *skipped]))),
         "mended_boxes": data.mended_boxes,
