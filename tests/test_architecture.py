@@ -25,6 +25,7 @@ BRIDGE = {
     "detectron2_plugin",
     "export",
     "model_card",
+    "replay",
     "run",
     "run_probe",
     "run_training",

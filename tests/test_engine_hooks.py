@@ -104,7 +104,7 @@ def test_a_diverged_run_writes_no_checkpoint(tmp_path, trainer):
             trainer.model.head[0].weight.data.fill_(float("nan"))
 
     trainer.optimizer.register_step_pre_hook(spoil)
-    with pytest.raises(FloatingPointError, match="by iteration 4"):
+    with pytest.raises(FloatingPointError, match="in iteration 4"):
         trainer.train()
     assert checkpointer.newest().name == "iter_0000002"
 

@@ -31,6 +31,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--dry-run", action="store_true", help="build all, run two steps, print what it would cost"
     )
     parser.add_argument(
+        "--debug-batch",
+        type=Path,
+        metavar="FILE",
+        help="run the step again at which a training was not finite, and tell where it begins",
+    )
+    parser.add_argument(
         "--num-gpus", type=int, metavar="N", help="start N processes on this machine's GPUs"
     )
     parser.add_argument(
@@ -78,10 +84,13 @@ def main() -> int:
 def carry_out(arguments: argparse.Namespace, config: "Config") -> list[str]:
     """Do what the command line asks for; return what to say of it."""
     from tract_transfer.engine.hooks import format_metric
+    from tract_transfer.replay import replay_debug_batch
     from tract_transfer.run import evaluate_run, preview, run
 
     if arguments.dry_run:
         return [f"{what:>22}  {value}" for what, value in preview(config).items()]
+    if arguments.debug_batch is not None:
+        return replay_debug_batch(config, arguments.debug_batch)
     if arguments.eval_only:
         metrics = evaluate_run(config)
         return [f"{name:>22}  {format_metric(name, value)}" for name, value in metrics.items()]

@@ -24,7 +24,9 @@ from tract_transfer.build_model import (
 )
 from tract_transfer.config import ClassificationConfig, Config, DetectionConfig
 from tract_transfer.config_file import ConfigError
-from tract_transfer.engine.trainer import Trainer, as_it_is
+from tract_transfer.engine.non_finite import StepGuard
+from tract_transfer.engine.protocols import as_it_is
+from tract_transfer.engine.trainer import Trainer
 from tract_transfer.joined_optimizer import JoinedOptimizer, keep_parameters
 from tract_transfer.models import Classifier
 from tract_transfer.models.stem import whiten
@@ -219,4 +221,5 @@ def build_trainer(
         ema=ema,
         mix=mix or as_it_is,
         patience_iters=patience and length.evaluate_every and patience * length.evaluate_every,
+        guard=StepGuard(engine.non_finite, engine.max_skipped, data.train.item),
     )

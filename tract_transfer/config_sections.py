@@ -276,17 +276,29 @@ class LogConfig(Section):
 
 
 class DeviceConfig(Section):
-    """`precision` is that of the forward (autocast); weights stay float32."""
+    """`precision` is that of the forward (autocast); weights stay float32. `deterministic`: a run
+    gives the same bits again, or raises where torch cannot."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    deterministic: bool = False
 
 
 class EngineConfig(DeviceConfig):
-    """`grad_clip`: the largest gradient norm; `accumulate`: micro-batches of a step."""
+    """`grad_clip`: the largest gradient norm; `accumulate`: micro-batches of a step; `non_finite`:
+    whether a loss or gradient that is no finite number ends the run, or its step is passed over,
+    as many as `max_skipped` times."""
 
     grad_clip: Positive | None = None
     accumulate: Count = 1
     channels_last: bool = False
+    non_finite: Literal["stop", "skip"] = "stop"
+    max_skipped: Count = 10
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _stopping_skips_nothing(self) -> "EngineConfig":
+        if self.non_finite == "stop" and self.max_skipped != 10:
+            raise ValueError("engine.max_skipped has no use here: it is of non_finite: skip")
+        return self

@@ -18,6 +18,7 @@ from tract_transfer.build_data import Data, build_data
 from tract_transfer.build_model import build_evaluator, build_model
 from tract_transfer.config import Config, ProbeConfig, dump_config, load_config
 from tract_transfer.engine.cost import CostMeter
+from tract_transfer.engine.determinism import deterministic
 from tract_transfer.engine.dry_run import dry_run, dry_run_features
 from tract_transfer.engine.environment import Inputs
 from tract_transfer.engine.group import telling_of_lost_processes
@@ -46,11 +47,13 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
     Raises:
         ConfigError, ValueError, FileNotFoundError: before training, wherever that can be known.
         FileExistsError: the folder holds another run, and `resume` is off.
+        NonFiniteError: a loss or gradient is not finite; the step is kept in the folder.
         FolderInUseError: another process holds the folder.
         Stopped: a signal ended the run; the message says how to go on.
     """
     folder = Path(config.output_dir)
-    with stop_on_signals(partial(how_to_go_on, folder)) as stop:
+    on_stop = stop_on_signals(partial(how_to_go_on, folder))
+    with deterministic(config.engine.deterministic), on_stop as stop:
         accelerator = build_accelerator(config)
         meter = CostMeter(accelerator.device)
         with telling_of_lost_processes(accelerator):
@@ -104,7 +107,8 @@ def evaluate_run(config: Config) -> dict[str, float]:
             f"{folder / CONFIG_NAME}. ({error})"
         ) from error
     split, dataset = data.report
-    metrics, details, skipped = measure(config, trainer, dataset, data.class_names)
+    with deterministic(config.engine.deterministic):
+        metrics, details, skipped = measure(config, trainer, dataset, data.class_names)
     if trainer.accelerator.is_main_process:
         found = {"checkpoint": path.name, "split": split, "metrics": metrics, "skipped": skipped}
         write_json(folder / "evaluation.json", {**found, "details": details})

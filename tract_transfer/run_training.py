@@ -16,6 +16,7 @@ from tract_transfer.config import Config, DetectionConfig
 from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.cost import CostMeter
+from tract_transfer.engine.debug_batch import keep_debug_batch
 from tract_transfer.engine.evaluate import evaluate, share_buffers
 from tract_transfer.engine.group import check_same, main_first
 from tract_transfer.engine.hooks import (
@@ -59,7 +60,7 @@ def train(
             metrics_file.cut_after(trainer.iteration)
         trainer.hooks = _hooks(config, data, trainer, checkpointer, metrics_file)
         trainer.stop = stop
-        with stop.waits():
+        with stop.waits(), keep_debug_batch(trainer, folder):
             trainer.train()
             stop.check(accelerator)
             accelerator.wait_for_everyone()  # the main process may be marking the best
@@ -130,6 +131,7 @@ def _report(
         "images_per_second": trainer.seen_images / max(trainer.seconds, 1e-9),
         "protocol": protocol(config, data, details),
         "skipped": sorted(set(gather_object([*trainer.skipped, *skipped]))),
+        "skipped_steps": trainer.guard.passed_over,
         "mended_boxes": data.mended_boxes,
     }
     if trainer.accelerator.is_main_process:

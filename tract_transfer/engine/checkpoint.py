@@ -61,7 +61,7 @@ class Checkpointer:
                 return final
             self._set_aside(final)
         flat: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
-        layouts = {name: _flatten(tree, name, flat[name]) for name, tree in parts.items()}
+        layouts = {name: take_tensors(tree, name, flat[name]) for name, tree in parts.items()}
         needed = sum(tensor.nbytes for part in flat.values() for tensor in part.values())
         make_folder(self.folder)
         aside = self.folder / f".{final.name}"
@@ -103,7 +103,7 @@ class Checkpointer:
         content = _verified(path)
         try:
             parts = {
-                name: _unflatten(entry["layout"], load_file(path / f"{name}.safetensors"))
+                name: put_tensors(entry["layout"], load_file(path / f"{name}.safetensors"))
                 for name, entry in content["parts"].items()
             }
             return parts, content["state"], int(content["iteration"])
@@ -225,7 +225,7 @@ def _verified(path: Path) -> dict[str, Any]:
     return content
 
 
-def _flatten(tree: Tree, name: str, tensors: dict[str, Tensor]) -> Any:
+def take_tensors(tree: Tree, name: str, tensors: dict[str, Tensor]) -> Any:
     """Put the tensors of a tree into `tensors`; return the tree with names in their places."""
     if torch.is_tensor(tree):
         while name in tensors:  # {"a": {"b": x}, "a.b": y}
@@ -233,24 +233,27 @@ def _flatten(tree: Tree, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = tree.detach().contiguous().clone()
         return {"tensor": name}
     if isinstance(tree, Mapping):
-        entries = [[key, _flatten(value, f"{name}.{key}", tensors)] for key, value in tree.items()]
+        entries = [
+            [key, take_tensors(value, f"{name}.{key}", tensors)] for key, value in tree.items()
+        ]
         return {"dict": entries}
     if isinstance(tree, list | tuple):
-        items = [_flatten(value, f"{name}.{i}", tensors) for i, value in enumerate(tree)]
+        items = [take_tensors(value, f"{name}.{i}", tensors) for i, value in enumerate(tree)]
         return {"list": items}
     if tree is None or isinstance(tree, bool | int | float | str):
         return {"value": tree}
     raise TypeError(f"{name}: a checkpoint holds tensors and plain values, not {type(tree)}.")
 
 
-def _unflatten(layout: Any, tensors: Mapping[str, Tensor]) -> Tree:
+def put_tensors(layout: Any, tensors: Mapping[str, Tensor]) -> Tree:
+    """Return the tree that `take_tensors` was given; tuples have become lists."""
     ((kind, content),) = layout.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "dict":
-        return {key: _unflatten(value, tensors) for key, value in content}
+        return {key: put_tensors(value, tensors) for key, value in content}
     if kind == "list":
-        return [_unflatten(value, tensors) for value in content]
+        return [put_tensors(value, tensors) for value in content]
     return content
 
 

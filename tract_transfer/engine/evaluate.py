@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from tract_transfer.engine.trainer import Batch
+from tract_transfer.engine.protocols import Batch
 
 
 class Evaluator(Protocol):

@@ -140,7 +140,8 @@ class LogProgress(Hook):
         rate = (time.perf_counter() - self._started) / (done - self._first)
         eta = timedelta(seconds=round(rate * (trainer.max_iters - done)))
         text = (
-            f"iter {done}/{trainer.max_iters}  epoch {epoch:.2f}  loss {values['loss']:.4f}  "
+            f"iter {done}/{trainer.max_iters}  epoch {epoch:.2f}  "
+            f"loss {values.get('loss', float('nan')):.4f}  "
             f"lr {values['lr']:.2g}  {values['images_per_second']:.0f} images/s  "
             f"data {values['data_fraction']:.0%}  eta {eta}"
         )
@@ -174,7 +175,7 @@ class SaveCheckpoints(Hook):
     def after_step(self, trainer: Trainer) -> None:
         last = trainer.stop_signal is not None or trainer.iteration == trainer.max_iters
         if last or any(due(trainer.iteration, every) for every in self.every_iters):
-            trainer.mean_losses()  # raises: a diverged run takes no good checkpoint's place
+            trainer.mean_losses()  # those of all processes, for the main one's checkpoint
             if trainer.accelerator.is_main_process:
                 if self.metrics is not None:
                     self.metrics.sync()

@@ -5,7 +5,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,46 +14,9 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tract_transfer.engine.non_finite import StepGuard
+from tract_transfer.engine.protocols import Batch, Ema, GradientStep, Mix, as_it_is
 from tract_transfer.engine.signals import StopRequest
-
-
-class Batch(Protocol):
-    """What a loader yields."""
-
-    images: Any
-    targets: Any
-    skipped: list[str]
-
-    def to(self, device: torch.device) -> "Batch": ...
-
-
-class GradientStep(Protocol):
-    """TrAct, or anything else that changes finished gradients."""
-
-    def step(self) -> None: ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-
-class Ema(Protocol):
-    """timm's ModelEmaV3."""
-
-    module: nn.Module
-
-    def update(self, model: nn.Module, step: int) -> None: ...
-
-
-class Mix(Protocol):
-    """mixup, CutMix, or anything else that changes a batch by the iteration's number."""
-
-    def __call__(self, images: Any, targets: Any, iteration: int) -> tuple[Any, Any]: ...
-
-
-def as_it_is(images: Any, targets: Any, iteration: int) -> tuple[Any, Any]:
-    """Mix nothing."""
-    return images, targets
 
 
 class Hook:
@@ -96,6 +59,7 @@ class Trainer:
         grad_clip: the largest norm of the whole gradient, or None.
         accumulate: micro-batches of a step.
         set_lr: sets the learning rates for a progress in [0, 1) and returns the factor.
+        guard: what becomes of a step whose losses or gradient are not finite.
     """
 
     accelerator: Accelerator
@@ -114,6 +78,7 @@ class Trainer:
     mix: Mix = as_it_is
     patience_iters: int | None = None
     hooks: Sequence[Hook] = ()
+    guard: StepGuard = field(default_factory=StepGuard)
 
     def __post_init__(self) -> None:
         self.iteration = 0
@@ -183,16 +148,22 @@ class Trainer:
         # looks on can disturb it.
         seed_all(self.seed, self.iteration, self.accelerator.process_index)
         self.set_lr(self.optimizer, self.schedule, self.iteration / self.max_iters)
+        self.guard.remember(self.model)
+        losses, indices = [], []
         for micro in range(self.accumulate):
             batch = self._next(batches)
-            images, targets = self.mix(batch.images, batch.targets, self.iteration)
             last = micro + 1 == self.accumulate
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.autocast():
-                    losses: dict[str, Tensor] = self.model(images, targets)
-                    loss = torch.stack(list(losses.values())).sum() / self.accumulate
+                    losses.append(self.losses(batch))
+                    loss = torch.stack(list(losses[-1].values())).sum() / self.accumulate
                 self.scaler.scale(loss).backward()
-            self._count(losses, len(images))
+            indices.append(batch.indices)
+        if not self.guard.lets_pass(self, losses, indices):
+            self.tract.forget()
+            self.optimizer.zero_grad(set_to_none=True)
+            return
+        self._count(losses)
         self.tract.step()
         if self.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
@@ -202,7 +173,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.accelerator.unwrap_model(self.model), self.iteration + 1)
-        self.meter.steps += 1
+        self.guard.check_scale(self)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Mix a micro-batch of the current iteration, and return the model's losses of it."""
+        images, targets = self.mix(batch.images, batch.targets, self.iteration)
+        losses: dict[str, Tensor] = self.model(images, targets)
+        return losses
 
     def leave_out(self, seconds: float) -> None:
         """Take time that was not training's, such as an evaluation's, out of its speed."""
@@ -212,37 +189,26 @@ class Trainer:
     def read_meter(self) -> dict[str, float]:
         """Return mean losses since the last reading, and how fast it went; start anew.
 
-        Raises:
-            FloatingPointError: a loss is not finite.
+        There are no losses where every step was passed over.
         """
         values = self.mean_losses()
         meter, self.meter = self.meter, Meter()
         seconds = self.meter.started - meter.started
         return {
-            "loss": sum(values.values()),
+            **({"loss": sum(values.values())} if values else {}),
             **values,
+            **self.guard.counted(self),
             "images_per_second": meter.images * self.accelerator.num_processes / seconds,
             "data_fraction": meter.data_seconds / seconds,
         }
 
     def mean_losses(self) -> dict[str, float]:
-        """Return mean losses since the last reading; every process of a group must call it.
-
-        Raises:
-            FloatingPointError: a loss is not finite.
-        """
+        """Return mean losses since the last reading; every process of a group must call it."""
         meter = self.meter
         for name, total in meter.losses.items():
             meter.losses[name] = self.accelerator.reduce(total, reduction="mean")
         count = meter.steps * self.accumulate
-        values = {name: float(total) / count for name, total in meter.losses.items()}
-        broken = {name: value for name, value in values.items() if not np.isfinite(value)}
-        if broken:
-            raise FloatingPointError(
-                f"The loss is not finite by iteration {self.iteration}: {broken}. Lower solver.lr, "
-                "set engine.grad_clip, or use precision bf16 instead of fp16."
-            )
-        return values
+        return {name: float(total) / count for name, total in meter.losses.items()}
 
     def state_parts(self) -> dict[str, Any]:
         """Return what a checkpoint holds in tensors."""
@@ -261,6 +227,7 @@ class Trainer:
         return {
             "best": self.best,
             "skipped": self.skipped,
+            "passed_over": self.guard.passed_over,
             "scaler": self.scaler.state_dict(),
             "meter_steps": self.meter.steps,
             "seconds": self.seconds,
@@ -282,6 +249,7 @@ class Trainer:
         self.best = state["best"]
         self.seconds, self.seen_images = state["seconds"], state["seen_images"]
         self.skipped = list(state["skipped"])
+        self.guard.passed_over = list(state["passed_over"])
         self.iteration = iteration
 
     def load_weights(self, parts: Mapping[str, Any]) -> None:
@@ -294,6 +262,8 @@ class Trainer:
         started = time.perf_counter()
         batch = next(batches).to(self.accelerator.device)
         self.meter.data_seconds += time.perf_counter() - started
+        self.meter.images += len(batch.images)
+        self.seen_images += len(batch.images) * self.accelerator.num_processes
         self.skipped += [item for item in batch.skipped if item not in self.skipped]
         if not len(batch.images):
             raise ValueError(
@@ -302,13 +272,12 @@ class Trainer:
             )
         return batch
 
-    def _count(self, losses: Mapping[str, Tensor], num_images: int) -> None:
-        for name, loss in losses.items():
+    def _count(self, losses: Sequence[Mapping[str, Tensor]]) -> None:
+        for name, loss in ((name, loss) for each in losses for name, loss in each.items()):
             value = loss.detach().double()
             total = self.meter.losses.get(name)
             self.meter.losses[name] = value if total is None else total + value
-        self.meter.images += num_images
-        self.seen_images += num_images * self.accelerator.num_processes
+        self.meter.steps += 1
 
 
 def seed_all(seed: int, iteration: int, process: int) -> None:
