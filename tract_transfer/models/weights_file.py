@@ -1,7 +1,6 @@
 """Weights files as names and tensors: nothing in a file is ever executed."""
 
 import argparse
-import io
 import pathlib
 import pickle
 from collections.abc import Mapping
@@ -14,18 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tract_transfer.models.plain_pickle import load_plain_pickle
+
 # Plain values that published checkpoints keep beside their weights.
 _HARMLESS: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
-# What a file of arrays and plain values is pickled with; anything else could run code.
-_PLAIN = {
-    ("collections", "OrderedDict"),
-    ("_codecs", "encode"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *((f"numpy.{core}.multiarray", name) for core in ("core", "_core")
-      for name in ("_reconstruct", "scalar")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-}  # fmt: skip
+_MAX_DEPTH = 50
 
 
 def read_content(file: Path) -> Any:
@@ -44,12 +36,10 @@ def read_content(file: Path) -> Any:
         if file.suffix == ".safetensors":
             return load_file(file)
         if file.suffix == ".pkl":
-            return _PlainUnpickler(io.BytesIO(file.read_bytes()), encoding="latin1").load()
+            return load_plain_pickle(file.read_bytes())
         with torch.serialization.safe_globals(_HARMLESS):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "truncated" in str(error):
-            raise ValueError(_unreadable(file, error)) from error
         raise ValueError(
             f"{file} holds more than tensors and was not opened, as it could run code: {error}. "
             "Save its state dict alone, as safetensors, where you trust it."
@@ -67,7 +57,11 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         ValueError: the file cannot be read, or holds no tensors.
     """
-    tensors = flat_tensors(read_content(file))
+    content = read_content(file)
+    try:
+        tensors = flat_tensors(content)
+    except ValueError as error:
+        raise ValueError(_unreadable(file, error)) from error
     if not tensors:
         raise ValueError(
             f"{file} holds no state dict (names to tensors). Set model.weights to a file of "
@@ -77,9 +71,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def flat_tensors(content: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors and arrays in nested dicts by dotted path; what else is there is left."""
+    """Return the tensors and arrays in nested dicts by dotted path; what else is there is left.
+
+    Raises:
+        ValueError: the dicts are nested more than 50 deep, as one that holds itself is.
+    """
     if not isinstance(content, Mapping):
         return {}
+    if prefix.count(".") > _MAX_DEPTH:
+        raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
     flat: dict[str, Tensor] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
@@ -120,10 +120,3 @@ def _unreadable(file: Path, error: Exception) -> str:
         f"{file} cannot be read as weights: {said}. It is cut short or of another format: copy "
         "it again, or save it as .safetensors or .pth."
     )
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _PLAIN:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
