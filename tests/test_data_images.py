@@ -73,7 +73,7 @@ def truncated(format):
     ("data", "reason"),
     [
         (b"", "empty"),
-        (b"not an image", "no image format"),
+        (b"not an image", "no image of"),
         (truncated("JPEG"), "truncated"),
         (truncated("PNG"), ""),
         (encode(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "float"),

@@ -146,7 +146,12 @@ def find(trained: "Trained", file: Path, top_k: int) -> Iterator[tuple["Tensor",
     from tract_transfer.data.images import decode_image
     from tract_transfer.data.video import read_video
 
-    frames = read_video(file) if is_video(file) else iter([decode_image(file, str(file))])
+    limit = trained.config.data.max_pixels
+    frames = (
+        read_video(file, limit)
+        if is_video(file)
+        else iter([decode_image(file, str(file), max_pixels=limit)])
+    )
     for number, image in enumerate(frames):
         (found,) = trained.predict([image])
         if not trained.detects:

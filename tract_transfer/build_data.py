@@ -75,14 +75,16 @@ def build_data(config: Config) -> Data:
         ValueError, FileNotFoundError: a split does not load; the message names file and key.
     """
     sections = config.data
-    findings = Findings(getattr(sections, "invalid_boxes", "error"))
-    train: Any = load_split(sections.train, "data.train", findings)
+    findings, limit = Findings(getattr(sections, "invalid_boxes", "error")), sections.max_pixels
+    train: Any = load_split(sections.train, "data.train", findings, limit)
     val_section = getattr(sections, "val", None)
     if isinstance(val_section, CarvedSource):
         train, val = carve(train, val_section.fraction, config.seed)
     else:
-        val = cast(Any, load_split(val_section, "data.val", findings) if val_section else None)
-    test: Any = load_split(sections.test, "data.test", findings) if sections.test else None
+        val = cast(
+            Any, load_split(val_section, "data.val", findings, limit) if val_section else None
+        )
+    test: Any = load_split(sections.test, "data.test", findings, limit) if sections.test else None
     if isinstance(config, DetectionConfig) and config.data.empty_images == "drop":
         train = train.with_objects()
     if isinstance(config, ProbeConfig) and config.data.has_many_labels:
@@ -118,9 +120,10 @@ def check_disjoint(splits: Mapping[str, Dataset]) -> None:
             )
 
 
-def load_split(section: Any, key: str, findings: Findings) -> Loaded:
+def load_split(section: Any, key: str, findings: Findings, max_pixels: int) -> Loaded:
     """Load the data a section describes; `key` is its name in error messages."""
-    arguments = {**section.model_dump(exclude={"source"}), "key": key, "findings": findings}
+    common = {"key": key, "findings": findings, "max_pixels": max_pixels}
+    arguments = {**section.model_dump(exclude={"source"}), **common}
     if isinstance(section, HuggingFaceSource):
         return load_huggingface(**arguments)
     if isinstance(section, HuggingFaceBoxesSource):
@@ -139,4 +142,4 @@ def load_split(section: Any, key: str, findings: Findings) -> Loaded:
     own = "_".join(["digit_scenes", *map(str, made.values())])
     root = Path(section.root or f"output/data/{own}")
     write_digit_scenes(root, **made)
-    return load_voc(root, [f"2007/{section.split}"], DIGIT_NAMES, key=key, findings=findings)
+    return load_voc(root, [f"2007/{section.split}"], DIGIT_NAMES, **common)  # type: ignore[arg-type]

@@ -57,7 +57,7 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
             continue  # a carved split is a part of train
         findings = Findings(collect=True)
         try:
-            dataset = load_split(section, f"data.{name}", findings)
+            dataset = load_split(section, f"data.{name}", findings, config.data.max_pixels)
         except (ValueError, OSError) as error:
             report.splits[name] = SplitReport(name, [*findings.problems, str(error)], None)
             continue

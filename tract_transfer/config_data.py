@@ -166,12 +166,15 @@ class DetectionTransformsConfig(Section):
 
 
 class LoadingConfig(Section):
-    """`batch_size` counts the images of an optimizer step, over all processes and micro-batches."""
+    """`batch_size` counts the images of an optimizer step, over all processes and micro-batches.
+    An image of more than `max_pixels` is not decoded."""
 
     batch_size: Count
     num_workers: Annotated[int, Field(ge=0)] = 2
     cache: Literal["none", "ram"] = "none"
     undecodable: Literal["error", "skip"] = "error"
+    # PIL's own limit: above it, an image is refused whatever is set here.
+    max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 89_478_485
 
 
 class MixupConfig(Section):

@@ -12,6 +12,7 @@ from tract_transfer.data.huggingface import (
     RowImages,
     find_image_column,
     find_label_column,
+    folders_of,
     is_hub_id,
     open_rows,
 )
@@ -110,6 +111,7 @@ def load_huggingface(
     label_column: str | None = None,
     key: str = "data.train",
     findings: Findings | None = None,
+    max_pixels: int = images.MAX_PIXELS,
 ) -> ClassificationDataset:
     """Load one split of an image classification dataset with Hugging Face `datasets`.
 
@@ -127,6 +129,7 @@ def load_huggingface(
             to the largest (see `labels.join_integer_classes`); or booleans: "False", "True".
         key: the config section that error messages point to.
         findings: what becomes of rows with a wrong label; by default the first is raised.
+        max_pixels: an image of more cannot be decoded.
 
     Raises:
         FileNotFoundError: the path does not exist, or the hub does not answer.
@@ -144,7 +147,7 @@ def load_huggingface(
         check_size(path, rows.info.dataset_name, is_hub, split, len(rows)),
         f"{key}.label_column" if is_integer(rows, label_column) else None,
     )
-    source = RowImages(rows, image_column, title)
+    source = RowImages(rows, image_column, title, folders_of(path), max_pixels)
     return ClassificationDataset(path, class_names, labels[kept], source, kept, origin)
 
 

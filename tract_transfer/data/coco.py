@@ -17,7 +17,8 @@ from tract_transfer.data.annotations import (
     unknown_class,
 )
 from tract_transfer.data.detection import DetectionDataset, ImageFiles
-from tract_transfer.data.findings import Findings, Size
+from tract_transfer.data.findings import Findings, Size, is_below
+from tract_transfer.data.images import MAX_PIXELS
 
 
 def load_coco(
@@ -27,6 +28,7 @@ def load_coco(
     *,
     key: str = "data.train",
     findings: Findings | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> DetectionDataset:
     """Load a data set of boxes in COCO's format.
 
@@ -38,6 +40,7 @@ def load_coco(
         classes: the category names in label order; by default all, in the order of their ids.
         key: the config section that error messages point to.
         findings: what becomes of wrong annotations; by default the first is raised.
+        max_pixels: an image of more cannot be decoded.
 
     What has `iscrowd` is a crowd, and thereby difficult; what has `ignore` is difficult.
 
@@ -74,7 +77,8 @@ def load_coco(
             found = _read_object(entry, f"{place} ({name})", sizes[row], label_of[name], findings)
             objects[row] += [] if found is None else [found]
         seen.add(entry["id"])
-    return DetectionDataset(f"coco {path.name}", names, ImageFiles(files), sizes, flatten(objects))
+    title, source = f"coco {path.name}", ImageFiles(files)
+    return DetectionDataset(title, names, source, sizes, flatten(objects), max_pixels=max_pixels)
 
 
 def _read(path: Path, key: str) -> Mapping[str, Any]:
@@ -125,8 +129,8 @@ def _read_images(
     row_of: dict[Any, int] = {}
     for entry, place in _entries(tree, "images", path, findings):
         name = entry.get("file_name")
-        if not isinstance(name, str):
-            message = f"{place}: file_name must be a path, not {name!r}. Correct it."
+        if not isinstance(name, str) or not is_below(folder, name):
+            message = f"{place}: file_name must be a path below {folder}, not {name!r}. Correct it."
             findings.wrong(ValueError(message))
             continue
         file = folder / name

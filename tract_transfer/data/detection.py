@@ -45,7 +45,7 @@ class DetectionDataset:
     """Images and their objects, which lie in flat arrays: see annotations.Objects.
 
     `sizes` int64 (N, 2) holds (height, width). Images are decoded at each access. `origin`
-    tells where it comes from.
+    tells where it comes from. An image of more than `max_pixels` is not decoded.
     """
 
     def __init__(
@@ -56,8 +56,10 @@ class DetectionDataset:
         sizes: Sequence[Size] | np.ndarray,
         objects: Objects,
         rows: np.ndarray | None = None,
+        max_pixels: int = images.MAX_PIXELS,
     ) -> None:
         self.name = name
+        self.max_pixels = max_pixels
         self.class_names = list(class_names)
         self.sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
         self.objects = objects
@@ -92,7 +94,7 @@ class DetectionDataset:
         stored, item = self._source.stored(row), self._source.item(row)
         found = []
         for exif in (False, True):
-            image = images.decode_image(stored, item, exif)
+            image = images.decode_image(stored, item, exif, self.max_pixels)
             if size in (tuple(image.shape[1:]), UNKNOWN_SIZE):
                 return image
             found.append(f"{image.shape[2]}x{image.shape[1]}")
@@ -153,6 +155,7 @@ class DetectionDataset:
             self.sizes[picked],
             self.objects.select(picked),
             self._rows[picked],
+            self.max_pixels,
         )
         chosen.origin = self.origin
         if self._cache is not None:

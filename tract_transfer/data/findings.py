@@ -1,6 +1,8 @@
 """What a reader finds wrong with a dataset, raised or collected; and the check of a box."""
 
 import math
+import os
+from pathlib import Path
 
 Box = tuple[float, float, float, float]  # xyxy pixels, 0-based, x2 and y2 exclusive
 Size = tuple[int, int]  # height, width
@@ -8,6 +10,21 @@ Size = tuple[int, int]  # height, width
 _MIN_SIDE_PX = 0.01
 # Less than this is a rounding of the tool that wrote the box.
 _OVERHANG_PX = 1.0
+
+
+def is_below(folder: Path, file: str | Path) -> bool:
+    """Whether `file`, taken from `folder` on, is a path below it.
+
+    By its text: a link that lies in the folder may lead out of it, for who laid it there meant it.
+    """
+    for place, path in (
+        (folder.absolute(), folder.absolute() / file),
+        (folder.resolve(), folder / file),  # where the folder itself was reached by a link
+    ):
+        top = Path(os.path.normpath(place))
+        if top in Path(os.path.normpath(path)).parents:
+            return True
+    return False
 
 
 class Findings:

@@ -1,34 +1,60 @@
 """Opening rows with Hugging Face `datasets`: which kind a path is, which columns are meant."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from tract_transfer.data import images
+from tract_transfer.data.findings import is_below
 from tract_transfer.registry import did_you_mean
 
 _SPLIT_NAMES = ("train", "validation", "val", "valid", "test")
 
 
 class RowImages:
-    """One image column of rows, kept encoded and memory-mapped."""
+    """One image column of rows, kept encoded and memory-mapped.
 
-    def __init__(self, rows: Any, column: str, title: str) -> None:
+    An image in a file must lie in one of `folders`; one of more than `max_pixels` is not decoded.
+    """
+
+    def __init__(
+        self,
+        rows: Any,
+        column: str,
+        title: str,
+        folders: Sequence[Path],
+        max_pixels: int = images.MAX_PIXELS,
+    ) -> None:
         import datasets
 
         undecoded = rows.select_columns([column])
         self._rows = undecoded.cast_column(column, datasets.Image(decode=False))
         self._column = column
         self._title = title
+        self._folders = folders
+        self._max_pixels = max_pixels
 
     def stored(self, row: int) -> bytes | Path:
-        """Return a row's encoded image, or its file; an empty cell is no bytes."""
+        """Return a row's encoded image, or its file; an empty cell is no bytes.
+
+        Raises:
+            ValueError: the file is outside the dataset's folder.
+        """
         cell = self._rows[row][self._column]
-        if cell is None:
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
             return b""
-        return Path(cell["path"]) if cell["bytes"] is None else cell["bytes"]
+        if cell["bytes"] is not None:
+            return bytes(cell["bytes"])
+        if not any(is_below(folder, cell["path"]) for folder in self._folders):
+            listed = " or ".join(map(str, self._folders))
+            raise ValueError(
+                f"{self.item(row)} is the file {cell['path']}, which is not below {listed}: data "
+                "must not read other files. Save the dataset with its images in it (save_to_disk)."
+            )
+        return Path(cell["path"])
 
     def encoded(self, row: int) -> bytes:
         """Return a row's encoded image."""
@@ -39,12 +65,30 @@ class RowImages:
         stored = self.stored(row)
         item = self.item(row)
         return images.decode_image(
-            stored, f"{item} ({stored})" if isinstance(stored, Path) else item
+            stored,
+            f"{item} ({stored})" if isinstance(stored, Path) else item,
+            max_pixels=self._max_pixels,
         )
 
     def item(self, row: int) -> str:
         """Return what an error message calls a row, as `cifar10 split train row 17`."""
         return f"{self._title} row {row}"
+
+
+def folders_of(path: str) -> list[Path]:
+    """Return where the images of a dataset may lie: its folder, or the hub's caches."""
+    import datasets
+    import huggingface_hub
+
+    if not is_hub_id(path):
+        folder = Path(path).expanduser()
+        return [folder if folder.is_dir() else folder.parent]
+    caches = (
+        datasets.config.HF_DATASETS_CACHE,
+        datasets.config.DOWNLOADED_DATASETS_PATH,
+        huggingface_hub.constants.HF_HUB_CACHE,
+    )
+    return [Path(cache) for cache in caches]
 
 
 def is_hub_id(path: str) -> bool:

@@ -19,7 +19,14 @@ from tract_transfer.data.annotations import (
 )
 from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.findings import Box, Findings, Size
-from tract_transfer.data.huggingface import RowImages, find_image_column, is_hub_id, open_rows
+from tract_transfer.data.huggingface import (
+    RowImages,
+    find_image_column,
+    folders_of,
+    is_hub_id,
+    open_rows,
+)
+from tract_transfer.data.images import MAX_PIXELS
 from tract_transfer.data.known_splits import Origin
 from tract_transfer.registry import did_you_mean
 
@@ -55,6 +62,7 @@ def load_huggingface_boxes(
     objects_column: str | None = None,
     key: str = "data.train",
     findings: Findings | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> DetectionDataset:
     """Load one split of a detection dataset with Hugging Face `datasets`.
 
@@ -69,6 +77,7 @@ def load_huggingface_boxes(
             of lists, with `bbox` and `category`, and maybe `difficult`, `iscrowd` and `area`.
         key: the config section that error messages point to.
         findings: what becomes of wrong annotations; by default the first is raised.
+        max_pixels: an image of more cannot be decoded.
 
     Columns `height` and `width` are the annotated size where they exist; else it is that of the
     image, turned as its EXIF orientation says, which is how `datasets` shows it. A column
@@ -85,7 +94,8 @@ def load_huggingface_boxes(
     title = f"{path} split {split}"
     if len(rows) == 0:
         raise ValueError(f"{title} has no rows. Set {key}.split to a split that has some.")
-    source = RowImages(rows, find_image_column(rows, image_column, key), title)
+    column = find_image_column(rows, image_column, key)
+    source = RowImages(rows, column, title, folders_of(path), max_pixels)
     columns = _find_columns(rows.features, objects_column, key)
     names = columns.class_names if classes is None else list(classes)
     if names is None:
@@ -112,7 +122,7 @@ def load_huggingface_boxes(
         sizes.append(size)
         objects.append(list(reader.read(row[columns.objects], item, size, box_format, unit)))
     picked = np.array(kept, dtype=np.int64)
-    dataset = DetectionDataset(path, names, source, sizes, flatten(objects), picked)
+    dataset = DetectionDataset(path, names, source, sizes, flatten(objects), picked, max_pixels)
     dataset.origin = Origin(path if is_hub_id(path) else None)
     return dataset
 

@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -28,6 +29,10 @@ _DECODER_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
 )
+# Formats of pictures. PIL knows more, and has other programs read some of them (EPS: Ghostscript).
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+# More is refused from the header, before anything is decoded; PIL itself refuses twice as many.
+MAX_PIXELS = 89_478_485
 _NUM_FINGERPRINT_IMAGES = 64
 
 
@@ -52,7 +57,9 @@ class UndecodableImage(ValueError):  # noqa: N818 - reads as what it is
         )
 
 
-def decode_image(source: bytes | Path, item: str, exif: bool = True) -> Tensor:
+def decode_image(
+    source: bytes | Path, item: str, exif: bool = True, max_pixels: int = MAX_PIXELS
+) -> Tensor:
     """Decode an image (its first frame) to uint8 RGB (3, H, W).
 
     Transparency is composited over white, 16-bit grey is scaled to 8 bits (not clipped), CMYK and
@@ -62,23 +69,29 @@ def decode_image(source: bytes | Path, item: str, exif: bool = True) -> Tensor:
         source: the encoded bytes, or the file that holds them.
         item: what an error calls the image.
         exif: turn the image as its EXIF orientation says.
+        max_pixels: the largest width x height, by the image's header.
 
     Raises:
-        UndecodableImage: not an image, cut short, too large (PIL's decompression bomb limit), or
-            of 32-bit floats, which have no defined range.
+        UndecodableImage: none of FORMATS, cut short, too large, or of 32-bit floats, which have no
+            defined range.
         OSError: the file `source` cannot be read.
     """
     data = read_stored(source)
     if not data:
         raise UndecodableImage(item, "it is empty (0 bytes)")
     try:
-        with Image.open(BytesIO(data)) as image:
+        with Image.open(BytesIO(data), formats=_formats()) as image:
+            if image.width * image.height > max_pixels:
+                raise ValueError(
+                    f"its header says {image.width}x{image.height} pixels, more than "
+                    f"data.max_pixels {max_pixels}"
+                )
             upright = ImageOps.exif_transpose(image) if exif else image
             pixels = np.array(_to_rgb(upright))
     except _DECODER_ERRORS as error:
         reason = str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = f"its {len(data)} bytes are no image format PIL knows"
+            reason = f"its {len(data)} bytes are no image of {', '.join(_formats())}"
         raise UndecodableImage(item, reason.rstrip(".")) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -90,12 +103,20 @@ def read_size(source: bytes | Path, exif: bool = False) -> tuple[int, int]:
         UndecodableImage: there is no header that PIL knows.
     """
     try:
-        with Image.open(source if isinstance(source, Path) else BytesIO(source)) as header:
+        stream = source if isinstance(source, Path) else BytesIO(source)
+        with Image.open(stream, formats=_formats()) as header:
             height, width = header.height, header.width
             turned = exif and header.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
     except _DECODER_ERRORS as error:
         raise UndecodableImage(str(source)[:200], f"no size to be read ({error})") from error
     return (width, height) if turned else (height, width)
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of FORMATS that this PIL reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

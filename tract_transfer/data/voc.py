@@ -15,7 +15,8 @@ from tract_transfer.data.annotations import (
     unknown_class,
 )
 from tract_transfer.data.detection import DetectionDataset, ImageFiles
-from tract_transfer.data.findings import Box, Findings, Size
+from tract_transfer.data.findings import Box, Findings, Size, is_below
+from tract_transfer.data.images import MAX_PIXELS
 from tract_transfer.data.known_splits import Origin, check_voc_sets
 from tract_transfer.registry import did_you_mean
 
@@ -34,6 +35,7 @@ def load_voc(
     *,
     key: str = "data.train",
     findings: Findings | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> DetectionDataset:
     """Load image sets of a PASCAL VOC devkit.
 
@@ -44,6 +46,7 @@ def load_voc(
         classes: the class names in label order; VOC's twenty by default.
         key: the config section that error messages point to.
         findings: what becomes of wrong annotations; by default the first is raised.
+        max_pixels: an image of more cannot be decoded.
 
     Of an annotation `size`, and of each object `name`, `bndbox` and `difficult` are read: the last
     is 0 where it is missing, and the size that of the image's header.
@@ -78,7 +81,9 @@ def load_voc(
             sizes.append(size)
             objects.append(list(_read_objects(annotation, xml, size, label_of, key, findings)))
     name = f"voc {'+'.join(sets)}"
-    dataset = DetectionDataset(name, names, ImageFiles(files), sizes, flatten(objects))
+    dataset = DetectionDataset(
+        name, names, ImageFiles(files), sizes, flatten(objects), max_pixels=max_pixels
+    )
     if classes is None:
         dataset.origin = Origin(size_check=check_voc_sets(sets, len(files)))
     return dataset
@@ -117,6 +122,10 @@ def _read_split(
         count += 1
         if len(fields) > 2 or (len(fields) == 2 and fields[1] not in ("0", "1")):
             message = f"{place} must be an id, or an id and 1, 0 or -1, not {line!r}."
+            findings.wrong(ValueError(message))
+            continue
+        if not is_below(devkit / "Annotations", fields[0]):
+            message = f"{place} must be an id, not a path out of the devkit: {fields[0]!r}."
             findings.wrong(ValueError(message))
             continue
         xml = devkit / "Annotations" / f"{fields[0]}.xml"
