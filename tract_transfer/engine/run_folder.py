@@ -17,16 +17,12 @@ from torchvision.io import write_png
 from tract_transfer.engine.environment import ENVIRONMENT_NAME, Inputs, continued, environment
 from tract_transfer.engine.evaluate import evaluating
 from tract_transfer.engine.group import main_first
+from tract_transfer.engine.resume_keys import changed_keys
 from tract_transfer.engine.run_lock import locked
 from tract_transfer.files import make_folder, remove_leftovers, replacing, write_json, write_text
 
 CONFIG_NAME, RESULTS_NAME = "config.yaml", "results.json"
 RESULTS_FORMAT = 1  # of results.json; what reads it refuses another
-# Keys that may differ on resume: they decide where and how fast, not what.
-SAFE_ON_RESUME = (
-    "output_dir", "engine.log", "engine.checkpoint", "data.num_workers", "data.cache",
-    "data.undecodable", "data.feature_cache", "paper",
-)  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
@@ -102,18 +98,13 @@ def check_run_folder(
             "file back, or set another output_dir."
         )
     try:
-        old = flatten(yaml.safe_load(read_config(file)))
+        old = yaml.safe_load(read_config(file))
     except ValueError as error:
         raise ValueError(
             f"{file} is no whole config of this version, so {folder} cannot be resumed by it: "
             f"{error} Put back the file that the run wrote, or set another output_dir."
         ) from error
-    new = flatten(yaml.safe_load(config_yaml))
-    changed = [
-        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _may_differ(key, old.get(key), new.get(key))
-    ]
+    changed = changed_keys(old, yaml.safe_load(config_yaml))
     if changed:
         longer = any(line.startswith("solver.max_") for line in changed)
         schedule = " Its schedule fits its length: a longer run begins anew." if longer else ""
@@ -175,12 +166,6 @@ def _environment_of(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _may_differ(key: str, old: Any, new: Any) -> bool:
-    if key == "data.cache" and "device" in (old, new):
-        return False  # it augments by other random numbers
-    return key.startswith(SAFE_ON_RESUME)
-
-
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write results.json: with it a run is finished."""
     write_json(folder / RESULTS_NAME, results)
@@ -219,17 +204,6 @@ def save_detections(
             }
         )
     write_json(folder / "detections.json", entries)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return dotted keys and their values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def is_finished(folder: Path) -> bool:
