@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tract_transfer.config import ConfigError, load_config
-from tract_transfer.config_file import merge, parse_overrides, read_config_file
+from tract_transfer.config_file import merge, override, parse_words, read_config_file
 
 CLASSIFICATION = """\
 task: classification
@@ -185,7 +185,7 @@ def test_merging_changes_neither_tree():
     ],
 )
 def test_both_ways_of_writing_overrides(words, tree):
-    assert parse_overrides(words)[0] == tree
+    assert override({}, {}, parse_words(words))[0] == tree
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_both_ways_of_writing_overrides(words, tree):
 )
 def test_what_is_no_override_is_refused(words, says):
     with pytest.raises(ConfigError, match=says):
-        parse_overrides(words)
+        override({}, {}, parse_words(words))
 
 
 def test_overrides_go_over_all_files(write):

@@ -1,10 +1,11 @@
 """YAML files with bases and overrides, and errors that know where each key was set."""
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
@@ -19,6 +20,14 @@ COMMAND_LINE = "command line"
 
 class ConfigError(ValueError):
     """A config that cannot be used; the message names key, problem, fix and place."""
+
+
+class Override(NamedTuple):
+    """A dotted key's value over a file's, and where it was set."""
+
+    key: str
+    value: Any
+    place: str = COMMAND_LINE
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,21 +73,31 @@ def read_config_file(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[st
     Raises:
         ConfigError: a file is missing, is no YAML mapping, repeats a key or includes itself.
     """
-    tree, origins = _read(path, ())
-    given, given_origins = parse_overrides(overrides)
-    tree = merge(tree, given)
-    for key in given_origins:  # a section that no file has is the command line's
-        while key := key.rpartition(".")[0]:
-            origins.setdefault(key, COMMAND_LINE)
-    origins.update(given_origins)
+    tree, origins = override(*_read(path, ()), parse_words(overrides))
     origins[""] = str(path)
     return tree, origins
 
 
-def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], Origins]:
-    """Parse `key=value` and `key value` words into a tree; values are YAML."""
-    tree: dict[str, Any] = {}
-    origins: Origins = {}
+def override(
+    tree: dict[str, Any], origins: Origins, overrides: Sequence[Override]
+) -> tuple[dict[str, Any], Origins]:
+    """Return a tree with overrides over it, and where each key was set; neither is changed."""
+    given, given_origins = _as_tree(overrides)
+    origins = dict(origins)
+    for key, place in given_origins.items():  # a section that no file has is the override's
+        section = key
+        while section := section.rpartition(".")[0]:
+            origins.setdefault(section, place)
+    return merge(tree, given), {**origins, **given_origins}
+
+
+def parse_words(words: Sequence[str]) -> list[Override]:
+    """Parse `key=value` and `key value` words; values are YAML.
+
+    Raises:
+        ConfigError: a word is no override, or its value no YAML.
+    """
+    overrides = []
     rest = iter(words)
     for word in rest:
         key, equals, text = word.partition("=")
@@ -90,26 +109,33 @@ def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], Origins]:
             except StopIteration:
                 raise ConfigError(f"{key}: given without a value: {key}=...") from None
         try:
-            value = yaml.load(text, _Loader)
+            overrides.append(Override(key, yaml.load(text, _Loader)))
         except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"{key}: {text!r} is not YAML ({error}).") from None
+    return overrides
+
+
+def _as_tree(overrides: Sequence[Override]) -> tuple[dict[str, Any], Origins]:
+    tree: dict[str, Any] = {}
+    origins: Origins = {}
+    for key, value, place in overrides:
         *parents, leaf = key.split(".")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
-                raise ConfigError(f"{key}: {parent} was given a value before.")
-        node[leaf] = value
-        _record_override(key, value, origins)
+                raise ConfigError(f"{key}: {parent} was given a value before ({place}).")
+        node[leaf] = copy.deepcopy(value)  # which a longer key may go into
+        _record_override(key, value, place, origins)
     return tree, origins
 
 
-def _record_override(key: str, value: Any, origins: Origins) -> None:
-    """Note that a key and all below it came from the command line."""
-    origins[key] = COMMAND_LINE
+def _record_override(key: str, value: Any, place: str, origins: Origins) -> None:
+    """Note where a key and all below it came from."""
+    origins[key] = place
     if isinstance(value, dict):
         for name, part in value.items():
-            _record_override(f"{key}.{name}", part, origins)
+            _record_override(f"{key}.{name}", part, place, origins)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[str, Any]:
