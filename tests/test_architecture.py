@@ -13,22 +13,27 @@ PACKAGE = Path(tract_transfer.__file__).parent
 ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
-CONFIG = {"config", "config_data", "config_file", "config_probe", "config_sections"}
+CONFIG = {
+    "config", "config_data", "config_file", "config_probe", "config_sections", "config_suite",
+}  # fmt: skip
 BRIDGE = {
     "build",
     "build_batches",
     "build_data",
     "build_model",
     "build_probes",
+    "build_suite",
     "build_weights",
     "check_data",
     "detectron2_plugin",
     "export",
+    "inspect_suite",
     "model_card",
     "replay",
     "run",
     "run_probe",
     "run_training",
+    "run_suite",
     "results",
     "trained",
 }

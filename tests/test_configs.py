@@ -1,6 +1,5 @@
 """Every config loads, builds its model and trains; every suite expands to configs that load."""
 
-import json
 from pathlib import Path
 
 import datasets
@@ -9,9 +8,10 @@ import torch
 
 from tract_transfer.build_data import build_data
 from tract_transfer.build_model import build_model
-from tract_transfer.config import DetectionConfig, ProbeConfig, dump_config, load_config, load_suite
+from tract_transfer.build_suite import plan_suite
+from tract_transfer.config import DetectionConfig, ProbeConfig, dump_config, load_config
+from tract_transfer.config_suite import load_suite
 from tract_transfer.run import run
-from tract_transfer.suite.plan import expand
 
 ROOT = Path(__file__).parents[1]
 ALL = sorted(ROOT.glob("configs/**/*.yaml"))
@@ -162,30 +162,24 @@ def test_the_samples_are_there(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", SUITES, ids=name_of)
 def test_a_suites_runs_are_configs(path):
     suite = load_suite(path)
-    plan = expand(
-        Path(suite.output_dir),
-        {name: method.model_dump() for name, method in suite.methods.items()},
-        suite.seeds,
-        Path(suite.pretrain),
-        {name: Path(task) for name, task in suite.tasks.items()},
-    )
-    assert len(plan) == len(suite.seeds) * len(suite.methods) * (1 + len(suite.tasks))
-    labels = set()
-    for planned in plan:
-        words = [f"{key}={json.dumps(value)}" for key, value in planned.overrides.items()]
-        config = load_config(planned.config_file, words)
-        assert config.output_dir == str(planned.folder)
-        assert (config.method, config.seed, config.name) == (
-            planned.method, planned.seed, planned.task,
+    runs = plan_suite(suite, lambda config, needed: None)
+    stages = ([suite.pretrain] if suite.pretrain else []) + list(suite.tasks.values())
+    seeds = [getattr(stage, "seeds", None) or suite.seeds for stage in stages]
+    labels = [
+        (each.task, method, each.seed) for each in runs for method in (each.method, *each.also)
+    ]
+    assert len(set(labels)) == len(labels) == len(suite.methods) * sum(map(len, seeds))
+    for each in runs:
+        assert each.config["output_dir"] == str(each.folder)
+        assert (each.config["method"], each.config["seed"], each.config["name"]) == (
+            each.method, each.seed, each.task,
         )  # fmt: skip
-        labels.add((config.name, config.method, config.seed))
-    assert len(labels) == len(plan)
 
 
 def test_two_methods_differ_in_tract_alone():
     """What a comparison rests on: the same config but for the method's own keys."""
     suite = load_suite(ROOT / "configs/suites/quickstart.yaml")
-    one = load_config(suite.pretrain)
-    two = load_config(suite.pretrain, ["tract.enabled=true"])
+    one = load_config(suite.path("pretrain"))
+    two = load_config(suite.path("pretrain"), ["tract.enabled=true"])
     assert (one.tract.enabled, two.tract.enabled) == (False, True)
     assert {**one.model_dump(), "tract": two.tract.model_dump()} == two.model_dump()

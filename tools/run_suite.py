@@ -1,78 +1,123 @@
 """Run methods x tasks x seeds and write one report; what is finished is skipped, so run it again.
 
-python tools/run_suite.py --config-file configs/suites/quickstart.yaml
+python tools/run_suite.py --config-file configs/suites/quickstart.yaml workers=2
+python tools/run_suite.py --config-file configs/suites/quickstart.yaml --dry-run
 """
 
 import argparse
-import gc
-import json
 import logging
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-SUITE = "tract_transfer.suite"
+if TYPE_CHECKING:
+    from tract_transfer.config_suite import SuiteConfig
+    from tract_transfer.run_suite import Suite
+    from tract_transfer.suite.launchers import Launcher
+
+SHOWN = ("tract_transfer.suite", "tract_transfer.run_suite", "tract_transfer.inspect_suite")
 
 
-def main() -> int:
-    """Run the suite the command line names; return the exit code."""
+def parse() -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="see configs/suites/")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="say of every run what would be done, and do nothing"
+    )
+    parser.add_argument(
+        "--set-aside", action="store_true", help="move folders that hold other runs out of the way"
+    )
+    parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local")
+    parser.add_argument("--address", help="of the Ray cluster; without it, one on this machine")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the suite's keys")
     arguments = parser.parse_intermixed_args()
+    if arguments.address and arguments.launcher != "ray":
+        parser.error("--address is of --launcher ray")
+    return arguments
+
+
+def main() -> int:
+    """Run the suite the command line names; return the exit code."""
+    arguments = parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # The screen tells the suite's progress and what is wrong; each run's own log.txt tells all.
     logging.getLogger().handlers[0].addFilter(
-        lambda record: record.levelno > logging.INFO or record.name.startswith(SUITE)
+        lambda record: record.levelno > logging.INFO or record.name.startswith(SHOWN)
     )
 
-    from tract_transfer.config import Config, ConfigError, load_config, load_suite
-    from tract_transfer.suite.plan import PlannedRun, expand
-
-    def config_of(planned: PlannedRun) -> Config:
-        words = [f"{key}={json.dumps(value)}" for key, value in planned.overrides.items()]
-        return load_config(planned.config_file, words)
+    from tract_transfer.config_file import ConfigError
+    from tract_transfer.config_suite import load_suite
+    from tract_transfer.run_suite import Suite, list_plan
 
     try:
-        suite = load_suite(arguments.config_file, arguments.overrides)
-        plan = expand(
-            Path(suite.output_dir),
-            {name: method.model_dump() for name, method in suite.methods.items()},
-            suite.seeds,
-            Path(suite.pretrain),
-            {name: Path(path) for name, path in suite.tasks.items()},
-        )
-        for planned in plan:
-            config_of(planned)  # a wrong config ends the suite now, not in an hour
-    except ConfigError as error:
+        config = load_suite(arguments.config_file, arguments.overrides)
+        suite = Suite(config, remember=not arguments.dry_run)
+        if arguments.dry_run:
+            print("\n".join(list_plan(suite, suite.take_stock())))
+            return 0
+        launcher = make_launcher(arguments, config)
+        try:
+            return carry_out(arguments, suite, launcher)
+        finally:
+            launcher.close()
+    except (ConfigError, ImportError) as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
 
-    from tract_transfer.engine.hooks import format_metrics
-    from tract_transfer.engine.signals import Stopped
-    from tract_transfer.run import is_done, run
-    from tract_transfer.suite.execute import execute
+
+def make_launcher(arguments: argparse.Namespace, config: "SuiteConfig") -> "Launcher":
+    """Return what starts the runs."""
+    from tract_transfer.config_file import ConfigError
+    from tract_transfer.suite.launch_ray import RayLauncher
+    from tract_transfer.suite.launch_slurm import SlurmLauncher
+    from tract_transfer.suite.launchers import this_machine
+
+    if arguments.launcher == "ray":
+        return RayLauncher(arguments.address, config.workers)
+    if arguments.launcher == "slurm":
+        try:
+            return SlurmLauncher(Path(config.output_dir) / "slurm", config.workers)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    return this_machine(config.workers or 1)
+
+
+def carry_out(arguments: argparse.Namespace, suite: "Suite", launcher: "Launcher") -> int:
+    """Run what is to be run, and write the report; return the exit code."""
+    from tract_transfer.config_file import ConfigError
+    from tract_transfer.run_suite import carry_out
+    from tract_transfer.suite.screen import make_screen
+
+    try:
+        launcher.check(suite.runs)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    stopped = carry_out(
+        suite,
+        launcher,
+        make_screen(len(suite.runs)),
+        train_net=Path(__file__).with_name("train_net.py").resolve(),
+        set_aside=arguments.set_aside,
+    )
+    if stopped is not None:
+        print("Stopped; runs keep their checkpoints. The same command goes on.", file=sys.stderr)
+        return 128 + stopped
+
     from tract_transfer.suite.report import text_table, write_report
     from tract_transfer.suite.runs import load_runs
 
-    def carry_out(planned: PlannedRun) -> str:
-        results = run(config_of(planned), resume=True)
-        gc.collect()  # a trainer and its hooks know each other: free its data before the next run
-        metric = results["primary_metric"]
-        return format_metrics({metric: results["metrics"][metric]})
-
-    try:
-        failures = execute(plan, lambda planned: is_done(config_of(planned)), carry_out)
-    except Stopped as stopped:
-        print(f"{stopped} The same command goes on with the suite.", file=sys.stderr)
-        return stopped.exit_code
-    folders = [planned.folder for planned in plan]
-    path = Path(suite.output_dir) / "report.html"
-    write_report(folders, path, baseline=suite.baseline, title=suite.title)
-    print(text_table(load_runs(folders), suite.baseline))
+    folders = [run.folder for run in suite.runs]
+    path = suite.folder / "report.html"
+    write_report(folders, path, baseline=suite.config.baseline, title=suite.config.title)
+    print(text_table(load_runs(folders), suite.config.baseline))
     print(path.resolve())
-    return 1 if failures else 0
+    return 0 if all(job.state == "finished" for job in suite.jobs) else 1
 
 
 if __name__ == "__main__":

@@ -121,59 +121,21 @@ TASKS: Mapping[str, type[Config]] = {
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminator="task")])
 
 
-class MethodConfig(Section):
-    """What a method changes: dotted key -> value, for its pre-training and for all after it."""
-
-    pretrain: dict[str, Any] = Field(default={})
-    downstream: dict[str, Any] = Field(default={})
-
-
-class SuiteConfig(Section):
-    """Methods x tasks x seeds; paths of configs are from the suite's own file."""
-
-    output_dir: str
-    title: str = "Does the backbone transfer?"
-    baseline: str
-    seeds: Annotated[list[int], Field(min_length=1)]
-    methods: Annotated[dict[str, MethodConfig], Field(min_length=1)]
-    pretrain: str
-    tasks: dict[str, str] = Field(default={})
-
-    @model_validator(mode="after")
-    def _names_fit(self) -> "SuiteConfig":
-        if self.baseline not in self.methods:
-            raise ValueError(f"baseline {self.baseline!r} is none of methods {list(self.methods)}")
-        if "pretrain" in self.tasks:
-            raise ValueError("tasks.pretrain: the name is taken by the pre-training itself")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {self.seeds} repeat one")
-        return self
-
-
-def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
-    """Read a suite's YAML file; as `load_config` does with a run's.
-
-    Raises:
-        ConfigError: what is wrong, one line a problem.
-    """
-    tree, origins = read_config_file(Path(path), overrides)
-    try:
-        suite = SuiteConfig.model_validate(tree)
-    except ValidationError as error:
-        known = {"suite": known_keys(SuiteConfig)}
-        raise ConfigError(explain_all(error, {**tree, "task": "suite"}, origins, known)) from None
-    here = Path(path).parent
-    tasks = {name: str(here / task) for name, task in suite.tasks.items()}
-    return suite.model_copy(update={"pretrain": str(here / suite.pretrain), "tasks": tasks})
-
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file with its `_BASE_`s, apply `key=value` or `key value` overrides, check all.
 
     Raises:
         ConfigError: what is wrong, one line a problem: key, problem, fix, file and line.
     """
-    tree, origins = read_config_file(Path(path), overrides)
+    return check_config(*read_config_file(Path(path), overrides))
+
+
+def check_config(tree: dict[str, Any], origins: Origins) -> Config:
+    """Make a Config of what `read_config_file` returned, `override`n or not.
+
+    Raises:
+        ConfigError: as `load_config`.
+    """
     try:
         config = _ADAPTER.validate_python(tree)
     except ValidationError as error:

@@ -1,46 +1,174 @@
-"""Run a plan: skip what is finished, resume what was cut off, let a failure stop only itself."""
+"""Carry out a plan: skip what is finished, go on with what was cut off, let a failure end itself.
+
+Whatever is known of a run is in its folder; this process can be killed at any moment, and another
+one goes on.
+"""
 
 import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
+from tract_transfer.suite.attempt import Attempt, why_it_ended
+from tract_transfer.suite.folder import Found
+from tract_transfer.suite.journal import Job
+from tract_transfer.suite.launchers import Handle, Launcher
 from tract_transfer.suite.plan import PlannedRun
 
 logger = logging.getLogger(__name__)
+BAD_COMMAND = 2  # the exit code of a config that cannot be used: another try would not help
 
 
-def execute(
-    runs: Sequence[PlannedRun],
-    is_finished: Callable[[PlannedRun], bool],
-    carry_out: Callable[[PlannedRun], str],
-) -> dict[Path, str]:
-    """Carry out the runs in their order.
+class Screen(Protocol):
+    """Shows what happens."""
+
+    def started(self, job: Job) -> None:
+        """A run has begun, or goes on."""
+
+    def ended(self, job: Job, result: str) -> None:
+        """A run is finished, failed, is tried again or blocked; `result` says it in words."""
+
+    def show(self, jobs: Sequence[Job]) -> None:
+        """Some time has gone by."""
+
+
+class Execution:
+    """One session's work on the jobs of a suite.
 
     Args:
-        is_finished: whether a run's results are there already.
-        carry_out: runs one, or goes on with it, and returns its result in words. Its ValueError,
-            OSError, RuntimeError and FloatingPointError count as the failure of that run.
-
-    Returns:
-        The folders of the runs that failed or could not start, and why.
+        jobs: each after the one it needs; those that are finished are not touched.
+        look: what a run's folder holds; called again before a run and after it.
+        prepare: makes its folder ready, and returns the attempt.
+        set_aside: makes room where another run's folder is in the way; None makes it a failure.
+        changed: told all jobs, and the handles of those running, after each change of a state.
+        retries: how often a failed run is tried again.
     """
-    failures: dict[Path, str] = {}
-    for number, run in enumerate(runs, 1):
-        title = f"[{number}/{len(runs)}] seed {run.seed}  {run.task:<10} {run.method:<10}"
-        if run.needs in failures:
-            failures[run.folder] = f"its backbone {run.needs} failed"
-            logger.error("%s not started: %s", title, failures[run.folder])
-            continue
-        started = time.perf_counter()
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        launcher: Launcher,
+        screen: Screen,
+        *,
+        look: Callable[[PlannedRun], Found],
+        prepare: Callable[[PlannedRun], Attempt],
+        set_aside: Callable[[Path], Path] | None,
+        in_words: Callable[[Found], str],
+        changed: Callable[[Sequence[Job], dict[str, Handle]], None],
+        retries: int,
+    ) -> None:
+        self.jobs, self.launcher, self.screen = jobs, launcher, screen
+        self.look, self.prepare, self.set_aside = look, prepare, set_aside
+        self.in_words, self.changed, self.retries = in_words, changed, retries
+        # Set by a signal's handler, at any moment; the first one is what ends the session.
+        self.stop_requested: int | None = None
+        self.first_stop: int | None = None
+        self._stopping: int | None = None
+        self._by_folder = {job.run.folder: job for job in jobs}
+        self._failures: dict[Path, int] = {}
+        self._begun: dict[Path, float] = {}
+        self._logs: dict[Path, Path] = {}
+        self._handles: dict[str, Handle] = {}
+
+    def run(self, poll_seconds: float = 0.2) -> None:
+        """Carry out all that can be; return when nothing is left, or all has stopped."""
+        self._block_all()
+        self._tell()
+        while self._go_on():
+            self.screen.show(self.jobs)
+            time.sleep(poll_seconds)
+        self.screen.show(self.jobs)
+
+    def _go_on(self) -> bool:
+        """Take in what has ended, start what can be; whether there is more to wait for."""
+        for run, code in self.launcher.ended():
+            self._take_in(self._by_folder[run.folder], code)
+        if self.stop_requested not in (None, self._stopping):
+            self._stopping = self.stop_requested
+            self.launcher.stop(int(self._stopping or 0))
+        if self._stopping is None:
+            for job in self.jobs:
+                if job.state == "waiting" and self._is_ready(job):
+                    self._start(job)
+        states = {job.state for job in self.jobs}
+        return "running" in states or ("waiting" in states and self._stopping is None)
+
+    def _is_ready(self, job: Job) -> bool:
+        needed = self._by_folder[job.run.needs] if job.run.needs else None
+        return (needed is None or needed.state == "finished") and self.launcher.has_room(job.run)
+
+    def _start(self, job: Job) -> None:
+        found = self.look(job.run)
+        if found.state == "other" and self.set_aside is not None:
+            job.note = f"set aside {self.set_aside(job.run.folder)}: {found.why}"
+            found = Found("new")
+        if found.state == "other":
+            self._fail(
+                job, f"{job.run.folder} holds another run: {found.why}. --set-aside moves it"
+            )
+        elif found.state == "finished":  # it was, and now its backbone is there to say so
+            self._finish(job, found)
+        else:
+            try:
+                attempt = self.prepare(job.run)
+                self._handles[str(job.run.folder)] = self.launcher.start(job.run, attempt)
+            except OSError as error:
+                self._fail(job, f"{type(error).__name__}: {error}")
+                return
+            job.state, job.error = "running", None
+            job.attempts += 1
+            self._begun[job.run.folder] = time.monotonic()
+            self._logs[job.run.folder] = attempt.log
+            self.screen.started(job)
+            self._tell()
+
+    def _take_in(self, job: Job, code: int) -> None:
+        folder = job.run.folder
+        job.spent += time.monotonic() - self._begun[folder]
+        self._handles.pop(str(folder), None)
+        found = self.look(job.run)
+        if found.state == "finished":
+            self._finish(job, found)
+            return
+        if self._stopping is not None:  # whatever its exit code, it goes on another time
+            job.state, job.note = "waiting", "stopped"
+            self._tell()
+            return
+        why = why_it_ended(code, self._logs[folder])
+        if code == 0:
+            why = f"it ended well, and there are no results of it: {found.why or found.state}"
+        self._failures[folder] = self._failures.get(folder, 0) + 1
+        if code == BAD_COMMAND or self._failures[folder] > self.retries:
+            self._fail(job, why)
+            return
+        job.state, job.error = "waiting", why
+        self.screen.ended(job, f"failed, and is tried again: {why}")
+        self._tell()
+
+    def _finish(self, job: Job, found: Found) -> None:
+        job.state, job.error, job.config_sha256 = "finished", None, found.config_sha256
+        if job.spent:
+            job.seconds = round(job.spent, 1)
+        self.screen.ended(job, self.in_words(found))
+        self._tell()
+
+    def _fail(self, job: Job, why: str) -> None:
+        job.state, job.error = "failed", why
+        self.screen.ended(job, f"failed: {why}")
+        self._block_all()
+        self._tell()
+
+    def _block_all(self) -> None:
+        """Mark what waits for a run that failed; jobs come after what they need."""
+        for job in self.jobs:
+            needed = self._by_folder[job.run.needs] if job.run.needs else None
+            if job.state == "waiting" and needed and needed.state in ("failed", "blocked"):
+                job.state, job.error = "blocked", f"it needs {needed.run.folder}, which failed"
+                self.screen.ended(job, f"blocked: {job.error}")
+
+    def _tell(self) -> None:
         try:
-            if is_finished(run):
-                logger.info("%s finished before", title)
-                continue
-            outcome = carry_out(run)
-        except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-            failures[run.folder] = f"{type(error).__name__}: {error}"
-            logger.error("%s failed: %s", title, failures[run.folder])
-            continue
-        logger.info("%s %s  (%.0f s)", title, outcome, time.perf_counter() - started)
-    return failures
+            self.changed(self.jobs, self._handles)
+        except OSError as error:  # a full disk ends no run that still can write
+            logger.error("The suite's state cannot be written: %s", error)

@@ -1,0 +1,111 @@
+"""One attempt at a run, as a process of its own: so that a crash ends that run alone."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_POLL_SECONDS = 0.5
+LOG_NAME = "console.txt"
+
+
+@dataclass
+class Attempt:
+    """A command, where it says what it does, and what it is told of the machine.
+
+    Called on another machine, it runs the command and returns its exit code. There, files are the
+    only way to reach it: a number in `stop_file` is sent to the process as a signal.
+
+    Attributes:
+        log: its standard output and error are appended to it.
+        environment: over the machine's own.
+    """
+
+    command: Sequence[str]
+    log: Path
+    environment: Mapping[str, str]
+    stop_file: Path
+    folder: Path = field(default_factory=Path.cwd)
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """Start the process in a session of its own: a terminal's Ctrl-C is not for it."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment},
+                cwd=self.folder,
+                start_new_session=True,
+            )
+
+    def __call__(self) -> int:
+        """Run the command to its end; return its exit code, below 0 of a signal."""
+        if (number := _read_number(self.stop_file)) is not None:
+            return 128 + number  # told to end while it queued
+        self._process = self.start()
+        told = False
+        while (code := self._process.poll()) is None:
+            if not told and (number := _read_number(self.stop_file)) is not None:
+                self._process.send_signal(number)
+                told = True
+            time.sleep(_POLL_SECONDS)
+        return code
+
+    def stop(self, number: int) -> None:
+        """Tell the attempt, wherever it runs, to end by a signal."""
+        self.stop_file.parent.mkdir(parents=True, exist_ok=True)
+        self.stop_file.write_text(str(int(number)))
+
+    def checkpoint(self) -> Any:
+        """Slurm takes the machine back: let the run write a checkpoint, and queue it again."""
+        import submitit
+
+        self._process.send_signal(signal.SIGTERM)
+        self._process.wait()
+        del self._process
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def on_threads(count: int | None) -> dict[str, str]:
+    """Return the variables that give a process so many threads; none where None."""
+    return {} if count is None else dict.fromkeys(_THREADS, str(count))
+
+
+def why_it_ended(code: int, log: Path) -> str:
+    """Say why a process failed, by its exit code and the end of what it said."""
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        hint = {"SIGKILL": ", as when memory runs out"}.get(name, "")
+        return f"ended by {name}{hint}; see {log}"
+    said = _last_words(log)
+    return f"{said or f'exit code {code}'} (see {log})"
+
+
+def _last_words(log: Path, limit: int = 600) -> str:
+    """Return the last line of a log that says `SomeError: why`, with what follows it."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 8192))
+            lines = file.read().decode(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    errors = [i for i, line in enumerate(lines) if line.partition(":")[0].endswith("Error")]
+    return " ".join(lines[errors[-1] if errors else -1 :])[:limit] if lines else ""
+
+
+def _read_number(file: Path) -> int | None:
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None

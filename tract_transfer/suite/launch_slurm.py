@@ -1,0 +1,114 @@
+"""Runs as Slurm jobs, by submitit: queued again after a time limit or a preemption."""
+
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tract_transfer.suite.attempt import Attempt, on_threads
+from tract_transfer.suite.launchers import Handle
+from tract_transfer.suite.plan import PlannedRun
+
+INSTALL = "submitit is not installed: pip install 'tract_transfer[slurm]', or use --launcher local."
+_KILLED = -9
+_SIGNAL_SECONDS = 120  # before its time is over, a job is told to write a checkpoint
+
+
+class SlurmLauncher:
+    """Slurm, whose machines share the suite's folder, the code and the data by their paths.
+
+    Args:
+        folder: of submitit's own files.
+        workers: at most so many jobs at a time; None leaves it to Slurm.
+        cluster: `slurm`, or submitit's `local` to try it on one machine.
+
+    Raises:
+        ImportError: submitit is not installed.
+        ValueError: there is no Slurm on this machine.
+    """
+
+    def __init__(self, folder: Path, workers: int | None, *, cluster: str = "slurm") -> None:
+        try:
+            import submitit
+        except ImportError as error:
+            raise ImportError(INSTALL) from error
+        if cluster == "slurm" and shutil.which("sbatch") is None:
+            raise ValueError(
+                "--launcher slurm: this machine has no sbatch. Start the suite where jobs are "
+                "submitted, or use --launcher local."
+            )
+        self._submitit: Any = submitit
+        self.folder, self.workers, self.cluster = folder, workers, cluster
+        self._running: dict[PlannedRun, tuple[Any, Attempt]] = {}
+
+    def check(self, runs: Sequence[PlannedRun]) -> None:
+        """Refuse runs without a time limit, or with a part of a GPU."""
+        for run in runs:
+            if run.resources.hours is None:
+                raise ValueError(
+                    f"resources.hours: {run.task} has none, and Slurm ends a job at its limit. "
+                    "Set it for the suite or for the task: a run goes on in a new job."
+                )
+            if (run.resources.gpus or 0) % 1:
+                raise ValueError(
+                    f"resources.gpus: {run.task} asks for {run.resources.gpus:g}, and Slurm gives "
+                    "whole GPUs. Ask for 1."
+                )
+
+    def has_room(self, run: PlannedRun) -> bool:
+        """Whether fewer than `workers` are under way."""
+        return self.workers is None or len(self._running) < self.workers
+
+    def start(self, run: PlannedRun, attempt: Attempt) -> Handle:
+        """Submit an attempt as a job."""
+        wanted = run.resources
+        executor = self._submitit.AutoExecutor(folder=self.folder, cluster=self.cluster)
+        asked: dict[str, Any] = {
+            "name": f"{run.task}-{run.method}-{run.seed}",
+            "timeout_min": max(1, round((wanted.hours or 1) * 60)),
+            "cpus_per_task": wanted.cpus or 1,
+            "gpus_per_node": int(wanted.gpus or 0),
+            "mem_gb": wanted.memory_gb,
+            "slurm_partition": wanted.partition,
+            "slurm_account": wanted.account,
+            "slurm_signal_delay_s": _SIGNAL_SECONDS,
+        }
+        executor.update_parameters(**{k: v for k, v in asked.items() if v is not None})
+        attempt.environment = {**attempt.environment, **on_threads(wanted.cpus or 1)}
+        attempt.stop_file.unlink(missing_ok=True)
+        job = executor.submit(attempt)
+        self._running[run] = (job, attempt)
+        return {"job": job.job_id, "stop_file": str(attempt.stop_file)}
+
+    def ended(self) -> list[tuple[PlannedRun, int]]:
+        """Return the runs whose jobs have ended since; one without a result counts as killed."""
+        done = []
+        for run, (job, _) in list(self._running.items()):
+            if not job.done():
+                continue
+            try:
+                code = int(job.result())
+            except Exception:  # whatever took the job, the run is to be retried
+                code = _KILLED
+            del self._running[run]
+            done.append((run, code))
+        return done
+
+    def stop(self, number: int) -> None:
+        """Tell the jobs to end; those that still queue are cancelled."""
+        for job, attempt in self._running.values():
+            attempt.stop(number)
+            if number == signal.SIGKILL or job.state in ("PENDING", "UNKNOWN"):
+                job.cancel(check=False)
+
+    def end_leftovers(self, handles: Sequence[Handle]) -> None:
+        """Cancel the jobs of a suite that was killed."""
+        for handle in handles:
+            if "job" in handle:
+                kind = self._submitit.SlurmJob
+                if self.cluster == "slurm":
+                    kind(self.folder, handle["job"]).cancel(check=False)
+
+    def close(self) -> None:
+        """Nothing is held."""
