@@ -212,3 +212,20 @@ def test_overrides_go_over_all_files(write):
     assert (tree["seed"], tree["solver"]["lr"], tree["solver"]["optimizer"]) == (2, 3, "sgd")
     assert origins["seed"] == origins["solver.lr"] == "command line"
     assert origins["data.batch_size"].endswith("base.yaml line 8")
+
+
+BOMB = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("a: !!bool x", "a: !!int ''", "a: !!timestamp x", "a: &x {b: *x}", "a: &x [*x]"),
+        *(BOMB, "a: " + "[" * 3000),
+    ],
+    ids=["bool", "int", "timestamp", "itself", "itself in a list", "bomb", "depth"],
+)
+def test_yaml_that_does_not_fit_or_grows_is_refused(fails, text):
+    assert "x.yaml: not YAML, or not safe YAML: " in fails(text)
+    with pytest.raises(ConfigError, match=r"key: .* is not YAML"):
+        parse_words([f"key={text}"])

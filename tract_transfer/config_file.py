@@ -16,6 +16,9 @@ Origins = dict[
     str, str
 ]  # dotted key -> "configs/x.yaml line 12"; "" -> the file that was asked for
 COMMAND_LINE = "command line"
+_MAX_NODES = 100_000  # of a config with its aliases written out
+# What reading a text raises that is not YAML, or has a tag that its value does not fit.
+_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 class ConfigError(ValueError):
@@ -109,9 +112,10 @@ def parse_words(words: Sequence[str]) -> list[Override]:
             except StopIteration:
                 raise ConfigError(f"{key}: given without a value: {key}=...") from None
         try:
-            overrides.append(Override(key, yaml.load(text, _Loader)))
-        except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"{key}: {text!r} is not YAML ({error}).") from None
+            _, value = _parse(text)
+        except _NOT_YAML as error:
+            raise ConfigError(f"{key}: {text[:200]!r} is not YAML ({error}).") from None
+        overrides.append(Override(key, value))
     return overrides
 
 
@@ -198,9 +202,8 @@ def _read(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], Origin
         by = f" (_BASE_ of {parents[-1]})" if parents else ""
         raise ConfigError(f"No config can be read at {path}{by}: {error}") from None
     try:
-        node = yaml.compose(text, _Loader)
-        own = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
+        node, own = _parse(text)
+    except _NOT_YAML as error:
         raise ConfigError(f"{path}: not YAML, or not safe YAML: {error}") from None
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: a config is a mapping of keys to values.")
@@ -217,6 +220,27 @@ def _read(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], Origin
         tree = merge(tree, base_tree)
         inherited.update(base_origins)
     return merge(tree, own), {**inherited, **origins}
+
+
+def _parse(text: str) -> tuple[yaml.Node | None, Any]:
+    """Return the nodes of a YAML text and its value; raises one of _NOT_YAML."""
+    node = yaml.compose(text, _Loader)
+    if node is not None and _count(node, {}) > _MAX_NODES:
+        raise ValueError(f"its aliases stand for more than {_MAX_NODES} values. Write fewer")
+    return node, yaml.load(text, _Loader)
+
+
+def _count(node: yaml.Node, counts: dict[int, int]) -> int:
+    """Return how many values a node stands for, aliases written out; refuse one in itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in counts:
+        counts[id(node)] = 0  # until it is known
+        pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
+        counts[id(node)] = 1 + sum(_count(part, counts) for pair in pairs for part in pair)
+    elif not counts[id(node)]:
+        raise ValueError("an alias stands inside what it is an alias of. Write it out")
+    return counts[id(node)]
 
 
 def _record(node: yaml.MappingNode, prefix: str, path: Path, origins: Origins) -> None:
