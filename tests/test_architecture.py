@@ -25,6 +25,7 @@ BRIDGE = {
     "build_suite",
     "build_weights",
     "check_data",
+    "check_streams",
     "detectron2_plugin",
     "export",
     "inspect_suite",

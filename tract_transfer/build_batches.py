@@ -14,9 +14,18 @@ from tract_transfer.config_data import ClassificationData, DetectionTransformsCo
 from tract_transfer.data import sampling, transforms
 from tract_transfer.data.augment import AUGMENTATIONS
 from tract_transfer.data.detection import DetectionDataset
-from tract_transfer.data.loader import Batch, SampledDataset, eval_loader, train_loader
+from tract_transfer.data.loader import (
+    Batch,
+    SampledDataset,
+    eval_loader,
+    stream_loader,
+    train_loader,
+)
 from tract_transfer.data.mixup import BatchMix
 from tract_transfer.data.resident import ResidentImages, resident_batches
+from tract_transfer.data.streaming import Stream
+from tract_transfer.data.streaming_batches import StreamBatches, StreamEvalBatches
+from tract_transfer.data.streaming_order import StreamOrder
 
 CPU = torch.device("cpu")
 
@@ -60,13 +69,21 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
     )
 
 
-def build_epoch_order(config: TrainedConfig, train: Dataset) -> sampling.EpochOrder:
+def build_epoch_order(config: TrainedConfig, train: Dataset) -> sampling.EpochOrder | StreamOrder:
     """Return the batches of every epoch; `iters_per_epoch` is their number.
 
     Raises:
         ValueError: the batch does not fit the data.
     """
     section, groups, factors = cast(Any, config).data, None, None
+    if isinstance(train, Stream):
+        return StreamOrder(
+            train.groups.counts,
+            section.batch_size,
+            config.seed,
+            shuffle_rows=section.shuffle_rows,
+            readers=section.readers,
+        )
     repeats = getattr(section, "repeats", 1)
     if isinstance(train, DetectionDataset):
         objects, threshold = train.objects, section.repeat_threshold
@@ -139,10 +156,18 @@ def build_train_batches(
     section = cast(Any, config).data
     transform, _ = build_transforms(cast(Config, config))
     order = build_epoch_order(config, train)
+    place = (rank, world_size, config.engine.accumulate)
+    workers = {
+        "num_workers": section.num_workers,
+        "undecodable": section.undecodable,
+        "pin_memory": pin_memory,
+    }
+    if isinstance(order, StreamOrder):
+        assert isinstance(train, Stream)
+        return _build_streamed_batches(train, transform, order, place, config.seed, workers)
 
     def sampler(start_iter: int) -> sampling.TrainBatchSampler:
-        accumulate = config.engine.accumulate
-        return sampling.TrainBatchSampler(order, start_iter, rank, world_size, accumulate)
+        return sampling.TrainBatchSampler(order, start_iter, *place)
 
     sampler(0)  # raises before training does
     if section.cache == "device":
@@ -155,11 +180,29 @@ def build_train_batches(
                 transform,
                 sampler(start_iter),
                 seed=config.seed,
-                num_workers=section.num_workers,
-                undecodable=section.undecodable,
-                pin_memory=pin_memory,
+                **workers,
             )
         )
+
+    return batches
+
+
+def _build_streamed_batches(
+    train: Stream,
+    transform: Callable[..., Any],
+    order: StreamOrder,
+    place: tuple[int, int, int],
+    seed: int,
+    workers: dict[str, Any],
+) -> Callable[[int], Iterator[Batch]]:
+    def sampler(start_iter: int) -> StreamBatches:
+        return StreamBatches(train, order, start_iter, *place)
+
+    sampler(0)  # raises before training does
+
+    def batches(start_iter: int) -> Iterator[Batch]:
+        sequence = sampler(start_iter)
+        return iter(stream_loader(train.title, transform, sequence, seed=seed, **workers))
 
     return batches
 
@@ -199,13 +242,15 @@ def build_eval_loader(
     """Return one pass over a process's share of `dataset`, each image once."""
     _, transform = build_transforms(config)
     section = config.data
+    batch_size = max(1, section.batch_size // world_size)
+    workers: dict[str, Any] = {
+        "num_workers": section.num_workers,
+        "undecodable": section.undecodable,
+        "pin_memory": pin_memory,
+    }
+    if isinstance(dataset, Stream):
+        batches = StreamEvalBatches(dataset, batch_size, rank, world_size)
+        return stream_loader(dataset.title, transform, batches, seed=0, **workers)
     return eval_loader(
-        dataset,
-        transform,
-        batch_size=max(1, section.batch_size // world_size),
-        num_workers=section.num_workers,
-        rank=rank,
-        world_size=world_size,
-        undecodable=section.undecodable,
-        pin_memory=pin_memory,
+        dataset, transform, batch_size=batch_size, rank=rank, world_size=world_size, **workers
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from tract_transfer.check_streams import check_streams
 from tract_transfer.config import Config, DetectionConfig, ProbeConfig
 from tract_transfer.config_data import (
     CarvedSource,
@@ -27,14 +28,16 @@ from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.digits import DIGIT_NAMES, load_digits, write_digit_scenes
 from tract_transfer.data.findings import Findings
 from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
+from tract_transfer.data.huggingface_streaming import stream_huggingface
 from tract_transfer.data.image_labels import ImageLabels
 from tract_transfer.data.known_splits import size_checks
 from tract_transfer.data.labels import join_integer_classes
+from tract_transfer.data.streaming import Stream
 from tract_transfer.data.voc import load_voc
 
 logger = logging.getLogger(__name__)
 
-Loaded = ClassificationDataset | DetectionDataset
+Loaded = ClassificationDataset | DetectionDataset | Stream
 Dataset = Loaded | ImageLabels
 
 
@@ -79,6 +82,9 @@ def build_data(config: Config) -> Data:
     train: Any = load_split(sections.train, "data.train", findings, limit)
     val_section = getattr(sections, "val", None)
     if isinstance(val_section, CarvedSource):
+        if isinstance(train, Stream):
+            message = "carves a part of data.train, which is streamed. Give it a split of its own."
+            raise config.error("data.val", message)
         train, val = carve(train, val_section.fraction, config.seed)
     else:
         val = cast(
@@ -90,6 +96,7 @@ def build_data(config: Config) -> Data:
     if isinstance(config, ProbeConfig) and config.data.has_many_labels:
         train, test = ImageLabels(train), ImageLabels(test)
     data = Data(train, val, test, findings.mended)
+    check_streams(config, data.splits)
     join_integer_classes(data.splits)
     check_disjoint(data.splits)
     for warning in check_same_classes(cast(Any, data.splits)):
@@ -101,6 +108,8 @@ def build_data(config: Config) -> Data:
         first, count = data.mended_boxes[0], len(data.mended_boxes)
         logger.warning("%d invalid boxes are cut or left out, the first: %s", count, first)
     for dataset in data.splits.values():
+        if isinstance(dataset, Stream):
+            continue
         if sections.cache == "ram" or (sections.cache == "device" and dataset is not train):
             dataset.cache_images()
     return data
@@ -122,8 +131,13 @@ def check_disjoint(splits: Mapping[str, Dataset]) -> None:
 
 def load_split(section: Any, key: str, findings: Findings, max_pixels: int) -> Loaded:
     """Load the data a section describes; `key` is its name in error messages."""
+    own = {**section.model_dump(exclude={"source", "streaming"}), "key": key}
+    own["max_pixels"] = max_pixels
+    if isinstance(section, HuggingFaceSource) and section.streaming:
+        return stream_huggingface(**own)
+    own.pop("num_classes", None)  # a stream's
     common = {"key": key, "findings": findings, "max_pixels": max_pixels}
-    arguments = {**section.model_dump(exclude={"source"}), **common}
+    arguments = {**own, **common}
     if isinstance(section, HuggingFaceSource):
         return load_huggingface(**arguments)
     if isinstance(section, HuggingFaceBoxesSource):
@@ -139,7 +153,7 @@ def load_split(section: Any, key: str, findings: Findings, max_pixels: int) -> L
             raise ValueError(f"{key}.{error}") from error
     assert isinstance(section, DigitScenesSource)
     made = section.model_dump(include={"num_train", "num_test", "size_px"})
-    own = "_".join(["digit_scenes", *map(str, made.values())])
-    root = Path(section.root or f"output/data/{own}")
+    folder = "_".join(["digit_scenes", *map(str, made.values())])
+    root = Path(section.root or f"output/data/{folder}")
     write_digit_scenes(root, **made)
     return load_voc(root, [f"2007/{section.split}"], DIGIT_NAMES, **common)  # type: ignore[arg-type]

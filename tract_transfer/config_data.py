@@ -11,7 +11,11 @@ from tract_transfer.config_sections import Count, Fraction, Section
 
 
 class HuggingFaceSource(Section):
-    """A hub id, parquet file or folder, image folder or saved dataset."""
+    """A hub id, parquet file or folder, image folder or saved dataset.
+
+    `streaming` reads it from beginning to end and copies nothing; `num_classes` is then that of
+    integers without names.
+    """
 
     source: Literal["huggingface"]
     path: str
@@ -20,6 +24,14 @@ class HuggingFaceSource(Section):
     revision: str | None = None
     image_column: str | None = None
     label_column: str | None = None
+    streaming: bool = False
+    num_classes: Annotated[int, Field(ge=2)] | None = None
+
+    @model_validator(mode="after")
+    def _classes_are_counted_unless_streamed(self) -> "HuggingFaceSource":
+        if self.num_classes is not None and not self.streaming:
+            raise ValueError("num_classes is for streaming: true; else all labels are read")
+        return self
 
 
 class DigitsSource(Section):
@@ -203,7 +215,8 @@ class ClassificationData(LoadingConfig):
 
     `repeats` is how often an image comes in a batch, each time augmented anew; an epoch shows as
     many images as without, and so fewer different ones. `cache: device` keeps the training images
-    on the device, and crops and flips whole batches there.
+    on the device, and crops and flips whole batches there. Where train is streamed, `shuffle_rows`
+    images are shuffled at a time (2048), read at `readers` places at once (8).
     """
 
     cache: Literal["none", "ram", "device"] = "none"  # type: ignore[assignment]
@@ -213,6 +226,16 @@ class ClassificationData(LoadingConfig):
     transforms: ClassificationTransformsConfig
     mixup: MixupConfig | None = None
     repeats: Count = 1
+    shuffle_rows: Count | None = None
+    readers: Count | None = None
+
+    @model_validator(mode="after")
+    def _streams_are_shuffled(self) -> "ClassificationData":
+        if not getattr(self.train, "streaming", False):
+            for key in ("shuffle_rows", "readers"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} has no use here: it is for data.train.streaming: true")
+        return self
 
     @model_validator(mode="after")
     def _device_crops_and_flips(self) -> "ClassificationData":

@@ -23,6 +23,7 @@ from tract_transfer.config import ProbeConfig
 from tract_transfer.data.image_labels import ImageLabels
 from tract_transfer.data.images import content_hashes
 from tract_transfer.data.loader import Batch
+from tract_transfer.data.streaming import Stream
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.evaluate import evaluating
 from tract_transfer.engine.hooks import format_metrics
@@ -104,6 +105,7 @@ def _check(config: ProbeConfig, data: Data) -> None:
     """Refuse what the labels show to be impossible."""
     num_classes, metric = len(data.class_names), config.evaluation.metric
     train = _targets(data.train)
+    assert not isinstance(data.train, Stream)
     classes = np.unique(data.train.labels)
     if len(classes) < 2:
         raise config.error(
@@ -122,6 +124,7 @@ def _check(config: ProbeConfig, data: Data) -> None:
 
 def _targets(dataset: Dataset) -> Labels:
     """Return classes (N,), or marks (N, K) where an image has several labels."""
+    assert not isinstance(dataset, Stream)  # which build_data refuses
     return dataset.marks if isinstance(dataset, ImageLabels) else dataset.labels
 
 

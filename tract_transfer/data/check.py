@@ -12,6 +12,7 @@ import numpy as np
 from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.findings import Size
+from tract_transfer.data.streaming import Stream
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 # COCO's borders between small, medium and large objects, square pixels.
@@ -36,7 +37,7 @@ class ImageCheck:
 
 
 def check_images(
-    dataset: ClassificationDataset | DetectionDataset, progress: Progress | None = None
+    dataset: ClassificationDataset | DetectionDataset | Stream, progress: Progress | None = None
 ) -> ImageCheck:
     """Decode every image; `progress(indices, name)` may show how far this is."""
     found = ImageCheck()
@@ -57,7 +58,7 @@ def check_images(
 
 
 def statistics(
-    dataset: ClassificationDataset | DetectionDataset, sizes: list[Size]
+    dataset: ClassificationDataset | DetectionDataset | Stream, sizes: list[Size]
 ) -> dict[str, Any]:
     """Return what a dataset holds, as plain types; a spread is min, median, mean and max.
 
@@ -65,17 +66,23 @@ def statistics(
         sizes: (height, width) of the images that can be used.
     """
     heights, widths = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
-    names, labels = dataset.class_names, dataset.labels
-    counts = np.bincount(labels, minlength=len(names)).tolist()
+    names = dataset.class_names
     found: dict[str, Any] = {
         "images": len(dataset),
         "width_px": _spread(widths),
         "height_px": _spread(heights),
         "tall_images": int((heights > widths).sum()),
     }
-    if isinstance(dataset, ClassificationDataset):
+    if isinstance(dataset, Stream):
+        of_classes = dataset.class_counts
+    else:
+        of_classes = np.bincount(dataset.labels, minlength=len(names))
+    if of_classes is None:
+        return found
+    counts = of_classes.tolist()
+    if not isinstance(dataset, DetectionDataset):
         return {**found, "classes": {name: {"images": counts[k]} for k, name in enumerate(names)}}
-    objects = dataset.objects
+    objects, labels = dataset.objects, dataset.labels
     per_image = np.diff(objects.first)
     pairs = np.unique(np.stack([np.repeat(np.arange(len(dataset)), per_image), labels]), axis=1)
     with_class = np.bincount(pairs[1], minlength=len(names)).tolist()

@@ -1,7 +1,7 @@
 """Classification datasets: Hugging Face rows (memory-mapped) and arrays, behind one class."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -17,7 +17,7 @@ from tract_transfer.data.huggingface import (
     open_rows,
 )
 from tract_transfer.data.known_splits import Origin, check_size
-from tract_transfer.data.labels import check_labels, is_integer, read_labels
+from tract_transfer.data.labels import check_labels, is_integer, read_labels, shown_classes
 
 
 class ImageSource(Protocol):
@@ -151,19 +151,7 @@ def load_huggingface(
     return ClassificationDataset(path, class_names, labels[kept], source, kept, origin)
 
 
-class Labelled(Protocol):
-    """What `check_same_classes` needs: both kinds of dataset have it."""
-
-    @property
-    def class_names(self) -> list[str]:
-        """The K classes."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int64: one class an image, or one an object."""
-
-
-def check_same_classes(datasets: Mapping[str, Labelled]) -> list[str]:
+def check_same_classes(datasets: Mapping[str, Any]) -> list[str]:
     """Check that all splits mean the same by every label, and return what looks odd.
 
     Names and order of the classes must be equal: an image folder that lacks one class shifts the
@@ -172,6 +160,8 @@ def check_same_classes(datasets: Mapping[str, Labelled]) -> list[str]:
 
     Args:
         datasets: the datasets by split, `{"train": ..., "val": ...}`; the first is the reference.
+            Each has `class_names`, and `labels` (of images or of objects) or, as a stream, the
+            counts that it knows.
 
     Returns:
         Warnings, such as `test has no example of 13 of 102 classes: a, b, ...`.
@@ -186,7 +176,8 @@ def check_same_classes(datasets: Mapping[str, Labelled]) -> list[str]:
         names = dataset.class_names
         if names != expected:
             raise ValueError(_class_difference(reference, expected, split, names))
-        absent = [names[k] for k in sorted(set(range(len(names))) - set(dataset.labels.tolist()))]
+        shown = shown_classes(dataset)
+        absent = [] if shown is None else [names[k] for k in range(len(names)) if k not in shown]
         if absent:
             listed = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
             warnings.append(
@@ -214,14 +205,17 @@ def _class_difference(reference: str, expected: list[str], split: str, names: li
     )
 
 
-def _never_trained(datasets: Mapping[str, Labelled]) -> list[str]:
+def _never_trained(datasets: Mapping[str, Any]) -> list[str]:
     if "train" not in datasets:
         return []
     names = datasets["train"].class_names
-    seen = set(datasets["train"].labels.tolist())
+    seen = shown_classes(datasets["train"])
     warnings = []
     for split, dataset in datasets.items():
-        unseen = [names[k] for k in sorted(set(dataset.labels.tolist()) - seen)]
+        shown = shown_classes(dataset)
+        if seen is None or shown is None:
+            continue
+        unseen = [names[k] for k in sorted(shown - seen)]
         if unseen:
             listed = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
             warnings.append(

@@ -1,7 +1,8 @@
 """Opening rows with Hugging Face `datasets`: which kind a path is, which columns are meant."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +101,19 @@ def open_rows(
     path: str, split: str, config_name: str | None, revision: str | None, key: str
 ) -> Any:
     """Return the `datasets.Dataset` of a split; see `classification.load_huggingface`."""
-    folder = Path(path).expanduser()
     if is_hub_id(path):
         return _open_hub(path, split, config_name, revision, key)
+    folder = local_path(path, config_name, revision, key)
+    if is_saved(folder):
+        return open_saved(folder, split, key)
+    if folder.is_file() or parquet_files(folder):
+        return _open_parquet(folder, split, key)
+    return _open_image_folder(folder, split, key)
+
+
+def local_path(path: str, config_name: str | None, revision: str | None, key: str) -> Path:
+    """Return where local data lie; refuse what is not there, and what only the hub has."""
+    folder = Path(path).expanduser()
     if not folder.exists():
         raise FileNotFoundError(f"{folder.absolute()} does not exist. Set {key}.path.")
     if revision is not None or config_name is not None:
@@ -110,21 +121,35 @@ def open_rows(
             f"{path} is local and has neither revisions nor configurations. Remove "
             f"{key}.revision and {key}.config_name."
         )
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        return _open_saved(folder, split, key)
-    if folder.is_file() or _parquet_files(folder):
-        return _open_parquet(folder, split, key)
-    return _open_image_folder(folder, split, key)
+    return folder
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote a folder."""
+    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
 
 
 def _open_hub(
     path: str, split: str, config_name: str | None, revision: str | None, key: str
 ) -> Any:
     import datasets
+
+    with hub_errors(path, split, key):
+        return datasets.load_dataset(path, config_name, split=split, revision=revision)
+
+
+@contextmanager
+def hub_errors(path: str, split: str, key: str) -> Iterator[None]:
+    """Say what can be done about a data set of the hub that does not load.
+
+    Raises:
+        FileNotFoundError: the hub does not answer, or has no such data set.
+        ValueError: it has, and the split or configuration does not fit.
+    """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return datasets.load_dataset(path, config_name, split=split, revision=revision)
+        yield
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         raise FileNotFoundError(
             f"The hub dataset {path!r} did not load ({type(error).__name__}: {_first(error)}). "
@@ -144,7 +169,7 @@ def _first(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def _check_split(split: str, known: list[str], path: Path, key: str) -> list[str]:
+def check_split(split: str, known: list[str], path: Path | str, key: str) -> list[str]:
     """Return the names in a spec such as `train[:10%]+test`, each of them known."""
     named = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
     for name in named:
@@ -156,7 +181,8 @@ def _check_split(split: str, known: list[str], path: Path, key: str) -> list[str
     return named
 
 
-def _open_saved(folder: Path, split: str, key: str) -> Any:
+def open_saved(folder: Path, split: str, key: str) -> Any:
+    """Return the `datasets.Dataset` of a split of what `save_to_disk` wrote."""
     import datasets
 
     try:
@@ -166,8 +192,8 @@ def _open_saved(folder: Path, split: str, key: str) -> Any:
             f"{folder} has a split without rows. Save it anew, or set {key}.path."
         ) from error
     if not isinstance(saved, datasets.DatasetDict):
-        saved = datasets.DatasetDict({str(saved.split or _own_split(folder)): saved})
-    _check_split(split, list(saved), folder, key)
+        saved = datasets.DatasetDict({str(saved.split or own_split(folder)): saved})
+    check_split(split, list(saved), folder, key)
     try:
         slices = datasets.ReadInstruction.from_spec(split).to_absolute(saved.num_rows)
     except (ValueError, AssertionError) as error:
@@ -176,7 +202,7 @@ def _open_saved(folder: Path, split: str, key: str) -> Any:
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _own_split(path: Path) -> str:
+def own_split(path: Path) -> str:
     """Return the split that a file or folder is: the one it is named after, and else train.
 
     Any name would do, but then one folder could be train and test at once without a word.
@@ -184,26 +210,32 @@ def _own_split(path: Path) -> str:
     return path.stem if path.stem in _SPLIT_NAMES else "train"
 
 
-def _parquet_files(folder: Path) -> list[Path]:
+def parquet_files(folder: Path) -> list[Path]:
+    """Return a folder's parquet files, or those in its folder `data`."""
     return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
 
 
 def _open_parquet(path: Path, split: str, key: str) -> Any:
     import datasets
 
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"{path} is not a parquet file nor a folder. Set {key}.path.")
-        groups = {_own_split(path): [path]}
-    else:
-        groups = _group_shards(_parquet_files(path))
-    named = _check_split(split, list(groups), path, key)
-    data_files = {name: [str(file) for file in groups[name]] for name in named}
+    files = split_files(path, split, key)
+    data_files = {name: [str(file) for file in group] for name, group in files.items()}
     try:
         return datasets.load_dataset("parquet", data_files=data_files, split=split)
     except (ValueError, AssertionError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"{path} with {key}.split: {split} did not load: {cause}") from error
+
+
+def split_files(path: Path, split: str, key: str) -> dict[str, list[Path]]:
+    """Return the parquet files of each split that `split` names."""
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"{path} is not a parquet file nor a folder. Set {key}.path.")
+        groups = {own_split(path): [path]}
+    else:
+        groups = _group_shards(parquet_files(path))
+    return {name: groups[name] for name in check_split(split, list(groups), path, key)}
 
 
 def _group_shards(files: list[Path]) -> dict[str, list[Path]]:
@@ -220,12 +252,17 @@ def _group_shards(files: list[Path]) -> dict[str, list[Path]]:
     return groups
 
 
+def split_folders(folder: Path) -> dict[str, Path]:
+    """Return the folders of an image folder's splits; itself is one where it has none."""
+    splits = [name for name in _SPLIT_NAMES if (folder / name).is_dir()]
+    return {name: folder / name for name in splits} or {own_split(folder): folder}
+
+
 def _open_image_folder(folder: Path, split: str, key: str) -> Any:
     import datasets
 
-    splits = [name for name in _SPLIT_NAMES if (folder / name).is_dir()]
-    folders = {name: folder / name for name in splits} or {_own_split(folder): folder}
-    _check_split(split, list(folders), folder, key)
+    folders = split_folders(folder)
+    check_split(split, list(folders), folder, key)
     # All splits at once, so that the classes are those of their union.
     data_files = {name: str(place / "**") for name, place in folders.items()}
     try:

@@ -78,6 +78,14 @@ def check_labels(
     return np.flatnonzero(~is_wrong)
 
 
+def shown_classes(dataset: Any) -> set[int] | None:
+    """Return the classes of which a split has an image; None where only reading it would tell."""
+    if hasattr(dataset, "class_counts"):  # a stream's
+        counts = dataset.class_counts
+        return None if counts is None else set(np.flatnonzero(counts).tolist())
+    return set(dataset.labels.tolist())
+
+
 def join_integer_classes(datasets: Mapping[str, Any]) -> None:
     """Give all splits whose labels are integers without names the classes of all of them.
 
@@ -95,14 +103,16 @@ def join_integer_classes(datasets: Mapping[str, Any]) -> None:
     own = [dataset for dataset in datasets.values() if dataset.origin.label_key is not None]
     if not own:
         return
-    shown = sorted({label for dataset in own for label in dataset.labels.tolist()})
     key, num_classes = own[0].origin.label_key, max(len(d.class_names) for d in own)
-    if len(shown) < 2:
+    of_splits = [shown_classes(dataset) for dataset in own]
+    is_known = None not in of_splits
+    shown = sorted(set().union(*(found for found in of_splits if found is not None)))
+    if is_known and len(shown) < 2:
         raise ValueError(
             f"{key}: all splits together show one class, {shown}, and telling classes apart needs "
             "two. Set it to another column."
         )
-    if 2 * len(shown) < num_classes:
+    if is_known and 2 * len(shown) < num_classes:
         raise ValueError(
             f"{key}: its integers show {len(shown)} classes between {shown[0]} and {shown[-1]}, so "
             f"{num_classes - len(shown)} of {num_classes} would have no image. {_RENUMBER}"

@@ -8,17 +8,18 @@ is neither used nor changed.
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from tract_transfer.data.images import UndecodableImage
+from tract_transfer.data.images import UndecodableImage, decode_image
 from tract_transfer.data.sampling import EvalSampler, Sample, TrainBatchSampler, mix
+from tract_transfer.data.streaming import StreamedSample
 
 
 class ImageDataset(Protocol):
@@ -61,25 +62,64 @@ class SampledDataset(Dataset[_Loaded]):
         seed: int,
         undecodable: str = "error",
     ) -> None:
-        if undecodable not in ("error", "skip"):
-            raise ValueError(f"data.undecodable must be error or skip, got {undecodable!r}.")
         self._dataset = dataset
-        self._transform = transform
-        self._seed = seed
-        self._skip = undecodable == "skip"
+        self._transformer = _Transformer(transform, seed, undecodable)
 
     def __len__(self) -> int:
         return len(self._dataset)
 
     def __getitem__(self, sample: Sample | int) -> _Loaded:
-        epoch, index, copy = sample if isinstance(sample, Sample) else Sample(0, sample)
+        sample = sample if isinstance(sample, Sample) else Sample(0, sample)
+        return self._transformer(sample, self._dataset.image, self._dataset.target)
+
+
+class StreamedImages(Dataset[_Loaded]):
+    """What decodes the samples of a stream and transforms them, as SampledDataset does its own.
+
+    Args:
+        title: what an error message calls the split.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        transform: Callable[..., Any],
+        seed: int,
+        undecodable: str = "error",
+    ) -> None:
+        self._title = title
+        self._transformer = _Transformer(transform, seed, undecodable)
+
+    def __getitem__(self, streamed: StreamedSample) -> _Loaded:
+        sample, (stored, label) = streamed
+
+        def image(index: int) -> Tensor:
+            return decode_image(stored, f"{self._title} row {index}")
+
+        return self._transformer(sample, image, lambda _: label)
+
+
+class _Transformer:
+    """The transform, with a random state of its own for every sample; see SampledDataset."""
+
+    def __init__(self, transform: Callable[..., Any], seed: int, undecodable: str) -> None:
+        if undecodable not in ("error", "skip"):
+            raise ValueError(f"data.undecodable must be error or skip, got {undecodable!r}.")
+        self._transform = transform
+        self._seed = seed
+        self._skip = undecodable == "skip"
+
+    def __call__(
+        self, sample: Sample, image_of: Callable[[int], Tensor], target_of: Callable[[int], Any]
+    ) -> _Loaded:
+        epoch, index, copy = sample
         try:
-            image = self._dataset.image(index)
+            image = image_of(index)
         except UndecodableImage as error:
             if not self._skip:
                 raise
             return _Loaded(index, None, None, f"{error.item}: {error.reason}")
-        target = self._dataset.target(index)
+        target = target_of(index)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed the accelerators too.
             again = (copy,) if copy else ()
@@ -158,6 +198,22 @@ def _collate(loaded: list[_Loaded]) -> Batch:
     return Batch(torch.stack(images), torch.tensor(targets), indices, skipped)
 
 
+def _loader(
+    samples: Dataset[_Loaded], batches: Any, *, num_workers: int, pin_memory: bool
+) -> DataLoader[Batch]:
+    """Return the loader of the samples that `batches` lists."""
+    _end_workers_at_exit()
+    return DataLoader(
+        samples,  # type: ignore[arg-type]
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_the_parent,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else each iterator draws from the global one
+    )
+
+
 def train_loader(
     dataset: ImageDataset,
     transform: Callable[..., Any],
@@ -169,16 +225,8 @@ def train_loader(
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
     """Return the endless loader of one process's micro-batches; see SampledDataset."""
-    _end_workers_at_exit()
-    return DataLoader(
-        SampledDataset(dataset, transform, seed, undecodable),  # type: ignore[arg-type]
-        batch_sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_collate,
-        worker_init_fn=_leave_signals_to_the_parent,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # else each iterator draws from the global one
-    )
+    samples = SampledDataset(dataset, transform, seed, undecodable)
+    return _loader(samples, sampler, num_workers=num_workers, pin_memory=pin_memory)
 
 
 def eval_loader(
@@ -196,14 +244,25 @@ def eval_loader(
 
     `batch_size` counts the images of this process; the last batch may be smaller.
     """
-    _end_workers_at_exit()
-    return DataLoader(
-        SampledDataset(dataset, transform, 0, undecodable),  # type: ignore[arg-type]
-        batch_size=batch_size,
-        sampler=EvalSampler(len(dataset), rank, world_size),
-        num_workers=num_workers,
-        collate_fn=_collate,
-        worker_init_fn=_leave_signals_to_the_parent,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),
-    )
+    samples = SampledDataset(dataset, transform, 0, undecodable)
+    sampler = EvalSampler(len(dataset), rank, world_size)
+    batches = BatchSampler(sampler, batch_size, drop_last=False)
+    return _loader(samples, batches, num_workers=num_workers, pin_memory=pin_memory)
+
+
+def stream_loader(
+    title: str,
+    transform: Callable[..., Any],
+    batches: Iterable[list[StreamedSample]],
+    *,
+    seed: int,
+    num_workers: int,
+    undecodable: str = "error",
+    pin_memory: bool = False,
+) -> DataLoader[Batch]:
+    """Return the loader of the samples that `batches` reads, in this process; workers decode them.
+
+    So neither what is read nor the order depends on the number of workers.
+    """
+    samples = StreamedImages(title, transform, seed, undecodable)
+    return _loader(samples, batches, num_workers=num_workers, pin_memory=pin_memory)

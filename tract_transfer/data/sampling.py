@@ -128,8 +128,8 @@ class EpochOrder:
         self._repeats = repeats
         self._group_of = torch.from_numpy(group_of)
 
-    def batches(self, epoch: int) -> list[list[Sample]]:
-        """Return the batches of an epoch, `iters_per_epoch` lists of B samples."""
+    def batches(self, epoch: int, first: int = 0) -> Iterator[list[Sample]]:
+        """Yield an epoch's batches from the `first` of `iters_per_epoch` on, B samples each."""
         generator = torch.Generator().manual_seed(mix(self._seed, epoch))
         order = torch.randperm(len(self._group_of), generator=generator)
         copies = torch.zeros_like(order)
@@ -141,12 +141,11 @@ class EpochOrder:
             picked = self._grouped(order, generator)
         else:
             picked = torch.arange(self.iters_per_epoch * self.batch_size)
-        samples = [
-            Sample(epoch, index, copy)
-            for index, copy in zip(order[picked].tolist(), copies[picked].tolist(), strict=True)
-        ]
-        starts = range(0, len(samples), self.batch_size)
-        return [samples[start : start + self.batch_size] for start in starts]
+        order, copies = order[picked], copies[picked]
+        for start in range(first * self.batch_size, len(order), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            pairs = zip(order[part].tolist(), copies[part].tolist(), strict=True)
+            yield [Sample(epoch, index, copy) for index, copy in pairs]
 
     def _repeated(self, order: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return the images of an epoch with their repetitions, and which repetition each is.
@@ -195,6 +194,18 @@ class EpochOrder:
         return self._group_of[order] == number
 
 
+def check_divides(batch_size: int, world_size: int, accumulate: int) -> None:
+    """Refuse a batch that does not divide among processes and micro-batches."""
+    parts = world_size * accumulate
+    if batch_size % parts:
+        nearest = max(batch_size // parts, 1) * parts
+        raise ValueError(
+            f"data.batch_size must be divisible by processes x engine.accumulate = "
+            f"{world_size} x {accumulate} = {parts}, got {batch_size}. "
+            f"Set data.batch_size to {nearest}, or another engine.accumulate."
+        )
+
+
 class TrainBatchSampler(Sampler[list[Sample]]):
     """The endless sequence of one process's micro-batches.
 
@@ -214,14 +225,7 @@ class TrainBatchSampler(Sampler[list[Sample]]):
         assert 0 <= rank < world_size
         assert start_iter >= 0
         assert accumulate >= 1
-        parts = world_size * accumulate
-        if order.batch_size % parts:
-            nearest = max(order.batch_size // parts, 1) * parts
-            raise ValueError(
-                f"data.batch_size must be divisible by processes x engine.accumulate = "
-                f"{world_size} x {accumulate} = {parts}, got {order.batch_size}. "
-                f"Set data.batch_size to {nearest}, or another engine.accumulate."
-            )
+        check_divides(order.batch_size, world_size, accumulate)
         self._order = order
         self._start_iter = start_iter
         self._rank = rank
@@ -232,7 +236,7 @@ class TrainBatchSampler(Sampler[list[Sample]]):
         epoch, position = divmod(self._start_iter, self._order.iters_per_epoch)
         own = self._micro_size // self._world_size
         while True:
-            for batch in self._order.batches(epoch)[position:]:
+            for batch in self._order.batches(epoch, position):
                 for start in range(0, self._order.batch_size, self._micro_size):
                     first = start + self._rank * own
                     yield batch[first : first + own]
