@@ -296,3 +296,15 @@ def test_an_image_folder_is_listed_and_shuffled_whole(tmp_path):
     (tmp_path / "train/cat/deeper").mkdir()
     with pytest.raises(ValueError, match="a folder in the folder of a class"):
         stream_huggingface(str(tmp_path), "train")
+
+
+def test_an_image_of_too_many_pixels_is_refused(shards):
+    stream = stream_huggingface(shards, "train", max_pixels=4)
+    batches = StreamEvalBatches(stream, 12)
+    loader = stream_loader(
+        stream.title, CROP, batches, seed=0, num_workers=0, max_pixels=stream.max_pixels
+    )
+    with pytest.raises(ValueError, match="data.max_pixels 4"):
+        list(loader)
+    with pytest.raises(ValueError, match="data.max_pixels 4"):
+        stream.image(0)

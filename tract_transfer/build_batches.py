@@ -202,7 +202,16 @@ def _build_streamed_batches(
 
     def batches(start_iter: int) -> Iterator[Batch]:
         sequence = sampler(start_iter)
-        return iter(stream_loader(train.title, transform, sequence, seed=seed, **workers))
+        return iter(
+            stream_loader(
+                train.title,
+                transform,
+                sequence,
+                seed=seed,
+                max_pixels=train.max_pixels,
+                **workers,
+            )
+        )
 
     return batches
 
@@ -250,7 +259,9 @@ def build_eval_loader(
     }
     if isinstance(dataset, Stream):
         batches = StreamEvalBatches(dataset, batch_size, rank, world_size)
-        return stream_loader(dataset.title, transform, batches, seed=0, **workers)
+        return stream_loader(
+            dataset.title, transform, batches, seed=0, max_pixels=dataset.max_pixels, **workers
+        )
     return eval_loader(
         dataset, transform, batch_size=batch_size, rank=rank, world_size=world_size, **workers
     )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from tract_transfer.data.images import UndecodableImage, decode_image
+from tract_transfer.data.images import MAX_PIXELS, UndecodableImage, decode_image
 from tract_transfer.data.sampling import EvalSampler, Sample, TrainBatchSampler, mix
 from tract_transfer.data.streaming import StreamedSample
 
@@ -78,6 +78,7 @@ class StreamedImages(Dataset[_Loaded]):
 
     Args:
         title: what an error message calls the split.
+        max_pixels: an image of more cannot be decoded.
     """
 
     def __init__(
@@ -86,15 +87,18 @@ class StreamedImages(Dataset[_Loaded]):
         transform: Callable[..., Any],
         seed: int,
         undecodable: str = "error",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self._title = title
+        self._max_pixels = max_pixels
         self._transformer = _Transformer(transform, seed, undecodable)
 
     def __getitem__(self, streamed: StreamedSample) -> _Loaded:
         sample, (stored, label) = streamed
 
         def image(index: int) -> Tensor:
-            return decode_image(stored, f"{self._title} row {index}")
+            item = f"{self._title} row {index}"
+            return decode_image(stored, item, max_pixels=self._max_pixels)
 
         return self._transformer(sample, image, lambda _: label)
 
@@ -258,11 +262,12 @@ def stream_loader(
     seed: int,
     num_workers: int,
     undecodable: str = "error",
+    max_pixels: int = MAX_PIXELS,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
     """Return the loader of the samples that `batches` reads, in this process; workers decode them.
 
     So neither what is read nor the order depends on the number of workers.
     """
-    samples = StreamedImages(title, transform, seed, undecodable)
+    samples = StreamedImages(title, transform, seed, undecodable, max_pixels)
     return _loader(samples, batches, num_workers=num_workers, pin_memory=pin_memory)
