@@ -50,6 +50,9 @@ MISTAKES = {
     "repeated annotation id": (set_entry("annotations", 1, id=100), "annotations[1] id 100: the"),
     "no such image": (set_entry("annotations", 1, image_id=7), "image_id 7 is no image's"),
     "no such category": (set_entry("annotations", 1, category_id=1), "category_id 1 is no cat"),
+    "list as image": (set_entry("annotations", 1, image_id=[1]), "image_id [1] is no image's"),
+    "mapping as category": (set_entry("annotations", 1, category_id={}), "category_id {} is no"),
+    "huge box": (set_entry("annotations", 1, bbox=[0, 0, 10**400, 1]), "bbox must be four numb"),
     "three numbers": (set_entry("annotations", 1, bbox=[1, 2, 3]), "bbox must be four numbers"),
     "words": (set_entry("annotations", 1, bbox="1 2 3 4"), "bbox must be four numbers"),
     "strange crowd": (set_entry("annotations", 1, iscrowd=2), "iscrowd and ignore must be 0 or 1"),
@@ -76,6 +79,7 @@ def test_a_mistake_names_file_and_entry(kind, tmp_path):
     ("text", "message"),
     [
         ("{", "boxes.json is not a readable json file.* Repair it"),
+        ("[" * 100_000, "boxes.json is not a readable json file.* Repair it"),
         ("[]", "must have lists of images, annotations and categories, and has no images"),
         (json.dumps({"images": [], "annotations": []}), "has no categories. Set data.val.annot"),
         (json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}),
@@ -97,3 +101,14 @@ def test_missing_paths_name_their_keys(tmp_path):
     (tmp_path / "data/boxes.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"does not exist. Set data.train.annotations"):
         load()
+
+
+def test_a_huge_size_does_not_fit_and_a_huge_area_is_the_boxs(tmp_path):
+    def grow(tree):
+        tree["images"][0]["width"] = 10**400
+        tree["annotations"][0]["area"] = 10**400
+
+    dataset = write_coco(tmp_path / "data", OBJECTS, grow)()
+    assert dataset.target(0)["area"].tolist()[0] == 2.5
+    with pytest.raises(ValueError, match="40x30"):
+        dataset.image(0)

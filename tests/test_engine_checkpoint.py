@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import shutil
@@ -130,6 +131,30 @@ def test_a_broken_one_is_named_and_passed_over(checkpointer, caplog, damage):
     assert "Passed over." in record.message
     with pytest.raises(ValueError, match="iter_0000020 is broken"):
         checkpointer.load(checkpointer.folder / "iter_0000020")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"iteration": float("inf")}, "infinity"),
+        ({"parts": {"../iter_0000010/model": {"layout": {}, "sha256": ""}}}, "is no file name"),
+    ],
+)
+def test_a_state_made_to_mislead_is_broken(checkpointer, changes, says):
+    write(checkpointer, 10, 20)
+    file = checkpointer.folder / "iter_0000020/state.json"
+    content = {**json.loads(file.read_text()), **changes}
+    del content["sha256"]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    file.write_text(json.dumps({"sha256": digest, **content}))
+    with pytest.raises(ValueError, match=f"iter_0000020 is broken: .*{says}"):
+        checkpointer.load(file.parent)
+
+
+def test_a_state_of_great_depth_is_broken(checkpointer):
+    write(checkpointer, 10)
+    (checkpointer.folder / "iter_0000010/state.json").write_text("[" * 100_000)
+    assert checkpointer.newest() is None
 
 
 def test_folders_of_others_are_passed_over(checkpointer, caplog):

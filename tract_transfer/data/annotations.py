@@ -39,7 +39,7 @@ def object_row(
     box: Box, label: int, *, difficult: bool = False, crowd: bool = False, area: Any = None
 ) -> ObjectRow:
     """Return an object; `area` is what its annotation says, if that is a number."""
-    if not isinstance(area, int | float) or not math.isfinite(area):
+    if not _is_number(area) or not math.isfinite(area):
         area = (box[2] - box[0]) * (box[3] - box[1])
     return ObjectRow(box, label, difficult or crowd, crowd, float(area))
 
@@ -115,18 +115,24 @@ def stored_size(stored: bytes | Path, *, exif: bool = False) -> Size:
         return UNKNOWN_SIZE
 
 
+_MAX_SIDE_PX = 2**31  # more than any image has: it will not fit what is stored
+
+
 def annotated_size(entry: Mapping[str, Any]) -> Size | None:
     """Return the (height, width) that an entry states, or None."""
     height, width = entry.get("height"), entry.get("width")
     if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
-        return height, width
+        return min(height, _MAX_SIDE_PX), min(width, _MAX_SIDE_PX)
     return None
 
 
 def is_numbers(written: Any) -> TypeGuard[Sequence[float]]:
     """Whether `written` is a list of four numbers."""
-    return (
-        isinstance(written, list | tuple)
-        and len(written) == 4
-        and all(isinstance(number, int | float) for number in written)
-    )
+    return isinstance(written, list | tuple) and len(written) == 4 and all(map(_is_number, written))
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is a float, or an integer that one can hold."""
+    if isinstance(value, int):
+        return abs(value) < 2**1023
+    return isinstance(value, float)

@@ -64,10 +64,10 @@ def load_coco(
     for entry, place in _entries(tree, "annotations", path, findings):
         if entry["id"] in seen:
             findings.wrong(ValueError(f"{place}: the id is another annotation's. Correct it."))
-        elif entry.get("image_id") not in row_of:
+        elif _id(entry, "image_id") not in row_of:
             message = f"{place}: image_id {entry.get('image_id')!r} is no image's. Correct it."
             findings.wrong(ValueError(message))
-        elif entry.get("category_id") not in name_of:
+        elif _id(entry, "category_id") not in name_of:
             message = f"category_id {entry.get('category_id')!r} is no category's. Correct it."
             findings.wrong(ValueError(f"{place}: {message}"))
         elif (name := name_of[entry["category_id"]]) not in label_of:
@@ -86,7 +86,7 @@ def _read(path: Path, key: str) -> Mapping[str, Any]:
         raise FileNotFoundError(f"{path} does not exist. Set {key}.annotations.")
     try:
         tree = json.loads(path.read_bytes())
-    except ValueError as error:  # of the syntax or of the encoding
+    except (ValueError, RecursionError) as error:  # of the syntax, the encoding or the depth
         raise ValueError(f"{path} is not a readable json file: {error}. Repair it.") from error
     for name in ("images", "annotations", "categories"):
         if not isinstance(tree, dict) or not isinstance(tree.get(name), list):
@@ -107,6 +107,12 @@ def _entries(
         else:
             message = f"{path} {name}[{number}] must be a mapping with an id. Correct it."
             findings.wrong(ValueError(message))
+
+
+def _id(entry: Mapping[str, Any], name: str) -> int | str | None:
+    """Return the id that an entry names, or None where it is none."""
+    value = entry.get(name)
+    return value if isinstance(value, int | str) else None
 
 
 def _category_names(tree: Mapping[str, Any], path: Path, findings: Findings) -> dict[Any, str]:

@@ -31,7 +31,10 @@ STATE_NAME, BEST_NAME = "state.json", "best.json"
 logger = logging.getLogger(__name__)
 
 # What reading a file raises that is not what was written.
-_BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
+_BROKEN = (
+    OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError,
+    RecursionError, OverflowError,
+)  # fmt: skip
 Tree = Any  # dicts, lists and plain values, with tensors among them
 
 
@@ -217,6 +220,8 @@ def _verified(path: Path) -> dict[str, Any]:
         if content.pop("sha256") != _sha256_of(content):
             raise ValueError(f"{STATE_NAME} is not what was written")
         for name, entry in content["parts"].items():
+            if Path(name).name != name:
+                raise ValueError(f"the part {name!r} is no file name")
             file = path / f"{name}.safetensors"
             if _sha256(file) != entry["sha256"]:
                 raise ValueError(f"{file.name} is not what was written")
