@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from tract_transfer import __version__
 
 ENVIRONMENT_NAME = "environment.json"
 PACKAGES = ("torch", "torchvision", "timm", "datasets", "accelerate", "numpy")
+_SECRET_NAME = re.compile(r"(?i)(?:^|[._-])(?:api_?key|key|token|secret|password|passwd)$")
 
 
 class Inputs(NamedTuple):
@@ -45,7 +47,7 @@ def environment(inputs: Inputs, num_processes: int = 1) -> dict[str, Any]:
         "git": _git_state(),
         "data": dict(inputs.data),
         "weights": inputs.weights,
-        "command": " ".join(sys.argv),
+        "command": " ".join(_without_secrets(sys.argv)),
     }
 
 
@@ -92,6 +94,18 @@ def _deciding(environment: Mapping[str, Any]) -> dict[str, Any]:
         **(environment.get("versions") or {}),
         **{kind: hardware[kind] for kind in kinds if kind in hardware},
     }
+
+
+def _without_secrets(words: Sequence[str]) -> list[str]:
+    """Return a command's words with *** for values named like secrets and logins in addresses."""
+    shown: list[str] = []
+    hide = False
+    for word in words:
+        name, equals, _ = word.partition("=")
+        secret = bool(_SECRET_NAME.search(name))
+        shown.append("***" if hide else f"{name}=***" if secret and equals else word)
+        hide = secret and not equals and not hide
+    return [re.sub(r"://[^/@\s]+@", "://***@", word) for word in shown]
 
 
 def _git_state() -> dict[str, str]:
