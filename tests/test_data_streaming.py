@@ -304,7 +304,7 @@ def test_an_image_of_too_many_pixels_is_refused(shards):
     loader = stream_loader(
         stream.title, CROP, batches, seed=0, num_workers=0, max_pixels=stream.max_pixels
     )
-    with pytest.raises(ValueError, match="data.max_pixels 4"):
+    with pytest.raises(ValueError, match=r"data\.max_pixels 4"):
         list(loader)
-    with pytest.raises(ValueError, match="data.max_pixels 4"):
+    with pytest.raises(ValueError, match=r"data\.max_pixels 4"):
         stream.image(0)
