@@ -88,7 +88,8 @@ def test_a_checkpoint_that_broke_costs_time_alone(tmp_path, load_tiny, kill_at, 
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_sigterm_to_the_group_ends_a_run_that_then_goes_on(tmp_path, write_tiny):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_all_processes_ends_a_run_that_then_goes_on(tmp_path, write_tiny, number):
     words = ["solver.max_iters=60", "engine.log.every_iters=1", "data.num_workers=1"]
     path = write_tiny(tmp_path)
     command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", str(path), *words]
@@ -98,10 +99,11 @@ def test_sigterm_to_the_group_ends_a_run_that_then_goes_on(tmp_path, write_tiny)
     )
     while not (tmp_path / "run/metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGTERM)  # schedulers and Ctrl-C reach the workers too
+    os.killpg(process.pid, number)  # schedulers and Ctrl-C reach the workers too
     _, errors = process.communicate()
-    assert process.returncode == 143
-    assert f"SIGTERM: checkpoint written. Go on with --resume (output_dir {tmp_path}/run)" in errors
+    assert process.returncode == 128 + number
+    go_on = f"checkpoint written. Go on with --resume (output_dir {tmp_path}/run)"
+    assert f"{number.name}: {go_on}" in errors
     assert "Traceback" not in errors
     _, _, iteration = last_parts(tmp_path / "run")
     assert 0 < iteration < 60

@@ -71,6 +71,9 @@ def main() -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
+    except KeyboardInterrupt:  # where nothing is trained, or by a second Ctrl-C
+        print("SIGINT: ended.", file=sys.stderr)
+        return 130
     except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
         if os.environ.get("TRACT_TRANSFER_TRACEBACK"):
             raise
