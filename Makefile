@@ -12,6 +12,7 @@ test: lint  ## lint, types and tests
 	$(BIN)/python -m pytest -n 2
 
 torture: $(VENV)/installed  ## kill every kind of run 50 times and compare: half an hour
+	$(BIN)/python -m pytest tests/test_run_group.py
 	$(BIN)/python tests/torture.py
 
 lint: $(VENV)/installed

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-# How gloo and torch's store say that the other end is gone.
-_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Connection refused", "recvValue failed")
+# How gloo, torch's store and NCCL say that the other end is gone.
+_LOST = (
+    "closed by peer", "reset by peer", "Broken pipe", "Connection refused", "recvValue failed",
+    "ncclRemoteError",
+)  # fmt: skip
 
 
 def main_first(accelerator: Accelerator, work: Callable[[], object]) -> None:
