@@ -6,16 +6,28 @@ from pathlib import Path
 from tract_transfer.config import ClassificationConfig, known_keys, load_config
 
 PAGE = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 
 def test_the_recipe_loads(tmp_path):
-    (block,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
+    block, _ = BLOCKS
     path = tmp_path / "recipe.yaml"
     path.write_text(block)
     config = load_config(path)
     assert config.solver.end_factor * config.solver.lr == 1e-5
     assert config.solver.warmup_start * config.solver.lr == 1e-6
     assert config.data.repeats == 3
+
+
+def test_the_stream_s_section_loads(tmp_path):
+    """Over a config of the quickstart, whose other keys a stream takes as they are."""
+    _, block = BLOCKS
+    base = Path(__file__).parents[1] / "configs/quickstart/pretrain.yaml"
+    path = tmp_path / "stream.yaml"
+    path.write_text(f"_BASE_: {base}\n{block}")
+    section = load_config(path).data
+    assert section.train.streaming
+    assert (section.cache, section.shuffle_rows, section.readers) == ("none", 2048, 8)
 
 
 def test_every_option_of_the_transforms_is_told():
