@@ -170,7 +170,10 @@ def test_a_suite_runs_and_reports(suite):
     assert "[4/4] seed 0  probe" in said.stderr
     report = folder / "suite/report.html"
     assert said.stdout.splitlines()[-1] == str(report)
-    assert "tiny" in report.read_text()
+    for suffix in (".html", ".md", ".tex", ".json"):
+        text = report.with_suffix(suffix).read_text()
+        assert "tiny" in text or suffix == ".tex"
+        assert "probe" in text
 
 
 def test_a_suite_run_again_skips_what_is_finished(suite, call):

@@ -1,4 +1,4 @@
-"""Run methods x tasks x seeds and write one report; what is finished is skipped, so run it again.
+"""Run methods x tasks x seeds and report on them; what is finished is skipped, so run it again.
 
 python tools/run_suite.py --config-file configs/suites/quickstart.yaml workers=2
 python tools/run_suite.py --config-file configs/suites/quickstart.yaml --dry-run
@@ -89,7 +89,7 @@ def make_launcher(arguments: argparse.Namespace, config: "SuiteConfig") -> "Laun
 
 
 def carry_out(arguments: argparse.Namespace, suite: "Suite", launcher: "Launcher") -> int:
-    """Run what is to be run, and write the report; return the exit code."""
+    """Run what is to be run, and write the reports; return the exit code."""
     from tract_transfer.config_file import ConfigError
     from tract_transfer.run_suite import carry_out
     from tract_transfer.suite.screen import make_screen
@@ -109,15 +109,21 @@ def carry_out(arguments: argparse.Namespace, suite: "Suite", launcher: "Launcher
         print("Stopped; runs keep their checkpoints. The same command goes on.", file=sys.stderr)
         return 128 + stopped
 
-    from tract_transfer.suite.report import text_table, write_report
-    from tract_transfer.suite.runs import load_runs
-
-    folders = [run.folder for run in suite.runs]
-    path = suite.folder / "report.html"
-    write_report(folders, path, baseline=suite.config.baseline, title=suite.config.title)
-    print(text_table(load_runs(folders), suite.config.baseline))
-    print(path.resolve())
+    write_reports(suite)
     return 0 if all(job.state == "finished" for job in suite.jobs) else 1
+
+
+def write_reports(suite: "Suite") -> None:
+    """Write the report in every format into the suite's folder; print its table and the page."""
+    from tract_transfer.suite.content import read_report
+    from tract_transfer.suite.report import FORMATS, save_report, text_table
+
+    report = read_report([suite.folder], suite.config.baseline, suite.config.title)
+    paths = {suffix: suite.folder / f"report{suffix}" for suffix in FORMATS}
+    for path in paths.values():
+        save_report(report, path)
+    print(text_table(report.runs, report.baseline))
+    print(paths[".html"].resolve())
 
 
 if __name__ == "__main__":
