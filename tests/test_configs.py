@@ -5,6 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from box_data import write_voc
 
 from tract_transfer.build_data import build_data
 from tract_transfer.build_model import build_model
@@ -12,6 +13,7 @@ from tract_transfer.build_suite import plan_suite
 from tract_transfer.config import DetectionConfig, ProbeConfig, dump_config, load_config
 from tract_transfer.config_suite import load_suite
 from tract_transfer.run import run
+from tract_transfer.run_suite import Suite, list_plan
 
 ROOT = Path(__file__).parents[1]
 ALL = sorted(ROOT.glob("configs/**/*.yaml"))
@@ -174,6 +176,27 @@ def test_a_suites_runs_are_configs(path):
         assert (each.config["method"], each.config["seed"], each.config["name"]) == (
             each.method, each.seed, each.task,
         )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SUITES, ids=name_of)
+def test_a_suites_dry_run_tells_every_run(path, monkeypatch, tmp_path):
+    """With data of the hub unseen, and a VOC 2007 of three photographs where one is expected."""
+    if path.stem in ("samples", "cpu_demo"):
+        if not (ROOT / "../shared/data").is_dir():
+            pytest.skip("no ../shared/data")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.chdir(ROOT)
+    else:
+        monkeypatch.chdir(tmp_path)
+        write_voc(tmp_path / "data", [("dog", (1, 2, 30, 20))])
+        for name, numbers in (("trainval", "0\n2\n"), ("test", "1\n")):
+            (tmp_path / f"data/VOC2007/ImageSets/Main/{name}.txt").write_text(numbers)
+    suite = Suite(load_suite(path, [f"output_dir={tmp_path}/suite"]), remember=False)
+    lines = list_plan(suite, suite.take_stock())
+    assert len(lines) == len(suite.runs) >= len(suite.config.methods) * len(suite.config.seeds)
+    assert all(line.endswith("  run") for line in lines)
+    assert not (tmp_path / "suite").exists()
 
 
 def test_two_methods_differ_in_tract_alone():

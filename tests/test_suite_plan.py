@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tract_transfer.suite.plan import PlannedRun, join_same, order_tasks, run_id
+from tract_transfer.suite.plan import PlannedRun, Resources, join_same, order_tasks, run_id
 
 
 def planned(name, method, task="pretrain", needs=None):
@@ -80,3 +80,11 @@ def test_a_run_says_what_it_is():
     assert run.processes == 1
     assert replace(run, resources=replace(run.resources, gpus=4)).processes == 4
     assert replace(run, resources=replace(run.resources, gpus=0.5)).processes == 1
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cpus", "threads"), [(None, None, 1), (None, 2, 2), (4, 16, 4), (4, 2, 1), (0.5, 3, 3)]
+)
+def test_the_processes_of_a_run_share_its_cores(gpus, cpus, threads):
+    resources = Resources(cpus=cpus, gpus=gpus)
+    assert replace(planned("p", "tract"), resources=resources).threads == threads

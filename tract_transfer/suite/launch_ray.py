@@ -54,7 +54,7 @@ class RayLauncher:
     def start(self, run: PlannedRun, attempt: Attempt) -> Handle:
         """Hand an attempt to Ray, which gives it CUDA_VISIBLE_DEVICES."""
         wanted = _resources(run)
-        attempt.environment = {**attempt.environment, **on_threads(int(wanted["CPU"]))}
+        attempt.environment = {**attempt.environment, **on_threads(run.threads)}
         attempt.stop_file.unlink(missing_ok=True)
         carry_out = self._ray.remote(
             num_cpus=wanted["CPU"],

@@ -75,7 +75,7 @@ class SlurmLauncher:
             "slurm_signal_delay_s": _SIGNAL_SECONDS,
         }
         executor.update_parameters(**{k: v for k, v in asked.items() if v is not None})
-        attempt.environment = {**attempt.environment, **on_threads(wanted.cpus or 1)}
+        attempt.environment = {**attempt.environment, **on_threads(run.threads)}
         attempt.stop_file.unlink(missing_ok=True)
         job = executor.submit(attempt)
         self._running[run] = (job, attempt)

@@ -84,7 +84,7 @@ class LocalLauncher:
         """Start an attempt on GPUs of its own."""
         shares = self._choose(run)
         assert shares is not None
-        own = on_threads(self._threads(run))
+        own = on_threads(max(1, self._threads(run) // run.processes))
         # A run without a GPU must not sit on the first one.
         own["CUDA_VISIBLE_DEVICES"] = ",".join(shares)
         attempt.environment = {**attempt.environment, **own}

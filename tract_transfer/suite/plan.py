@@ -62,6 +62,11 @@ class PlannedRun:
         """How many processes it is started as: one for each of its GPUs."""
         return max(1, int(self.resources.gpus or 1))
 
+    @property
+    def threads(self) -> int:
+        """How many threads each of its processes is given: its share of `cpus`, or one."""
+        return max(1, (self.resources.cpus or 1) // self.processes)
+
 
 def order_tasks(needs: Mapping[str, str | None]) -> list[str]:
     """Return the tasks in an order in which each comes after the one it needs.
