@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
+from tract_transfer.suite.runs import RESULTS_FORMAT
+
 _SHOWN_KEYS = 5
 
 
@@ -18,7 +20,7 @@ class Found:
 
     Attributes:
         state: `new`, `begun` (a checkpoint to go on from), `finished`, or `other`: of another
-            config, other data or other weights.
+            config, other data, other weights or another version.
         why: of `other`, what differs; of `begun`, what is broken, if anything is.
         config_sha256: of config.yaml, where it was compared.
     """
@@ -49,6 +51,10 @@ def look(
         known_sha256: of a config.yaml that was found to be this config before.
     """
     results, broken = _read_results(folder / "results.json")
+    if results is not None and (form := results.get("format", RESULTS_FORMAT)) != RESULTS_FORMAT:
+        return Found(
+            "other", f"results.json has format {form!r}, and this version reads {RESULTS_FORMAT}"
+        )
     if results is None and not broken and not any(folder.glob("checkpoints/iter_*")):
         return Found("new")
     try:
@@ -80,13 +86,15 @@ def read_weights_sha256(folder: Path) -> str | None:
 
 
 def _read_results(path: Path) -> tuple[dict[str, Any] | None, str]:
-    """Return results that are whole, or why they are not; (None, "") where there are none."""
+    """Return results that are whole, or of another format; or why they are neither, "" of none."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None, ""
     except (OSError, ValueError) as error:
         return None, f"results.json cannot be read ({error})"
+    if isinstance(results, dict) and results.get("format", RESULTS_FORMAT) != RESULTS_FORMAT:
+        return results, ""
     if not isinstance(results, dict) or not isinstance(results.get("metrics"), dict):
         return None, "results.json has no metrics"
     if results.get("primary_metric") not in results["metrics"]:

@@ -1,6 +1,7 @@
 """Runs on a Ray cluster: Ray finds the machine with what a run asks for."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from tract_transfer.suite.attempt import Attempt, on_threads
@@ -52,7 +53,11 @@ class RayLauncher:
         return self.workers is None or len(self._running) < self.workers
 
     def start(self, run: PlannedRun, attempt: Attempt) -> Handle:
-        """Hand an attempt to Ray, which gives it CUDA_VISIBLE_DEVICES."""
+        """Hand an attempt to Ray, which gives it CUDA_VISIBLE_DEVICES.
+
+        Raises:
+            OSError: Ray does not take it.
+        """
         wanted = _resources(run)
         attempt.environment = {**attempt.environment, **on_threads(run.threads)}
         attempt.stop_file.unlink(missing_ok=True)
@@ -62,15 +67,21 @@ class RayLauncher:
             memory=wanted.get("memory", 0) or None,
             max_retries=0,  # a retry is the suite's to count
         )(_carry_out)
-        self._running[run] = (carry_out.remote(attempt), attempt)
+        try:
+            reference = carry_out.remote(attempt)
+        except self._ray.exceptions.RayError as error:
+            raise OSError(f"Ray does not take {run.title}: {error}") from error
+        self._running[run] = (reference, attempt)
         return {}  # Ray ends the tasks of a driver that died
 
     def ended(self) -> list[tuple[PlannedRun, int]]:
-        """Return the runs that have ended since; a lost machine counts as a kill."""
+        """Return the runs that have ended since; a lost machine or cluster counts as a kill."""
         by_reference = {reference: run for run, (reference, _) in self._running.items()}
-        if not by_reference:
+        ready = list(by_reference)
+        if not ready:
             return []
-        ready, _ = self._ray.wait(list(by_reference), num_returns=len(by_reference), timeout=0)
+        with suppress(self._ray.exceptions.RayError):  # then each of them tells its own
+            ready, _ = self._ray.wait(ready, num_returns=len(ready), timeout=0)
         done = []
         for reference in ready:
             run = by_reference[reference]
