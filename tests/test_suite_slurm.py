@@ -1,10 +1,13 @@
 """Attempts as jobs of submitit, on this machine in place of Slurm."""
 
+import contextlib
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tract_transfer.suite.attempt import Attempt
@@ -12,6 +15,20 @@ from tract_transfer.suite.launch_slurm import SlurmLauncher
 from tract_transfer.suite.plan import PlannedRun, Resources
 
 pytest.importorskip("submitit")
+
+# Ends by SIGTERM as a run does, and goes on from what it left then.
+RUN = """
+import os, signal, sys, time
+if os.path.exists("checkpoint"):
+    print("went on", flush=True)
+    sys.exit(0)
+def end(*_):
+    open("checkpoint", "w").close()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
 
 
 def run_of(**resources):
@@ -54,3 +71,63 @@ def test_a_machine_without_slurm_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match="no sbatch"):
         SlurmLauncher(tmp_path, 1)
+
+
+@pytest.fixture
+def begun(tmp_path, monkeypatch):
+    """A launcher with a run under way, the run, its handle and its log."""
+    launcher = SlurmLauncher(tmp_path / "slurm", 1, cluster="local")
+    log, run = tmp_path / "console.txt", run_of(hours=0.1)
+    monkeypatch.chdir(tmp_path)
+    attempt = Attempt([sys.executable, "-S", "-c", RUN], log, {}, tmp_path / "stop")
+    handle = launcher.start(run, attempt)
+    end = time.monotonic() + 60
+    while not log.exists() or "ready" not in log.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    yield launcher, run, handle, log
+    for process in processes_in(tmp_path):
+        process.kill()
+
+
+def processes_in(folder):
+    """The runs that are at work in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if RUN in process.cmdline() and process.cwd() == str(folder):
+                found.append(process)
+    return found
+
+
+def test_a_stop_lets_a_job_write_its_checkpoint(begun, tmp_path):
+    launcher, run, _, _ = begun
+    launcher.stop(signal.SIGTERM)
+    assert wait(launcher) == [(run, 143)]
+    assert (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.slow  # submitit gives a lost result 15 seconds to show
+def test_a_kill_takes_the_job_and_its_run(begun, tmp_path):
+    launcher, run, _, _ = begun
+    launcher.stop(signal.SIGKILL)
+    assert wait(launcher) == [(run, -9)]
+    end = time.monotonic() + 60
+    while processes_in(tmp_path):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_a_job_that_is_preempted_queues_again_and_goes_on(begun, tmp_path):
+    launcher, run, handle, log = begun
+    for task in psutil.Process(int(handle["job"])).children():
+        task.send_signal(signal.SIGUSR2)  # as Slurm does
+    assert wait(launcher) == [(run, 0)]
+    assert log.read_text().split("\n") == ["ready", "went on", ""]
+
+
+def test_the_job_of_a_suite_that_was_killed_ends_before_the_next_begins(begun, tmp_path):
+    _, _, handle, _ = begun
+    SlurmLauncher(tmp_path / "slurm", 1, cluster="local").end_leftovers([handle, {}])
+    assert (tmp_path / "checkpoint").exists()
+    assert not processes_in(tmp_path)

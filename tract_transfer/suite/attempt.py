@@ -1,16 +1,19 @@
 """One attempt at a run, as a process of its own: so that a crash ends that run alone."""
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _POLL_SECONDS = 0.5
+_PR_SET_PDEATHSIG = 1
 LOG_NAME = "console.txt"
 
 
@@ -31,9 +34,14 @@ class Attempt:
     environment: Mapping[str, str]
     stop_file: Path
     folder: Path = field(default_factory=Path.cwd)
+    _process: "subprocess.Popen[bytes] | None" = field(default=None, init=False, repr=False)
 
-    def start(self) -> "subprocess.Popen[bytes]":
-        """Start the process in a session of its own: a terminal's Ctrl-C is not for it."""
+    def start(self, *, ends_with_this: bool = False) -> "subprocess.Popen[bytes]":
+        """Start the process in a session of its own: a terminal's Ctrl-C is not for it.
+
+        Args:
+            ends_with_this: it is sent SIGTERM when this process is gone (on Linux).
+        """
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             return subprocess.Popen(
@@ -44,17 +52,18 @@ class Attempt:
                 env={**os.environ, **self.environment},
                 cwd=self.folder,
                 start_new_session=True,
+                preexec_fn=_end_with_parent() if ends_with_this else None,
             )
 
     def __call__(self) -> int:
         """Run the command to its end; return its exit code, below 0 of a signal."""
         if (number := _read_number(self.stop_file)) is not None:
             return 128 + number  # told to end while it queued
-        self._process = self.start()
+        process = self._process = self.start(ends_with_this=True)
         told = False
-        while (code := self._process.poll()) is None:
+        while (code := process.poll()) is None:
             if not told and (number := _read_number(self.stop_file)) is not None:
-                self._process.send_signal(number)
+                process.send_signal(number)
                 told = True
             time.sleep(_POLL_SECONDS)
         return code
@@ -68,9 +77,10 @@ class Attempt:
         """Slurm takes the machine back: let the run write a checkpoint, and queue it again."""
         import submitit
 
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait()
-        del self._process
+        if self._process is not None:
+            self._process.send_signal(signal.SIGTERM)
+            self._process.wait()
+            self._process = None  # no process can be pickled
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -90,6 +100,14 @@ def why_it_ended(code: int, log: Path) -> str:
         return f"ended by {name}{hint}; see {log}"
     said = _last_words(log)
     return f"{said or f'exit code {code}'} (see {log})"
+
+
+def _end_with_parent() -> Callable[[], object] | None:
+    """Return what a child calls to be sent SIGTERM when the thread that started it is gone."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl = ctypes.CDLL(None).prctl  # looked up here: a child between fork and exec must not
+    return lambda: prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 def _last_words(log: Path, limit: int = 600) -> str:

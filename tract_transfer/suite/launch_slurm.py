@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from tract_transfer.suite.plan import PlannedRun
 INSTALL = "submitit is not installed: pip install 'tract_transfer[slurm]', or use --launcher local."
 _KILLED = -9
 _SIGNAL_SECONDS = 120  # before its time is over, a job is told to write a checkpoint
+_MOST_JOBS = 10_000  # of a run, each until its time is over; submitit's own limit is 3
+_GRACE_SECONDS = 60.0
 
 
 class SlurmLauncher:
@@ -63,7 +66,9 @@ class SlurmLauncher:
     def start(self, run: PlannedRun, attempt: Attempt) -> Handle:
         """Submit an attempt as a job."""
         wanted = run.resources
-        executor = self._submitit.AutoExecutor(folder=self.folder, cluster=self.cluster)
+        executor = self._submitit.AutoExecutor(
+            folder=self.folder, cluster=self.cluster, slurm_max_num_timeout=_MOST_JOBS
+        )
         asked: dict[str, Any] = {
             "name": f"{run.task}-{run.method}-{run.seed}",
             "timeout_min": max(1, round((wanted.hours or 1) * 60)),
@@ -103,12 +108,31 @@ class SlurmLauncher:
                 job.cancel(check=False)
 
     def end_leftovers(self, handles: Sequence[Handle]) -> None:
-        """Cancel the jobs of a suite that was killed."""
+        """Let the jobs of a suite that was killed write a checkpoint and end."""
+        left = {}
         for handle in handles:
             if "job" in handle:
-                kind = self._submitit.SlurmJob
-                if self.cluster == "slurm":
-                    kind(self.folder, handle["job"]).cancel(check=False)
+                job = self._job(handle["job"])
+                left[job.job_id] = job
+                Path(handle["stop_file"]).write_text(str(int(signal.SIGTERM)))
+                if job.state in ("PENDING", "UNKNOWN"):
+                    job.cancel(check=False)
+        end = time.monotonic() + _GRACE_SECONDS
+        while left and time.monotonic() < end:
+            left = {name: job for name, job in left.items() if not self._has_ended(job)}
+            time.sleep(0.1)
+        for job in left.values():
+            job.cancel(check=False)
+
+    def _job(self, name: str) -> Any:
+        from submitit.local.local import LocalJob
+
+        kind = self._submitit.SlurmJob if self.cluster == "slurm" else LocalJob
+        return kind(self.folder, name)
+
+    def _has_ended(self, job: Any) -> bool:
+        """Whether it left a result; of Slurm's, or is known to be gone."""
+        return job.paths.result_pickle.exists() or (self.cluster == "slurm" and job.done())
 
     def close(self) -> None:
         """Nothing is held."""
