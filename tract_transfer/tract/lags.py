@@ -34,7 +34,9 @@ class Canvas(NamedTuple):
     def cut(self, rows: slice, columns: slice) -> Tensor:
         """Return (B, rows, columns, C)."""
         ranges = [range(n)[s] for n, s in zip(self.size, (rows, columns), strict=True)]
-        piece = self.images.new_zeros(len(self.images), *map(len, ranges), *self.images.shape[3:])
+        # The channels of a tile first in memory: copied in rows, not in tiles.
+        sizes = (*self.images.shape[3:], len(self.images), *map(len, ranges))
+        piece = self.images.new_zeros(sizes).movedim((-3, -2, -1), (0, 1, 2))
         ours, theirs = [slice(None)], [slice(None)]
         for within, origin, size in zip(ranges, self.origin, self.images.shape[1:3], strict=True):
             first, last = max(within.start, origin), min(within.stop, origin + size)
@@ -88,8 +90,8 @@ def lag_gram(
         pairs = pairs.permute(0, 2, 5, 1, 3, 6, 4, 7)
         sums[2 * ky - 1 :, 2 * kx - 1 :] = pairs.flatten(3, 5).flatten(0, 2)
     weights_y, weights_x = (_tap_pairs(k, sums.dtype, sums.device) for k in kernel)
-    found = torch.einsum("pa,qb,abcd->pqcd", weights_y, weights_x, sums)
-    return found.view(ky, ky, kx, kx, channels, channels)
+    along_y = (weights_y @ sums.flatten(1)).view(ky * ky, -1, channels * channels)
+    return (weights_x @ along_y).view(ky, ky, kx, kx, channels, channels)
 
 
 def _end_sums(strips: list[Tensor], kernel: int) -> Tensor:
@@ -134,34 +136,35 @@ def _lag_sums_by_fourier(canvas: Canvas, kernel: tuple[int, int]) -> Tensor:
     A lag along x is a factor exp(2 pi i f dx / N) of frequency f, and a lag along y one of rows: at
     each frequency, the products of all channels over all rows, dy apart.
     """
-    (ky, kx), (images, _, size) = kernel, canvas
-    channels, num_images = images.shape[3:].numel(), len(images)
-    height, length = size[0] + ky - 1, _fast_length(size[1] + kx - 1)
-    at_once = per_chunk(num_images, height * length * channels * 4, "cpu")
-    padded = images.new_zeros(at_once, height, length, channels, dtype=torch.float32)
-    place = _place(canvas, padded)
-    frequencies = length // 2 + 1
-    products = padded.new_zeros(ky, frequencies, 2 * channels, 2 * channels)
+    (ky, kx), images = kernel, canvas.images
+    (num_images, height, width), channels = images.shape[:3], images.shape[3:].numel()
+    length = _fast_length(width + kx - 1)
+    frequencies, spaced = length // 2 + 1, height + ky - 1  # ky - 1 rows of zeros after an image
+    # The rows, their transforms and those in order are in use at once.
+    at_once = per_chunk(num_images, 3 * spaced * length * channels * 4, "cpu")
+    # The rows of a channel, which the transform wants dense, then the channels of a frequency,
+    # which the products want dense.
+    lines = images.new_empty(at_once, height, channels, length, dtype=torch.float32)
+    lines[..., width:] = 0
+    place = lines[..., :width].unflatten(2, images.shape[3:]).movedim(-1, 2)
+    spectra = lines.new_empty(frequencies, at_once, spaced, channels, dtype=torch.complex64)
+    spectra[:, :, height:] = 0
+    products = lines.new_zeros(ky, frequencies, 2 * channels, 2 * channels)
     for chunk in images.split(at_once):
-        _copy(chunk, place[: len(chunk)])
-        spectra = torch.fft.rfft(padded[: len(chunk)].flatten(0, 1), dim=1).transpose(0, 1)
-        # (frequencies, rows, 2 C): the last Ky - 1 rows are zero.
-        spectra = torch.view_as_real(spectra.contiguous()).flatten(2)
-        rows = spectra.shape[1] - (ky - 1)
-        left = spectra[:, :rows].mT
+        place[: len(chunk)].copy_(chunk)
+        transformed = torch.fft.rfft(lines[: len(chunk)]).movedim(-1, 0)
+        # As numbers of 8 bytes: copied twice as fast as complex ones.
+        spectra[:, : len(chunk), :height].view(torch.float64).copy_(transformed.view(torch.float64))
+        rows = torch.view_as_real(spectra[:, : len(chunk)]).flatten(3).flatten(1, 2)
+        count = rows.shape[1] - (ky - 1)
+        left = rows[:, :count].mT
         for dy in range(ky):
-            products[dy] += torch.bmm(left, spectra[:, dy : dy + rows])
+            products[dy].baddbmm_(left, rows[:, dy : dy + count])
     parts = products.view(ky, frequencies, channels, 2, channels, 2)
     real = parts[:, :, :, 0, :, 0] + parts[:, :, :, 1, :, 1]
     imaginary = parts[:, :, :, 0, :, 1] - parts[:, :, :, 1, :, 0]
-    waves = torch.arange(frequencies, dtype=torch.float64)
-    turns = torch.outer(torch.arange(1 - kx, kx, dtype=torch.float64), waves) / length
-    # Those above N / 2 are the conjugates of those below: all but 0 and N / 2 count twice.
-    weight = torch.where((waves > 0) & (2 * waves < length), 2 / length, 1 / length)
-    cosine, sine = (wave(2 * math.pi * turns) * weight for wave in (torch.cos, torch.sin))
-    return torch.einsum("xf,yfcd->yxcd", cosine.float(), real) - torch.einsum(
-        "xf,yfcd->yxcd", sine.float(), imaginary
-    )
+    sums = torch.fft.irfft(torch.complex(real, imaginary), length, dim=1)
+    return torch.cat([sums[:, length - kx + 1 :], sums[:, :kx]], dim=1)
 
 
 def _fast_length(least: int) -> int:
