@@ -128,6 +128,22 @@ def test_float32_errs_by_a_millionth_at_most_and_bfloat16_by_3_thousandths(name,
         assert relative_error(gram_matrix(layer, images)[0], exact) < 3e-3
 
 
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("level", ["high", "medium"])
+def test_less_precise_products_are_the_user_s_own(name, level):
+    """`torch.set_float32_matmul_precision` would round the sums of which G is made."""
+    layer, shape = LAYERS[name]
+    images = torch.randn(shape) + 2
+    before = torch.get_float32_matmul_precision()
+    expected = gram_matrix(layer, images)[0]
+    torch.set_float32_matmul_precision(level)
+    try:
+        assert torch.equal(gram_matrix(layer, images)[0], expected)
+        assert torch.get_float32_matmul_precision() == level
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("name", ["imagenet", "odd", "photograph"])
 def test_a_constant_image_errs_little_more(name):
     """All products are equal, so that rounding adds up: by how much hangs on the CPU's kernels."""
@@ -164,7 +180,7 @@ def test_the_products_of_a_gpu_round_the_images_and_not_the_sums(name, monkeypat
     for module in (gram_module, lags_module):  # as CUDA does: 16-bit factors, float32 sums
         monkeypatch.setattr(module, "batch_product", lambda a, b: torch.bmm(a.float(), b.float()))
     for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-3), (torch.float16, 1e-4)):
-        monkeypatch.setattr(gram_module, "_product_dtype", lambda _, dtype=dtype: dtype)
+        monkeypatch.setattr(gram_module, "product_dtype", lambda _, dtype=dtype: dtype)
         assert relative_error(gram_matrix(layer, images)[0], exact) < bound
 
 

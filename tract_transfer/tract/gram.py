@@ -2,22 +2,16 @@
 
 # B images, C channels, R rows the layer multiplies, N inputs a row
 
-import contextlib
-import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tract_transfer.tract.lags import (
-    Canvas,
-    batch_product,
-    lag_gram,
-    per_chunk,
-)
+from tract_transfer.tract.lags import Canvas, batch_product, lag_gram, per_chunk
+from tract_transfer.tract.precision import float32_factors, product_dtype, sum_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +37,7 @@ def gram_matrix(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, i
     Returns:
         The (N, N) sum, and R, how many rows it holds.
     """
-    inputs, dtype = inputs.detach(), _product_dtype(inputs)
+    inputs, dtype = inputs.detach(), product_dtype(inputs)
     if isinstance(layer, nn.Linear):
         rows = inputs.reshape(-1, layer.in_features)
         return _gram_of_rows(rows, dtype), len(rows)
@@ -56,48 +50,12 @@ def gram_matrix(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, i
     return gram, len(images) * outputs[0] * outputs[1]
 
 
-def _product_dtype(inputs: Tensor) -> torch.dtype:
-    """The type of the layer's own product; float32 where it cannot be summed in float32.
-
-    A sum rounded to 16 bits is useless: its inverse would be far off (docs/tract.md).
-    """
-    device = inputs.device.type
-    if inputs.dtype == torch.float64:
-        return torch.float64
-    if device not in ("cpu", "cuda"):
-        return torch.float32
-    on = torch.is_autocast_enabled(device)
-    wanted = torch.get_autocast_dtype(device) if on else inputs.dtype
-    if device == "cpu" and not (wanted == torch.bfloat16 and _cpu_sums_bfloat16()):
-        return torch.float32
-    return wanted
-
-
-@functools.cache
-def _cpu_sums_bfloat16() -> bool:
-    """Whether oneDNN can round float32 factors to bfloat16 and sum their products in float32."""
-    settings = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    return hasattr(settings, "fp32_precision") and bool(supported())
-
-
-@contextlib.contextmanager
-def _factors_rounded_to_bfloat16() -> Iterator[None]:
-    """Let a CPU's float32 matrix products round their factors, and not their sums."""
-    settings = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - unknown to its types
-    before = settings.fp32_precision
-    settings.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
 # Operators of torch, so that torch.compile takes them whole.
 @torch.library.custom_op("tract_transfer::gram_of_rows", mutates_args=())
 def _gram_of_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the (N, N) sum of x x^T over (R, N) rows."""
-    with torch.autocast(rows.device.type, enabled=False):
+    device = rows.device.type
+    with torch.autocast(device, enabled=False), float32_factors(device):
         return _sum_over_chunks(rows, rows.shape[1], dtype)
 
 
@@ -118,16 +76,17 @@ def _gram_of_windows(
     num_inputs = images.shape[1] * kernel[0] * kernel[1]
     outputs = _num_outputs(images, kernel, stride, dilation, padding)
     if len(images) * outputs[0] * outputs[1] == 0:
-        return images.new_zeros(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
-    if images.device.type == "cpu" and list(kernel) != list(stride):
-        dtype = _sum_dtype(dtype)  # small products, which rounding would not make faster
-    with torch.autocast(images.device.type, enabled=False):
+        return images.new_zeros(num_inputs, num_inputs, dtype=sum_dtype(dtype))
+    device = images.device.type
+    if device == "cpu" and list(kernel) != list(stride):
+        dtype = sum_dtype(dtype)  # small products, which rounding would not make faster
+    with torch.autocast(device, enabled=False), float32_factors(device):
         if max(dilation) == 1:
             return _gram_by_lags(images, kernel, stride, outputs, padding, padding_mode, dtype)
         logger.debug("TrAct unfolds a dilated convolution's input, a few images at a time.")
-        gram = images.new_zeros(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
+        gram = images.new_zeros(num_inputs, num_inputs, dtype=sum_dtype(dtype))
         image_bytes = outputs[0] * outputs[1] * num_inputs * dtype.itemsize
-        for chunk in images.split(per_chunk(len(images), image_bytes, images.device.type)):
+        for chunk in images.split(per_chunk(len(images), image_bytes, device)):
             padded = F.pad(chunk, padding, padding_mode)
             rows = F.unfold(padded, tuple(kernel), tuple(dilation), 0, tuple(stride)).transpose(
                 1, 2
@@ -138,7 +97,7 @@ def _gram_of_windows(
 
 @_gram_of_rows.register_fake
 def _(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows.new_empty(rows.shape[1], rows.shape[1], dtype=_sum_dtype(dtype))
+    return rows.new_empty(rows.shape[1], rows.shape[1], dtype=sum_dtype(dtype))
 
 
 @_gram_of_windows.register_fake
@@ -152,7 +111,7 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     num_inputs = images.shape[1] * kernel[0] * kernel[1]
-    return images.new_empty(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
+    return images.new_empty(num_inputs, num_inputs, dtype=sum_dtype(dtype))
 
 
 def _gram_by_lags(
@@ -200,8 +159,8 @@ def _gram_by_lags(
 
 def _sum_over_chunks(parts: Tensor, num_inputs: int, dtype: torch.dtype) -> Tensor:
     """Return the (N, N) sum of x x^T over the (R, N) rows in parts (P, ...), some at a time."""
-    gram = parts.new_zeros(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
-    factor_dtype = _sum_dtype(dtype) if parts.device.type == "cpu" else dtype
+    gram = parts.new_zeros(num_inputs, num_inputs, dtype=sum_dtype(dtype))
+    factor_dtype = sum_dtype(dtype) if parts.device.type == "cpu" else dtype
     part_bytes = parts[:1].numel() * factor_dtype.itemsize
     at_once = per_chunk(
         len(parts), part_bytes, parts.device.type, CHUNK_OF_SUM * gram.numel() * gram.itemsize
@@ -214,21 +173,17 @@ def _sum_over_chunks(parts: Tensor, num_inputs: int, dtype: torch.dtype) -> Tens
 def _product(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return rows^T rows, (N, N), of (R, N) rows rounded to `dtype`."""
     if rows.device.type == "cpu" and dtype == torch.bfloat16:
-        with _factors_rounded_to_bfloat16():
+        with float32_factors("cpu", "bf16"):
             return rows.T @ rows
     rows = rows.to(dtype)
     num_inputs = rows.shape[1]
-    product = rows.new_empty(num_inputs, num_inputs, dtype=_sum_dtype(dtype))
+    product = rows.new_empty(num_inputs, num_inputs, dtype=sum_dtype(dtype))
     for first in range(0, num_inputs, BLOCK_COLUMNS):
         own = slice(first, first + BLOCK_COLUMNS)
         part = batch_product(rows[None, :, own].mT, rows[None, :, first:])[0]
         product[own, first:] = part
         product[first:, own] = part.T
     return product
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _num_outputs(

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tract_transfer.tract.precision import sum_dtype
+
 CHUNK_BYTES = {"cpu": 4 * 2**20}  # worked on at once: what a cache holds
 CHUNK_BYTES_ELSEWHERE = 32 * 2**20
 # Blocks, or rows, in one product: sums of few terms round less, and run in parallel.
@@ -202,8 +204,7 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
 
     own = sequence[kx - 1 : kx - 1 + at_once * height * width]
     place = _place(canvas, own.view(at_once, height, width, channels))
-    sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    products = images.new_zeros(ky, block * channels, 2, block * channels, dtype=sum_dtype)
+    products = images.new_zeros(ky, block * channels, 2, block * channels, dtype=sum_dtype(dtype))
     for chunk in images.split(at_once):
         _copy(chunk, place[: len(chunk)])
         place[len(chunk) :].zero_()

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from tract_transfer.tract.attach import Attached
 from tract_transfer.tract.find import check_layer, find_first_layers
+from tract_transfer.tract.precision import float32_factors
 from tract_transfer.tract.solve import DampedFactor, damped_factor
 from tract_transfer.tract.watch import WatchedLayer
 
@@ -115,10 +116,11 @@ class TrAct:
             each.check_reached()
         measures = self.num_steps % self.update_every == 0
         for each, gradient in zip(self._watched, gradients, strict=True):
-            if measures:
-                self._measure(each, gradient.device)
+            with float32_factors(gradient.device.type):
+                if measures:
+                    self._measure(each, gradient.device)
+                gradient.copy_(self._factors[each.name].times(gradient))
             each.forget()
-            gradient.copy_(self._factors[each.name].times(gradient))
         self.num_steps += 1
         for each in self._watched:
             each.counts = self.num_steps % self.update_every == 0
