@@ -54,13 +54,22 @@ SMALL_DETECTORS = {
     "torchvision_c4": ("cifar/resnet18, args: {width: 8}", []),
     "torchvision_c5": ("timm/vgg11, args: {mlp_ratio: 0.01}", []),
     "torchvision_vitdet": ("timm/test_vit", ["head_dim=32", "fpn_channels=16"]),
+    "detectron2": ("cifar/resnet18, args: {width: 8}", []),
 }
 
 
+def needs_detectron2(path):
+    config = load_config(path)
+    if isinstance(config, DetectionConfig) and config.model.detector.name == "detectron2":
+        pytest.importorskip("detectron2")
+
+
 def small_detector(config):
-    backbone, words = SMALL_DETECTORS[config.model.detector.name]
-    words = [*words, "short_side_px=64", "max_side_px=64", "box.rois_per_image=16"]
-    words += ["rpn.post_nms_train=50", "rpn.post_nms_test=20"]
+    name = config.model.detector.name
+    backbone, words = SMALL_DETECTORS[name]
+    words = [*words, "short_side_px=64", "max_side_px=64"]
+    if name != "detectron2":
+        words += ["box.rois_per_image=16", "rpn.post_nms_train=50", "rpn.post_nms_test=20"]
     return [f"model.backbone={{name: {backbone}}}"] + [
         f"model.detector.args.{word}" for word in words
     ]
@@ -134,6 +143,7 @@ def test_every_run_has_a_folder_of_its_own():
 
 @pytest.mark.parametrize("path", RUNS, ids=name_of)
 def test_a_config_builds_its_model(path):
+    needs_detectron2(path)
     with torch.device("meta"):  # shapes alone: some have a hundred million weights
         model = build_model(load_config(path, own_backbone(load_config(path))), num_classes=7)
     assert sum(parameter.numel() for parameter in model.parameters()) > 1000
@@ -141,6 +151,7 @@ def test_a_config_builds_its_model(path):
 
 @pytest.mark.parametrize("path", RUNS, ids=name_of)
 def test_a_config_runs(path, tmp_path, scenes):
+    needs_detectron2(path)
     words = shortened(load_config(path), scenes)
     results = run(load_config(path, [*words, f"output_dir={tmp_path / 'run'}"]))
     assert results["primary_metric"] in results["metrics"]
