@@ -6,6 +6,7 @@ exclusive), and returns what loads the data: `load(**arguments) -> DetectionData
 
 import json
 from functools import partial
+from io import BytesIO
 
 import datasets
 from PIL import Image
@@ -81,8 +82,18 @@ def write_coco(folder, objects, change=None):
     return partial(load_coco, folder / "images", folder / "boxes.json")
 
 
-def write_rows(folder, objects, feature=None, key="bbox", box=xywh, more=None):
-    """Write train.parquet; `feature` makes the column of objects from that of their fields."""
+def encoded(photo, exif):
+    """A cell of a picture with EXIF."""
+    buffer = BytesIO()
+    photo.save(buffer, "PNG", exif=exif)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def write_rows(folder, objects, feature=None, key="bbox", box=xywh, more=None, first=None):
+    """Write train.parquet; `feature` makes the column of objects from that of their fields.
+
+    `first` is the first picture and its EXIF, where it is another.
+    """
     fields = {"bbox": datasets.List(datasets.Value("float64"))}
     fields["category"] = datasets.ClassLabel(names=[*NAMES, "eel"])
     column = datasets.List(fields) if feature is None else feature(fields)
@@ -96,8 +107,11 @@ def write_rows(folder, objects, feature=None, key="bbox", box=xywh, more=None):
     extra = more or {}
     features = {"image": datasets.Image(), "objects": column}
     features |= {name: datasets.Value("int64") for name in extra}
+    pictures = [picture(number) for number in range(3)]
+    if first is not None:
+        pictures[0] = encoded(*first)
     rows = datasets.Dataset.from_dict(
-        {"image": [picture(number) for number in range(3)], "objects": cells, **extra},
+        {"image": pictures, "objects": cells, **extra},
         features=datasets.Features(features),
     )
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,16 +1,19 @@
 """What holds of every source of boxes: VOC, COCO and Hugging Face."""
 
+import json
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from box_data import WRITERS, place
+from box_data import WRITERS, coco_tree, place, write_rows
 from PIL import Image
 
+from tract_transfer.data.coco import load_coco
 from tract_transfer.data.findings import Findings
 from tract_transfer.data.images import UndecodableImage
+from tract_transfer.data.voc import load_voc
 
 GOOD = [("dog", (4, 5, 5, 7.5)), ("cat", (0, 0, 40, 30))]
 # name -> (box xyxy, what the error says, what `clip` makes of it)
@@ -153,6 +156,64 @@ def test_every_kind_of_image_becomes_rgb_of_the_annotated_size(source, kind, tmp
     image = dataset.image(0)
     assert image.shape == (3, 30, 40)
     assert (image.float() - 77).abs().max() <= 3
+
+
+CORNERS = np.kron(np.array([[0, 80], [160, 240]], dtype=np.uint8), np.ones((20, 20), np.uint8))
+# How a viewer turns what is stored, by EXIF orientation.
+TURNED = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.T,
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).T,
+    8: np.rot90,
+}
+
+
+def write_turned(source, folder, stored, orientation, size):
+    """The data of box_data, its first image with this orientation and annotated (height, width)."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = Image.fromarray(stored)
+    if source == "huggingface":
+        height, width = size
+        annotated = {"height": [height, 30, 30], "width": [width, 40, 40]}
+        return write_rows(folder, [], more=annotated, first=(photo, exif))()
+    dataset = WRITERS[source](folder, [])()
+    photo.save(dataset.item(0), exif=exif, format="PNG")
+    if source == "voc":
+        path = folder / "VOC2007/Annotations/0.xml"
+        path.write_text(
+            f"<annotation><size><width>{size[1]}</width><height>{size[0]}</height></size>"
+            "</annotation>"
+        )
+        return load_voc(folder, ["2007/train"])
+    tree = coco_tree([])
+    tree["images"][0] |= {"height": size[0], "width": size[1]}
+    (folder / "boxes.json").write_text(json.dumps(tree))
+    return load_coco(folder / "images", folder / "boxes.json")
+
+
+@pytest.mark.parametrize("source", WRITERS)
+@pytest.mark.parametrize("orientation", TURNED)
+def test_a_turned_image_is_the_one_of_the_annotated_size(source, orientation, tmp_path):
+    """Where both have that size, VOC's and COCO's is the stored one, Hugging Face's the upright."""
+    stored = CORNERS[:30]
+    upright = TURNED[orientation](stored)
+    for size in {stored.shape, upright.shape}:
+        folder = tmp_path / f"{size[0]}x{size[1]}"
+        dataset = write_turned(source, folder, stored, orientation, size)
+        fits_both = stored.shape == upright.shape
+        is_stored = (source != "huggingface") if fits_both else size == stored.shape
+        assert np.array_equal(dataset.image(0)[0], stored if is_stored else upright)
+        unclear = orientation if fits_both and is_stored else 1
+        assert dataset.unfollowed_orientation(0) == unclear
+    square = write_turned(source, tmp_path / "square", CORNERS, orientation, (40, 40))
+    wanted = TURNED[orientation](CORNERS) if source == "huggingface" else CORNERS
+    assert np.array_equal(square.image(0)[0], wanted)
+    assert np.array_equal(square.select([0], "one").image(0)[0], wanted)
 
 
 @pytest.mark.parametrize("source", ["voc", "coco"])

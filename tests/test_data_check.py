@@ -2,6 +2,7 @@ import datasets
 import numpy as np
 import pytest
 from box_data import write_coco, write_voc
+from PIL import Image
 
 from tract_transfer.data.check import check_images, statistics
 from tract_transfer.data.digits import load_digits
@@ -34,6 +35,20 @@ def test_equal_pixels_are_told_by_both_names(tmp_path):
     found = check_images(dataset)
     assert found.repeated == [(first, third)]
     assert sorted(found.items.values()) == [first, second]
+
+
+def test_an_orientation_that_the_size_does_not_tell_is_worth_a_look(tmp_path):
+    dataset = write_voc(tmp_path, OBJECTS)()
+    for number, orientation in ((0, 3), (1, 6), (2, 1)):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        size = (30, 40) if orientation == 6 else (40, 30)
+        Image.new("RGB", size, (number, 0, 0)).save(dataset.item(number), exif=exif)
+    found = check_images(dataset)
+    assert found.problems == []
+    (text,) = found.turned
+    assert text.startswith(f"{dataset.item(0)} has EXIF orientation 3")
+    assert "as stored" in text
 
 
 def test_statistics_of_boxes_are_counted(tmp_path):

@@ -107,6 +107,19 @@ def test_the_same_picture_in_two_splits_is_worth_a_look(check, write_tiny, tmp_p
     assert "1.jpg" in warning
 
 
+def test_an_image_that_may_be_upside_down_is_worth_a_look(check, write_tiny, tmp_path):
+    written = write_config(write_tiny, tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    picture = tmp_path / "voc/VOC2007/JPEGImages/1.jpg"
+    Image.new("RGB", (40, 30), (9, 9, 200)).save(picture, exif=exif)
+    code, text, report = check(*flat(written))
+    assert code == 0
+    (warning,) = [each for each in report["warnings"] if "EXIF orientation 3" in each]
+    assert warning.startswith(f"train: {picture}")
+    assert warning in text
+
+
 def test_classes_that_differ_between_splits_are_broken(check, write_tiny, tmp_path):
     written = write_config(write_tiny, tmp_path)
     code, text, report = check(*flat(written), "data.test.classes=[dog, cat]")

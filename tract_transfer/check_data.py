@@ -68,6 +68,7 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
             [*findings.problems, *images.problems],
             statistics(dataset, images.sizes),
         )
+        report.warnings += [f"{name}: {text}" for text in images.turned]
         for first, again in images.repeated:
             report.warnings.append(f"{name}: {again} shows the same as {first}")
         for digest, item in images.items.items():

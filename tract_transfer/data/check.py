@@ -28,12 +28,14 @@ class ImageCheck:
         sizes: (height, width) of those that can.
         items: what an image is called, by the sha256 (hex) of its pixels, the first of equal ones.
         repeated: pairs of images whose pixels are the same.
+        turned: what is to be looked at, of images with an EXIF orientation that is not followed.
     """
 
     problems: list[str] = field(default_factory=list)
     sizes: list[Size] = field(default_factory=list)
     items: dict[str, str] = field(default_factory=dict)
     repeated: list[tuple[str, str]] = field(default_factory=list)
+    turned: list[str] = field(default_factory=list)
 
 
 def check_images(
@@ -48,6 +50,8 @@ def check_images(
         except (ValueError, OSError) as error:
             found.problems.append(str(error))
             continue
+        if isinstance(dataset, DetectionDataset):
+            found.turned += _orientation_in_words(dataset, index)
         height, width = image.shape[1:]
         found.sizes.append((height, width))
         digest = hashlib.sha256(f"{height}x{width}".encode() + image.numpy().tobytes()).hexdigest()
@@ -106,6 +110,16 @@ def statistics(
             name: {"images": with_class[k], "objects": counts[k]} for k, name in enumerate(names)
         },
     }
+
+
+def _orientation_in_words(dataset: DetectionDataset, index: int) -> list[str]:
+    orientation = dataset.unfollowed_orientation(index)
+    if orientation == 1:
+        return []
+    return [
+        f"{dataset.item(index)} has EXIF orientation {orientation}, of which its size tells "
+        "nothing: boxes are taken to be of the pixels as stored"
+    ]
 
 
 def _spread(values: np.ndarray) -> dict[str, float] | None:

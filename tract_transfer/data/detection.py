@@ -46,6 +46,9 @@ class DetectionDataset:
 
     `sizes` int64 (N, 2) holds (height, width). Images are decoded at each access. `origin`
     tells where it comes from. An image of more than `max_pixels` is not decoded.
+
+    An image that has the annotated size both as stored and turned as its EXIF orientation says
+    (180 degrees, mirrored, square) is taken as stored, or turned where `upright`.
     """
 
     def __init__(
@@ -57,9 +60,11 @@ class DetectionDataset:
         objects: Objects,
         rows: np.ndarray | None = None,
         max_pixels: int = images.MAX_PIXELS,
+        upright: bool = False,
     ) -> None:
         self.name = name
         self.max_pixels = max_pixels
+        self.upright = upright
         self.class_names = list(class_names)
         self.sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
         self.objects = objects
@@ -79,8 +84,8 @@ class DetectionDataset:
     def image(self, index: int) -> Tensor:
         """Return an image, uint8 RGB (3, H, W) of the annotated size.
 
-        Boxes refer to the pixels as stored, so an EXIF orientation is followed only where the
-        annotated size asks for it.
+        Its EXIF orientation is followed where only then it has that size, or has it anyway and the
+        dataset is `upright`.
 
         Raises:
             UndecodableImage: it is no whole image.
@@ -93,13 +98,13 @@ class DetectionDataset:
         row = int(self._rows[index])
         stored, item = self._source.stored(row), self._source.item(row)
         found = []
-        for exif in (False, True):
+        for exif in (self.upright, not self.upright):
             image = images.decode_image(stored, item, exif, self.max_pixels)
             if size in (tuple(image.shape[1:]), UNKNOWN_SIZE):
                 return image
             found.append(f"{image.shape[2]}x{image.shape[1]}")
         raise ValueError(
-            f"{item} has {found[0]} pixels (width x height), but its annotation says "
+            f"{item} has {found[self.upright]} pixels (width x height), but its annotation says "
             f"{size[1]}x{size[0]}: the boxes may not fit. Correct the annotated size."
         )
 
@@ -135,6 +140,16 @@ class DetectionDataset:
         """Return what an error message calls an image: its file, or its row."""
         return self._source.item(int(self._rows[index]))
 
+    def unfollowed_orientation(self, index: int) -> int:
+        """Return an image's EXIF orientation where it may be meant and is not followed, else 1.
+
+        Raises:
+            UndecodableImage: it has no header that can be read.
+        """
+        stored = self._source.stored(int(self._rows[index]))
+        fits_both = images.read_size(stored) == images.read_size(stored, exif=True)
+        return images.read_orientation(stored) if fits_both and not self.upright else 1
+
     def encoded(self, index: int) -> bytes:
         """Return an image's stored bytes."""
         return images.read_stored(self._source.stored(int(self._rows[index])))
@@ -156,6 +171,7 @@ class DetectionDataset:
             self.objects.select(picked),
             self._rows[picked],
             self.max_pixels,
+            self.upright,
         )
         chosen.origin = self.origin
         if self._cache is not None:

@@ -79,9 +79,9 @@ def load_huggingface_boxes(
         findings: what becomes of wrong annotations; by default the first is raised.
         max_pixels: an image of more cannot be decoded.
 
-    Columns `height` and `width` are the annotated size where they exist; else it is that of the
-    image, turned as its EXIF orientation says, which is how `datasets` shows it. A column
-    `image_id` must not repeat.
+    Columns `height` and `width` are the annotated size where they exist. Images are turned as their
+    EXIF orientation says, which is how `datasets` shows them, but for those that have the annotated
+    size only as stored. A column `image_id` must not repeat.
 
     Raises:
         FileNotFoundError: the path does not exist, or the hub does not answer.
@@ -122,7 +122,9 @@ def load_huggingface_boxes(
         sizes.append(size)
         objects.append(list(reader.read(row[columns.objects], item, size, box_format, unit)))
     picked = np.array(kept, dtype=np.int64)
-    dataset = DetectionDataset(path, names, source, sizes, flatten(objects), picked, max_pixels)
+    dataset = DetectionDataset(
+        path, names, source, sizes, flatten(objects), picked, max_pixels, upright=True
+    )
     dataset.origin = Origin(path if is_hub_id(path) else None)
     return dataset
 

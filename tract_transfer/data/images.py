@@ -102,14 +102,29 @@ def read_size(source: bytes | Path, exif: bool = False) -> tuple[int, int]:
     Raises:
         UndecodableImage: there is no header that PIL knows.
     """
+    height, width, orientation = _read_header(source)
+    return (width, height) if exif and orientation in (5, 6, 7, 8) else (height, width)
+
+
+def read_orientation(source: bytes | Path) -> int:
+    """Return the EXIF orientation in an image's header, 1..8; 1 is as stored, or not stated.
+
+    Raises:
+        UndecodableImage: there is no header that PIL knows.
+    """
+    orientation = _read_header(source)[2]
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _read_header(source: bytes | Path) -> tuple[int, int, int]:
+    """Return height, width and EXIF orientation."""
     try:
         stream = source if isinstance(source, Path) else BytesIO(source)
         with Image.open(stream, formats=_formats()) as header:
-            height, width = header.height, header.width
-            turned = exif and header.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
+            return header.height, header.width, orientation
     except _DECODER_ERRORS as error:
         raise UndecodableImage(str(source)[:200], f"no size to be read ({error})") from error
-    return (width, height) if turned else (height, width)
 
 
 @cache
