@@ -29,6 +29,7 @@ BRIDGE = {
     "detectron2_plugin",
     "export",
     "inspect_suite",
+    "leaks",
     "model_card",
     "replay",
     "run",

@@ -33,12 +33,12 @@ from tract_transfer.evaluation.probes import Labels, Rows, Scores, extract_featu
 from tract_transfer.evaluation.probes_cache import Extracted, cached_features, feature_key
 from tract_transfer.evaluation.probes_few_shot import check_shots
 from tract_transfer.evaluation.probes_knn import check_ks
+from tract_transfer.leaks import find_leaks
 from tract_transfer.models import Backbone
 from tract_transfer.results import label, log_weights, protocol
 
 logger = logging.getLogger(__name__)
 _PACKAGES = ("torch", "torchvision", "timm")
-_NAMED_LEAKS = 10
 
 
 def run_probe(
@@ -86,7 +86,7 @@ def run_probe(
         "primary_metric": config.evaluation.metric,
         "probes": probes,
         "rows": {name: len(one.y) for name, one in rows.items()},
-        "leaks": _leaks(data, hashes, decoded),
+        "leaks": find_leaks(data, hashes, {name: one.tolist() for name, one in decoded.items()}),
         "test_classes_without_training_images": _untrained(data, labels),
         "details": details,
         "iterations": 0,
@@ -175,33 +175,6 @@ def _measure(
         return multilabel_metrics(scores, truth, class_names)
 
     return many_labels if config.data.has_many_labels else one_label
-
-
-def _leaks(
-    data: Data, hashes: dict[str, list[str]], decoded: dict[str, Labels]
-) -> dict[str, dict[str, Any]]:
-    """Return, for train and val, how many of its images are test images too, and the first ones.
-
-    Images are the same where their stored bytes are.
-    """
-    tested = {hashes["test"][row]: row for row in decoded["test"].tolist()[::-1]}
-    found: dict[str, dict[str, Any]] = {}
-    for name in ("train", "val"):
-        if name not in decoded:
-            continue
-        split = data.splits[name]
-        own = [row for row in decoded[name].tolist() if hashes[name][row] in tested]
-        pairs = [
-            [split.item(row), data.splits["test"].item(tested[hashes[name][row]])]
-            for row in own[:_NAMED_LEAKS]
-        ]
-        found[name] = {"images_in_test": len(own), "first": pairs}
-        if own:
-            logger.warning(
-                "%d of the %d images of %s are in test too, the first: %s is %s. They stay; the "
-                "result is that much too good.", len(own), len(decoded[name]), name, *pairs[0],
-            )  # fmt: skip
-    return found
 
 
 def _untrained(data: Data, labels: dict[str, Labels]) -> list[str]:

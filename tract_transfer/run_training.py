@@ -29,6 +29,7 @@ from tract_transfer.engine.hooks import (
 from tract_transfer.engine.run_folder import save_detections, write_results
 from tract_transfer.engine.signals import StopRequest
 from tract_transfer.engine.trainer import Hook, Trainer
+from tract_transfer.leaks import find_training_leaks
 from tract_transfer.models import Backbone
 from tract_transfer.models.weights import save_backbone
 from tract_transfer.results import card, label, log_weights, protocol
@@ -58,6 +59,7 @@ def train(
         whole = trainer.iteration == 0
         if accelerator.is_main_process:
             metrics_file.cut_after(trainer.iteration)
+        leaks = find_training_leaks(data) if accelerator.is_main_process else None
         trainer.hooks = _hooks(config, data, trainer, checkpointer, metrics_file)
         trainer.stop = stop
         with stop.waits(), keep_debug_batch(trainer, folder):
@@ -65,7 +67,7 @@ def train(
             stop.check(accelerator)
             accelerator.wait_for_everyone()  # the main process may be marking the best
             results = _report(config, data, trainer, checkpointer, metrics_file)
-            results["weights_match"] = started_from
+            results["weights_match"], results["leaks"] = started_from, leaks
             results["cost"] = meter.read(whole=whole)
             if accelerator.is_main_process:
                 write_results(folder, results)
