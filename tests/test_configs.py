@@ -29,14 +29,17 @@ def name_of(path):
 # Where the configs name a ViT: one of its kind that is small.
 SMALL_VITS = {
     "cifar/vit": "{name: cifar/vit, args: {depth: 1, width: 48, num_heads: 3}}",
+    "timm/vit": "{name: timm/test_vit, args: {img_size: 32}}",
     "timm/deit3": "{name: timm/deit3_small_patch16_224, args: {img_size: 32, patch_size: 8, "
     "depth: 2, embed_dim: 48, num_heads: 3}}",
 }
 
 
-def small_vit(config):
-    """Overrides of a ViT, which takes one image size; none for others."""
+def small_net(config):
+    """Overrides of a ViT, which takes one image size, and of a deep ResNet; none for others."""
     name = config.model.backbone.name or ""
+    if name in ("torchvision/resnet34", "torchvision/resnet50"):  # too deep for images of 16 px
+        return ["model.backbone={name: cifar/resnet18, args: {width: 8}}"]
     (found,) = [vit for begin, vit in SMALL_VITS.items() if name.startswith(begin)] or [None]
     return [f"model.backbone={found}", "data.transforms.size_px=32"] if found else []
 
@@ -101,9 +104,7 @@ def shortened(config, scenes):
         sizes = "{short_sides_px: [64], max_side_px: 64}"
         words += [f"data.transforms={sizes}", *small_detector(config)]
     else:
-        # A deep ResNet's last BatchNorms see two values of two images of 16 px: gradients explode.
-        size_px = 64 if config.model.backbone.name == "torchvision/resnet50" else 16
-        words.append(f"data.transforms.size_px={size_px}")
+        words.append("data.transforms.size_px=16")
     if probes:
         words.append("data.feature_cache=null")
         if config.evaluation.few_shot:
@@ -115,7 +116,7 @@ def shortened(config, scenes):
         words += ["solver.max_epochs=null", "solver.max_iters=2", "solver.warmup_epochs=null"]
         words += ["solver.warmup_iters=null", "evaluation.every_epochs=null"]
         words += ["evaluation.every_iters=null", "solver.warmup_start=0"]
-        words += [] if detects else ["data.repeats=1", *small_vit(config)]
+        words += [] if detects else ["data.repeats=1", *small_net(config)]
         if config.solver.schedule == "multistep":
             words += ["solver.steps_epochs=null", "solver.steps_iters=[1]"]
     return words

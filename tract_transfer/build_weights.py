@@ -40,7 +40,7 @@ def build_with_weights(config: Config) -> Backbone:
             check_is_there(path)
         card = read_card(path) if wanted.name is None else None
         if from_file and wanted.name is not None and has_card(path):
-            _check_card(read_card(path), wanted)
+            check_card(read_card(path), wanted)
     except (FileNotFoundError, ValueError) as error:
         raise config.error("model.weights", str(error)) from error
     try:
@@ -98,7 +98,7 @@ def _located(config: Config, error: Exception) -> ConfigError:
     return config.error("model.weights", str(error))
 
 
-def _check_card(card: Mapping[str, Any], wanted: BackboneConfig) -> None:
+def check_card(card: Mapping[str, Any], wanted: BackboneConfig) -> None:
     """Refuse a backbone that the card of its weights contradicts, even where shapes fit."""
     told = {"name": card["name"], "stem": card["stem"], "args": card["args"]}
     given = wanted.model_dump(include=set(told))
