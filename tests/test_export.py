@@ -1,23 +1,18 @@
 """An exported model gives its run's logits in the library it is loaded with."""
 
-import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
-import huggingface_hub
 import numpy as np
 import pytest
 import timm
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tract_transfer.build_batches import build_transforms
 from tract_transfer.export import export_run
-from tract_transfer.model_card import escape
 from tract_transfer.models import Classifier, build_backbone
 from tract_transfer.models.export import export_onnx, load_exported, to_library
 from tract_transfer.run import run
@@ -147,55 +142,6 @@ def test_what_no_library_has_stays_ours_and_says_why(name, message):
     assert message in made.reason
 
 
-def test_the_card_tells_what_the_run_tells(finished, tmp_path):
-    folder = finished("timm")
-    export_run(folder, tmp_path / "out")
-    text = (tmp_path / "out/README.md").read_text()
-    _, front, body = text.split("---\n", 2)
-    assert yaml.safe_load(front) == {
-        "library_name": "timm",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "timm", "tract_transfer", "tract"],
-        "metrics": ["accuracy"],
-    }
-    results = json.loads((folder / "results.json").read_text())
-    environment = json.loads((folder / "environment.json").read_text())
-    for name, value in results["metrics"].items():
-        assert f"| {escape(name)} | {value:.4f} |" in body
-    for value in (*results["protocol"].values(), *environment["data"].values()):
-        assert escape(value) in body
-    for line in ("| seed | 0 |", "| TrAct in this training | lam 0.1, absolute |"):
-        assert line in body
-    assert escape(environment["versions"]["timm"]) in body
-    assert str(folder) not in text
-
-
-def test_hub_ids_are_listed_and_local_paths_told_by_their_name(finished, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    for file in finished("timm").rglob("*"):
-        target = folder / file.relative_to(finished("timm"))
-        target.mkdir(exist_ok=True) if file.is_dir() else target.write_bytes(file.read_bytes())
-    card = json.loads((folder / "model.json").read_text())
-    card["data"]["hub_ids"] = {"train": "owner/a: b", "test": "owner/a: b"}
-    (folder / "model.json").write_text(json.dumps(card))
-    results = json.loads((folder / "results.json").read_text())
-    results["details"]["class_names"] = ["a|b*", "<script>x</script>", "multi\n# line"]
-    results["protocol"]["train"] = "/home/me/secret/pets: 3 images"
-    (folder / "results.json").write_text(json.dumps(results))
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    for split in ("train", "test"):
-        path = "/home/me/secret/pets"
-        config["data"][split] = {"source": "huggingface", "path": path, "split": split}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    export_run(folder, tmp_path / "out")
-    text = (tmp_path / "out/README.md").read_text()
-    assert yaml.safe_load(text.split("---\n")[1])["datasets"] == ["owner/a: b"]
-    assert "| train | pets: 3 images |" in text
-    assert "/home/me" not in text
-    assert r"0 a\|b\*, 1 \<script\>x\</script\>, 2 multi \# line" in text
-
-
 def test_what_cannot_be_exported_says_why(finished, load_tiny, call, tmp_path):
     run(load_tiny(tmp_path, "solver.max_iters=1", task="detection"))
     run(load_tiny(tmp_path, f"output_dir={tmp_path}/probe", task="probe"))
@@ -223,63 +169,6 @@ def test_weights_of_another_model_than_the_cards_are_refused(finished, tmp_path)
     save_file({"head.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"(?s)is not what model.json beside it describes: .*head"):
         load_exported(folder)
-
-
-def test_a_mirrored_evaluation_exports_one_view(load_tiny, tmp_path):
-    run(load_tiny(tmp_path, "solver.max_iters=1", "evaluation.flip=true"))
-    export_run(tmp_path / "run", tmp_path / "out")
-    text = (tmp_path / "out/README.md").read_text()
-    assert "average each image and its mirror image; the model looks once" in text
-
-
-class Hub:
-    """What stands for the hub: notes what is asked of it."""
-
-    def __init__(self, is_private=True):
-        self.calls, self.is_private = [], is_private
-
-    def create_repo(self, hub_id, private, exist_ok):
-        self.calls.append(("create", hub_id, private, exist_ok))
-        return f"https://hub/{hub_id}"
-
-    def repo_info(self, hub_id):
-        return SimpleNamespace(private=self.is_private)
-
-    def upload_folder(self, repo_id, folder_path, commit_message):
-        files = sorted(path.name for path in Path(folder_path).iterdir())
-        self.calls.append(("upload", repo_id, files))
-
-
-@pytest.mark.parametrize("private", [False, True])
-def test_it_is_uploaded_only_when_told(private, finished, call, tmp_path, monkeypatch):
-    hub = Hub()
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
-    words = ("--run", finished("timm"), "--output")
-    assert call("export_model.py", *words, tmp_path / "quiet").returncode == 0
-    assert hub.calls == []
-    more = ("--push-to-hub", "me/model", *(["--private"] if private else []))
-    said = call("export_model.py", *words, tmp_path / "out", *more)
-    assert said.returncode == 0, said.stderr
-    files = ["README.md", "config.json", "model.safetensors"]
-    assert hub.calls == [("create", "me/model", private, True), ("upload", "me/model", files)]
-    assert said.stdout.splitlines()[-1] == "https://hub/me/model"
-    assert "snapshot_download('me/model')" in (tmp_path / "out/README.md").read_text()
-
-
-def test_an_upload_that_cannot_be_is_refused(finished, call, tmp_path, monkeypatch):
-    hub = Hub(is_private=False)
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
-    words = ("--run", finished("timm"), "--output", tmp_path / "out", "--push-to-hub")
-    assert "needs a token with write access" in call("export_model.py", *words, "me/m").stderr
-    assert "must be owner/name, not 'm'" in call("export_model.py", *words, "m").stderr
-    assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
-    said = call("export_model.py", *words, "me/m", "--private")
-    assert said.returncode == 1
-    assert "me/m exists and is public, and nothing was uploaded" in said.stderr
-    assert [kind for kind, *_ in hub.calls] == ["create"]
 
 
 @pytest.mark.parametrize("kind", ["timm", "vit", "torchvision"])

@@ -24,6 +24,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--push-to-hub", metavar="ID", help="upload it as owner/name")
     parser.add_argument("--private", action="store_true", help="with --push-to-hub: not public")
+    parser.add_argument(
+        "--license", metavar="ID", help="what the card states, such as apache-2.0; else none"
+    )
     arguments = parser.parse_args()
     if arguments.private and not arguments.push_to_hub:
         parser.error("--private goes with --push-to-hub.")
@@ -39,7 +42,13 @@ def main() -> int:
     try:
         if hub_id:
             check_hub(hub_id)
-        made = export_run(arguments.run, arguments.output, onnx=arguments.onnx, hub_id=hub_id)
+        made = export_run(
+            arguments.run,
+            arguments.output,
+            onnx=arguments.onnx,
+            hub_id=hub_id,
+            license_id=arguments.license,
+        )
         print(f"{arguments.output}: {made.library} {made.name}")
         if made.reason:
             print(f"It loads with tract_transfer alone: {made.reason}")

@@ -25,7 +25,12 @@ from tract_transfer.trained import Trained, load_trained
 
 
 def export_run(
-    run: Path, output: Path, *, onnx: bool = False, hub_id: str | None = None
+    run: Path,
+    output: Path,
+    *,
+    onnx: bool = False,
+    hub_id: str | None = None,
+    license_id: str | None = None,
 ) -> Portable:
     """Write what the run in `run` reports into the new folder `output`; return its model.
 
@@ -34,6 +39,7 @@ def export_run(
 
     Args:
         hub_id: what README.md loads from; without, it loads from its own folder.
+        license_id: what README.md states, as the hub calls it; None states none.
 
     Raises:
         FileExistsError: `output` exists.
@@ -67,7 +73,15 @@ def export_run(
         saved = read_card(run) if has_card(run) else {}
         environment = _read(run / ENVIRONMENT_NAME)
         text = model_card(
-            trained.config, results, environment, saved, portable, classifier.backbone, hub_id, onnx
+            trained.config,
+            results,
+            environment,
+            saved,
+            portable,
+            classifier.backbone,
+            hub_id=hub_id,
+            onnx=onnx,
+            license_id=license_id,
         )
         (folder / "README.md").write_text(text, encoding="utf-8")
         folder.rename(output)

@@ -8,9 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from tract_transfer.config import ClassificationConfig
+from tract_transfer.config_data import CarvedSource
 from tract_transfer.models import Backbone
 from tract_transfer.models.export import ONNX_NAME, OPSET, Portable
 
+_ACCURACIES = {
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "mean_per_class": "mean per-class accuracy",
+}
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>#|~$&!{}])")
 
 
@@ -23,6 +29,7 @@ def model_card(
     backbone: Backbone,
     hub_id: str | None,
     onnx: bool,
+    license_id: str | None,
 ) -> str:
     """Return the model card, Markdown with YAML front matter.
 
@@ -31,12 +38,13 @@ def model_card(
         saved: the run's model.json.
         hub_id: where the code loads from; None is the folder itself.
         onnx: whether model.onnx lies beside it.
+        license_id: as the hub calls it, such as apache-2.0; None states none.
     """
     hub_ids = list(dict.fromkeys(saved.get("data", {}).get("hub_ids", {}).values()))
     names = results["details"]["class_names"]
     local = _local_paths(config, hub_ids)
     sections = [
-        _front_matter(results, portable, hub_ids, onnx),
+        _front_matter(config, results, portable, hub_ids, onnx, license_id),
         f"# {escape(results['name'])}\n\n"
         f"{escape(portable.name)} that tells {len(names)} classes apart, trained with "
         f"tract_transfer ({escape(results['role'])} run, method {escape(results['method'])}).",
@@ -49,7 +57,8 @@ def model_card(
         _table("Versions", {**environment["versions"], **environment["git"]}),
         "## How to load it\n\n" + _code(config, portable, backbone, hub_id),
         _onnx(config) if onnx else "",
-        "## Limits\n\n" + "\n".join(f"- {line}" for line in _limits(config, portable, results)),
+        "## Limits\n\n"
+        + "\n".join(f"- {line}" for line in _limits(config, portable, results, license_id)),
         "## Classes\n\n" + ", ".join(f"{k} {escape(name)}" for k, name in enumerate(names)),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -61,8 +70,14 @@ def escape(text: object) -> str:
 
 
 def _front_matter(
-    results: dict[str, Any], portable: Portable, hub_ids: list[str], onnx: bool
+    config: ClassificationConfig,
+    results: dict[str, Any],
+    portable: Portable,
+    hub_ids: list[str],
+    onnx: bool,
+    license_id: str | None,
 ) -> str:
+    """Return what the hub reads: library, task, licence, data, and the results as model-index."""
     from huggingface_hub import ModelCardData
 
     tags = ["image-classification", portable.library, "tract_transfer", results["method"]]
@@ -72,8 +87,42 @@ def _front_matter(
         tags=list(dict.fromkeys([*tags, *(["onnx"] if onnx else [])])),
         datasets=hub_ids or None,
         metrics=["accuracy"],
+        license=license_id,
+        model_name=results["name"],
+        eval_results=_eval_results(config, results, hub_ids),
     )
     return f"---\n{data.to_yaml()}\n---"
+
+
+def _eval_results(
+    config: ClassificationConfig, results: dict[str, Any], hub_ids: list[str]
+) -> list[Any]:
+    """Return the reported accuracies, of the reported split."""
+    from huggingface_hub import EvalResult
+
+    split = "test" if config.data.test is not None else "val"
+    section: Any = getattr(config.data, split)
+    told = getattr(section, "split", split)
+    if isinstance(section, CarvedSource):
+        told = f"{section.fraction:.0%} of {getattr(config.data.train, 'split', 'train')}"
+        section = config.data.train
+    path = str(getattr(section, "path", section.source))
+    name = path if path in hub_ids else Path(path).name
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=name,
+            dataset_name=name,
+            dataset_config=getattr(section, "config_name", None),
+            dataset_split=told,
+            dataset_revision=getattr(section, "revision", None),
+            metric_type="accuracy",
+            metric_name=title,
+            metric_value=results["metrics"][metric],
+        )
+        for metric, title in _ACCURACIES.items()
+        if metric in results["metrics"]
+    ]
 
 
 def _training(results: dict[str, Any], local: list[str]) -> dict[str, Any]:
@@ -183,11 +232,21 @@ def _onnx(config: ClassificationConfig) -> str:
     )
 
 
-def _limits(config: ClassificationConfig, portable: Portable, results: dict[str, Any]) -> list[str]:
+def _limits(
+    config: ClassificationConfig,
+    portable: Portable,
+    results: dict[str, Any],
+    license_id: str | None,
+) -> list[str]:
     lines = [
         "The numbers are of one run with one seed, on the split and by the protocol above.",
         "Images of other kinds than the training's were not measured.",
     ]
+    for split, leak in (results.get("leaks") or {}).items():
+        if count := next(number for key, number in leak.items() if key.startswith("images_in_")):
+            lines.append(f"{count} images of {split} are among those the numbers are of.")
+    if license_id is None:
+        lines.append("No licence is stated: ask its owner, and mind the data's own terms.")
     if portable.edits:
         lines.append("Its stem is not the library's: it loads by the code above alone.")
     if portable.reason:
