@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import errors_page
 import pytest
 import torch
 from run_folders import Killed
@@ -162,6 +163,26 @@ def call():
     yield run
     for logger, level in zip(loggers, levels, strict=True):
         logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def refused(tmp_path_factory, pytestconfig):
+    """`pytest.raises` for a bad input by its name, which docs/errors.md has a row of."""
+    recorder = pytestconfig.pluginmanager.get_plugin(errors_page.RECORDER)
+    rows = {} if recorder else errors_page.read_page()
+
+    @contextlib.contextmanager
+    def refuse(what, kind=ValueError, match=None):
+        with pytest.raises(kind, match=match) as caught:
+            yield caught
+        message = errors_page.shown(str(caught.value), tmp_path_factory.getbasetemp())
+        row = errors_page.Row(what, errors_page.caught_in(caught.tb), message)
+        if recorder:
+            recorder.add(row)
+        else:
+            assert rows.get(what) == row, "docs/errors.md says otherwise: make errors"
+
+    return refuse
 
 
 @pytest.fixture

@@ -152,27 +152,35 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_bad_input_is_told_before_training(name, tmp_path, load_tiny):
+def test_a_bad_input_is_told_before_training(name, tmp_path, load_tiny, refused):
     task, prepare, kind, wanted = TABLE[name]
-    with pytest.raises(kind) as caught:
+    with refused(name, kind) as caught:
         run(load_tiny(tmp_path, *prepare(tmp_path), task=task))
     message = str(caught.value)
     assert [part for part in wanted if part not in message] == [], message
     assert not (tmp_path / "run").exists()
 
 
-def test_tract_needs_a_layer_that_trains(tmp_path, load_tiny):
+def test_tract_needs_a_layer_that_trains(tmp_path, load_tiny, refused):
     config = load_tiny(tmp_path, "tract.enabled=true")
     model = build_model(config, 3)
     model.backbone.requires_grad_(False)
-    with pytest.raises(ConfigError, match=r"tract: .*conv1.weight is frozen.*Unfreeze"):
+    with refused(
+        "TrAct on a frozen first layer",
+        ConfigError,
+        match=r"tract: .*conv1.weight is frozen.*Unfreeze",
+    ):
         build_tract(config, model)
 
 
-def test_tract_says_where_it_found_no_first_layer(tmp_path, load_tiny):
+def test_tract_says_where_it_found_no_first_layer(tmp_path, load_tiny, refused):
     config = load_tiny(tmp_path, "tract.enabled=true")
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(3, 4, 1))
-    with pytest.raises(ConfigError, match=r"tract: .* 2 could: \['0', '1'\].*tract.layers"):
+    with refused(
+        "a model with two layers that could be the first",
+        ConfigError,
+        match=r"tract: .* 2 could: \['0', '1'\].*tract.layers",
+    ):
         build_tract(config, model)
 
 
@@ -188,11 +196,11 @@ def contents(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
 
 
-def test_a_folder_is_not_written_over(finished, load_tiny):
+def test_a_folder_is_not_written_over(finished, load_tiny, refused):
     folder = Path(finished.output_dir)
     before = contents(folder)
     config = load_tiny(folder.parent, "solver.lr=0.5")
-    with pytest.raises(FileExistsError) as caught:
+    with refused("an output_dir that holds another run", FileExistsError) as caught:
         run(config)
     message = str(caught.value)
     assert f"{folder} holds another run" in message
@@ -200,11 +208,13 @@ def test_a_folder_is_not_written_over(finished, load_tiny):
     assert contents(folder) == before
 
 
-def test_a_run_goes_on_with_its_own_config_alone(finished, load_tiny):
+def test_a_run_goes_on_with_its_own_config_alone(finished, load_tiny, refused):
     folder = Path(finished.output_dir)
     before = contents(folder)
     config = load_tiny(folder.parent, "solver.max_iters=2", "solver.lr=0.5", "data.batch_size=16")
-    with pytest.raises(ValueError, match="cannot be resumed with another config") as caught:
+    with refused(
+        "--resume with another config", ValueError, match="cannot be resumed with another config"
+    ) as caught:
         run(config, resume=True)
     message = str(caught.value)
     assert "data.batch_size: 32 then, 16 now; solver.lr: 0.05 then, 0.5 now" in message
@@ -220,16 +230,24 @@ def test_where_and_how_fast_may_change_on_resume(finished, load_tiny):
     assert again["metrics"] == before
 
 
-def test_there_is_nothing_to_evaluate(tmp_path, load_tiny):
-    with pytest.raises(FileNotFoundError, match=r"No whole checkpoint in .*train first, or set"):
+def test_there_is_nothing_to_evaluate(tmp_path, load_tiny, refused):
+    with refused(
+        "--eval-only without a checkpoint",
+        FileNotFoundError,
+        match=r"No whole checkpoint in .*train first, or set",
+    ):
         evaluate_run(load_tiny(tmp_path))
-    with pytest.raises(ConfigError, match=r"task: a probe trains nothing"):
+    with refused("--eval-only of a probe", ConfigError, match=r"task: a probe trains nothing"):
         evaluate_run(load_tiny(tmp_path, task="probe"))
 
 
-def test_a_checkpoint_of_another_model_is_told(finished, load_tiny):
+def test_a_checkpoint_of_another_model_is_told(finished, load_tiny, refused):
     config = load_tiny(Path(finished.output_dir).parent, "model.backbone.args={width: 16}")
-    with pytest.raises(ValueError, match=r"iter_0000002 .*another model.*config.yaml"):
+    with refused(
+        "--eval-only with another model",
+        ValueError,
+        match=r"iter_0000002 .*another model.*config.yaml",
+    ):
         evaluate_run(config)
 
 

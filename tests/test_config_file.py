@@ -91,11 +91,15 @@ def test_nothing_in_a_config_is_executed(fails, tmp_path, tag):
     assert not touched.exists()
 
 
-def test_a_missing_file_is_named(tmp_path, write):
-    with pytest.raises(ConfigError, match=r"No config can be read at .*nowhere\.yaml"):
+def test_a_missing_file_is_named(tmp_path, write, refused):
+    with refused(
+        "a config that is not there", ConfigError, match=r"No config can be read at .*nowhere\.yaml"
+    ):
         load_config(tmp_path / "nowhere.yaml")
     path = write("_BASE_: gone.yaml\n")
-    with pytest.raises(ConfigError, match=rf"gone\.yaml \(_BASE_ of {path}\)"):
+    with refused(
+        "a _BASE_ that is not there", ConfigError, match=rf"gone\.yaml \(_BASE_ of {path}\)"
+    ):
         load_config(path)
 
 
@@ -112,20 +116,24 @@ def test_bases_are_read_in_order_beside_their_file(write):
     )  # fmt: skip
 
 
-def test_an_error_names_the_base_it_is_in(write):
+def test_an_error_names_the_base_it_is_in(write, refused):
     base = write(CLASSIFICATION.replace("seed", "").replace("lr:", "lrr:"), "base.yaml")
     path = write("_BASE_: base.yaml\nsolver: {lr: 1}\n")
-    with pytest.raises(ConfigError) as error:
+    with refused("a misspelt key in a _BASE_", ConfigError) as error:
         load_config(path)
     assert str(error.value) == f"solver.lrr: unknown. Did you mean solver.lr? ({base} line 11)"
 
 
 @pytest.mark.parametrize("others", [["x.yaml"], ["b.yaml", "x.yaml"], ["b.yaml", "b.yaml"]])
-def test_a_circle_of_bases_is_refused(write, others):
+def test_a_circle_of_bases_is_refused(write, others, refused):
     files = ["x.yaml", *others]
     for name, base in zip(files, others, strict=False):
         write(f"_BASE_: {base}\n", name)
-    with pytest.raises(ConfigError, match="leads back to the file itself"):
+    with refused(
+        f"a _BASE_ that leads back: {others}",
+        ConfigError,
+        match="leads back to the file itself",
+    ):
         load_config(write(f"_BASE_: {others[0]}\n"))
 
 

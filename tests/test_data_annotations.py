@@ -57,10 +57,12 @@ def test_all_sources_read_the_same(source, tmp_path):
 
 @pytest.mark.parametrize("source", WRITERS)
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_wrong_box_is_named_or_mended_and_listed(source, kind, tmp_path):
+def test_a_wrong_box_is_named_or_mended_and_listed(source, kind, tmp_path, refused):
     box, message, clipped = WRONG[kind]
     load = WRITERS[source](tmp_path / "data", [GOOD[0], ("cat", box), GOOD[1]])
-    with pytest.raises(ValueError, match=r"set data\.invalid_boxes: clip") as caught:
+    with refused(
+        f"a box that is {kind} ({source})", ValueError, match=r"set data\.invalid_boxes: clip"
+    ) as caught:
         load()
     assert place(source, 2, "cat") in str(caught.value)
     assert message in str(caught.value)
@@ -102,9 +104,13 @@ def test_collecting_tells_all_and_keeps_what_is_right(source, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["voc", "huggingface"])
-def test_an_unknown_class_is_told_with_the_known(source, tmp_path):
+def test_an_unknown_class_is_told_with_the_known(source, tmp_path, refused):
     load = WRITERS[source](tmp_path / "data", [GOOD[0], ("eel", (1, 1, 2, 2))])
-    with pytest.raises(ValueError, match=r"unknown class.* Classes: cat, dog. Correct") as caught:
+    with refused(
+        f"an object of no known class ({source})",
+        ValueError,
+        match=r"unknown class.* Classes: cat, dog. Correct",
+    ) as caught:
         load(key="data.val")
     assert place(source, 2, "eel") in str(caught.value)
     assert "set data.val.classes" in str(caught.value)

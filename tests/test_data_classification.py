@@ -98,9 +98,13 @@ def test_a_named_file_is_its_own_split(tmp_path):
         load_huggingface(str(tmp_path / "test.parquet"), "train")
 
 
-def test_a_missing_shard_is_an_error(tmp_path):
+def test_a_missing_shard_is_an_error(tmp_path, refused):
     make_rows([0]).to_parquet(tmp_path / "train-00000-of-00002.parquet")
-    with pytest.raises(ValueError, match="all 2 files of split 'train', but has 1"):
+    with refused(
+        "parquet shards of which one is missing",
+        ValueError,
+        match="all 2 files of split 'train', but has 1",
+    ):
         load_huggingface(str(tmp_path), "train")
 
 
@@ -141,9 +145,11 @@ def test_wrong_columns_and_labels_name_the_fix(rows, options, message, tmp_path)
         load_huggingface(str(tmp_path / "d"), "train", key="k", **options)
 
 
-def test_a_slice_without_rows_is_refused(tmp_path):
+def test_a_slice_without_rows_is_refused(tmp_path, refused):
     make_rows([0, 1]).save_to_disk(tmp_path / "d")
-    with pytest.raises(ValueError, match=r"has no rows. Set data.train.split"):
+    with refused(
+        "a slice of a split without rows", ValueError, match=r"has no rows. Set data.train.split"
+    ):
         load_huggingface(str(tmp_path / "d"), "train[:0]")
 
 
@@ -159,13 +165,17 @@ def test_split_folders_share_their_classes(tmp_path):
         check_same_classes({"train": load_huggingface(str(tmp_path), "train"), "test": alone})
 
 
-def test_two_image_columns_must_be_told_apart(tmp_path):
+def test_two_image_columns_must_be_told_apart(tmp_path, refused):
     rows = make_rows([0])
     rows = datasets.concatenate_datasets(
         [rows, rows.select_columns("image").rename_column("image", "other")], axis=1
     )
     rows.save_to_disk(tmp_path / "d")
-    with pytest.raises(ValueError, match=r"2 have: set data.train.image_column.*other \(Image\)"):
+    with refused(
+        "two image columns",
+        ValueError,
+        match=r"2 have: set data.train.image_column.*other \(Image\)",
+    ):
         load_huggingface(str(tmp_path / "d"), "train")
     assert len(load_huggingface(str(tmp_path / "d"), "train", image_column="image")) == 1
 

@@ -63,10 +63,10 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("kind", MISTAKES)
-def test_a_mistake_names_file_and_entry(kind, tmp_path):
+def test_a_mistake_names_file_and_entry(kind, tmp_path, refused):
     change, message = MISTAKES[kind]
     load = write_coco(tmp_path / "data", OBJECTS, change)
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+    with refused(f"COCO json: {kind}", (ValueError, FileNotFoundError)) as caught:
         load()
     assert str(tmp_path / "data/boxes.json") in str(caught.value)
     assert message in str(caught.value)
@@ -93,13 +93,21 @@ def test_a_file_that_is_none_says_what_it_must_be(text, message, tmp_path):
         load(key="data.val")
 
 
-def test_missing_paths_name_their_keys(tmp_path):
+def test_missing_paths_name_their_keys(tmp_path, refused):
     load = write_coco(tmp_path / "data", OBJECTS)
     (tmp_path / "data/images").rename(tmp_path / "data/away")
-    with pytest.raises(FileNotFoundError, match=r"no folder of images. Set data.train.images"):
+    with refused(
+        "COCO data without their folder of images",
+        FileNotFoundError,
+        match=r"no folder of images. Set data.train.images",
+    ):
         load()
     (tmp_path / "data/boxes.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"does not exist. Set data.train.annotations"):
+    with refused(
+        "COCO data without their json",
+        FileNotFoundError,
+        match=r"does not exist. Set data.train.annotations",
+    ):
         load()
 
 

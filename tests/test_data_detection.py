@@ -134,8 +134,8 @@ def test_bad_split_files_name_file_and_line(lines, error, message, tmp_path):
         ("2007", ValueError, "must be <year>/<split>"),
     ],
 )
-def test_unknown_sets_name_the_fix(devkit, voc_set, error, message):
-    with pytest.raises(error, match=message):
+def test_unknown_sets_name_the_fix(devkit, voc_set, error, message, refused):
+    with refused(f"the VOC set {voc_set}", error, match=message):
         load_voc(devkit.parent, [voc_set], key="data.val")
 
 
@@ -148,16 +148,22 @@ DOCTYPES = {
 
 
 @pytest.mark.parametrize("kind", DOCTYPES)
-def test_entities_are_refused(devkit, kind):
+def test_entities_are_refused(devkit, kind, refused):
     text = f"{DOCTYPES[kind]}<annotation><folder>&e;</folder>{SIZE}{thing()}</annotation>"
     (devkit / "Annotations/a.xml").write_text(text)
-    with pytest.raises(ValueError, match=r"a.xml is not a readable XML file: .*Repair it"):
+    with refused(
+        f"XML with entities or encoding: {kind}",
+        ValueError,
+        match=r"a.xml is not a readable XML file: .*Repair it",
+    ):
         load_voc(devkit.parent, ["2007/train"])
 
 
-def test_a_split_file_of_other_bytes_names_the_line(devkit):
+def test_a_split_file_of_other_bytes_names_the_line(devkit, refused):
     (devkit / "ImageSets/Main/train.txt").write_bytes(b"a\n\xff\xfe\n")
-    with pytest.raises(FileNotFoundError, match=r"train.txt line 2 needs"):
+    with refused(
+        "a VOC split file that is no text", FileNotFoundError, match=r"train.txt line 2 needs"
+    ):
         load_voc(devkit.parent, ["2007/train"])
 
 

@@ -63,13 +63,17 @@ def test_scenes_are_a_valid_devkit_and_a_function_of_the_arguments(tmp_path):
     assert tree(other) != tree(root)
 
 
-def test_scenes_are_reused_or_refused(tmp_path):
+def test_scenes_are_reused_or_refused(tmp_path, refused):
     root = write_digit_scenes(tmp_path / "s", num_train=2, num_test=1, size_px=64)
     stamp = (root / "digit_scenes.json").stat().st_mtime_ns
     write_digit_scenes(root, num_train=2, num_test=1, size_px=64)
     assert (root / "digit_scenes.json").stat().st_mtime_ns == stamp
     assert json.loads((root / "digit_scenes.json").read_text())["size_px"] == 64
-    with pytest.raises(ValueError, match="must be free or hold digit scenes"):
+    with refused(
+        "digit scenes over other digit scenes",
+        ValueError,
+        match="must be free or hold digit scenes",
+    ):
         write_digit_scenes(root, num_train=3, num_test=1, size_px=64)
 
 

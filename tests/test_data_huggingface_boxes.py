@@ -116,18 +116,24 @@ def test_the_size_is_the_annotated_or_the_upright_one(extra, size, tmp_path):
     assert tuple(dataset.image(0).shape[1:]) == size
 
 
-def test_an_empty_cell_is_undecodable_at_its_access(tmp_path):
+def test_an_empty_cell_is_undecodable_at_its_access(tmp_path, refused):
     path = write_cells(tmp_path / "saved", [None, picture(1)], [[thing()], [thing()]])
     dataset = load_huggingface_boxes(path, "train", "xywh", classes=["cat"])
-    with pytest.raises(UndecodableImage, match="row 0 cannot be decoded: it is empty"):
+    with refused(
+        "an empty image cell", UndecodableImage, match="row 0 cannot be decoded: it is empty"
+    ):
         dataset.image(0)
     assert dataset.image(1).shape == (3, 30, 40)
 
 
-def test_repeated_image_ids_are_told(tmp_path):
+def test_repeated_image_ids_are_told(tmp_path, refused):
     images, things = [picture(n) for n in range(3)], [[thing()], [], [thing()]]
     path = write_cells(tmp_path / "saved", images, things, {"image_id": [4, 5, 4]})
-    with pytest.raises(ValueError, match=r"row 2 repeats image_id 4 of row 0\. Take"):
+    with refused(
+        "a repeated image_id (Hugging Face)",
+        ValueError,
+        match=r"row 2 repeats image_id 4 of row 0\. Take",
+    ):
         load_huggingface_boxes(path, "train", "xywh", classes=["cat"])
     findings = Findings(collect=True)
     kept = load_huggingface_boxes(path, "train", "xywh", classes=["cat"], findings=findings)
@@ -149,21 +155,33 @@ def test_wrong_objects_name_row_and_number(given, message, tmp_path):
         load_huggingface_boxes(path, "train", "xywh", classes=["cat"])
 
 
-def test_fields_of_different_length_are_told(tmp_path):
+def test_fields_of_different_length_are_told(tmp_path, refused):
     fields = {"bbox": datasets.List(datasets.List(datasets.Value("float32")))}
     fields["category"] = datasets.List(datasets.Value("int64"))
     cells = {"image": [picture(0)], "objects": [{"bbox": [[1, 2, 3, 4]], "category": [0, 0]}]}
     features = datasets.Features({"image": datasets.Image(), "objects": fields})
     datasets.Dataset.from_dict(cells, features=features).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"row 0: .* differ in length: {'bbox': 1, 'category': 2}"):
+    with refused(
+        "objects whose boxes and categories differ in number",
+        ValueError,
+        match=r"row 0: .* differ in length: {'bbox': 1, 'category': 2}",
+    ):
         load_huggingface_boxes(str(tmp_path / "saved"), "train", "xywh", classes=["cat"])
 
 
-def test_missing_columns_and_classes_name_their_keys(tmp_path):
+def test_missing_columns_and_classes_name_their_keys(tmp_path, refused):
     load = write_rows(tmp_path, OBJECTS, integers)
-    with pytest.raises(ValueError, match=r"data.val.classes is needed, .*objects.category is no"):
+    with refused(
+        "boxes without class names",
+        ValueError,
+        match=r"data.val.classes is needed, .*objects.category is no",
+    ):
         load(classes=None, key="data.val")
-    with pytest.raises(ValueError, match=r"'object' is none. Did you mean 'objects'.*objects_col"):
+    with refused(
+        "a misspelt objects column",
+        ValueError,
+        match=r"'object' is none. Did you mean 'objects'.*objects_col",
+    ):
         load(objects_column="object")
     path = tmp_path / "plain.parquet"
     datasets.Dataset.from_dict({"image": [1], "box": [2]}).to_parquet(path)

@@ -70,18 +70,19 @@ def truncated(format):
 
 
 @pytest.mark.parametrize(
-    ("data", "reason"),
+    ("kind", "data", "reason"),
     [
-        (b"", "empty"),
-        (b"not an image", "no image of"),
-        (truncated("JPEG"), "truncated"),
-        (truncated("PNG"), ""),
-        (encode(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "float"),
+        ("no bytes", b"", "empty"),
+        ("bytes that are none", b"not an image", "no image of"),
+        ("a truncated JPEG", truncated("JPEG"), "truncated"),
+        ("a truncated PNG", truncated("PNG"), ""),
+        ("a TIFF of floats", encode(Image.fromarray(GREY.astype(np.float32)), "TIFF"), "float"),
     ],
 )
-def test_undecodable_names_item_and_reason(data, reason):
+def test_undecodable_names_item_and_reason(kind, data, reason, refused):
     before = ImageFile.LOAD_TRUNCATED_IMAGES
-    with pytest.raises(UndecodableImage, match=r"train row 17 cannot.*data.undecodable: skip") as e:
+    says = r"train row 17 cannot.*data.undecodable: skip"
+    with refused(f"an image of {kind}", UndecodableImage, match=says) as e:
         decode_image(data, "split train row 17")
     assert e.value.item == "split train row 17"
     assert reason in e.value.reason

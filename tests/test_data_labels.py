@@ -89,9 +89,9 @@ def test_booleans_are_two_classes(tmp_path):
     assert dataset.origin.label_key is None
 
 
-def test_an_integer_column_without_a_label_is_unlabelled(tmp_path):
+def test_an_integer_column_without_a_label_is_unlabelled(tmp_path, refused):
     path = save(tmp_path / "pets/train.parquet", datasets.Value("uint8"), [1, None, 0])
-    with pytest.raises(ValueError, match=r"row 1: label -1 .*unlabelled"):
+    with refused("a row without a label", ValueError, match=r"row 1: label -1 .*unlabelled"):
         load_huggingface(path, "train", label_column="label")
 
 
@@ -103,36 +103,48 @@ def test_an_integer_column_without_a_label_is_unlabelled(tmp_path):
         (datasets.Sequence(datasets.Value("int64")), [[0, 1], [1]], "List"),
     ],
 )
-def test_other_types_are_refused_with_the_way_out(feature, labels, dtype, tmp_path):
+def test_other_types_are_refused_with_the_way_out(feature, labels, dtype, tmp_path, refused):
     path = save(tmp_path / "pets/train.parquet", feature, labels)
-    with pytest.raises(ValueError, match=rf"k\.label_column.*not {dtype}.*class_encode_column"):
+    with refused(
+        f"labels of type {dtype}",
+        ValueError,
+        match=rf"k\.label_column.*not {dtype}.*class_encode_column",
+    ):
         load_huggingface(path, "train", label_column="label", key="k")
 
 
-def test_one_named_class_is_refused(tmp_path):
+def test_one_named_class_is_refused(tmp_path, refused):
     feature = datasets.ClassLabel(names=["cat"])
     path = save(tmp_path / "pets/train.parquet", feature, [0, 0])
-    with pytest.raises(ValueError, match=r"one class, \['cat'\].*Set data.train.label_column"):
+    with refused(
+        "a dataset of one class",
+        ValueError,
+        match=r"one class, \['cat'\].*Set data.train.label_column",
+    ):
         load_huggingface(path, "train")
 
 
-def test_two_label_columns_must_be_told_apart(tmp_path):
+def test_two_label_columns_must_be_told_apart(tmp_path, refused):
     coarse = (datasets.ClassLabel(names=["a", "b"]), [0, 1])
     feature = datasets.ClassLabel(names=["x", "y"])
     path = save(tmp_path / "pets/train.parquet", feature, [1, 0], coarse=coarse)
-    with pytest.raises(ValueError, match=r"2 have: set data.train.label_column.*coarse \(Class"):
+    with refused(
+        "two label columns",
+        ValueError,
+        match=r"2 have: set data.train.label_column.*coarse \(Class",
+    ):
         load_huggingface(path, "train")
     assert load_huggingface(path, "train", label_column="coarse").class_names == ["a", "b"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "saved"])
-def test_an_empty_split_is_refused(kind, tmp_path):
+def test_an_empty_split_is_refused(kind, tmp_path, refused):
     feature = datasets.ClassLabel(names=["x", "y"])
     path = save(tmp_path / "pets/train.parquet", feature, [] if kind == "parquet" else [0])
     if kind == "saved":
         datasets.Dataset.from_parquet(path).select([]).save_to_disk(tmp_path / "saved")
         path = str(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"data\.val"):
+    with refused(f"a split without rows ({kind})", ValueError, match=r"data\.val"):
         load_huggingface(path, "train", key="data.val")
 
 

@@ -27,21 +27,25 @@ def encode(image, format):
     return buffer.getvalue()
 
 
-def test_an_image_of_more_pixels_than_the_limit_is_not_decoded():
+def test_an_image_of_more_pixels_than_the_limit_is_not_decoded(refused):
     data = encode(picture(1), "PNG")
     assert decode_image(data, "x", max_pixels=1200).shape == (3, 30, 40)
-    with pytest.raises(UndecodableImage, match=r"40x30 pixels, more than data\.max_pixels 1199"):
+    with refused(
+        "an image bomb: more pixels than data.max_pixels",
+        UndecodableImage,
+        match=r"40x30 pixels, more than data\.max_pixels 1199",
+    ):
         decode_image(data, "x", max_pixels=1199)
 
 
 @pytest.mark.parametrize("format", ["EPS", "PDF"])
-def test_formats_that_other_programs_read_are_not_opened(format):
-    with pytest.raises(UndecodableImage, match="are no image of"):
+def test_formats_that_other_programs_read_are_not_opened(format, refused):
+    with refused(f"an image of format {format}", UndecodableImage, match="are no image of"):
         decode_image(encode(picture(1), format), "x")
 
 
-def test_max_pixels_cannot_be_set_above_what_pil_refuses():
-    with pytest.raises(ConfigError, match=r"data\.max_pixels"):
+def test_max_pixels_cannot_be_set_above_what_pil_refuses(refused):
+    with refused("data.max_pixels above what PIL decodes", ConfigError, match=r"data\.max_pixels"):
         load_config("configs/quickstart/finetune.yaml", ["data.max_pixels=178956971"])
 
 
@@ -52,24 +56,24 @@ def test_a_path_out_of_the_folder_is_not_below_it(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_voc_id_out_of_the_devkit_is_refused(name, tmp_path):
+def test_a_voc_id_out_of_the_devkit_is_refused(name, tmp_path, refused):
     write_voc(tmp_path, OBJECTS)
     (tmp_path / "VOC2007/ImageSets/Main/train.txt").write_text(f"{name}\n")
-    with pytest.raises(ValueError, match="not a path out of the devkit"):
+    with refused(f"the VOC image id {name}", ValueError, match="not a path out of the devkit"):
         load_voc(tmp_path, ["2007/train"], NAMES)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_coco_file_name_out_of_the_folder_is_refused(name, tmp_path):
+def test_a_coco_file_name_out_of_the_folder_is_refused(name, tmp_path, refused):
     tree = coco_tree(OBJECTS)
     tree["images"][0]["file_name"] = name
     (tmp_path / "boxes.json").write_text(json.dumps(tree))
     (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match="file_name must be a path below"):
+    with refused(f"the COCO file name {name}", ValueError, match="file_name must be a path below"):
         load_coco(tmp_path / "images", tmp_path / "boxes.json")
 
 
-def test_a_parquet_cell_cannot_name_a_file_elsewhere(tmp_path, monkeypatch):
+def test_a_parquet_cell_cannot_name_a_file_elsewhere(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     secret = tmp_path / "secret.png"
@@ -82,7 +86,7 @@ def test_a_parquet_cell_cannot_name_a_file_elsewhere(tmp_path, monkeypatch):
     cells = {"image": [{"bytes": None, "path": str(secret)}] * 2, "label": [0, 1]}
     table = pa.Table.from_pydict(cells, schema=features.arrow_schema)
     pq.write_table(table, folder / "train.parquet")
-    with pytest.raises(ValueError, match="not below"):
+    with refused("a parquet cell that names a file elsewhere", ValueError, match="not below"):
         load_huggingface(str(folder), "train").image(0)
 
 

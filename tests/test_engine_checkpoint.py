@@ -78,8 +78,12 @@ def test_tensors_that_share_memory_are_saved(checkpointer):
     assert_same(parts["model"], tree)
 
 
-def test_only_tensors_and_plain_values_are_taken(checkpointer):
-    with pytest.raises(TypeError, match=r"model\.odd: .* not <class 'object'>"):
+def test_only_tensors_and_plain_values_are_taken(checkpointer, refused):
+    with refused(
+        "a checkpoint of other than tensors and plain values",
+        TypeError,
+        match=r"model\.odd: .* not <class 'object'>",
+    ):
         checkpointer.save(1, {"model": {"odd": object()}}, {})
     assert checkpointer.newest() is None
 
@@ -273,11 +277,15 @@ def test_a_broken_best_is_found_again(checkpointer, caplog, text):
     assert names(checkpointer) == [f"iter_00000{i}" for i in (20, 30, 40, 60)]
 
 
-def test_a_best_that_is_gone_is_an_error_now_and_not_at_the_end(checkpointer):
+def test_a_best_that_is_gone_is_an_error_now_and_not_at_the_end(checkpointer, refused):
     write(checkpointer, 10, 20)
     checkpointer.mark_best(10, 0.5)
     truncate(checkpointer.folder / "iter_0000010")
-    with pytest.raises(ValueError, match=r"iter_0000010 is broken.*the best of its run"):
+    with refused(
+        "a damaged best checkpoint",
+        ValueError,
+        match=r"iter_0000010 is broken.*the best of its run",
+    ):
         checkpointer.mend_best({"iteration": 10, "value": 0.5})
 
 

@@ -88,9 +88,13 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_the_images(value)
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
-def test_a_gradient_that_is_not_finite_stops_too():
+def test_a_gradient_that_is_not_finite_stops_too(refused):
     trainer = make(Net(gradient=True), broken=[2 * BROKEN], value=60.0, guard=guard())
-    with pytest.raises(NonFiniteError, match=r"gradient is not finite .*iteration 4") as caught:
+    with refused(
+        "a gradient that is not finite",
+        NonFiniteError,
+        match=r"gradient is not finite .*iteration 4",
+    ) as caught:
         trainer.train()
     assert len(caught.value.steps[0]["images"]) == 8  # those of both micro-batches
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
@@ -150,9 +154,13 @@ def test_nothing_but_steps_passed_over_has_no_loss():
     assert "loss" not in trainer.read_meter()
 
 
-def test_there_is_an_end_to_passing_over():
+def test_there_is_an_end_to_passing_over(refused):
     trainer = make(broken=range(60), guard=guard("skip", max_skipped=2))
-    with pytest.raises(NonFiniteError, match=r"step number 3 .*engine.max_skipped is 2"):
+    with refused(
+        "more steps without numbers than engine.max_skipped",
+        NonFiniteError,
+        match=r"step number 3 .*engine.max_skipped is 2",
+    ):
         trainer.train()
     assert trainer.iteration == 2
 
@@ -174,10 +182,14 @@ def test_an_overflow_of_the_scaler_is_no_error():
     assert math.isfinite(read["loss"])
 
 
-def test_no_scale_without_an_overflow_is_one():
+def test_no_scale_without_an_overflow_is_one(refused):
     trainer = make(Net(gradient=True), broken=range(60), value=60.0, precision=torch.float16)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-8)
-    with pytest.raises(NonFiniteError, match="not finite by iteration 3, at any scale"):
+    with refused(
+        "float16 that overflows at any scale",
+        NonFiniteError,
+        match="not finite by iteration 3, at any scale",
+    ):
         trainer.train()
 
 

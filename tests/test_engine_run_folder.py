@@ -90,24 +90,32 @@ def test_a_config_that_is_lost_is_told(finished, spoil, said):
     assert "or set another output_dir" in str(caught.value)
 
 
-def test_other_data_under_the_same_config_is_refused(finished):
+def test_other_data_under_the_same_config_is_refused(finished, refused):
     config, folder = finished
     change(folder / "environment.json", lambda tree: tree["data"].update(test="0123456789abcdef"))
     before = (folder / "results.json").read_bytes()
-    with pytest.raises(ValueError, match=r"data\.test is not what .* 0123456789ab then, .* now"):
+    with refused(
+        "--resume with other data under the same config",
+        ValueError,
+        match=r"data\.test is not what .* 0123456789ab then, .* now",
+    ):
         run(config, resume=True)
     assert (folder / "results.json").read_bytes() == before
     assert json.loads((folder / "environment.json").read_text())["data"]["test"][:3] == "012"
 
 
-def test_other_weights_under_the_same_config_are_refused(tmp_path, load_tiny, finished):
+def test_other_weights_under_the_same_config_are_refused(tmp_path, load_tiny, finished, refused):
     _, folder = finished
     (tmp_path / "next").mkdir()
     words = [f"model.weights={folder}", "model.backbone={name: null}", "solver.max_iters=1"]
     config = load_tiny(tmp_path / "next", *words)
     run(config)
     change(folder / "model.json", lambda card: card.update(sha256="0123456789abcdef"))
-    with pytest.raises(ValueError, match=r"model\.weights is not what .* 0123456789ab now"):
+    with refused(
+        "--resume with other weights under the same config",
+        ValueError,
+        match=r"model\.weights is not what .* 0123456789ab now",
+    ):
         run(config, resume=True)
 
 

@@ -79,9 +79,12 @@ def test_it_is_let_go_at_every_end(tmp_path):
         pass
 
 
-def test_another_host_is_refused_with_what_to_do(tmp_path):
+def test_another_host_is_refused_with_what_to_do(tmp_path, refused):
     write_facts(tmp_path, host="node17", pid=7)
-    with pytest.raises(FolderInUseError) as caught, locked(tmp_path):
+    with (
+        refused("a run folder that another host holds", FolderInUseError) as caught,
+        locked(tmp_path),
+    ):
         pass
     message = str(caught.value)
     assert "is held by process 7 on node17" in message

@@ -45,18 +45,28 @@ def test_accuracy_is_the_share_of_hits():
     assert accuracy(np.eye(4)[[0, 1, 2, 3]], np.array([0, 1, 2, 0])) == 0.75
 
 
-def test_what_no_probe_can_use_is_refused():
-    with pytest.raises(ValueError, match=r"must be in 0\.\.2, got 0\.\.3"):
+def test_what_no_probe_can_use_is_refused(refused):
+    with refused(
+        "labels beyond the classes (probe)", ValueError, match=r"must be in 0\.\.2, got 0\.\.3"
+    ):
         check_probe(TRAIN, TEST.x, 3)
-    with pytest.raises(ValueError, match="2 classes, and all 200 training rows are of class 1"):
+    with refused(
+        "a probe whose training rows are of one class",
+        ValueError,
+        match="2 classes, and all 200 training rows are of class 1",
+    ):
         check_probe(Rows(TRAIN.x, TRAIN.y * 0 + 1), TEST.x, 4)
-    with pytest.raises(ValueError, match="of one D"):
+    with refused("features of other widths", ValueError, match="of one D"):
         check_probe(TRAIN, TEST.x[:, :2], 4)
-    with pytest.raises(ValueError, match="Need a label a training row"):
+    with refused("fewer labels than features", ValueError, match="Need a label a training row"):
         check_probe(Rows(TRAIN.x, TRAIN.y[:5]), TEST.x, 4)
     broken = TEST.x.copy()
     broken[3, 1] = np.nan
-    with pytest.raises(ValueError, match=r"1 of 80 test rows hold nan or inf \(images 3\)"):
+    with refused(
+        "features that are not finite",
+        ValueError,
+        match=r"1 of 80 test rows hold nan or inf \(images 3\)",
+    ):
         check_probe(TRAIN, broken, 4)
 
 

@@ -115,11 +115,13 @@ class Command:
         return (print, ("executed",))
 
 
-def test_a_pickle_that_would_run_code_is_not_opened(resnet18, tmp_path, capsys):
+def test_a_pickle_that_would_run_code_is_not_opened(resnet18, tmp_path, capsys, refused):
     path = tmp_path / "r18.pkl"
     save_detectron2(path, resnet18, {})
     path.write_bytes(pickle.dumps({"model": {"stem.conv1.weight": Command()}}))
-    with pytest.raises(ValueError, match=r"not opened.*builtins\.print"):
+    with refused(
+        "a detectron2 .pkl that would run code", ValueError, match=r"not opened.*builtins\.print"
+    ):
         load_detectron2(path)
     path.write_bytes(b"not a pickle")
     with pytest.raises(ValueError, match=r"r18\.pkl"):
@@ -145,12 +147,16 @@ def test_weights_alone_do_not_say_their_colours(resnet18, tmp_path):
         load_detectron2(path)
 
 
-def test_strides_in_the_1x1_convolutions_are_refused(resnet50, tmp_path):
+def test_strides_in_the_1x1_convolutions_are_refused(resnet50, tmp_path, refused):
     path = tmp_path / "r50.pth"
     beside = save_detectron2(path, resnet50, {})
     assert "STRIDE_IN_1X1: false" in beside.read_text()
     beside.write_text(beside.read_text().replace("STRIDE_IN_1X1: false", "STRIDE_IN_1X1: true"))
-    with pytest.raises(ValueError, match="strides in the 1x1"):
+    with refused(
+        "detectron2 weights with strides in the 1x1 convolutions",
+        ValueError,
+        match="strides in the 1x1",
+    ):
         load_detectron2(path)
 
 

@@ -62,15 +62,21 @@ def test_runs_that_differ_are_kept_as_they_are():
     assert join_same(runs) == runs
 
 
-def test_methods_with_nothing_to_compare_are_refused():
+def test_methods_with_nothing_to_compare_are_refused(refused):
     runs = [planned("p", "vanilla"), planned("p", "tract")]
-    with pytest.raises(ValueError, match=r"methods.tract: the same runs as vanilla's"):
+    with refused(
+        "two methods with the same runs",
+        ValueError,
+        match=r"methods.tract: the same runs as vanilla's",
+    ):
         join_same(runs)
 
 
-def test_two_tasks_that_are_the_same_run_are_refused():
+def test_two_tasks_that_are_the_same_run_are_refused(refused):
     runs = [planned("p", "vanilla", "voc"), planned("p", "vanilla", "again")]
-    with pytest.raises(ValueError, match="tasks voc and again are the same run"):
+    with refused(
+        "two tasks that are the same run", ValueError, match="tasks voc and again are the same run"
+    ):
         join_same(runs)
 
 

@@ -58,18 +58,18 @@ def test_a_job_says_how_it_ended_and_leaves_its_log(tmp_path, code):
     assert log.read_text().strip() == "threads 1"
 
 
-def test_what_slurm_cannot_give_is_refused_first(tmp_path):
+def test_what_slurm_cannot_give_is_refused_first(tmp_path, refused):
     launcher = SlurmLauncher(tmp_path, 1, cluster="local")
     launcher.check([run_of(hours=1)])
-    with pytest.raises(ValueError, match=r"resources\.hours: voc has none"):
+    with refused("a Slurm run without hours", ValueError, match=r"resources\.hours: voc has none"):
         launcher.check([run_of()])
-    with pytest.raises(ValueError, match=r"resources\.gpus: voc asks for 0\.5"):
+    with refused("half a GPU on Slurm", ValueError, match=r"resources\.gpus: voc asks for 0\.5"):
         launcher.check([run_of(hours=1, gpus=0.5)])
 
 
-def test_a_machine_without_slurm_is_told(tmp_path, monkeypatch):
+def test_a_machine_without_slurm_is_told(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match="no sbatch"):
+    with refused("--launcher slurm without Slurm", ValueError, match="no sbatch"):
         SlurmLauncher(tmp_path, 1)
 
 

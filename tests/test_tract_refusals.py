@@ -18,15 +18,17 @@ def backward(model: nn.Module, images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("lam", [0, -0.1, float("nan"), float("inf")])
-def test_lam_is_positive(lam):
-    with pytest.raises(ValueError, match="lam above 0"):
+def test_lam_is_positive(lam, refused):
+    with refused(f"TrAct with lam {lam}", ValueError, match="lam above 0"):
         TrAct(small_model(), lam)
 
 
-def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="'absolute' or 'relative', got 'auto'"):
+def test_wrong_arguments_are_refused(refused):
+    with refused(
+        "TrAct with an unknown lam_mode", ValueError, match="'absolute' or 'relative', got 'auto'"
+    ):
         TrAct(small_model(), lam_mode="auto")
-    with pytest.raises(ValueError, match="layers is a list of names"):
+    with refused("TrAct with a string as layers", ValueError, match="layers is a list of names"):
         TrAct(small_model(), layers="0")
 
 
@@ -59,9 +61,13 @@ def test_a_layer_tract_cannot_treat_is_refused(build, says):
         TrAct(build(), layers=["0"])
 
 
-def test_an_unknown_layer_names_the_nearest():
+def test_an_unknown_layer_names_the_nearest(refused):
     model = timm.create_model("test_resnet")
-    with pytest.raises(ValueError, match=r"no layer 'layer1\.0\.conv3'.*'layer1\.0\.conv1'"):
+    with refused(
+        "TrAct on a layer that is not there",
+        ValueError,
+        match=r"no layer 'layer1\.0\.conv3'.*'layer1\.0\.conv1'",
+    ):
         TrAct(model, layers=["layer1.0.conv3"])
 
 
@@ -111,53 +117,73 @@ def test_a_forward_of_its_own_is_refused_wherever_it_hides(build):
         TrAct(nn.Sequential(build()))
 
 
-def test_a_weight_that_two_layers_share_is_refused():
+def test_a_weight_that_two_layers_share_is_refused(refused):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    with pytest.raises(ValueError, match=r"0.weight is also that of \['1'\].*Untie"):
+    with refused(
+        "TrAct on a weight that two layers share",
+        ValueError,
+        match=r"0.weight is also that of \['1'\].*Untie",
+    ):
         TrAct(model)
 
 
-def test_a_layer_frozen_later_is_told():
+def test_a_layer_frozen_later_is_told(refused):
     model = small_model()
     tract = TrAct(model)
     model[0].weight.requires_grad_(False)
     backward(model, torch.randn(4, 3, 8, 8))
-    with pytest.raises(RuntimeError, match=r"0.weight was frozen after TrAct was made. detach"):
+    with refused(
+        "TrAct on a layer frozen later",
+        RuntimeError,
+        match=r"0.weight was frozen after TrAct was made. detach",
+    ):
         tract.step()
 
 
-def test_what_is_no_optimizer_is_refused():
-    with pytest.raises(ValueError, match="takes a torch optimizer, got NoneType"):
+def test_what_is_no_optimizer_is_refused(refused):
+    with refused(
+        "TrAct attached to no optimizer", ValueError, match="takes a torch optimizer, got NoneType"
+    ):
         TrAct(nn.Linear(3, 2)).attach(None)
 
 
-def test_a_step_without_forward_or_backward_is_refused():
+def test_a_step_without_forward_or_backward_is_refused(refused):
     model = small_model()
     tract = TrAct(model)
-    with pytest.raises(RuntimeError, match=r"0\.weight has no gradient.*backward"):
+    with refused(
+        "tract.step() before the backward",
+        RuntimeError,
+        match=r"0\.weight has no gradient.*backward",
+    ):
         tract.step()
     backward(model, torch.randn(4, 3, 8, 8))
     tract.step()
-    with pytest.raises(RuntimeError, match="No training forward reached 0"):
+    with refused(
+        "tract.step() without a forward", RuntimeError, match="No training forward reached 0"
+    ):
         tract.step()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.complex64])
-def test_an_integer_or_complex_input_is_refused(dtype):
+def test_an_integer_or_complex_input_is_refused(dtype, refused):
     layer = nn.Linear(3, 2)
     TrAct(layer)
-    with pytest.raises(TypeError, match=f"floating-point input.*{dtype}"):
+    with refused(
+        f"TrAct with an input of {dtype}", TypeError, match=f"floating-point input.*{dtype}"
+    ):
         layer(torch.zeros(2, 3, dtype=dtype))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_a_non_finite_input_is_refused(value):
+def test_a_non_finite_input_is_refused(value, refused):
     model, images = small_model(), torch.randn(4, 3, 8, 8)
     tract = TrAct(model)
     images[1, 2, 3, 4] = value
     backward(model, images)
-    with pytest.raises(RuntimeError, match="input of 0 is not finite in step 0"):
+    with refused(
+        f"TrAct with an input of {value}", RuntimeError, match="input of 0 is not finite in step 0"
+    ):
         tract.step()
 
 

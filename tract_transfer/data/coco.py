@@ -1,6 +1,7 @@
 """Reading COCO's json: images, annotations and categories, with errors that name the entry."""
 
 import json
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,7 @@ def _read_object(
         return None
     written = entry.get("bbox")
     if not is_numbers(written):
-        findings.invalid_box(f"{place}: bbox must be four numbers, not {written!r}")
+        findings.invalid_box(f"{place}: bbox must be four numbers, not {reprlib.repr(written)}")
         return None
     x, y, width, height = map(float, written)  # type: ignore[arg-type]
     box = findings.box((x, y, x + width, y + height), size, place, f"x, y, w, h {written}")

@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tract_transfer.models.plain_pickle import load_plain_pickle
+from tract_transfer.models.plain_pickle import Refused, load_plain_pickle
 
 # Plain values that published checkpoints keep beside their weights.
 _HARMLESS: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
@@ -41,8 +42,8 @@ def read_content(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} holds more than tensors and was not opened, as it could run code: {error}. "
-            "Save its state dict alone, as safetensors, where you trust it."
+            f"{file} holds more than tensors and was not opened, as it could run code: "
+            f"{_met(error)}. Save its state dict alone, as safetensors, where you trust it."
         ) from error
     except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as error:
         raise ValueError(_unreadable(file, error)) from error
@@ -112,6 +113,17 @@ def _check_beginning(file: Path) -> None:
             f"{file} is a web page, not weights: the download was refused or led elsewhere. "
             "Download the file itself."
         )
+
+
+def _met(error: pickle.UnpicklingError) -> str:
+    """Return what stopped the reading, without torch's advice to open the file all the same."""
+    if isinstance(error, Refused):
+        return str(error)
+    text = str(error)
+    if called := re.search(r"GLOBAL ([\w.]+)", text):
+        return f"it calls {called[1]}"
+    instruction = re.search(r"Unsupported operand \d+", text)
+    return f"torch.save did not write it ({instruction[0] if instruction else 'no such pickle'})"
 
 
 def _unreadable(file: Path, error: Exception) -> str:

@@ -77,9 +77,8 @@ class WatchedLayer:
         """The forward pre-hook."""
         images = inputs[0] if inputs else named["input"]
         if self.alive and not images.is_floating_point():
-            raise TypeError(
-                f"TrAct needs a floating-point input to {self.name}, got {images.dtype}."
-            )
+            name = self.name or "the model"
+            raise TypeError(f"TrAct needs a floating-point input to {name}, got {images.dtype}.")
 
     def add_forward(
         self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], _: Tensor
