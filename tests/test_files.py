@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from tract_transfer.files import (
     DiskFullError,
+    aside_of,
     check_space,
     make_folder,
     remove_leftovers,
@@ -18,6 +19,7 @@ from tract_transfer.files import (
     write_json,
     write_text,
 )
+from tract_transfer.suite.journal import SuiteLock
 
 
 def fail_with(number):
@@ -76,6 +78,15 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
     assert entries(tmp_path) == [".hidden", "b.part"]
+
+
+def test_a_suite_clears_what_a_kill_left_of_its_own_files(tmp_path):
+    for name in ("suite.json", ".plan.json", "report.html"):
+        aside_of(tmp_path / name).write_text("half")
+    lock = SuiteLock(tmp_path)
+    lock.acquire()
+    lock.release()
+    assert not [name for name in entries(tmp_path) if name.endswith(".part")]
 
 
 def test_every_new_folder_is_synced(tmp_path, monkeypatch):

@@ -22,6 +22,11 @@ class DiskFullError(OSError):
     """There is no room for a file; the one it was to replace is as it was."""
 
 
+def aside_of(path: Path) -> Path:
+    """Return a new name beside `path`, which `remove_leftovers` knows."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_ASIDE}")
+
+
 @contextlib.contextmanager
 def replacing(path: Path, needed_bytes: int | None = None) -> Iterator[Path]:
     """Yield a name beside `path` to write a file to, which then takes the place of `path`.
@@ -29,7 +34,7 @@ def replacing(path: Path, needed_bytes: int | None = None) -> Iterator[Path]:
     Raises:
         DiskFullError: the disk or a quota is full; whatever fails, `path` stays as it was.
     """
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_ASIDE}")
+    aside = aside_of(path)
     try:
         with naming_full_disk(path.parent, path.name, needed_bytes):
             yield aside

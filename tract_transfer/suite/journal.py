@@ -11,6 +11,7 @@ from typing import Any
 
 import filelock
 
+from tract_transfer.files import make_folder, remove_leftovers, write_text
 from tract_transfer.suite.plan import PRETRAIN, PlannedRun
 
 SUITE_NAME, KEPT_NAME = "suite.json", ".plan.json"
@@ -130,6 +131,7 @@ class SuiteLock:
                 f"{owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}). Wait for "
                 "it, or end it, or set another output_dir."
             ) from None
+        remove_leftovers(self._owner.parent)
         left = _read(self._owner).get("jobs")
         self.tell({})
         return left if isinstance(left, dict) else {}
@@ -148,13 +150,8 @@ class SuiteLock:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON aside, sync and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    make_folder(path.parent)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The report of runs: one HTML page, Markdown, LaTeX tables or JSON, by the file's suffix."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from tract_transfer.files import aside_of
 from tract_transfer.suite.compare import compare, methods_of
 from tract_transfer.suite.content import BASELINE, Report, read_report
 from tract_transfer.suite.report_html import html
@@ -50,7 +50,7 @@ def save_report(report: Report, path: Path) -> None:
     """
     text = FORMATS[path.suffix](report)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = aside_of(path)
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
