@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test torture errors lint clean
+.PHONY: quickstart test torture fuzz errors lint clean
 
 quickstart: $(VENV)/installed  ## the whole way on embedded data: a few minutes on two cores
 	$(BIN)/python tools/run_suite.py --config-file configs/suites/quickstart.yaml
@@ -14,6 +14,9 @@ test: lint  ## lint, types and tests
 torture: $(VENV)/installed  ## kill every kind of run 50 times and compare: half an hour
 	$(BIN)/python -m pytest tests/test_run_group.py
 	$(BIN)/python tests/torture.py
+
+fuzz: $(VENV)/installed  ## 10,000 wrong files for each reader, and as many cases of each law
+	FUZZ_INPUTS=10000 $(BIN)/python -m pytest tests/test_fuzz_data.py tests/test_fuzz_files.py tests/test_properties.py
 
 errors: $(VENV)/installed  ## write docs/errors.md anew from the tests
 	$(BIN)/python tests/errors_page.py

@@ -81,6 +81,8 @@ def test_a_mistake_names_file_and_entry(kind, tmp_path, refused):
         ("{", "boxes.json is not a readable json file.* Repair it"),
         ("[" * 100_000, "boxes.json is not a readable json file.* Repair it"),
         ("[]", "must have lists of images, annotations and categories, and has no images"),
+        (json.dumps({"images": [], "annotations": [], "categories": []}),
+         "names no category. Set data.val.annotations"),
         (json.dumps({"images": [], "annotations": []}), "has no categories. Set data.val.annot"),
         (json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}),
          "has no image to use. Set data.val.annotations"),
@@ -91,6 +93,17 @@ def test_a_file_that_is_none_says_what_it_must_be(text, message, tmp_path):
     (tmp_path / "data/boxes.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load(key="data.val")
+
+
+def test_ids_may_be_numbers_and_texts(tmp_path):
+    def rename(tree):
+        tree["categories"][0]["id"] = "7"
+        for entry in tree["annotations"]:
+            entry["category_id"] = {7: "7"}.get(entry["category_id"], entry["category_id"])
+
+    dataset = write_coco(tmp_path / "data", OBJECTS, rename)()
+    assert dataset.class_names == ["cat", "dog"]
+    assert dataset.target(0)["labels"].tolist() == [1, 0]
 
 
 def test_missing_paths_name_their_keys(tmp_path, refused):

@@ -55,7 +55,10 @@ def load_coco(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder of images. Set {key}.images.")
     name_of = _category_names(tree, path, findings)
-    names = [name_of[number] for number in sorted(name_of)] if classes is None else list(classes)
+    by_id = sorted(name_of, key=lambda number: (isinstance(number, str), number))
+    names = [name_of[number] for number in by_id] if classes is None else list(classes)
+    if not names and classes is None:
+        raise ValueError(f"{path} names no category. Set {key}.annotations to a file with some.")
     label_of = label_map(names, key)
     files, sizes, row_of = _read_images(tree, path, folder, key, findings)
     if not files:

@@ -8,6 +8,7 @@ from xml.etree.ElementTree import Element, ParseError
 from tract_transfer.data.annotations import (
     UNKNOWN_SIZE,
     ObjectRow,
+    annotated_size,
     flatten,
     label_map,
     object_row,
@@ -162,7 +163,7 @@ def _read_size(annotation: Element) -> Size | None:
         width = int(annotation.findtext("size/width") or 0)
     except ValueError:
         return None
-    return (height, width) if height > 0 and width > 0 else None
+    return annotated_size({"height": height, "width": width})
 
 
 def _read_objects(
