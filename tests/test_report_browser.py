@@ -19,6 +19,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folders = write_pair(root, treated="tract, with a long name that does not fit into its column")
     for method, value in (("vanilla", 0.4), ("b" * 60, 0.5), (EVIL, 0.3)):
         classes = {EVIL: value, "cat": 0.2, "dog": value / 2}
+        classes |= {f"class {number}": number / 100 for number in range(45)}
         folders += [
             write_run(root / str(i), method, task, seed, {"ap50": value}, per_class=classes)
             for i, task in enumerate(("pre", "detect"))
@@ -88,6 +89,12 @@ def test_a_phone_sees_the_differences_without_scrolling_sideways(
     )
     assert len(right_edges) > 2
     assert max(right_edges) <= 390
+    cells = "document.querySelectorAll('table.dense :is(th, td)')"
+    right_edges = browser.evaluate(f"[...{cells}].map(cell => cell.getBoundingClientRect().right)")
+    assert len(right_edges) > 100
+    assert max(right_edges) <= 390
+    labels = "[...document.querySelectorAll('table.dense td')].map(cell => cell.dataset.label)"
+    assert {"speed-up, pairs", "why", "bootstrap"} <= set(browser.evaluate(labels))
 
 
 def test_a_request_or_an_error_would_be_seen(browser: Chromium, tmp_path: Path) -> None:
@@ -102,10 +109,15 @@ def test_the_printed_page_has_what_is_folded_away(
     browser: Chromium, report: Path, tmp_path: Path
 ) -> None:
     browser.open(report, 1440, 900)
-    hidden = "[...document.querySelectorAll('details td')].filter(cell => !cell.checkVisibility())"
+    cells = "[...document.querySelectorAll('details table:not(.classes) td')]"
+    hidden = f"{cells}.filter(cell => !cell.checkVisibility())"
     assert browser.evaluate(f"{hidden}.length") > 100
     browser.call("Emulation.setEmulatedMedia", media="print")
     assert browser.evaluate(f"{hidden}.length") == 0
+    rows = "[...document.querySelectorAll('table.classes')].map(table => [...table.rows])"
+    seen = f"{rows}.map(all => all.filter(row => row.offsetHeight).length)"
+    assert max(browser.evaluate(seen)) == 1 + 40
+    assert max(browser.evaluate(f"{rows}.map(all => all.length)")) == 1 + 48
     browser.pdf(tmp_path / "page.pdf")
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
     browser.call("Emulation.setEmulatedMedia", media="")

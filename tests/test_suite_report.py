@@ -132,6 +132,24 @@ def test_the_page_fetches_and_runs_nothing_and_is_the_same_every_time(tmp_path: 
     assert len(ids) == len(set(ids))
 
 
+def test_of_a_weak_detector_the_best_is_drawn_and_said_to_be(tmp_path: Path) -> None:
+    folders = write_pair(tmp_path)
+    for folder in folders:
+        write_detections(folder, label="car")
+    sure = page(folders, tmp_path)
+    assert "car 0.90" in sure
+    assert "unsure 0.10" not in sure
+    assert "Nothing here reaches" not in sure
+    for folder in folders:
+        (entry,) = json.loads((folder / "detections.json").read_text())
+        entry |= {"scores": [0.05, 0.2, 0.01, 0.1], "labels": ["b", "a", "d", "c"]}
+        entry["boxes"] = [[1, 1, 20, 20]] * 4
+        (folder / "detections.json").write_text(json.dumps([entry]))
+    weak = page(folders, tmp_path)
+    assert "Nothing here reaches a score of 0.3: the 3 highest of each picture are drawn." in weak
+    assert [f"{name} 0." in weak for name in "abcd"] == [True, True, True, False]
+
+
 def test_detections_and_filters_of_both_methods_are_side_by_side(tmp_path: Path) -> None:
     folders = write_pair(tmp_path)
     for folder in reversed(folders):

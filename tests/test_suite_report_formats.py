@@ -123,7 +123,7 @@ def test_latex_has_booktabs_and_only_its_own_commands(evil: list[Path]) -> None:
     assert "input" not in re.findall(r"\\([a-zA-Z]+)", body)
     commands = set(re.findall(r"\\([a-zA-Z]+)", body))
     own = {"begin", "end", "centering", "footnotesize", "caption", "label", "toprule", "midrule"}
-    assert commands <= own | {"bottomrule", "pm", "times", "lambda"} | {
+    assert commands <= own | {"bottomrule", "pm", "times", "lambda", "linewidth"} | {
         name for name in commands if name.startswith("text")
     }
     for line in body.splitlines():
@@ -163,3 +163,12 @@ def test_a_full_disk_leaves_the_old_report(
     assert raised.value.errno == errno.ENOSPC
     assert path.read_text() == "the old one"
     assert list(tmp_path.iterdir()) == [path], "no half of a file stays behind"
+
+
+def test_latex_has_a_line_for_every_reason_and_no_path(folders: list[Path], tmp_path: Path) -> None:
+    copies = write_pair(tmp_path)
+    (copies[0] / "results.json").write_text("{}")
+    text = FORMATS[".tex"](read_report(copies))
+    assert r"\begin{tabular}{@{}llllp{0.5\linewidth}@{}}" in text
+    assert "lacks a usable method, name, seed, primary\\_metric, metrics" in text
+    assert str(copies[0].parent) not in text

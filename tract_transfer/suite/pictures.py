@@ -13,10 +13,11 @@ from tract_transfer import visualize
 from tract_transfer.suite.compare import matched
 from tract_transfer.suite.curves import Evaluations, curve_of
 from tract_transfer.suite.precision_recall import draw_precision_recall
-from tract_transfer.suite.runs import Run
+from tract_transfer.suite.runs import Run, is_finite
 from tract_transfer.suite.wording import is_loss, metric_name
 
 MAX_FILTERS, MIN_SCORE = 64, 0.3
+BEST_DRAWN = 3  # detections of a picture, where none of a task's reaches MIN_SCORE
 _MAX_LOSS_POINTS = 80
 _MAX_IMAGES, _MAX_IMAGE_PX = 4, 480
 _MAX_DRAWN = 48  # detections of a page: more would make it slow to open
@@ -78,10 +79,12 @@ def _detections(runs: Sequence[Run], problems: list[str], room: int) -> dict[str
     chosen = matched([run for run in runs if run.detections])
     entries = {m: {str(d.get("image")): d for d in r.detections} for m, r in chosen.items()}
     shared = [i for i in next(iter(entries.values()), {}) if all(i in e for e in entries.values())]
+    shown = shared[: min(_MAX_IMAGES, room // max(len(chosen), 1))]
+    weak = not any(_is_sure(own[image]) for own in entries.values() for image in shown)
     images = []
-    for image in shared[: min(_MAX_IMAGES, room // max(len(chosen), 1))]:
+    for image in shown:
         try:
-            cells = {m: _detection(run, entries[m][image]) for m, run in chosen.items()}
+            cells = {m: _detection(run, entries[m][image], weak) for m, run in chosen.items()}
         except (OSError, ValueError, LookupError, TypeError, Image.DecompressionBombError) as error:
             problems.append(f"detections.json of {runs[0].task}, {image}: {error}")
             continue
@@ -89,10 +92,16 @@ def _detections(runs: Sequence[Run], problems: list[str], room: int) -> dict[str
     first = next(iter(chosen.values()), None)
     if first is None or not shared or (not images and room):
         return None
-    return {"task": first.task, "seed": first.seed, "images": images, "shared": len(shared)}
+    told = {"task": first.task, "seed": first.seed, "images": images, "shared": len(shared)}
+    return {**told, "weak": weak}
 
 
-def _detection(run: Run, entry: Mapping[str, Any]) -> Markup:
+def _is_sure(entry: Mapping[str, Any]) -> bool:
+    scores = entry.get("scores")
+    return isinstance(scores, list) and any(is_finite(v) and v >= MIN_SCORE for v in scores)
+
+
+def _detection(run: Run, entry: Mapping[str, Any], weak: bool) -> Markup:
     path = (run.folder / entry["image"]).resolve()
     if not path.is_relative_to(run.folder.resolve()):
         raise ValueError(f"images must lie in the run folder, and {path} does not")
@@ -101,12 +110,14 @@ def _detection(run: Run, entry: Mapping[str, Any]) -> Markup:
     width = picture.width
     picture.thumbnail((_MAX_IMAGE_PX, _MAX_IMAGE_PX))
     scale = picture.width / width
-    kept = [i for i, value in enumerate(entry["scores"]) if value >= MIN_SCORE]
+    scores = entry["scores"]
+    best = sorted(range(len(scores)), key=lambda i: -scores[i])
+    kept = best[:BEST_DRAWN] if weak else [i for i in best if scores[i] >= MIN_SCORE]
     figure = visualize.draw_detections(
         np.asarray(picture).transpose(2, 0, 1),
         [[scale * v for v in entry["boxes"][i]] for i in kept],
         [str(entry["labels"][i]) for i in kept],
-        [entry["scores"][i] for i in kept],
+        [scores[i] for i in kept],
         truth_boxes_xyxy=[[scale * v for v in box] for box in entry.get("truth_boxes", [])],
     )
     name = f"{run.task}: detections of {run.method} on {entry['image']}"

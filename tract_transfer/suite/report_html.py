@@ -11,6 +11,7 @@ from tract_transfer import __version__
 from tract_transfer.suite import tables, wording
 from tract_transfer.suite.content import Report
 from tract_transfer.suite.pictures import (
+    BEST_DRAWN,
     MAX_FILTERS,
     MIN_SCORE,
     draw_curves,
@@ -19,6 +20,7 @@ from tract_transfer.suite.pictures import (
 )
 
 MAX_CLASSES = 150  # of a task, those that changed most; the JSON has all
+PRINTED_CLASSES = 40  # on paper
 
 
 def html(report: Report) -> str:
@@ -46,8 +48,11 @@ def html(report: Report) -> str:
         filters=picture_filters(report.runs, problems),
         tables=tables,
         problems=problems,
-        limits={"score": MIN_SCORE, "filters": MAX_FILTERS, "classes": MAX_CLASSES},
-    )
+        limits={
+            "score": MIN_SCORE, "best": BEST_DRAWN, "filters": MAX_FILTERS, "classes": MAX_CLASSES,
+            "printed": PRINTED_CLASSES,
+        },
+    )  # fmt: skip
 
 
 def _unbroken(text: str) -> str:

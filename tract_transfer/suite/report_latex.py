@@ -1,6 +1,7 @@
 """A report's tables as LaTeX, to be put into a paper by \\input; they need booktabs and UTF-8."""
 
 import unicodedata
+from dataclasses import replace
 
 from tract_transfer import __version__
 from tract_transfer.suite.content import Report
@@ -15,6 +16,7 @@ from tract_transfer.suite.tables import (
     unfinished_table,
 )
 
+_LONG = 60  # characters of a cell
 _SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -28,7 +30,7 @@ def latex(report: Report) -> str:
     """Return every table but those of classes and protocols, each a floating `table`."""
     results = results_table(report.rows, report.methods, report.baseline)
     tables = [results, statistics_table(report), speed_up_table(report), cost_table(report)]
-    tables += [paper_table(report), unfinished_table(report)]
+    tables += [paper_table(report), _without_folders(unfinished_table(report))]
     notes = [*report.answer, *remarks(report)]
     notes += [
         f"{row.task}, {row.metric}: the setup differs in {text}"
@@ -55,7 +57,7 @@ def escape(text: str) -> str:
 
 
 def _table(table: Table) -> list[str]:
-    columns = "l" * table.words + "r" * (len(table.head) - table.words)
+    columns = "".join(_column(table, i) for i in range(len(table.head)))
     rows = [" & ".join(map(escape, row)) + r" \\" for row in table.rows]
     return [
         r"\begin{table}",
@@ -71,6 +73,20 @@ def _table(table: Table) -> list[str]:
         r"  \end{tabular}",
         r"\end{table}",
     ]
+
+
+def _column(table: Table, number: int) -> str:
+    """Return how a column is set: numbers to the right, and what is long in lines."""
+    if number >= table.words:
+        return "r"
+    longest = max(len(row[number]) for row in table.rows)
+    return "l" if longest <= _LONG else r"p{0.5\linewidth}"
+
+
+def _without_folders(table: Table) -> Table:
+    """Return the table of runs without their paths, which no page is wide enough for."""
+    words = [[*row[:-1]] for row in table.rows]
+    return replace(table, head=table.head[:-1], rows=words, words=table.words - 1)
 
 
 def _comment(text: str) -> str:
