@@ -21,7 +21,7 @@ from tract_transfer.tract.attach import Attached
 from tract_transfer.tract.find import check_layer, find_first_layers
 from tract_transfer.tract.precision import float32_factors
 from tract_transfer.tract.solve import DampedFactor, damped_factor
-from tract_transfer.tract.watch import WatchedLayer
+from tract_transfer.tract.watch import WatchedLayer, local
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,8 @@ class TrAct:
         """
         gradients = []
         for each in self._watched:
-            gradients.append(_local(_gradient(each), each.name))
+            self._follow(each)
+            gradients.append(_gradient(each))
             each.check_reached()
         measures = self.num_steps % self.update_every == 0
         for each, gradient in zip(self._watched, gradients, strict=True):
@@ -125,6 +126,19 @@ class TrAct:
         for each in self._watched:
             each.counts = self.num_steps % self.update_every == 0
         self._read(wait=False)
+
+    def _follow(self, each: WatchedLayer) -> None:
+        each.follow_weight()
+        if not each.moved:
+            return
+        for attached in self._attached:
+            if attached.is_on and not _holds(attached.optimizer, each):
+                raise RuntimeError(
+                    f"{each.name}.weight is another parameter than when TrAct was attached, and "
+                    "the optimizer does not hold it. Make and attach the optimizer after what "
+                    "replaces parameters, such as load_state_dict(assign=True)."
+                )
+        each.moved = False
 
     def _measure(self, each: WatchedLayer, device: torch.device) -> None:
         mean = each.mean(device)
@@ -192,9 +206,8 @@ class TrAct:
         attached = Attached(
             optimizer, self._step_if_used, lambda: any(each.reached for each in self._watched)
         )
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for each in self._watched:
-            if id(each.layer.weight) not in held:
+            if not _holds(optimizer, each):
                 attached.remove()
                 raise ValueError(f"The optimizer does not hold {each.name}.weight.")
         self._attached.append(attached)
@@ -254,7 +267,16 @@ class TrAct:
             each.counts = self.num_steps % self.update_every == 0
 
 
+def _holds(optimizer: Optimizer, each: WatchedLayer) -> bool:
+    return any(
+        parameter is each.layer.weight
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+
+
 def _gradient(each: WatchedLayer) -> Tensor:
+    """The rows that this process holds of the weight's gradient."""
     weight = each.layer.weight
     if not weight.requires_grad:
         raise RuntimeError(
@@ -265,18 +287,10 @@ def _gradient(each: WatchedLayer) -> Tensor:
             f"{each.name}.weight has no gradient. Call backward() before TrAct's step(), and "
             "zero_grad() after it."
         )
-    return weight.grad
-
-
-def _local(gradient: Tensor, name: str) -> Tensor:
-    """The rows that this process holds of a gradient, which FSDP may have sharded."""
-    from torch.distributed.tensor import DTensor, Shard
-
-    if not isinstance(gradient, DTensor):
-        return gradient
-    if any(isinstance(place, Shard) and place.dim != 0 for place in gradient.placements):
+    placements = getattr(weight.grad, "placements", ())
+    if any(place.is_shard() and not place.is_shard(0) for place in placements):
         raise RuntimeError(
-            f"{name}.weight is sharded along its inputs ({gradient.placements}); TrAct needs all "
+            f"{each.name}.weight is sharded along its inputs ({placements}); TrAct needs all "
             "inputs of an output in one place. Shard it along dimension 0."
         )
-    return gradient.to_local()
+    return local(weight.grad)

@@ -11,10 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import TensorWeakRef
 
 from tract_transfer.tract.gram import gram_matrix
 
 logger = logging.getLogger(__name__)
+
+MANY = 100  # gradients without a step(): no scaler skips so often
 
 
 @dataclass
@@ -36,8 +39,14 @@ class WatchedLayer:
     waiting: Tensor | None = None  # (N N + 1,), x x^T and the number of rows, before a backward
     used: Tensor | None = None  # the same of the rows whose gradient the weight holds
     holds: bool | Tensor = False  # whether it held one when the backward now running came
-    version: int | None = None  # of the gradient after the last backward
-    handles: list[RemovableHandle] = field(default_factory=list)
+    weight: Tensor | None = None  # the parameter that has the hooks
+    whole: Tensor | None = None  # what FSDP puts in its place for a forward and a backward
+    gradient: TensorWeakRef | None = None  # after the last backward
+    version: int | None = None  # of it
+    moved: bool = False  # whether the layer has another parameter than at first
+    num_gradients: int = 0  # begun anew since the last step
+    handles: list[RemovableHandle] = field(default_factory=list)  # on the layer
+    weight_handles: list[RemovableHandle] = field(default_factory=list)
 
     @property
     def num_inputs(self) -> int:
@@ -51,25 +60,54 @@ class WatchedLayer:
             if isinstance(other, WatchedLayer) and other.alive:
                 logger.warning("An earlier TrAct on %s is detached now.", self.name or "the layer")
                 other.detach_all()
-        weight, self.alive = self.layer.weight, True
+        self.alive = True
         self.handles = [
             self.layer.register_forward_pre_hook(self.check_input, with_kwargs=True),
             # After the forward, which knows what other hooks made of its input.
             self.layer.register_forward_hook(self.add_forward, with_kwargs=True),
+            # With assign=True it replaces the parameter.
+            self.layer.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+                self.follow_weight
+            ),
+        ]
+        self.follow_weight()
+
+    def follow_weight(self, *_: Any) -> None:
+        """Put the hooks on the layer's parameter, where that is another one than before."""
+        weight = self.layer.weight
+        if weight is self.weight or not (self.alive and weight.requires_grad):
+            return
+        for handle in self.weight_handles:
+            handle.remove()
+        self.moved = self.weight is not None
+        self.weight, self.whole, self.gradient = weight, None, None
+        self.weight_handles = [
             weight.register_hook(self.look_at_gradient),
             weight.register_post_accumulate_grad_hook(self.add_backward),
         ]
 
+    def follow_whole(self) -> None:
+        """Look also when the gradient of the whole weight comes, of which FSDP keeps a shard."""
+        weight = self.layer.weight
+        if weight is self.whole or not _is_sharded(self.weight):
+            return
+        self.whole = weight
+        self.weight_handles = [
+            *self.weight_handles[:2],
+            weight.register_hook(self.look_at_gradient),
+        ]
+
     def stop(self) -> None:
         """Remove the hooks."""
-        for handle in self.handles:
+        for handle in (*self.handles, *self.weight_handles):
             handle.remove()
-        self.handles, self.alive = [], False
+        self.handles, self.weight_handles, self.alive = [], [], False
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model, such as an average of its weights, is not treated."""
-        dead = {"alive": False, "detach_all": _nothing}
-        return {**vars(self), **dead, "handles": [], "waiting": None, "used": None}
+        names = ("waiting", "used", "weight", "whole", "gradient")
+        dead = {"alive": False, "detach_all": _nothing, "handles": [], "weight_handles": []}
+        return {**vars(self), **dead, **dict.fromkeys(names)}
 
     def check_input(
         self, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
@@ -87,6 +125,8 @@ class WatchedLayer:
         if not (self.alive and module.training and torch.is_grad_enabled()):
             return
         self.reached = True
+        if module.weight is not self.weight:
+            self.follow_whole()
         if not self.counts:
             return
         with torch.no_grad():
@@ -99,15 +139,28 @@ class WatchedLayer:
 
     def look_at_gradient(self, _: Tensor) -> None:
         """The weight's hook before a backward adds to its gradient."""
-        gradient = self.layer.weight.grad
-        if gradient is None or gradient._version == self.version:
-            self.holds = gradient is not None
-        else:  # Written to since the last backward: scaled, or zeroed in place.
-            self.holds = gradient.any()
+        gradient = None if self.weight is None else self.weight.grad
+        if gradient is None:
+            self.holds = False
+            self.num_gradients += 1
+            if self.num_gradients == MANY:
+                logger.warning(
+                    "%d gradients of %s went by without TrAct's step(). Call it before the "
+                    "optimizer's, or attach TrAct to the optimizer whose step() runs.",
+                    MANY,
+                    self.name or "the layer",
+                )
+            return
+        last = None if self.gradient is None else self.gradient()
+        if gradient is last and local(gradient)._version == self.version:
+            self.holds = True
+        else:  # Replaced or written to since the last backward: scaled, or zeroed in place.
+            self.holds = local(gradient).any()
 
     def add_backward(self, weight: Tensor) -> None:
         """The weight's hook after a backward."""
-        self.version = None if weight.grad is None else weight.grad._version
+        if weight.grad is not None:
+            self.gradient, self.version = TensorWeakRef(weight.grad), local(weight.grad)._version
         if self.waiting is None:
             return
         if self.used is None:
@@ -124,6 +177,7 @@ class WatchedLayer:
     def forget(self) -> None:
         """Start anew."""
         self.reached = False
+        self.num_gradients = 0
         self.used = None
         if self.waiting is not None:
             self.waiting.zero_()
@@ -145,6 +199,18 @@ class WatchedLayer:
         if _is_joined():
             dist.all_reduce(both)
         return (both[:-1] / both[-1]).view(self.num_inputs, self.num_inputs)
+
+
+def local(tensor: Any) -> Tensor:
+    """What this process holds of a tensor that FSDP may have sharded."""
+    held: Tensor = tensor.to_local() if _is_sharded(tensor) else tensor
+    return held
+
+
+def _is_sharded(tensor: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
 
 
 def _nothing() -> None:
