@@ -187,6 +187,20 @@ def test_difficult_objects_can_be_dropped():
 
 
 @needs_detectron2
+@pytest.mark.parametrize("policy", ["keep", "drop"])
+@pytest.mark.parametrize("neck", ["fpn", "c4"])
+def test_a_crowd_is_never_learnt(neck, policy):
+    model = detector(neck, difficult_in_training=policy)
+    with_crowd = target([[5, 5, 40, 50], [50, 10, 90, 60]], [0, 2], [False, True])
+    with_crowd["crowd"] = torch.tensor([False, True])
+    alone = {"boxes": torch.tensor([[1.0, 1, 60, 60]]), "labels": torch.tensor([1])}
+    alone |= {name: torch.tensor([True]) for name in ("difficult", "crowd")}
+    without = [target([[5, 5, 40, 50]], [0]), target([], [])]
+    assert losses_of(model, IMAGES, [with_crowd, alone]) == losses_of(model, IMAGES, without)
+    assert losses_of(model, IMAGES, TARGETS) != losses_of(model, IMAGES, without)
+
+
+@needs_detectron2
 def test_the_pyramid_stands_on_the_last_strides():
     model = detector(num_levels=3)
     assert model.map_names == ["layer2", "layer3", "layer4"]
