@@ -1,6 +1,5 @@
-"""TrAct, our backbones and our evaluator in detectron2's own trainers."""
+"""TrAct and our backbones in detectron2's own trainers."""
 
-import copy
 import warnings
 
 import pytest
@@ -15,48 +14,24 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("detectron2")
     from detectron2.config import get_cfg
-    from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.modeling import build_model
     from detectron2.solver import build_optimizer
-    from detectron2.structures import Boxes, BoxMode, Instances
+    from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage
-    from PIL import Image
+    from detectron2_records import NAME, registered
 
     from tract_transfer.detectron2_plugin import (
         TractTrainer,
-        VocDatasetEvaluator,
         add_tract_config,
         attach_tract,
         set_colours,
     )
 
-NAME = "tract_transfer_test"
-
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    """Four images with an object each, registered as detectron2 wants them."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = torch.Generator().manual_seed(0)
-    records = []
-    for number in range(4):
-        pixels = torch.randint(256, (64, 96, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
-        box = {"bbox": [8 * number, 10, 40, 30], "bbox_mode": BoxMode.XYWH_ABS}
-        records.append(
-            {
-                "file_name": str(folder / f"{number}.png"),
-                "image_id": f"picture {number}",
-                "height": 64,
-                "width": 96,
-                "annotations": [{**box, "category_id": number % 2, "iscrowd": int(number == 3)}],
-            }
-        )
-    DatasetCatalog.register(NAME, lambda: copy.deepcopy(records))
-    MetadataCatalog.get(NAME).thing_classes = ["left", "right"]
-    yield records
-    DatasetCatalog.remove(NAME)
-    MetadataCatalog.remove(NAME)
+    with registered(tmp_path_factory.mktemp("images")) as records:
+        yield records
 
 
 OURS = {
@@ -250,55 +225,3 @@ def test_what_does_not_fit_is_said(tmp_path, changes, says):
     cfg.merge_from_list([word for pair in changes.items() for word in pair])
     with pytest.raises(ValueError, match=says):
         build_model(cfg)
-
-
-# -------------------------------------------------------------------------------- evaluation
-
-
-def outputs_of(records, shift=0.0):
-    """Each object found, as detectron2's models put it out."""
-    inputs, outputs = [], []
-    for record in records:
-        boxes = torch.tensor([each["bbox"] for each in record["annotations"]]).float()
-        boxes[:, 2:] += boxes[:, :2]
-        found = Instances((64, 96))
-        found.pred_boxes = Boxes(boxes + shift)
-        found.scores = torch.full((len(boxes),), 0.9)
-        found.pred_classes = torch.tensor([e["category_id"] for e in record["annotations"]])
-        inputs.append({"image_id": record["image_id"]})
-        outputs.append({"instances": found})
-    return inputs, outputs
-
-
-@pytest.mark.parametrize("protocol", ["voc2007_devkit", "detectron2", "area", "coco"])
-def test_what_is_found_counts_in_percent(dataset, protocol):
-    evaluator = VocDatasetEvaluator(NAME, protocol)
-    evaluator.process(*outputs_of(dataset))
-    metrics = evaluator.evaluate()["bbox"]
-    assert metrics["AP"] == metrics["AP50"] == metrics["AP50-left"] == pytest.approx(100)
-    assert evaluator.details()["num_difficult"] == 1
-    evaluator.reset()
-    evaluator.process(*outputs_of(dataset, shift=30.0))
-    assert evaluator.evaluate()["bbox"]["AP50"] == 0
-
-
-def test_difficult_objects_of_a_voc_dataset_come_from_its_files(tmp_path):
-    (tmp_path / "Annotations").mkdir()
-    objects = "".join(
-        f"<object><name>cat</name><difficult>{flag}</difficult></object>" for flag in (1, 0)
-    )
-    xml = tmp_path / "Annotations" / "000001.xml"
-    xml.write_text(f"<annotation>{objects}</annotation>")
-    box = {"bbox": [1, 2, 30, 40], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
-    name = f"{NAME}_voc"
-    DatasetCatalog.register(name, lambda: [{"image_id": "000001", "annotations": [box, box]}])
-    try:
-        metadata = MetadataCatalog.get(name)
-        metadata.set(thing_classes=["cat"], dirname=str(tmp_path), year=2007, split="test")
-        assert VocDatasetEvaluator(name)._targets["000001"]["difficult"].tolist() == [True, False]
-        xml.write_text("<annotation></annotation>")
-        with pytest.raises(ValueError, match="0 objects and the registered dataset 2"):
-            VocDatasetEvaluator(name)
-    finally:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)

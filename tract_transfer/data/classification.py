@@ -10,12 +10,11 @@ from tract_transfer.data import images
 from tract_transfer.data.findings import Findings
 from tract_transfer.data.huggingface import (
     RowImages,
-    find_image_column,
-    find_label_column,
     folders_of,
     is_hub_id,
     open_rows,
 )
+from tract_transfer.data.huggingface_columns import find_image_column, find_label_column
 from tract_transfer.data.known_splits import Origin, check_size
 from tract_transfer.data.labels import check_labels, is_integer, read_labels, shown_classes
 

@@ -21,11 +21,11 @@ from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.findings import Box, Findings, Size
 from tract_transfer.data.huggingface import (
     RowImages,
-    find_image_column,
     folders_of,
     is_hub_id,
     open_rows,
 )
+from tract_transfer.data.huggingface_columns import find_image_column
 from tract_transfer.data.images import MAX_PIXELS
 from tract_transfer.data.known_splits import Origin
 from tract_transfer.registry import did_you_mean

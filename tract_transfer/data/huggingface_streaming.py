@@ -8,8 +8,6 @@ from tract_transfer.data import images
 from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.data.huggingface import (
     check_split,
-    find_image_column,
-    find_label_column,
     hub_errors,
     is_hub_id,
     is_saved,
@@ -19,6 +17,7 @@ from tract_transfer.data.huggingface import (
     split_files,
     split_folders,
 )
+from tract_transfer.data.huggingface_columns import find_image_column, find_label_column
 from tract_transfer.data.image_folder import FolderImages
 from tract_transfer.data.known_splits import Origin, check_size
 from tract_transfer.data.labels import is_integer
