@@ -159,39 +159,6 @@ def test_activation_checkpointing_changes_nothing(use_reentrant):
     torch.testing.assert_close(checkpointed[0].weight.grad, plain[0].weight.grad)
 
 
-def test_an_attached_optimizer_steps_as_an_explicit_one():
-    images = small_batch()
-    explicit, attached, plain = small_model(), small_model(), small_model()
-    optimizers = [
-        torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (explicit, attached, plain)
-    ]
-    tract = TrAct(explicit)
-    handle = TrAct(attached).attach(optimizers[1])
-    for _ in range(3):
-        for model, optimizer in zip((explicit, attached, plain), optimizers, strict=True):
-            optimizer.zero_grad()
-            backward(model, images)
-            if model is explicit:
-                tract.step()
-            optimizer.step()
-    assert torch.equal(explicit[0].weight, attached[0].weight)
-    assert not torch.equal(explicit[0].weight, plain[0].weight)
-    handle.remove()
-    attached.load_state_dict(plain.state_dict())
-    optimizers[1].load_state_dict(copy.deepcopy(optimizers[2].state_dict()))
-    for model, optimizer in zip((attached, plain), optimizers[1:], strict=True):
-        optimizer.zero_grad()
-        backward(model, images)
-        optimizer.step()
-    assert torch.equal(attached[0].weight, plain[0].weight)
-
-
-def test_an_optimizer_without_the_weight_is_refused():
-    model = small_model()
-    with pytest.raises(ValueError, match=r"does not hold 0\.weight"):
-        TrAct(model).attach(torch.optim.SGD(model[4].parameters(), lr=0.1))
-
-
 @pytest.mark.parametrize("scale", [1e-2, 3.0, 255.0])
 def test_a_relative_lam_knows_no_scale(scale):
     """With lam relative, W' = dz (c x)^T (c^2 (x x^T / b + lam t I))^-1 = W'(x) / c for one dz."""

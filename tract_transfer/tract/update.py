@@ -203,6 +203,11 @@ class TrAct:
         optimizer = getattr(optimizer, "optimizer", optimizer)
         if any(each.optimizer is optimizer and each.is_on for each in self._attached):
             raise ValueError("This TrAct is attached to this optimizer already: once is enough.")
+        if any(group.get("line_search_fn") for group in getattr(optimizer, "param_groups", ())):
+            raise ValueError(
+                f"The line search of {type(optimizer).__name__} compares losses with the slope "
+                "along the gradient, which TrAct changes. Set line_search_fn=None."
+            )
         attached = Attached(
             optimizer, self._step_if_used, lambda: any(each.reached for each in self._watched)
         )

@@ -124,13 +124,15 @@ class WatchedLayer:
         """The forward hook."""
         if not (self.alive and module.training and torch.is_grad_enabled()):
             return
+        images = inputs[0] if inputs else named["input"]
+        _refuse_transforms(self.name)
         self.reached = True
         if module.weight is not self.weight:
             self.follow_whole()
         if not self.counts:
             return
         with torch.no_grad():
-            gram, num_rows = gram_matrix(self.layer, inputs[0] if inputs else named["input"])
+            gram, num_rows = gram_matrix(self.layer, images)
             both = torch.cat([gram.flatten(), gram.new_full((1,), num_rows)])
             if self.waiting is None or self.waiting.dtype != both.dtype:
                 self.waiting = both
@@ -211,6 +213,15 @@ def _is_sharded(tensor: Any) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def _refuse_transforms(name: str) -> None:
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
+        return
+    raise RuntimeError(
+        f"{name} runs under a transform of torch.func (grad, vmap), whose inputs TrAct cannot add "
+        "up. Use backward() or torch.autograd.grad, or detach() TrAct for as long."
+    )
 
 
 def _nothing() -> None:
