@@ -14,7 +14,8 @@ ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 CONFIG = {
-    "config", "config_data", "config_file", "config_probe", "config_sections", "config_suite",
+    "config", "config_data", "config_file", "config_probe", "config_sections", "config_solver",
+    "config_suite",
 }  # fmt: skip
 BRIDGE = {
     "build",

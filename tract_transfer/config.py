@@ -28,9 +28,9 @@ from tract_transfer.config_sections import (
     EngineConfig,
     FeatureModelConfig,
     Section,
-    SolverConfig,
     TractConfig,
 )
+from tract_transfer.config_solver import SolverConfig
 
 # Rows of the paper's tables; those of t1 and t2 are found by the backbone's name and the epochs.
 PaperRow = Literal[

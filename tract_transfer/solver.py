@@ -1,7 +1,7 @@
 """The optimizer and how its learning rate goes with progress."""
 
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fvcore.common.param_scheduler import (
@@ -63,29 +63,7 @@ def build_optimizer(
         ValueError: unknown optimizer, or one that does not take momentum or an argument; options
             of biases beside others that group parameters; or a model that tells no layers.
     """
-    known = list_optimizers()
-    if optimizer not in known:
-        raise ValueError(f"solver.optimizer: no {optimizer!r}.{did_you_mean(optimizer, known)}")
-    if nesterov and optimizer != "sgd":
-        raise ValueError(f"solver.nesterov is for sgd; {optimizer} does not take it.")
-    arguments = dict(optimizer_args or {})
-    if grouping := arguments.keys() & {"layer_decay", "param_group_fn", *_LAYER_DECAY}:
-        raise ValueError(
-            f"solver.optimizer_args: {sorted(grouping)} are not {optimizer}'s own. Set "
-            "solver.layer_decay."
-        )
-    if momentum is not None:
-        if not get_optimizer_info(optimizer).has_momentum:
-            raise ValueError(
-                f"solver.momentum is not {optimizer}'s. Set solver.optimizer_args.betas instead."
-            )
-        arguments["momentum"] = momentum
-    fallback = {key: arguments.pop(key) for key in _FALLBACK if key in arguments}
-    if fallback and "muon" not in optimizer:
-        raise ValueError(
-            f"solver.optimizer_args: {sorted(fallback)} are for muon and its kin, which leave "
-            f"parameters to AdamW; {optimizer} steps all itself. Leave them out."
-        )
+    arguments, fallback = _arguments(optimizer, momentum, nesterov, optimizer_args or {})
     if bias_lr_factor != 1 or bias_weight_decay is not None:
         if not decay_all or layer_decay is not None or fallback:
             raise ValueError(
@@ -101,11 +79,7 @@ def build_optimizer(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             built: Optimizer = create_optimizer_v2(
-                trained,
-                opt=name,
-                lr=lr,
-                weight_decay=weight_decay,
-                **arguments,
+                trained, opt=name, lr=lr, weight_decay=weight_decay, **arguments
             )
     except (TypeError, AssertionError) as error:  # timm asserts that a fused optimizer has a GPU
         raise ValueError(
@@ -115,6 +89,40 @@ def build_optimizer(
         group["lr"] *= group.get("lr_scale", 1.0)
         group["base_lr"] = group["lr"]
     return built
+
+
+def _arguments(
+    optimizer: str, momentum: float | None, nesterov: bool, optimizer_args: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the optimizer's own arguments, and what tells timm's factory which AdamW steps.
+
+    Raises:
+        ValueError: unknown optimizer, or an argument that it does not take.
+    """
+    known = list_optimizers()
+    if optimizer not in known:
+        raise ValueError(f"solver.optimizer: no {optimizer!r}.{did_you_mean(optimizer, known)}")
+    if nesterov and optimizer != "sgd":
+        raise ValueError(f"solver.nesterov is for sgd; {optimizer} does not take it.")
+    if grouping := optimizer_args.keys() & {"layer_decay", "param_group_fn", *_LAYER_DECAY}:
+        raise ValueError(
+            f"solver.optimizer_args: {sorted(grouping)} are not {optimizer}'s own. Set "
+            "solver.layer_decay."
+        )
+    arguments = {key: value for key, value in optimizer_args.items() if key not in _FALLBACK}
+    fallback = {key: value for key, value in optimizer_args.items() if key in _FALLBACK}
+    if momentum is not None:
+        if not get_optimizer_info(optimizer).has_momentum:
+            raise ValueError(
+                f"solver.momentum is not {optimizer}'s. Set solver.optimizer_args.betas instead."
+            )
+        arguments["momentum"] = momentum
+    if fallback and "muon" not in optimizer:
+        raise ValueError(
+            f"solver.optimizer_args: {sorted(fallback)} are for muon and its kin, which leave "
+            f"parameters to AdamW; {optimizer} steps all itself. Leave them out."
+        )
+    return arguments, fallback
 
 
 def _groups(
@@ -192,27 +200,9 @@ def build_schedule(
         ValueError: an unknown schedule, a warm-up or a step that lies outside the run, or a first
             epoch of learning rate 0.
     """
-    if schedule not in _SCHEDULES:
-        raise ValueError(f"solver.schedule: no {schedule!r}. Known: {', '.join(_SCHEDULES)}.")
-    if schedule == "cosine_epochs" and warmup_iters and not warmup_start:
-        raise ValueError(
-            "solver.warmup_start must be above 0 with schedule: cosine_epochs, which holds it "
-            "through the whole first epoch. Set it, such as 0.001."
-        )
-    if not 0 <= warmup_iters < max_iters:
-        raise ValueError(
-            f"solver: the warm-up of {warmup_iters} iterations outlasts {max_iters}. Shorten "
-            "solver.warmup_iters (or warmup_epochs), or set it to null."
-        )
+    _check_schedule(schedule, max_iters, warmup_iters, warmup_start, steps_iters)
     main: ParamScheduler
     if schedule == "multistep":
-        if list(steps_iters) != sorted(set(steps_iters)) or not all(
-            warmup_iters < step < max_iters for step in steps_iters
-        ):
-            raise ValueError(
-                f"solver: the steps {list(steps_iters)} must ascend between the warm-up's end "
-                f"{warmup_iters} and the run's end {max_iters} (in iterations)."
-            )
         main = MultiStepParamScheduler(
             [step_factor**power for power in range(len(steps_iters) + 1)],
             num_updates=max_iters - warmup_iters,
@@ -230,6 +220,34 @@ def build_schedule(
             interval_scaling=["rescaled", "rescaled"],
         )
     return _ByEpoch(main, max_iters, iters_per_epoch) if schedule == "cosine_epochs" else main
+
+
+def _check_schedule(
+    schedule: str,
+    max_iters: int,
+    warmup_iters: int,
+    warmup_start: float,
+    steps_iters: Sequence[int],
+) -> None:
+    if schedule not in _SCHEDULES:
+        raise ValueError(f"solver.schedule: no {schedule!r}. Known: {', '.join(_SCHEDULES)}.")
+    if schedule == "cosine_epochs" and warmup_iters and not warmup_start:
+        raise ValueError(
+            "solver.warmup_start must be above 0 with schedule: cosine_epochs, which holds it "
+            "through the whole first epoch. Set it, such as 0.001."
+        )
+    if not 0 <= warmup_iters < max_iters:
+        raise ValueError(
+            f"solver: the warm-up of {warmup_iters} iterations outlasts {max_iters}. Shorten "
+            "solver.warmup_iters (or warmup_epochs), or set it to null."
+        )
+    ascending = list(steps_iters) == sorted(set(steps_iters))
+    inside = all(warmup_iters < step < max_iters for step in steps_iters)
+    if schedule == "multistep" and not (ascending and inside):
+        raise ValueError(
+            f"solver: the steps {list(steps_iters)} must ascend between the warm-up's end "
+            f"{warmup_iters} and the run's end {max_iters} (in iterations)."
+        )
 
 
 class _ByEpoch(ParamScheduler):  # type: ignore[misc]
