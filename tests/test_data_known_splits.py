@@ -6,13 +6,20 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from box_data import write_voc
+from box_data import write_coco, write_rows, write_voc
 from PIL import Image
 
 from tract_transfer.build_data import build_data
 from tract_transfer.check_data import check_data
 from tract_transfer.data.classification import carve, load_huggingface
-from tract_transfer.data.known_splits import KNOWN, check_size, check_voc_sets
+from tract_transfer.data.coco import load_coco
+from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
+from tract_transfer.data.known_splits import (
+    KNOWN,
+    check_coco_file,
+    check_size,
+    check_voc_sets,
+)
 from tract_transfer.data.voc import load_voc
 from tract_transfer.run import run
 
@@ -140,6 +147,33 @@ def test_a_voc_devkit_is_compared_by_year_and_split(tmp_path):
     assert dataset.with_objects().origin == dataset.select([0], "x").origin == dataset.origin
     own = load_voc(tmp_path, ["2007/train"], ["dog"])  # classes of one's own: no VOC
     assert own.origin.size_check is None
+
+
+def test_boxes_of_the_hub_s_kind_are_compared_by_name(tmp_path):
+    write_rows(tmp_path / "coco-2017", [("dog", (4, 5, 14, 25))])
+    path = str(tmp_path / "coco-2017")
+    dataset = load_huggingface_boxes(path, "train", "xywh", classes=["cat", "dog"])
+    text = dataset.select([0], "one").origin.size_check.text
+    assert "COCO 2017 train: 3 images, but the official split has 118,287" in text
+    assert "without the images that show no object there are 117,266" in text
+    load = write_rows(tmp_path / "mine", [("dog", (4, 5, 14, 25))])
+    assert load().origin.size_check is None
+
+
+def test_coco_s_own_files_are_compared_by_name(tmp_path):
+    write_coco(tmp_path, [("dog", (4, 5, 14, 25))])
+    for name, text in {
+        "instances_val2017": "COCO 2017 val: 3 images, but the official split has 5,000",
+        "instances_train2014": "COCO 2014 train: 3 images, but the official split has 82,783",
+        "instances_val2018": None,
+        "boxes": None,
+    }.items():
+        file = tmp_path / f"{name}.json"
+        file.write_text((tmp_path / "boxes.json").read_text())
+        check = load_coco(tmp_path / "images", file).origin.size_check
+        assert (check and check.text.partition(":")[0]) == (text and text.partition(":")[0])
+        assert text is None or text in check.text
+    assert not check_coco_file(Path("instances_val2017.json"), 5_000).differs
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no sample data")

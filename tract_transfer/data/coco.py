@@ -20,6 +20,7 @@ from tract_transfer.data.annotations import (
 from tract_transfer.data.detection import DetectionDataset, ImageFiles
 from tract_transfer.data.findings import Findings, Size, is_below
 from tract_transfer.data.images import MAX_PIXELS
+from tract_transfer.data.known_splits import Origin, check_coco_file
 
 
 def load_coco(
@@ -82,7 +83,9 @@ def load_coco(
             objects[row] += [] if found is None else [found]
         seen.add(entry["id"])
     title, source = f"coco {path.name}", ImageFiles(files)
-    return DetectionDataset(title, names, source, sizes, flatten(objects), max_pixels=max_pixels)
+    dataset = DetectionDataset(title, names, source, sizes, flatten(objects), max_pixels=max_pixels)
+    dataset.origin = Origin(size_check=check_coco_file(path, len(files)))
+    return dataset
 
 
 def _read(path: Path, key: str) -> Mapping[str, Any]:

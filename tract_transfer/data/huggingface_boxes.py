@@ -27,7 +27,7 @@ from tract_transfer.data.huggingface import (
 )
 from tract_transfer.data.huggingface_columns import find_image_column
 from tract_transfer.data.images import MAX_PIXELS
-from tract_transfer.data.known_splits import Origin
+from tract_transfer.data.known_splits import Origin, check_size
 from tract_transfer.registry import did_you_mean
 
 BOX_FORMATS = ("xywh", "xyxy", "cxcywh")
@@ -125,7 +125,9 @@ def load_huggingface_boxes(
     dataset = DetectionDataset(
         path, names, source, sizes, flatten(objects), picked, max_pixels, upright=True
     )
-    dataset.origin = Origin(path if is_hub_id(path) else None)
+    is_hub, declared = is_hub_id(path), rows.info.dataset_name
+    size_check = check_size(path, declared, is_hub, split, len(rows))
+    dataset.origin = Origin(path if is_hub else None, size_check)
     return dataset
 
 

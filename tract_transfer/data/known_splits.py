@@ -86,6 +86,13 @@ KNOWN = (
         ("ilsvrc/imagenet-1k", "imagenet1k"),
         {"train": 1_281_167, "validation": 50_000, "test": 100_000},
     ),
+    KnownDataset("COCO 2014", (), {"train": 82_783, "validation": 40_504}),
+    KnownDataset(
+        "COCO 2017",
+        ("detection-datasets/coco", "coco2017"),
+        {"train": 118_287, "validation": 5_000},
+        "without the images that show no object there are 117,266 and 4,952",
+    ),
     KnownDataset("VOC 2007", (), {"train": 2_501, "val": 2_510, "trainval": 5_011, "test": 4_952}),
     KnownDataset("VOC 2012", (), {"train": 5_717, "val": 5_823, "trainval": 11_540}),
 )
@@ -123,6 +130,18 @@ def check_voc_sets(sets: Sequence[str], count: int) -> SizeCheck | None:
     tables = {known.title: known.images for known in KNOWN}
     official = [tables.get(f"VOC {year}", {}).get(name) for year, _, name in years]
     return _compare(KnownDataset("VOC", (), {}), "+".join(sets), official, count)
+
+
+def check_coco_file(annotations: Path, count: int) -> SizeCheck | None:
+    """Compare the size of a COCO file by its official name, as `instances_val2017.json`."""
+    named = re.fullmatch(r"instances_(train|val)(20\d\d)", annotations.stem)
+    if named is None:
+        return None
+    split, title = named[1], f"COCO {named[2]}"
+    for known in KNOWN:
+        if known.title == title:
+            return _compare(known, split, [known.images.get(_ALIASES.get(split, split))], count)
+    return None
 
 
 def size_checks(datasets: Mapping[str, Any]) -> dict[str, SizeCheck]:
