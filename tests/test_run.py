@@ -193,6 +193,7 @@ def test_a_probe_is_a_function_of_its_config(tmp_path, load_tiny):
 def test_a_preview_writes_nothing(tmp_path, load_tiny, task):
     said = preview(load_tiny(tmp_path, task=task))
     assert "parameters" in said
+    assert float(said["FLOPs of a forward"].partition(" G an image")[0]) > 0
     assert not (tmp_path / "run").exists()
     if task != "probe":
         assert said["the whole run"].startswith("about 0:00")

@@ -43,10 +43,7 @@ def dry_run(
     first = list(itertools.islice(iter(eval_batches), 1))
     evaluate(model, first, make_evaluator(), device=device, precision=trainer.precision)  # type: ignore[arg-type]
     eval_seconds = (time.perf_counter() - started) * num_eval_batches
-    counter = FlopCounterMode(display=False)
     image = first[0].to(device).images[:1]  # type: ignore[attr-defined]
-    with evaluating(model), counter:
-        model(image)
     total = step_seconds * trainer.max_iters + eval_seconds * num_evaluations
     peak = (
         torch.cuda.max_memory_allocated(device)
@@ -55,7 +52,7 @@ def dry_run(
     )
     return {
         "parameters": f"{sum(p.numel() for p in parameters):,} ({trainable:,} trained)",
-        "FLOPs of a forward": f"{counter.get_total_flops() / 1e9:.3f} G an image",
+        "FLOPs of a forward": _flops(model, model, image),
         "peak memory": f"{peak / 2**30:.2f} GiB",
         "loss after two steps": f"{losses['loss']:.4f}",
         "a step": f"{step_seconds:.3f} s",
@@ -67,12 +64,23 @@ def dry_run(
 def dry_run_features(
     model: nn.Module, pooled: Callable[[Tensor], Tensor], images: Tensor, num_images: int
 ) -> dict[str, str]:
-    """Extract features of one batch (B, 3, H, W); return what those of `num_images` would cost."""
+    """Extract features of one batch (B, 3, H, W); return what those of `num_images` would cost.
+
+    FLOPs are counted as by `dry_run`.
+    """
     started = time.perf_counter()
     with evaluating(model):
         pooled(images).sum().item()  # waits for the device
     seconds = (time.perf_counter() - started) * num_images / len(images)
     return {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,} (frozen)",
+        "FLOPs of a forward": _flops(model, pooled, images[:1]),
         "features": f"about {seconds:.0f} s for {num_images} images",
     }
+
+
+def _flops(model: nn.Module, call: Callable[[Tensor], object], image: Tensor) -> str:
+    counter = FlopCounterMode(display=False)
+    with evaluating(model), counter:
+        call(image)
+    return f"{counter.get_total_flops() / 1e9:.3f} G an image"
