@@ -1,9 +1,10 @@
 """Images a second that reach a training step: data.cache device against the DataLoader path.
 
-CIFAR's recipe (pad 4, crop, flip), batches of 128 at 32 px, data in memory. Both take turns in
-random order; the median of the paired ratios is printed.
+CIFAR's recipe (pad 4, crop, flip), or fine-tuning's (random resized crop, flip), batches of 128 at
+32 px, data in memory. Both take turns; the median of the paired ratios is printed.
 
     python benchmarks/input_pipeline.py [--data ../shared/data/cifar10] [--workers 0 2] [--turns 7]
+        [--crops pad random_resized]
 """
 
 import argparse
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from tract_transfer.data.batch_augment import BatchAugment
 from tract_transfer.data.classification import ClassificationDataset, load_huggingface
 from tract_transfer.data.loader import Batch, train_loader
 from tract_transfer.data.resident import ResidentImages, resident_batches
@@ -55,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a folder of CIFAR's parquet; else random images")
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
+    parser.add_argument("--crops", nargs="+", default=["pad", "random_resized"])
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--batches", type=int, default=60, help="timed batches a turn")
     parser.add_argument("--device", default="cpu")
@@ -65,23 +68,23 @@ def main() -> None:
         labels = np.arange(10_000) % 10
         dataset = ClassificationDataset("noise", [str(k) for k in range(10)], labels, Noise())
     dataset.cache_images()
-    transform = classification_train(SIZE_PX, "pad", 4, (0.08, 1.0), 0.5, "bilinear")
     resident = ResidentImages(dataset, SIZE_PX, torch.device(arguments.device))
 
     def sampler() -> TrainBatchSampler:
         return TrainBatchSampler(EpochOrder(len(dataset), BATCH_SIZE, SEED))
 
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(
-        "| workers | DataLoader, images/s | device, images/s | ratio |\n| --- | --- | --- | --- |"
-    )
-    for workers in arguments.workers:
+    head = "| crop | workers | DataLoader, images/s | device, images/s | ratio |"
+    print(f"{head}\n| --- | --- | --- | --- | --- |")
+    for crop, workers in itertools.product(arguments.crops, arguments.workers):
+        law = (SIZE_PX, crop, 4, (0.3, 1.0), 0.5, "bilinear")
+        transform, augment = classification_train(*law), BatchAugment(*law)
         rates: dict[str, list[float]] = {"loader": [], "device": []}
         for turn in range(arguments.turns):
             loader = train_loader(dataset, transform, sampler(), seed=SEED, num_workers=workers)
             ways = {
                 "loader": iter(loader),
-                "device": resident_batches(resident, sampler(), seed=SEED, pad_px=4, flip_prob=0.5),
+                "device": resident_batches(resident, sampler(), seed=SEED, augment=augment),
             }
             for name in sorted(ways, reverse=turn % 2 == 1):
                 count = arguments.batches * (1 if name == "loader" else 10)
@@ -89,7 +92,7 @@ def main() -> None:
             del ways, loader
         ratios = [b / a for a, b in zip(rates["loader"], rates["device"], strict=True)]
         print(
-            f"| {workers} | {statistics.median(rates['loader']):,.0f} "
+            f"| {crop} | {workers} | {statistics.median(rates['loader']):,.0f} "
             f"| {statistics.median(rates['device']):,.0f} | {statistics.median(ratios):.1f} "
             f"({min(ratios):.1f} to {max(ratios):.1f}) |",
             flush=True,

@@ -135,9 +135,7 @@ def bad(tmp_path):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("name", TABLE)
-def test_it_is_told_before_training_in_either_split(
-    name, split, bad, tmp_path, load_tiny, refused
-):
+def test_it_is_told_before_training_in_either_split(name, split, bad, tmp_path, load_tiny, refused):
     prepare, kind, wanted = TABLE[name]
     with refused(name, kind) if split == "train" else pytest.raises(kind) as caught:
         run(load_tiny(tmp_path, *bad(prepare, split), task="detection"))
@@ -182,9 +180,7 @@ def test_a_box_that_is_cut_is_listed(split, bad, tmp_path, load_tiny):
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_an_image_of_another_size_than_annotated_is_named(
-    split, bad, tmp_path, load_tiny, refused
-):
+def test_an_image_of_another_size_than_annotated_is_named(split, bad, tmp_path, load_tiny, refused):
     def resize(devkit):
         Image.new("RGB", (50, 50)).save(devkit / "JPEGImages/000001.jpg")
 

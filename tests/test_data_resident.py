@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from tract_transfer.data.batch_augment import BatchAugment
 from tract_transfer.data.images import UndecodableImage
 from tract_transfer.data.resident import (
     ResidentImages,
     hashed_uniform,
     resident_batches,
-    shifted,
 )
 from tract_transfer.data.sampling import EpochOrder, Sample, TrainBatchSampler
 
@@ -38,9 +38,12 @@ class Pixels:
         return index % 4
 
 
-def batches(data, start_iter=0, *, seed=3, pad_px=2, flip_prob=0.5, batch_size=4, **split):
+def batches(
+    data, start_iter=0, *, seed=3, crop="pad", pad_px=2, flip_prob=0.5, batch_size=4, **split
+):
     sampler = TrainBatchSampler(EpochOrder(len(data.labels), batch_size, seed), start_iter, **split)
-    return resident_batches(data, sampler, seed=seed, pad_px=pad_px, flip_prob=flip_prob)
+    augment = BatchAugment(8, crop, pad_px, (0.3, 1.0), flip_prob, "bilinear", erase_prob=0.0)
+    return resident_batches(data, sampler, seed=seed, augment=augment)
 
 
 def seen(batch):
@@ -50,7 +53,7 @@ def seen(batch):
 def test_a_batch_holds_the_images_of_its_samples():
     dataset = Pixels()
     data = ResidentImages(dataset, 8, CPU)
-    batch = next(batches(data, pad_px=0, flip_prob=0.0))
+    batch = next(batches(data, crop="none", flip_prob=0.0))
     assert batch.images.dtype == torch.uint8
     assert batch.images.shape == (4, 3, 8, 8)
     for index, image, label in zip(batch.indices, batch.images, batch.targets, strict=True):
@@ -73,12 +76,6 @@ def test_crops_and_flips_are_those_of_the_padded_image():
             assert len(matches) == 1
             found.add(matches[0])
     assert len(found) > 40  # of 50
-
-
-def test_shifted_crops_by_row_and_column():
-    image = torch.arange(16).view(1, 1, 4, 4)
-    (crop,) = shifted(image, torch.tensor([[2, 0]]), 1)
-    assert crop.tolist() == [[[0, 4, 5, 6], [0, 8, 9, 10], [0, 12, 13, 14], [0, 0, 0, 0]]]
 
 
 def test_what_an_epoch_shows_depends_on_seed_epoch_and_sample_alone():
@@ -141,6 +138,21 @@ def test_images_are_resized_once_and_must_be_square_then():
     assert ResidentImages(Pixels(size=(16, 16)), 8, CPU).images.shape == (20, 3, 8, 8)
     with pytest.raises(ValueError, match="square images, and image 0 is 12 x 8 px"):
         ResidentImages(Pixels(size=(8, 12)), 8, CPU)
+
+
+def test_crops_of_any_size_come_from_images_as_they_were_decoded():
+    data = ResidentImages(Pixels(size=(12, 12)), None, CPU)
+    assert data.images.shape == (20, 3, 12, 12)
+    assert next(batches(data, crop="random_resized")).images.shape == (4, 3, 8, 8)
+    broken = Pixels(size=(12, 12), broken=(0,))
+    assert ResidentImages(broken, None, CPU, undecodable="skip").images.shape[-1] == 12
+    with pytest.raises(UndecodableImage, match="row 0"):
+        ResidentImages(broken, None, CPU)
+    with pytest.raises(ValueError, match="of one size, here 8 px square, and image 0 is 12 x 8 px"):
+        ResidentImages(Pixels(size=(8, 12)), None, CPU)
+    nothing = Pixels(broken=range(4), length=4)
+    with pytest.raises(ValueError, match="found no image that can be decoded"):
+        ResidentImages(nothing, None, CPU, undecodable="skip")
 
 
 def test_too_many_images_say_how_much_they_need():

@@ -13,6 +13,7 @@ from tract_transfer.config import Config, ProbeConfig, TrainedConfig
 from tract_transfer.config_data import ClassificationData, DetectionTransformsConfig
 from tract_transfer.data import sampling, transforms
 from tract_transfer.data.augment import AUGMENTATIONS
+from tract_transfer.data.batch_augment import BatchAugment
 from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.loader import (
     Batch,
@@ -224,23 +225,26 @@ def _build_resident_batches(
     device: torch.device,
 ) -> Callable[[int], Iterator[Batch]]:
     chosen = section.transforms
+    low, high = chosen.scale or (0.08, 1.0)
+    augment = BatchAugment(
+        chosen.size_px,
+        chosen.crop,
+        4 if chosen.pad_px is None else chosen.pad_px,
+        (low, high),
+        chosen.flip_prob,
+        chosen.interpolation,
+        chosen.erase_prob,
+    )
     images = ResidentImages(
         train,
-        chosen.size_px,
+        None if augment.takes_native_size else chosen.size_px,
         device,
         interpolation=chosen.interpolation,
         undecodable=section.undecodable,
     )
-    pad_px = 4 if chosen.pad_px is None else chosen.pad_px
 
     def batches(start_iter: int) -> Iterator[Batch]:
-        return resident_batches(
-            images,
-            sampler(start_iter),
-            seed=seed,
-            pad_px=pad_px if chosen.crop == "pad" else 0,
-            flip_prob=chosen.flip_prob,
-        )
+        return resident_batches(images, sampler(start_iter), seed=seed, augment=augment)
 
     return batches
 

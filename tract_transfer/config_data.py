@@ -215,8 +215,8 @@ class ClassificationData(LoadingConfig):
 
     `repeats` is how often an image comes in a batch, each time augmented anew; an epoch shows as
     many images as without, and so fewer different ones. `cache: device` keeps the training images
-    on the device, and crops and flips whole batches there. Where train is streamed, `shuffle_rows`
-    images are shuffled at a time (2048), read at `readers` places at once (8).
+    on the device, and crops, flips and erases in whole batches there. Where train is streamed,
+    `shuffle_rows` images are shuffled at a time (2048), read at `readers` places at once (8).
     """
 
     cache: Literal["none", "ram", "device"] = "none"  # type: ignore[assignment]
@@ -238,20 +238,19 @@ class ClassificationData(LoadingConfig):
         return self
 
     @model_validator(mode="after")
-    def _device_crops_and_flips(self) -> "ClassificationData":
+    def _device_augments_batches(self) -> "ClassificationData":
         chosen = self.transforms
         others = {
-            "crop": chosen.crop not in ("pad", "none"),
+            "crop": chosen.crop == "resize_random",
             "rotation_deg": chosen.rotation_deg != 0,
             "augment": chosen.augment is not None,
             "color_jitter": chosen.color_jitter != 0,
-            "erase_prob": chosen.erase_prob != 0,
         }
         found = [key for key, is_used in others.items() if is_used]
         if self.cache == "device" and found:
             raise ValueError(
-                f"cache: device knows crop: pad or none, and flip_prob, of data.transforms, and "
-                f"not its {', '.join(found)}. Set cache: ram"
+                "cache: device knows crop: pad, random_resized or none, flip_prob and erase_prob "
+                f"of data.transforms, and not its {', '.join(found)}. Set cache: ram"
             )
         return self
 

@@ -1,11 +1,12 @@
-"""A small dataset on its device: decoded once, cropped and flipped a batch at a time.
+"""A small dataset on its device: decoded once, augmented a batch at a time.
 
 The random numbers of an image are a hash of (seed, epoch, index, copy): the law of loader.py, by
 other numbers. No worker is needed, and where a run was resumed does not show.
 """
 
-# N images in the dataset, B in a batch, S their side
+# N images in the dataset, B in a batch, P their side
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -13,9 +14,9 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
+from tract_transfer.data.batch_augment import BatchAugment
 from tract_transfer.data.images import UndecodableImage
 from tract_transfer.data.loader import Batch, ImageDataset
 from tract_transfer.data.sampling import Sample, mix
@@ -24,49 +25,56 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class ResidentImages:
-    """The images of a classification dataset as one uint8 tensor (N, 3, S, S) on `device`.
+    """The images of a classification dataset as one uint8 tensor (N, 3, P, P) on `device`.
 
     Args:
-        size_px: S; the short side is resized to it once, and must then be the long one too.
+        size_px: P; the short side is resized to it once, and must then be the long one too. None:
+            all images are of one size, and stay so.
         interpolation: of that resizing: nearest, bilinear or bicubic.
         undecodable: `skip` leaves those out that cannot be decoded, and every batch says so.
 
     Raises:
         UndecodableImage: the first that cannot be decoded, where they are not to be skipped.
-        ValueError: an image is not square, or there is not enough memory.
+        ValueError: an image is not square, or not of the others' size; or there is not enough
+            memory.
     """
 
     def __init__(
         self,
         dataset: ImageDataset,
-        size_px: int,
+        size_px: int | None,
         device: torch.device,
         *,
         interpolation: str = "bilinear",
         undecodable: str = "error",
     ) -> None:
-        shape = (len(dataset), 3, size_px, size_px)
+        side = size_px or _first_side(dataset, undecodable)
+        shape = (len(dataset), 3, side, side)
         needed, available = math.prod(shape), _available_bytes(device)
         if needed > available:
             raise ValueError(
                 f"data.cache: device needs {needed / 2**30:.1f} GiB for {len(dataset)} images of "
-                f"{size_px} px, and {device} has {available / 2**30:.1f} GiB. Set data.cache: none."
+                f"{side} px, and {device} has {available / 2**30:.1f} GiB. Set data.cache: none."
             )
         self.images = torch.zeros(shape, dtype=torch.uint8, device=device)
         self.skipped: dict[int, str] = {}
-        resize = v2.Resize(size_px, InterpolationMode(interpolation))
+        resize = v2.Resize(side, InterpolationMode(interpolation))
         for index in range(len(dataset)):
             try:
-                image = resize(dataset.image(index))
+                image = dataset.image(index)
             except UndecodableImage as error:
                 if undecodable != "skip":
                     raise
                 self.skipped[index] = f"{error.item}: {error.reason}"
                 continue
+            image = resize(image) if size_px else image
             if image.shape[1:] != shape[2:]:
+                wanted = (
+                    "square images" if size_px else f"images of one size, here {side} px square"
+                )
                 raise ValueError(
-                    f"data.cache: device needs square images, and image {index} is "
-                    f"{image.shape[2]} x {image.shape[1]} px with its short side at {size_px}. "
+                    f"data.cache: device needs {wanted}, and image {index} is {image.shape[2]} x "
+                    f"{image.shape[1]} px{f' with its short side at {side}' if size_px else ''}. "
                     "Set data.cache: none or ram."
                 )
             self.images[index] = image.to(device)
@@ -79,15 +87,9 @@ def resident_batches(
     sampler: Iterable[Sequence[Sample]],
     *,
     seed: int,
-    pad_px: int,
-    flip_prob: float,
+    augment: BatchAugment,
 ) -> Iterator[Batch]:
-    """Yield the micro-batches of `sampler`, each image cropped and flipped by its own numbers.
-
-    Args:
-        pad_px: zeros on every side before the crop of S x S at random; 0 crops nothing.
-        flip_prob: probability of a horizontal flip.
-    """
+    """Yield the micro-batches of `sampler`, each image augmented by its own numbers."""
     for samples in sampler:
         skipped = [data.skipped[s.index] for s in samples if s.index in data.skipped]
         whole = [s for s in samples if s.index not in data.skipped] if skipped else samples
@@ -96,23 +98,18 @@ def resident_batches(
             yield Batch([], [], indices, skipped)
             continue
         chosen = torch.tensor(indices, device=data.images.device)
-        draws = hashed_uniform(seed, np.array(whole, dtype=np.uint64), 3)
-        images = data.images.index_select(0, chosen)
-        if pad_px:
-            shifts = (draws[:, :2] * (2 * pad_px + 1)).astype(np.int64)
-            images = shifted(images, torch.from_numpy(shifts).to(images.device), pad_px)
-        flips = torch.from_numpy(draws[:, 2] < flip_prob).to(images.device)
-        images = torch.where(flips[:, None, None, None], images.flip(3), images)
+        draws = hashed_uniform(seed, np.array(whole, dtype=np.uint64), augment.num_draws)
+        images = augment(data.images.index_select(0, chosen), draws)
         yield Batch(images, data.labels[chosen], indices, skipped)
 
 
-def shifted(images: Tensor, shifts: Tensor, pad_px: int) -> Tensor:
-    """Crop (B, C, S, S) at `shifts` (B, 2), down and right, of the images with zeros around."""
-    side = images.shape[-1]
-    padded = torch.nn.functional.pad(images, [pad_px] * 4)
-    windows = padded.unfold(2, side, 1).unfold(3, side, 1)  # (B, C, shifts, shifts, S, S), a view
-    number = torch.arange(len(images), device=images.device)
-    return windows[number, :, shifts[:, 0], shifts[:, 1]]
+def _first_side(dataset: ImageDataset, undecodable: str) -> int:
+    """Return the height of the first image that can be decoded."""
+    passed_over = (UndecodableImage,) if undecodable == "skip" else ()
+    for index in range(len(dataset)):
+        with contextlib.suppress(*passed_over):
+            return dataset.image(index).shape[1]
+    raise ValueError("data.cache: device found no image that can be decoded.")
 
 
 def _available_bytes(device: torch.device) -> int:

@@ -15,7 +15,7 @@ from tract_transfer.data.augment import interpolation_mode
 ImageTransform = Callable[[Tensor], Tensor]
 DetectionTransform = Callable[[Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
 
-_MEAN_COLOUR = (124, 116, 104)  # of ImageNet, of 0 to 255
+MEAN_COLOUR = (124, 116, 104)  # of ImageNet, of 0 to 255
 
 
 def classification_train(
@@ -62,7 +62,7 @@ def classification_train(
     if color_jitter:
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
     if erase_prob:
-        steps.append(v2.RandomErasing(erase_prob, value=_MEAN_COLOUR))
+        steps.append(v2.RandomErasing(erase_prob, value=MEAN_COLOUR))
     pipeline: ImageTransform = v2.Compose(steps)
     return pipeline
 
