@@ -123,6 +123,25 @@ def test_runs_beside_the_plan_are_left_out_and_named(tmp_path: Path) -> None:
     assert problem.endswith("does not plan: left out")
 
 
+def test_a_run_that_methods_share_counts_for_each(tmp_path: Path) -> None:
+    """Two methods that change other tasks alone: their run here is one, and nothing is missing."""
+    suite = write_suite(tmp_path, methods=["vanilla", "tract", "low_lr"])
+    for seed in range(3):
+        change(suite, "vanilla", seed, also=["low_lr"])
+    report = read_report([suite])
+    (row,) = report.rows
+    assert row.values["low_lr"] == row.values["vanilla"] == {0: 0.8, 1: 0.82, 2: 0.81}
+    assert not any(row.missing.values())
+    assert row.differences["low_lr"].mean == 0
+    assert row.differences["low_lr"].n == 3
+    assert row.notes == [
+        "vanilla and low_lr share one run a seed: what they change does not reach it."
+    ]
+    (suite / "vanilla/finetune/seed1/results.json").unlink()
+    (row,) = read_report([suite]).rows
+    assert [len(row.missing[method]) for method in ("vanilla", "tract", "low_lr")] == [1, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from tract_transfer.suite.runs import Run
@@ -109,7 +110,7 @@ def _row(runs: list[Run], metric: str, methods: Sequence[str], baseline: str) ->
         elif run.method:
             missing[run.method].append(run)
     finished = [run for run in runs if not run.failure]
-    notes = _lonely(values, baseline)
+    notes = [*_lonely(values, baseline), *_shared(runs)]
     if differing := _differing(finished):
         notes.append(f"The runs differ in {', '.join(differing)}: compare with care.")
     first = next(iter(finished), runs[0])
@@ -139,6 +140,18 @@ def _lonely(values: Mapping[str, Mapping[int, float]], baseline: str) -> list[st
                     f"{one} {seeds} without a {other} run: in the mean, not in the difference."
                 )
     return notes
+
+
+def _shared(runs: Sequence[Run]) -> list[str]:
+    """Name the methods that have one and the same run."""
+    methods: dict[Path, list[str]] = {}
+    for run in runs:
+        methods.setdefault(run.folder, []).append(run.method)
+    groups = dict.fromkeys(tuple(group) for group in methods.values() if len(group) > 1)
+    return [
+        f"{' and '.join(group)} share one run a seed: what they change does not reach it."
+        for group in groups
+    ]
 
 
 def _corrected(rows: list[Row]) -> list[Row]:

@@ -14,7 +14,11 @@ _NEEDED = {"method": str, "task": str, "seed": int, "folder": str, "state": str}
 
 @dataclass(frozen=True)
 class Planned:
-    """What a suite's plan says of one of its runs; `error` and `attempts` are of its execution."""
+    """What a suite's plan says of one of its runs; `error` and `attempts` are of its execution.
+
+    Attributes:
+        also: further methods whose run this is: what they change does not reach it.
+    """
 
     method: str
     task: str
@@ -22,6 +26,7 @@ class Planned:
     state: str
     error: str = ""
     attempts: int = 0
+    also: tuple[str, ...] = ()
 
 
 @dataclass
@@ -96,6 +101,7 @@ def _add_suite(folder: Path, found: Found) -> None:
             **{key: run[key] for key in ("method", "task", "seed", "state")},
             error=str(run.get("error") or ""),
             attempts=int(run.get("attempts") or 0),
+            also=tuple(map(str, run.get("also") or ())),
         )
     found.folders += planned
     found.planned |= planned

@@ -75,12 +75,19 @@ def read_runs(found: Found) -> list[Run]:
 
     A run without results is placed by its suite's plan, or else by the names of its path:
     `vanilla/finetune/seed-2` belongs to the method and the task of these names, if another run has
-    finished under them.
+    finished under them. A run that methods share, by their plan, comes once for each.
 
     Raises:
         ValueError: two finished runs share method, task and seed.
     """
-    runs = [_as_planned(_load_run(folder), found.planned.get(folder)) for folder in found.folders]
+    runs = []
+    for folder in found.folders:
+        planned = found.planned.get(folder)
+        run = _as_planned(_load_run(folder), planned)
+        runs += [
+            run,
+            *(replace(run, method=method) for method in (planned.also if planned else ())),
+        ]
     finished = [run for run in runs if not run.failure]
     seen: dict[tuple[str, str, int | None], Run] = {}
     for run in finished:
