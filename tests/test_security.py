@@ -19,9 +19,22 @@ PACKAGE = sorted(Path("tract_transfer").rglob("*.py")) + sorted(Path("tools").gl
         (["db_password", "abc"], "db_password ***"),
         (["data.path=https://me:abc@host/x"], "data.path=https://***@host/x"),
         (["data.label_column=token", "solver.lr=1"], "data.label_column=token solver.lr=1"),
+        (["GITHUB_TOKEN=abc", "AWS_SECRET_ACCESS_KEY=abc"],
+         "GITHUB_TOKEN=*** AWS_SECRET_ACCESS_KEY=***"),
+        (["my.credential=abc", "--credentials", "abc", "apiKey=abc"],
+         "my.credential=*** --credentials *** apiKey=***"),
+        (["model.backbone.args={token: abc, depth: 2, 'key': \"abc\"}"],
+         "model.backbone.args={token: ***, depth: 2, 'key': \"***\"}"),
+        (["data.path=https://host/x?token=abc&size=3"],
+         "data.path=https://host/x?token=***&size=3"),
+        (["--config-file", f"hf_{'a' * 34}.yaml"], "--config-file ***.yaml"),
+        (["data.path=/sets/hunter2-hunter2/x"], "data.path=/sets/***/x"),
+        (["model.backbone.args={class_token: true, num_key: 3}", "monkey=x", "solver.lr=1e-3"],
+         "model.backbone.args={class_token: true, num_key: 3} monkey=x solver.lr=1e-3"),
     ],
-)
+)  # fmt: skip
 def test_no_secret_of_the_command_line_is_stored(words, shown, monkeypatch):
+    monkeypatch.setenv("DATABASE_PASSWORD", "hunter2-hunter2")
     monkeypatch.setattr(sys, "argv", ["x.py", *words])
     assert environment(Inputs({}))["command"] == f"x.py {shown}"
 

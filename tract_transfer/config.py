@@ -3,7 +3,7 @@
 Each task has its own Config, so that a key which a task would ignore is an error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -31,6 +31,7 @@ from tract_transfer.config_sections import (
     TractConfig,
 )
 from tract_transfer.config_solver import SolverConfig
+from tract_transfer.redact import has_secret
 
 # Rows of the paper's tables; those of t1 and t2 are found by the backbone's name and the epochs.
 PaperRow = Literal[
@@ -136,6 +137,7 @@ def check_config(tree: dict[str, Any], origins: Origins) -> Config:
     Raises:
         ConfigError: as `load_config`.
     """
+    _refuse_secrets(tree, origins)
     try:
         config = _ADAPTER.validate_python(tree)
     except ValidationError as error:
@@ -143,6 +145,28 @@ def check_config(tree: dict[str, Any], origins: Origins) -> Config:
         raise ConfigError(explain_all(error, tree, origins, known)) from None
     config._origins.update(origins)
     return config
+
+
+def _refuse_secrets(tree: Any, origins: Origins) -> None:
+    """Refuse what a run would write into its folder, whose readers it is not for."""
+    texts = dict(_texts(tree))
+    if not has_secret("\n".join(texts.values())):  # all at once: it is asked a thousand times
+        return
+    for key in [key for key, text in texts.items() if has_secret(text)]:
+        message = (
+            "holds a login or a secret, which a run's folder would keep. Give it by the "
+            "environment, such as HF_TOKEN, or by ~/.netrc."
+        )
+        raise ConfigError(explain(key, message, origins))
+
+
+def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted keys of a tree, places in lists included, whose values are texts."""
+    if isinstance(tree, str):
+        yield key, tree
+    elif isinstance(tree, dict | list):
+        for name, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _texts(part, f"{key}.{name}" if key else str(name))
 
 
 def dump_config(config: Config) -> str:

@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -13,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from tract_transfer import __version__
+from tract_transfer.redact import without_secrets
 
 ENVIRONMENT_NAME = "environment.json"
 PACKAGES = ("torch", "torchvision", "timm", "datasets", "accelerate", "numpy")
-_SECRET_NAME = re.compile(r"(?i)(?:^|[._-])(?:api_?key|key|token|secret|password|passwd)$")
 
 
 class Inputs(NamedTuple):
@@ -47,7 +46,7 @@ def environment(inputs: Inputs, num_processes: int = 1) -> dict[str, Any]:
         "git": _git_state(),
         "data": dict(inputs.data),
         "weights": inputs.weights,
-        "command": " ".join(_without_secrets(sys.argv)),
+        "command": " ".join(without_secrets(sys.argv)),
     }
 
 
@@ -94,18 +93,6 @@ def _deciding(environment: Mapping[str, Any]) -> dict[str, Any]:
         **(environment.get("versions") or {}),
         **{kind: hardware[kind] for kind in kinds if kind in hardware},
     }
-
-
-def _without_secrets(words: Sequence[str]) -> list[str]:
-    """Return a command's words with *** for values named like secrets and logins in addresses."""
-    shown: list[str] = []
-    hide = False
-    for word in words:
-        name, equals, _ = word.partition("=")
-        secret = bool(_SECRET_NAME.search(name))
-        shown.append("***" if hide else f"{name}=***" if secret and equals else word)
-        hide = secret and not equals and not hide
-    return [re.sub(r"://[^/@\s]+@", "://***@", word) for word in shown]
 
 
 def _git_state() -> dict[str, str]:
