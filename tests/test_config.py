@@ -1,13 +1,11 @@
-from pathlib import Path
-
 import pydantic
 import pytest
 import yaml
+from config_texts import CLASSIFICATION, failing_in, writer_to
 
 from tract_transfer.config import (
     TASKS,
     ClassificationConfig,
-    ConfigError,
     DetectionConfig,
     ProbeConfig,
     dump_config,
@@ -16,20 +14,6 @@ from tract_transfer.config import (
 )
 from tract_transfer.config_file import dump_yaml
 
-CLASSIFICATION = """\
-task: classification
-output_dir: out
-model: {backbone: {name: cifar/resnet18, args: {width: 16}}}
-data:
-  train: {source: digits, split: train}
-  test: {source: digits, split: test}
-  transforms: {size_px: 32}
-  batch_size: 64
-solver:
-  optimizer: sgd
-  lr: 1e-3
-  max_epochs: 2
-"""
 DETECTION = """\
 task: detection
 output_dir: out
@@ -55,27 +39,12 @@ data:
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a config beside the others; return its path."""
-
-    def write_file(text: str, name: str = "x.yaml") -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write_file
+    return writer_to(tmp_path)
 
 
 @pytest.fixture
 def fails(write):
-    """Return the message of a config that must fail."""
-
-    def message(text: str = CLASSIFICATION, *overrides: str) -> str:
-        with pytest.raises(ConfigError) as error:
-            load_config(write(text), overrides)
-        return str(error.value)
-
-    return message
+    return failing_in(write)
 
 
 # --------------------------------------------------------------------------------- what is read

@@ -1,51 +1,20 @@
 """YAML files with bases and overrides: what is merged, what is refused, and where a key is from."""
 
-from pathlib import Path
-
 import pytest
+from config_texts import CLASSIFICATION, failing_in, writer_to
 
 from tract_transfer.config import ConfigError, load_config
 from tract_transfer.config_file import merge, override, parse_words, read_config_file
 
-CLASSIFICATION = """\
-task: classification
-output_dir: out
-model: {backbone: {name: cifar/resnet18, args: {width: 16}}}
-data:
-  train: {source: digits, split: train}
-  test: {source: digits, split: test}
-  transforms: {size_px: 32}
-  batch_size: 64
-solver:
-  optimizer: sgd
-  lr: 1e-3
-  max_epochs: 2
-"""
-
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a config beside the others; return its path."""
-
-    def write_file(text: str, name: str = "x.yaml") -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write_file
+    return writer_to(tmp_path)
 
 
 @pytest.fixture
 def fails(write):
-    """Return the message of a config that must fail."""
-
-    def message(text: str = CLASSIFICATION, *overrides: str) -> str:
-        with pytest.raises(ConfigError) as error:
-            load_config(write(text), overrides)
-        return str(error.value)
-
-    return message
+    return failing_in(write)
 
 
 # -------------------------------------------------------------------------------------- the file
