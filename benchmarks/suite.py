@@ -6,7 +6,7 @@ skip        2 methods x 5 tasks x 100 seeds, all finished (made up): seconds of 
 workers     a suite of 8 small trainings of equal length by one worker over the same by two, one
             thread each, pairs in turns
 
-    python benchmarks/suite.py [--cases skip workers] [--seeds 100] [--iters 150] [--repeats 3]
+    python benchmarks/suite.py [--cases skip workers] [--seeds 100] [--iters 60] [--repeats 3]
 """
 
 import argparse
@@ -162,7 +162,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
     parser.add_argument("--seeds", type=int, default=100, help="of skip: ten runs each")
-    parser.add_argument("--iters", type=int, default=150, help="of a training of workers")
+    parser.add_argument("--iters", type=int, default=60, help="of a training of workers")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     if "skip" in arguments.cases:

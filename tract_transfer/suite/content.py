@@ -215,7 +215,8 @@ def _cards(runs: Sequence[Run]) -> list[Card]:
     for run in runs:
         config = {key: value for key, value in run.config.items() if key not in _LABELS}
         own = {"Protocol": run.results["protocol"], "Configuration": config}
-        for heading, part in {**own, "Environment and data": run.environment}.items():
+        environment = {key: value for key, value in run.environment.items() if key != "command"}
+        for heading, part in {**own, "Environment and data": environment}.items():
             for key, text in _flatten(part).items():
                 texts = parts.setdefault(heading, {}).setdefault(key, {})
                 values = texts.setdefault(run.method, [])
