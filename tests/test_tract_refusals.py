@@ -1,12 +1,17 @@
 """What TrAct cannot treat, and what it says."""
 
+import logging
+
 import pytest
 import timm
 import torch
 from timm.layers import Conv2dSame, ScaledStdConv2d
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
-from tract_transfer.tract import TrAct
+import tract_transfer.tract.watch as watch_module
+from tract_transfer.tract import TrAct, gram_matrix
 
 
 def small_model() -> nn.Sequential:
@@ -30,6 +35,8 @@ def test_wrong_arguments_are_refused(refused):
         TrAct(small_model(), lam_mode="auto")
     with refused("TrAct with a string as layers", ValueError, match="layers is a list of names"):
         TrAct(small_model(), layers="0")
+    with pytest.raises(ValueError, match="update_every is a number of steps, 1 at least; got 0"):
+        TrAct(small_model(), update_every=0)
 
 
 def frozen() -> nn.Module:
@@ -198,3 +205,47 @@ def test_a_lam_below_rounding_is_raised_and_told(caplog):
         assert torch.isfinite(layer.weight.grad).all()
     assert caplog.text.count("lam = 1e-06 is below the rounding of x x^T / b of") == 1
     assert "'relative'" in caplog.text
+
+
+def test_a_batch_without_images_is_told():
+    layer = nn.Conv2d(3, 4, 3)
+    tract = TrAct(layer)
+    layer(torch.zeros(0, 3, 8, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match="no process had an image"):
+        tract.step()
+
+
+def test_a_matrix_that_is_not_positive_is_told(monkeypatch):
+    """No input makes one; a device whose sums are wrong could."""
+    monkeypatch.setattr(watch_module, "gram_matrix", lambda *_: (-torch.eye(3), 1))
+    layer = nn.Linear(3, 2)
+    tract = TrAct(layer, 0.5)
+    layer(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"\+ 0\.5 I of the layer is singular in step 0: lam is"):
+        tract.step()
+    assert not layer.weight.grad.any()
+
+
+@pytest.fixture
+def group_of_one():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+def test_a_weight_sharded_along_its_inputs_is_refused(group_of_one):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1, bias=False))
+    fully_shard(model, mesh=group_of_one, shard_placement_fn=lambda _: Shard(1))
+    tract = TrAct(model)
+    backward(model, torch.randn(4, 3, 8, 8))
+    with pytest.raises(RuntimeError, match=r"0\.weight is sharded along its inputs.*dimension 0"):
+        tract.step()
+
+
+def test_an_unfolded_input_is_said_so(caplog):
+    with caplog.at_level(logging.DEBUG):
+        gram_matrix(nn.Conv2d(3, 4, 3, dilation=1), torch.randn(2, 3, 9, 9))
+        assert not caplog.text
+        gram_matrix(nn.Conv2d(3, 4, 3, dilation=2), torch.randn(2, 3, 9, 9))
+    assert "TrAct unfolds a dilated convolution's input" in caplog.text

@@ -134,7 +134,7 @@ class TrAct:
         for attached in self._attached:
             if attached.is_on and not _holds(attached.optimizer, each):
                 raise RuntimeError(
-                    f"{each.name}.weight is another parameter than when TrAct was attached, and "
+                    f"{each.title}.weight is another parameter than when TrAct was attached, and "
                     "the optimizer does not hold it. Make and attach the optimizer after what "
                     "replaces parameters, such as load_state_dict(assign=True)."
                 )
@@ -154,9 +154,9 @@ class TrAct:
             on_host = factor.health.to("cpu", non_blocking=True)
             done = torch.cuda.Event()
             done.record()
-            self._unread.append((each.name, self.num_steps, on_host, done))
+            self._unread.append((each.title, self.num_steps, on_host, done))
         else:
-            self._unread.append((each.name, self.num_steps, factor.health, None))
+            self._unread.append((each.title, self.num_steps, factor.health, None))
 
     def _read(self, *, wait: bool) -> None:
         """Raise what the matrices that are done have to tell."""
@@ -214,7 +214,7 @@ class TrAct:
         for each in self._watched:
             if not _holds(optimizer, each):
                 attached.remove()
-                raise ValueError(f"The optimizer does not hold {each.name}.weight.")
+                raise ValueError(f"The optimizer does not hold {each.title}.weight.")
         self._attached.append(attached)
         return attached
 
@@ -285,17 +285,17 @@ def _gradient(each: WatchedLayer) -> Tensor:
     weight = each.layer.weight
     if not weight.requires_grad:
         raise RuntimeError(
-            f"{each.name}.weight was frozen after TrAct was made. detach() TrAct for as long."
+            f"{each.title}.weight was frozen after TrAct was made. detach() TrAct for as long."
         )
     if weight.grad is None:
         raise RuntimeError(
-            f"{each.name}.weight has no gradient. Call backward() before TrAct's step(), and "
+            f"{each.title}.weight has no gradient. Call backward() before TrAct's step(), and "
             "zero_grad() after it."
         )
     placements = getattr(weight.grad, "placements", ())
     if any(place.is_shard() and not place.is_shard(0) for place in placements):
         raise RuntimeError(
-            f"{each.name}.weight is sharded along its inputs ({placements}); TrAct needs all "
+            f"{each.title}.weight is sharded along its inputs ({placements}); TrAct needs all "
             "inputs of an output in one place. Shard it along dimension 0."
         )
     return local(weight.grad)

@@ -49,6 +49,11 @@ class WatchedLayer:
     weight_handles: list[RemovableHandle] = field(default_factory=list)
 
     @property
+    def title(self) -> str:
+        """What messages call it: the layer may be all of the model, which has no name."""
+        return self.name or "the layer"
+
+    @property
     def num_inputs(self) -> int:
         """N."""
         return int(self.layer.weight.shape[1:].numel())
@@ -58,7 +63,7 @@ class WatchedLayer:
         for hook in list(self.layer._forward_hooks.values()):
             other = getattr(hook, "__self__", None)
             if isinstance(other, WatchedLayer) and other.alive:
-                logger.warning("An earlier TrAct on %s is detached now.", self.name or "the layer")
+                logger.warning("An earlier TrAct on %s is detached now.", self.title)
                 other.detach_all()
         self.alive = True
         self.handles = [
@@ -115,8 +120,9 @@ class WatchedLayer:
         """The forward pre-hook."""
         images = inputs[0] if inputs else named["input"]
         if self.alive and not images.is_floating_point():
-            name = self.name or "the model"
-            raise TypeError(f"TrAct needs a floating-point input to {name}, got {images.dtype}.")
+            raise TypeError(
+                f"TrAct needs a floating-point input to {self.title}, got {images.dtype}."
+            )
 
     def add_forward(
         self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], _: Tensor
@@ -125,7 +131,7 @@ class WatchedLayer:
         if not (self.alive and module.training and torch.is_grad_enabled()):
             return
         images = inputs[0] if inputs else named["input"]
-        _refuse_transforms(self.name)
+        _refuse_transforms(self.title)
         self.reached = True
         if module.weight is not self.weight:
             self.follow_whole()
@@ -150,7 +156,7 @@ class WatchedLayer:
                     "%d gradients of %s went by without TrAct's step(). Call it before the "
                     "optimizer's, or attach TrAct to the optimizer whose step() runs.",
                     MANY,
-                    self.name or "the layer",
+                    self.title,
                 )
             return
         last = None if self.gradient is None else self.gradient()
@@ -188,7 +194,7 @@ class WatchedLayer:
         """Raise RuntimeError where no forward has come; other processes may have had all."""
         if not (self.reached or _is_joined()):
             raise RuntimeError(
-                f"No training forward reached {self.name} since the last step. TrAct must be made "
+                f"No training forward reached {self.title} since the last step. TrAct must be made "
                 "on the module that runs, in train mode; call its step() once an iteration, and "
                 "not at all where it is attached to an optimizer."
             )
