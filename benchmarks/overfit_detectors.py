@@ -41,8 +41,9 @@ PROPOSALS = "rpn: {pre_nms_train: 600, post_nms_train: 300, post_nms_test: 300}"
 ROIS = "box: {rois_per_image: 64}"
 NECK = f"fpn_channels: 64, head_dim: 256, {PROPOSALS}, {ROIS}"
 RESNET = "model.backbone.name=torchvision/resnet18"
-# Iterations after which a kind knows its images by heart, where 200 are too few.
-ITERS = {"detectron2_c4": 400, "vitdet": 1500}
+# Iterations after which a kind knows its images by heart, where 200 are too few, and its rate.
+ITERS = {"detectron2_c4": 400, "vitdet": 600}
+LRS = {"vitdet": 1e-3}
 # Kind -> (what it is, overrides)
 KINDS = {
     "fpn": ("torchvision_fpn, ResNet-18", [RESNET, f"model.detector.args={{{SIZE}, {NECK}}}"]),
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--iters", type=int, help="default: of each kind")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--lr", type=float, help="default: of each kind")
     parser.add_argument("--tract", action="store_true", help="train with TrAct")
     arguments = parser.parse_args()
     print("| detector | iterations | AP50 | AP75 | s an iteration |", flush=True)
@@ -128,7 +129,7 @@ def main() -> None:
                 *overrides,
                 f"output_dir={folder}/run",
                 f"solver.max_iters={iters}",
-                f"solver.lr={arguments.lr}",
+                f"solver.lr={arguments.lr or LRS.get(kind, 5e-4)}",
                 f"engine.precision={arguments.precision}",
                 f"tract.enabled={str(arguments.tract).lower()}",
             ]
