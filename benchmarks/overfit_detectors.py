@@ -42,7 +42,7 @@ ROIS = "box: {rois_per_image: 64}"
 NECK = f"fpn_channels: 64, head_dim: 256, {PROPOSALS}, {ROIS}"
 RESNET = "model.backbone.name=torchvision/resnet18"
 # Iterations after which a kind knows its images by heart, where 200 are too few, and its rate.
-ITERS = {"detectron2_c4": 400, "vitdet": 600}
+ITERS = {"detectron2_c4": 300, "vitdet": 600}
 LRS = {"vitdet": 1e-3}
 # Kind -> (what it is, overrides)
 KINDS = {
