@@ -98,7 +98,8 @@ def test_the_hub_reads_the_results_with_data_and_split(finished, tmp_path):
     export_run(folder, tmp_path / "out")
     metrics = json.loads((folder / "results.json").read_text())["metrics"]
     read = huggingface_hub.ModelCard.load(tmp_path / "out/README.md").data
-    assert read.model_name == "classification"
+    assert read.model_name == "run"
+    assert "\n# run\n" in (tmp_path / "out/README.md").read_text()
     assert {each.metric_name: each.metric_value for each in read.eval_results} == {
         "top-1 accuracy": metrics["top1"],
         "mean per-class accuracy": metrics["mean_per_class"],

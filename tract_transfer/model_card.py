@@ -45,7 +45,7 @@ def model_card(
     local = _local_paths(config, hub_ids)
     sections = [
         _front_matter(config, results, portable, hub_ids, onnx, license_id),
-        f"# {escape(results['name'])}\n\n"
+        f"# {escape(_title(config))}\n\n"
         f"{escape(portable.name)} that tells {len(names)} classes apart, trained with "
         f"tract_transfer ({escape(results['role'])} run, method {escape(results['method'])}).",
         _table("Results", results["metrics"], digits=True)
@@ -69,6 +69,10 @@ def escape(text: object) -> str:
     return _MARKDOWN.sub(r"\\\1", " ".join(str(text).split()))
 
 
+def _title(config: ClassificationConfig) -> str:
+    return config.name or Path(config.output_dir).name
+
+
 def _front_matter(
     config: ClassificationConfig,
     results: dict[str, Any],
@@ -88,7 +92,7 @@ def _front_matter(
         datasets=hub_ids or None,
         metrics=["accuracy"],
         license=license_id,
-        model_name=results["name"],
+        model_name=_title(config),
         eval_results=_eval_results(config, results, hub_ids),
     )
     return f"---\n{data.to_yaml()}\n---"
