@@ -31,7 +31,7 @@ from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
 from tract_transfer.data.huggingface_streaming import stream_huggingface
 from tract_transfer.data.image_labels import ImageLabels
 from tract_transfer.data.known_splits import size_checks
-from tract_transfer.data.labels import join_integer_classes
+from tract_transfer.data.labels import join_integer_classes, shown_classes
 from tract_transfer.data.streaming import Stream
 from tract_transfer.data.voc import load_voc
 
@@ -76,6 +76,7 @@ def build_data(config: Config) -> Data:
 
     Raises:
         ValueError, FileNotFoundError: a split does not load; the message names file and key.
+        ConfigError: splits that load and cannot be learnt from.
     """
     sections = config.data
     findings, limit = Findings(getattr(sections, "invalid_boxes", "error")), sections.max_pixels
@@ -99,6 +100,8 @@ def build_data(config: Config) -> Data:
     check_streams(config, data.splits)
     join_integer_classes(data.splits)
     check_disjoint(data.splits)
+    if not isinstance(config, DetectionConfig):
+        _check_classes(config, data.train)
     for warning in check_same_classes(cast(Any, data.splits)):
         logger.warning(warning)
     for name, check in size_checks(data.splits).items():
@@ -113,6 +116,18 @@ def build_data(config: Config) -> Data:
         if sections.cache == "ram" or (sections.cache == "device" and dataset is not train):
             dataset.cache_images()
     return data
+
+
+def _check_classes(config: Config, train: Dataset) -> None:
+    """Refuse to learn one class from images of one class: any number would be of nothing."""
+    shown = shown_classes(train)
+    if shown is not None and len(shown) < 2:
+        raise config.error(
+            "data.train",
+            f"telling classes apart needs two, and its {len(train)} images show "
+            f"{[train.class_names[k] for k in sorted(shown)]}. Give it images of another class "
+            "too.",
+        )
 
 
 def check_disjoint(splits: Mapping[str, Dataset]) -> None:

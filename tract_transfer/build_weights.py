@@ -77,6 +77,21 @@ def check_is_there(path: Path) -> None:
     raise FileNotFoundError(f"No weights at {path}: there is no such file or folder. {fix}")
 
 
+def check_weights_are_there(config: Config) -> None:
+    """Refuse a config whose weights are not there, before anything else takes time.
+
+    Raises:
+        ConfigError: neither file nor folder.
+    """
+    weights = config.model.weights
+    if weights in (None, "pretrained"):
+        return
+    try:
+        check_is_there(Path(str(weights)))
+    except FileNotFoundError as error:
+        raise config.error("model.weights", str(error)) from error
+
+
 def makes(output_dir: str, configs: Path = CONFIGS) -> str | None:
     """Return the config of this repository whose run writes to `output_dir`, if there is one."""
     for file in sorted(configs.glob("*/*.yaml")):

@@ -77,13 +77,13 @@ class SolverConfig(Section):
             steps = getattr(self, f"steps_{unit}")
             if length and warmup and warmup >= length:
                 raise ValueError(
-                    f"solver.warmup_{unit} must be less than solver.max_{unit}, and {warmup:g} is "
-                    f"not less than {length:g}. Shorten it, or set solver.warmup_{unit}: null"
+                    f"warmup_{unit} must be less than max_{unit}, and {warmup:g} is not less than "
+                    f"{length:g}. Shorten it, or set solver.warmup_{unit}: null"
                 )
             if length and steps and max(steps) >= length:
                 raise ValueError(
-                    f"solver.steps_{unit} must lie before solver.max_{unit}, and {max(steps):g} is "
-                    f"not before {length:g}. Move them, or set solver.schedule: constant and "
+                    f"steps_{unit} must lie before max_{unit}, and {max(steps):g} is not before "
+                    f"{length:g}. Move them, or set solver.schedule: constant and "
                     f"solver.steps_{unit}: null"
                 )
         return self

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 
 from tract_transfer.build import build_accelerator, build_trainer, in_iterations
 from tract_transfer.build_data import Data, build_data
-from tract_transfer.build_model import build_evaluator, build_model
+from tract_transfer.build_model import build_evaluator
+from tract_transfer.build_weights import check_weights_are_there
 from tract_transfer.config import Config, ProbeConfig, dump_config, load_config
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.determinism import deterministic
@@ -32,9 +33,8 @@ from tract_transfer.engine.run_folder import (
 )
 from tract_transfer.engine.signals import stop_on_signals
 from tract_transfer.files import write_json
-from tract_transfer.models import Backbone
 from tract_transfer.results import label
-from tract_transfer.run_probe import run_probe
+from tract_transfer.run_probe import build_probed, run_probe
 from tract_transfer.run_training import eval_batches, measure, train
 from tract_transfer.trained import reported_checkpoint
 
@@ -51,6 +51,7 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
         FolderInUseError: another process holds the folder.
         Stopped: a signal ended the run; the message says how to go on.
     """
+    check_weights_are_there(config)
     folder = Path(config.output_dir)
     on_stop = stop_on_signals(partial(how_to_go_on, folder))
     with deterministic(config.engine.deterministic), on_stop as stop:
@@ -59,8 +60,9 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
         with telling_of_lost_processes(accelerator):
             data = build_data(config)
             if isinstance(config, ProbeConfig):
+                backbone = build_probed(config, data)
                 with _run_folder(config, data, accelerator, resume=resume):
-                    return run_probe(config, data, folder, accelerator, meter)
+                    return run_probe(config, data, backbone, folder, accelerator, meter)
             trainer = build_trainer(config, data, accelerator)
             with _run_folder(config, data, accelerator, resume=resume):
                 return train(config, data, trainer, folder, stop, meter)
@@ -117,11 +119,11 @@ def evaluate_run(config: Config) -> dict[str, float]:
 
 def preview(config: Config) -> dict[str, str]:
     """Build everything, run two steps and one evaluation batch; return what a run would cost."""
+    check_weights_are_there(config)
     data = build_data(config)
     accelerator = build_accelerator(config)
     if isinstance(config, ProbeConfig):
-        backbone = build_model(config, len(data.class_names)).to(accelerator.device)
-        assert isinstance(backbone, Backbone)
+        backbone = build_probed(config, data).to(accelerator.device)
         batch = next(iter(eval_batches(config, data.report[1], accelerator)))
         images = batch.images.to(accelerator.device)
         count = sum(len(dataset) for dataset in data.splits.values())

@@ -41,19 +41,34 @@ logger = logging.getLogger(__name__)
 _PACKAGES = ("torch", "torchvision", "timm")
 
 
+def build_probed(config: ProbeConfig, data: Data) -> Backbone:
+    """Return the backbone to probe.
+
+    Raises:
+        ConfigError, ValueError: its weights do not fit it, or the data do not serve the probes,
+            wherever the labels alone show that.
+    """
+    _check(config, data)
+    backbone = build_model(config, len(data.class_names))
+    assert isinstance(backbone, Backbone)
+    return backbone
+
+
 def run_probe(
-    config: ProbeConfig, data: Data, folder: Path, accelerator: Accelerator, meter: CostMeter
+    config: ProbeConfig,
+    data: Data,
+    backbone: Backbone,
+    folder: Path,
+    accelerator: Accelerator,
+    meter: CostMeter,
 ) -> dict[str, Any]:
     """Probe a backbone and return the results, which it also writes to `folder`.
 
     Raises:
-        ConfigError, ValueError: the data do not serve the probes; before features are extracted,
-            wherever that can be known.
+        ConfigError, ValueError: the data do not serve the probes.
     """
     started = time.perf_counter()
-    _check(config, data)
-    backbone = build_model(config, len(data.class_names)).to(accelerator.device)
-    assert isinstance(backbone, Backbone)
+    backbone.to(accelerator.device)
     cache = Path(config.data.feature_cache or folder / "features")
     hashes = {
         name: content_hashes(split.encoded, len(split)) for name, split in data.splits.items()
@@ -106,13 +121,6 @@ def _check(config: ProbeConfig, data: Data) -> None:
     num_classes, metric = len(data.class_names), config.evaluation.metric
     train = _targets(data.train)
     assert not isinstance(data.train, Stream)
-    classes = np.unique(data.train.labels)
-    if len(classes) < 2:
-        raise config.error(
-            "data.train",
-            f"a probe needs 2 classes, and its {len(data.train)} images show "
-            f"{[data.class_names[k] for k in classes]}. Give it images of another class too.",
-        )
     if metric.endswith("_top5") and num_classes <= 5:
         message = f"{metric} needs more than 5 classes, and there are {num_classes}. Set a top1."
         raise config.error("evaluation.metric", message)
