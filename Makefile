@@ -16,7 +16,7 @@ torture: $(VENV)/installed  ## kill every kind of run 50 times and compare: half
 	$(BIN)/python tests/torture.py
 
 fuzz: $(VENV)/installed  ## 10,000 wrong files for each reader, and as many cases of each law
-	FUZZ_INPUTS=10000 $(BIN)/python -m pytest tests/test_fuzz_data.py tests/test_fuzz_files.py tests/test_properties.py
+	FUZZ_INPUTS=10000 $(BIN)/python -m pytest tests/test_fuzz_*.py tests/test_properties*.py
 
 errors: $(VENV)/installed  ## write docs/errors.md anew from the tests
 	$(BIN)/python tests/errors_page.py

@@ -186,6 +186,25 @@ def refused(tmp_path_factory, pytestconfig):
 
 
 @pytest.fixture
+def offline_cache(tmp_path, monkeypatch):
+    """Let `datasets` keep what it prepares in the test's folder, and ask no hub."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of parquet shards of 70 rows."""
+    from stream_rows import write_shards
+
+    (tmp_path / "shards").mkdir()
+    return write_shards(tmp_path / "shards")
+
+
+@pytest.fixture
 def kill_at(monkeypatch):
     """Let every training die at the beginning of a step, as one that loses its machine."""
 

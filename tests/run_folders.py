@@ -63,11 +63,13 @@ def last_parts(folder):
 
 
 def assert_bits(one, two):
+    """Equal in structure, type, order and bits."""
     assert type(one) is type(two)
     if torch.is_tensor(one):
+        assert one.dtype == two.dtype
         assert torch.equal(one, two)
     elif isinstance(one, dict):
-        assert one.keys() == two.keys()
+        assert list(one) == list(two)
         for key in one:
             assert_bits(one[key], two[key])
     elif isinstance(one, list):

@@ -19,11 +19,7 @@ SHARED = Path(__file__).parents[1] / "../shared/data"
 NAMES = ["cat", "dog", "eel"]
 
 
-@pytest.fixture(autouse=True)
-def offline_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("offline_cache")
 
 
 def picture(value):

@@ -26,11 +26,7 @@ from tract_transfer.run import run
 SHARED = Path(__file__).parents[1] / "../shared/data"
 
 
-@pytest.fixture(autouse=True)
-def offline_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("offline_cache")
 
 
 def make_rows(labels, names=("cat", "dog"), shade=0):

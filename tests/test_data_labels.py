@@ -9,12 +9,7 @@ from tract_transfer.build_data import build_data
 from tract_transfer.check_data import check_data
 from tract_transfer.data.classification import load_huggingface
 
-
-@pytest.fixture(autouse=True)
-def offline_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("offline_cache")
 
 
 def save(path, feature, labels, shade=0, **columns):

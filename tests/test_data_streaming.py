@@ -2,67 +2,23 @@
 
 from itertools import chain, islice
 
+import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from stream_rows import CROP, NAMES, indices_of, make_rows, order_of
 
-from tract_transfer.data.classification import ClassificationDataset, load_huggingface
+from tract_transfer.data.classification import load_huggingface
 from tract_transfer.data.huggingface_streaming import stream_huggingface
 from tract_transfer.data.loader import eval_loader, stream_loader
 from tract_transfer.data.streaming_batches import StreamBatches, StreamEvalBatches
 from tract_transfer.data.streaming_order import StreamOrder
-from tract_transfer.data.transforms import classification_train
 
-datasets = pytest.importorskip("datasets")
-NAMES = ["cat", "dog", "eel"]
-CROP = classification_train(8, "pad", 2, (0.08, 1.0), 0.5, "bilinear")
-
-
-@pytest.fixture(autouse=True)
-def offline_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-
-
-def make_rows(count, names=NAMES, first=0):
-    pixels = [np.full((8, 8, 3), value % 256, np.uint8) for value in range(first, first + count)]
-    feature = datasets.ClassLabel(names=names) if names else datasets.Value("int64")
-    features = datasets.Features({"image": datasets.Image(), "label": feature})
-    columns = {
-        "image": [Image.fromarray(each) for each in pixels],
-        "label": [value % 3 for value in range(first, first + count)],
-    }
-    return datasets.Dataset.from_dict(columns, features=features)
-
-
-def write_shards(folder, sizes=(23, 7, 40), rows_of_group=5, names=NAMES):
-    """Parquet shards of row groups of five; return the folder."""
-    first = 0
-    for shard, size in enumerate(sizes):
-        name = f"train-{shard:05d}-of-{len(sizes):05d}.parquet"
-        make_rows(size, names, first).to_parquet(folder / name, batch_size=rows_of_group)
-        first += size
-    return str(folder)
-
-
-@pytest.fixture
-def shards(tmp_path):
-    (tmp_path / "shards").mkdir()
-    return write_shards(tmp_path / "shards")
-
-
-def indices_of(batches, count):
-    return [[one.sample.index for one in batch] for batch in islice(batches, count)]
+pytestmark = pytest.mark.usefixtures("offline_cache")
 
 
 def joined(batches):
     return list(chain.from_iterable(batches))
-
-
-def order_of(stream, batch_size=8, **options):
-    options = {"shuffle_rows": 24, "readers": 4, **options}
-    return StreamOrder(stream.groups.counts, batch_size, 3, **options)
 
 
 @pytest.mark.parametrize("kind", ["shards", "file", "saved", "dict"])
@@ -181,134 +137,3 @@ def test_an_evaluation_sees_each_image_once_in_order(shards, world_size):
         images += [image for batch in found for image in batch.images]
     whole = eval_loader(loaded, CROP, batch_size=70, num_workers=0)
     assert torch.equal(torch.stack(images), next(iter(whole)).images)
-
-
-def test_an_image_that_cannot_be_decoded_is_named_or_skipped(tmp_path):
-    rows = make_rows(6).cast_column("image", datasets.Image(decode=False))
-    broken = rows.map(lambda row: {"image": {"bytes": b"no image", "path": None}})
-    broken = broken.cast_column("image", datasets.Image(decode=False))
-    path = str(tmp_path / "train.parquet")
-    datasets.concatenate_datasets([rows, broken]).cast_column("image", datasets.Image()).to_parquet(
-        path
-    )
-    stream = stream_huggingface(path, "train")
-    batches = StreamEvalBatches(stream, 12)
-    with pytest.raises(ValueError, match=r"split train row 6 cannot be decoded"):
-        list(stream_loader(stream.title, CROP, batches, seed=0, num_workers=0))
-    skipping = stream_loader(stream.title, CROP, batches, seed=0, num_workers=0, undecodable="skip")
-    (batch,) = skipping
-    assert len(batch.images) == len(batch.skipped) == 6
-
-
-def test_readers_and_batches_must_divide(shards):
-    stream = stream_huggingface(shards, "train")
-    with pytest.raises(ValueError, match=r"data.readers must divide .* 3 does not divide 8"):
-        order_of(stream, readers=3)
-    with pytest.raises(ValueError, match=r"data.batch_size must lie in 1..70"):
-        order_of(stream, batch_size=72)
-    with pytest.raises(ValueError, match=r"data.readers must be a multiple of .* 8, got 4"):
-        StreamBatches(stream, order_of(stream), 0, 0, 8)
-    with pytest.raises(ValueError, match=r"divisible by processes x engine.accumulate"):
-        StreamBatches(stream, order_of(stream), 0, 0, 1, 3)
-    assert StreamOrder(stream.groups.counts, 6, 0).readers == 2
-
-
-def test_labels_are_checked_before_the_training(tmp_path):
-    write_shards(tmp_path, names=None)
-    path = str(tmp_path)
-    columns = {"label_column": "label"}
-    with pytest.raises(ValueError, match=r"data.train.num_classes: 'label' holds integers"):
-        stream_huggingface(path, "train", **columns)
-    with pytest.raises(ValueError, match=r"row 2: label 2 must be in 0..1"):
-        stream_huggingface(path, "train", num_classes=2, **columns)
-    assert stream_huggingface(path, "train", num_classes=3, **columns).class_names == [
-        "0", "1", "2",
-    ]  # fmt: skip
-
-
-def test_what_does_not_stream_says_so(tmp_path, shards):
-    with pytest.raises(ValueError, match=r"split: train\[:10%\] is a slice"):
-        stream_huggingface(shards, "train[:10%]")
-    with pytest.raises(ValueError, match=r"no split 'trein'\. Did you mean 'train'"):
-        stream_huggingface(shards, "trein")
-    with pytest.raises(ValueError, match=r"num_classes: 'label' has its own classes"):
-        stream_huggingface(shards, "train", num_classes=3)
-    with pytest.raises(ValueError, match=r"has one class, \['cat'\]"):
-        write_shards(tmp_path, sizes=(1,), names=["cat"])
-        stream_huggingface(str(tmp_path), "train")
-    (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1 cut")
-    with pytest.raises(ValueError, match="no whole parquet file"):
-        stream_huggingface(str(tmp_path), "train")
-
-
-def test_shards_of_other_classes_are_refused(tmp_path, refused):
-    make_rows(3).to_parquet(tmp_path / "train-00000-of-00002.parquet")
-    make_rows(3, ["dog", "cat", "eel"]).to_parquet(tmp_path / "train-00001-of-00002.parquet")
-    with refused(
-        "streamed shards of other classes",
-        ValueError,
-        match=r"same columns and classes, and .*00001-of-00002",
-    ):
-        stream_huggingface(str(tmp_path), "train")
-
-
-class Builder:
-    """What `datasets` finds on the hub."""
-
-    def __init__(self, files):
-        self.config = type("Config", (), {"data_files": files})
-        self.info = datasets.DatasetInfo(features=None)
-
-
-def test_the_hub_is_read_by_url(shards, tmp_path, monkeypatch):
-    import fsspec
-
-    memory = fsspec.filesystem("memory")
-    for file in sorted(tmp_path.glob("shards/*.parquet")):
-        memory.pipe(f"/hub@5e1f/{file.name}", file.read_bytes())
-    files = [f"memory://{name}" for name in sorted(memory.ls("/hub@5e1f", detail=False))]
-    builder = Builder({datasets.Split.TRAIN: files})
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
-    stream = stream_huggingface("owner/pets", "train")
-    assert stream.origin.hub_id == "owner/pets"
-    assert stream.class_counts is None
-    whole = stream_huggingface(shards, "train")
-    ours, theirs = (indices_of(StreamBatches(each, order_of(each)), 12) for each in (stream, whole))
-    assert ours == theirs
-    assert torch.equal(stream.image(33), whole.image(33))
-    builder.config.data_files = {datasets.Split.TRAIN: ["hf://datasets/owner/pets@0/a.tar"]}
-    with pytest.raises(ValueError, match=r"Streaming from the hub reads parquet.*\.tar"):
-        stream_huggingface("owner/pets", "train")
-    with pytest.raises(ValueError, match=r"no split 'test'"):
-        stream_huggingface("owner/pets", "test")
-
-
-def test_an_image_folder_is_listed_and_shuffled_whole(tmp_path):
-    for index, row in enumerate(make_rows(9)):
-        for split in ("train", "test"):
-            place = tmp_path / split / NAMES[row["label"]]
-            place.mkdir(parents=True, exist_ok=True)
-            if split == "train" or row["label"] < 2:
-                row["image"].save(place / f"{index}.png")
-    (tmp_path / "train/.DS_Store").write_text("")
-    for split in ("train", "test"):
-        ours = stream_huggingface(str(tmp_path), split)
-        theirs = load_huggingface(str(tmp_path), split)
-        assert isinstance(ours, ClassificationDataset)
-        assert ours.class_names == theirs.class_names == NAMES
-        assert ours.fingerprint() == theirs.fingerprint()
-    (tmp_path / "train/cat/deeper").mkdir()
-    with pytest.raises(ValueError, match="a folder in the folder of a class"):
-        stream_huggingface(str(tmp_path), "train")
-
-
-def test_an_image_of_too_many_pixels_is_refused(shards):
-    stream = stream_huggingface(shards, "train", max_pixels=4)
-    batches = StreamEvalBatches(stream, 12)
-    loader = stream_loader(
-        stream.title, CROP, batches, seed=0, num_workers=0, max_pixels=stream.max_pixels
-    )
-    with pytest.raises(ValueError, match=r"data\.max_pixels 4"):
-        list(loader)
-    with pytest.raises(ValueError, match=r"data\.max_pixels 4"):
-        stream.image(0)

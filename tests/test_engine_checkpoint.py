@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from run_folders import entries
+from run_folders import assert_bits, entries
 
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.files import DiskFullError
@@ -25,23 +25,6 @@ TREE = {
 }
 
 
-def assert_same(one, two):
-    """Equal in structure, type and bits."""
-    if torch.is_tensor(one):
-        assert one.dtype == two.dtype
-        assert torch.equal(one, two)
-    elif isinstance(one, dict):
-        assert list(one) == list(two)
-        for key in one:
-            assert_same(one[key], two[key])
-    elif isinstance(one, list):
-        assert len(one) == len(two)
-        for left, right in zip(one, two, strict=True):
-            assert_same(left, right)
-    else:
-        assert (type(one), one) == (type(two), two)
-
-
 @pytest.fixture
 def checkpointer(tmp_path):
     return Checkpointer(tmp_path / "checkpoints", keep=3)
@@ -59,7 +42,7 @@ def write(checkpointer, *iterations):
 def test_what_is_saved_is_what_is_loaded(checkpointer):
     path = checkpointer.save(12, {"model": TREE, "none": {}}, {"best": None, "skipped": ["a b"]})
     parts, state, iteration = checkpointer.load(path)
-    assert_same(parts, {"model": TREE, "none": {}})
+    assert_bits(parts, {"model": TREE, "none": {}})
     assert state == {"best": None, "skipped": ["a b"]}
     assert iteration == 12
     assert checkpointer.newest() == path
@@ -68,14 +51,14 @@ def test_what_is_saved_is_what_is_loaded(checkpointer):
 def test_names_with_dots_do_not_collide(checkpointer):
     tree = {"a": {"b": torch.zeros(1)}, "a.b": torch.ones(1), 1: torch.ones(2), "1": torch.ones(3)}
     parts, _, _ = checkpointer.load(checkpointer.save(1, {"x": tree}, {}))
-    assert_same(parts["x"], tree)
+    assert_bits(parts["x"], tree)
 
 
 def test_tensors_that_share_memory_are_saved(checkpointer):
     weight = torch.randn(4, 4)
     tree = {"tied": weight, "again": weight, "view": weight[:2]}
     parts, _, _ = checkpointer.load(checkpointer.save(1, {"model": tree}, {}))
-    assert_same(parts["model"], tree)
+    assert_bits(parts["model"], tree)
 
 
 def test_only_tensors_and_plain_values_are_taken(checkpointer, refused):
