@@ -202,12 +202,26 @@ def _collate(loaded: list[_Loaded]) -> Batch:
     return Batch(torch.stack(images), torch.tensor(targets), indices, skipped)
 
 
+class _Loader(DataLoader[Batch]):
+    """A loader that tells what its workers find wrong in their own words, without a traceback."""
+
+    def __iter__(self) -> Any:
+        try:
+            yield from super().__iter__()
+        except (ValueError, OSError) as error:
+            name = f"{type(error).__name__}: "
+            _, told, words = str(error).partition("Original Traceback")[2].rpartition(name)
+            if not told:
+                raise
+            raise type(error)(words.strip()) from error
+
+
 def _loader(
     samples: Dataset[_Loaded], batches: Any, *, num_workers: int, pin_memory: bool
 ) -> DataLoader[Batch]:
     """Return the loader of the samples that `batches` lists."""
     _end_workers_at_exit()
-    return DataLoader(
+    return _Loader(
         samples,  # type: ignore[arg-type]
         batch_sampler=batches,
         num_workers=num_workers,
