@@ -3,6 +3,8 @@
 import errno
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -172,3 +174,21 @@ def test_latex_has_a_line_for_every_reason_and_no_path(folders: list[Path], tmp_
     assert r"\begin{tabular}{@{}llllp{0.5\linewidth}@{}}" in text
     assert "lacks a usable method, name, seed, primary\\_metric, metrics" in text
     assert str(copies[0].parent) not in text
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX is installed")
+@pytest.mark.parametrize("names", ["folders", "evil"])
+def test_latex_compiles_and_stays_on_the_page(
+    names: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    (tmp_path / "report.tex").write_text(
+        FORMATS[".tex"](read_report(request.getfixturevalue(names)))
+    )
+    packages = r"\usepackage{booktabs}\usepackage{textcomp}\usepackage[T1]{fontenc}"
+    page = r"\documentclass{article}\usepackage[a4paper,margin=2cm]{geometry}" + packages
+    (tmp_path / "page.tex").write_text(page + r"\begin{document}\input{report.tex}\end{document}")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+    said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert said.returncode == 0, said.stdout[-2000:]
+    assert names == "evil" or "Overfull" not in said.stdout
+    assert (tmp_path / "page.pdf").exists()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 FORMATS = ("html", "md", "tex", "json")
+SHOWN = 5  # reasons why runs are not finished
 
 
 def main() -> int:
@@ -39,8 +40,9 @@ def main() -> int:
     try:
         report = read_report(arguments.folders, arguments.baseline, arguments.title)
         if not report.tasks:
-            reasons = "; ".join(f"{run.folder}: {run.failure}" for run in report.runs)
-            raise ValueError(f"No finished run to report. {reasons}.")
+            reasons = [f"{run.folder}: {run.failure}" for run in report.runs]
+            more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+            raise ValueError(f"No finished run to report. {'; '.join(reasons[:SHOWN])}{more}.")
         paths = [stem.with_name(f"{stem.name}.{name}") for name in formats]
         for path in paths:
             save_report(report, path)
