@@ -114,7 +114,9 @@ class SlurmLauncher:
             if "job" in handle:
                 job = self._job(handle["job"])
                 left[job.job_id] = job
-                Path(handle["stop_file"]).write_text(str(int(signal.SIGTERM)))
+                stop_file = Path(handle["stop_file"])
+                stop_file.parent.mkdir(parents=True, exist_ok=True)
+                stop_file.write_text(str(int(signal.SIGTERM)))
                 if job.state in ("PENDING", "UNKNOWN"):
                     job.cancel(check=False)
         end = time.monotonic() + _GRACE_SECONDS
