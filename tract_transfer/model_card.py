@@ -187,16 +187,6 @@ def _code(
         build = ['model = timm.create_model(f"local-dir:{folder}", pretrained=True)']
     elif not own:
         build.append('model.load_state_dict(load_file(f"{folder}/model.safetensors"))')
-    imports = [
-        *(["import timm"] if portable.library == "timm" else []),
-        "import torch",
-        *(["import torchvision"] if portable.library == "torchvision" else []),
-        *(["from huggingface_hub import snapshot_download"] if hub_id else []),
-        "from PIL import Image",
-        *([] if own or plain_timm else ["from safetensors.torch import load_file"]),
-        "from torchvision.transforms import InterpolationMode, v2",
-        *(["from tract_transfer.models.export import load_exported"] if own else []),
-    ]
     steps = [
         "v2.PILToTensor()",
         f"v2.Resize({round(section.size_px / section.crop_ratio)}, {mode})",
@@ -207,7 +197,7 @@ def _code(
     lines = [
         "import json",
         "",
-        *imports,
+        *_imports(portable, hub_id),
         "",
         f"folder = snapshot_download({hub_id!r})" if hub_id else 'folder = "."  # this folder',
         f'names = json.load(open(f"{{folder}}/{card}", encoding="utf-8"))["label_names"]',
@@ -222,6 +212,22 @@ def _code(
         "print(names[logits.argmax()])",
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _imports(portable: Portable, hub_id: str | None) -> list[str]:
+    """Return the import lines of the code that loads the model, after the standard library's."""
+    own = portable.library == "tract_transfer"
+    plain_timm = portable.library == "timm" and not portable.edits
+    return [
+        *(["import timm"] if portable.library == "timm" else []),
+        "import torch",
+        *(["import torchvision"] if portable.library == "torchvision" else []),
+        *(["from huggingface_hub import snapshot_download"] if hub_id else []),
+        "from PIL import Image",
+        *([] if own or plain_timm else ["from safetensors.torch import load_file"]),
+        "from torchvision.transforms import InterpolationMode, v2",
+        *(["from tract_transfer.models.export import load_exported"] if own else []),
+    ]
 
 
 def _onnx(config: ClassificationConfig) -> str:

@@ -5,7 +5,7 @@
 import importlib.metadata
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,16 +69,11 @@ def run_probe(
     """
     started = time.perf_counter()
     backbone.to(accelerator.device)
-    cache = Path(config.data.feature_cache or folder / "features")
     hashes = {
         name: content_hashes(split.encoded, len(split)) for name, split in data.splits.items()
     }
-    found: dict[str, Extracted] = {}
-    with accelerator.main_process_first():  # the others read what it has kept
-        for name, split in data.splits.items():
-            key = feature_key(_described(config, backbone), backbone.state_dict(), hashes[name])
-            extract = partial(_extract, config, backbone, split, accelerator)
-            found[name] = cached_features(cache, key, extract)
+    cache = Path(config.data.feature_cache or folder / "features")
+    found = _features(config, data, backbone, hashes, cache, accelerator)
     labels = {name: _targets(data.splits[name])[one.indices] for name, one in found.items()}
     rows = {name: Rows(one.features, labels[name]) for name, one in found.items()}
     decoded = {name: one.indices for name, one in found.items()}
@@ -146,6 +141,24 @@ def _described(config: ProbeConfig, backbone: Backbone) -> dict[str, Any]:
         "device": backbone.mean.device.type,
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
+
+
+def _features(
+    config: ProbeConfig,
+    data: Data,
+    backbone: Backbone,
+    hashes: Mapping[str, Sequence[str]],
+    cache: Path,
+    accelerator: Accelerator,
+) -> dict[str, Extracted]:
+    """Return the features of every split, from `cache` or new; `hashes` are of their images."""
+    found: dict[str, Extracted] = {}
+    with accelerator.main_process_first():  # the others read what it has kept
+        for name, split in data.splits.items():
+            key = feature_key(_described(config, backbone), backbone.state_dict(), hashes[name])
+            extract = partial(_extract, config, backbone, split, accelerator)
+            found[name] = cached_features(cache, key, extract)
+    return found
 
 
 def _extract(

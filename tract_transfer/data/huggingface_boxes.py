@@ -97,12 +97,7 @@ def load_huggingface_boxes(
     column = find_image_column(rows, image_column, key)
     source = RowImages(rows, column, title, folders_of(path), max_pixels)
     columns = _find_columns(rows.features, objects_column, key)
-    names = columns.class_names if classes is None else list(classes)
-    if names is None:
-        raise ValueError(
-            f"{key}.classes is needed, the class names in label order: "
-            f"{columns.objects}.{columns.field_of['classes']} is no ClassLabel."
-        )
+    names = _names(columns, classes, key)
     reader = _Reader(columns, columns.class_names or names, label_map(names, key), key, findings)
     kept: list[int] = []
     sizes: list[Size] = []
@@ -129,6 +124,16 @@ def load_huggingface_boxes(
     size_check = check_size(path, declared, is_hub, split, len(rows))
     dataset.origin = Origin(path if is_hub else None, size_check)
     return dataset
+
+
+def _names(columns: _Columns, classes: Sequence[str] | None, key: str) -> list[str]:
+    names = columns.class_names if classes is None else list(classes)
+    if names is None:
+        raise ValueError(
+            f"{key}.classes is needed, the class names in label order: "
+            f"{columns.objects}.{columns.field_of['classes']} is no ClassLabel."
+        )
+    return names
 
 
 @dataclass
