@@ -1,6 +1,7 @@
 """YAML files with bases and overrides, and errors that know where each key was set."""
 
 import copy
+import os
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -216,7 +217,8 @@ def _read(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], Origin
     tree: dict[str, Any] = {}
     inherited: Origins = {}
     for base in bases:
-        base_tree, base_origins = _read(path.parent / base, (*parents, path.resolve()))
+        place = Path(os.path.normpath(path.parent / base))  # as errors name it
+        base_tree, base_origins = _read(place, (*parents, path.resolve()))
         tree = merge(tree, base_tree)
         inherited.update(base_origins)
     return merge(tree, own), {**inherited, **origins}
