@@ -51,3 +51,14 @@ def test_the_reading_order_is_short_and_the_same_everywhere():
     files = order("README.md")
     assert files == order("docs/architecture.md")
     assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 1500
+
+
+def test_the_readme_quotes_the_report_of_cpu_demo():
+    def rows(page: str) -> set[tuple[str, ...]]:
+        text = (ROOT / page).read_text(encoding="utf-8").replace("\\", "")
+        lines = [line.strip() for line in text.splitlines()]
+        return {tuple(c.strip() for c in line.split("|")) for line in lines if line[:1] == "|"}
+
+    quoted = rows("README.md") & rows("docs/cpu_demo.md")
+    tasks = {row[1] for row in quoted}
+    assert tasks >= {"pretrain", "cifar100", "flowers102", "stanford_cars", "voc"}
