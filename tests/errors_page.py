@@ -41,10 +41,12 @@ FOREIGN = (
     r"(?<=its )\d+(?= bytes)",
     r"(?<=no image of )[A-Z0-9, ]+",
     r"(?<=cannot be read as weights: ).*(?=\. It is cut short)",
+    r"(?<=is no whole parquet file: ).*(?= Copy it anew)",
     r"(?<=\()Error\(s\) in loading .*(?=\))",
     r"[0-9a-f]{12}(?= (?:then|now))",
-    r"(?<= since )\S+(?=, and)",
+    r"\d+ on \S+ since [^\s.]+",
     r"(?<= from )\S+(?= nobody)",
+    r"[\d,]+(?= free)",
     r"(?<=loss_cls )[0-9.]+",
 )
 # Section -> the parts of the package it is about; the first that fits.

@@ -31,15 +31,31 @@ def test_an_image_that_cannot_be_decoded_is_named_or_skipped(tmp_path):
     assert len(batch.images) == len(batch.skipped) == 6
 
 
-def test_readers_and_batches_must_divide(shards):
+def test_readers_and_batches_must_divide(shards, refused):
     stream = stream_huggingface(shards, "train")
-    with pytest.raises(ValueError, match=r"data.readers must divide .* 3 does not divide 8"):
+    with refused(
+        "data.readers that do not divide the batch",
+        ValueError,
+        match=r"data.readers must divide .* 3 does not divide 8",
+    ):
         order_of(stream, readers=3)
-    with pytest.raises(ValueError, match=r"data.batch_size must lie in 1..70"):
+    with refused(
+        "a streamed batch larger than the data",
+        ValueError,
+        match=r"data.batch_size must lie in 1..70",
+    ):
         order_of(stream, batch_size=72)
-    with pytest.raises(ValueError, match=r"data.readers must be a multiple of .* 8, got 4"):
+    with refused(
+        "fewer readers than processes",
+        ValueError,
+        match=r"data.readers must be a multiple of .* 8, got 4",
+    ):
         StreamBatches(stream, order_of(stream), 0, 0, 8)
-    with pytest.raises(ValueError, match=r"divisible by processes x engine.accumulate"):
+    with refused(
+        "a streamed batch that does not divide",
+        ValueError,
+        match=r"divisible by processes x engine.accumulate",
+    ):
         StreamBatches(stream, order_of(stream), 0, 0, 1, 3)
     assert StreamOrder(stream.groups.counts, 6, 0).readers == 2
 
@@ -57,18 +73,26 @@ def test_labels_are_checked_before_the_training(tmp_path):
     ]  # fmt: skip
 
 
-def test_what_does_not_stream_says_so(tmp_path, shards):
-    with pytest.raises(ValueError, match=r"split: train\[:10%\] is a slice"):
+def test_what_does_not_stream_says_so(tmp_path, shards, refused):
+    with refused("a slice of a stream", ValueError, match=r"split: train\[:10%\] is a slice"):
         stream_huggingface(shards, "train[:10%]")
-    with pytest.raises(ValueError, match=r"no split 'trein'\. Did you mean 'train'"):
+    with refused(
+        "a split that a stream has not",
+        ValueError,
+        match=r"no split 'trein'\. Did you mean 'train'",
+    ):
         stream_huggingface(shards, "trein")
-    with pytest.raises(ValueError, match=r"num_classes: 'label' has its own classes"):
+    with refused(
+        "num_classes beside named classes",
+        ValueError,
+        match=r"num_classes: 'label' has its own classes",
+    ):
         stream_huggingface(shards, "train", num_classes=3)
-    with pytest.raises(ValueError, match=r"has one class, \['cat'\]"):
+    with refused("a stream of one class", ValueError, match=r"has one class, \['cat'\]"):
         write_shards(tmp_path, sizes=(1,), names=["cat"])
         stream_huggingface(str(tmp_path), "train")
     (tmp_path / "train-00000-of-00001.parquet").write_bytes(b"PAR1 cut")
-    with pytest.raises(ValueError, match="no whole parquet file"):
+    with refused("a parquet file cut short", ValueError, match="no whole parquet file"):
         stream_huggingface(str(tmp_path), "train")
 
 

@@ -127,14 +127,18 @@ def test_a_broken_one_is_named_and_passed_over(checkpointer, caplog, damage):
         ({"parts": {"../iter_0000010/model": {"layout": {}, "sha256": ""}}}, "is no file name"),
     ],
 )
-def test_a_state_made_to_mislead_is_broken(checkpointer, changes, says):
+def test_a_state_made_to_mislead_is_broken(checkpointer, changes, says, refused):
     write(checkpointer, 10, 20)
     file = checkpointer.folder / "iter_0000020/state.json"
     content = {**json.loads(file.read_text()), **changes}
     del content["sha256"]
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     file.write_text(json.dumps({"sha256": digest, **content}))
-    with pytest.raises(ValueError, match=f"iter_0000020 is broken: .*{says}"):
+    with refused(
+        f"a checkpoint whose state has {list(changes)} made to mislead",
+        ValueError,
+        match=f"iter_0000020 is broken: .*{says}",
+    ):
         checkpointer.load(file.parent)
 
 

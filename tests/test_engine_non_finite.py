@@ -77,10 +77,12 @@ def guard(action="stop", max_skipped=10):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_the_images(value):
+def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_the_images(value, refused):
     trainer = make(broken=[2 * BROKEN + 1], value=value, guard=guard())
-    with pytest.raises(
-        NonFiniteError, match=rf"loss is not finite \(loss_cls nan\) in iteration {BROKEN + 1}"
+    with refused(
+        f"an image that makes the loss {value}",
+        NonFiniteError,
+        match=rf"loss is not finite \(loss_cls nan\) in iteration {BROKEN + 1}",
     ) as caught:
         trainer.train()
     assert "Its images: row 28, row 29, row 30, row 31. Lower solver.lr" in str(caught.value)

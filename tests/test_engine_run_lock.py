@@ -50,8 +50,8 @@ def write_facts(folder, **changed):
     (folder / ".lock").write_text(json.dumps({**own, **changed}))
 
 
-def test_the_second_is_refused_and_told_who_the_first_is(tmp_path, holder):
-    with pytest.raises(FolderInUseError) as caught, locked(tmp_path):
+def test_the_second_is_refused_and_told_who_the_first_is(tmp_path, holder, refused):
+    with refused("a second run in the same folder", FolderInUseError) as caught, locked(tmp_path):
         pass
     message = str(caught.value)
     assert f"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()}" in message

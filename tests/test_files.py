@@ -47,9 +47,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_told_with_folder_and_bytes(tmp_path, monkeypatch, number):
+def test_a_full_disk_is_told_with_folder_and_bytes(tmp_path, monkeypatch, number, refused):
     monkeypatch.setattr(os, "fsync", fail_with(number))
-    with pytest.raises(DiskFullError) as caught:
+    with refused("a full disk", DiskFullError) as caught:
         write_text(tmp_path / "a.txt", "x" * 1234)
     message = str(caught.value)
     assert f"No space left in {tmp_path}: a.txt needs 1,234 bytes" in message

@@ -145,8 +145,8 @@ def test_a_detector_has_no_images_to_whiten_by(tmp_path, load_tiny):
         ("timm/resnet18", "round", "must be default, cifar, patch_norm, dual_patch_norm or whit"),
     ],
 )
-def test_stems_that_do_not_fit_are_refused(name, stem, says):
-    with pytest.raises(ValueError, match=says):
+def test_stems_that_do_not_fit_are_refused(name, stem, says, refused):
+    with refused(f"{name} with the stem {stem}", ValueError, match=says):
         build_backbone(name, stem=stem)
 
 

@@ -55,6 +55,6 @@ def test_at_its_own_size_a_freed_vit_is_the_same():
         ),
     ],
 )
-def test_what_is_no_plain_vit_is_refused(name, args, says):
-    with pytest.raises(ValueError, match=says):
+def test_what_is_no_plain_vit_is_refused(name, args, says, refused):
+    with refused(f"torchvision_vitdet on {name}", ValueError, match=says):
         detector("torchvision_vitdet", backbone=build_backbone(name, args=args))

@@ -152,17 +152,23 @@ def test_a_run_that_methods_share_counts_for_each(tmp_path: Path) -> None:
         ('{"format": 1}', r"runs\[0\] lacks"),
     ],
 )
-def test_a_plan_that_cannot_be_used_is_an_error(tmp_path: Path, text: str, message: str) -> None:
+def test_a_plan_that_cannot_be_used_is_an_error(
+    tmp_path: Path, text: str, message: str, refused
+) -> None:
     (tmp_path / "suite.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with refused(f"a suite.json of {text}", ValueError, match=message):
         find_runs([tmp_path])
 
 
-def test_a_missing_baseline_is_an_error_that_names_the_methods(tmp_path: Path) -> None:
+def test_a_missing_baseline_is_an_error_that_names_the_methods(tmp_path: Path, refused) -> None:
     folders = write_pair(tmp_path)
-    with pytest.raises(ValueError, match=r"'plain' is none of \['tract', 'vanilla'\]"):
+    with refused(
+        "a baseline that no run has", ValueError, match=r"'plain' is none of \['tract', 'vanilla'\]"
+    ):
         read_report(folders, "plain")
-    with pytest.raises(ValueError, match=r"'vanilla' is none of \['tract'\]"):
+    with refused(
+        "no run of the default baseline", ValueError, match=r"'vanilla' is none of \['tract'\]"
+    ):
         read_report(folders[3:])
 
 

@@ -32,8 +32,8 @@ def test_the_order_of_the_file_is_kept_where_it_can_be():
         ({"finetune": None, "a": "finetnue"}, "'finetnue' is no task.*Did you mean finetune?"),
     ],
 )
-def test_a_circle_and_an_unknown_task_are_told(needs, says):
-    with pytest.raises(ValueError, match=says):
+def test_a_circle_and_an_unknown_task_are_told(needs, says, refused):
+    with refused(f"suite tasks whose needs are {needs}", ValueError, match=says):
         order_tasks(needs)
 
 

@@ -89,11 +89,13 @@ def test_results_that_do_not_count_say_why(
     assert "nothing is compared" in text
 
 
-def test_no_folders_and_double_runs_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one folder"):
+def test_no_folders_and_double_runs_are_errors(tmp_path: Path, refused) -> None:
+    with refused("a report of no folder", ValueError, match="at least one folder"):
         write_report([], tmp_path / "report.html")
     folders = write_pair(tmp_path)
-    with pytest.raises(ValueError, match=r"seed 0\. Leave one of them out"):
+    with refused(
+        "a report of two runs of one seed", ValueError, match=r"seed 0\. Leave one of them out"
+    ):
         load_runs([*folders, *write_pair(tmp_path / "again")])
 
 
