@@ -88,9 +88,7 @@ def test_bases_are_read_in_order_beside_their_file(write):
 @pytest.mark.parametrize("name", ["x.yaml", "transfer/x.yaml"])
 def test_an_error_names_the_base_it_is_in(write, name, refused):
     base = write(CLASSIFICATION.replace("seed", "").replace("lr:", "lrr:"), "base.yaml")
-    path = write(f"_BASE_: {'../' * name.count('/')}base.yaml
-solver: {{lr: 1}}
-", name)
+    path = write(f"_BASE_: {'../' * name.count('/')}base.yaml\nsolver: {{lr: 1}}\n", name)
     with refused("a misspelt key in a _BASE_", ConfigError) as error:
         load_config(path)
     assert str(error.value) == f"solver.lrr: unknown. Did you mean solver.lr? ({base} line 11)"
