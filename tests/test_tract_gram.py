@@ -15,6 +15,7 @@ from torch import nn
 import tract_transfer.tract.gram as gram_module
 import tract_transfer.tract.lags as lags_module
 from tract_transfer.tract import gram_matrix
+from tract_transfer.tract.canvas import Canvas
 
 
 def rows_of(layer: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
@@ -154,16 +155,37 @@ def test_a_constant_image_errs_little_more(name):
 
 
 @pytest.mark.parametrize("kernel", [(1, 3), (3, 1), (2, 4), (3, 3), (4, 2)], ids=str)
-@pytest.mark.parametrize("size", [(7, 10), (6, 13), (1, 9)], ids=str)
-def test_lags_by_the_fourier_transform_are_those_by_products(kernel, size, monkeypatch):
-    """Over chunks of one image, of even and odd transforms, with zeros on some sides."""
-    monkeypatch.setattr(lags_module, "CHUNK_BYTES", {"cpu": 1})
-    images = torch.randn(3, *size, 2, 1, 2)
-    canvas = lags_module.Canvas(images, (1, 0), (size[0] + 1, size[1] + 2))
+@pytest.mark.parametrize("size", [(14, 11), (13, 27), (1, 9)], ids=str)
+@pytest.mark.parametrize("chunk_bytes", [1, 4000, 2**20])
+def test_lags_by_the_fourier_transform_are_those_by_products(
+    kernel, size, chunk_bytes, monkeypatch
+):
+    """Over some rows, an image or all at once, of even and odd transforms, with zeros around."""
+    monkeypatch.setattr(lags_module, "CHUNK_BYTES", {"cpu": chunk_bytes})
+    images = torch.randn(3, 2, *size)
+    tiles = (size[0] // 2 + 2, size[1] + 3)
+    canvas = Canvas(images, (2, 1), (3, 1), tiles)
     exact = lags_module._lag_sums_by_products(canvas, kernel, torch.float64)
     found = lags_module._lag_sums_by_fourier(canvas, kernel)
     assert found.shape == (kernel[0], 2 * kernel[1] - 1, 4, 4)
     assert relative_error(found, exact) < 1e-6
+
+
+@pytest.mark.parametrize("before", [(0, 0), (3, 1), (4, 5)], ids=str)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3), (3, 2)], ids=str)
+def test_a_canvas_holds_tiles_of_the_padded_images(stride, before):
+    images, size = torch.randn(2, 3, 7, 8), (6, 5)
+    pixels = [s * n for s, n in zip(stride, size, strict=True)]
+    ends = [n - b - i for n, b, i in zip(pixels, before, images.shape[2:], strict=True)]
+    padded = nn.functional.pad(images, (before[1], ends[1], before[0], ends[0]))
+    rows = nn.functional.unfold(padded, stride, stride=stride).transpose(1, 2)
+    canvas = Canvas(images, stride, before, size)
+    cut = canvas.cut(slice(1, 5), slice(2, None))
+    assert torch.equal(cut, rows.view(2, *size, -1)[:, 1:5, 2:])
+    whole, filled = canvas.cut(slice(None), slice(None)), [canvas.filled(0), canvas.filled(1)]
+    for axis, rows in enumerate(filled):
+        outside = [n for n in range(size[axis]) if n not in rows]
+        assert not whole.index_select(1 + axis, torch.tensor(outside, dtype=torch.long)).any()
 
 
 def test_fast_lengths_have_small_factors_alone():

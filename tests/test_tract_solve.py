@@ -10,7 +10,8 @@ from tract_models import images_like, loss_of, small_model
 
 import tract_transfer.tract.watch as watch_module
 from tract_transfer.tract import TrAct, gram_matrix
-from tract_transfer.tract.lags import Canvas, lag_gram
+from tract_transfer.tract.canvas import Canvas
+from tract_transfer.tract.lags import lag_gram
 
 # ---------------------------------------------------------------------------- update_every
 
@@ -128,8 +129,8 @@ def test_no_step_on_a_gpu_waits_for_it():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_sum_over_lags_on_a_gpu_is_of_float32_and_does_not_wait(dtype):
     with FakeTensorMode():
-        images = torch.empty(4, 67, 67, 12, device="cuda", dtype=dtype)
-        canvas = Canvas(images, (0, 0), (67, 67))
+        images = torch.empty(4, 3, 131, 134, device="cuda", dtype=dtype)
+        canvas = Canvas(images, (2, 2), (0, 0), (67, 67))
         found = lag_gram(canvas, (4, 4), (64, 64), dtype)
     assert found.shape == (4, 4, 4, 4, 12, 12)
     assert found.dtype == torch.float32

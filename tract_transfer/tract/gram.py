@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tract_transfer.tract.lags import Canvas, batch_product, lag_gram, per_chunk
+from tract_transfer.tract.canvas import Canvas, tiles_of
+from tract_transfer.tract.lags import batch_product, lag_gram, per_chunk
 from tract_transfer.tract.precision import float32_factors, product_dtype, sum_dtype
 
 logger = logging.getLogger(__name__)
@@ -88,10 +89,9 @@ def _gram_of_windows(
         image_bytes = outputs[0] * outputs[1] * num_inputs * dtype.itemsize
         for chunk in images.split(per_chunk(len(images), image_bytes, device)):
             padded = F.pad(chunk, padding, padding_mode)
-            rows = F.unfold(padded, tuple(kernel), tuple(dilation), 0, tuple(stride)).transpose(
-                1, 2
-            )
+            rows = F.unfold(padded, tuple(kernel), tuple(dilation), 0, tuple(stride)).mT
             gram += _product(rows.reshape(-1, num_inputs), dtype)
+            del rows, padded  # before the next
         return gram
 
 
@@ -131,30 +131,40 @@ def _gram_by_lags(
     channels, (sy, sx) = images.shape[1], stride
     if padding_mode != "constant":
         images, padding = F.pad(images, padding, padding_mode), (0, 0, 0, 0)
-    # Zeros before the image are whole tiles where the kernel has taps to spare: no copy of it.
-    spare = [-before % s for before, s in zip((padding[2], padding[0]), stride, strict=True)]
-    small = [-(-k // s) for k, s in zip(kernel, stride, strict=True)]
-    tiled = [-(-(k + o) // s) for k, o, s in zip(kernel, spare, stride, strict=True)]
-    if tiled != small or images.shape[2] % sy or images.shape[3] % sx:
-        last = [-(images.shape[2] + padding[2]) % sy, -(images.shape[3] + padding[0]) % sx]
-        images = F.pad(images, (padding[0], last[1], padding[2], last[0]))
-        spare, origin = [0, 0], (0, 0)
-    else:
-        origin = (-(-padding[2] // sy), -(-padding[0] // sx))
-    ky, kx = small
-    size = (outputs[0] + ky - 1, outputs[1] + kx - 1)
-    tiles = images.unflatten(3, (-1, sx)).unflatten(2, (-1, sy)).permute(0, 2, 4, 1, 3, 5)
-    tiles = tiles[:, : size[0] - origin[0], : size[1] - origin[1]]
-    num_channels = channels * sy * sx
+    ky, kx = (-(-k // s) for k, s in zip(kernel, stride, strict=True))
+    # Where the tiles have taps to spare, the image begins with one: fewer copies.
+    spare = [
+        -zeros % s if -zeros % s <= -k % s else 0
+        for zeros, k, s in zip((padding[2], padding[0]), kernel, stride, strict=True)
+    ]
+    before = (padding[2] + spare[0], padding[0] + spare[1])
     if (ky, kx) == (1, 1):
-        found = _sum_over_chunks(tiles, num_channels, dtype)
+        tiles = _tiles(images, (sy, sx), before, outputs)
+        found = _sum_over_chunks(tiles, channels * sy * sx, dtype)
     else:
-        found = lag_gram(Canvas(tiles, origin, size), (ky, kx), outputs, dtype)
+        size = (outputs[0] + ky - 1, outputs[1] + kx - 1)
+        found = lag_gram(Canvas(images, (sy, sx), before, size), (ky, kx), outputs, dtype)
     taps = found.view(ky, ky, kx, kx, channels, sy, sx, channels, sy, sx)
     taps = taps.permute(4, 0, 5, 2, 6, 7, 1, 8, 3, 9)
     taps = taps.reshape(channels, ky * sy, kx * sx, channels, ky * sy, kx * sx)
     rows, columns = (slice(o, o + k) for o, k in zip(spare, kernel, strict=True))
     return taps[:, rows, columns, :, rows, columns].reshape(channels * kernel[0] * kernel[1], -1)
+
+
+def _tiles(
+    images: Tensor, stride: tuple[int, int], before: tuple[int, int], outputs: tuple[int, int]
+) -> Tensor:
+    """Return (B, Y, X, C, Sy, Sx), a tile for every window: a copy where zeros are added."""
+    (sy, sx), (top, left) = stride, before
+    height, width = outputs[0] * sy, outputs[1] * sx
+    bottom, right = (
+        max(0, end - first - n)
+        for end, first, n in zip((height, width), before, images.shape[2:], strict=True)
+    )
+    if any((left, right, top, bottom)):
+        images = F.pad(images, (left, right, top, bottom))
+    images = images[:, :, :height, :width]
+    return tiles_of(images, stride)
 
 
 def _sum_over_chunks(parts: Tensor, num_inputs: int, dtype: torch.dtype) -> Tensor:

@@ -10,11 +10,11 @@ and taken away.
 
 import itertools
 import math
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tract_transfer.tract.canvas import Canvas
 from tract_transfer.tract.precision import sum_dtype
 
 CHUNK_BYTES = {"cpu": 4 * 2**20}  # worked on at once: what a cache holds
@@ -26,36 +26,14 @@ SLICE_ROWS = 4096
 WIDE = 36  # values of a block, from where the Fourier transform is faster than the products
 
 
-class Canvas(NamedTuple):
-    """Images (B, y, x, ...) whose first pixel stands at `origin` of `size` (Y, X); around are 0."""
-
-    images: Tensor
-    origin: tuple[int, int]
-    size: tuple[int, int]
-
-    def cut(self, rows: slice, columns: slice) -> Tensor:
-        """Return (B, rows, columns, C)."""
-        ranges = [range(n)[s] for n, s in zip(self.size, (rows, columns), strict=True)]
-        # The channels of a tile first in memory: copied in rows, not in tiles.
-        sizes = (*self.images.shape[3:], len(self.images), *map(len, ranges))
-        piece = self.images.new_zeros(sizes).movedim((-3, -2, -1), (0, 1, 2))
-        ours, theirs = [slice(None)], [slice(None)]
-        for within, origin, size in zip(ranges, self.origin, self.images.shape[1:3], strict=True):
-            first, last = max(within.start, origin), min(within.stop, origin + size)
-            ours.append(slice(first - within.start, max(last, first) - within.start))
-            theirs.append(slice(first - origin, max(last, first) - origin))
-        piece[tuple(ours)] = self.images[tuple(theirs)]
-        return piece.flatten(3)
-
-
 def lag_gram(
     canvas: Canvas, kernel: tuple[int, int], outputs: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
     """Sum x x^T over all windows x of the canvas, products in `dtype`.
 
     Args:
-        canvas: its size is outputs + kernel - 1; what follows Y and X of its images is C.
-        kernel: (Ky, Kx).
+        canvas: its size is outputs + kernel - 1.
+        kernel: (Ky, Kx), in tiles.
         outputs: how many windows there are along Y and X.
         dtype: what the products run in; sums are float32, or float64 if that is float64.
 
@@ -125,7 +103,7 @@ def _lag_sums(canvas: Canvas, kernel: tuple[int, int], dtype: torch.dtype) -> Te
 
     dy = 0..Ky-1, dx = -(Kx-1)..Kx-1, and z is zero outside the canvas.
     """
-    wide = 2 * (kernel[1] - 1) * canvas.images.shape[3:].numel() >= WIDE
+    wide = 2 * (kernel[1] - 1) * canvas.channels >= WIDE
     on_cpu = canvas.images.device.type == "cpu"
     if wide and on_cpu and dtype == torch.float32:
         return _lag_sums_by_fourier(canvas, kernel)
@@ -138,30 +116,37 @@ def _lag_sums_by_fourier(canvas: Canvas, kernel: tuple[int, int]) -> Tensor:
     A lag along x is a factor exp(2 pi i f dx / N) of frequency f, and a lag along y one of rows: at
     each frequency, the products of all channels over all rows, dy apart.
     """
-    (ky, kx), images = kernel, canvas.images
-    (num_images, height, width), channels = images.shape[:3], images.shape[3:].numel()
-    length = _fast_length(width + kx - 1)
-    frequencies, spaced = length // 2 + 1, height + ky - 1  # ky - 1 rows of zeros after an image
-    # The rows, their transforms and those in order are in use at once.
-    at_once = per_chunk(num_images, 3 * spaced * length * channels * 4, "cpu")
+    (ky, kx), channels, num_images = kernel, canvas.channels, len(canvas.images)
+    rows, columns = canvas.filled(0), canvas.filled(1)
+    length = _fast_length(len(columns) + kx - 1)
+    frequencies = length // 2 + 1
+    # The rows, their transforms and those in order are in use at once: of some images, or of some
+    # rows of one.
+    row_bytes = 3 * length * channels * 4
+    at_once = per_chunk(num_images, len(rows) * row_bytes, "cpu")
+    height = per_chunk(len(rows), row_bytes, "cpu")
+    met = height + ky - 1  # with the rows that they meet, or as many of zeros
+    given = min(met, len(rows))
     # The rows of a channel, which the transform wants dense, then the channels of a frequency,
     # which the products want dense.
-    lines = images.new_empty(at_once, height, channels, length, dtype=torch.float32)
-    lines[..., width:] = 0
-    place = lines[..., :width].unflatten(2, images.shape[3:]).movedim(-1, 2)
-    spectra = lines.new_empty(frequencies, at_once, spaced, channels, dtype=torch.complex64)
-    spectra[:, :, height:] = 0
+    lines = canvas.images.new_zeros(at_once, given, channels, length, dtype=torch.float32)
+    place = lines[..., : len(columns)].movedim(2, 3)
+    spectra = lines.new_empty(frequencies, at_once, met, channels, dtype=torch.complex64)
+    spectra[:, :, given:] = 0
     products = lines.new_zeros(ky, frequencies, 2 * channels, 2 * channels)
-    for chunk in images.split(at_once):
-        place[: len(chunk)].copy_(chunk)
-        transformed = torch.fft.rfft(lines[: len(chunk)]).movedim(-1, 0)
+    for first, top in itertools.product(range(0, num_images, at_once), rows[::height]):
+        count = min(at_once, num_images - first)
+        if height < len(rows) and (top == rows.start or top + given >= rows.stop):
+            lines.zero_()
+        canvas.copy_to(place[:count], slice(first, first + count), (top, columns.start))
+        transformed = torch.fft.rfft(lines[:count]).movedim(-1, 0)
         # As numbers of 8 bytes: copied twice as fast as complex ones.
-        spectra[:, : len(chunk), :height].view(torch.float64).copy_(transformed.view(torch.float64))
-        rows = torch.view_as_real(spectra[:, : len(chunk)]).flatten(3).flatten(1, 2)
-        count = rows.shape[1] - (ky - 1)
-        left = rows[:, :count].mT
+        spectra[:, :count, :given].view(torch.float64).copy_(transformed.view(torch.float64))
+        values = torch.view_as_real(spectra[:, :count]).flatten(3).flatten(1, 2)
+        span = values.shape[1] - (ky - 1)
+        left = values[:, :span].mT
         for dy in range(ky):
-            products[dy].baddbmm_(left, rows[:, dy : dy + count])
+            products[dy].baddbmm_(left, values[:, dy : dy + span])
     parts = products.view(ky, frequencies, channels, 2, channels, 2)
     real = parts[:, :, :, 0, :, 0] + parts[:, :, :, 1, :, 1]
     imaginary = parts[:, :, :, 0, :, 1] - parts[:, :, :, 1, :, 0]
@@ -183,8 +168,8 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
     sequence and (dy, dx) one lag. A block of 2 (Kx - 1) positions meets its 2 Kx - 1 lags inside
     the two blocks that begin Kx - 1 before it: two products for all of them.
     """
-    (ky, kx), (images, _, size) = kernel, canvas
-    channels, num_images = images.shape[3:].numel(), len(images)
+    (ky, kx), images, size = kernel, canvas.images, canvas.size
+    channels, num_images = canvas.channels, len(images)
     height, width = size[0] + ky - 1, size[1] + kx - 1
     block = max(2 * (kx - 1), 1)
     image_bytes = height * width * channels * dtype.itemsize
@@ -203,11 +188,12 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
         return sequence.as_strided(shape, strides, position * channels)
 
     own = sequence[kx - 1 : kx - 1 + at_once * height * width]
-    place = _place(canvas, own.view(at_once, height, width, channels))
+    place = own.view(at_once, height, width, channels)[:, : size[0], : size[1]]
     products = images.new_zeros(ky, block * channels, 2, block * channels, dtype=sum_dtype(dtype))
-    for chunk in images.split(at_once):
-        _copy(chunk, place[: len(chunk)])
-        place[len(chunk) :].zero_()
+    for first in range(0, num_images, at_once):
+        count = min(at_once, num_images - first)
+        canvas.copy_to(place[:count], slice(first, first + count), (0, 0))
+        place[count:].zero_()
         left = blocks_from(kx - 1).mT
         for dy in range(ky):
             for half in range(2):
@@ -234,23 +220,6 @@ def batch_product(left: Tensor, right: Tensor) -> Tensor:
     if left.dtype.itemsize > 2:
         return torch.bmm(left, right)
     return torch.bmm(left, right, torch.float32)  # CUDA's alone
-
-
-def _place(canvas: Canvas, padded: Tensor) -> Tensor:
-    """The part of `padded` (b, Y, X, C) where the images stand, in their shape."""
-    rows, columns = (
-        slice(first, first + n)
-        for first, n in zip(canvas.origin, canvas.images.shape[1:3], strict=True)
-    )
-    place: Tensor = padded[:, rows, columns].unflatten(3, canvas.images.shape[3:])
-    return place
-
-
-def _copy(images: Tensor, place: Tensor) -> None:
-    """Copy (b, y, x, C, ...): pixel by pixel of a tile, which is many times faster than at once."""
-    for pixel in itertools.product(*map(range, images.shape[4:])):
-        at: tuple[Any, ...] = (..., *pixel)
-        place[at].copy_(images[at])
 
 
 def _tap_pairs(kernel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -273,11 +273,8 @@ class TrAct:
 
 
 def _holds(optimizer: Optimizer, each: WatchedLayer) -> bool:
-    return any(
-        parameter is each.layer.weight
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
+    held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return any(parameter is each.layer.weight for parameter in held)
 
 
 def _gradient(each: WatchedLayer) -> Tensor:
