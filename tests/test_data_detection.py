@@ -81,6 +81,15 @@ def test_select_keeps_objects_with_their_image(devkit):
     assert "train has no example of 17 of 20 classes" in check_same_classes({"train": dataset})[0]
 
 
+@pytest.mark.parametrize("what", ["boxes", "labels", "difficult", "crowd", "areas"])
+def test_a_fingerprint_covers_every_object(devkit, what):
+    dataset = load_voc(devkit.parent, ["2007/train"])
+    before = dataset.fingerprint()
+    rows = getattr(dataset.objects, what)
+    rows[1] = ~rows[1] if rows.dtype == bool else rows[1] + 1
+    assert dataset.fingerprint() != before
+
+
 def test_two_columns_keep_all_but_minus_one(devkit):
     write(devkit, {}, "cat_train", ["a  1", "b -1", "c  0"])
     dataset = load_voc(devkit.parent, ["2007/cat_train"])

@@ -157,7 +157,10 @@ class DetectionDataset:
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of length, class names, all objects and 64 stored images."""
         objects = self.objects
-        arrays = [self.sizes, objects.first, objects.boxes, objects.labels, objects.difficult]
+        arrays = [
+            self.sizes, objects.first, objects.boxes, objects.labels, objects.difficult,
+            objects.crowd, objects.areas,
+        ]  # fmt: skip
         return images.fingerprint(self.class_names, arrays, self.encoded, len(self))
 
     def select(self, indices: Sequence[int] | np.ndarray, name: str) -> "DetectionDataset":
