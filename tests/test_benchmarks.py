@@ -86,3 +86,34 @@ def test_the_variants_say_where_the_data_should_be(call, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call("tract_variants.py", "--data", tmp_path / "none")
     assert "Set --data" in capsys.readouterr().err
+
+
+def test_a_stream_s_memory_is_watched_as_it_trains(call):
+    said = call("streaming_memory.py", "--rows", 300, "--iters", 40)
+    (row,) = table(said.out)
+    assert row[0] == "300"
+    fifths = [float(part) for part in row[2].split(",")]
+    assert len(fifths) == 5
+    assert 100 < fifths[-1] < float(row[3])  # torch alone; libraries are resident too
+
+
+def test_fine_tunings_are_compared_by_the_same_clock(images):
+    spec = importlib.util.spec_from_file_location("speed", BENCHMARKS / "finetune_speed.py")
+    speed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(speed)
+    backbone = {"name": "cifar/resnet18", "args": {"width": 4}}
+    setup = speed.Setup(
+        data=images, label="label", backbone=backbone, batch_size=32, iters=3, skipped=1,
+        precision="fp32", cache="device",
+    )  # fmt: skip
+    clock = speed.Clock(setup)
+    clock._marks = {1: 10.0, 3: 12.0}
+    assert clock.images_per_second() == 32
+    assert speed.ours(setup, 0) > 0
+    assert speed.timm_loop(setup, 0) > 0
+
+
+def test_fine_tuning_speed_says_where_the_data_should_be(call, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call("finetune_speed.py", "--data", tmp_path / "none")
+    assert "Set --data" in capsys.readouterr().err
