@@ -1,6 +1,8 @@
 """Every tool runs as its user runs it."""
 
 import json
+import logging
+import runpy
 import shutil
 import time
 from pathlib import Path
@@ -205,6 +207,21 @@ def test_a_failure_stops_only_itself(suite, call, tmp_path):
     assert [(run["method"], run["state"]) for run in runs] == [
         ("vanilla", "finished"), ("tract", "failed"), ("vanilla", "finished"), ("tract", "blocked"),
     ]  # fmt: skip
+
+
+def test_a_suite_shows_its_own_lines_and_each_warning_once():
+    """Runs share data, and so what is wrong with them."""
+    shown = runpy.run_path(str(ROOT / "tools/run_suite.py"))["make_filter"]()
+
+    def show(name, level, text):
+        return shown(logging.LogRecord(name, level, "", 0, text, (), None))
+
+    data, own = "tract_transfer.build_data", "tract_transfer.suite.execute"
+    assert show(data, logging.WARNING, "no cat")
+    assert not show(data, logging.WARNING, "no cat")
+    assert show(data, logging.WARNING, "no dog")
+    assert not show(data, logging.INFO, "loaded")
+    assert [show(own, logging.INFO, "set aside") for _ in range(2)] == [True, True]
 
 
 def test_a_suite_whose_runs_cannot_be_configured_starts_none(suite, call, tmp_path):

@@ -7,6 +7,7 @@ python tools/run_suite.py --config-file configs/suites/quickstart.yaml --dry-run
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,10 +44,7 @@ def main() -> int:
     """Run the suite the command line names; return the exit code."""
     arguments = parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # The screen tells the suite's progress and what is wrong; each run's own log.txt tells all.
-    logging.getLogger().handlers[0].addFilter(
-        lambda record: record.levelno > logging.INFO or record.name.startswith(SHOWN)
-    )
+    logging.getLogger().handlers[0].addFilter(make_filter())
 
     from tract_transfer.config_file import ConfigError
     from tract_transfer.config_suite import load_suite
@@ -69,6 +67,22 @@ def main() -> int:
     except OSError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+
+
+def make_filter() -> Callable[[logging.LogRecord], bool]:
+    """Return what lets through the suite's own lines and, once each, what is wrong.
+
+    Runs share data, and so their warnings; each run's own log.txt tells all.
+    """
+    said: set[str] = set()
+
+    def is_news(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        is_wrong = record.levelno > logging.INFO and text not in said
+        said.add(text)
+        return is_wrong or record.name.startswith(SHOWN)
+
+    return is_news
 
 
 def make_launcher(arguments: argparse.Namespace, config: "SuiteConfig") -> "Launcher":
