@@ -71,7 +71,10 @@ def check_is_there(path: Path) -> None:
     if path.exists():
         return
     made = makes(str(path))
-    fix = f"python tools/train_net.py --config-file {made} makes it." if made else (
+    fix = (
+        f"python tools/train_net.py --config-file {made} makes it; "
+        "model.backbone.name=timm/resnet18 model.weights=pretrained takes published ones instead."
+    ) if made else (
         "Set model.weights to a file or run folder."
     )  # fmt: skip
     raise FileNotFoundError(f"No weights at {path}: there is no such file or folder. {fix}")
