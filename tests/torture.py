@@ -4,6 +4,8 @@ python tests/torture.py                                  # the long form: 50 kil
                                                          # among its kinds (workers, processes)
 python tests/torture.py --kills 3 --tasks probe          # a short one
 python tests/torture.py --tasks classification --seed 7  # the same moments again
+python tests/torture.py --kills 8 --signal TERM          # asked to end, at any stage, one process
+                                                         # of a group alone
 
 Every second kill comes at a random moment, the others at a random file operation in the run folder:
 before a file is opened to be written, renamed, removed or synced, or with a checkpoint's tensors
@@ -98,8 +100,10 @@ def fork(task: Task, folder: Path, rank: int, port: int, at_operation: int | Non
         if rank == 0:
             (folder / "operations").write_text(str(count()))
         code = 0
-    except BaseException:
+    except BaseException as end:
         traceback.print_exc()
+        found = end.code if isinstance(end, SystemExit) else getattr(end, "exit_code", None)
+        code = found if isinstance(found, int) else 1
     finally:
         atexit._run_exitfuncs()  # ends data workers, and a process group
         sys.stderr.flush()
@@ -116,12 +120,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def session(task: Task, folder: Path, rng: random.Random, kind: str, scale: float) -> bool:
-    """Carry out one session and return whether it was killed.
+def session(
+    task: Task,
+    folder: Path,
+    rng: random.Random,
+    kind: str,
+    scale: float = 0,
+    number: int = signal.SIGKILL,
+) -> bool:
+    """Carry out one session and return whether it was ended.
 
     Args:
         kind: "whole", or what decides the moment: "time" or "operation".
         scale: the moment is drawn below this many seconds, or file operations.
+        number: the signal that comes at a time.
     """
     victim = rng.randrange(task.num_processes)
     operation = rng.randint(1, int(scale)) if kind == "operation" else None
@@ -134,20 +146,25 @@ def session(task: Task, folder: Path, rng: random.Random, kind: str, scale: floa
         time.sleep(rng.uniform(0, scale))
         kill = rng.choice([os.kill, os.killpg])  # with its data workers, or without
         with contextlib.suppress(ProcessLookupError):  # it has not come to its setsid
-            kill(pids[victim], signal.SIGKILL)
+            kill(pids[victim], number)
     first = exit_code(pids.pop(victim))
     ended = time.monotonic()
     others = [exit_code(pid) for pid in pids]
     assert time.monotonic() - ended < GROUP_ENDS_WITHIN_SECONDS, "the group outlived its process"
-    if first == -signal.SIGKILL:
-        return True
+    if first == -number:
+        return True  # where nothing heeded the signal yet, the others end as they can
     said = (folder / "said.txt").read_text()[-4000:]
+    if first == 128 + number:
+        # Before the training one process ends at once, and the others learn it.
+        told = "processes of the group has ended" in said
+        assert set(others) <= ({first, 0, 1} if told else {first, 0}), f"{others}:\n{said}"
+        return True
     assert (first, *others) == (0,) * task.num_processes, f"{first}, {others}:\n{said}"
     return False
 
 
-def torture(name: str, task: Task, kills: int, seed: int, place: Path) -> str:
-    """Kill runs of a task `kills` times in all; return in words what was seen.
+def torture(name: str, task: Task, kills: int, seed: int, place: Path, number: int) -> str:
+    """End runs of a task `kills` times in all by a signal; return in words what was seen.
 
     Raises:
         AssertionError: a run that was killed and gone on with is not the undisturbed one.
@@ -156,18 +173,19 @@ def torture(name: str, task: Task, kills: int, seed: int, place: Path) -> str:
     folder = place / name
     folder.mkdir()
     started = time.monotonic()
-    assert not session(task, folder, rng, "whole", 0)
+    assert not session(task, folder, rng, "whole")
     seconds = time.monotonic() - started
     (folder / "run").rename(folder / "whole")
     operations = int((folder / "operations").read_text())
     done, runs = 0, 0
     moments = {"time": 0, "operation": 0}
+    kinds = list(moments) if number == signal.SIGKILL else ["time"]
     while done < kills:
         runs += 1
         while True:
-            kind = rng.choice(["time", "operation"]) if done < kills else "whole"
+            kind = rng.choice(kinds) if done < kills else "whole"
             scale = seconds if kind == "time" else operations
-            if not session(task, folder, rng, kind, scale):
+            if not session(task, folder, rng, kind, scale, number):
                 break
             done, moments[kind] = done + 1, moments[kind] + 1
         task.same(folder / "whole", folder / "run")
@@ -177,9 +195,11 @@ def torture(name: str, task: Task, kills: int, seed: int, place: Path) -> str:
         shutil.rmtree(folder / "run")
     shutil.rmtree(folder)
     by_time, at_operation = moments.values()
+    seconds = time.monotonic() - started
     return (
-        f"{name:<20} {done:>3} kills ({by_time} by time, {at_operation} at one of {operations} "
-        f"file operations) in {runs} runs: equal to the bit, {time.monotonic() - started:.0f} s"
+        f"{name:<20} {done:>3} {signal.Signals(number).name}s ({by_time} by time, "
+        f"{at_operation} at one of {operations} file operations) in {runs} runs: "
+        f"equal to the bit, {seconds:.0f} s"
     )
 
 
@@ -190,7 +210,9 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50, help="of each task, over its kinds")
     parser.add_argument("--tasks", nargs="*", default=[], help="those whose names begin so")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
     arguments = parser.parse_args()
+    number = signal.Signals[f"SIG{arguments.signal}"]
     place = Path(mkdtemp(prefix="torture."))
     write_digit_scenes(place / "scenes", num_train=12, num_test=6, size_px=64)
     known = tasks(place / "scenes")
@@ -204,7 +226,7 @@ def main() -> int:
     kinds = Counter(name.partition("-")[0] for name in chosen)
     for name, task in chosen.items():
         kills = math.ceil(arguments.kills / kinds[name.partition("-")[0]])
-        print(torture(name, task, kills, arguments.seed, place), flush=True)
+        print(torture(name, task, kills, arguments.seed, place, number), flush=True)
     shutil.rmtree(place)
     return 0
 
