@@ -1,7 +1,7 @@
 """Images a second of a fine-tuning: ours over Hugging Face's Trainer, and over timm's loop.
 
-The same network, weights, batch, precision, memory format, optimizer (AdamW, cosine), augmentation
-(random resized crop, flip, bilinear) and parquet files in all three, on the CPU:
+The same network, weights, batch, precision, memory format, optimizer (fused AdamW, cosine),
+augmentation (random resized crop, flip, bilinear) and parquet files in all three, on the CPU:
 
 ours  what tools/train_net.py builds, with its log, of `data.cache: device` (or `--cache ram`)
 hf    transformers.Trainer, images transformed by torchvision, as in its examples
@@ -48,7 +48,8 @@ data:
   num_workers: {workers}
   cache: {cache}
 solver:
-  {{optimizer: adamw, lr: {lr}, weight_decay: {decay}, schedule: cosine, max_iters: {iters}}}
+  {{optimizer: adamw, optimizer_args: {{fused: true}}, lr: {lr}, weight_decay: {decay},
+    schedule: cosine, max_iters: {iters}}}
 engine: {{precision: {precision}, channels_last: true, device: cpu}}
 """
 
@@ -199,7 +200,7 @@ def timm_loop(setup: Setup, workers: int) -> float:
         color_jitter=0.0, interpolation="bilinear", mean=tuple(mean), std=tuple(std),
         num_workers=workers, persistent_workers=workers > 0, device=torch.device("cpu"),
     )  # fmt: skip
-    optimizer = create_optimizer_v2(model, "adamw", LR, WEIGHT_DECAY)
+    optimizer = create_optimizer_v2(model, "adamw", LR, WEIGHT_DECAY, fused=True)
     epochs = -(-setup.iters // len(loader))
     schedule, _ = create_scheduler_v2(
         optimizer, "cosine", epochs, step_on_epochs=False, updates_per_epoch=len(loader)
