@@ -46,8 +46,9 @@ def test_nothing_is_measured_in_between(monkeypatch):
         tract.step()
 
 
+@pytest.mark.parametrize("num_steps", [0, 3])
 @pytest.mark.parametrize("update_every", [1, 2])
-def test_a_state_goes_on_where_it_was_taken(update_every):
+def test_a_state_goes_on_where_it_was_taken(update_every, num_steps):
     model, other = small_model(), small_model()
     tract = TrAct(model, update_every=update_every)
 
@@ -57,7 +58,7 @@ def test_a_state_goes_on_where_it_was_taken(update_every):
         tract.step()
         return model[0].weight.grad.clone()
 
-    for seed in range(3):
+    for seed in range(num_steps):
         run(model, tract, seed)
     resumed = TrAct(other, update_every=update_every)
     resumed.load_state_dict(copy.deepcopy(tract.state_dict()))

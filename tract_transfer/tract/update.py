@@ -255,7 +255,8 @@ class TrAct:
         Raises:
             ValueError: it is that of another update_every or of other layers.
         """
-        expected = {"num_steps", *(f"mean.{name}" for name in self.layer_names)}
+        measured = self.layer_names if state.get("num_steps", 1) else []  # none before a step
+        expected = {"num_steps", *(f"mean.{name}" for name in measured)}
         if set(state) != (expected if self.update_every > 1 else set()):
             raise ValueError(
                 f"A state of TrAct with update_every = {self.update_every} on {self.layer_names} "
@@ -264,12 +265,13 @@ class TrAct:
         if self.update_every == 1:
             return
         self.num_steps = int(state["num_steps"])
+        self._means.clear()
         for each in self._watched:
-            mean = state[f"mean.{each.name}"].to(each.layer.weight.device)
-            self._means[each.name] = mean
+            each.counts = self.num_steps % self.update_every == 0
+        for each in self._watched if measured else []:
+            mean = self._means[each.name] = state[f"mean.{each.name}"].to(each.layer.weight.device)
             relative = self.lam_mode == "relative"
             self._factors[each.name] = damped_factor(mean, self.lam, relative=relative)
-            each.counts = self.num_steps % self.update_every == 0
 
 
 def _holds(optimizer: Optimizer, each: WatchedLayer) -> bool:
