@@ -5,6 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
+from tract_transfer.data import batch_augment
 from tract_transfer.data.batch_augment import (
     BatchAugment,
     erased,
@@ -61,6 +62,12 @@ def test_a_box_lies_in_its_image_and_follows_torchvisions_law():
         error = np.hypot(ours.std(), other.std()) / np.sqrt(4000)
         assert abs(ours.mean() - other.mean()) < 4 * error
         assert ours.std() == pytest.approx(other.std(), rel=0.1)
+
+
+def test_what_is_erased_has_torchvisions_shape():
+    law = v2.RandomErasing()  # its ratio is height over width
+    assert law.ratio == pytest.approx([1 / each for each in reversed(batch_augment._ERASE_RATIO)])
+    assert law.scale == batch_augment._ERASE_SCALE
 
 
 def test_what_fits_nowhere_is_the_whole_image():

@@ -18,7 +18,8 @@ from tract_transfer.data.transforms import MEAN_COLOUR
 
 Boxes = NDArray[np.int64]  # (B, 4): top, left, height, width in pixels
 _TRIES, _BOX_DRAWS = 10, 22
-_CROP_RATIO, _ERASE_RATIO, _ERASE_SCALE = (3 / 4, 4 / 3), (0.3, 3.3), (0.02, 0.33)
+_CROP_RATIO, _ERASE_SCALE = (3 / 4, 4 / 3), (0.02, 0.33)
+_ERASE_RATIO = (1 / 3.3, 1 / 0.3)  # RandomErasing's is height over width
 
 
 class BatchAugment:
