@@ -83,6 +83,20 @@ def test_hub_ids_are_listed_and_local_paths_told_by_their_name(finished, tmp_pat
     assert r"0 a\|b\*, 1 \<script\>x\</script\>, 2 multi \# line" in text
 
 
+def test_data_in_the_working_folder_take_no_point_from_a_number(finished, tmp_path):
+    folder = copied(finished, tmp_path / "run")
+    results = json.loads((folder / "results.json").read_text())
+    results["protocol"]["test images"] = "crop ratio 0.875"
+    (folder / "results.json").write_text(json.dumps(results))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for split in ("train", "test"):
+        config["data"][split] = {"source": "huggingface", "path": ".", "split": split}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    export_run(folder, tmp_path / "out")
+    assert "| crop ratio 0.875 |" in (tmp_path / "out/README.md").read_text()
+    assert front_matter(tmp_path / "out")["model-index"][0]["results"][0]["dataset"]["name"] == "."
+
+
 def test_the_hub_reads_the_results_with_data_and_split(finished, tmp_path):
     folder = copied(finished, tmp_path / "run")
     card = json.loads((folder / "model.json").read_text())

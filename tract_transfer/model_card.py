@@ -111,7 +111,7 @@ def _eval_results(
         told = f"{section.fraction:.0%} of {getattr(config.data.train, 'split', 'train')}"
         section = config.data.train
     path = str(getattr(section, "path", section.source))
-    name = path if path in hub_ids else Path(path).name
+    name = path if path in hub_ids else Path(path).name or path
     return [
         EvalResult(
             task_type="image-classification",
@@ -158,7 +158,8 @@ def _local_paths(config: ClassificationConfig, hub_ids: list[str]) -> list[str]:
     """Paths of the machine that trained, the longest first: a card tells their last part alone."""
     sections = (config.data.train, config.data.val, config.data.test)
     paths = {str(getattr(section, "path", "")) for section in sections} - {"", *hub_ids}
-    return sorted(paths, key=len, reverse=True)
+    named = [path for path in paths if Path(path).name]  # `.` is in every number
+    return sorted(named, key=len, reverse=True)
 
 
 def _named(text: str, paths: list[str]) -> str:
