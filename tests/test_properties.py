@@ -23,7 +23,8 @@ from tract_transfer.models.flip import _mirror
 # ------------------------------------------------------------------------- merging of configs
 
 plain = st.none() | st.booleans() | st.integers() | st.text(string.printable, max_size=6)
-value = plain | st.floats(allow_nan=False) | st.lists(plain, max_size=3)
+finite = st.floats(allow_nan=False, allow_infinity=False)  # what a config may hold
+value = plain | finite | st.lists(plain, max_size=3)
 section = st.recursive(
     value,
     lambda inner: st.dictionaries(st.sampled_from("abcd"), inner, min_size=1, max_size=3),

@@ -80,6 +80,8 @@ RUNS = {
     if file.parent.name not in ("base", "suites")
 }
 MADE_BY = {config.output_dir: config for config in RUNS.values()}
+# The suite of both engines pre-trains as cpu_demo does.
+MADE_BY["output/voc_engines/pretrain"] = MADE_BY["output/cpu_demo/pretrain"]
 WITH_WEIGHTS = [
     file for file, one in RUNS.items() if (one.model.weights or "").startswith("output/")
 ]

@@ -62,6 +62,19 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert_resumes_exactly(kill_at, killed_at, config("whole", 0), killed, resumed)
 
 
+def test_a_run_whose_checkpoints_are_all_broken_says_that_it_starts_anew(
+    tmp_path, load_tiny, caplog
+):
+    config = load_tiny(tmp_path, "engine.checkpoint.every_iters=2")
+    whole = run(config)
+    folder = Path(config.output_dir)
+    for weights in folder.glob("checkpoints/iter_*/model.safetensors"):
+        weights.write_bytes(b"no tensors")
+    assert run(config, resume=True)["metrics"] == whole["metrics"]
+    assert "No checkpoint but broken-iter_" in caplog.text
+    assert "the training starts anew" in caplog.text
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_killed_detector_resumes_to_the_same_bits(tmp_path, load_tiny, kill_at, num_workers):
     def config(name):

@@ -244,7 +244,7 @@ def test_a_weight_sharded_along_its_inputs_is_refused(group_of_one):
 
 
 def test_an_unfolded_input_is_said_so(caplog):
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG, logger="tract_transfer"):
         gram_matrix(nn.Conv2d(3, 4, 3, dilation=1), torch.randn(2, 3, 9, 9))
         assert not caplog.text
         gram_matrix(nn.Conv2d(3, 4, 3, dilation=2), torch.randn(2, 3, 9, 9))
