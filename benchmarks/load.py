@@ -15,7 +15,6 @@ what was seen in the last twentieth and in that around the tenth.
 """
 
 import argparse
-import importlib.util
 import io
 import json
 import os
@@ -27,11 +26,11 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-BENCHMARKS = Path(__file__).parent
-TRAIN = BENCHMARKS.parent / "tools" / "train_net.py"
+from memory import anonymous_kib
+
+TRAIN = Path(__file__).parents[1] / "tools" / "train_net.py"
 DETECTIONS, NUM_CLASSES = 30, 20
 MANY_CLASSES = 1_000
 CLASSIFICATION = """
@@ -68,16 +67,6 @@ engine: {{device: cpu}}
 """
 
 
-def sibling(name: str) -> ModuleType:
-    """Import another benchmark."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def write_rows(path: Path, rows: int) -> None:
     """Write `rows` 8 px images of ten classes: a thousand different ones, over and over."""
     import datasets
@@ -107,7 +96,6 @@ def write_rows(path: Path, rows: int) -> None:
 
 def watch(config: Path, folder: Path) -> tuple[float, list[tuple[int, int]]]:
     """Run a config; return seconds to its first line, and (iteration, KiB) as time went by."""
-    anonymous_kib: Callable[[int], int] = sibling("memory").anonymous_kib
     command = [sys.executable, str(TRAIN), "--config-file", str(config)]
     started, first, seen = time.perf_counter(), 0.0, []
     metrics = folder / "run/metrics.jsonl"

@@ -9,7 +9,6 @@ process and its workers (see memory.py) as time goes by.
 """
 
 import argparse
-import importlib.util
 import io
 import json
 import re
@@ -18,10 +17,10 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import ModuleType
 
-BENCHMARKS = Path(__file__).parent
-TRAIN = BENCHMARKS.parent / "tools" / "train_net.py"
+from memory import anonymous_kib
+
+TRAIN = Path(__file__).parents[1] / "tools" / "train_net.py"
 GROUP_ROWS, PARTS = 1000, 5
 CONFIG = """
 task: classification
@@ -67,7 +66,6 @@ def write_rows(path: Path, rows: int) -> None:
 
 def watch(folder: Path) -> tuple[int, list[tuple[int, int]]]:
     """Train; return the peak of resident memory, and (iteration, Pss_Anon) as time goes by, KiB."""
-    memory = sibling("memory")
     command = [sys.executable, str(TRAIN), "--config-file", str(folder / "config.yaml")]
     metrics, resident, seen, iteration = folder / "run/metrics.jsonl", 0, [], 0
     log = (folder / "log.txt").open("w")
@@ -76,7 +74,7 @@ def watch(folder: Path) -> tuple[int, list[tuple[int, int]]]:
             time.sleep(0.05)
             if metrics.exists() and (lines := metrics.read_text().splitlines()[:-1]):
                 iteration = json.loads(lines[-1])["iteration"]
-            seen.append((iteration, memory.anonymous_kib(process.pid)))
+            seen.append((iteration, anonymous_kib(process.pid)))
             resident = max(resident, peak_resident_kib(process.pid))
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}: {(folder / 'log.txt').read_text()}")
@@ -91,16 +89,6 @@ def peak_resident_kib(process: int) -> int:
         return 0
     found = re.search(r"VmHWM:\s+(\d+)", status)
     return int(found[1]) if found else 0
-
-
-def sibling(name: str) -> ModuleType:
-    """Import another benchmark."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def curve(seen: list[tuple[int, int]], iters: int) -> list[float]:

@@ -16,6 +16,7 @@ def call(monkeypatch, capsys):
 
     def run(name, *words):
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+        monkeypatch.syspath_prepend(BENCHMARKS)  # as for a script: one may import another
         runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
         return capsys.readouterr()
 

@@ -265,5 +265,5 @@ def test_a_full_disk_ends_with_the_runs_it_let_finish(make, carried_out, monkeyp
     with caplog.at_level(logging.ERROR):
         assert carried_out(suite, Launcher()) is None
     assert [job.state for job in suite.jobs] == ["failed", "failed", "blocked", "blocked"]
-    assert "No space left on device" in str(suite.jobs[0].error)
+    assert f"DiskFullError: No space left in {suite.folder}/plan: " in str(suite.jobs[0].error)
     assert "The suite's state cannot be written" in caplog.text

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tract_transfer.suite.find_runs import read_suite
-from tract_transfer.suite.journal import Job, Journal, SuiteLock, write_json
+from tract_transfer.suite.journal import Job, Journal, SuiteLock
 from tract_transfer.suite.plan import PlannedRun
 
 
@@ -71,7 +71,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        write_json(tmp_path / "suite.json", {"runs": []})
+        journal_of(tmp_path).write(jobs_in(tmp_path)[:1])
     assert (tmp_path / "suite.json").read_text() == before
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from tract_transfer import __version__
 from tract_transfer.config import Config, ProbeConfig
 from tract_transfer.engine.resume_keys import deciding_keys
-from tract_transfer.suite.journal import write_json
+from tract_transfer.files import make_folder, write_json
 from tract_transfer.suite.plan import run_id
 
 # Sources that are there, or are made, without the network. Their keys that hold paths:
@@ -61,6 +61,7 @@ class Inspector:
     def keep(self) -> None:
         """Remember what was looked at, for the next process."""
         if self._kept is not None and self._is_new:
+            make_folder(self._kept.parent)
             write_json(self._kept, self._known)
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from tract_transfer.build_suite import plan_suite
 from tract_transfer.config_file import ConfigError, dump_yaml
 from tract_transfer.config_suite import SuiteConfig
 from tract_transfer.engine.resume_keys import changed_keys
+from tract_transfer.files import make_folder, remove_leftovers, write_text
 from tract_transfer.inspect_suite import Inspector
 from tract_transfer.suite.attempt import LOG_NAME, Attempt
 from tract_transfer.suite.execute import Execution
@@ -26,6 +27,7 @@ from tract_transfer.suite.progress import result_in_words
 from tract_transfer.suite.screen import Lines, LiveTable
 
 logger = logging.getLogger(__name__)
+PLAN_NAME = "plan"  # the folder of the runs' configs
 _SHOWN_CONFLICTS = 5
 
 
@@ -91,15 +93,13 @@ class Suite:
     def prepare(self, run: PlannedRun, train_net: Path) -> Attempt:
         """Write down the run's whole config; return the attempt that runs it."""
         self._by_folder[run.folder].begun_with = self._weights_of(run)
-        file = self.folder / "plan" / f"{run.id}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside = file.with_suffix(".part")
-        aside.write_text(dump_yaml(run.config), encoding="utf-8")
-        aside.replace(file)
+        file = self.folder / PLAN_NAME / f"{run.id}.yaml"
+        make_folder(file.parent)
+        write_text(file, dump_yaml(run.config))
         command = [sys.executable, str(train_net), "--config-file", str(file), "--resume"]
         if run.processes > 1:
             command += ["--num-gpus", str(run.processes)]
-        stop_file = self.folder / "plan" / f"{run.id}.stop"
+        stop_file = self.folder / PLAN_NAME / f"{run.id}.stop"
         return Attempt(command, run.folder / LOG_NAME, {}, stop_file)
 
     def set_aside(self, folder: Path) -> Path:
@@ -159,6 +159,7 @@ def carry_out(
     suite.folder.mkdir(parents=True, exist_ok=True)
     lock = SuiteLock(suite.folder)
     left = lock.acquire()
+    remove_leftovers(suite.folder / PLAN_NAME)
     try:
         launcher.end_leftovers(list(left.values()))
         others = suite.take_stock()

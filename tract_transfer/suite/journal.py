@@ -11,7 +11,7 @@ from typing import Any
 
 import filelock
 
-from tract_transfer.files import make_folder, remove_leftovers, write_text
+from tract_transfer.files import make_folder, remove_leftovers, write_json
 from tract_transfer.suite.plan import PRETRAIN, PlannedRun
 
 SUITE_NAME, KEPT_NAME = "suite.json", ".plan.json"
@@ -65,6 +65,7 @@ class Journal:
             "seeds": list(dict.fromkeys(run.seed for run in runs)),
             "runs": [self._entry(job) for job in jobs],
         }
+        make_folder(self.path.parent)
         write_json(self.path, content)
 
     def _entry(self, job: Job) -> dict[str, Any]:
@@ -146,12 +147,6 @@ class SuiteLock:
         """Leave the folder to others."""
         self._owner.unlink(missing_ok=True)
         self._lock.release()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON aside, sync and rename it."""
-    make_folder(path.parent)
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _read(file: Path) -> dict[str, Any]:
