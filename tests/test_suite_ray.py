@@ -127,3 +127,17 @@ def test_an_error_of_ray_fails_the_run_and_not_the_suite(launcher, attempt, monk
     for name in ("wait", "get"):
         monkeypatch.setattr(ray, name, lost)
     assert launcher.ended() == [(run, -9)]
+
+
+def test_a_run_that_goes_on_is_not_waited_for_where_ray_cannot_tell(launcher, attempt, monkeypatch):
+    def lost(*_, **__):
+        raise ray.exceptions.RaySystemError("nothing is known now")
+
+    run = run_of()
+    launcher.start(run, attempt(SLEEP))
+    wait_for("ready", attempt("").log)
+    monkeypatch.setattr(ray, "wait", lost)
+    assert launcher.ended() == []
+    monkeypatch.undo()
+    launcher.stop(signal.SIGTERM)
+    assert wait(launcher) == [(run, 7)]

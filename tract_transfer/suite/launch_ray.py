@@ -10,6 +10,7 @@ from tract_transfer.suite.plan import PlannedRun
 
 INSTALL = "Ray is not installed: pip install 'tract_transfer[ray]', or use --launcher local."
 _KILLED = -9
+_GET_SECONDS = 1.0  # for what has ended: of a task that runs, nobody waits for the result
 
 
 class RayLauncher:
@@ -86,7 +87,9 @@ class RayLauncher:
         for reference in ready:
             run = by_reference[reference]
             try:
-                code = int(self._ray.get(reference))
+                code = int(self._ray.get(reference, timeout=_GET_SECONDS))
+            except self._ray.exceptions.GetTimeoutError:  # where wait could not tell, it runs
+                continue
             except self._ray.exceptions.RayError:
                 code = _KILLED
             del self._running[run]

@@ -253,7 +253,8 @@ class TrAct:
         """Go on from a `state_dict`.
 
         Raises:
-            ValueError: it is that of another update_every or of other layers.
+            ValueError: it is of other layers, or of a TrAct with update_every above 1 where this
+                one measures at every step, or the other way round.
         """
         measured = self.layer_names if state.get("num_steps", 1) else []  # none before a step
         expected = {"num_steps", *(f"mean.{name}" for name in measured)}
