@@ -48,13 +48,7 @@ def find_first_layers(model: nn.Module) -> list[str]:
 
 def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     """Return the layer called `name`, or raise ValueError that says why TrAct cannot treat it."""
-    known = dict(model.named_modules())
-    if name not in known:
-        near = get_close_matches(name, known, n=3, cutoff=0.5)
-        begins = [key for key, each in known.items() if isinstance(each, nn.Linear | nn.Conv2d)][:3]
-        hint = f"Nearest: {near}" if near else f"It begins with {begins}"
-        raise ValueError(f"{type(model).__name__} has no layer {name!r}. {hint}.")
-    layer: nn.Module = known[name]
+    layer = _layer_called(model, name)
     kind = type(layer).__name__
     if not isinstance(layer, nn.Linear | nn.Conv2d) or isinstance(layer, nn.LazyConv2d):
         raise ValueError(f"TrAct treats Linear and Conv2d layers; {name} is a {kind}.")
@@ -63,14 +57,7 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
             f"TrAct needs an ungrouped convolution; {name} has groups={layer.groups}: "
             "its outputs do not share their inputs, so there is no one matrix to multiply by."
         )
-    own_forward = type(layer).forward not in (nn.Linear.forward, nn.Conv2d.forward)
-    known_forward = is_dynamic_same(layer) or _is_detectron2_s(layer)
-    if isinstance(layer, nn.Conv2d) and type(layer)._conv_forward is not nn.Conv2d._conv_forward:
-        own_forward, known_forward = True, False
-    if "forward" in vars(layer):  # of the object itself
-        own_forward, known_forward = True, False
-    computed = is_parametrized(layer) or "weight" not in layer._parameters  # weight_norm and kin
-    if computed or (own_forward and not known_forward):
+    if _changes_what_it_multiplies(layer):
         raise ValueError(
             f"TrAct needs a layer whose weight multiplies its input as it stands; {name} "
             f"({kind}) changes its weight or its input in the forward (weight standardisation, "
@@ -78,7 +65,7 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
         )
     sharers = [
         other
-        for other, module in known.items()
+        for other, module in model.named_modules()
         if module is not layer and any(layer.weight is p for p in module._parameters.values())
     ]
     if sharers:
@@ -99,6 +86,28 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
             "TrAct off (tract.enabled: false in a config)."
         )
     return layer
+
+
+def _layer_called(model: nn.Module, name: str) -> nn.Module:
+    known = dict(model.named_modules())
+    if name not in known:
+        near = get_close_matches(name, known, n=3, cutoff=0.5)
+        begins = [key for key, each in known.items() if isinstance(each, nn.Linear | nn.Conv2d)][:3]
+        hint = f"Nearest: {near}" if near else f"It begins with {begins}"
+        raise ValueError(f"{type(model).__name__} has no layer {name!r}. {hint}.")
+    return known[name]
+
+
+def _changes_what_it_multiplies(layer: nn.Linear | nn.Conv2d) -> bool:
+    """Whether a parametrization, or a forward of its own, may change the weight or the input."""
+    if is_parametrized(layer) or "weight" not in layer._parameters:  # weight_norm and kin
+        return True
+    if "forward" in vars(layer):  # of the object itself
+        return True
+    if isinstance(layer, nn.Conv2d) and type(layer)._conv_forward is not nn.Conv2d._conv_forward:
+        return True
+    is_torch_s = type(layer).forward in (nn.Linear.forward, nn.Conv2d.forward)
+    return not (is_torch_s or is_dynamic_same(layer) or _is_detectron2_s(layer))
 
 
 def _is_detectron2_s(layer: nn.Module) -> bool:

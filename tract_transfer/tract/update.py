@@ -21,7 +21,7 @@ from tract_transfer.tract.attach import Attached
 from tract_transfer.tract.find import check_layer, find_first_layers
 from tract_transfer.tract.precision import float32_factors
 from tract_transfer.tract.solve import DampedFactor, damped_factor
-from tract_transfer.tract.watch import WatchedLayer, local
+from tract_transfer.tract.watch import WatchedLayer
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class TrAct:
         gradients = []
         for each in self._watched:
             self._follow(each)
-            gradients.append(_gradient(each))
+            gradients.append(each.gradient_rows())
             each.check_reached()
         measures = self.num_steps % self.update_every == 0
         for each, gradient in zip(self._watched, gradients, strict=True):
@@ -278,24 +278,3 @@ class TrAct:
 def _holds(optimizer: Optimizer, each: WatchedLayer) -> bool:
     held = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return any(parameter is each.layer.weight for parameter in held)
-
-
-def _gradient(each: WatchedLayer) -> Tensor:
-    """The rows that this process holds of the weight's gradient."""
-    weight = each.layer.weight
-    if not weight.requires_grad:
-        raise RuntimeError(
-            f"{each.title}.weight was frozen after TrAct was made. detach() TrAct for as long."
-        )
-    if weight.grad is None:
-        raise RuntimeError(
-            f"{each.title}.weight has no gradient. Call backward() before TrAct's step(), and "
-            "zero_grad() after it."
-        )
-    placements = getattr(weight.grad, "placements", ())
-    if any(place.is_shard() and not place.is_shard(0) for place in placements):
-        raise RuntimeError(
-            f"{each.title}.weight is sharded along its inputs ({placements}); TrAct needs all "
-            "inputs of an output in one place. Shard it along dimension 0."
-        )
-    return local(weight.grad)

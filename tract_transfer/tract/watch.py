@@ -190,6 +190,26 @@ class WatchedLayer:
         if self.waiting is not None:
             self.waiting.zero_()
 
+    def gradient_rows(self) -> Tensor:
+        """Return the rows that this process holds of the weight's gradient, or RuntimeError."""
+        weight = self.layer.weight
+        if not weight.requires_grad:
+            raise RuntimeError(
+                f"{self.title}.weight was frozen after TrAct was made. detach() TrAct for as long."
+            )
+        if weight.grad is None:
+            raise RuntimeError(
+                f"{self.title}.weight has no gradient. Call backward() before TrAct's step(), and "
+                "zero_grad() after it."
+            )
+        placements = getattr(weight.grad, "placements", ())
+        if any(place.is_shard() and not place.is_shard(0) for place in placements):
+            raise RuntimeError(
+                f"{self.title}.weight is sharded along its inputs ({placements}); TrAct needs all "
+                "inputs of an output in one place. Shard it along dimension 0."
+            )
+        return local(weight.grad)
+
     def check_reached(self) -> None:
         """Raise RuntimeError where no forward has come; other processes may have had all."""
         if not (self.reached or _is_joined()):
