@@ -55,6 +55,10 @@ for case, share in shares.items():
         backward(3 + 2 * own[:1])
         wrapped.zero_grad()
         backward(own)
+    elif case == "skipped first":
+        backward(3 + 2 * own[:1])
+        wrapped.zero_grad()
+        backward(own)
     else:
         backward(own)
     tract.step()
@@ -66,12 +70,20 @@ for case, share in shares.items():
 torch.save(gradients, f"{folder}/{rank}.pt")
 torch.distributed.destroy_process_group()
 """
-SHARES = {"even": [3, 3], "uneven": [4, 2], "empty": [6, 0], "micro": [4, 2], "skipped": [2, 4]}
+SHARES = {
+    "even": [3, 3],
+    "uneven": [4, 2],
+    "empty": [6, 0],
+    "micro": [4, 2],
+    "skipped": [2, 4],
+    "skipped first": [2, 4],
+}
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp", "fsdp early"])
 def test_two_processes_are_one(wrapper, tmp_path):
-    """Batches even, uneven, or all on one side; micro-batches; a step that a scaler skipped.
+    """Batches even, uneven, or all on one side; micro-batches; a step that a scaler skipped, the
+    second or the first.
 
     Weights sharded by row (FSDP2) after TrAct was made, and before (early).
     """

@@ -94,13 +94,24 @@ class WatchedLayer:
     def follow_whole(self) -> None:
         """Look also when the gradient of the whole weight comes, of which FSDP keeps a shard."""
         weight = self.layer.weight
-        if weight is self.whole or not _is_sharded(self.weight):
+        if weight is self.whole or not weight.requires_grad:
             return
         self.whole = weight
-        self.weight_handles = [
-            *self.weight_handles[:2],
-            weight.register_hook(self.look_at_gradient),
-        ]
+        hook = self.look_at_gradient if _is_sharded(self.weight) else self.await_backward
+        self.weight_handles = [*self.weight_handles[:2], weight.register_hook(hook)]
+
+    def await_backward(self, _: Tensor) -> None:
+        """The hook of a weight whose parameter is not known: FSDP came after TrAct.
+
+        At the end of the backward the layer has its shard again, with the gradient.
+        """
+        torch.autograd.Variable._execution_engine.queue_callback(self.take_over)
+
+    def take_over(self) -> None:
+        """Follow the layer's parameter, which has been through a backward."""
+        self.follow_weight()
+        if self.layer.weight.grad is not None:
+            self.add_backward(self.layer.weight)
 
     def stop(self) -> None:
         """Remove the hooks."""
