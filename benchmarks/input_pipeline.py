@@ -1,10 +1,15 @@
-"""Images a second that reach a training step: data.cache device against the DataLoader path.
+"""Images a second that reach a training step: `data.cache: device` against what else one would use.
 
 CIFAR's recipe (pad 4, crop, flip), or fine-tuning's (random resized crop, flip), batches of 128 at
-32 px, data in memory. Both take turns; the median of the paired ratios is printed.
+32 px, uint8. The others are
+- `cache: none`: our DataLoader, which decodes the stored PNGs in every epoch;
+- `cache: ram`: our DataLoader over images that were decoded once;
+- torchvision: its transforms (v2) and torch's DataLoader over pixels in memory, an array that gives
+  PIL images as torchvision.datasets.CIFAR10 does.
+All take turns; the median of the paired ratios is printed, the least and the largest beside it.
 
-    python benchmarks/input_pipeline.py [--data ../shared/data/cifar10] [--workers 0 2] [--turns 7]
-        [--crops pad random_resized]
+    python benchmarks/input_pipeline.py [--data ../shared/data/cifar10] [--threads 2]
+        [--workers 0 2] [--turns 7] [--crops pad random_resized]
 """
 
 import argparse
@@ -12,91 +17,156 @@ import itertools
 import statistics
 import time
 from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
 
 from tract_transfer.data.batch_augment import BatchAugment
 from tract_transfer.data.classification import ClassificationDataset, load_huggingface
-from tract_transfer.data.loader import Batch, train_loader
+from tract_transfer.data.images import decode_image
+from tract_transfer.data.loader import train_loader
 from tract_transfer.data.resident import ResidentImages, resident_batches
 from tract_transfer.data.sampling import EpochOrder, TrainBatchSampler
 from tract_transfer.data.transforms import classification_train
 
 BATCH_SIZE, SIZE_PX, SEED = 128, 32, 0
+SCALE = (0.3, 1.0)
+LOADERS = ("cache: none", "cache: ram", "torchvision")
 
 
 class Noise:
-    """10,000 random images, where no folder is given."""
+    """10,000 random PNGs, where no folder is given."""
+
+    def __init__(self) -> None:
+        generator, self._stored = np.random.default_rng(SEED), []
+        for _ in range(10_000):
+            stream, pixels = BytesIO(), generator.integers(0, 256, (SIZE_PX, SIZE_PX, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(stream, "PNG")
+            self._stored.append(stream.getvalue())
 
     def encoded(self, row: int) -> bytes:
-        """Return what tells a row from others."""
-        return str(row).encode()
+        """Return a row's PNG."""
+        return self._stored[row]
 
     def image(self, row: int) -> torch.Tensor:
         """Return a row's image."""
-        generator = torch.Generator().manual_seed(row)
-        shape = (3, SIZE_PX, SIZE_PX)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        return decode_image(self._stored[row], self.item(row))
 
     def item(self, row: int) -> str:
         """Return a row's name."""
         return f"row {row}"
 
 
-def images_per_second(batches: Iterator[Batch], count: int) -> float:
+class Pictures(Dataset[tuple[torch.Tensor, int]]):
+    """What torchvision.datasets.CIFAR10 is: pixels (N, H, W, 3), and a PIL image at each access."""
+
+    def __init__(self, dataset: ClassificationDataset, transform: v2.Transform) -> None:
+        images = [dataset.image(index) for index in range(len(dataset))]
+        self.data = torch.stack(images).permute(0, 2, 3, 1).contiguous().numpy()
+        self.targets = dataset.labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.transform(Image.fromarray(self.data[index])), self.targets[index]
+
+
+def torchvision_transform(crop: str) -> v2.Transform:
+    """Return the same recipe as its users write it."""
+    padded = v2.RandomCrop(SIZE_PX, padding=4)
+    cropped = padded if crop == "pad" else v2.RandomResizedCrop(SIZE_PX, scale=SCALE)
+    return v2.Compose([cropped, v2.RandomHorizontalFlip(), v2.PILToTensor()])
+
+
+class Ways:
+    """The ways to a batch, each an endless iterator."""
+
+    def __init__(self, data: str | None, device: str) -> None:
+        self.stored = self._load(data)
+        self.decoded = self._load(data)
+        self.decoded.cache_images()
+        self.resident = ResidentImages(self.decoded, SIZE_PX, torch.device(device))
+
+    def _load(self, data: str | None) -> ClassificationDataset:
+        if data:
+            return load_huggingface(data, "train")
+        labels, names = np.arange(10_000) % 10, [str(k) for k in range(10)]
+        return ClassificationDataset("noise", names, labels, Noise())
+
+    def start(self, way: str, crop: str, workers: int) -> Iterator[Any]:
+        """Return the batches of a way."""
+        sampler = TrainBatchSampler(EpochOrder(len(self.decoded), BATCH_SIZE, SEED))
+        law = (SIZE_PX, crop, 4, SCALE, 0.5, "bilinear")
+        if way == "device":
+            augment = BatchAugment(*law)
+            return resident_batches(self.resident, sampler, seed=SEED, augment=augment)
+        if way == "torchvision":
+            pictures = Pictures(self.decoded, torchvision_transform(crop))
+            loader = DataLoader(
+                pictures,
+                BATCH_SIZE,
+                shuffle=True,
+                num_workers=workers,
+                drop_last=True,
+                persistent_workers=workers > 0,
+            )
+            return itertools.chain.from_iterable(itertools.repeat(loader))
+        dataset = self.stored if way == "cache: none" else self.decoded
+        transform = classification_train(*law)
+        return iter(train_loader(dataset, transform, sampler, seed=SEED, num_workers=workers))
+
+
+def images_per_second(batches: Iterator[Any], count: int) -> float:
     """Take `count` batches after a first one, which starts the workers."""
     next(batches)
     started = time.perf_counter()
-    images = sum(len(batch.indices) for batch in itertools.islice(batches, count))
-    return images / (time.perf_counter() - started)
+    for _ in itertools.islice(batches, count):
+        pass
+    return count * BATCH_SIZE / (time.perf_counter() - started)
 
 
 def main() -> None:
-    """Print a row of a Markdown table for each number of workers."""
+    """Print a row of a Markdown table for each way but the device's, and number of workers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a folder of CIFAR's parquet; else random images")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
     parser.add_argument("--crops", nargs="+", default=["pad", "random_resized"])
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--batches", type=int, default=60, help="timed batches a turn")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
-    if arguments.data:
-        dataset = load_huggingface(arguments.data, "train")
-    else:
-        labels = np.arange(10_000) % 10
-        dataset = ClassificationDataset("noise", [str(k) for k in range(10)], labels, Noise())
-    dataset.cache_images()
-    resident = ResidentImages(dataset, SIZE_PX, torch.device(arguments.device))
-
-    def sampler() -> TrainBatchSampler:
-        return TrainBatchSampler(EpochOrder(len(dataset), BATCH_SIZE, SEED))
-
+    torch.set_num_threads(arguments.threads)
+    ways = Ways(arguments.data, arguments.device)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    head = "| crop | workers | DataLoader, images/s | device, images/s | ratio |"
-    print(f"{head}\n| --- | --- | --- | --- | --- |")
-    for crop, workers in itertools.product(arguments.crops, arguments.workers):
-        law = (SIZE_PX, crop, 4, (0.3, 1.0), 0.5, "bilinear")
-        transform, augment = classification_train(*law), BatchAugment(*law)
-        rates: dict[str, list[float]] = {"loader": [], "device": []}
+    head = "| crop | DataLoader | workers | its images/s | cache: device, images/s | ratio |"
+    print(f"{head}\n| --- | --- | --- | --- | --- | --- |")
+    for crop in arguments.crops:
+        others = list(itertools.product(LOADERS, arguments.workers))
+        rates: dict[Any, list[float]] = {other: [] for other in [*others, ("device", 0)]}
         for turn in range(arguments.turns):
-            loader = train_loader(dataset, transform, sampler(), seed=SEED, num_workers=workers)
-            ways = {
-                "loader": iter(loader),
-                "device": resident_batches(resident, sampler(), seed=SEED, augment=augment),
-            }
-            for name in sorted(ways, reverse=turn % 2 == 1):
-                count = arguments.batches * (1 if name == "loader" else 10)
-                rates[name].append(images_per_second(ways[name], count))
-            del ways, loader
-        ratios = [b / a for a, b in zip(rates["loader"], rates["device"], strict=True)]
-        print(
-            f"| {crop} | {workers} | {statistics.median(rates['loader']):,.0f} "
-            f"| {statistics.median(rates['device']):,.0f} | {statistics.median(ratios):.1f} "
-            f"({min(ratios):.1f} to {max(ratios):.1f}) |",
-            flush=True,
-        )
+            for way, workers in sorted(rates, reverse=turn % 2 == 1):
+                count = arguments.batches * (10 if way == "device" else 1)
+                batches = ways.start(way, crop, workers)
+                rates[way, workers].append(images_per_second(batches, count))
+                del batches  # and its workers
+        ours = rates["device", 0]
+        for way, workers in others:
+            theirs = rates[way, workers]
+            ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
+            print(
+                f"| {crop} | {way} | {workers} | {statistics.median(theirs):,.0f} "
+                f"| {statistics.median(ours):,.0f} | {statistics.median(ratios):.1f} "
+                f"({min(ratios):.1f} to {max(ratios):.1f}) |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ here, so that what an image becomes does not depend on its batch.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from tract_transfer.data.transforms import MEAN_COLOUR
 
 Boxes = NDArray[np.int64]  # (B, 4): top, left, height, width in pixels
 _TRIES, _BOX_DRAWS = 10, 22
+_TABLE_BYTES = 2**26  # of the weights of all crops: up to 64 px they are made once
 _CROP_RATIO, _ERASE_SCALE = (3 / 4, 4 / 3), (0.02, 0.33)
 _ERASE_RATIO = (1 / 3.3, 1 / 0.3)  # RandomErasing's is height over width
 
@@ -57,7 +59,6 @@ class BatchAugment:
 
     def __call__(self, images: Tensor, draws: NDArray[np.float64]) -> Tensor:
         """Return uint8 (B, 3, size_px, size_px); `draws` (B, num_draws) lie in [0, 1)."""
-        flips = torch.from_numpy(draws[:, 2] < self._flip_prob).to(images.device)
         if self._resized:
             ratio, side = _CROP_RATIO, images.shape[-1]
             boxes = random_boxes(draws[:, 3 : 3 + _BOX_DRAWS], side, self._scale, ratio)
@@ -65,7 +66,8 @@ class BatchAugment:
         elif self._pad_px:
             shifts = (draws[:, :2] * (2 * self._pad_px + 1)).astype(np.int64)
             images = shifted(images, torch.from_numpy(shifts).to(images.device), self._pad_px)
-        images = torch.where(flips[:, None, None, None], images.flip(3), images)
+        flips = np.flatnonzero(draws[:, 2] < self._flip_prob)
+        images = flipped(images, torch.from_numpy(flips).to(images.device))
         if self._erase_prob:
             own = draws[:, -_BOX_DRAWS - 1 :]
             boxes = random_boxes(own[:, 1:], images.shape[-1], _ERASE_SCALE, _ERASE_RATIO)
@@ -76,11 +78,24 @@ class BatchAugment:
 
 def shifted(images: Tensor, shifts: Tensor, pad_px: int) -> Tensor:
     """Crop (B, C, P, P) at `shifts` (B, 2), down and right, of the images with zeros around."""
-    side = images.shape[-1]
-    padded = torch.nn.functional.pad(images, [pad_px] * 4)
-    windows = padded.unfold(2, side, 1).unfold(3, side, 1)  # (B, C, shifts, shifts, P, P), a view
-    number = torch.arange(len(images), device=images.device)
-    return windows[number, :, shifts[:, 0], shifts[:, 1]]
+    count, channels, side, _ = images.shape
+    planes, pitch = count * channels, side + pad_px
+    # Lines lie one behind the other, and the zeros behind a line are those before the next; so do
+    # planes. A line of a crop is `side` values from any place on: one gather copies whole lines.
+    lead = pad_px * pitch + pad_px
+    canvas = images.new_zeros(lead + planes * pitch**2)
+    inside = canvas[lead:].view(planes, pitch, pitch)[:, :side, :side]
+    inside.copy_(images.reshape(planes, side, side))
+    down = torch.arange(side, device=images.device) * pitch
+    plane = torch.arange(planes, device=images.device).view(count, channels, 1) * pitch**2
+    first = plane + (shifts[:, 0] * pitch + shifts[:, 1])[:, None, None] + down
+    lines = canvas.as_strided((len(canvas) - side + 1, side), (1, 1))
+    return lines.index_select(0, first.flatten()).view(images.shape)
+
+
+def flipped(images: Tensor, chosen: Tensor) -> Tensor:
+    """Swap left and right of the images (B, C, P, P) whose numbers are `chosen`."""
+    return images.index_copy(0, chosen, images.index_select(0, chosen).flip(3))
 
 
 def random_boxes(
@@ -117,13 +132,44 @@ def resized_crops(images: Tensor, boxes: Boxes, size_px: int, interpolation: str
         ValueError: the interpolation is none of nearest, bilinear and bicubic.
     """
     count, channels, side, _ = images.shape
-    placed = torch.from_numpy(boxes).to(images.device)
-    rows = _weights(placed[:, 0], placed[:, 2], side, size_px, interpolation)
-    columns = _weights(placed[:, 1], placed[:, 3], side, size_px, interpolation)
-    across = images.float().view(count, channels * side, side) @ columns.transpose(1, 2)
-    across.round_().clamp_(0, 255)  # as torch, which keeps bytes between the two
-    down = rows[:, None] @ across.view(count, channels, side, size_px)
-    return down.round_().clamp_(0, 255).to(torch.uint8)
+    rows = _matrices(boxes[:, 0], boxes[:, 2], side, size_px, interpolation, images.device)
+    columns = _matrices(boxes[:, 1], boxes[:, 3], side, size_px, interpolation, images.device)
+    # (B, P, 3, P): so that each side is one product an image.
+    lines = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    across = lines.view(count, side * channels, side) @ columns.transpose(1, 2)
+    across.round_()  # as torch, which keeps bytes between the two
+    if interpolation == "bicubic":  # which alone leaves 0..255
+        across.clamp_(0, 255)
+    down = (rows @ across.view(count, side, channels * size_px)).round_()
+    if interpolation == "bicubic":
+        down.clamp_(0, 255)
+    resized = down.view(count, size_px, channels, size_px).permute(0, 2, 1, 3)
+    return resized.to(torch.uint8, memory_format=torch.contiguous_format)
+
+
+def _matrices(
+    first: NDArray[np.int64],
+    length: NDArray[np.int64],
+    side: int,
+    size_px: int,
+    interpolation: str,
+    device: torch.device,
+) -> Tensor:
+    """Return `_weights` of lines that begin at `first` (B,) and are `length` (B,) long."""
+    if 4 * side**3 * size_px <= _TABLE_BYTES:
+        numbers = torch.from_numpy(first * side + length - 1).to(device)
+        return _table(side, size_px, interpolation, device).index_select(0, numbers)
+    begin, lengths = torch.from_numpy(first).to(device), torch.from_numpy(length).to(device)
+    return _weights(begin, lengths, side, size_px, interpolation)
+
+
+@lru_cache(maxsize=4)
+def _table(side: int, size_px: int, interpolation: str, device: torch.device) -> Tensor:
+    """Return `_weights` of every beginning and length of a line: (P x P, S, P)."""
+    line = torch.arange(side, device=device)
+    return _weights(
+        line.repeat_interleave(side), line.repeat(side) + 1, side, size_px, interpolation
+    )
 
 
 def _weights(first: Tensor, length: Tensor, side: int, size_px: int, interpolation: str) -> Tensor:
