@@ -80,6 +80,10 @@ def test_too_many_images_and_streams_are_not_looked_through_and_that_is_told(
     assert find_training_leaks(build_data(load_tiny(tmp_path, *words(root)))) is None
     assert "Not looked for: images of train in test. tools/check_data.py does" in caplog.text
     monkeypatch.setattr(leaks, "MAX_COMPARED", 10)
+    size = sum(file.stat().st_size for file in root.rglob("*.png"))
+    monkeypatch.setattr(leaks, "MAX_BYTES", size - 1)
+    assert find_training_leaks(build_data(load_tiny(tmp_path, *words(root)))) is None
+    monkeypatch.setattr(leaks, "MAX_BYTES", size)
     assert find_training_leaks(build_data(load_tiny(tmp_path, *words(root)))) is not None
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
     for split, shades in SHADES.items():

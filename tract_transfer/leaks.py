@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tract_transfer.build_data import Data
-from tract_transfer.data.images import content_hashes
+from tract_transfer.data.images import content_hashes, estimated_bytes
 from tract_transfer.data.streaming import Stream
 
 logger = logging.getLogger(__name__)
-MAX_COMPARED = 100_000  # images of all splits together: above, reading them takes minutes
+MAX_COMPARED, MAX_BYTES = 100_000, 2**31  # of all splits together: above, it takes too long
 _NAMED = 10
 
 
@@ -48,13 +48,19 @@ def find_leaks(
 
 def find_training_leaks(data: Data) -> dict[str, dict[str, Any]] | None:
     """Return `find_leaks` of all images; None where they are streamed or too many to read first."""
-    count = sum(len(split) for split in data.splits.values())
-    if count > MAX_COMPARED or any(isinstance(split, Stream) for split in data.splits.values()):
+    splits = {name: each for name, each in data.splits.items() if not isinstance(each, Stream)}
+    if len(splits) < len(data.splits) or _takes_long(splits):
         logger.info(
             "Not looked for: images of train in %s. tools/check_data.py does.", data.report[0]
         )
         return None
-    hashes = {
-        name: content_hashes(split.encoded, len(split)) for name, split in data.splits.items()
-    }
+    hashes = {name: content_hashes(split.encoded, len(split)) for name, split in splits.items()}
     return find_leaks(data, hashes, {name: range(len(each)) for name, each in hashes.items()})
+
+
+def _takes_long(splits: Mapping[str, Any]) -> bool:
+    """Whether reading all images would hold up the start of a training: every one does it."""
+    if sum(len(split) for split in splits.values()) > MAX_COMPARED:
+        return True
+    sizes = [estimated_bytes(split.encoded, len(split)) for split in splits.values()]
+    return sum(sizes) > MAX_BYTES

@@ -184,7 +184,18 @@ def fingerprint(
     for array in arrays:
         digest.update(f"{array.shape}{array.dtype.str}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
-    spread = np.linspace(0, length - 1, min(length, _NUM_FINGERPRINT_IMAGES)).round()
-    for index in spread.astype(int).tolist():
+    for index in _spread(length):
         digest.update(hashlib.sha256(encoded(index)).digest())
     return digest.hexdigest()
+
+
+def estimated_bytes(encoded: Callable[[int], bytes], length: int) -> int:
+    """Return about how many bytes `length` encoded images are, by the mean of the same 64."""
+    sizes = [len(encoded(index)) for index in _spread(length)]
+    return round(length * sum(sizes) / max(len(sizes), 1))
+
+
+def _spread(length: int) -> list[int]:
+    """Up to 64 evenly spaced images."""
+    spread = np.linspace(0, length - 1, min(length, _NUM_FINGERPRINT_IMAGES)).round()
+    return [int(index) for index in spread]
