@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tract_transfer.engine.environment import Inputs, environment
+from tract_transfer.redact import has_secret
 
 PACKAGE = sorted(Path("tract_transfer").rglob("*.py")) + sorted(Path("tools").glob("*.py"))
 
@@ -37,6 +38,32 @@ def test_no_secret_of_the_command_line_is_stored(words, shown, monkeypatch):
     monkeypatch.setenv("DATABASE_PASSWORD", "hunter2-hunter2")
     monkeypatch.setattr(sys, "argv", ["x.py", *words])
     assert environment(Inputs({}))["command"] == f"x.py {shown}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The key: more data", "Token: a class token, or none", "Secrets: which? (all)",
+        "patch tokens: 196", "Note: something", "auth: null", "class_token: true",
+        "credentials: naïve", "monkey: x1", "s3://bucket/a:b",
+    ],
+)  # fmt: skip
+def test_a_sentence_is_no_secret(text):
+    assert not has_secret(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "key: s3cr3t", "token: abcdefghijklmnopqrst", "token=abcdef", "key:abcdef",
+        "the password: swordfish", "passphrase: correct horse", "api_key: abc", "api-key: abc",
+        "hub.token: abc", "--token: abc", "auth: Bearer abc", "auth: Basic YWJj", "token: a-b-c1",
+        "https://me:word@host", "https://host/x?key=abc", f"The key: see hf_{'a' * 34}",
+        "The key: more data, token: a1b2c3", '{"token": "abc"}',
+    ],
+)  # fmt: skip
+def test_a_secret_in_a_text_is_found(text):
+    assert has_secret(text)
 
 
 FORBIDDEN = re.compile(

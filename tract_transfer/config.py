@@ -155,7 +155,8 @@ def _refuse_secrets(tree: Any, origins: Origins) -> None:
     for key in [key for key, text in texts.items() if has_secret(text)]:
         message = (
             "holds a login or a secret, which a run's folder would keep. Give it by the "
-            "environment, such as HF_TOKEN, or by ~/.netrc."
+            "environment, such as HF_TOKEN, or by ~/.netrc. Where it is none, leave out the : or = "
+            "behind a word such as key."
         )
         raise ConfigError(explain(key, message, origins))
 

@@ -17,6 +17,11 @@ _TOKEN = re.compile(
     r"|A[KS]IA[0-9A-Z]{16})"
 )
 _PLAIN = re.compile(r"(?i)(?:true|false|null|none|-?[0-9]{0,6}(?:\.[0-9]+)?)")
+# "The key: more data" is a sentence: the name alone, and a word of letters after the space.
+_SENTENCE = re.compile(
+    r"(?i)(?<![\w.-])(?:key|token|secret|auth|credential)s?: +(?!bearer|basic)[^\W\d_]{1,19}"
+    r"(?=[\s.,;:!?)]|$)"
+)
 _SHORTEST = 12  # characters of a secret in the environment that is looked for
 
 
@@ -37,8 +42,12 @@ def without_secrets(words: Sequence[str]) -> list[str]:
 
 
 def has_secret(text: str) -> bool:
-    """Whether a text holds a login, a known token, or what `without_secrets` hides by its name."""
-    return _hidden(text) != text
+    """Whether a text holds a login, a known token, or what `without_secrets` hides by its name.
+
+    A sentence such as "The key: more data" does not: passwords and values with digits still do.
+    """
+    rest = _SENTENCE.sub("", text)
+    return _hidden(rest) != rest
 
 
 def _hidden(word: str) -> str:
