@@ -238,6 +238,28 @@ def test_leftovers_of_a_killed_suite_are_ended_first(make, carried_out):
     assert launcher.left == [{"pid": 7, "started": 1.0}]
 
 
+def test_runs_whose_suite_fails_are_not_forgotten(make, carried_out):
+    """Of a suite that ends by an error, or while it ends what another left."""
+    suite, launcher = make(), Launcher()
+    launcher.ended = lambda: 1 / (not launcher.started) and []
+    with pytest.raises(ZeroDivisionError):
+        carried_out(suite, launcher)
+
+    def interrupted(handles):
+        assert handles == [{"pid": 1}]
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        launcher = Launcher()
+        launcher.end_leftovers = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            carried_out(make(), launcher)
+    launcher = Launcher()
+    assert carried_out(make(), launcher) is None
+    assert launcher.left == [{"pid": 1}]
+    assert not (suite.folder / ".owner.json").exists()
+
+
 def test_others_stop_the_suite_unless_they_are_set_aside(make, carried_out):
     suite = make()
     finish(suite.runs[0])

@@ -1,5 +1,6 @@
 """Executing a plan, with a launcher that is told how its attempts end."""
 
+import copy
 import signal
 from pathlib import Path
 
@@ -223,6 +224,23 @@ def test_a_stop_is_passed_on_and_leaves_the_rest_waiting(make):
     assert execution.launcher.stops == [signal.SIGTERM]
     assert set(states(execution).values()) == {"waiting"}
     assert execution.jobs[0].error is None
+
+
+def test_who_comes_later_learns_which_runs_were_told_to_end(make):
+    """A second signal would end them without a checkpoint."""
+    execution, told = make(), []
+    execution.changed = lambda jobs, handles: told.append(copy.deepcopy(handles))
+    start, ended = execution.launcher.start, execution.launcher.ended
+
+    def start_and_stop(run, attempt):
+        execution.stop_requested = signal.SIGTERM
+        return start(run, attempt)
+
+    execution.launcher.start = start_and_stop
+    execution.launcher.ended = lambda: ended() if len(told) > 2 else []
+    execution.run(0)
+    assert told[1] == {str(PRE): {"pid": 1}}
+    assert told[2] == {str(PRE): {"pid": 1, "asked": signal.SIGTERM}}
 
 
 def test_a_full_disk_does_not_end_the_runs(make, caplog):

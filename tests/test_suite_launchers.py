@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 
+from tract_transfer.suite import attempt as attempts
 from tract_transfer.suite.attempt import Attempt
 from tract_transfer.suite.launchers import LocalLauncher, find_gpus, this_machine
 from tract_transfer.suite.plan import PlannedRun, Resources
@@ -169,6 +170,47 @@ def test_leftovers_are_let_end_and_others_are_left_alone(attempt):
     finally:
         bystander.kill()
         bystander.wait()
+
+
+COUNTS = """
+import signal, sys, time
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
+print("ready", flush=True)
+while not signals:
+    time.sleep(0.01)
+print("ending", flush=True)
+time.sleep(0.5)
+sys.exit(20 + len(signals))
+"""
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_leftover_that_ends_already_is_sent_no_second_signal(attempt, asked):
+    """Which would end it before its checkpoint is written."""
+    killed = make()
+    handle = killed.start(run_of(), attempt(COUNTS))
+    wait_for("ready", attempt().log)
+    if asked:
+        killed.stop(signal.SIGTERM)
+        wait_for("ending", attempt().log)
+        handle["asked"] = int(signal.SIGTERM)
+    make().end_leftovers([handle])
+    assert wait(killed)[0][1] == 21
+
+
+def test_a_leftover_has_its_time_and_is_then_killed(attempt, monkeypatch, caplog):
+    assert attempts.ENDING_SECONDS >= 300, "a checkpoint on a slow disk"
+    monkeypatch.setattr(attempts, "ENDING_SECONDS", 0.3)
+    killed = make()
+    handle = killed.start(run_of(), attempt(COUNTS.replace("0.5", "60")))
+    wait_for("ready", attempt().log)
+    with caplog.at_level("INFO"):
+        make().end_leftovers([handle])
+    assert wait(killed)[0][1] == -9
+    said = [record.message for record in caplog.records]
+    assert said[0].startswith("1 runs of the suite that was here before are still at work")
+    assert said[1].startswith(f"Process {handle['pid']} did not end: it is killed")
 
 
 def test_gpus_are_those_that_are_visible():

@@ -1,6 +1,7 @@
 """Attempts as jobs of submitit, on this machine in place of Slurm."""
 
 import contextlib
+import os
 import shutil
 import signal
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tract_transfer.suite import attempt as attempt_module
+from tract_transfer.suite import launch_slurm
 from tract_transfer.suite.attempt import Attempt
 from tract_transfer.suite.launch_slurm import SlurmLauncher
 from tract_transfer.suite.plan import PlannedRun, Resources
@@ -131,3 +134,57 @@ def test_the_job_of_a_suite_that_was_killed_ends_before_the_next_begins(begun, t
     SlurmLauncher(tmp_path / "slurm", 1, cluster="local").end_leftovers([handle, {}])
     assert (tmp_path / "checkpoint").exists()
     assert not processes_in(tmp_path)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Commands in Slurm's place, which write down how they are called."""
+    (tmp_path / "bin").mkdir()
+
+    def command(name, script):
+        file = tmp_path / "bin" / name
+        file.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/called\n{script}\n')
+        file.chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    command("sbatch", "echo 'error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1")
+    command("srun", "")
+    command("scancel", "")
+    command("sacct", "exit 1")  # nobody knows anything
+    return SlurmLauncher(tmp_path / "slurm", None)
+
+
+def test_what_slurm_does_not_take_is_that_run_s_failure(slurm, tmp_path):
+    attempt = Attempt(["true"], tmp_path / "log", {}, tmp_path / "stop")
+    with pytest.raises(OSError, match=r"voc.*QOSMaxSubmitJobPerUserLimit.* workers") as caught:
+        slurm.start(run_of(hours=1), attempt)
+    assert "seed 0" in str(caught.value)
+
+
+def test_a_job_of_which_nothing_is_known_is_not_cancelled_while_it_may_run(
+    slurm, tmp_path, monkeypatch
+):
+    """It may be writing its checkpoint; Slurm itself knows whether it still queues."""
+    called = tmp_path / "called"
+    result = tmp_path / "slurm/7_0_result.pkl"
+    (tmp_path / "slurm").mkdir()
+
+    def later(seconds):
+        assert "scancel" in called.read_text()
+        result.touch()
+
+    monkeypatch.setattr(attempt_module.time, "sleep", later)
+    slurm.end_leftovers([{"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}])
+    assert (tmp_path / "plan/a.stop").read_text() == "15"
+    cancelled = [line for line in called.read_text().splitlines() if line.startswith("scancel")]
+    assert cancelled == ["scancel --state=PENDING 7"]
+
+
+def test_a_job_that_does_not_end_is_cancelled_in_the_end(slurm, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(attempt_module, "ENDING_SECONDS", 0.2)
+    monkeypatch.setattr(launch_slurm, "_CANCEL_SECONDS", 0.2)
+    slurm.end_leftovers([{"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}])
+    lines = (tmp_path / "called").read_text().splitlines()
+    cancelled = [line for line in lines if line.startswith("scancel")]
+    assert cancelled == ["scancel --state=PENDING 7", "scancel 7"]
+    assert "Job 7 did not end: it is cancelled" in caplog.text

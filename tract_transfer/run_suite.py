@@ -162,6 +162,7 @@ def carry_out(
     remove_leftovers(suite.folder / PLAN_NAME)
     try:
         launcher.end_leftovers(list(left.values()))
+        lock.tell({})
         others = suite.take_stock()
         if not set_aside:
             refuse_others(others)

@@ -1,6 +1,7 @@
 """One attempt at a run, as a process of its own: so that a crash ends that run alone."""
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -9,12 +10,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+# For a run to end by a signal: a step or a batch of an evaluation, and a checkpoint.
+ENDING_SECONDS = 600.0
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
 LOG_NAME = "console.txt"
+Left = TypeVar("Left")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,6 +87,28 @@ class Attempt:
             self._process.wait()
             self._process = None  # no process can be pickled
         return submitit.helpers.DelayedSubmission(self)
+
+
+def wait_for_leftovers(
+    left: Sequence[Left], has_ended: Callable[[Left], bool], seconds: float | None = None
+) -> list[Left]:
+    """Wait until runs that were told to end have; return those that have not.
+
+    Args:
+        seconds: at most; None is `ENDING_SECONDS`.
+    """
+    seconds = ENDING_SECONDS if seconds is None else seconds
+    left = [each for each in left if not has_ended(each)]
+    if left:
+        logger.info(
+            "%d runs of the suite that was here before are still at work: they write a checkpoint "
+            "and end, for which they have %.0f s.", len(left), seconds,
+        )  # fmt: skip
+    end = time.monotonic() + seconds
+    while left and time.monotonic() < end:
+        time.sleep(0.1)
+        left = [each for each in left if not has_ended(each)]
+    return left
 
 
 def on_threads(count: int | None) -> dict[str, str]:

@@ -87,6 +87,9 @@ class Execution:
         if self.stop_requested not in (None, self._stopping):
             self._stopping = self.stop_requested
             self.launcher.stop(int(self._stopping or 0))
+            for handle in self._handles.values():  # a second signal would end them at once
+                handle["asked"] = int(self._stopping or 0)
+            self._tell()
         if self._stopping is None:
             for job in self.jobs:
                 if job.state == "waiting" and self._is_ready(job):

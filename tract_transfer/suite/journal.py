@@ -116,9 +116,12 @@ class SuiteLock:
     def __init__(self, folder: Path) -> None:
         self._lock = filelock.FileLock(folder / _LOCK_NAME)
         self._owner = folder / _OWNER_NAME
+        self._jobs: dict[str, Any] = {}
 
     def acquire(self) -> dict[str, Any]:
         """Take the folder; return the leftovers of a process that died: job -> how to find it.
+
+        They stay written down until `tell` says otherwise: who ends them may die as well.
 
         Raises:
             FileExistsError: another process is at work here.
@@ -134,18 +137,21 @@ class SuiteLock:
             ) from None
         remove_leftovers(self._owner.parent)
         left = _read(self._owner).get("jobs")
-        self.tell({})
-        return left if isinstance(left, dict) else {}
+        left = left if isinstance(left, dict) else {}
+        self.tell(left)
+        return left
 
     def tell(self, jobs: Mapping[str, Any]) -> None:
         """Write down which jobs run, so that whoever comes after a crash can end them."""
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        write_json(self._owner, {**owner, "jobs": dict(jobs)})
+        self._jobs = dict(jobs)
+        write_json(self._owner, {**owner, "jobs": self._jobs})
 
     def release(self) -> None:
-        """Leave the folder to others."""
-        self._owner.unlink(missing_ok=True)
+        """Leave the folder to others, with word of the jobs that are not known to have ended."""
+        if not self._jobs:
+            self._owner.unlink(missing_ok=True)
         self._lock.release()
 
 

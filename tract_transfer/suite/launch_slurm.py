@@ -1,13 +1,16 @@
 """Runs as Slurm jobs, by submitit: queued again after a time limit or a preemption."""
 
+import logging
 import shutil
 import signal
-import time
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tract_transfer.suite.attempt import Attempt, on_threads
+import psutil
+
+from tract_transfer.suite.attempt import Attempt, on_threads, wait_for_leftovers
 from tract_transfer.suite.launchers import Handle
 from tract_transfer.suite.plan import PlannedRun
 
@@ -15,7 +18,8 @@ INSTALL = "submitit is not installed: pip install 'tract_transfer[slurm]', or us
 _KILLED = -9
 _SIGNAL_SECONDS = 120  # before its time is over, a job is told to write a checkpoint
 _MOST_JOBS = 10_000  # of a run, each until its time is over; submitit's own limit is 3
-_GRACE_SECONDS = 60.0
+_CANCEL_SECONDS = 60.0  # which Slurm takes to end a job that was cancelled
+logger = logging.getLogger(__name__)
 
 
 class SlurmLauncher:
@@ -64,7 +68,11 @@ class SlurmLauncher:
         return self.workers is None or len(self._running) < self.workers
 
     def start(self, run: PlannedRun, attempt: Attempt) -> Handle:
-        """Submit an attempt as a job."""
+        """Submit an attempt as a job.
+
+        Raises:
+            OSError: Slurm does not take it.
+        """
         wanted = run.resources
         executor = self._submitit.AutoExecutor(
             folder=self.folder, cluster=self.cluster, slurm_max_num_timeout=_MOST_JOBS
@@ -82,7 +90,13 @@ class SlurmLauncher:
         executor.update_parameters(**{k: v for k, v in asked.items() if v is not None})
         attempt.environment = {**attempt.environment, **on_threads(run.threads)}
         attempt.stop_file.unlink(missing_ok=True)
-        job = executor.submit(attempt)
+        try:
+            job = executor.submit(attempt)
+        except RuntimeError as error:  # submitit's, with what sbatch said
+            raise OSError(
+                f"Slurm does not take {run.title}: {' '.join(str(error).split())}. Where it has a "
+                "limit of jobs, set workers to it."
+            ) from error
         self._running[run] = (job, attempt)
         return {"job": job.job_id, "stop_file": str(attempt.stop_file)}
 
@@ -104,27 +118,38 @@ class SlurmLauncher:
         """Tell the jobs to end; those that still queue are cancelled."""
         for job, attempt in self._running.values():
             attempt.stop(number)
-            if number == signal.SIGKILL or job.state in ("PENDING", "UNKNOWN"):
+            if number == signal.SIGKILL:
                 job.cancel(check=False)
+            else:
+                self._cancel_queued(job)
 
     def end_leftovers(self, handles: Sequence[Handle]) -> None:
         """Let the jobs of a suite that was killed write a checkpoint and end."""
-        left = {}
+        left = []
         for handle in handles:
             if "job" in handle:
-                job = self._job(handle["job"])
-                left[job.job_id] = job
                 stop_file = Path(handle["stop_file"])
                 stop_file.parent.mkdir(parents=True, exist_ok=True)
                 stop_file.write_text(str(int(signal.SIGTERM)))
-                if job.state in ("PENDING", "UNKNOWN"):
-                    job.cancel(check=False)
-        end = time.monotonic() + _GRACE_SECONDS
-        while left and time.monotonic() < end:
-            left = {name: job for name, job in left.items() if not self._has_ended(job)}
-            time.sleep(0.1)
-        for job in left.values():
+                left.append(self._job(handle["job"]))
+                self._cancel_queued(left[-1])
+        late = wait_for_leftovers(left, self._has_ended)
+        for job in late:
+            logger.warning(
+                "Job %s did not end: it is cancelled, and its run goes on from the checkpoint "
+                "before.", job.job_id,
+            )  # fmt: skip
             job.cancel(check=False)
+        wait_for_leftovers(late, self._has_ended, _CANCEL_SECONDS)
+
+    def _cancel_queued(self, job: Any) -> None:
+        """Cancel a job that has not begun.
+
+        Slurm itself looks: what is known here of a job's state is old, and one that runs would be
+        ended without a checkpoint.
+        """
+        if self.cluster == "slurm":
+            subprocess.run(["scancel", "--state=PENDING", job.job_id], check=False)
 
     def _job(self, name: str) -> Any:
         from submitit.local.local import LocalJob
@@ -133,8 +158,15 @@ class SlurmLauncher:
         return kind(self.folder, name)
 
     def _has_ended(self, job: Any) -> bool:
-        """Whether it left a result; of Slurm's, or is known to be gone."""
-        return job.paths.result_pickle.exists() or (self.cluster == "slurm" and job.done())
+        """Whether it left a result, or is known to be gone."""
+        if job.paths.result_pickle.exists():
+            return True
+        if self.cluster == "slurm":
+            return bool(job.done())
+        try:
+            return psutil.Process(int(job.job_id)).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
     def close(self) -> None:
         """Nothing is held."""

@@ -1,20 +1,22 @@
 """Where runs are carried out: on this machine, by a number of workers and its GPUs."""
 
+import logging
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Protocol
 
 import psutil
 
-from tract_transfer.suite.attempt import Attempt, on_threads
+from tract_transfer.suite.attempt import Attempt, on_threads, wait_for_leftovers
 from tract_transfer.suite.plan import PlannedRun
 
-Handle = dict[str, Any]  # plain values by which an attempt is found again after a crash
-_GRACE_SECONDS = 60.0
+# Plain values by which an attempt is found again after a crash; `asked` is the signal that it was
+# sent, if any.
+Handle = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 class Launcher(Protocol):
@@ -36,7 +38,7 @@ class Launcher(Protocol):
         """Ask all attempts to write a checkpoint and end; SIGKILL ends them at once."""
 
     def end_leftovers(self, handles: Sequence[Handle]) -> None:
-        """End what a process before this one has started and not ended."""
+        """End what a process before this one has started and not ended, by a checkpoint."""
 
     def close(self) -> None:
         """Let go of what it holds."""
@@ -118,16 +120,22 @@ class LocalLauncher:
                 process.send_signal(number)
 
     def end_leftovers(self, handles: Sequence[Handle]) -> None:
-        """Let processes of a killed suite write a checkpoint and end."""
-        alive = [handle["pid"] for handle in handles if _is_same(handle)]
-        for pid in alive:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        end = time.monotonic() + _GRACE_SECONDS
-        while time.monotonic() < end and any(_is_same(h) for h in handles):
-            time.sleep(0.1)
-        for pid in alive:
-            _kill_group(pid)
+        """Let processes of a killed suite write a checkpoint and end.
+
+        One that was sent a signal before is sent no other: a second would end it at once.
+        """
+        alive = [handle for handle in handles if _is_same(handle)]
+        for handle in alive:
+            if not handle.get("asked"):
+                with suppress(ProcessLookupError):
+                    os.kill(handle["pid"], signal.SIGTERM)
+        for handle in wait_for_leftovers(alive, lambda handle: not _is_same(handle)):
+            logger.warning(
+                "Process %d did not end: it is killed, and its run goes on from the checkpoint "
+                "before.", handle["pid"],
+            )  # fmt: skip
+        for handle in alive:
+            _kill_group(handle["pid"])
 
     def close(self) -> None:
         """Nothing is held."""
