@@ -9,6 +9,7 @@ from report_runs import page, seen, write_pair
 
 from tract_transfer.suite.content import read_report
 from tract_transfer.suite.find_runs import find_runs
+from tract_transfer.suite.report import write_report
 from tract_transfer.suite.runs import load_runs
 
 
@@ -167,9 +168,27 @@ def test_a_missing_baseline_is_an_error_that_names_the_methods(tmp_path: Path, r
     ):
         read_report(folders, "plain")
     with refused(
-        "no run of the default baseline", ValueError, match=r"'vanilla' is none of \['tract'\]"
+        "several methods and no baseline",
+        ValueError,
+        match=r"\['other', 'tract'\] .*\(--baseline\)",
     ):
-        read_report(folders[3:])
+        read_report([*folders[3:], *write_pair(tmp_path / "more", treated="other")[3:]])
+
+
+def test_runs_of_one_method_make_a_report_without_differences(tmp_path: Path) -> None:
+    folders = write_pair(tmp_path)[3:]
+    report = read_report(folders)
+    assert (report.baseline, report.methods, report.treated) == ("tract", ["tract"], [])
+    assert report.answer == []
+    for suffix in (".html", ".md", ".tex", ".json"):
+        text = write_report(folders, tmp_path / f"report{suffix}").read_text(encoding="utf-8")
+        assert ("83.83" in text) == (suffix != ".json")
+        assert "ifferences pair" not in text
+    assert "These folders hold one method only, tract: nothing is compared." in seen(
+        page(folders, tmp_path)
+    )
+    with pytest.raises(ValueError, match=r"'vanilla' is none of \['tract'\]"):
+        read_report(folders, "vanilla")
 
 
 def test_results_of_another_version_are_marked(tmp_path: Path) -> None:

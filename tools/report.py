@@ -24,7 +24,9 @@ def main() -> int:
         help="by default that of FILE's suffix; each goes to FILE with its own suffix",
     )  # fmt: skip
     parser.add_argument(
-        "--baseline", help="the method others are compared with: by default the suite's, or vanilla"
+        "--baseline",
+        help="the method others are compared with: by default the suite's, or vanilla; runs of one "
+        "method need none",
     )
     parser.add_argument("--title", help="by default the suite's")
     arguments = parser.parse_args()

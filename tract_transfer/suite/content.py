@@ -92,22 +92,18 @@ def read_report(
     """Read run folders, suites' folders, and folders that hold either, into one report.
 
     Args:
-        baseline: the method that others are compared with; None takes the suite's, or "vanilla".
+        baseline: the method that others are compared with; None takes the suite's, or "vanilla", or
+            the only one that there is.
         title: None takes the suite's.
 
     Raises:
         ValueError: no run is found, a suite's plan cannot be used, two runs are the same task,
-            method and seed, or no run is of the baseline.
+            method and seed, no run is of the baseline, or there is none to take.
     """
     found = find_runs(paths)
     runs = read_runs(found)
-    baseline = baseline or found.baseline or BASELINE
+    baseline = _baseline(runs, baseline, found.baseline)
     methods = methods_of(runs, baseline)
-    if methods and baseline not in methods:
-        raise ValueError(
-            f"The baseline must be a method of the runs, and {baseline!r} is none of "
-            f"{sorted(methods)}. Name one of them (--baseline), or add its runs."
-        )
     rows, tasks = compare(runs, baseline), by_task(runs)
     evaluations = [evaluations_of(own) for own in tasks.values()]
     paper, unmatched = beside_the_paper(tasks)
@@ -132,6 +128,25 @@ def read_report(
             *(problem for run in runs for problem in run.problems),
         ],
     )
+
+
+def _baseline(runs: Sequence[Run], named: str | None, planned: str) -> str:
+    """Return the method that others are compared with."""
+    methods = sorted({run.method for run in runs if run.method})
+    baseline = named or planned or BASELINE
+    if not methods or baseline in methods:
+        return baseline
+    if named or planned:
+        raise ValueError(
+            f"The baseline must be a method of the runs, and {baseline!r} is none of {methods}. "
+            "Name one of them (--baseline), or add its runs."
+        )
+    if len(methods) > 1:
+        raise ValueError(
+            f"No run is of {BASELINE}, and {methods} are several methods: name the one that the "
+            "others are compared with (--baseline), or add its runs."
+        )
+    return methods[0]
 
 
 def _classes(runs: Sequence[Run], methods: Sequence[str], baseline: str) -> list[ClassRow]:
@@ -237,4 +252,11 @@ def _flatten(value: Any, key: str = "") -> dict[str, str]:
     if isinstance(value, Mapping) and value:
         items = [_flatten(v, f"{key}.{k}" if key else str(k)) for k, v in value.items()]
         return {k: v for item in items for k, v in item.items()}
-    return {key: value if isinstance(value, str) else json.dumps(value, default=str)} if key else {}
+    return {key: value if isinstance(value, str) else _text(value)} if key else {}
+
+
+def _text(value: Any) -> str:
+    try:
+        return json.dumps(value, default=str)
+    except TypeError:  # keys that JSON does not know, such as YAML's dates
+        return str(value)

@@ -29,7 +29,7 @@ def write_report(
         paths: run folders, suites' folders, or folders that hold either.
         path: a file of the suffix .html, .md, .tex or .json; its folder is made.
         baseline: label of the method that the others are compared with; None takes the suite's, or
-            "vanilla".
+            "vanilla", or the only one that there is.
         title: None takes the suite's.
 
     Raises:

@@ -38,6 +38,7 @@ class Table:
     words: int = 1
 
 
+MEANS = "Mean ± standard deviation over seeds."
 RESULTS = (
     "Mean ± standard deviation over seeds; differences pair runs of the same seed and are in "
     "percentage points, with their 95 % t interval and the number of pairs."
@@ -84,7 +85,7 @@ def results_table(rows: Sequence[Row], methods: Sequence[str], baseline: str) ->
             )
         means = [spread(row.summaries.get(method), row.metric) for method in methods]
         lines.append([row.task, metric_name(row.metric) or "–", *means, *gaps])
-    return Table("results", RESULTS, head, lines, words=2)
+    return Table("results", RESULTS if treated else MEANS, head, lines, words=2)
 
 
 def statistics_table(report: Report) -> Table:
