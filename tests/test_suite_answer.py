@@ -77,13 +77,32 @@ def test_one_pair_and_equal_pairs_have_no_interval(tmp_path: Path) -> None:
     assert same.endswith("with each of 2 paired seeds, so that there is no spread to judge it by.")
 
 
+def test_what_cancels_is_level_and_what_is_small_is_not_zero(tmp_path: Path) -> None:
+    cancels = {"a": {0: 0.1, 1: 0.2, 2: -0.3}}
+    level = sentence_of(write_gains(tmp_path / "level", cancels))
+    assert level.startswith("On a, tract is level with vanilla, 95 % interval")
+    both = sentence_of(write_gains(tmp_path / "both", {**cancels, "b": {0: 0.1, 1: 0.2, 2: -0.3}}))
+    assert "it is ahead on 0 of 2 tasks, on none significantly (Holm)" in both
+    small = sentence_of(write_gains(tmp_path / "small", {"a": {0: 3e-5, 1: 1e-5, 2: 2e-5}}))
+    assert small.startswith("On a, tract is less than 0.01 points ahead of vanilla, 95 %")
+
+
+def test_three_equal_pairs_are_not_too_few(tmp_path: Path) -> None:
+    gains = dict.fromkeys(BASE, 0.02)
+    sentence = sentence_of(write_gains(tmp_path, {"a": gains, "b": gains}))
+    assert "with each of 3 paired seeds, so that there is no spread to judge it by" in sentence
+    assert sentence.endswith("on 2 of 2 tasks; no task has the pairs, or the spread, for a test.")
+
+
 def test_a_lower_loss_is_ahead_and_is_no_part_of_a_mean(tmp_path: Path) -> None:
     folders = [
         write_run(tmp_path, "vanilla", "finetune", 0, {"loss": 0.5}),
         write_run(tmp_path, "tract", "finetune", 0, {"loss": 0.4}),
     ]
     sentence = sentence_of(folders)
-    assert sentence == "tract is ahead on 1 of 1 task; no task has the pairs for a test."
+    assert sentence == (
+        "tract is ahead on 1 of 1 task; no task has the pairs, or the spread, for a test."
+    )
     assert "−0.1000 [one pair, no interval], 1" in text_table(load_runs(folders))
 
 

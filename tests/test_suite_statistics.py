@@ -77,6 +77,15 @@ def test_no_spread_gives_no_test_and_no_nan():
     assert (zero.mean, zero.low, zero.high, zero.p_value) == (0, 0, 0, None)
 
 
+def test_differences_that_cancel_have_no_sign():
+    """0.1 + 0.2 - 0.3 is 5.6e-17: not ahead."""
+    found = paired_difference({0: 0.1, 1: 0.2, 2: 0.0}, {0: 0.0, 1: 0.0, 2: 0.3})
+    assert found.mean == 0
+    assert found.p_value == pytest.approx(1)
+    assert found.low == -found.high
+    assert paired_difference({0: 1e-6}, {0: 0.0}).mean == 1e-6
+
+
 def test_what_cannot_be_paired_is_an_error():
     with pytest.raises(ValueError, match=r"treated has \[2\], only baseline has \[0, 1\]"):
         paired_difference({2: 0.5, 3: 0.5}, {0: 0.5, 1: 0.5, 3: 0.5})

@@ -60,7 +60,8 @@ def _averaged(method: str, rows: Sequence[Row], baseline: str, overall: PairedDi
     """Say the mean over tasks with its interval, and what that interval allows to say."""
     tasks = rows[0].task if len(rows) == 1 else f"the mean of {len(rows)} downstream tasks"
     where = f"On {tasks}, {method} is"
-    points = f"{abs(100 * overall.mean):.2f} points"
+    shown = f"{abs(100 * overall.mean):.2f}"
+    points = "less than 0.01 points" if shown == "0.00" else f"{shown} points"
     side = "ahead of" if overall.mean > 0 else "behind"
     text = (
         f"{where} {points} {side} {baseline}" if overall.mean else f"{where} level with {baseline}"
@@ -92,7 +93,7 @@ def _counted(method: str, rows: Sequence[Row], baseline: str) -> str:
     text += f" and behind on {len(behind)}" if behind else ""
     clear = {row.task for row in rows if row.corrected.get(method, 1) < 0.05}
     if not any(method in row.corrected for row in rows):
-        return f"{text}; no task has the pairs for a test"
+        return f"{text}; no task has the pairs, or the spread, for a test"
     if not clear:
         return f"{text}, on none significantly (Holm)"
     sides = [

@@ -100,24 +100,15 @@ def paired_difference(
     """
     if not 0 < level < 1:
         raise ValueError(f"level must be in (0, 1), got {level}.")
-    if treated.keys() != baseline.keys():
-        raise ValueError(
-            "Both methods must have the same seeds to be paired: only treated has "
-            f"{sorted(treated.keys() - baseline.keys())}, only baseline has "
-            f"{sorted(baseline.keys() - treated.keys())}. Run the missing ones."
-        )
-    seeds = sorted(treated)
-    a = [treated[seed] for seed in seeds]
-    b = [baseline[seed] for seed in seeds]
-    _check_finite("treated", a)
-    _check_finite("baseline", b)
-    differences: Floats = np.subtract(a, b)
-    n, mean = len(seeds), float(differences.mean())
+    differences, largest = _paired(treated, baseline)
+    n, mean = len(differences), float(differences.mean())
+    if abs(mean) <= _ROUNDING * largest:
+        mean = 0.0  # differences that cancel: what rounding leaves of them has no sign
     if n == 1:
         remark = "One pair: no interval and no test; even its sign may be chance."
         return PairedDifference(mean, None, None, None, n, level, remark=remark)
     std = float(differences.std(ddof=1))
-    if std <= _ROUNDING * math.sqrt(n) * max(np.abs(a).max(), np.abs(b).max()):
+    if std <= _ROUNDING * math.sqrt(n) * largest:
         remark = (
             f"All {n} pairs show the same difference: without spread there is no interval and no "
             "test. Few test images do that, and not certainty."
@@ -125,6 +116,7 @@ def paired_difference(
         return PairedDifference(mean, mean, mean, None, n, level, std=0.0, remark=remark)
     error = std / math.sqrt(n)
     half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
+    draws, flips = (resample and n >= least for least in (MIN_PAIRS_BOOTSTRAP, MIN_PAIRS_FLIPPED))
     return PairedDifference(
         mean,
         mean - half,
@@ -134,14 +126,25 @@ def paired_difference(
         level,
         std=std,
         effect_size=effect_size(differences) if n > 2 else None,
-        bootstrap=(
-            studentised_bootstrap(differences, level)
-            if resample and n >= MIN_PAIRS_BOOTSTRAP
-            else None
-        ),
-        permutation_p=sign_flip_test(differences) if resample and n >= MIN_PAIRS_FLIPPED else None,
+        bootstrap=studentised_bootstrap(differences, level) if draws else None,
+        permutation_p=sign_flip_test(differences) if flips else None,
         remark=_few_pairs(n),
     )
+
+
+def _paired(treated: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[Floats, float]:
+    """Return treated - baseline (n,) by rising seed, and the largest size of a value of either."""
+    if treated.keys() != baseline.keys():
+        raise ValueError(
+            "Both methods must have the same seeds to be paired: only treated has "
+            f"{sorted(treated.keys() - baseline.keys())}, only baseline has "
+            f"{sorted(baseline.keys() - treated.keys())}. Run the missing ones."
+        )
+    seeds = sorted(treated)
+    a, b = ([values[seed] for seed in seeds] for values in (treated, baseline))
+    _check_finite("treated", a)
+    _check_finite("baseline", b)
+    return np.subtract(a, b), float(np.abs([a, b]).max())
 
 
 def effect_size(differences: Floats) -> float:
