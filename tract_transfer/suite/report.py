@@ -52,7 +52,7 @@ def save_report(report: Report, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(path)
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="replace")  # a folder's name
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)

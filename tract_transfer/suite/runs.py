@@ -18,6 +18,8 @@ from tract_transfer.suite.find_runs import Found, Planned, find_runs
 
 RESULTS_FORMAT = 1
 _NEEDED = {"method": str, "name": str, "seed": int, "primary_metric": str, "metrics": dict}
+_MAX_VALUES = 100_000  # of a config: one that has more grows by aliases, or holds itself
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # a surrogate in JSON, alone or one of two
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times as fast
 
 
@@ -228,10 +230,33 @@ def _read(path: Path, problems: list[str]) -> Any:
         return None
     try:
         text = path.read_text(encoding="utf-8")
-        return yaml.load(text, _Loader) if path.suffix == ".yaml" else json.loads(text)
+        if path.suffix != ".yaml":
+            return _whole_characters(json.loads(text), text)
+        value = yaml.load(text, _Loader)
+        _check_size(value)
+        return value
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{path}: {error}")
         return None
+
+
+def _whole_characters(value: Any, text: str) -> Any:
+    """Return what was read of `text` with `?` for halves of characters, which no file can hold."""
+    if not _HALF.search(text):
+        return value
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _check_size(value: Any) -> None:
+    """Raise ValueError where nested values are too many to be a config's."""
+    left, count = [value], 0
+    while left:
+        own = left.pop()
+        count += 1
+        if count > _MAX_VALUES:
+            raise ValueError(f"more than {_MAX_VALUES:,} values, as aliases make them")
+        if isinstance(own, dict | list):
+            left += own.values() if isinstance(own, dict) else own
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
@@ -262,4 +287,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 def is_finite(value: Any) -> TypeGuard[float]:
     """Tell whether a value read from JSON is a number, neither NaN nor infinite."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    try:
+        return is_number and math.isfinite(value)
+    except OverflowError:  # an integer of more digits than any float has
+        return False

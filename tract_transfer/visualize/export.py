@@ -18,6 +18,8 @@ from PIL import Image
 
 from tract_transfer.visualize.style import INK, PALETTE, PAPER, STYLE
 
+# What a name may hold and XML may not: control characters, and halves of characters.
+_NO_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 _PIXELATED_TO_PX = 200  # a narrower image is shown with square pixels
 _JPEG_FROM_BYTES = 30_000  # a photograph past this is embedded as JPEG, a tenth of the size
 
@@ -31,10 +33,10 @@ def figure_svg(figure: Figure, name: str) -> str:
 
     It refers to nothing outside itself, and takes its font and colours from the page.
     """
-    buffer = io.StringIO()
+    buffer, name = io.StringIO(), _NO_XML.sub("\ufffd", name)
     with mpl.rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    root = ET.fromstring(buffer.getvalue())
+    root = ET.fromstring(_NO_XML.sub("\ufffd", buffer.getvalue()))
     prefix = "f" + hashlib.sha256(name.encode()).hexdigest()[:10] + "-"
     referenced = set(re.findall(r'(?:url\(#|href="#)([^")]+)', buffer.getvalue()))
     for element in root.iter():
