@@ -43,6 +43,41 @@ def test_a_run_says_what_became_of_its_weights(file, load_tiny, tmp_path, task):
     assert "(100.00%)" in log
 
 
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("task", ["classification", "probe"])
+def test_a_run_s_damaged_weights_are_refused_and_come_back(load_tiny, tmp_path, task):
+    """As a backbone, as a checkpoint's file; and the run's own folder mends them."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    config = load_tiny(tmp_path / "first")
+    run(config)
+    file = tmp_path / "first/run/model.safetensors"
+    whole = file.read_bytes()
+    flip_a_byte(file)
+    words = ["model.backbone={name: null}", f"model.weights={file.parent}"]
+    downstream = load_tiny(tmp_path / "second", *words, task=task)
+    with pytest.raises(ConfigError, match=r"model\.weights: .* is not what was written, by the"):
+        run(downstream)
+    (file.parent / "results.json").unlink()
+    run(config, resume=True)
+    assert file.read_bytes() == whole
+    run(downstream)
+
+
+def test_a_checkpoint_s_damaged_file_is_refused_by_its_path(load_tiny, tmp_path):
+    (tmp_path / "first").mkdir()
+    run(load_tiny(tmp_path / "first"))
+    (file,) = (tmp_path / "first/run/checkpoints").glob("iter_*/model.safetensors")
+    flip_a_byte(file)
+    with pytest.raises(ConfigError, match=r"model\.weights: Checkpoint .* is broken: model\.safet"):
+        build_model(load_tiny(tmp_path, f"model.weights={file}"), 3)
+
+
 def test_a_run_from_nothing_says_so(load_tiny, tmp_path):
     assert run(load_tiny(tmp_path))["weights_match"] is None
 

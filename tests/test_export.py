@@ -1,5 +1,6 @@
 """An exported model gives its run's logits in the library it is loaded with."""
 
+import json
 import re
 from pathlib import Path
 
@@ -167,6 +168,11 @@ def test_weights_of_another_model_than_the_cards_are_refused(finished, tmp_path,
     folder = tmp_path / "out"
     export_run(finished("mlp"), folder)
     save_file({"head.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"is not what was written, by the sha256"):
+        load_exported(folder)
+    card = json.loads((folder / "model.json").read_text())
+    del card["sha256"]  # as of exports before there was one
+    (folder / "model.json").write_text(json.dumps(card))
     with refused(
         "an export whose weights are another model's",
         ValueError,

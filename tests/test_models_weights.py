@@ -1,10 +1,13 @@
 import hashlib
 import json
+import os
 import pickle
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torture import die_at
 
 from tract_transfer.models import Backbone, build_backbone
 from tract_transfer.models.weights import (
@@ -71,6 +74,84 @@ def test_saving_goes_over_what_is_there(tmp_path):
     rebuilt = build_from_card(read_card(tmp_path))
     load_weights(rebuilt, tmp_path)
     assert same(rebuilt, small(1))
+
+
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["", WEIGHTS_NAME])
+def test_weights_that_are_not_what_the_card_tells_are_refused(folder, tmp_path, name, refused):
+    copy = shutil.copytree(folder, tmp_path / "run")
+    flip_a_byte(copy / WEIGHTS_NAME)
+    model = small(1)
+    with refused(
+        "a run folder's weights with a flipped bit",
+        ValueError,
+        match=r"model\.safetensors is not what was written, by the sha256 .*--resume",
+    ):
+        load_weights(model, copy / name)
+    assert same(model, small(1))
+    (copy / WEIGHTS_NAME).rename(copy / "mine.safetensors")  # which the card does not speak of
+    load_weights(model, copy / "mine.safetensors")
+    assert not same(model, small(1))
+
+
+@pytest.mark.parametrize("card", ["none", "of an earlier version"])
+def test_weights_without_a_hash_load_and_it_is_said(folder, tmp_path, card, caplog):
+    copy = shutil.copytree(folder, tmp_path / "run")
+    told = read_card(copy)
+    (copy / CARD_NAME).unlink()
+    if card != "none":
+        del told["sha256"]
+        (copy / CARD_NAME).write_text(json.dumps(told))
+    model = small(1)
+    report = load_weights(model, copy)
+    assert same(model.model, small().model)
+    said = [note for note in report.notes if "no sha256" in note]
+    assert len(said) == (card != "none")
+    assert [f"{note}." for note in said] == [each.message for each in caplog.records]
+
+
+def saved_until(number, folder, backbone):
+    """Save in a child that is killed before its file operation of that number; did it finish?"""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    try:
+        die_at(number, folder)
+        save_backbone(folder / "run", backbone, {})
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("again", ["first", "other", "same"])
+def test_a_kill_never_leaves_a_pair_that_is_refused_or_mixed(folder, tmp_path, again):
+    old, new = small(), small(2)
+    old.set_colours([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    new = old if again == "same" else new
+    has_old, finished, number = again != "first", False, 0
+    while not finished:
+        number += 1
+        place = tmp_path / str(number)
+        if has_old:
+            shutil.copytree(folder, place / "run")
+        else:
+            (place / "run").mkdir(parents=True)
+        finished = saved_until(number, place, new)
+        has_weights, has_card = ((place / "run" / n).exists() for n in (WEIGHTS_NAME, CARD_NAME))
+        assert has_weights or not has_card
+        assert has_weights or again == "first"
+        assert has_card or again != "same"
+        if has_weights:
+            found = small(3)
+            load_weights(found, place / "run")
+            assert same(found, new) or (has_old and same(found, old))
+    assert number > 7
+    assert same(found, new)
+    assert has_card
 
 
 @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3}])

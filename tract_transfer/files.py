@@ -6,6 +6,7 @@ A kill at any moment leaves the old file or the new one, and beside it at most o
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -59,6 +60,15 @@ def write_json(path: Path, content: Any) -> None:
         ValueError: a number is not finite, which JSON does not know.
     """
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def sha256_of(file: Path) -> str:
+    """Return the sha256 (hex) of a file's bytes, read a block at a time."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

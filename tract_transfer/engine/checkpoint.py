@@ -23,6 +23,7 @@ from tract_transfer.files import (
     make_folder,
     naming_full_disk,
     remove_leftovers,
+    sha256_of,
     sync,
     write_json,
 )
@@ -103,7 +104,7 @@ class Checkpointer:
         Raises:
             ValueError: a file is missing or is not what was written.
         """
-        content = _verified(path)
+        content = verified(path)
         try:
             parts = {
                 name: put_tensors(entry["layout"], load_file(path / f"{name}.safetensors"))
@@ -155,7 +156,7 @@ class Checkpointer:
         if path is None:
             return
         try:
-            _verified(path)
+            verified(path)
         except ValueError as error:
             raise ValueError(
                 f"{error} It is the best of its run, which cannot be reported without it: put it "
@@ -175,12 +176,12 @@ class Checkpointer:
             file = folder / f"{name}.safetensors"
             save_file(tensors, file)
             sync(file)
-            content["parts"][name] = {"layout": layouts[name], "sha256": _sha256(file)}
+            content["parts"][name] = {"layout": layouts[name], "sha256": sha256_of(file)}
         write_json(folder / STATE_NAME, {"sha256": _sha256_of(content), **content})
 
     def _is_whole(self, path: Path) -> bool:
         try:
-            _verified(path)
+            verified(path)
         except ValueError as error:
             logger.warning("%s Passed over.", error)
             return False
@@ -213,8 +214,12 @@ class Checkpointer:
         return self.folder / f"iter_{iteration:07d}"
 
 
-def _verified(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's state.json, all of whose files are what was written."""
+def verified(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint's state.json, all of whose files are what was written.
+
+    Raises:
+        ValueError: a file is missing or is not what was written.
+    """
     try:
         content: dict[str, Any] = json.loads((path / STATE_NAME).read_text())
         if content.pop("sha256") != _sha256_of(content):
@@ -223,7 +228,7 @@ def _verified(path: Path) -> dict[str, Any]:
             if Path(name).name != name:
                 raise ValueError(f"the part {name!r} is no file name")
             file = path / f"{name}.safetensors"
-            if _sha256(file) != entry["sha256"]:
+            if sha256_of(file) != entry["sha256"]:
                 raise ValueError(f"{file.name} is not what was written")
     except _BROKEN as error:
         raise ValueError(f"Checkpoint {path} is broken: {error}.") from error
@@ -270,11 +275,3 @@ def _number(path: Path) -> int:
 
 def _sha256_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -17,12 +17,13 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tract_transfer.files import sha256_of
 from tract_transfer.models.backbones import Backbone, build_backbone
 from tract_transfer.models.classifier import Classifier
 from tract_transfer.models.heads import HEADS
 from tract_transfer.models.stem import POOL_NAMES
-from tract_transfer.models.weights import CARD_NAME, WEIGHTS_NAME, read_card
-from tract_transfer.models.weights_file import read_tensors
+from tract_transfer.models.weights import read_card
+from tract_transfer.models.weights_file import CARD_NAME, WEIGHTS_NAME, check_hash, read_tensors
 
 CONFIG_NAME, ONNX_NAME = "config.json", "model.onnx"
 OPSET = 18
@@ -82,11 +83,14 @@ def save_portable(folder: Path, portable: Portable, card: Mapping[str, Any]) -> 
     """Write model.safetensors, and config.json (timm's) or model.json beside it.
 
     Args:
-        card: timm's config for a model that timm makes, else what model.json says.
+        card: timm's config for a model that timm makes, else what model.json says beside the
+            `sha256` of the weights.
     """
     tensors = {name: t.contiguous().clone() for name, t in portable.model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     is_timm = portable.library == "timm" and not portable.edits
+    if not is_timm:
+        card = {**card, "sha256": sha256_of(folder / WEIGHTS_NAME)}
     text = json.dumps(card, indent=2) + "\n"
     (folder / (CONFIG_NAME if is_timm else CARD_NAME)).write_text(text, encoding="utf-8")
 
@@ -95,7 +99,8 @@ def load_exported(folder: str | Path) -> Classifier:
     """Load an exported classifier that is no library's model; it normalises inside.
 
     Raises:
-        FileNotFoundError, ValueError: the folder holds none.
+        FileNotFoundError, ValueError: the folder holds none, or weights that are not what was
+            written.
     """
     card = read_card(Path(folder))
     if "head" not in card:
@@ -105,6 +110,7 @@ def load_exported(folder: str | Path) -> Classifier:
     head = make(backbone.feature_dim, len(card["label_names"]), **card["head"]["args"])
     classifier = Classifier(backbone, head)
     file = Path(folder) / WEIGHTS_NAME
+    check_hash(file)
     try:
         classifier.load_state_dict(read_tensors(file))
     except RuntimeError as error:  # what load_state_dict raises

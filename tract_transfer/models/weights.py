@@ -1,8 +1,8 @@
 """Backbones on disk: `model.safetensors`, and beside it `model.json`, which says what they are."""
 
-import hashlib
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,9 +14,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from tract_transfer.files import replacing, write_json
+from tract_transfer.files import replacing, sha256_of, sync, write_json
 from tract_transfer.models.backbones import Backbone, build_backbone
-from tract_transfer.models.weights_file import read_tensors
+from tract_transfer.models.weights_file import (
+    CARD_NAME,
+    WEIGHTS_NAME,
+    check_hash,
+    hash_in_card,
+    read_tensors,
+)
 from tract_transfer.models.weights_match import (
     HEADS,
     OTHER,
@@ -31,19 +37,24 @@ from tract_transfer.models.weights_match import (
 )
 from tract_transfer.models.weights_names import from_transformers, looks_like
 
-WEIGHTS_NAME, CARD_NAME = "model.safetensors", "model.json"
+logger = logging.getLogger(__name__)
 
 
 def save_backbone(folder: Path, backbone: Backbone, card: Mapping[str, Any]) -> None:
     """Write the weights and their card; `card` tells method, seed, data and the like.
 
-    Both files are written aside, synced and renamed. The card's `sha256` is the weights' own.
+    Both files are written aside, synced and renamed. The card's `sha256` is the weights' own; a
+    card of other weights is removed before these take their place, so that a kill in between leaves
+    weights without a card, and never with another's.
     """
     tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
     needed = sum(tensor.nbytes for tensor in tensors.values())
     with replacing(folder / WEIGHTS_NAME, needed) as aside:
         save_file(tensors, aside)
-        digest = hashlib.sha256(aside.read_bytes()).hexdigest()
+        digest = sha256_of(aside)
+        if has_card(folder) and hash_in_card(folder) != digest:
+            (folder / CARD_NAME).unlink()
+            sync(folder)
     complete = {
         **card,
         **backbone.origin,
@@ -128,13 +139,18 @@ def load_weights(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file cannot be read, or a pattern is of no name.
+        ValueError: the file cannot be read or is not what the card beside it tells, or a pattern is
+            of no name.
         WeightsError: its names, shapes or values are not fit; nothing was loaded.
     """
     file = weights_file(path)
     wanted = backbone.model.state_dict()
     check_patterns(ignore_missing, wanted)
+    doubt = check_hash(file)
     tensors, report, colours = _tensors_of(file, backbone, wanted)
+    if doubt is not None:
+        logger.warning("%s.", doubt)
+        report.notes.append(doubt)
     tree, dropped = split_tree(tensors, report.prefix, wanted, HEADS)
     report.dropped |= dropped
     tree = _adapted(backbone, tree, wanted, report, adapt_stem=adapt_stem)

@@ -1,6 +1,7 @@
 """Weights files as names and tensors: nothing in a file is ever executed."""
 
 import argparse
+import json
 import pathlib
 import pickle
 import re
@@ -14,8 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tract_transfer.files import sha256_of
 from tract_transfer.models.plain_pickle import Refused, load_plain_pickle
 
+WEIGHTS_NAME, CARD_NAME = "model.safetensors", "model.json"
 # Plain values that published checkpoints keep beside their weights.
 _HARMLESS: list[Any] = [argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath]
 _MAX_DEPTH = 50
@@ -96,6 +99,44 @@ def flat_tensors(content: Any, prefix: str = "") -> dict[str, Tensor]:
 def is_array(value: Any) -> bool:
     """Whether `value` is an array of numbers."""
     return isinstance(value, np.ndarray) and value.dtype.kind in "fiu"
+
+
+def check_hash(file: Path) -> str | None:
+    """Compare model.safetensors with the hash in the model.json beside it; other files have none.
+
+    Returns:
+        None, or why it cannot be told whether the file is whole.
+
+    Raises:
+        ValueError: the file is not the one that model.json was written for.
+    """
+    if file.name != WEIGHTS_NAME or not (file.parent / CARD_NAME).is_file():
+        return None
+    told = hash_in_card(file.parent)
+    if told is None:
+        return f"{CARD_NAME} has no sha256: whether {file} is what was written cannot be told"
+    found = sha256_of(file)
+    if found != told:
+        raise ValueError(
+            f"{file} is not what was written, by the sha256 in {CARD_NAME} beside it ({told[:12]} "
+            f"then, {found[:12]} now): it is damaged, or another run's. Copy both files again; a "
+            "run writes them anew from its checkpoint where its results.json is removed and it "
+            "goes on with --resume."
+        )
+    return None
+
+
+def hash_in_card(folder: Path) -> str | None:
+    """Return the sha256 of the weights as model.json in `folder` tells it; None where it does not.
+
+    What is wrong with a card that is not whole, others say.
+    """
+    try:
+        card = json.loads((folder / CARD_NAME).read_bytes())
+    except (ValueError, FileNotFoundError):
+        return None
+    told = card.get("sha256") if isinstance(card, dict) else None
+    return None if told is None else str(told)
 
 
 def _check_beginning(file: Path) -> None:
