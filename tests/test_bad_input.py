@@ -166,8 +166,9 @@ TABLE = {
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_bad_input_is_told_before_training(name, tmp_path, load_tiny, refused):
+def test_a_bad_input_is_told_before_training(name, tmp_path, load_tiny, refused, monkeypatch):
     task, prepare, kind, wanted = TABLE[name]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # on a machine with a GPU too
     with refused(name, kind) as caught:
         run(load_tiny(tmp_path, *prepare(tmp_path), task=task))
     message = str(caught.value)
