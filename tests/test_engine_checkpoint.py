@@ -7,7 +7,7 @@ import pytest
 import torch
 from run_folders import assert_bits, entries
 
-from tract_transfer.engine.checkpoint import Checkpointer
+from tract_transfer.engine.checkpoint import Checkpointer, take_tensors
 from tract_transfer.files import DiskFullError
 
 TREE = {
@@ -255,7 +255,7 @@ def test_a_broken_best_is_found_again(checkpointer, caplog, text):
     with pytest.raises(ValueError, match=r"best\.json is broken"):
         write(checkpointer, 40)  # rather than to remove the best
     assert "iter_0000020" in names(checkpointer)
-    checkpointer.mend_best({"iteration": 20, "value": 0.5})
+    checkpointer.mend_best({"iteration": 20, "value": 0.5}, 30)
     assert checkpointer.best().name == "iter_0000020"
     assert json.loads(file.read_text()) == {"iteration": 20, "value": 0.5}
     assert (checkpointer.folder / "broken-best.json").read_text() == text
@@ -273,12 +273,12 @@ def test_a_best_that_is_gone_is_an_error_now_and_not_at_the_end(checkpointer, re
         ValueError,
         match=r"iter_0000010 is broken.*the best of its run",
     ):
-        checkpointer.mend_best({"iteration": 10, "value": 0.5})
+        checkpointer.mend_best({"iteration": 10, "value": 0.5}, 20)
 
 
 def test_nothing_is_mended_where_nothing_was_marked(checkpointer):
     write(checkpointer, 10)
-    checkpointer.mend_best(None)
+    checkpointer.mend_best(None, 10)
     assert checkpointer.best() is None
 
 
@@ -290,3 +290,37 @@ def test_a_removal_cut_short_leaves_no_broken_one(checkpointer, monkeypatch):
     monkeypatch.undo()
     checkpointer.tidy()
     assert entries(checkpointer.folder) == names(checkpointer)
+
+
+@pytest.mark.parametrize("is_gone", [False, True])
+def test_a_best_after_where_a_run_goes_on_is_found_again(checkpointer, is_gone):
+    write(checkpointer, 10, 20)
+    checkpointer.mark_best(20, 0.5)
+    path = checkpointer.folder / "iter_0000020"
+    shutil.rmtree(path) if is_gone else truncate(path)
+    checkpointer.mend_best({"iteration": 10, "value": 0.4}, 10)
+    assert checkpointer.best().name == "iter_0000010"
+    checkpointer.mark_best(20, 0.5)
+    checkpointer.mend_best({"iteration": 5, "value": 0.4}, 10)  # whose checkpoint was removed
+    assert checkpointer.best() is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="it is of a GPU's memory")
+def test_a_checkpoint_takes_no_memory_of_the_gpu():
+    tensor = torch.ones(1 << 20, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    taken = {}
+    take_tensors({"a": tensor}, "x", taken)
+    assert torch.cuda.max_memory_allocated() == before
+    assert taken["x.a"].device.type == "cpu"
+
+
+def test_what_is_taken_is_a_copy_in_its_own_order():
+    """Later steps must not change it, and other orders of memory are not kept."""
+    tensor, taken = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last), {}
+    take_tensors({"a": tensor, "b": tensor.T if tensor.ndim == 2 else tensor[0].T}, "x", taken)
+    before = {name: each.clone() for name, each in taken.items()}
+    tensor.zero_()
+    assert all(torch.equal(taken[name], before[name]) for name in taken)
+    assert all(each.is_contiguous() for each in taken.values())

@@ -95,6 +95,23 @@ def test_an_evaluation_comes_after_its_checkpoint(tmp_path, trainer, metrics):
     assert hooks[1].checkpointer.newest().name == "iter_0000002"
 
 
+def test_a_checkpoint_has_what_other_processes_skipped(tmp_path, trainer, monkeypatch):
+    """Else a group that is killed forgets what could not be decoded by all but the first."""
+
+    def gathered(items):
+        return [*items, "theirs", *items]
+
+    monkeypatch.setattr("tract_transfer.engine.trainer.gather_object", gathered)
+    monkeypatch.setattr(Accelerator, "num_processes", 2)
+    monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: None)
+    checkpointer = Checkpointer(tmp_path)
+    trainer.skipped = ["ours"]
+    trainer.iteration = 2
+    SaveCheckpoints(checkpointer, [2]).after_step(trainer)
+    _, state, _ = checkpointer.load(checkpointer.newest())
+    assert state["skipped"] == trainer.skipped == ["ours", "theirs"]
+
+
 def test_a_diverged_run_writes_no_checkpoint(tmp_path, trainer):
     checkpointer = Checkpointer(tmp_path)
     trainer.hooks = [SaveCheckpoints(checkpointer, [2])]

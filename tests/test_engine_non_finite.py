@@ -1,6 +1,7 @@
 """Laws of steps that are not finite: they stop the training, or leave no trace."""
 
 import copy
+import errno
 import itertools
 import json
 import math
@@ -214,6 +215,21 @@ def test_the_step_is_kept_with_the_weights_it_had(tmp_path):
     assert kept.batches[1]["images"][0, 0].isnan()
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(kept.model[name], parameter), name
+
+
+def test_a_step_that_cannot_be_kept_does_not_hide_why_the_training_ended(tmp_path, monkeypatch):
+    trainer = make(broken=[2 * BROKEN + 1], guard=guard())
+    (tmp_path / "debug_batch.safetensors").write_bytes(b"an earlier one")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tract_transfer.engine.debug_batch.save_file", full)
+    says = r"loss is not finite .*row 28.* The step is not kept: No space left in .*debug_batch"
+    with pytest.raises(NonFiniteError, match=says), keep_debug_batch(trainer, tmp_path):
+        trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["debug_batch.safetensors"]
+    assert (tmp_path / "debug_batch.safetensors").read_bytes() == b"an earlier one"
 
 
 def test_a_replay_tells_the_first_layer(tmp_path):

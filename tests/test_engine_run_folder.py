@@ -10,7 +10,7 @@ import yaml
 from run_folders import CARVED, Killed, assert_same_run, entries, results_of
 
 from tract_transfer.engine.environment import Inputs, continued, environment
-from tract_transfer.engine.run_folder import how_to_go_on
+from tract_transfer.engine.run_folder import how_to_go_on, is_finished
 from tract_transfer.engine.run_lock import FolderInUseError, locked
 from tract_transfer.run import run
 
@@ -205,6 +205,31 @@ def test_advice_fits_what_is_there(tmp_path, finished):
     (folder / "results.json").unlink()
     assert "Go on with --resume" in how_to_go_on(folder)
     assert "Give the same command again" in how_to_go_on(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[]", b""])
+def test_results_that_are_none_are_not_the_end(tmp_path, content):
+    (tmp_path / "results.json").write_bytes(content)
+    assert not is_finished(tmp_path)
+    (tmp_path / "results.json").write_bytes(b"{}")
+    assert is_finished(tmp_path)
+
+
+def test_a_best_that_is_to_come_again_may_be_damaged(tmp_path, load_tiny, kill_at, caplog):
+    """The newest checkpoint is the best more often than not: the one before goes on to it."""
+    words = (*CARVED, "evaluation.every_iters=2", "engine.checkpoint={every_iters: 2, keep: 9}")
+    run(load_tiny(tmp_path, *words, f"output_dir={tmp_path / 'whole'}"))
+    config = load_tiny(tmp_path, *words)
+    kill_at(5)
+    with pytest.raises(Killed):
+        run(config)
+    kill_at(None)
+    checkpoints = tmp_path / "run/checkpoints"
+    (checkpoints / "best.json").write_text('{"iteration": 4, "value": 0.9}')
+    (checkpoints / "iter_0000004/model.safetensors").write_bytes(b"")
+    run(config, resume=True)
+    assert (checkpoints / "broken-iter_0000004").is_dir()
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
 def test_a_held_folder_is_let_go_when_a_run_fails(tmp_path, load_tiny, kill_at):

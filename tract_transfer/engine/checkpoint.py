@@ -135,11 +135,12 @@ class Checkpointer:
                 f"{file} is broken: {error}. --resume finds the best again, from the checkpoints."
             ) from error
 
-    def mend_best(self, best: Mapping[str, float] | None) -> None:
+    def mend_best(self, best: Mapping[str, float] | None, iteration: int) -> None:
         """Let best.json name a whole checkpoint again, after a resume.
 
         Args:
             best: iteration and value of the best, as the checkpoint resumed from knows it.
+            iteration: of that checkpoint. What was marked after it will be evaluated again.
 
         Raises:
             ValueError: the best checkpoint itself is broken.
@@ -149,6 +150,9 @@ class Checkpointer:
         except ValueError as error:
             logger.warning("%s", error)
             self._set_aside(self.folder / BEST_NAME)
+            path = None
+        if path is not None and _number(path) > iteration and not self._is_whole(path):
+            (self.folder / BEST_NAME).unlink()
             path = None
         if path is None and best is not None and self._path(int(best["iteration"])).exists():
             path = self._path(int(best["iteration"]))
@@ -240,7 +244,9 @@ def take_tensors(tree: Tree, name: str, tensors: dict[str, Tensor]) -> Any:
     if torch.is_tensor(tree):
         while name in tensors:  # {"a": {"b": x}, "a.b": y}
             name += "'"
-        tensors[name] = tree.detach().contiguous().clone()
+        # A copy in the CPU's memory: that of a GPU may have no room for another one.
+        here = tree.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        tensors[name] = here
         return {"tensor": name}
     if isinstance(tree, Mapping):
         entries = [

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tract_transfer.engine.checkpoint import put_tensors, take_tensors
 from tract_transfer.engine.non_finite import NonFiniteError
 from tract_transfer.engine.trainer import Trainer, seed_all
+from tract_transfer.files import replacing
 
 DEBUG_NAME = "debug_batch.safetensors"
 _TOLD = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
@@ -53,7 +54,10 @@ def keep_debug_batch(trainer: Trainer, folder: Path) -> Iterator[None]:
             raise
         name = DEBUG_NAME if process == 0 else DEBUG_NAME.replace(".", f"_{process}.")
         file = folder / name
-        save_debug_batch(file, trainer, own[0])
+        try:
+            save_debug_batch(file, trainer, own[0])
+        except Exception as problem:  # what ended the training is the first to be told
+            raise NonFiniteError(f"{error} The step is not kept: {problem}", error.steps) from error
         raise NonFiniteError(
             f"{error} To see where it begins: python tools/train_net.py --config-file "
             f"{folder / 'config.yaml'} --debug-batch {file}",
@@ -62,7 +66,7 @@ def keep_debug_batch(trainer: Trainer, folder: Path) -> Iterator[None]:
 
 
 def save_debug_batch(file: Path, trainer: Trainer, about: Mapping[str, Any]) -> None:
-    """Write the step that `trainer` is at: it loads the same images once more."""
+    """Write the step that `trainer` is at, whole or not at all: it loads the same images again."""
     again = itertools.islice(trainer.batches(trainer.iteration), trainer.accumulate)
     tree = {
         "model": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
@@ -78,7 +82,8 @@ def save_debug_batch(file: Path, trainer: Trainer, about: Mapping[str, Any]) -> 
         "about": dict(about),
         "layout": take_tensors(tree, "step", tensors),
     }
-    save_file(tensors, file, {"debug_batch": json.dumps(content)})
+    with replacing(file, sum(tensor.nbytes for tensor in tensors.values())) as aside:
+        save_file(tensors, aside, {"debug_batch": json.dumps(content)})
 
 
 def load_debug_batch(file: Path) -> DebugBatch:

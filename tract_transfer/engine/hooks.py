@@ -175,7 +175,7 @@ class SaveCheckpoints(Hook):
     def after_step(self, trainer: Trainer) -> None:
         last = trainer.stop_signal is not None or trainer.iteration == trainer.max_iters
         if last or any(due(trainer.iteration, every) for every in self.every_iters):
-            trainer.mean_losses()  # those of all processes, for the main one's checkpoint
+            trainer.share()
             if trainer.accelerator.is_main_process:
                 if self.metrics is not None:
                     self.metrics.sync()

@@ -209,7 +209,6 @@ def save_detections(
 def is_finished(folder: Path) -> bool:
     """Whether the run in `folder` has written its results."""
     try:
-        json.loads((folder / RESULTS_NAME).read_text())
-    except (OSError, json.JSONDecodeError):
+        return isinstance(json.loads((folder / RESULTS_NAME).read_bytes()), dict)
+    except (OSError, ValueError):
         return False
-    return True

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -209,6 +210,15 @@ class Trainer:
             meter.losses[name] = self.accelerator.reduce(total, reduction="mean")
         count = meter.steps * self.accumulate
         return {name: float(total) / count for name, total in meter.losses.items()}
+
+    def share(self) -> None:
+        """Give all processes of a group what each has counted, for a checkpoint to hold.
+
+        Every process must call it.
+        """
+        self.mean_losses()
+        if self.accelerator.num_processes > 1:
+            self.skipped = list(dict.fromkeys(gather_object(self.skipped)))
 
     def state_parts(self) -> dict[str, Any]:
         """Return what a checkpoint holds in tensors."""
