@@ -65,23 +65,16 @@ def load_coco(
     if not files:
         raise ValueError(f"{path} has no image to use. Set {key}.annotations to a file with some.")
     objects: list[list[ObjectRow]] = [[] for _ in files]
-    seen: set[Any] = set()
-    for entry, place in _entries(tree, "annotations", path, findings):
-        if entry["id"] in seen:
-            findings.wrong(ValueError(f"{place}: the id is another annotation's. Correct it."))
-        elif _id(entry, "image_id") not in row_of:
+    for entry, place in _entries(tree, "annotations", path, findings, once=True):
+        if _id(entry, "image_id") not in row_of:
             message = f"{place}: image_id {entry.get('image_id')!r} is no image's. Correct it."
             findings.wrong(ValueError(message))
-        elif _id(entry, "category_id") not in name_of:
-            message = f"category_id {entry.get('category_id')!r} is no category's. Correct it."
-            findings.wrong(ValueError(f"{place}: {message}"))
-        elif (name := name_of[entry["category_id"]]) not in label_of:
-            findings.wrong(unknown_class(f"{place} ({name})", name, label_of, key))
-        else:
-            row = row_of[entry["image_id"]]
+            continue
+        row = row_of[entry["image_id"]]
+        name = _name_of_object(entry, place, name_of, label_of, key, findings)
+        if name is not None:
             found = _read_object(entry, f"{place} ({name})", sizes[row], label_of[name], findings)
             objects[row] += [] if found is None else [found]
-        seen.add(entry["id"])
     title, source = f"coco {path.name}", ImageFiles(files)
     dataset = DetectionDataset(title, names, source, sizes, flatten(objects), max_pixels=max_pixels)
     dataset.origin = Origin(size_check=check_coco_file(path, len(files)))
@@ -105,15 +98,24 @@ def _read(path: Path, key: str) -> Mapping[str, Any]:
 
 
 def _entries(
-    tree: Mapping[str, Any], name: str, path: Path, findings: Findings
+    tree: Mapping[str, Any], name: str, path: Path, findings: Findings, *, once: bool = False
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield (entry, what an error calls it) of a list; each must be a mapping with an id."""
+    """Yield (entry, what an error calls it) of a list; each must be a mapping with an id.
+
+    With `once`, an id that another entry has is wrong.
+    """
+    seen: set[Any] = set()
     for number, entry in enumerate(tree[name]):
-        if isinstance(entry, dict) and isinstance(entry.get("id"), int | str):
-            yield entry, f"{path} {name}[{number}] id {entry['id']}"
-        else:
+        if not (isinstance(entry, dict) and isinstance(entry.get("id"), int | str)):
             message = f"{path} {name}[{number}] must be a mapping with an id. Correct it."
             findings.wrong(ValueError(message))
+            continue
+        place = f"{path} {name}[{number}] id {entry['id']}"
+        if once and entry["id"] in seen:
+            findings.wrong(ValueError(f"{place}: the id is another annotation's. Correct it."))
+            continue
+        seen.add(entry["id"])
+        yield entry, place
 
 
 def _id(entry: Mapping[str, Any], name: str) -> int | str | None:
@@ -157,6 +159,26 @@ def _read_images(
             row_of[entry["id"]] = len(files)
             files[str(file)] = annotated_size(entry) or stored_size(file)
     return list(files), list(files.values()), row_of
+
+
+def _name_of_object(
+    entry: Mapping[str, Any],
+    place: str,
+    name_of: Mapping[Any, str],
+    label_of: Mapping[str, int],
+    key: str,
+    findings: Findings,
+) -> str | None:
+    """Return the name of an object's category, or None where it is wrong."""
+    if _id(entry, "category_id") not in name_of:
+        message = f"category_id {entry.get('category_id')!r} is no category's. Correct it."
+        findings.wrong(ValueError(f"{place}: {message}"))
+        return None
+    name = name_of[entry["category_id"]]
+    if name not in label_of:
+        findings.wrong(unknown_class(f"{place} ({name})", name, label_of, key))
+        return None
+    return name
 
 
 def _read_object(

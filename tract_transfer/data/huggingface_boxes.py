@@ -102,20 +102,11 @@ def load_huggingface_boxes(
     kept: list[int] = []
     sizes: list[Size] = []
     objects: list[list[ObjectRow]] = []
-    first_with: dict[Any, int] = {}
-    wanted = {columns.objects, "image_id", "height", "width"} & set(rows.features)
-    for number, row in enumerate(rows.select_columns(sorted(wanted))):
-        item = source.item(number)
-        image_id = row.get("image_id")
-        if image_id is not None and (other := first_with.setdefault(image_id, number)) != number:
-            message = f"{item} repeats image_id {image_id!r} of row {other}. Take one out."
-            findings.wrong(ValueError(message))
-            continue
-        size = annotated_size(row) or stored_size(source.stored(number), exif=True)
+    for number, cell, size in _rows_once(rows, columns.objects, source, findings):
         unit = size if box_unit == "relative" else (1, 1)
         kept.append(number)
         sizes.append(size)
-        objects.append(list(reader.read(row[columns.objects], item, size, box_format, unit)))
+        objects.append(list(reader.read(cell, source.item(number), size, box_format, unit)))
     picked = np.array(kept, dtype=np.int64)
     dataset = DetectionDataset(
         path, names, source, sizes, flatten(objects), picked, max_pixels, upright=True
@@ -124,6 +115,22 @@ def load_huggingface_boxes(
     size_check = check_size(path, declared, is_hub, split, len(rows))
     dataset.origin = Origin(path if is_hub else None, size_check)
     return dataset
+
+
+def _rows_once(
+    rows: Any, objects: str, source: RowImages, findings: Findings
+) -> Iterator[tuple[int, Any, Size]]:
+    """Yield (number, cell of the column `objects`, image size) of each row, an image_id once."""
+    first_with: dict[Any, int] = {}
+    wanted = {objects, "image_id", "height", "width"} & set(rows.features)
+    for number, row in enumerate(rows.select_columns(sorted(wanted))):
+        image_id = row.get("image_id")
+        if image_id is not None and (other := first_with.setdefault(image_id, number)) != number:
+            message = f"{source.item(number)} repeats image_id {image_id!r} of row {other}."
+            findings.wrong(ValueError(f"{message} Take one out."))
+            continue
+        size = annotated_size(row) or stored_size(source.stored(number), exif=True)
+        yield number, row[objects], size
 
 
 def _names(columns: _Columns, classes: Sequence[str] | None, key: str) -> list[str]:

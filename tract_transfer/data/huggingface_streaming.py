@@ -54,31 +54,19 @@ def stream_huggingface(
             stream.
     """
     title = f"{path} split {split}"
-    version = None
-    if is_hub_id(path):
-        files, features, version = _hub_files(path, split, config_name, revision, key)
-        rows: Any = SimpleNamespace(features=features)
-    else:
-        folder = local_path(path, config_name, revision, key)
-        if is_saved(folder):
-            rows = open_saved(folder, split, key)
-        elif folder.is_file() or parquet_files(folder):
-            _refuse_slice(split, key)
-            groups = split_files(folder, split, key)
-            files = [str(file) for group in groups.values() for file in group]
-            rows = SimpleNamespace(features=_features(files))
-        else:
-            return _image_folder(path, split, title, key, num_classes, max_pixels)
+    opened = _open(path, split, config_name, revision, key)
+    if opened is None:
+        return _image_folder(path, split, title, key, num_classes, max_pixels)
+    rows, files, version = opened
     image_column = find_image_column(rows, image_column, key)
     label_column = find_label_column(rows, label_column, key)
     class_names = _class_names(rows, label_column, title, num_classes, key)
-    is_lazy = isinstance(rows, SimpleNamespace)
     columns = (image_column, label_column)
-    found: RowGroups = ParquetGroups(files, *columns) if is_lazy else SavedGroups(rows, *columns)
+    found: RowGroups = ParquetGroups(files, *columns) if files else SavedGroups(rows, *columns)
     count = int(found.counts.sum())
     if count == 0:
         raise ValueError(f"{title} has no rows. Set {key}.split to a split that has some.")
-    declared = None if is_lazy else rows.info.dataset_name
+    declared = None if files else rows.info.dataset_name
     origin = Origin(
         path if version is not None else None,
         check_size(path, declared, version is not None, split, count),
@@ -87,6 +75,27 @@ def stream_huggingface(
     return Stream(
         path, class_names, found, title, f"{key}.label_column", origin, version, max_pixels
     )
+
+
+def _open(
+    path: str, split: str, config_name: str | None, revision: str | None, key: str
+) -> tuple[Any, list[str], str | None] | None:
+    """Return saved rows, or the features of parquet files and the files, and the hub's version.
+
+    None where it is an image folder.
+    """
+    if is_hub_id(path):
+        files, features, version = _hub_files(path, split, config_name, revision, key)
+        return SimpleNamespace(features=features), files, version
+    folder = local_path(path, config_name, revision, key)
+    if is_saved(folder):
+        return open_saved(folder, split, key), [], None
+    if not (folder.is_file() or parquet_files(folder)):
+        return None
+    _refuse_slice(split, key)
+    groups = split_files(folder, split, key)
+    files = [str(file) for group in groups.values() for file in group]
+    return SimpleNamespace(features=_features(files)), files, None
 
 
 def _hub_files(

@@ -64,23 +64,11 @@ def load_voc(
     files: list[str] = []
     sizes: list[Size] = []
     objects: list[list[ObjectRow]] = []
-    origin: dict[Path, str] = {}
-    for voc_set in sets:
-        for place, xml, image in _read_split(Path(root).expanduser(), voc_set, key, findings):
-            if xml in origin:
-                message = f"{place} repeats {xml.stem!r}, already in {origin[xml]}. Take one out."
-                findings.wrong(ValueError(message))
-                continue
-            origin[xml] = place
-            try:
-                annotation = _parse(xml)
-            except ValueError as error:
-                findings.wrong(error)
-                continue
-            size = _read_size(annotation) or stored_size(image)
-            files.append(str(image))
-            sizes.append(size)
-            objects.append(list(_read_objects(annotation, xml, size, label_of, key, findings)))
+    for annotation, xml, image in _annotated(Path(root).expanduser(), sets, key, findings):
+        size = _read_size(annotation) or stored_size(image)
+        files.append(str(image))
+        sizes.append(size)
+        objects.append(list(_read_objects(annotation, xml, size, label_of, key, findings)))
     name = f"voc {'+'.join(sets)}"
     dataset = DetectionDataset(
         name, names, ImageFiles(files), sizes, flatten(objects), max_pixels=max_pixels
@@ -97,6 +85,26 @@ def _find_devkit(root: Path, year: str, key: str) -> Path:
             return folder
     listed = ", ".join(str(folder / "Annotations") for folder in tried)
     raise FileNotFoundError(f"No VOC devkit for {year!r}: none of {listed} exists. Set {key}.root.")
+
+
+def _annotated(
+    root: Path, sets: Sequence[str], key: str, findings: Findings
+) -> Iterator[tuple[Element, Path, Path]]:
+    """Yield (annotation, its XML file, image file) of each image of the sets, once."""
+    origin: dict[Path, str] = {}
+    for voc_set in sets:
+        for place, xml, image in _read_split(root, voc_set, key, findings):
+            if xml in origin:
+                message = f"{place} repeats {xml.stem!r}, already in {origin[xml]}. Take one out."
+                findings.wrong(ValueError(message))
+                continue
+            origin[xml] = place
+            try:
+                annotation = _parse(xml)
+            except ValueError as error:
+                findings.wrong(error)
+                continue
+            yield annotation, xml, image
 
 
 def _read_split(
