@@ -139,6 +139,29 @@ def test_any_of_timm_s_optimizers_steps(name):
     assert not torch.equal(start, end)
 
 
+@pytest.mark.parametrize("name, kind", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
+def test_torch_s_adam_takes_its_fused_step_and_the_same_way(name, kind):
+    told = {"optimizer": name, "lr": 0.01, "weight_decay": 0.1}
+    ours = trained(lambda net: build_optimizer(net, **told))
+    assert ours.equal(trained(lambda net: build_optimizer(net, **told)))
+    theirs = trained(lambda net: kind(net.parameters(), lr=0.01, weight_decay=0.1))
+    torch.testing.assert_close(ours, theirs)
+    fused = trained(lambda net: kind(net.parameters(), lr=0.01, weight_decay=0.1, fused=True))
+    assert ours.equal(fused)
+    plain = build_optimizer(model(), **told, optimizer_args={"fused": False})
+    assert not plain.defaults["fused"]
+    assert not build_optimizer(model(), **told, optimizer_args={"foreach": True}).defaults["fused"]
+
+
+def test_what_a_fused_step_would_spoil_is_not_fused():
+    """Weights whose memory is in another order than that of the state a checkpoint brings back."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
+    assert not build_optimizer(net, optimizer="adamw", lr=0.1).defaults["fused"]
+    with pytest.raises(ValueError, match=r"fused: a fused step needs contiguous weights.*channels"):
+        build_optimizer(net, optimizer="adamw", lr=0.1, optimizer_args={"fused": True})
+    assert not build_optimizer(model(), optimizer="sgd", lr=0.1).defaults["fused"]
+
+
 def test_arguments_reach_the_optimizer():
     optimizer = build_optimizer(
         model(), optimizer="adamw", lr=0.1, optimizer_args={"betas": [0.8, 0.9], "eps": 1e-3}
@@ -218,6 +241,7 @@ def test_frozen_parameters_are_left_out():
         ({"optimizer": "adamw", "nesterov": True}, r"solver\.nesterov is for sgd"),
         ({"optimizer": "adamw", "optimizer_args": {"beta": 1}}, r"adamw.*optimizer_args.*beta"),
         ({"optimizer": "sgd", "optimizer_args": {"lr": 1}}, "optimizer_args"),
+        ({"optimizer": "sgd", "optimizer_args": {"fused": True}}, "fused SGD begins with arbitrar"),
         ({"optimizer": "sgd", "nesterov": True, "momentum": 0.0}, "[Nn]esterov"),
         (
             {"optimizer": "sgd", "decay_all": False, "bias_lr_factor": 2.0},

@@ -26,6 +26,7 @@ from tract_transfer.registry import did_you_mean
 
 # What timm's factory takes beside an optimizer's own arguments.
 _FALLBACK = ("fallback_list", "fallback_no_weight_decay")
+_FUSED, _UNFUSED = ("adam", "adamw"), ("sgd", "momentum")
 _SCHEDULES = ("cosine", "cosine_epochs", "multistep", "constant")
 _LAYER_DECAY = ("layer_decay_min_scale", "layer_decay_no_opt_scale")
 
@@ -64,24 +65,25 @@ def build_optimizer(
             of biases beside others that group parameters; or a model that tells no layers.
     """
     arguments, fallback = _arguments(optimizer, momentum, nesterov, optimizer_args or {})
-    if bias_lr_factor != 1 or bias_weight_decay is not None:
-        if not decay_all or layer_decay is not None or fallback:
-            raise ValueError(
-                "solver.bias_lr_factor and bias_weight_decay need solver.decay_all: true and no "
-                "layer_decay or fallback_list, and say themselves what a bias decays by."
-            )
+    if bias_lr_factor == 1 and bias_weight_decay is None:
+        trained = _groups(model, weight_decay, decay_all, layer_decay, fallback)
+    elif decay_all and layer_decay is None and not fallback:
         decay = weight_decay if bias_weight_decay is None else bias_weight_decay
         trained = _with_biases_apart(model, lr, weight_decay, lr * bias_lr_factor, decay)
     else:
-        trained = _groups(model, weight_decay, decay_all, layer_decay, fallback)
+        raise ValueError(
+            "solver.bias_lr_factor and bias_weight_decay need solver.decay_all: true and no "
+            "layer_decay or fallback_list, and say themselves what a bias decays by."
+        )
     name = "momentum" if optimizer == "sgd" and not nesterov else optimizer  # timm's plain SGD
+    _choose_fused(optimizer, arguments, model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             built: Optimizer = create_optimizer_v2(
                 trained, opt=name, lr=lr, weight_decay=weight_decay, **arguments
             )
-    except (TypeError, AssertionError) as error:  # timm asserts that a fused optimizer has a GPU
+    except (TypeError, AssertionError) as error:  # timm asserts that APEX's have a GPU
         raise ValueError(
             f"solver.optimizer {optimizer} with optimizer_args {optimizer_args}: {error}"
         ) from error
@@ -89,6 +91,33 @@ def build_optimizer(
         group["lr"] *= group.get("lr_scale", 1.0)
         group["base_lr"] = group["lr"]
     return built
+
+
+def _choose_fused(optimizer: str, arguments: dict[str, Any], model: nn.Module) -> None:
+    """Take the fused step of torch's Adam and AdamW where nothing else is asked for.
+
+    It walks through memory and not by strides: weights must be contiguous, as the state is that a
+    checkpoint brings back.
+
+    Raises:
+        ValueError: it is asked for where it computes something else.
+    """
+    contiguous = all(each.is_contiguous() for each in model.parameters() if each.requires_grad)
+    if arguments.get("fused") and optimizer in _UNFUSED:
+        raise ValueError(
+            "solver.optimizer_args.fused: torch's fused SGD begins with arbitrary momentum where a "
+            "gradient scaler skips the first step, and fails where a gradient comes later than the "
+            "others. Leave it out."
+        )
+    if arguments.get("fused") and not contiguous:
+        raise ValueError(
+            "solver.optimizer_args.fused: a fused step needs contiguous weights, as resumed "
+            "momentum is. Leave it out, or set engine.channels_last: false."
+        )
+    devices = {each.device.type for each in model.parameters()}
+    told = arguments.keys() & {"fused", "foreach", "capturable", "differentiable"}
+    if optimizer in _FUSED and contiguous and devices <= {"cpu", "cuda"} and not told:
+        arguments["fused"] = True
 
 
 def _arguments(
