@@ -25,6 +25,7 @@ BRIDGE = {
     "build_probes",
     "build_suite",
     "build_weights",
+    "check_args",
     "check_data",
     "check_streams",
     "detectron2_plugin",

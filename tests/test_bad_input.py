@@ -32,6 +32,16 @@ def junk_weights(folder):
     return [f"model.weights={folder / 'junk.pth'}"]
 
 
+def empty_weights(folder):
+    (folder / "empty.pth").touch()
+    return ["model.backbone={name: null}", f"model.weights={folder / 'empty.pth'}"]
+
+
+def no_weights_and_no_data(folder):
+    nowhere = f"{{source: voc, root: {folder / 'nowhere'}, sets: [2007/train]}}"
+    return [*no_card(folder), f"data.train={nowhere}"]
+
+
 def told(*words):
     return lambda _folder: list(words)
 
@@ -63,7 +73,9 @@ TABLE = {
         ["model.backbone.args.a.0: holds a login or a secret", "HF_TOKEN"]),
     # keys that do not go together
     "two lengths": (C, told("solver.max_epochs=3"), ConfigError,
-        ["give one of solver.max_epochs and solver.max_iters"]),
+        ["give one of solver.max_epochs and solver.max_iters, and null unsets what a base gives:",
+         "solver.max_epochs: null", "(solver.max_epochs: command line; solver.max_iters: ",
+         "classification.yaml line 11)"]),
     "steps without multistep": (C, told("solver.steps_iters=[2]"), ConfigError,
         ["solver.schedule: multistep and solver.steps_epochs (or steps_iters) go together"]),
     "best without val": (C, told("evaluation.report=best"), ConfigError,
@@ -130,9 +142,22 @@ TABLE = {
         ConfigError, ["tract.layers: TrAct treats Linear and Conv2d layers"]),
     # arguments
     "unknown backbone argument": (C, told("model.backbone.args={widht: 8}"), ConfigError,
-        ["model.backbone: cifar/resnet18", "widht"]),
+        ["model.backbone.args.widht: unknown. Did you mean 'width'? cifar/resnet18 takes"]),
     "backbone argument of a wrong type": (C, told("model.backbone.args={width: wide}"),
-        ConfigError, ["model.backbone: cifar/resnet18", "wide"]),
+        ConfigError, ["model.backbone.args.width: ", "valid integer, got 'wide'", "line"]),
+    "unknown argument of timm's backbone": (C,
+        told("model.backbone={name: timm/test_vit, args: {dept: 2}}"), ConfigError,
+        ["model.backbone.args.dept: unknown. Did you mean 'depth'?", "command line"]),
+    "argument of a wrong type of timm's backbone": (C,
+        told("model.backbone={name: timm/test_vit, args: {num_heads: many}}"), ConfigError,
+        ["model.backbone.args.num_heads: timm/test_vit takes int, got 'many'."]),
+    "argument of a wrong type of torchvision's backbone": (C,
+        told("model.backbone={name: torchvision/resnet18, args: {width_per_group: wide}}"),
+        ConfigError,
+        ["model.backbone.args.width_per_group: torchvision/resnet18 takes int, got 'wide'."]),
+    "argument of a wrong type of a network of table 1": (C,
+        told("model.backbone={name: cifar/vgg11, args: {dropout: much}}"), ConfigError,
+        ["model.backbone.args.dropout: cifar/vgg11 takes float, got 'much'."]),
     "backbone argument that does not fit": (C,
         told("model.backbone={name: cifar/vit, args: {width: 50, num_heads: 3}}"), ConfigError,
         ["model.backbone: cifar/vit", "num_heads"]),
@@ -160,6 +185,10 @@ TABLE = {
     "no weights": (C, no_weights, ConfigError,
         ["model.weights: No weights at", "nowhere: there is no such file or folder"]),
     "no run folder": (C, no_card, ConfigError,
+        ["model.weights: No model.json at", "Set model.backbone.name"]),
+    "empty weights of a backbone that nothing names": (C, empty_weights, ConfigError,
+        ["model.weights: ", "empty.pth is empty. Copy or download it again."]),
+    "weights and data that are not there": (D, no_weights_and_no_data, ConfigError,
         ["model.weights: No model.json at", "Set model.backbone.name"]),
     "junk weights": (C, junk_weights, ConfigError, ["model.weights: ", "junk.pth"]),
 }  # fmt: skip

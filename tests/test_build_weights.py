@@ -9,12 +9,12 @@ import torch
 import yaml
 
 from tract_transfer.build_model import build_model
-from tract_transfer.build_weights import makes
+from tract_transfer.build_weights import check_is_there, makes, published_name
 from tract_transfer.config import load_config
 from tract_transfer.config_file import ConfigError
 from tract_transfer.models import build_backbone
 from tract_transfer.models.weights import save_backbone
-from tract_transfer.run import run
+from tract_transfer.run import evaluate_run, preview, run
 
 ROOT = Path(__file__).parents[1]
 SMALL = "model.backbone={name: timm/test_resnet}"
@@ -130,6 +130,53 @@ def test_missing_weights_name_the_command_that_makes_them(load_tiny, tmp_path):
         with pytest.raises(ConfigError, match=says):
             build_model(config, 3)
     assert load_config(ROOT / makes(folder)).output_dir == folder
+
+
+@pytest.mark.parametrize(
+    "name, published",
+    [
+        ("timm/resnet50", "timm/resnet50"),
+        ("torchvision/vgg16", "torchvision/vgg16"),
+        ("cifar/vgg16", "timm/vgg16"),
+        ("cifar/vit", None),
+        ("cifar/squeezenet", None),
+        ("timm/resnet0", None),
+        (None, None),
+    ],
+)
+def test_published_weights_are_of_what_is_asked_for(name, published):
+    assert published_name(name) == published
+    with pytest.raises(FileNotFoundError, match="No weights at nowhere: there is no") as caught:
+        check_is_there(Path("nowhere"), name)
+    offer = f"model.backbone.name={published} model.weights=pretrained takes published ones"
+    assert (offer in str(caught.value)) == (published is not None)
+    assert ("pretrained" in str(caught.value)) == (published is not None)
+
+
+def test_a_config_that_makes_the_weights_tells_their_backbone(monkeypatch, tmp_path):
+    """And published ones are offered of that backbone alone."""
+    monkeypatch.chdir(tmp_path)
+    for folder, offered in (
+        ("pretrain/cifar10_resnet18", "timm/resnet18"),
+        ("paper/f4_cifar10_vit", None),
+        ("paper/t3_imagenet_deit3_small_400", "timm/deit3_small_patch16_224"),
+    ):
+        place = Path("output") / folder
+        with pytest.raises(FileNotFoundError, match="yaml makes it") as caught:
+            check_is_there(place)
+        assert (f"model.backbone.name={offered} model" in str(caught.value)) == bool(offered)
+        assert ("model.backbone.name=" in str(caught.value)) == bool(offered)
+
+
+def test_weights_are_looked_for_before_data_are_read(load_tiny, tmp_path):
+    nowhere = f"{{source: voc, root: {tmp_path / 'nowhere'}, sets: [2007/train]}}"
+    (tmp_path / "folder").mkdir()
+    words = [f"model.weights={tmp_path / 'folder'}", f"data.train={nowhere}"]
+    for begin in (run, preview, evaluate_run):
+        with pytest.raises(
+            ConfigError, match=r"model\.weights: No weights at .*model\.safetensors"
+        ):
+            begin(load_tiny(tmp_path, *words, task="detection"))
 
 
 def test_image_size_and_drop_rates_may_differ_from_the_card_s(load_tiny, tmp_path):

@@ -95,6 +95,9 @@ def test_train_net_says_what_a_run_would_cost(trained, call, tmp_path):
     for what in ("parameters", "FLOPs", "peak memory", "a step", "the whole run"):
         assert what in said.stdout
     assert not (tmp_path / "none").exists()
+    stages = ["Reading data.train", "Reading data.test", "Building the model", "Two training steps"]
+    places = [said.stderr.index(stage) for stage in [*stages, "One batch of the evaluation"]]
+    assert places == sorted(places)
 
 
 PRETRAIN = "--config-file configs/quickstart/pretrain.yaml"

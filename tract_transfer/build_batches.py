@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tract_transfer.build_data import Dataset
-from tract_transfer.build_model import call_checked
+from tract_transfer.check_args import call_checked
 from tract_transfer.config import Config, ProbeConfig, TrainedConfig
 from tract_transfer.config_data import ClassificationData, DetectionTransformsConfig
 from tract_transfer.data import sampling, transforms

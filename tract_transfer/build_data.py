@@ -110,10 +110,11 @@ def build_data(config: Config) -> Data:
     if data.mended_boxes:
         first, count = data.mended_boxes[0], len(data.mended_boxes)
         logger.warning("%d invalid boxes are cut or left out, the first: %s", count, first)
-    for dataset in data.splits.values():
+    for name, dataset in data.splits.items():
         if isinstance(dataset, Stream):
             continue
         if sections.cache == "ram" or (sections.cache == "device" and dataset is not train):
+            logger.info("Decoding the %d images of %s", len(dataset), name)
             dataset.cache_images()
     return data
 
@@ -146,6 +147,7 @@ def check_disjoint(splits: Mapping[str, Dataset]) -> None:
 
 def load_split(section: Any, key: str, findings: Findings, max_pixels: int) -> Loaded:
     """Load the data a section describes; `key` is its name in error messages."""
+    logger.info("Reading %s", key)
     own = {**section.model_dump(exclude={"source", "streaming"}), "key": key}
     own["max_pixels"] = max_pixels
     if isinstance(section, HuggingFaceSource) and section.streaming:

@@ -2,15 +2,13 @@
 
 # K classes
 
-import inspect
 import re
-from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from pydantic import ConfigDict, ValidationError, create_model
 from torch import nn
 
 from tract_transfer.build_weights import build_with_weights
+from tract_transfer.check_args import call_checked
 from tract_transfer.config import (
     ClassificationConfig,
     Config,
@@ -27,7 +25,7 @@ from tract_transfer.models.drop_path import set_drop_path
 from tract_transfer.models.flip import FlipClassifier, FlipDetector
 from tract_transfer.models.freeze import freeze_stages, set_norm
 from tract_transfer.models.options import BoxOptions
-from tract_transfer.registry import Registry, did_you_mean
+from tract_transfer.registry import Registry
 
 TrainedTask = ClassificationConfig | DetectionConfig
 
@@ -134,46 +132,6 @@ def _construct(
         raise config.error(f"{key}.name", str(error.args[0])) from error
     args = f"{key}.args"
     return call_checked(entry, section.name, section.args, args, config, positional)
-
-
-def call_checked(
-    entry: Callable[..., Any],
-    name: str,
-    args: Mapping[str, Any],
-    key: str,
-    config: Config,
-    positional: tuple[Any, ...] = (),
-) -> Any:
-    """Call `entry` with the args that `key` holds, checked against its keyword-only arguments.
-
-    Raises:
-        ConfigError: an argument is unknown, of another type or out of range; `name` and its
-            arguments are named.
-    """
-    keywords = {
-        name: (parameter.annotation, parameter.default)
-        for name, parameter in inspect.signature(entry).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    strict = ConfigDict(extra="forbid", strict=True)
-    schema = create_model("Args", __config__=strict, **cast(Mapping[str, Any], keywords))
-    try:
-        schema.model_validate(args)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        wrong = ".".join(str(part) for part in problem["loc"])
-        message = f"{problem['msg']}, got {problem['input']!r}."
-        if problem["type"] == "extra_forbidden":
-            message = f"unknown.{did_you_mean(wrong, keywords)}"
-        message = f"{message} {name} takes {list(keywords)}."
-        raise config.error(f"{key}.{wrong}", message) from error
-    try:
-        return entry(*positional, **args)
-    except (ValueError, ImportError) as error:
-        argument, colon, message = str(error).partition(": ")
-        if colon and argument.partition(".")[0] in keywords:  # as `rpn.nms_iou: must be ...`
-            raise config.error(f"{key}.{argument}", message) from error
-        raise config.error(key.removesuffix(".args"), str(error)) from error
 
 
 def with_place(config: Config, message: str) -> ConfigError:

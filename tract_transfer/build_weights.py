@@ -4,6 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import timm
+import torchvision
+
+from tract_transfer.check_args import check_backbone_args, wrong_argument
 from tract_transfer.config import Config
 from tract_transfer.config_file import ConfigError, read_config_file
 from tract_transfer.config_sections import BackboneConfig
@@ -15,6 +19,7 @@ from tract_transfer.models.weights import (
     has_card,
     load_weights,
     read_card,
+    weights_file,
 )
 
 # Arguments that change neither names nor what a weight computes at the size it was trained at.
@@ -36,9 +41,9 @@ def build_with_weights(config: Config) -> Backbone:
     wanted, path = section.backbone, Path(section.weights or "")
     published = section.weights == "pretrained"
     from_file = section.weights is not None and not published
+    check_weights_are_there(config)
+    check_backbone_args(config)
     try:
-        if from_file:
-            check_is_there(path)
         card = read_card(path) if wanted.name is None else None
         if from_file and wanted.name is not None and has_card(path):
             check_card(read_card(path), wanted)
@@ -52,7 +57,7 @@ def build_with_weights(config: Config) -> Backbone:
             arguments = wanted.model_dump(include={"stem", "args"})
             backbone = build_backbone(wanted.name, pretrained=published, **arguments)
     except (KeyError, ValueError) as error:
-        raise config.error("model.backbone", str(error.args[0])) from error
+        raise _refused_backbone(config, error) from error
     if from_file:
         options = section.model_dump(include={"ignore_missing", "adapt_stem"})
         try:
@@ -65,41 +70,72 @@ def build_with_weights(config: Config) -> Backbone:
     return backbone
 
 
-def check_is_there(path: Path) -> None:
-    """Refuse weights that are not there, and name the command that makes them where it is ours.
+def check_is_there(path: Path, name: str | None = None) -> None:
+    """Refuse weights that are not there, and say where such weights come from, if that is known.
+
+    Args:
+        name: of the backbone that is asked for, where it is.
 
     Raises:
         FileNotFoundError: neither file nor folder.
     """
     if path.exists():
         return
-    made = makes(str(path))
-    fix = (
-        f"python tools/train_net.py --config-file {made} makes it; "
-        "model.backbone.name=timm/resnet18 model.weights=pretrained takes published ones instead."
-    ) if made else (
-        "Set model.weights to a file or run folder."
-    )  # fmt: skip
-    raise FileNotFoundError(f"No weights at {path}: there is no such file or folder. {fix}")
+    maker = _maker(str(path), CONFIGS)
+    fixes = ["Set model.weights to a file or run folder."]
+    if maker is not None:
+        file, name = maker
+        fixes = [f"python tools/train_net.py --config-file {file} makes it."]
+    if there := published_name(name):
+        fixes.append(
+            f"model.backbone.name={there} model.weights=pretrained takes published ones instead."
+        )
+    raise FileNotFoundError(
+        f"No weights at {path}: there is no such file or folder. {' '.join(fixes)}"
+    )
 
 
 def check_weights_are_there(config: Config) -> None:
     """Refuse a config whose weights are not there, before anything else takes time.
 
     Raises:
-        ConfigError: neither file nor folder.
+        ConfigError: there is neither file nor folder, no weights in the folder, or nothing says
+            what backbone they are of.
     """
-    weights = config.model.weights
-    if weights in (None, "pretrained"):
+    section = config.model
+    if section.weights in (None, "pretrained"):
         return
+    path = Path(str(section.weights))
     try:
-        check_is_there(Path(str(weights)))
-    except FileNotFoundError as error:
+        check_is_there(path, section.backbone.name)
+        if section.backbone.name is None:
+            read_card(path)
+        weights_file(path)
+    except (FileNotFoundError, ValueError) as error:
         raise config.error("model.weights", str(error)) from error
+
+
+def published_name(name: str | None) -> str | None:
+    """Return the backbone of timm or torchvision that has published weights for `name`, if any.
+
+    Of a `cifar/` network that is timm's of the same name, at its usual size.
+    """
+    source, _, model = (name or "").partition("/")
+    if source in ("timm", "cifar") and timm.is_model_pretrained(model):
+        return f"timm/{model}"
+    if source == "torchvision" and model in torchvision.models.list_models(torchvision.models):
+        return name
+    return None
 
 
 def makes(output_dir: str, configs: Path = CONFIGS) -> str | None:
     """Return the config of this repository whose run writes to `output_dir`, if there is one."""
+    maker = _maker(output_dir, configs)
+    return maker and maker[0]
+
+
+def _maker(output_dir: str, configs: Path) -> tuple[str, str | None] | None:
+    """Return that config, and the backbone that it names."""
     for file in sorted(configs.glob("*/*.yaml")):
         if file.parent.name in ("base", "suites"):
             continue
@@ -108,8 +144,19 @@ def makes(output_dir: str, configs: Path = CONFIGS) -> str | None:
         except ConfigError:
             continue
         if Path(str(tree.get("output_dir"))) == Path(output_dir):
-            return str(file.relative_to(configs.parent))
+            name = tree.get("model", {}).get("backbone", {}).get("name")
+            return str(file.relative_to(configs.parent)), name
     return None
+
+
+def _refused_backbone(config: Config, error: KeyError | ValueError) -> ConfigError:
+    """Return the error of a backbone that is not built, at the argument it comes from."""
+    wanted, message = config.model.backbone, str(error.args[0])
+    if wanted.name is not None and wanted.args:
+        found = wrong_argument(wanted.name, wanted.args, str(error.__cause__))
+        if found is not None:
+            return config.error(f"model.backbone.args.{found[0]}", found[1])
+    return config.error("model.backbone", message)
 
 
 def _located(config: Config, error: Exception) -> ConfigError:

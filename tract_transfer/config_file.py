@@ -190,8 +190,17 @@ def explain_all(
             key, message = tag, f"{context['tag']!r} is none of {context['expected_tags']}."
         elif problem["type"] != "value_error":
             message = f"{message}, got {problem['input']!r}."
+        elif named := _places_of(message, origins):
+            lines.append(f"{key}: {message} ({named})" if key else f"{message} ({named})")
+            continue
         lines.append(explain(key, message, origins, missing=problem["type"] == "missing"))
     return "\n".join(dict.fromkeys(lines))
+
+
+def _places_of(message: str, origins: Origins) -> str:
+    """Return where the keys that a message names were set: several files may disagree."""
+    keys = dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", message))
+    return "; ".join(f"{key}: {origins[key]}" for key in keys if key in origins)
 
 
 def _read(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:

@@ -56,11 +56,15 @@ class SolverConfig(Section):
 
     @model_validator(mode="after")
     def _lengths_are_one(self) -> "SolverConfig":
-        if (self.max_epochs is None) == (self.max_iters is None):
-            raise ValueError("give one of solver.max_epochs and solver.max_iters")
-        for what in ("warmup", "steps"):
-            if None not in (getattr(self, f"{what}_epochs"), getattr(self, f"{what}_iters")):
-                raise ValueError(f"give one of solver.{what}_epochs and solver.{what}_iters")
+        for what in ("max", "warmup", "steps"):
+            given = [getattr(self, f"{what}_{unit}") is not None for unit in ("epochs", "iters")]
+            one = f"give one of solver.{what}_epochs and solver.{what}_iters"
+            if all(given):
+                raise ValueError(
+                    f"{one}, and null unsets what a base gives: solver.{what}_epochs: null"
+                )
+            if what == "max" and not any(given):
+                raise ValueError(one)
         steps = self.steps_epochs or self.steps_iters
         if (self.schedule == "multistep") != bool(steps):
             raise ValueError(

@@ -97,6 +97,7 @@ def evaluate_run(config: Config) -> dict[str, float]:
     """
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains nothing that --eval-only could measure again.")
+    check_weights_are_there(config)
     folder = Path(config.output_dir)
     data = build_data(config)
     trainer = build_trainer(config, data, build_accelerator(config))
@@ -118,15 +119,20 @@ def evaluate_run(config: Config) -> dict[str, float]:
 
 
 def preview(config: Config) -> dict[str, str]:
-    """Build everything, run two steps and one evaluation batch; return what a run would cost."""
+    """Build everything, run two steps and one evaluation batch; return what a run would cost.
+
+    What it is about to do is logged, a line a stage: each may take minutes.
+    """
     check_weights_are_there(config)
     data = build_data(config)
     accelerator = build_accelerator(config)
+    logger.info("Building the model")
     if isinstance(config, ProbeConfig):
         backbone = build_probed(config, data).to(accelerator.device)
         batch = next(iter(eval_batches(config, data.report[1], accelerator)))
         images = batch.images.to(accelerator.device)
         count = sum(len(dataset) for dataset in data.splits.values())
+        logger.info("Extracting the features of %d images", len(images))
         return dry_run_features(backbone, backbone.pooled, images, count)
     trainer = build_trainer(config, data, accelerator)
     _, dataset = data.report

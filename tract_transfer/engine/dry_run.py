@@ -1,6 +1,7 @@
 """What a run would cost: parameters, FLOPs, memory and time, from two steps and one batch."""
 
 import itertools
+import logging
 import resource
 import time
 from collections.abc import Callable, Iterable
@@ -12,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tract_transfer.engine.evaluate import Evaluator, evaluate, evaluating
 from tract_transfer.engine.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def dry_run(
@@ -32,6 +35,7 @@ def dry_run(
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     batches = trainer.batches(0)
     trainer.model.train()
+    logger.info("Two training steps")
     trainer.step(batches)  # the first step warms up
     started = time.perf_counter()
     trainer.iteration = 1
@@ -39,6 +43,7 @@ def dry_run(
     losses = trainer.read_meter()
     step_seconds = time.perf_counter() - started
     model = trainer.evaluated_model
+    logger.info("One batch of the evaluation")
     started = time.perf_counter()
     first = list(itertools.islice(iter(eval_batches), 1))
     evaluate(model, first, make_evaluator(), device=device, precision=trainer.precision)  # type: ignore[arg-type]

@@ -78,10 +78,13 @@ def read_card(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: the card is not JSON, or describes no backbone.
+        ValueError: the card is not JSON, or describes no backbone; or there is none, and the file
+            `path` is none of weights.
     """
     file = (path if path.is_dir() else path.parent) / CARD_NAME
     if not file.is_file():
+        if path.is_file():
+            read_tensors(path)  # what is no weights file at all says so first
         raise FileNotFoundError(
             f"No {CARD_NAME} at {file.parent}, so nothing says what backbone {path} is. Set "
             f"model.backbone.name{_hub_name(file.parent)}, or model.weights to a finished run "
