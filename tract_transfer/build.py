@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from fvcore.common.param_scheduler import ParamScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
@@ -97,6 +98,16 @@ def build_tract(config: TrainedTask, model: nn.Module) -> TrAct:
         raise config.error(key, str(error)) from error
 
 
+def _build_trained(config: TrainedTask, data: Data) -> nn.Module:
+    """Build the model as training begins with it: whitened, and in its memory format."""
+    model = build_model(config, len(data.class_names))
+    if isinstance(model, Classifier) and needs_whitening(config):
+        whiten(model.backbone, whitening_images(config, data.train))
+    if config.engine.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
 def _build_ema(config: TrainedTask, model: nn.Module, max_iters: int) -> ModelEmaV3 | None:
     """Build the average of the weights; refuse one that would still be the initial ones."""
     decay = config.solver.ema_decay
@@ -144,6 +155,17 @@ def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
     return JoinedOptimizer([first, rest])
 
 
+def _build_schedule(config: TrainedTask, length: Length) -> ParamScheduler:
+    chosen = {"schedule", "warmup_start", "step_factor", "end_factor"}
+    return build_schedule(
+        max_iters=length.max_iters,
+        warmup_iters=length.warmup_iters,
+        steps_iters=length.steps_iters,
+        iters_per_epoch=length.iters_per_epoch,
+        **config.solver.model_dump(include=chosen),
+    )
+
+
 def build_accelerator(config: Config) -> Accelerator:
     """Join the process group this process was launched in, or run alone.
 
@@ -170,25 +192,15 @@ def build_trainer(
     Raises:
         ConfigError: a part of the config does not fit another, or the data.
     """
-    solver, engine = config.solver, config.engine
+    engine = config.engine
     build_evaluator(config, data.class_names)  # raises now, and not after the training
-    model = build_model(config, len(data.class_names))
-    if isinstance(model, Classifier) and needs_whitening(config):
-        whiten(model.backbone, whitening_images(config, data.train))
-    if engine.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = _build_trained(config, data)
     length = in_iterations(config, data.train)
     ema = _build_ema(config, model, length.max_iters)
     tract = build_tract(config, model)
     try:
         optimizer = _build_optimizer(config, model)
-        schedule = build_schedule(
-            max_iters=length.max_iters,
-            warmup_iters=length.warmup_iters,
-            steps_iters=length.steps_iters,
-            iters_per_epoch=length.iters_per_epoch,
-            **solver.model_dump(include={"schedule", "warmup_start", "step_factor", "end_factor"}),
-        )
+        schedule = _build_schedule(config, length)
         batches = build_train_batches(
             config,
             data.train,

@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
+from types import ModuleType
 from typing import Any, Literal
 
 from tract_transfer.models.backbones import Backbone
@@ -42,33 +44,34 @@ def detectron2_detector(
             "detectron2 needs a backbone for images of any size, and this one takes "
             f"{backbone.image_size_px} px alone."
         )
+    parts = _import_parts()
+    if neck == "c4" and num_levels is not None:
+        raise ValueError("num_levels: is of neck fpn; c4 reads one map. Leave it out.")
+    if neck == "c4":
+        build = parts.build_c4
+    else:
+        levels = num_levels or min(4, len(backbone.pyramid()))
+        build = partial(parts.build_fpn, num_levels=levels)
+    detector: TwoStageDetector = build(
+        backbone,
+        num_classes,
+        options=options,
+        short_side_px=short_side_px,
+        max_side_px=max_side_px,
+        difficult_in_training=difficult_in_training,
+    )
+    return detector
+
+
+def _import_parts() -> ModuleType:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what detectron2 itself imports
-            from tract_transfer.models.detectron2_parts import build_c4, build_fpn
+            from tract_transfer.models import detectron2_parts
     except ImportError as error:
         raise ImportError(
             "The detector detectron2 needs the package detectron2, which has no release on the "
             "package index. Install it from its source, as docs/detectron2.md tells, or use "
             f"torchvision_fpn ({error})."
         ) from error
-    if neck == "c4" and num_levels is not None:
-        raise ValueError("num_levels: is of neck fpn; c4 reads one map. Leave it out.")
-    if neck == "c4":
-        return build_c4(
-            backbone,
-            num_classes,
-            options=options,
-            short_side_px=short_side_px,
-            max_side_px=max_side_px,
-            difficult_in_training=difficult_in_training,
-        )
-    return build_fpn(
-        backbone,
-        num_classes,
-        num_levels=num_levels or min(4, len(backbone.pyramid())),
-        options=options,
-        short_side_px=short_side_px,
-        max_side_px=max_side_px,
-        difficult_in_training=difficult_in_training,
-    )
+    return detectron2_parts
