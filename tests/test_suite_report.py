@@ -261,3 +261,38 @@ def test_all_metrics_and_classes_and_costs_are_there(tmp_path: Path) -> None:
     assert "speed, images/s 2,051.3 1,961.3 (× 0.96)" in text
     assert "peak memory of the process, MiB 512.0 640.0 (× 1.25)" in text
     assert "energy of the machine, kJ 1.5 2.5 (× 1.67)" in text
+
+
+def test_classes_stand_by_name_beside_their_bars(tmp_path: Path) -> None:
+    """Few all of them; of many those that gain and lose most, the largest change first."""
+
+    def report_of(count: int) -> str:
+        folders = [
+            write_run(
+                tmp_path / str(count), method, "finetune", seed, {"top1": 0.5},
+                per_class={
+                    f"class{k:03}": 0.5 + sign * (k - count // 2) / 1000 for k in range(count)
+                },
+            )
+            for method, sign in (("vanilla", 0), ("tract", 1))
+            for seed in (0, 1)
+        ]  # fmt: skip
+        return page(folders, tmp_path / f"report{count}")
+
+    def names(html: str) -> list[list[str]]:
+        lists = re.findall(r'<ul class="changes[^>]*>(.*?)</ul>', html, re.DOTALL)
+        return [re.findall(r'<span class="name"[^>]*>([^<]*)', own) for own in lists]
+
+    few = report_of(20)
+    assert names(few) == [[f"class{k:03}" for k in range(19, -1, -1)]]
+    assert few.count('<i style="left') == 19, "none for the class that does not change"
+    assert '<svg class="bars"' not in few
+    many = report_of(41)
+    gains, losses = names(many)
+    assert gains == [f"class{k:03}" for k in range(40, 30, -1)]
+    assert losses == [f"class{k:03}" for k in range(10)]
+    assert many.count("<rect") >= 41
+    text = seen(many)
+    assert "The 10 that gain most class040 +2.00" in text
+    assert "The 10 that lose most class000 −2.00" in text
+    assert "tract − vanilla, percentage points" in text

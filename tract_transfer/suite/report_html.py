@@ -21,6 +21,7 @@ from tract_transfer.suite.pictures import (
 
 MAX_CLASSES = 150  # of a task, those that changed most; the JSON has all
 PRINTED_CLASSES = 40  # on paper
+NAMED_CLASSES = 20  # of a task, beside its bars
 
 
 def html(report: Report) -> str:
@@ -50,7 +51,7 @@ def html(report: Report) -> str:
         problems=problems,
         limits={
             "score": MIN_SCORE, "best": BEST_DRAWN, "filters": MAX_FILTERS, "classes": MAX_CLASSES,
-            "printed": PRINTED_CLASSES,
+            "printed": PRINTED_CLASSES, "named": NAMED_CLASSES,
         },
     )  # fmt: skip
 
