@@ -42,6 +42,14 @@ def test_energy_is_the_difference_of_the_counters(tmp_path, monkeypatch):
     assert meter.read(whole=True)["energy_joules"] is None, "the counter began anew"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux alone")
+def test_the_memory_of_a_part_is_not_the_run_s():
+    """A run that was resumed for its last evaluation has seen no training."""
+    meter = CostMeter(torch.device("cpu"))
+    assert meter.read(whole=True)["peak_memory_bytes"] is not None
+    assert meter.read(whole=False)["peak_memory_bytes"] is None
+
+
 def test_without_what_can_be_read_there_is_no_number(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "_POWERCAP", tmp_path)
     monkeypatch.setattr(cost, "_SELF", tmp_path / "nowhere")

@@ -145,6 +145,9 @@ def test_features_are_kept_and_read_again(tmp_path, run_tiny, monkeypatch, caplo
     two = run_tiny(cache, name="two")
     assert two["metrics"] == one["metrics"]
     assert caplog.text.count("Features read from") == 2
+    assert one["train_seconds"] > 0
+    assert two["train_seconds"] is None, "the time of reading is not that of a probe"
+    assert two["cost"]["peak_memory_bytes"] is None
     for changed in ("seed=3", "data.transforms.size_px=20", "data.transforms.resize=whole"):
         with pytest.raises(AssertionError, match="extracted again"):
             run_tiny(cache, changed, name=changed)

@@ -89,6 +89,7 @@ def run_probe(
             probed.details.pop("confusion_matrix", None)
         details |= {name: probed.details} if probed.details else {}
         logger.info("%s test %s", name, format_metrics(probed.metrics))
+    whole = not any(one.was_kept for one in found.values())  # else its time would be too short
     results = {
         **label(config),
         "weights_match": log_weights(backbone),
@@ -101,8 +102,8 @@ def run_probe(
         "details": details,
         "iterations": 0,
         "epochs": 0.0,
-        "train_seconds": time.perf_counter() - started,
-        "cost": meter.read(whole=True),
+        "train_seconds": time.perf_counter() - started if whole else None,
+        "cost": meter.read(whole=whole),
         "protocol": {**protocol(config, data, details), **probe_protocol(config)},
         "skipped": sorted(item for one in found.values() for item in one.skipped),
     }

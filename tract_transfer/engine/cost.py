@@ -31,12 +31,12 @@ class CostMeter:
         """Return seconds, peak_memory_bytes and energy_joules, each by what it is of.
 
         Args:
-            whole: whether the run began with this meter. The energy of a resumed run's last part
-                is not that of the run, and is left out.
+            whole: whether the run began with this meter. The memory and the energy of a resumed
+                run's last part are not those of the run, and are left out.
 
         Returns:
-            `seconds`; `peak_memory_bytes` by "process" (Linux) and "gpu"; `energy_joules` by meter,
-            None where the machine has none that can be read.
+            `seconds`; `peak_memory_bytes` by "process" (Linux) and "gpu"; `energy_joules` by meter;
+            None where they are left out or the machine has none that can be read.
         """
         memory = _peak_memory() if self._resettable else {}
         if self.device.type == "cuda":
@@ -49,7 +49,7 @@ class CostMeter:
         }
         return {
             "seconds": time.perf_counter() - self._started,
-            "peak_memory_bytes": memory or None,
+            "peak_memory_bytes": memory or None if whole else None,
             "energy_joules": spent or None if whole else None,
         }
 

@@ -23,11 +23,15 @@ _VERSION = 1
 
 
 class Extracted(NamedTuple):
-    """Features (N, D), the indices (N,) of their images, and what could not be decoded."""
+    """Features (N, D), the indices (N,) of their images, and what could not be decoded.
+
+    `was_kept`: they were extracted before, and read now.
+    """
 
     features: Features
     indices: Labels
     skipped: list[str]
+    was_kept: bool = False
 
 
 def feature_key(
@@ -81,4 +85,4 @@ def _read(path: Path, key: str) -> Extracted:
         if about["key"] != key:
             raise ValueError(f"it says it holds {about['key']}")
         features, indices = stored.get_tensor("features"), stored.get_tensor("indices")
-    return Extracted(features, indices, about["skipped"])
+    return Extracted(features, indices, about["skipped"], was_kept=True)
