@@ -58,9 +58,7 @@ def export_run(
             f"{run} holds a detector, which is made of parts that no other library has. Use it "
             "with tools/predict.py --run; its backbone goes on with model.weights: <run folder>."
         )
-    model = trained.model
-    classifier = model.classifier if isinstance(model, FlipClassifier) else model
-    assert isinstance(classifier, Classifier)
+    classifier = _classifier_of(trained)
     size_px = trained.config.data.transforms.size_px
     portable = to_library(classifier, size_px)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -70,22 +68,22 @@ def export_run(
         save_portable(folder, portable, _card(trained, classifier, portable))
         if onnx:
             export_onnx(classifier, size_px, folder / ONNX_NAME)
-        saved = read_card(run) if has_card(run) else {}
-        environment = _read(run / ENVIRONMENT_NAME)
         text = model_card(
-            trained.config,
-            results,
-            environment,
-            saved,
-            portable,
-            classifier.backbone,
-            hub_id=hub_id,
-            onnx=onnx,
-            license_id=license_id,
-        )
+            trained.config, results, _read(run / ENVIRONMENT_NAME),
+            read_card(run) if has_card(run) else {}, portable, classifier.backbone,
+            hub_id=hub_id, onnx=onnx, license_id=license_id,
+        )  # fmt: skip
         (folder / "README.md").write_text(text, encoding="utf-8")
         folder.rename(output)
     return portable
+
+
+def _classifier_of(trained: Trained) -> Classifier:
+    """Return the classifier itself, which answers for one view of an image."""
+    model = trained.model
+    classifier = model.classifier if isinstance(model, FlipClassifier) else model
+    assert isinstance(classifier, Classifier)
+    return classifier
 
 
 def check_hub(hub_id: str) -> None:

@@ -72,7 +72,26 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
     if isinstance(config, ProbeConfig):
         lines["probe"] = "features of the frozen backbone in eval mode, test transforms throughout"
         return lines
-    engine = config.engine
+    lines |= _training_lines(config)
+    if config.task == "detection":
+        lines["sampling"] = str(
+            config.data.model_dump(
+                include={"empty_images", "invalid_boxes", "group_by_aspect", "repeat_threshold"}
+            )
+        )
+        policy = config.model.detector.args.get("difficult_in_training", "keep")
+        lines["difficult objects"] = TRAINED_DIFFICULT[policy]
+    if config.evaluation.flip:
+        joined = "detections joined by NMS" if config.task == "detection" else "logits averaged"
+        lines["views"] = f"each image and its mirror image, {joined}"
+    if isinstance(details.get("protocol"), str):
+        lines["metric"] = details["protocol"]
+    return lines
+
+
+def _training_lines(config: TrainedTask) -> dict[str, str]:
+    """Return what the weights of a training depend on beside its data, and how they are chosen."""
+    engine, lines = config.engine, {}
     lines["optimization"] = f"{config.solver.model_dump(exclude_none=True)}"
     lines["batch"] = (
         f"{config.data.batch_size} images a step, gradient norm clipped at {engine.grad_clip}"
@@ -95,19 +114,6 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
         )
     if config.solver.ema_decay:
         lines["average"] = f"exponential moving average, decay {config.solver.ema_decay}"
-    if config.task == "detection":
-        lines["sampling"] = str(
-            config.data.model_dump(
-                include={"empty_images", "invalid_boxes", "group_by_aspect", "repeat_threshold"}
-            )
-        )
-        policy = config.model.detector.args.get("difficult_in_training", "keep")
-        lines["difficult objects"] = TRAINED_DIFFICULT[policy]
-    if config.evaluation.flip:
-        joined = "detections joined by NMS" if config.task == "detection" else "logits averaged"
-        lines["views"] = f"each image and its mirror image, {joined}"
-    if isinstance(details.get("protocol"), str):
-        lines["metric"] = details["protocol"]
     return lines
 
 

@@ -77,18 +77,7 @@ def run_probe(
     labels = {name: _targets(data.splits[name])[one.indices] for name, one in found.items()}
     rows = {name: Rows(one.features, labels[name]) for name, one in found.items()}
     decoded = {name: one.indices for name, one in found.items()}
-    metrics: dict[str, float] = {}
-    details: dict[str, Any] = {}
-    probes: dict[str, Any] = {}
-    measure = _measure(config, data.class_names, rows["test"].y, accelerator)
-    num_classes, device = len(data.class_names), accelerator.device
-    for name, probed in run_probes(config, rows, num_classes, measure, device):
-        metrics.update({f"{name}_{metric}": value for metric, value in probed.metrics.items()})
-        probes[name] = probed.about
-        if not config.evaluation.metric.startswith(f"{name}_"):  # large, and one is enough
-            probed.details.pop("confusion_matrix", None)
-        details |= {name: probed.details} if probed.details else {}
-        logger.info("%s test %s", name, format_metrics(probed.metrics))
+    metrics, details, probes = _probe(config, data.class_names, rows, accelerator)
     whole = not any(one.was_kept for one in found.values())  # else its time would be too short
     results = {
         **label(config),
@@ -110,6 +99,24 @@ def run_probe(
     if accelerator.is_main_process:
         write_results(folder, results)
     return results
+
+
+def _probe(
+    config: ProbeConfig, class_names: list[str], rows: Mapping[str, Rows], accelerator: Accelerator
+) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
+    """Return the metrics of all probes, and by probe its details and what it says of itself."""
+    metrics: dict[str, float] = {}
+    details: dict[str, Any] = {}
+    probes: dict[str, Any] = {}
+    measure = _measure(config, class_names, rows["test"].y, accelerator)
+    for name, probed in run_probes(config, rows, len(class_names), measure, accelerator.device):
+        metrics.update({f"{name}_{metric}": value for metric, value in probed.metrics.items()})
+        probes[name] = probed.about
+        if not config.evaluation.metric.startswith(f"{name}_"):  # large, and one is enough
+            probed.details.pop("confusion_matrix", None)
+        details |= {name: probed.details} if probed.details else {}
+        logger.info("%s test %s", name, format_metrics(probed.metrics))
+    return metrics, details, probes
 
 
 def _check(config: ProbeConfig, data: Data) -> None:

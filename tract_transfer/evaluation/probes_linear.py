@@ -63,13 +63,7 @@ def linear_probe(
             f"Every setting of the linear probe diverged. Lower evaluation.linear.lrs {list(lrs)}."
         )
     lr, weight_decay = points[top1.index(max(top1))]
-    blocks = _scores(train, test_x, [(lr, weight_decay)], train_points, device)
-    scores = torch.cat([block[0] for block in blocks])
-    if not scores.isfinite().all():
-        raise ValueError(
-            f"The linear probe diverged on all of train at lr {lr:g}, which did not on a part of "
-            "it. Leave it out of evaluation.linear.lrs."
-        )
+    scores = _final_scores(train, test_x, (lr, weight_decay), train_points, device)
     val_top1 = {
         f"lr {rate:g}, weight decay {decay:g}": None if value < 0 else value
         for (rate, decay), value in zip(points, top1, strict=True)
@@ -89,6 +83,20 @@ def _val_top1(
         diverged |= ~block.isfinite().all(dim=2).all(dim=1)
     top1: list[float] = torch.where(diverged, -1.0, hits.double() / len(truth)).tolist()
     return top1
+
+
+def _final_scores(
+    train: Rows, test_x: Features, point: Point, train_points: Train, device: torch.device | str
+) -> Tensor:
+    """Return the logits (N, K) of the test images by the chosen point, trained on all of train."""
+    blocks = _scores(train, test_x, [point], train_points, device)
+    scores = torch.cat([block[0] for block in blocks])
+    if not scores.isfinite().all():
+        raise ValueError(
+            f"The linear probe diverged on all of train at lr {point[0]:g}, which did not on a "
+            "part of it. Leave it out of evaluation.linear.lrs."
+        )
+    return scores
 
 
 def _scores(

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import LinearSVC
@@ -66,30 +65,32 @@ def linear_svm(
     """
     _check(train, test_x, cs)
     fit_x, score_x = unit_rows(train.x), unit_rows(test_x)
-    columns: list[NDArray[np.float64] | None] = []
-    chosen: list[float | None] = []
-    unfinished = 0
-    for marks in train.y.T:
-        used = marks != 0
-        if len(np.unique(marks[used])) < 2:
-            columns.append(None)
-            chosen.append(None)
-            continue
-        x, y = fit_x[used], marks[used]
-        c = _select_c(x, y, cs, folds, max_iters, seed)
-        model = _svc(c, max_iters)
-        with warnings.catch_warnings():  # counted as `unfinished`
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            model.fit(x, y)
-        unfinished += int(model.n_iter_ >= max_iters)
-        columns.append(model.decision_function(score_x))
-        chosen.append(c)
-    known = [column for column in columns if column is not None]
-    if not known:
+    of_class = [
+        _fit_class(fit_x[marks != 0], marks[marks != 0], cs, folds, max_iters, seed)
+        for marks in train.y.T
+    ]
+    fitted = [model for model in of_class if model is not None]
+    if not fitted:
         raise ValueError("No class has both positives and negatives to fit. Check data.train.")
-    floor = np.min(known, axis=0) - 1
+    columns = [None if model is None else model.decision_function(score_x) for model in of_class]
+    floor = np.min([column for column in columns if column is not None], axis=0) - 1
     scores = np.stack([floor if column is None else column for column in columns], axis=1)
+    unfinished = sum(int(model.n_iter_ >= max_iters) for model in fitted)
+    chosen = [None if model is None else model.C for model in of_class]
     return Fit(scores, {"c": chosen}, {"fits_at_max_iters": unfinished})
+
+
+def _fit_class(
+    x: Features, y: Labels, cs: Sequence[float], folds: int, max_iters: int, seed: int
+) -> LinearSVC | None:
+    """Fit one class to its marks y (N,) of 1 and -1; None where there is one of them alone."""
+    if len(np.unique(y)) < 2:
+        return None
+    model = _svc(_select_c(x, y, cs, folds, max_iters, seed), max_iters)
+    with warnings.catch_warnings():  # counted as `fits_at_max_iters`
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x, y)
+    return model
 
 
 def _select_c(
