@@ -209,7 +209,7 @@ def test_a_leftover_has_its_time_and_is_then_killed(attempt, monkeypatch, caplog
         make().end_leftovers([handle])
     assert wait(killed)[0][1] == -9
     said = [record.message for record in caplog.records]
-    assert said[0].startswith("1 runs of the suite that was here before are still at work")
+    assert said[0].startswith("Still at work for the suite that was here before: 1. Each writes")
     assert said[1].startswith(f"Process {handle['pid']} did not end: it is killed")
 
 

@@ -101,8 +101,8 @@ def wait_for_leftovers(
     left = [each for each in left if not has_ended(each)]
     if left:
         logger.info(
-            "%d runs of the suite that was here before are still at work: they write a checkpoint "
-            "and end, for which they have %.0f s.", len(left), seconds,
+            "Still at work for the suite that was here before: %d. Each writes a checkpoint and "
+            "ends, for which it has %.0f s.", len(left), seconds,
         )  # fmt: skip
     end = time.monotonic() + seconds
     while left and time.monotonic() < end:
