@@ -127,6 +127,10 @@ def test_no_step_on_a_gpu_waits_for_it():
             bool(torch.ones(1))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.9" and not torch.cuda.is_available(),
+    reason="torch 2.8 asks the driver for its GPU when a slice is taken of a fake tensor on one",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_sum_over_lags_on_a_gpu_is_of_float32_and_does_not_wait(dtype):
     with FakeTensorMode():
