@@ -89,7 +89,7 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
 
 
 def _layer_called(model: nn.Module, name: str) -> nn.Module:
-    known = dict(model.named_modules())
+    known: dict[str, nn.Module] = dict(model.named_modules())
     if name not in known:
         near = get_close_matches(name, known, n=3, cutoff=0.5)
         begins = [key for key, each in known.items() if isinstance(each, nn.Linear | nn.Conv2d)][:3]
