@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 from run_folders import CARVED, Killed, assert_same_run, entries, results_of
+from safetensors.torch import load_file, save_file
 
 from tract_transfer.engine.environment import Inputs, continued, environment
 from tract_transfer.engine.run_folder import how_to_go_on, is_finished
 from tract_transfer.engine.run_lock import FolderInUseError, locked
+from tract_transfer.files import sha256_of
 from tract_transfer.run import run
 
 HOLD = """
@@ -116,11 +118,14 @@ def test_other_weights_under_the_same_config_are_refused(tmp_path, load_tiny, fi
     words = [f"model.weights={folder}", "model.backbone={name: null}", "solver.max_iters=1"]
     config = load_tiny(tmp_path / "next", *words)
     run(config)
-    change(folder / "model.json", lambda card: card.update(sha256="0123456789abcdef"))
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: 2 * each for name, each in weights.items()}, folder / "model.safetensors")
+    now = sha256_of(folder / "model.safetensors")
+    change(folder / "model.json", lambda card: card.update(sha256=now))
     with refused(
         "--resume with other weights under the same config",
         ValueError,
-        match=r"model\.weights is not what .* 0123456789ab now",
+        match=rf"model\.weights is not what .* {now[:12]} now",
     ):
         run(config, resume=True)
 

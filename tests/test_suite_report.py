@@ -220,6 +220,7 @@ def test_a_report_never_fails_on_what_a_run_holds(tmp_path: Path, name: str, tex
     assert ("more than 100,000 values" in told) == ("&a" in text)
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
 @pytest.mark.parametrize("odd", ["\x01", "\ud800", "\uffff", "$x^$"])
 def test_a_report_never_fails_on_a_name(tmp_path: Path, odd: str) -> None:
     """In JSON a name may have what neither XML nor UTF-8 has."""
