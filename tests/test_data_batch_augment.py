@@ -46,6 +46,16 @@ def test_a_resized_crop_is_torchvisions(images, interpolation, size_px):
         assert (crop.int() - expected.int()).abs().max() <= (interpolation != "nearest")
 
 
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_large_images_whose_weights_are_in_no_table_are_resized_alike(
+    images, interpolation, monkeypatch
+):
+    boxes = random_boxes(draws(6, 22), 20, (0.08, 1.0), (3 / 4, 4 / 3))
+    found = resized_crops(images, boxes, 12, interpolation)
+    monkeypatch.setattr(batch_augment, "_TABLE_BYTES", 0)
+    assert resized_crops(images, boxes, 12, interpolation).equal(found)
+
+
 def test_a_box_lies_in_its_image_and_follows_torchvisions_law():
     boxes = random_boxes(draws(4000, 22), 32, (0.3, 1.0), (3 / 4, 4 / 3))
     assert (boxes[:, :2] >= 0).all()
