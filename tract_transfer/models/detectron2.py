@@ -1,9 +1,8 @@
 """The detector of detectron2, where that is installed: the registry itself does not import it."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from types import ModuleType
 from typing import Any, Literal
 
 from tract_transfer.models.backbones import Backbone
@@ -44,14 +43,14 @@ def detectron2_detector(
             "detectron2 needs a backbone for images of any size, and this one takes "
             f"{backbone.image_size_px} px alone."
         )
-    parts = _import_parts()
+    build_c4, build_fpn = _import_builders()
     if neck == "c4" and num_levels is not None:
         raise ValueError("num_levels: is of neck fpn; c4 reads one map. Leave it out.")
     if neck == "c4":
-        build = parts.build_c4
+        build = build_c4
     else:
         levels = num_levels or min(4, len(backbone.pyramid()))
-        build = partial(parts.build_fpn, num_levels=levels)
+        build = partial(build_fpn, num_levels=levels)
     detector: TwoStageDetector = build(
         backbone,
         num_classes,
@@ -63,15 +62,15 @@ def detectron2_detector(
     return detector
 
 
-def _import_parts() -> ModuleType:
+def _import_builders() -> tuple[Callable[..., Any], Callable[..., Any]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what detectron2 itself imports
-            from tract_transfer.models import detectron2_parts
+            from tract_transfer.models.detectron2_parts import build_c4, build_fpn
     except ImportError as error:
         raise ImportError(
             "The detector detectron2 needs the package detectron2, which has no release on the "
             "package index. Install it from its source, as docs/detectron2.md tells, or use "
             f"torchvision_fpn ({error})."
         ) from error
-    return detectron2_parts
+    return build_c4, build_fpn
