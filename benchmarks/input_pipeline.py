@@ -126,10 +126,17 @@ class Ways:
 def images_per_second(batches: Iterator[Any], count: int) -> float:
     """Take `count` batches after a first one, which starts the workers."""
     next(batches)
+    _wait_for_device()
     started = time.perf_counter()
     for _ in itertools.islice(batches, count):
         pass
+    _wait_for_device()
     return count * BATCH_SIZE / (time.perf_counter() - started)
+
+
+def _wait_for_device() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ FOREIGN = (
 )
 # Section -> the parts of the package it is about; the first that fits.
 SECTIONS = {
-    "Configs": ("config",),
+    "Configs": ("config", "check_args"),
     "Data": ("data/", "check_data", "build_data", "build_batches", "check_streams"),
     "Models and weights": ("models/", "build_model", "build_weights", "trained", "export"),
     "TrAct": ("tract/", "joined_optimizer"),

@@ -37,6 +37,8 @@ STATEFUL = (
     "evaluation.every_iters=4",
     "tract={enabled: true, update_every: 2}",
 )
+# Its step walks through memory, where weights lie otherwise than what a checkpoint brings back.
+BY_CHANNELS = "{optimizer: adamw, momentum: null, optimizer_args: {fused: true}}"
 
 
 @pytest.mark.parametrize(
@@ -45,8 +47,9 @@ STATEFUL = (
         ("{optimizer: sgd, momentum: 0.9}", 0),
         ("{optimizer: adamw, momentum: null}", 2),
         ("{optimizer: adam, momentum: null, first_layer: {optimizer: sgd, lr: 0.1}}", 0),
+        (BY_CHANNELS, 0),
     ],
-    ids=["sgd", "adamw, workers", "first layer by sgd"],
+    ids=["sgd", "adamw, workers", "first layer by sgd", "fused, channels last"],
 )
 @pytest.mark.parametrize("killed_at", [1, 5, 7])
 def test_a_killed_run_resumes_to_the_same_bits(
@@ -56,6 +59,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
         return load_tiny(
             tmp_path, f"solver={optimizer}", *STATEFUL, *CARVED,
             f"output_dir={tmp_path / name}", f"data.num_workers={workers}",
+            f"engine.channels_last={'true' if optimizer == BY_CHANNELS else 'false'}",
         )  # fmt: skip
 
     killed, resumed = config("killed", num_workers), config("killed", 0)

@@ -157,8 +157,6 @@ def test_what_a_fused_step_would_spoil_is_not_fused():
     """Weights whose memory is in another order than that of the state a checkpoint brings back."""
     net = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
     assert not build_optimizer(net, optimizer="adamw", lr=0.1).defaults["fused"]
-    with pytest.raises(ValueError, match=r"fused: a fused step needs contiguous weights.*channels"):
-        build_optimizer(net, optimizer="adamw", lr=0.1, optimizer_args={"fused": True})
     assert not build_optimizer(model(), optimizer="sgd", lr=0.1).defaults["fused"]
 
 

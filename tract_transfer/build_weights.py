@@ -11,7 +11,7 @@ from tract_transfer.check_args import check_backbone_args, wrong_argument
 from tract_transfer.config import Config
 from tract_transfer.config_file import ConfigError, read_config_file
 from tract_transfer.config_sections import BackboneConfig
-from tract_transfer.engine.checkpoint import STATE_NAME, verified
+from tract_transfer.engine.checkpoint import is_checkpoint, verified
 from tract_transfer.models import Backbone, build_backbone
 from tract_transfer.models.weights import (
     WeightsError,
@@ -61,7 +61,7 @@ def build_with_weights(config: Config) -> Backbone:
     if from_file:
         options = section.model_dump(include={"ignore_missing", "adapt_stem"})
         try:
-            if path.is_file() and (path.parent / STATE_NAME).is_file():
+            if path.is_file() and is_checkpoint(path.parent):
                 verified(path.parent)
             load_weights(backbone, path, **options)
         except (FileNotFoundError, ValueError) as error:

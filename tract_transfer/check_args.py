@@ -1,10 +1,12 @@
 """The bridge's check of `args`: what a config gives an entry, against the entry's signature."""
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import timm
+import torch
 import torchvision
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
@@ -91,12 +93,13 @@ def _constructor_types(name: str) -> dict[str, Any]:
     kind, _, model_name = name.partition("/")
     if kind == "cifar" and model_name in ZOO:
         kind, _, model_name = ZOO[model_name].source.partition("/")
-    if kind == "timm" and timm.is_model(model_name):
-        model = timm.create_model(model_name)
-    elif kind == "torchvision" and model_name in torchvision.models.list_models():
-        model = torchvision.models.get_model(model_name)
-    else:
-        return {}
+    with torch.device("meta"):  # for its class alone, without memory
+        if kind == "timm" and timm.is_model(model_name):
+            model = timm.create_model(model_name)
+        elif kind == "torchvision" and model_name in torchvision.models.list_models():
+            model = torchvision.models.get_model(model_name)
+        else:
+            return {}
     return {
         each.name: Any if each.annotation is each.empty else each.annotation
         for each in inspect.signature(type(model)).parameters.values()
@@ -111,11 +114,18 @@ def _check(
     key: str,
     config: Config,
 ) -> None:
-    keywords = {each.name: (each.annotation, each.default) for each in parameters}
-    strict = ConfigDict(extra="forbid", strict=True)
+    keywords = {
+        each.name: (
+            Any if each.annotation is each.empty else each.annotation,
+            ... if each.default is each.empty else each.default,
+        )
+        for each in parameters
+        if each.kind is not each.VAR_POSITIONAL
+    }
+    strict = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
     schema = create_model("Args", __config__=strict, **cast(Mapping[str, Any], keywords))
     try:
-        schema.model_validate(args)
+        schema.model_validate_json(json.dumps(dict(args)))  # JSON's lists may be tuples
     except ValidationError as error:
         problem = error.errors()[0]
         wrong = ".".join(str(part) for part in problem["loc"])

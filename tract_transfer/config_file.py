@@ -199,7 +199,7 @@ def explain_all(
 
 def _places_of(message: str, origins: Origins) -> str:
     """Return where the keys that a message names were set: several files may disagree."""
-    keys = dict.fromkeys(re.findall(r"[a-z_]+(?:\.[a-z_]+)+", message))
+    keys = dict.fromkeys(re.findall(r"[a-z_][a-z0-9_]*(?:\.[a-z_][a-z0-9_]*)+", message))
     return "; ".join(f"{key}: {origins[key]}" for key in keys if key in origins)
 
 

@@ -96,8 +96,8 @@ def build_optimizer(
 def _choose_fused(optimizer: str, arguments: dict[str, Any], model: nn.Module) -> None:
     """Take the fused step of torch's Adam and AdamW where nothing else is asked for.
 
-    It walks through memory and not by strides: weights must be contiguous, as the state is that a
-    checkpoint brings back.
+    It walks through memory and not by strides, so that weights, gradients and moments must lie
+    alike: by default weights are contiguous.
 
     Raises:
         ValueError: it is asked for where it computes something else.
@@ -108,11 +108,6 @@ def _choose_fused(optimizer: str, arguments: dict[str, Any], model: nn.Module) -
             "solver.optimizer_args.fused: torch's fused SGD begins with arbitrary momentum where a "
             "gradient scaler skips the first step, and fails where a gradient comes later than the "
             "others. Leave it out."
-        )
-    if arguments.get("fused") and not contiguous:
-        raise ValueError(
-            "solver.optimizer_args.fused: a fused step needs contiguous weights, as resumed "
-            "momentum is. Leave it out, or set engine.channels_last: false."
         )
     devices = {each.device.type for each in model.parameters()}
     told = arguments.keys() & {"fused", "foreach", "capturable", "differentiable"}

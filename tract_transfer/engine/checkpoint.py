@@ -218,6 +218,15 @@ class Checkpointer:
         return self.folder / f"iter_{iteration:07d}"
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of ours, whole or not: others have a state.json too."""
+    try:
+        content = json.loads((folder / STATE_NAME).read_bytes())
+        return isinstance(content, dict) and content.keys() >= {"sha256", "parts"}
+    except (OSError, ValueError):
+        return folder.name.startswith("iter_") and (folder / STATE_NAME).exists()
+
+
 def verified(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's state.json, all of whose files are what was written.
 
