@@ -8,6 +8,7 @@ is neither used nor changed.
 import atexit
 import multiprocessing
 import signal
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -185,6 +186,8 @@ def _end_workers_at_exit() -> None:
     """multiprocessing sends SIGTERM to those still there, and would wait for them forever."""
 
     def end() -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
         for worker in multiprocessing.active_children():
             if worker.daemon:
                 worker.kill()
