@@ -26,6 +26,13 @@ def make(tmp_path):
     return build
 
 
+def wait_for(text, file):
+    end = time.monotonic() + 60
+    while not file.exists() or text not in file.read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 def test_an_attempt_returns_its_exit_code_and_appends_to_its_log(make):
     script = "import os, sys; print(os.environ['A']); print('why', file=sys.stderr); sys.exit(4)"
     assert [make(script, A="one")(), make(script, A="two")()] == [4, 4]
@@ -38,13 +45,39 @@ def test_a_file_stops_an_attempt_wherever_it_runs(make):
     codes = []
     thread = threading.Thread(target=lambda: codes.append(attempt()))
     thread.start()
-    end = time.monotonic() + 60
-    while not attempt.log.exists() or "ready" not in attempt.log.read_text():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_for("ready", attempt.log)
     attempt.stop(signal.SIGTERM)
     thread.join(60)
     assert codes == [9]
+
+
+COUNTS = """
+import signal, sys, time
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
+print("ready", flush=True)
+while not signals:
+    time.sleep(0.01)
+print("ending", flush=True)
+time.sleep(0.5)
+sys.exit(20 + len(signals))
+"""
+
+
+def test_who_was_stopped_is_sent_no_second_signal_where_slurm_takes_the_machine_back(make):
+    """Which would end it before its checkpoint is written."""
+    pytest.importorskip("submitit")
+    attempt = make(COUNTS)
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(attempt()))
+    thread.start()
+    wait_for("ready", attempt.log)
+    attempt.stop(signal.SIGTERM)
+    wait_for("ending", attempt.log)
+    again = attempt.checkpoint().function
+    thread.join(60)
+    assert codes == [21]
+    assert again() == 128 + signal.SIGTERM  # it was stopped, so it does not begin anew
 
 
 def test_an_attempt_that_was_stopped_in_the_queue_does_not_begin(make):

@@ -40,6 +40,7 @@ class Attempt:
     stop_file: Path
     folder: Path = field(default_factory=Path.cwd)
     _process: "subprocess.Popen[bytes] | None" = field(default=None, init=False, repr=False)
+    _was_told: bool = field(default=False, init=False, repr=False)
 
     def start(self, *, ends_with_this: bool = False) -> "subprocess.Popen[bytes]":
         """Start the process in a session of its own: a terminal's Ctrl-C is not for it.
@@ -64,12 +65,11 @@ class Attempt:
         """Run the command to its end; return its exit code, below 0 of a signal."""
         if (number := _read_number(self.stop_file)) is not None:
             return 128 + number  # told to end while it queued
+        self._was_told = False  # it may have been, in a job before
         process = self._process = self.start(ends_with_this=True)
-        told = False
         while (code := process.poll()) is None:
-            if not told and (number := _read_number(self.stop_file)) is not None:
-                process.send_signal(number)
-                told = True
+            if (number := _read_number(self.stop_file)) is not None:
+                self._tell(process, number)
             time.sleep(_POLL_SECONDS)
         return code
 
@@ -83,10 +83,16 @@ class Attempt:
         import submitit
 
         if self._process is not None:
-            self._process.send_signal(signal.SIGTERM)
+            self._tell(self._process, signal.SIGTERM)
             self._process.wait()
             self._process = None  # no process can be pickled
         return submitit.helpers.DelayedSubmission(self)
+
+    def _tell(self, process: "subprocess.Popen[bytes]", number: int) -> None:
+        """Send a signal, if none was sent: a second would end the run without a checkpoint."""
+        if not self._was_told:
+            process.send_signal(number)
+            self._was_told = True
 
 
 def wait_for_leftovers(
