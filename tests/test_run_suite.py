@@ -189,8 +189,11 @@ class Launcher:
     def stop(self, number):
         self.stops.append(number)
 
-    def end_leftovers(self, handles):
+    def ask_leftovers(self, handles):
         self.left = handles
+
+    def end_leftovers(self, handles):
+        assert handles == self.left
 
 
 @pytest.fixture

@@ -156,6 +156,13 @@ def test_what_a_failed_run_has_started_ends_with_it(attempt):
         time.sleep(0.02)
 
 
+def end_leftovers(handles):
+    """As a suite does that comes after a killed one."""
+    launcher = make()
+    launcher.ask_leftovers(handles)
+    launcher.end_leftovers(handles)
+
+
 def test_leftovers_are_let_end_and_others_are_left_alone(attempt):
     killed = make()
     handle = killed.start(run_of(), attempt(ON_TERM))
@@ -164,7 +171,7 @@ def test_leftovers_are_let_end_and_others_are_left_alone(attempt):
     try:
         # The same number, but of a process that began at another time.
         reused = {"pid": bystander.pid, "started": psutil.Process(bystander.pid).create_time() - 9}
-        make().end_leftovers([handle, reused, {"pid": 2**22 + 1, "started": 0.0}, {}])
+        end_leftovers([handle, reused, {"pid": 2**22 + 1, "started": 0.0}, {}])
         assert wait(killed)[0][1] == 7
         assert bystander.poll() is None
     finally:
@@ -195,7 +202,7 @@ def test_a_leftover_that_ends_already_is_sent_no_second_signal(attempt, asked):
         killed.stop(signal.SIGTERM)
         wait_for("ending", attempt().log)
         handle["asked"] = int(signal.SIGTERM)
-    make().end_leftovers([handle])
+    end_leftovers([handle])
     assert wait(killed)[0][1] == 21
 
 
@@ -206,7 +213,7 @@ def test_a_leftover_has_its_time_and_is_then_killed(attempt, monkeypatch, caplog
     handle = killed.start(run_of(), attempt(COUNTS.replace("0.5", "60")))
     wait_for("ready", attempt().log)
     with caplog.at_level("INFO"):
-        make().end_leftovers([handle])
+        end_leftovers([handle])
     assert wait(killed)[0][1] == -9
     said = [record.message for record in caplog.records]
     assert said[0].startswith("Still at work for the suite that was here before: 1. Each writes")

@@ -131,7 +131,10 @@ def test_a_job_that_is_preempted_queues_again_and_goes_on(begun, tmp_path):
 
 def test_the_job_of_a_suite_that_was_killed_ends_before_the_next_begins(begun, tmp_path):
     _, _, handle, _ = begun
-    SlurmLauncher(tmp_path / "slurm", 1, cluster="local").end_leftovers([handle, {}])
+    later = SlurmLauncher(tmp_path / "slurm", 1, cluster="local")
+    later.ask_leftovers([handle, {}])
+    later.end_leftovers([handle, {}])
+    assert handle["asked"] == signal.SIGTERM
     assert (tmp_path / "checkpoint").exists()
     assert not processes_in(tmp_path)
 
@@ -174,7 +177,9 @@ def test_a_job_of_which_nothing_is_known_is_not_cancelled_while_it_may_run(
         result.touch()
 
     monkeypatch.setattr(attempt_module.time, "sleep", later)
-    slurm.end_leftovers([{"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}])
+    handles = [{"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}]
+    slurm.ask_leftovers(handles)
+    slurm.end_leftovers(handles)
     assert (tmp_path / "plan/a.stop").read_text() == "15"
     cancelled = [line for line in called.read_text().splitlines() if line.startswith("scancel")]
     assert cancelled == ["scancel --state=PENDING 7"]
@@ -183,7 +188,9 @@ def test_a_job_of_which_nothing_is_known_is_not_cancelled_while_it_may_run(
 def test_a_job_that_does_not_end_is_cancelled_in_the_end(slurm, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(attempt_module, "ENDING_SECONDS", 0.2)
     monkeypatch.setattr(launch_slurm, "_CANCEL_SECONDS", 0.2)
-    slurm.end_leftovers([{"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}])
+    handles = [{"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}]
+    slurm.ask_leftovers(handles)
+    slurm.end_leftovers(handles)
     lines = (tmp_path / "called").read_text().splitlines()
     cancelled = [line for line in lines if line.startswith("scancel")]
     assert cancelled == ["scancel --state=PENDING 7", "scancel 7"]

@@ -22,6 +22,7 @@ from tract_transfer.suite.execute import Execution
 from tract_transfer.suite.folder import Found, look, read_weights_sha256
 from tract_transfer.suite.journal import KEPT_NAME, Job, Journal, SuiteLock
 from tract_transfer.suite.launchers import Handle, Launcher
+from tract_transfer.suite.leftovers import end_leftovers
 from tract_transfer.suite.plan import PlannedRun
 from tract_transfer.suite.progress import result_in_words
 from tract_transfer.suite.screen import Lines, LiveTable
@@ -161,8 +162,7 @@ def carry_out(
     left = lock.acquire()
     remove_leftovers(suite.folder / PLAN_NAME)
     try:
-        launcher.end_leftovers(list(left.values()))
-        lock.tell({})
+        end_leftovers(launcher, lock, left)
         others = suite.take_stock()
         if not set_aside:
             refuse_others(others)

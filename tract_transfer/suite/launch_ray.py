@@ -103,6 +103,9 @@ class RayLauncher:
             if number == -_KILLED:
                 self._ray.cancel(reference, force=True)
 
+    def ask_leftovers(self, handles: Sequence[Handle]) -> None:
+        """There are none: tasks end with their driver."""
+
     def end_leftovers(self, handles: Sequence[Handle]) -> None:
         """There are none: tasks end with their driver."""
 

@@ -123,16 +123,19 @@ class SlurmLauncher:
             else:
                 self._cancel_queued(job)
 
-    def end_leftovers(self, handles: Sequence[Handle]) -> None:
-        """Let the jobs of a suite that was killed write a checkpoint and end."""
-        left = []
+    def ask_leftovers(self, handles: Sequence[Handle]) -> None:
+        """Tell the jobs of a suite that was killed to end, by a file that each heeds once."""
         for handle in handles:
             if "job" in handle:
                 stop_file = Path(handle["stop_file"])
                 stop_file.parent.mkdir(parents=True, exist_ok=True)
                 stop_file.write_text(str(int(signal.SIGTERM)))
-                left.append(self._job(handle["job"]))
-                self._cancel_queued(left[-1])
+                self._cancel_queued(self._job(handle["job"]))
+                handle["asked"] = int(signal.SIGTERM)
+
+    def end_leftovers(self, handles: Sequence[Handle]) -> None:
+        """Let the jobs that were asked write a checkpoint and end."""
+        left = [self._job(handle["job"]) for handle in handles if "job" in handle]
         late = wait_for_leftovers(left, self._has_ended)
         for job in late:
             logger.warning(

@@ -37,8 +37,11 @@ class Launcher(Protocol):
     def stop(self, number: int) -> None:
         """Ask all attempts to write a checkpoint and end; SIGKILL ends them at once."""
 
+    def ask_leftovers(self, handles: Sequence[Handle]) -> None:
+        """Ask what another process left to write a checkpoint and end; mark it `asked`."""
+
     def end_leftovers(self, handles: Sequence[Handle]) -> None:
-        """End what a process before this one has started and not ended, by a checkpoint."""
+        """Wait until what was asked has ended; what does not end in its time is killed."""
 
     def close(self) -> None:
         """Let go of what it holds."""
@@ -119,16 +122,20 @@ class LocalLauncher:
             elif process.poll() is None:
                 process.send_signal(number)
 
-    def end_leftovers(self, handles: Sequence[Handle]) -> None:
-        """Let processes of a killed suite write a checkpoint and end.
+    def ask_leftovers(self, handles: Sequence[Handle]) -> None:
+        """Send processes of a killed suite SIGTERM.
 
         One that was sent a signal before is sent no other: a second would end it at once.
         """
-        alive = [handle for handle in handles if _is_same(handle)]
-        for handle in alive:
-            if not handle.get("asked"):
+        for handle in handles:
+            if not handle.get("asked") and _is_same(handle):
                 with suppress(ProcessLookupError):
                     os.kill(handle["pid"], signal.SIGTERM)
+                handle["asked"] = int(signal.SIGTERM)
+
+    def end_leftovers(self, handles: Sequence[Handle]) -> None:
+        """Let processes that were asked write a checkpoint and end."""
+        alive = [handle for handle in handles if _is_same(handle)]
         for handle in wait_for_leftovers(alive, lambda handle: not _is_same(handle)):
             logger.warning(
                 "Process %d did not end: it is killed, and its run goes on from the checkpoint "
