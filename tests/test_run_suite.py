@@ -163,6 +163,8 @@ def test_an_attempt_has_the_whole_config_in_a_file(make):
 class Launcher:
     """Finishes every run at once; sends this process a signal with the first, if it is to."""
 
+    name = "local"
+
     def __init__(self, number=None):
         self.number, self.started, self.stops, self.left = number, [], [], None
         self._running = []

@@ -10,7 +10,7 @@ import pytest
 
 from tract_transfer.suite import attempt as attempts
 from tract_transfer.suite.attempt import Attempt
-from tract_transfer.suite.launchers import LocalLauncher, find_gpus, this_machine
+from tract_transfer.suite.launchers import LocalLauncher, find_gpus, find_launcher, this_machine
 from tract_transfer.suite.plan import PlannedRun, Resources
 
 ON_TERM = """
@@ -166,6 +166,7 @@ def end_leftovers(handles):
 def test_leftovers_are_let_end_and_others_are_left_alone(attempt):
     killed = make()
     handle = killed.start(run_of(), attempt(ON_TERM))
+    assert find_launcher(handle) == LocalLauncher.name
     wait_for("ready", attempt().log)
     bystander = subprocess.Popen(["sleep", "60"])
     try:

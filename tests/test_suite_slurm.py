@@ -15,6 +15,7 @@ from tract_transfer.suite import attempt as attempt_module
 from tract_transfer.suite import launch_slurm
 from tract_transfer.suite.attempt import Attempt
 from tract_transfer.suite.launch_slurm import SlurmLauncher
+from tract_transfer.suite.launchers import find_launcher
 from tract_transfer.suite.plan import PlannedRun, Resources
 
 pytest.importorskip("submitit")
@@ -131,6 +132,7 @@ def test_a_job_that_is_preempted_queues_again_and_goes_on(begun, tmp_path):
 
 def test_the_job_of_a_suite_that_was_killed_ends_before_the_next_begins(begun, tmp_path):
     _, _, handle, _ = begun
+    assert find_launcher(handle) == SlurmLauncher.name
     later = SlurmLauncher(tmp_path / "slurm", 1, cluster="local")
     later.ask_leftovers([handle, {}])
     later.end_leftovers([handle, {}])

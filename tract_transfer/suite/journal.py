@@ -111,11 +111,15 @@ class Journal:
 
 
 class SuiteLock:
-    """Keeps a second process out of a suite's folder; the system frees it when this one dies."""
+    """Keeps a second process out of a suite's folder; the system frees it when this one dies.
+
+    Attributes:
+        owner_file: tells who is at work, and on what.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._lock = filelock.FileLock(folder / _LOCK_NAME)
-        self._owner = folder / _OWNER_NAME
+        self.owner_file = folder / _OWNER_NAME
         self._jobs: dict[str, Any] = {}
 
     def acquire(self) -> dict[str, Any]:
@@ -129,14 +133,14 @@ class SuiteLock:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
-            owner = _read(self._owner)
+            owner = _read(self.owner_file)
             raise FileExistsError(
-                f"{self._owner.parent}: another run_suite is at work here (process "
+                f"{self.owner_file.parent}: another run_suite is at work here (process "
                 f"{owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}). Wait for "
                 "it, or end it, or set another output_dir."
             ) from None
-        remove_leftovers(self._owner.parent)
-        left = _read(self._owner).get("jobs")
+        remove_leftovers(self.owner_file.parent)
+        left = _read(self.owner_file).get("jobs")
         left = left if isinstance(left, dict) else {}
         self.tell(left)
         return left
@@ -146,12 +150,12 @@ class SuiteLock:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         self._jobs = dict(jobs)
-        write_json(self._owner, {**owner, "jobs": self._jobs})
+        write_json(self.owner_file, {**owner, "jobs": self._jobs})
 
     def release(self) -> None:
         """Leave the folder to others, with word of the jobs that are not known to have ended."""
         if not self._jobs:
-            self._owner.unlink(missing_ok=True)
+            self.owner_file.unlink(missing_ok=True)
         self._lock.release()
 
 

@@ -25,6 +25,8 @@ class RayLauncher:
         ImportError: Ray is not installed.
     """
 
+    name = "ray"
+
     def __init__(
         self, address: str | None, workers: int | None, *, num_cpus: int | None = None
     ) -> None:

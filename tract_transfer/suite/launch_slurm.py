@@ -35,6 +35,8 @@ class SlurmLauncher:
         ValueError: there is no Slurm on this machine.
     """
 
+    name = "slurm"
+
     def __init__(self, folder: Path, workers: int | None, *, cluster: str = "slurm") -> None:
         try:
             import submitit

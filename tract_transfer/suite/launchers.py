@@ -20,7 +20,13 @@ logger = logging.getLogger(__name__)
 
 
 class Launcher(Protocol):
-    """Starts attempts, and tells how they ended."""
+    """Starts attempts, and tells how they ended.
+
+    Attributes:
+        name: as --launcher has it.
+    """
+
+    name: str
 
     def check(self, runs: Sequence[PlannedRun]) -> None:
         """Refuse runs that this launcher can never start: a ValueError names key and fix."""
@@ -55,6 +61,8 @@ class LocalLauncher:
         gpus: names of the GPUs, as CUDA_VISIBLE_DEVICES has them.
         memory_gb: of the machine.
     """
+
+    name = "local"
 
     def __init__(self, workers: int, *, cores: int, gpus: Sequence[str], memory_gb: float) -> None:
         self.workers, self.cores, self.memory_gb = workers, cores, memory_gb
@@ -174,6 +182,16 @@ def this_machine(workers: int) -> LocalLauncher:
         cores = os.cpu_count() or 1
     memory_gb = psutil.virtual_memory().total / 2**30
     return LocalLauncher(workers, cores=cores, gpus=find_gpus(os.environ), memory_gb=memory_gb)
+
+
+def find_launcher(handle: Handle) -> str | None:
+    """Return the name of the launcher that can end a handle's attempt; None where it is gone.
+
+    Of Ray's nothing is left, and of this machine's what still lives; Slurm alone knows of its jobs.
+    """
+    if "job" in handle:
+        return "slurm"
+    return "local" if _is_same(handle) else None
 
 
 def find_gpus(environment: Mapping[str, str]) -> list[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from tract_transfer.suite.journal import SuiteLock
-from tract_transfer.suite.launchers import Handle, Launcher
+from tract_transfer.suite.launchers import Handle, Launcher, find_launcher
 
 
 def end_leftovers(launcher: Launcher, lock: SuiteLock, left: Mapping[str, Handle]) -> None:
@@ -15,7 +15,11 @@ def end_leftovers(launcher: Launcher, lock: SuiteLock, left: Mapping[str, Handle
     Args:
         lock: taken.
         left: what `lock.acquire` has returned: job -> how to find it.
+
+    Raises:
+        FileExistsError: another launcher has started some of it; nothing was ended.
     """
+    _refuse_others(launcher, lock, left)
     handles = list(left.values())
     try:
         launcher.ask_leftovers(handles)
@@ -23,3 +27,17 @@ def end_leftovers(launcher: Launcher, lock: SuiteLock, left: Mapping[str, Handle
         lock.tell(left)
     launcher.end_leftovers(handles)
     lock.tell({})
+
+
+def _refuse_others(launcher: Launcher, lock: SuiteLock, left: Mapping[str, Handle]) -> None:
+    """Refuse what this launcher cannot end: it would run beside the same run, started again."""
+    owners = {job: find_launcher(handle) for job, handle in left.items()}
+    others = [job for job, name in owners.items() if name not in (None, launcher.name)]
+    if others:
+        name = owners[others[0]]
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise FileExistsError(
+            f"{others[0]}{more}: started by --launcher {name}, under which run_suite was killed, "
+            f"and maybe at work still. Nothing was started. Use --launcher {name}: it lets them "
+            f"write a checkpoint and goes on. If they have ended, remove {lock.owner_file}."
+        )
