@@ -23,7 +23,7 @@ class Row:
         metric: empty where no run of the task has finished.
         values: method -> seed -> value; every method has an entry.
         missing: method -> its runs without this metric.
-        seeds: all seeds that runs of the task have or should have had.
+        seeds: all seeds that runs of any task have or should have had.
         differences: method -> its difference to the baseline, over the seeds they share.
         corrected: method -> the p-value of that difference, corrected by Holm for all comparisons
             of downstream tasks; of their primary metrics alone, and where there is a test.
@@ -63,6 +63,7 @@ def compare(runs: Sequence[Run], baseline: str, every_metric: bool = False) -> l
     Means are over all seeds of a method, differences over the seeds it shares with the baseline.
     """
     methods = methods_of(runs, baseline)
+    seeds = sorted({run.seed for run in runs if run.task and run.seed is not None})
     rows = []
     for task in dict.fromkeys(run.task for run in runs if run.task):
         own = [run for run in runs if run.task == task]
@@ -70,7 +71,7 @@ def compare(runs: Sequence[Run], baseline: str, every_metric: bool = False) -> l
         metrics = dict.fromkeys(metric for run in finished for metric in run.metrics)
         first = finished[0].primary_metric if finished else ""
         shown = list(metrics) if every_metric else [first]
-        rows += [_row(own, metric, methods, baseline) for metric in shown]
+        rows += [_row(own, metric, methods, baseline, seeds) for metric in shown]
     rows.sort(key=lambda row: row.role == "pretrain")
     return rows if every_metric else _corrected(rows)
 
@@ -101,7 +102,9 @@ def pairs(
     return differences
 
 
-def _row(runs: list[Run], metric: str, methods: Sequence[str], baseline: str) -> Row:
+def _row(
+    runs: list[Run], metric: str, methods: Sequence[str], baseline: str, seeds: list[int]
+) -> Row:
     values: dict[str, dict[int, float]] = {method: {} for method in methods}
     missing: dict[str, list[Run]] = {method: [] for method in methods}
     for run in runs:
@@ -110,7 +113,8 @@ def _row(runs: list[Run], metric: str, methods: Sequence[str], baseline: str) ->
         elif run.method:
             missing[run.method].append(run)
     finished = [run for run in runs if not run.failure]
-    notes = [*_lonely(values, baseline), *_shared(runs)]
+    notes = [*_lonely(values, baseline), *_absent(values, missing, baseline, seeds)]
+    notes += _shared(runs)
     if differing := _differing(finished):
         notes.append(f"The runs differ in {', '.join(differing)}: compare with care.")
     first = next(iter(finished), runs[0])
@@ -123,7 +127,7 @@ def _row(runs: list[Run], metric: str, methods: Sequence[str], baseline: str) ->
         summaries={m: summarize(list(own.values())) for m, own in values.items() if own},
         differences=pairs(values, baseline),
         notes=notes,
-        seeds=sorted({run.seed for run in runs if run.seed is not None}),
+        seeds=seeds,
     )
 
 
@@ -135,11 +139,37 @@ def _lonely(values: Mapping[str, Mapping[int, float]], baseline: str) -> list[st
             theirs = values.get(other, {})
             alone = sorted(values.get(one, {}).keys() - theirs.keys())
             if alone and theirs:
-                seeds = f"seed{'s' * (len(alone) > 1)} {', '.join(map(str, alone))}"
                 notes.append(
-                    f"{one} {seeds} without a {other} run: in the mean, not in the difference."
+                    f"{one} {_named(alone)} without a {other} run: in the mean, not in the "
+                    "difference."
                 )
     return notes
+
+
+def _absent(
+    values: Mapping[str, Mapping[int, float]],
+    missing: Mapping[str, Sequence[Run]],
+    baseline: str,
+    seeds: Sequence[int],
+) -> list[str]:
+    """Name the seeds that a method has no run of, and `_lonely` does not name."""
+    methods: dict[tuple[int, ...], list[str]] = {}
+    for method, own in values.items():
+        others = [theirs for name, theirs in values.items() if name != method]
+        told = others if method == baseline else [values.get(baseline, {})]
+        begun = {run.seed for run in missing[method]}
+        absent = sorted(set(seeds).difference(own, begun, *told))
+        if own and absent:
+            methods.setdefault(tuple(absent), []).append(method)
+    return [
+        f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} no run of {_named(absent)}, "
+        "which other runs of this report have."
+        for absent, names in methods.items()
+    ]
+
+
+def _named(seeds: Sequence[int]) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def _shared(runs: Sequence[Run]) -> list[str]:

@@ -30,7 +30,8 @@ def html(report: Report) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    for name in ("score", "gap", "spread", "interval", "metric_name", "count_pairs", "is_loss"):
+    names = "score gap spread interval metric_name count_pairs count_seeds is_loss"
+    for name in names.split():
         environment.filters[name] = getattr(wording, name)
     environment.filters["unbroken"] = _unbroken
     problems = list(report.problems)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from tract_transfer.suite.compare import Row
 from tract_transfer.suite.content import Report
 from tract_transfer.suite.speed_up import SpeedUp
+from tract_transfer.suite.statistics import PairedDifference
 from tract_transfer.suite.wording import (
     bounds,
     count_pairs,
+    count_seeds,
     effect,
     factor,
     gap,
@@ -38,10 +40,10 @@ class Table:
     words: int = 1
 
 
-MEANS = "Mean ± standard deviation over seeds."
+MEANS = "Mean ± standard deviation over seeds; (1 of 2): the report has two, and this number one."
 RESULTS = (
-    "Mean ± standard deviation over seeds; differences pair runs of the same seed and are in "
-    "percentage points, with their 95 % t interval and the number of pairs."
+    f"{MEANS} Differences pair runs of the same seed and are in percentage points, with their "
+    "95 % t interval and the number of pairs."
 )
 STATISTICS = (
     "Each comparison with the baseline. sd: of the paired differences. p: two-sided paired t-test; "
@@ -78,14 +80,25 @@ def results_table(rows: Sequence[Row], methods: Sequence[str], baseline: str) ->
         gaps = []
         for method in treated:
             d = row.differences.get(method)
-            count = count_pairs(d, len(row.seeds)) if d else ""
-            count = count.removesuffix("s").removesuffix(" pair")
             gaps.append(
-                f"{gap(d.mean, row.metric)} {interval(d, row.metric)}, {count}" if d else "–"
+                f"{gap(d.mean, row.metric)} {interval(d, row.metric)}, {_pairs(row, d)}"
+                if d
+                else "–"
             )
-        means = [spread(row.summaries.get(method), row.metric) for method in methods]
+        means = [_mean(row, method) for method in methods]
         lines.append([row.task, metric_name(row.metric) or "–", *means, *gaps])
     return Table("results", RESULTS if treated else MEANS, head, lines, words=2)
+
+
+def _mean(row: Row, method: str) -> str:
+    summary = row.summaries.get(method)
+    count = count_seeds(summary, len(row.seeds))
+    return spread(summary, row.metric) + (f" ({count})" if count else "")
+
+
+def _pairs(row: Row, difference: PairedDifference) -> str:
+    """Return the number of pairs for a column that is named so."""
+    return count_pairs(difference, len(row.seeds)).removesuffix("s").removesuffix(" pair")
 
 
 def statistics_table(report: Report) -> Table:
@@ -104,7 +117,7 @@ def statistics_table(report: Report) -> Table:
             effect(d.effect_size),
             bounds(d.bootstrap, row.metric),
             p_value(d.permutation_p),
-            count_pairs(d, len(row.seeds)),
+            _pairs(row, d),
         ]
         for row in report.rows
         for method, d in row.differences.items()

@@ -35,6 +35,13 @@ def spread(summary: Summary | None, metric: str) -> str:
     return score(summary.mean, metric) + deviation
 
 
+def count_seeds(summary: Summary | None, seeds: int) -> str:
+    """Return how many of `seeds` are behind a mean; nothing where it is all of them, or none."""
+    if summary is None or summary.n >= seeds:
+        return ""
+    return f"{summary.n} of {seeds}"
+
+
 def gap(value: float, metric: str) -> str:
     """Return a difference with its sign, in percentage points unless it is of losses."""
     text = score(abs(value), metric)

@@ -1,0 +1,70 @@
+"""Where fewer runs are behind a number than behind others, the report says how many."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from report_runs import page, seen, write_run
+
+from tract_transfer.suite.compare import compare
+from tract_transfer.suite.content import read_report
+from tract_transfer.suite.report import FORMATS, text_table
+from tract_transfer.suite.runs import load_runs
+
+
+def write_two_seeds(root: Path, methods: tuple[str, ...], tasks: tuple[str, ...]) -> list[Path]:
+    return [
+        write_run(root, method, task, seed, {"top1": 0.95 + seed / 50})
+        for method in methods
+        for task in tasks
+        for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("methods", "note"),
+    [
+        (("adamw",), "adamw has no run of seed 1, which other runs of this report have."),
+        (
+            ("vanilla", "tract"),
+            "vanilla and tract have no run of seed 1, which other runs of this report have.",
+        ),
+    ],
+)
+def test_a_seed_that_a_task_lacks_is_told(
+    tmp_path: Path, methods: tuple[str, ...], note: str
+) -> None:
+    folders = write_two_seeds(tmp_path, methods, ("finetune", "other"))
+    for method in methods:
+        shutil.rmtree(tmp_path / method / "finetune" / "seed1")
+    report = read_report([folder for folder in folders if folder.exists()])
+    texts = {suffix: write(report) for suffix, write in FORMATS.items()}
+    assert seen(texts[".html"]).count("95.00 95.00 1 of 2 seeds") == len(methods)
+    assert note in seen(texts[".html"])
+    assert "1 of 2 pairs" in seen(texts[".html"]) or len(methods) == 1
+    for text in (texts[".md"], texts[".tex"], text_table(report.runs, report.baseline)):
+        assert text.count("95.00 (1 of 2)") == len(methods)
+        assert f"finetune: {note}" in text
+    row, other = json.loads(texts[".json"])["results"]
+    assert (row["seeds"], row["notes"]) == ([0, 1], [note])
+    assert [summary["n"] for summary in row["summaries"].values()] == [1] * len(methods)
+    assert other["notes"] == []
+    assert "2 of 2" not in "".join(texts.values())
+
+
+def test_a_seed_that_one_method_lacks_is_told_once(tmp_path: Path) -> None:
+    folders = write_two_seeds(tmp_path, ("vanilla", "tract", "third"), ("finetune",))
+    shutil.rmtree(folders.pop())
+    (row,) = compare(load_runs(folders), "vanilla")
+    assert row.notes == ["vanilla seed 1 without a third run: in the mean, not in the difference."]
+    assert "95.00 (1 of 2)" in text_table(load_runs(folders))
+
+
+def test_a_run_that_did_not_finish_is_counted_and_not_called_absent(tmp_path: Path) -> None:
+    folders = write_two_seeds(tmp_path, ("vanilla",), ("finetune", "other"))
+    (folders[1] / "results.json").unlink()
+    row, _ = compare(load_runs(folders), "vanilla")
+    assert row.notes == []
+    assert "95.00 95.00 1 of 2 seeds seed 1 did not finish" in seen(page(folders, tmp_path))
+    assert "95.00 (1 of 2)" in text_table(load_runs(folders))
