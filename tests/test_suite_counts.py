@@ -68,3 +68,24 @@ def test_a_run_that_did_not_finish_is_counted_and_not_called_absent(tmp_path: Pa
     assert row.notes == []
     assert "95.00 95.00 1 of 2 seeds seed 1 did not finish" in seen(page(folders, tmp_path))
     assert "95.00 (1 of 2)" in text_table(load_runs(folders))
+
+
+def test_a_cost_that_a_run_lacks_is_counted(tmp_path: Path) -> None:
+    """Memory of a resumed run is left out."""
+    folders = write_two_seeds(tmp_path, ("vanilla", "tract"), ("finetune",))
+    resumed = folders[0] / "results.json"
+    results = json.loads(resumed.read_text())
+    del results["cost"]["peak_memory_bytes"]
+    resumed.write_text(json.dumps(results))
+    report = read_report(folders)
+    texts = {suffix: write(report) for suffix, write in FORMATS.items()}
+    memory = "peak memory of the process, MiB"
+    assert f"{memory} 512.0 (1 of 2) 640.0 (× 1.25)" in seen(texts[".html"])
+    assert f"{memory} | 512.0 (1 of 2) | 640.0 (× 1.25) |" in texts[".md"]
+    assert rf"{memory} & 512.0 (1 of 2) & 640.0 ($\times$ 1.25) " in texts[".tex"]
+    costs = {row["quantity"]: row["counts"] for row in json.loads(texts[".json"])["costs"]}
+    assert costs["peak memory of the process"] == {"vanilla": 1, "tract": 2}
+    assert "training, s 31.7 33.7 (× 1.06)" in seen(texts[".html"])
+    shutil.rmtree(folders[2])
+    alone = FORMATS[".md"](read_report([folders[0], folders[1], folders[3]]))
+    assert f"{memory} | 512.0 (1 of 2) | 640.0 (1 of 2; × 1.25) |" in alone

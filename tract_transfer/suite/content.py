@@ -29,12 +29,17 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class CostRow:
-    """What something cost on a task: means over seeds, and as a multiple of the baseline's."""
+    """What something cost on a task: means over seeds, and as a multiple of the baseline's.
+
+    Attributes:
+        counts: method -> the number of seeds behind its mean.
+    """
 
     task: str
     quantity: str
     unit: str
     means: dict[str, float]
+    counts: dict[str, int]
     ratios: dict[str, float]
 
 
@@ -79,6 +84,11 @@ class Report:
     def treated(self) -> list[str]:
         """The methods that are compared with the baseline."""
         return [method for method in self.methods if method != self.baseline]
+
+    @property
+    def seeds(self) -> int:
+        """How many seeds runs of any task have or should have had."""
+        return max((len(row.seeds) for row in self.rows), default=0)
 
     @property
     def unfinished(self) -> list[Run]:
@@ -198,6 +208,7 @@ def _costs(task: str, runs: Sequence[Run], baseline: str) -> list[CostRow]:
             if is_finite(value) and run.seed is not None:
                 values.setdefault(run.method, {})[run.seed] = float(value)
         means = {method: summarize(list(own.values())).mean for method, own in values.items()}
+        counts = {method: len(own) for method, own in values.items()}
         base, ratios = values.get(baseline, {}), {}
         for method, own in values.items():
             shared = base.keys() & own.keys()
@@ -205,7 +216,7 @@ def _costs(task: str, runs: Sequence[Run], baseline: str) -> list[CostRow]:
             if method != baseline and below:
                 ratios[method] = sum(own[seed] for seed in shared) / below
         if means:
-            rows.append(CostRow(task, quantity, unit, means, ratios))
+            rows.append(CostRow(task, quantity, unit, means, counts, ratios))
     return rows
 
 

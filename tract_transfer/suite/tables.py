@@ -58,9 +58,10 @@ SPEED_UPS = (
     "interval: of runs with one and the same schedule, and not of runs planned to be shorter."
 )
 COSTS = (
-    "Means over seeds; × is relative to the baseline, over shared seeds. Times, memory and energy "
-    "compare only between runs on one machine with nothing beside them; memory is without data "
-    "workers, and energy is the whole machine's."
+    "Means over seeds; (1 of 2): the report has two, and this number one; × is relative to the "
+    "baseline, over shared seeds. Times, memory and energy compare only between runs on one "
+    "machine with nothing beside them; memory is without data workers, and energy is the whole "
+    "machine's."
 )
 PAPER = (
     "In percent. The paper's numbers are those of arXiv 2410.23970; what differs in the setup "
@@ -213,9 +214,10 @@ def cost_table(report: Report) -> Table:
         cells = []
         for method in report.methods:
             cell = number(row.means.get(method))
-            if method in row.ratios:
-                cell += f" ({factor(row.ratios[method])})"
-            cells.append(cell)
+            count = row.counts.get(method, 0)
+            told = [f"{count} of {report.seeds}"] if 0 < count < report.seeds else []
+            told += [factor(row.ratios[method])] if method in row.ratios else []
+            cells.append(f"{cell} ({'; '.join(told)})" if told else cell)
         rows.append([row.task, f"{row.quantity}, {row.unit}", *cells])
     return Table("cost", COSTS, ["task", "cost", *report.methods], rows, words=2)
 
