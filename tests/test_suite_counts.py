@@ -11,6 +11,7 @@ from tract_transfer.suite.compare import compare
 from tract_transfer.suite.content import read_report
 from tract_transfer.suite.report import FORMATS, text_table
 from tract_transfer.suite.runs import load_runs
+from tract_transfer.suite.tables import speed_up_table
 
 
 def write_two_seeds(root: Path, methods: tuple[str, ...], tasks: tuple[str, ...]) -> list[Path]:
@@ -89,3 +90,21 @@ def test_a_cost_that_a_run_lacks_is_counted(tmp_path: Path) -> None:
     shutil.rmtree(folders[2])
     alone = FORMATS[".md"](read_report([folders[0], folders[1], folders[3]]))
     assert f"{memory} | 512.0 (1 of 2) | 640.0 (1 of 2; × 1.25) |" in alone
+
+
+def test_seeds_without_epochs_are_counted_as_seeds(tmp_path: Path) -> None:
+    """The method starts above the lowest value, and one seed of it never reaches the highest."""
+    folders = write_two_seeds(tmp_path, ("vanilla", "tract"), ("finetune",))
+    curves = ([0.5, 0.8], [0.5, 0.8], [0.7, 0.9], [0.7, 0.75])
+    for folder, values in zip(folders, curves, strict=True):
+        lines = [
+            json.dumps({"epoch": epoch, "split": "val", "top1": value})
+            for epoch, value in enumerate(values, 1)
+        ]
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
+    table = speed_up_table(read_report(folders))
+    assert [row[3:5] for row in table.rows] == [
+        ["1.3", "before the first in 2 seeds"],
+        ["1.7", "1.3"],
+        ["2.0", "never in 1 seed"],
+    ]

@@ -53,9 +53,10 @@ STATISTICS = (
 )
 SPEED_UPS = (
     "Epochs until an evaluation first reaches a value, by lines between evaluations, mean over "
-    "seeds. The value is a share of what the slowest seed of the baseline ends at. The speed-up is "
-    "the geometric mean over seeds of the baseline's epochs over the method's, with its 95 % t "
-    "interval: of runs with one and the same schedule, and not of runs planned to be shorter."
+    "seeds; before the first: that evaluation was past it already. The value is a share of what "
+    "the slowest seed of the baseline ends at. The speed-up is the geometric mean over seeds of "
+    "the baseline's epochs over the method's, with its 95 % t interval: of runs with one and the "
+    "same schedule, and not of runs planned to be shorter."
 )
 COSTS = (
     "Means over seeds; (1 of 2): the report has two, and this number one; × is relative to the "
@@ -260,11 +261,11 @@ def _percent(mean: float | None, std: float | None) -> str:
 
 
 def _epochs(by_seed: dict[int, float | None]) -> str:
-    """Return the mean epochs of the seeds, or that of some it is not known."""
+    """Return the mean epochs of the seeds, or in how many it is not known, and why."""
     known = [epoch for epoch in by_seed.values() if epoch is not None and epoch < float("inf")]
     if len(known) == len(by_seed):
         return f"{sum(known) / len(known):.1f}"
     never = sum(epoch is not None for epoch in by_seed.values()) - len(known)
-    parts = [f"{never} never"] if never else []
     early = len(by_seed) - len(known) - never
-    return ", ".join([*parts, *([f"{early} before the first"] if early else [])])
+    parts = (("never", never), ("before the first", early))
+    return ", ".join(f"{when} in {n} seed{'s' * (n > 1)}" for when, n in parts if n)
