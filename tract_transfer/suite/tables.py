@@ -40,7 +40,9 @@ class Table:
     words: int = 1
 
 
-MEANS = "Mean ± standard deviation over seeds; (1 of 2): the report has two, and this number one."
+MEANS = (
+    "Mean ± standard deviation over all seeds of the report, or over fewer where it says (1 of 2)."
+)
 RESULTS = (
     f"{MEANS} Differences pair runs of the same seed and are in percentage points, with their "
     "95 % t interval and the number of pairs."
@@ -59,7 +61,7 @@ SPEED_UPS = (
     "same schedule, and not of runs planned to be shorter."
 )
 COSTS = (
-    "Means over seeds; (1 of 2): the report has two, and this number one; × is relative to the "
+    "Means over all seeds, or over fewer where it says (1 of 2); × is relative to the "
     "baseline, over shared seeds. Times, memory and energy compare only between runs on one "
     "machine with nothing beside them; memory is without data workers, and energy is the whole "
     "machine's."
