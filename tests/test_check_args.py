@@ -40,6 +40,7 @@ def test_args_of_any_signature_are_checked(check):
     ("args", "says"),
     [
         ("{depths: [1, two]}", r"args\.depths\.1: .*valid integer.*'two'"),
+        ("{depths: 3}", r"args\.depths: Input should be a list, got 3"),
         ("{free: 2}", r"args\.depths: Field required"),
         ("{depth: [1], depths: [1]}", r"args\.depth: unknown.*depths"),
     ],

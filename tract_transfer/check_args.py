@@ -129,7 +129,8 @@ def _check(
     except ValidationError as error:
         problem = error.errors()[0]
         wrong = ".".join(str(part) for part in problem["loc"])
-        message = f"{problem['msg']}, got {problem['input']!r}."
+        told = problem["msg"].replace("an object", "a mapping").replace("valid array", "list")
+        message = f"{told}, got {problem['input']!r}."
         if problem["type"] == "extra_forbidden":
             message = f"unknown.{did_you_mean(wrong, keywords)}"
         message = f"{message} {name} takes {list(keywords)}."

@@ -84,7 +84,8 @@ class Suite:
             if found.state == "other":
                 others.append((job, found))
             elif found.state == "begun":
-                job.note = f"goes on from {_newest(job.run.folder)}"
+                why = f": {found.why}" if found.why else ""
+                job.note = f"goes on from {_newest(job.run.folder)}{why}"
             elif found.state == "finished" and (needed is None or needed.state == "finished"):
                 job.state, job.config_sha256 = "finished", found.config_sha256
             elif found.state == "finished":
@@ -225,4 +226,4 @@ def _stop_on_signals(execution: Execution) -> Iterator[None]:
 
 def _newest(folder: Path) -> str:
     names = [path.name for path in folder.glob("checkpoints/iter_*")]
-    return max(names, default="the beginning: its results are broken")
+    return max(names, default="the beginning")
