@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from tract_transfer.build_model import build_model
-from tract_transfer.build_weights import check_is_there, makes, published_name
+from tract_transfer.build_weights import check_is_there, maker_of, published_name
 from tract_transfer.config import load_config
 from tract_transfer.config_file import ConfigError
 from tract_transfer.models import build_backbone
@@ -119,8 +119,8 @@ def test_adapt_stem_resamples_patches(load_tiny, tmp_path):
 
 def test_missing_weights_name_the_command_that_makes_them(load_tiny, tmp_path):
     folder = "output/pretrain/cifar10_resnet18"
-    assert makes(folder) == "configs/pretrain/cifar10_resnet18.yaml"
-    assert makes("output/none") is None
+    assert maker_of(folder) == ("configs/pretrain/cifar10_resnet18.yaml", "cifar/resnet18")
+    assert maker_of("output/none") is None
     config = load_tiny(tmp_path, "model.backbone={name: null}", f"model.weights=./{folder}")
     says = (
         r"No weights at output/pretrain/cifar10_resnet18: there is no such file or folder\. "
@@ -129,7 +129,7 @@ def test_missing_weights_name_the_command_that_makes_them(load_tiny, tmp_path):
     if not Path(folder).exists():
         with pytest.raises(ConfigError, match=says):
             build_model(config, 3)
-    assert load_config(ROOT / makes(folder)).output_dir == folder
+    assert load_config(ROOT / maker_of(folder)[0]).output_dir == folder
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from tract_transfer.build_batches import build_train_batches
 from tract_transfer.build_data import build_data
 from tract_transfer.build_model import build_model
 from tract_transfer.data.loader import Batch
+from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.evaluate import evaluate, evaluating
-from tract_transfer.engine.trainer import Hook, Trainer, seed_all
+from tract_transfer.engine.trainer import Hook, Trainer
 
 CPU = torch.device("cpu")
 

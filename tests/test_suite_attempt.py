@@ -3,18 +3,11 @@
 import signal
 import sys
 import threading
-import time
 
 import pytest
+from attempts import COUNTS, ENDS, wait_for
 
 from tract_transfer.suite.attempt import Attempt, on_threads, why_it_ended
-
-SLEEP = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(9))
-print("ready", flush=True)
-time.sleep(60)
-"""
 
 
 @pytest.fixture
@@ -26,13 +19,6 @@ def make(tmp_path):
     return build
 
 
-def wait_for(text, file):
-    end = time.monotonic() + 60
-    while not file.exists() or text not in file.read_text():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def test_an_attempt_returns_its_exit_code_and_appends_to_its_log(make):
     script = "import os, sys; print(os.environ['A']); print('why', file=sys.stderr); sys.exit(4)"
     assert [make(script, A="one")(), make(script, A="two")()] == [4, 4]
@@ -41,27 +27,14 @@ def test_an_attempt_returns_its_exit_code_and_appends_to_its_log(make):
 
 
 def test_a_file_stops_an_attempt_wherever_it_runs(make):
-    attempt = make(SLEEP)
+    attempt = make(ENDS)
     codes = []
     thread = threading.Thread(target=lambda: codes.append(attempt()))
     thread.start()
     wait_for("ready", attempt.log)
     attempt.stop(signal.SIGTERM)
     thread.join(60)
-    assert codes == [9]
-
-
-COUNTS = """
-import signal, sys, time
-signals = []
-signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
-print("ready", flush=True)
-while not signals:
-    time.sleep(0.01)
-print("ending", flush=True)
-time.sleep(0.5)
-sys.exit(20 + len(signals))
-"""
+    assert codes == [7]
 
 
 def test_who_was_stopped_is_sent_no_second_signal_where_slurm_takes_the_machine_back(make):

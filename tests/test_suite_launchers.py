@@ -7,22 +7,11 @@ import time
 
 import psutil
 import pytest
+from attempts import COUNTS, ENDS, run_of, wait, wait_for
 
 from tract_transfer.suite import attempt as attempts
 from tract_transfer.suite.attempt import Attempt
 from tract_transfer.suite.launchers import LocalLauncher, find_gpus, find_launcher, this_machine
-from tract_transfer.suite.plan import PlannedRun, Resources
-
-ON_TERM = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
-print("ready", flush=True)
-time.sleep(60)
-"""
-
-
-def run_of(task="voc", **resources):
-    return PlannedRun("a", "vanilla", task, 0, {}, task, resources=Resources(**resources))
 
 
 def make(workers=1, cores=4, gpus=(), memory_gb=8.0):
@@ -38,22 +27,6 @@ def attempt(tmp_path):
         return Attempt(command, tmp_path / "console.txt", {}, tmp_path / "stop")
 
     return build
-
-
-def wait(launcher, seconds=60):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if done := launcher.ended():
-            return done
-        time.sleep(0.02)
-    raise AssertionError("the attempt did not end")
-
-
-def wait_for(text, file):
-    end = time.monotonic() + 60
-    while not file.exists() or text not in file.read_text():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +105,7 @@ def test_a_stop_lets_a_run_end_by_itself_and_a_kill_does_not(attempt):
     launcher, run = make(), run_of()
     for number, code in ((signal.SIGTERM, 7), (signal.SIGKILL, -9)):
         attempt().log.unlink(missing_ok=True)
-        launcher.start(run, attempt(ON_TERM))
+        launcher.start(run, attempt(ENDS))
         wait_for("ready", attempt().log)
         launcher.stop(number)
         assert wait(launcher) == [(run, code)]
@@ -165,7 +138,7 @@ def end_leftovers(handles):
 
 def test_leftovers_are_let_end_and_others_are_left_alone(attempt):
     killed = make()
-    handle = killed.start(run_of(), attempt(ON_TERM))
+    handle = killed.start(run_of(), attempt(ENDS))
     assert find_launcher(handle) == LocalLauncher.name
     wait_for("ready", attempt().log)
     bystander = subprocess.Popen(["sleep", "60"])
@@ -178,19 +151,6 @@ def test_leftovers_are_let_end_and_others_are_left_alone(attempt):
     finally:
         bystander.kill()
         bystander.wait()
-
-
-COUNTS = """
-import signal, sys, time
-signals = []
-signal.signal(signal.SIGTERM, lambda *_: signals.append(1))
-print("ready", flush=True)
-while not signals:
-    time.sleep(0.01)
-print("ending", flush=True)
-time.sleep(0.5)
-sys.exit(20 + len(signals))
-"""
 
 
 @pytest.mark.parametrize("asked", [False, True])

@@ -2,28 +2,16 @@
 
 import signal
 import sys
-import time
 
 import psutil
 import pytest
+from attempts import ENDS, run_of, wait, wait_for
 
 from tract_transfer.suite.attempt import Attempt
 from tract_transfer.suite.launch_ray import RayLauncher
-from tract_transfer.suite.plan import PlannedRun, Resources
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.slow
-
-SLEEP = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
-print("ready", flush=True)
-time.sleep(60)
-"""
-
-
-def run_of(task="voc", **resources):
-    return PlannedRun("a", "vanilla", task, 0, {}, task, resources=Resources(**resources))
 
 
 @pytest.fixture(scope="module")
@@ -40,22 +28,6 @@ def attempt(tmp_path):
         return Attempt(command, tmp_path / "console.txt", {}, tmp_path / "stop")
 
     return build
-
-
-def wait(launcher, seconds=120):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if done := launcher.ended():
-            return done
-        time.sleep(0.1)
-    raise AssertionError("the task did not end")
-
-
-def wait_for(text, file):
-    end = time.monotonic() + 120
-    while not file.exists() or text not in file.read_text():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -82,7 +54,7 @@ def test_no_more_than_the_workers_are_under_way(launcher, attempt):
 
 def test_a_stop_reaches_the_process_of_a_task(launcher, attempt):
     run = run_of()
-    launcher.start(run, attempt(SLEEP))
+    launcher.start(run, attempt(ENDS))
     wait_for("ready", attempt("").log)
     launcher.stop(signal.SIGTERM)
     assert wait(launcher) == [(run, 7)]
@@ -91,7 +63,7 @@ def test_a_stop_reaches_the_process_of_a_task(launcher, attempt):
 def test_a_worker_that_dies_counts_as_a_kill_of_its_run(launcher, attempt):
     """As when a machine is lost: the suite counts it, tries again, and goes on with the others."""
     run = run_of()
-    launcher.start(run, attempt("import os; print(os.getppid(), flush=True); " + SLEEP))
+    launcher.start(run, attempt("import os; print(os.getppid(), flush=True); " + ENDS))
     wait_for("ready", attempt("").log)
     worker = psutil.Process(int(attempt("").log.read_text().split()[0]))
     left = worker.children()
@@ -134,7 +106,7 @@ def test_a_run_that_goes_on_is_not_waited_for_where_ray_cannot_tell(launcher, at
         raise ray.exceptions.RaySystemError("nothing is known now")
 
     run = run_of()
-    launcher.start(run, attempt(SLEEP))
+    launcher.start(run, attempt(ENDS))
     wait_for("ready", attempt("").log)
     monkeypatch.setattr(ray, "wait", lost)
     assert launcher.ended() == []

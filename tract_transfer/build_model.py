@@ -17,8 +17,8 @@ from tract_transfer.config import (
 )
 from tract_transfer.config_file import ConfigError
 from tract_transfer.config_sections import ComponentConfig, FeatureModelConfig
+from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.evaluate import Evaluator
-from tract_transfer.engine.trainer import seed_all
 from tract_transfer.evaluation import EVALUATORS, ClassificationEvaluator
 from tract_transfer.models import DETECTORS, HEADS, Backbone, Classifier
 from tract_transfer.models.drop_path import set_drop_path

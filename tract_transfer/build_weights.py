@@ -81,7 +81,7 @@ def check_is_there(path: Path, name: str | None = None) -> None:
     """
     if path.exists():
         return
-    maker = _maker(str(path), CONFIGS)
+    maker = maker_of(str(path))
     fixes = ["Set model.weights to a file or run folder."]
     if maker is not None:
         file, name = maker
@@ -128,14 +128,8 @@ def published_name(name: str | None) -> str | None:
     return None
 
 
-def makes(output_dir: str, configs: Path = CONFIGS) -> str | None:
-    """Return the config of this repository whose run writes to `output_dir`, if there is one."""
-    maker = _maker(output_dir, configs)
-    return maker and maker[0]
-
-
-def _maker(output_dir: str, configs: Path) -> tuple[str, str | None] | None:
-    """Return that config, and the backbone that it names."""
+def maker_of(output_dir: str, configs: Path = CONFIGS) -> tuple[str, str | None] | None:
+    """Return the config of this repository whose run writes to `output_dir`, and its backbone."""
     for file in sorted(configs.glob("*/*.yaml")):
         if file.parent.name in ("base", "suites"):
             continue

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tract_transfer.engine.checkpoint import put_tensors, take_tensors
+from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.non_finite import NonFiniteError
-from tract_transfer.engine.trainer import Trainer, seed_all
+from tract_transfer.engine.trainer import Trainer
 from tract_transfer.files import replacing
 
 DEBUG_NAME = "debug_batch.safetensors"

@@ -1,9 +1,11 @@
-"""The same bits again: torch's deterministic algorithms, for as long as a run takes."""
+"""The same bits again: the seeds of an iteration, and torch's deterministic algorithms."""
 
 import contextlib
 import os
+import random
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 
@@ -28,3 +30,12 @@ def deterministic(enabled: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(was, warn_only=warned)
         torch.backends.cudnn.benchmark = benchmark
+
+
+def seed_all(seed: int, iteration: int, process: int) -> None:
+    """Seed python, numpy and torch for one iteration of one process."""
+    words = np.random.SeedSequence((seed, iteration, process)).generate_state(2)
+    value = int(words[0]) << 32 | int(words[1])
+    random.seed(value)
+    np.random.seed(int(words[0]))
+    torch.manual_seed(value)

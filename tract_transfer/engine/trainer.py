@@ -1,13 +1,11 @@
 """The one loop: everything that decides the numbers of a training is in `Trainer.step`."""
 
 import contextlib
-import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -15,6 +13,7 @@ from fvcore.common.param_scheduler import ParamScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.non_finite import StepGuard
 from tract_transfer.engine.protocols import Batch, Ema, GradientStep, Mix, as_it_is
 from tract_transfer.engine.signals import StopRequest
@@ -301,12 +300,3 @@ def _lay_as_weights(optimizer: Optimizer) -> None:
         for name, value in state.items():
             if torch.is_tensor(value) and value.shape == weight.shape:
                 state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-
-
-def seed_all(seed: int, iteration: int, process: int) -> None:
-    """Seed python, numpy and torch for one iteration of one process."""
-    words = np.random.SeedSequence((seed, iteration, process)).generate_state(2)
-    value = int(words[0]) << 32 | int(words[1])
-    random.seed(value)
-    np.random.seed(int(words[0]))
-    torch.manual_seed(value)
