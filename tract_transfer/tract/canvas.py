@@ -4,7 +4,7 @@
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -41,16 +41,26 @@ class Canvas(NamedTuple):
         before, step, count = self.before[axis], self.stride[axis], self.images.shape[2 + axis]
         return range(before // step, min((before + count - 1) // step + 1, self.size[axis]))
 
-    def copy_to(self, target: Tensor, images: slice, first: tuple[int, int]) -> None:
-        """Copy to `target` (b, y, x, C Sy Sx), zero or as before, the tiles from `first` on."""
+    def overlaps(self, target: Tensor, first: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
+        """Views that pair pixels of a target with those of the images that are its tiles.
+
+        Args:
+            target: (b, y, x, C Sy Sx).
+            first: which tile (Y, X) it begins with.
+
+        Returns:
+            Views of the target and of all B images, of one size but for b and B. No view holds the
+            target's tiles, or parts of tiles, that lie outside the images or the canvas.
+        """
         target = target.unflatten(3, (-1, *self.stride))
         sizes = zip(self.stride, self.before, self.images.shape[2:], strict=True)
         parts: Iterable[tuple[int, ...]]
         if all(before % step == size % step == 0 for step, before, size in sizes):
-            source, steps, parts = tiles_of(self.images[images], self.stride), (1, 1), [()]
+            source, steps, parts = tiles_of(self.images, self.stride), (1, 1), [()]
         else:  # Pixel by pixel of a tile.
-            source, steps = self.images[images].movedim(1, 3), self.stride
+            source, steps = self.images.movedim(1, 3), self.stride
             parts = itertools.product(*map(range, self.stride))
+        found = []
         for pixel in parts:
             ours: list[Any] = [slice(None)]
             theirs = [slice(None)]
@@ -58,19 +68,24 @@ class Canvas(NamedTuple):
                 # Tile t begins with pixel, or tile, step t + offset of the source.
                 within = pixel[axis] if pixel else 0
                 offset = within - self.before[axis] * step // self.stride[axis]
-                start, stop = first[axis], first[axis] + target.shape[1 + axis]
-                start = max(start, -(offset // step))
-                stop = max(start, min(stop, -((offset - source.shape[1 + axis]) // step)))
+                filled = -((offset - source.shape[1 + axis]) // step)
+                start = max(first[axis], -(offset // step))
+                stop = min(first[axis] + target.shape[1 + axis], self.size[axis], filled)
+                stop = max(start, stop)
                 ours.append(slice(start - first[axis], stop - first[axis]))
                 theirs.append(slice(start * step + offset, stop * step + offset, step))
             index = (*ours, slice(None), *pixel)
-            target[index].copy_(source[tuple(theirs)])
+            found.append((target[index], source[tuple(theirs)]))
+        return found
 
-    def cut(self, rows: slice, columns: slice) -> Tensor:
-        """Return (B, rows, columns, C Sy Sx)."""
-        ranges = [range(n)[s] for n, s in zip(self.size, (rows, columns), strict=True)]
+    def cut(self, rows: Sequence[range], columns: Sequence[range]) -> Tensor:
+        """Return (B, y, x, C Sy Sx), the tiles of each range after those of the one before."""
+        counts = [list(map(len, ranges)) for ranges in (rows, columns)]
         # The values of a tile first in memory: copied in rows, not in tiles.
-        piece = self.images.new_zeros(self.channels, len(self.images), *map(len, ranges))
+        piece = self.images.new_zeros(self.channels, len(self.images), *map(sum, counts))
         piece = piece.movedim(0, 3)
-        self.copy_to(piece, slice(None), (ranges[0].start, ranges[1].start))
+        for band, own_rows in zip(piece.split(counts[0], 1), rows, strict=True):
+            for part, own_columns in zip(band.split(counts[1], 2), columns, strict=True):
+                for target, source in self.overlaps(part, (own_rows.start, own_columns.start)):
+                    target.copy_(source)
         return piece

@@ -8,8 +8,10 @@ and taken away.
 
 # B images, Y x X positions, C channels, K kernel size, L = 2 K - 1 lags, S slices, Q blocks a slice
 
+import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -40,62 +42,70 @@ def lag_gram(
     Returns:
         (Ky, Ky, Kx, Kx, C, C): taps i, i' along Y, j, j' along X, and channels c, c'.
     """
-    (ky, kx), (oy, ox) = kernel, outputs
-    my, mx = ky - 1, kx - 1
-    lags = _lag_sums(canvas, kernel, dtype)
-    channels = lags.shape[-1]
+    (ky, kx), channels = kernel, canvas.channels
+    if not (canvas.filled(0) and canvas.filled(1)):
+        return canvas.images.new_zeros(ky, ky, kx, kx, channels, channels, dtype=sum_dtype(dtype))
+    forward = _lag_sums(canvas, kernel, dtype)
+    ends = [_ends(canvas, axis, kernel[axis] - 1, outputs[axis]) for axis in range(2)]
+    num_ends = [sum(map(len, each)) for each in ends]
+    lags = [2 * k - 1 for k in kernel]
+    shape = [n + count * count for n, count in zip(lags, num_ends, strict=True)]
+    # All positions at every lag, and the pairs of end rows; for each, the same along X.
+    sums = forward.new_zeros(*shape, channels, channels)
+    sums[ky - 1 : lags[0], : lags[1]] = forward
     # A sum at lag (-dy, -dx) of (c, c') is that at (dy, dx) of (c', c).
-    lags = torch.cat([lags[1:].flip(0, 1).mT, lags])
-    sums = lags.new_zeros(2 * ky - 1 + 2 * my * my, 2 * kx - 1 + 2 * mx * mx, channels, channels)
-    sums[: 2 * ky - 1, : 2 * kx - 1] = lags
+    sums[: ky - 1, : lags[1]] = forward[1:].flip(0, 1).mT
 
-    def ends(count: int, last: int, along: int) -> list[Tensor]:
-        """The first and the last rows (columns), rounded as the products' are: (B, Y, X, C)."""
-        pieces = [slice(first, first + count) for first in (0, last)]
-        cuts = [(piece, slice(None)) if along == 0 else (slice(None), piece) for piece in pieces]
-        return [canvas.cut(*cut).to(dtype).to(lags.dtype) for cut in cuts]
+    def cut(rows: Sequence[range], columns: Sequence[range]) -> Tensor:
+        """(B, y, x, C), rounded as the products' factors are."""
+        return canvas.cut(rows, columns).to(dtype).to(sums.dtype)
 
-    if my:
-        rows = ends(my, oy, along=0)
-        pairs = _end_sums([end.transpose(1, 2) for end in rows], kx)  # (E, lag, my, C, my, C)
-        sums[2 * ky - 1 :, : 2 * kx - 1] = pairs.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-    if mx:
-        pairs = _end_sums(ends(mx, ox, along=1), ky)  # (E, lag, mx, C, mx, C)
-        pairs = pairs.permute(1, 0, 2, 4, 3, 5).flatten(1, 3)
-        sums[: 2 * ky - 1, 2 * kx - 1 :] = pairs
-    if my and mx:
-        corners = [end[:, :, x : x + mx].flatten(1) for end in rows for x in (0, ox)]
-        stacked = torch.stack(corners)  # (E E', B, my mx C)
-        pairs = torch.bmm(stacked.mT, stacked).view(2, 2, my, mx, channels, my, mx, channels)
-        pairs = pairs.permute(0, 2, 5, 1, 3, 6, 4, 7)
-        sums[2 * ky - 1 :, 2 * kx - 1 :] = pairs.flatten(3, 5).flatten(0, 2)
-    weights_y, weights_x = (_tap_pairs(k, sums.dtype, sums.device) for k in kernel)
+    if num_ends[0]:
+        rows = cut(ends[0], [canvas.filled(1)])
+        pairs = _end_sums(rows.transpose(1, 2), kx)  # (lag, E, C, E, C)
+        sums[lags[0] :, : lags[1]] = pairs.permute(1, 3, 0, 2, 4).flatten(0, 1)
+    if num_ends[1]:
+        pairs = _end_sums(cut([canvas.filled(0)], ends[1]), ky)  # (lag, E, C, E, C)
+        sums[: lags[0], lags[1] :] = pairs.permute(0, 1, 3, 2, 4).flatten(1, 2)
+    if num_ends[0] and num_ends[1]:
+        corners = cut(*ends).flatten(1)  # (B, E E' C)
+        pairs = (corners.T @ corners).view(2 * (*num_ends, channels))
+        sums[lags[0] :, lags[1] :] = pairs.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(0, 1)
+    tap_pairs = _tap_pairs if sums.device.type != "cpu" else _tap_pairs_of_cpu
+    weights_y, weights_x = (
+        tap_pairs(k, first, range(last.start - o, last.stop - o), sums.dtype, sums.device)
+        for k, o, (first, last) in zip(kernel, outputs, ends, strict=True)
+    )
     along_y = (weights_y @ sums.flatten(1)).view(ky * ky, -1, channels * channels)
     return (weights_x @ along_y).view(ky, ky, kx, kx, channels, channels)
 
 
-def _end_sums(strips: list[Tensor], kernel: int) -> Tensor:
-    """Return (E, 2 K - 1, m, C, m, C), the lag sums along L of E strips (B, L, m, C).
+def _ends(canvas: Canvas, axis: int, count: int, outputs: int) -> tuple[range, range]:
+    """The first and the last `count` rows (columns) of a canvas, of those that hold a pixel."""
+    filled = canvas.filled(axis)
+    first = range(filled.start, max(filled.start, min(count, filled.stop)))
+    start = max(outputs, filled.start)
+    return first, range(start, max(start, filled.stop))
 
-    One sequence of all strips, K - 1 zeros after every row, in slices.
+
+def _end_sums(strip: Tensor, kernel: int) -> Tensor:
+    """Return (2 K - 1, m, C, m, C), the lag sums along L of a strip (B, L, m, C).
+
+    One sequence of all images, K - 1 zeros after each, in slices.
     """
-    num_images, length, *values = strips[0].shape
+    num_images, length, *values = strip.shape
     num_values, padded = math.prod(values), length + kernel - 1
     slices = -(-num_images * padded // SLICE_ROWS)
     per_slice = -(-num_images * padded // slices)
-    total = len(strips) * slices * per_slice
-    sequence = strips[0].new_zeros(total + kernel - 1, num_values)
-    for strip, own in zip(strips, sequence[:total].chunk(len(strips)), strict=True):
-        place = own[: num_images * padded].view(num_images, padded, *values)
-        place[:, :length] = strip
-    left = sequence[:total].view(-1, per_slice, num_values).mT
-    found = []
-    for lag in range(kernel):
-        right = sequence[lag : lag + total].view(-1, per_slice, num_values)
-        found.append(torch.bmm(left, right).view(len(strips), slices, num_values, -1).sum(1))
-    forward = torch.stack(found, 1)
-    both = torch.cat([forward[:, 1:].flip(1).mT, forward], 1)
-    return both.view(*both.shape[:2], *values, *values)
+    total = slices * per_slice
+    sequence = strip.new_zeros(total + kernel - 1, num_values)
+    place = sequence[: num_images * padded].view(num_images, padded, *values)
+    place[:, :length] = strip
+    left = sequence[:total].view(slices, per_slice, num_values).mT
+    shifted = [sequence[lag : lag + total].view_as(left.mT) for lag in range(kernel)]
+    forward = torch.stack([torch.bmm(left, right).sum(0) for right in shifted])
+    both = torch.cat([forward[1:].flip(0).mT, forward])
+    return both.view(-1, *values, *values)
 
 
 def _lag_sums(canvas: Canvas, kernel: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -134,24 +144,44 @@ def _lag_sums_by_fourier(canvas: Canvas, kernel: tuple[int, int]) -> Tensor:
     spectra = lines.new_empty(frequencies, at_once, met, channels, dtype=torch.complex64)
     spectra[:, :, given:] = 0
     products = lines.new_zeros(ky, frequencies, 2 * channels, 2 * channels)
-    for first, top in itertools.product(range(0, num_images, at_once), rows[::height]):
-        count = min(at_once, num_images - first)
-        if height < len(rows) and (top == rows.start or top + given >= rows.stop):
-            lines.zero_()
-        canvas.copy_to(place[:count], slice(first, first + count), (top, columns.start))
-        transformed = torch.fft.rfft(lines[:count]).movedim(-1, 0)
-        # As numbers of 8 bytes: copied twice as fast as complex ones.
-        spectra[:, :count, :given].view(torch.float64).copy_(transformed.view(torch.float64))
-        values = torch.view_as_real(spectra[:, :count]).flatten(3).flatten(1, 2)
+    tops = [(top, canvas.overlaps(place, (top, columns.start))) for top in rows[::height]]
+    sums = products.unbind()  # of a dy each
+
+    @functools.cache
+    def operands(count: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Where the transforms of some images go, and the products' factors for every dy."""
+        own = spectra[:, :count]
+        values = torch.view_as_real(own).flatten(3).flatten(1, 2)
         span = values.shape[1] - (ky - 1)
-        left = values[:, :span].mT
-        for dy in range(ky):
-            products[dy].baddbmm_(left, values[:, dy : dy + span])
-    parts = products.view(ky, frequencies, channels, 2, channels, 2)
+        shifted = [values[:, dy : dy + span] for dy in range(ky)]
+        # As numbers of 8 bytes: copied twice as fast as complex ones.
+        return own[:, :, :given].view(torch.float64), shifted[0].mT, shifted
+
+    for first in range(0, num_images, at_once):
+        count = min(at_once, num_images - first)
+        ordered, left, shifted = operands(count)
+        for top, overlaps in tops:
+            if height < len(rows) and (top == rows.start or top + given >= rows.stop):
+                lines.zero_()
+            for target, source in overlaps:
+                target[:count].copy_(source[first : first + count])
+            transformed = torch.fft.rfft(lines[:count]).movedim(-1, 0)
+            ordered.copy_(transformed.view(torch.float64))
+            for own, right in zip(sums, shifted, strict=True):
+                own.baddbmm_(left, right)
+    return _sums_of_spectra(products, channels, kx, length)
+
+
+def _sums_of_spectra(products: Tensor, channels: int, kernel: int, length: int) -> Tensor:
+    """Return (Y, 2 Kx - 1, C, C), lags along x, of products (Y, F, 2 C, 2 C) of spectra.
+
+    2 C are the real and the imaginary part of every channel; the lines had `length` values.
+    """
+    parts = products.unflatten(3, (channels, 2)).unflatten(2, (channels, 2))
     real = parts[:, :, :, 0, :, 0] + parts[:, :, :, 1, :, 1]
     imaginary = parts[:, :, :, 0, :, 1] - parts[:, :, :, 1, :, 0]
     sums = torch.fft.irfft(torch.complex(real, imaginary), length, dim=1)
-    return torch.cat([sums[:, length - kx + 1 :], sums[:, :kx]], dim=1)
+    return torch.cat([sums[:, length - kernel + 1 :], sums[:, :kernel]], dim=1)
 
 
 def _fast_length(least: int) -> int:
@@ -189,16 +219,18 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
 
     own = sequence[kx - 1 : kx - 1 + at_once * height * width]
     place = own.view(at_once, height, width, channels)[:, : size[0], : size[1]]
+    overlaps = canvas.overlaps(place, (0, 0))
     products = images.new_zeros(ky, block * channels, 2, block * channels, dtype=sum_dtype(dtype))
+    left = blocks_from(kx - 1).mT
+    halves = list(itertools.product(range(ky), range(2)))
+    met = [blocks_from(dy * width + half * block) for dy, half in halves]
     for first in range(0, num_images, at_once):
         count = min(at_once, num_images - first)
-        canvas.copy_to(place[:count], slice(first, first + count), (0, 0))
+        for target, source in overlaps:
+            target[:count].copy_(source[first : first + count])
         place[count:].zero_()
-        left = blocks_from(kx - 1).mT
-        for dy in range(ky):
-            for half in range(2):
-                met = blocks_from(dy * width + half * block)
-                products[dy, :, half] += batch_product(left, met).sum(0)
+        for (dy, half), right in zip(halves, met, strict=True):
+            products[dy, :, half] += batch_product(left, right).sum(0)
     # Position r of the block and position r + lag of the two: a diagonal for each lag.
     row = 2 * block * channels
     diagonals = products.as_strided(
@@ -222,18 +254,30 @@ def batch_product(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right, torch.float32)  # CUDA's alone
 
 
-def _tap_pairs(kernel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return (K^2, 2 K - 1 + 2 (K-1)^2): what each pair of taps (i, i') sums up.
+def _tap_pairs(
+    kernel: int, first: range, last: range, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return (K^2, 2 K - 1 + E^2): what each pair of taps (i, i') sums up.
 
-    +1 for its lag i' - i over all rows; -1 for every pair of rows of that lag which the taps do
-    not meet: the first i rows (i' for the other), and those after the last window.
+    +1 for its lag i' - i over all rows; -1 for every pair of rows of that lag which the taps do not
+    meet: the first i rows (i' for the other), and those after the last window.
+
+    Args:
+        first: those of the first K - 1 rows that are among the E, counted from the first row.
+        last: those of the last K - 1, counted from as many rows as there are windows.
     """
     # Made on the device: a copy to it would wait for it.
     taps = torch.arange(kernel, device=device)
-    lag = (taps - taps[:, None]).view(kernel, kernel, 1, 1)
-    own = lag.view(kernel, kernel, 1) == torch.arange(1 - kernel, kernel, device=device)
-    rows = taps[:-1]
-    apart = lag == rows - rows[:, None]
-    before = rows[:, None] < taps.view(kernel, 1, 1, 1)
-    ends = [(apart & before).flatten(2), (apart & ~before).flatten(2)]
-    return torch.cat([own.to(dtype), *(-end.to(dtype) for end in ends)], dim=2).flatten(0, 1)
+    lag = (taps - taps[:, None])[..., None]
+    own = lag == torch.arange(1 - kernel, kernel, device=device)
+    ends = [torch.arange(each.start, each.stop, device=device) for each in (first, last)]
+    rows = torch.cat(ends)
+    is_last = torch.arange(len(rows), device=device) >= len(first)
+    apart = lag[..., None] == rows - rows[:, None]
+    taps = taps.view(kernel, 1, 1)
+    unmet = torch.where(is_last, rows >= taps, rows < taps)[..., None]
+    pairs = apart & unmet & (is_last == is_last[:, None])
+    return torch.cat([own.to(dtype), -pairs.flatten(2).to(dtype)], dim=2).flatten(0, 1)
+
+
+_tap_pairs_of_cpu = functools.lru_cache(_tap_pairs)

@@ -37,15 +37,15 @@ def damped_factor(gram: Tensor, lam: float, *, relative: bool) -> DampedFactor:
     Args:
         gram: (N, N), the mean of x x^T; float32 or float64.
     """
-    finite = gram.isfinite().all()
     rounding = 4 * torch.finfo(gram.dtype).eps
-    if len(gram) <= EXACT_SIZE and gram.device.type in ("cpu", "cuda"):
-        gram = gram.double()
-    trace = gram.diagonal().sum()
+    exact = len(gram) <= EXACT_SIZE and gram.device.type in ("cpu", "cuda")
+    matrix = gram.to(torch.float64 if exact else gram.dtype, copy=True)
+    finite = matrix.sum().isfinite()
+    diagonal = matrix.diagonal()
+    trace = diagonal.sum()
     wanted = lam * trace / len(gram) if relative else torch.full_like(trace, lam)
     damping = torch.maximum(wanted, rounding * trace)
     # A blank batch under a relative lam: any positive matrix will do, for its gradient is 0 too.
-    diagonal = torch.where(damping > 0, damping, 1).expand(len(gram))
-    matrix = gram + torch.diag_embed(diagonal)
+    diagonal += torch.where(damping > 0, damping, 1)
     factor, failed = torch.linalg.cholesky_ex(matrix)
     return DampedFactor(factor, torch.stack([finite, failed == 0, damping <= wanted]))
