@@ -4,7 +4,7 @@ Three first layers of equal weights share the rest of a model: plain, ours (TrAc
 `step()`), and that of the authors' package torch_tract, which replaces the layer. They take turns
 step by step in random order, and so does a second plain one, whose ratio to the first should be 1.
 Since 1 % of a step is less than steps differ by, TrAct's own work is timed too, where it happens in
-the step. Peaks are those of a process of its own for each variant.
+the step. Peaks are of what torch allocated, in a process of its own for each variant.
 
     python benchmarks/tract_overhead.py [--cases vgg16] [--precisions bf16] [--steps 20]
 
@@ -17,11 +17,14 @@ before, and how many hangs on little; with TrAct they can be more.
 
 import argparse
 import copy
-import os
+import functools
+import itertools
+import json
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +35,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from tract_transfer.models import build_backbone
 from tract_transfer.tract import TrAct
@@ -178,21 +182,28 @@ def interval(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.4f} [{ordered[low]:.4f}, {ordered[high]:.4f}]"
 
 
-def own_peak(device: torch.device) -> float:
-    """Return the peak memory of this process (of its GPU memory, where it has one) in MiB."""
+def allocated_peak(run: Callable[[], object], device: torch.device) -> float:
+    """Run; return the most MiB that torch's allocator had given out at one time.
+
+    On a CPU of what was allocated since, oneDNN's buffers too. What the process holds of the system
+    differs by 5 % from one process to the next, as the allocator keeps more or less.
+    """
     if device.type == "cuda":
+        run()
         return torch.cuda.max_memory_allocated(device) / 2**20
-    # Sees oneDNN's buffers; ru_maxrss would begin with the parent's.
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        profiler.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    given = [each["args"]["Total Allocated"] for each in events if each["name"] == "[memory]"]
+    return max(given) / 2**20
 
 
 def peak_of(variant: str, words: list[str]) -> float:
     """Train a few steps of one variant in a process of its own; return its peak in MiB."""
     command = [sys.executable, __file__, *words, "--peak_of", variant]
-    # Arenas of their own for threads come and go by chance.
-    environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
-    said = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return float(said.stdout)
 
 
@@ -218,11 +229,9 @@ def measure_times(bench: Bench, steps: int) -> dict[str, str]:
     return cells
 
 
-def measure_peaks(variants: list[str], words: list[str], repeats: int) -> dict[str, str]:
+def measure_peaks(variants: list[str], words: list[str]) -> dict[str, str]:
     """Return the cells of a table row that are about memory."""
-    peaks = {
-        name: statistics.median(peak_of(name, words) for _ in range(repeats)) for name in variants
-    }
+    peaks = {name: peak_of(name, words) for name in variants}
     ratios = [f"{name} {peaks[name] / peaks['plain']:.4f}" for name in variants[1:]]
     return {"peak": f"{peaks['plain']:.0f} MiB", "peaks": ", ".join(ratios)}
 
@@ -233,11 +242,28 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each variant")
-    parser.add_argument("--peaks", type=int, default=3, help="processes of each variant, or 0")
+    parser.add_argument("--no_peaks", action="store_true", help="leave out the memory")
     parser.add_argument("--batch_size", type=int, help="in place of a case's own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peak_of", choices=VARIANTS, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def build(arguments: argparse.Namespace, name: str, precision: str) -> Bench:
+    """Build a case's bench, with torch_tract's layer where it is measured."""
+    case, device = CASES[name], torch.device(arguments.device)
+    batch_size = arguments.batch_size or case.images[0]
+    bench = Bench(case, batch_size, PRECISIONS[precision], device)
+    if arguments.peak_of in (None, "official"):
+        bench.add_official()
+    return bench
+
+
+def train(arguments: argparse.Namespace, name: str, precision: str) -> None:
+    """Take two steps of the variant whose peak is asked for."""
+    bench = build(arguments, name, precision)
+    for _ in range(2):
+        bench.step(arguments.peak_of)
 
 
 def main() -> None:
@@ -249,27 +275,21 @@ def main() -> None:
         print("| case | precision | plain step | again / plain | official / plain ", end="")
         print("| ours / plain | our hooks + step() | of the step | plain peak | peaks / plain |")
         print("| --- " * 10 + "|", flush=True)
-    for name in arguments.cases:
-        for precision in arguments.precisions:
-            case = CASES[name]
-            batch_size = arguments.batch_size or case.images[0]
-            bench = Bench(case, batch_size, PRECISIONS[precision], device)
-            if arguments.peak_of in (None, "official"):
-                bench.add_official()
-            if arguments.peak_of is not None:
-                for _ in range(2):
-                    bench.step(arguments.peak_of)
-                print(own_peak(device))
-                continue
-            cells = {"case": case.title, "precision": precision}
-            cells |= measure_times(bench, arguments.steps)
-            words = f"--cases {name} --precisions {precision} --batch_size {batch_size}".split()
-            variants = [each for each in VARIANTS if each in bench.layers and each != "again"]
-            del bench
-            if arguments.peaks:
-                words += ["--device", arguments.device]
-                cells |= measure_peaks(variants, words, arguments.peaks)
-            print("| " + " | ".join(cells.values()) + " |", flush=True)
+    for name, precision in itertools.product(arguments.cases, arguments.precisions):
+        if arguments.peak_of is not None:
+            run = functools.partial(train, arguments, name, precision)
+            print(allocated_peak(run, device))
+            continue
+        bench = build(arguments, name, precision)
+        cells = {"case": CASES[name].title, "precision": precision}
+        cells |= measure_times(bench, arguments.steps)
+        words = ["--cases", name, "--precisions", precision, "--device", arguments.device]
+        words += ["--batch_size", str(len(bench.images))]
+        variants = [each for each in VARIANTS if each in bench.layers and each != "again"]
+        del bench
+        if not arguments.no_peaks:
+            cells |= measure_peaks(variants, words)
+        print("| " + " | ".join(cells.values()) + " |", flush=True)
 
 
 if __name__ == "__main__":
