@@ -1,6 +1,9 @@
 """What tests read from run folders, and when two of them count as the same run."""
 
+import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,3 +108,25 @@ def assert_resumes_exactly(kill_at, killed_at, whole, killed, resumed=None):
     run(resumed or killed, resume=True)
     assert_same_run(Path(whole.output_dir), Path(killed.output_dir))
     return results
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from tract_transfer.engine.run_lock import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held(folder):
+    """Let another process hold a folder; yield its id."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        yield holder.pid
+        holder.stdin.close()

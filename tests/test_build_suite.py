@@ -30,10 +30,10 @@ def plan(tmp_path, write_tiny):
         else:
             (tmp_path / "finetune.yaml").write_text(text.replace(KNOWN, UNKNOWN))
 
-    def build(inspect=lambda config, needed: {"train": "t"}, **changes):
+    def build(inspect=lambda config, needed: {"train": "t"}, glance=None, **changes):
         path = tmp_path / "suite.yaml"
         path.write_text(yaml.safe_dump({**SUITE, **changes}, sort_keys=False))
-        return plan_suite(load_suite(path), inspect)
+        return plan_suite(load_suite(path), inspect, glance)
 
     return build
 
@@ -173,3 +173,27 @@ def test_a_task_without_a_pretraining_keeps_its_own_weights(plan):
     )
     assert [run.needs for run in runs] == [None] * 4
     assert {run.config["model"]["weights"] for run in runs} == {None}
+
+
+def test_what_configs_tell_is_told_before_data_are_looked_at(plan):
+    def look(config, needed):
+        pytest.fail("data were looked at")
+
+    with pytest.raises(ConfigError, match=r"probe, tract: solver: not a key of a probe config"):
+        methods = {"vanilla": {}, "tract": {"tasks": {"probe": {"solver": 1}}}}
+        plan(look, methods=methods)
+
+
+def test_the_runs_are_shown_before_data_are_looked_at(plan):
+    order = []
+
+    def glance(drafts):
+        order.append([draft.run.folder for draft in drafts])
+
+    def look(config, needed):
+        order.append("data")
+        return {"train": "t"}
+
+    runs = plan(look, glance)
+    assert order[0] == [run.folder for run in runs]
+    assert set(order[1:]) == {"data"}

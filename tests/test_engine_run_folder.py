@@ -1,13 +1,11 @@
 """Whose a run folder is: what may go on in it, and what is refused before anything is written."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from run_folders import CARVED, Killed, assert_same_run, entries, results_of
+from run_folders import CARVED, Killed, assert_same_run, entries, held, results_of
 from safetensors.torch import load_file, save_file
 
 from tract_transfer.engine.environment import Inputs, continued, environment
@@ -15,15 +13,6 @@ from tract_transfer.engine.run_folder import how_to_go_on, is_finished
 from tract_transfer.engine.run_lock import FolderInUseError, locked
 from tract_transfer.files import sha256_of
 from tract_transfer.run import run
-
-HOLD = """
-import sys
-from pathlib import Path
-from tract_transfer.engine.run_lock import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
 
 
 @pytest.fixture
@@ -44,14 +33,8 @@ def change(file, edit):
 def test_a_second_run_is_refused_and_disturbs_nothing(finished, load_tiny):
     config, folder = finished
     before = {name: (folder / name).stat().st_mtime_ns for name in entries(folder)}
-    command = [sys.executable, "-c", HOLD, str(folder)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(FolderInUseError, match=f"in use by process {holder.pid}"):
-            run(config, resume=True)
-        holder.stdin.close()
+    with held(folder) as pid, pytest.raises(FolderInUseError, match=f"in use by process {pid}"):
+        run(config, resume=True)
     changed = {n for n in entries(folder) if (folder / n).stat().st_mtime_ns != before[n]}
     assert changed == {".lock"}
     run(config, resume=True)

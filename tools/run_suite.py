@@ -52,7 +52,8 @@ def main() -> int:
 
     try:
         config = load_suite(arguments.config_file, arguments.overrides)
-        suite = Suite(config, remember=not arguments.dry_run)
+        refuse = not (arguments.dry_run or arguments.set_aside)
+        suite = Suite(config, remember=not arguments.dry_run, refuse=refuse)
         if arguments.dry_run:
             print("\n".join(list_plan(suite, suite.take_stock())))
             return 0

@@ -91,7 +91,10 @@ def carry_out(arguments: argparse.Namespace, config: "Config") -> list[str]:
     from tract_transfer.run import evaluate_run, preview, run
 
     if arguments.dry_run:
-        return [f"{what:>22}  {value}" for what, value in preview(config).items()]
+        return [
+            f"{what:>22}  {value}"
+            for what, value in preview(config, resume=arguments.resume).items()
+        ]
     if arguments.debug_batch is not None:
         return replay_debug_batch(config, arguments.debug_batch)
     if arguments.eval_only:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tract_transfer.config import Config, check_config
 from tract_transfer.config_file import ConfigError, Origins, Override, override, read_config_file
@@ -17,8 +17,56 @@ from tract_transfer.suite.plan import PlannedRun, Resources, join_same, order_ta
 Inspect = Callable[[Config, Config | None], Mapping[str, str] | None]
 
 
-def plan_suite(suite: SuiteConfig, inspect: Inspect) -> list[PlannedRun]:
+# The runs as far as they are known before their data are -> nothing; raises ConfigError.
+Glance = Callable[[list["Draft"]], None]
+
+
+class Draft(NamedTuple):
+    """A run before its data are looked at: its id is of its config alone."""
+
+    run: PlannedRun
+    config: Config
+    needed: Config | None
+
+
+def plan_suite(
+    suite: SuiteConfig, inspect: Inspect, glance: Glance | None = None
+) -> list[PlannedRun]:
     """Return the runs of a suite in an order they can be run in: whole seeds, one after another.
+
+    Args:
+        glance: called before any data are read, with the runs that will be.
+
+    Raises:
+        ConfigError: of all runs, what is wrong with them, one line a problem; what their configs
+            tell comes before any data are read.
+    """
+    drafts = _drafts(suite)
+    joined = {run.folder for run in _joined(suite, [draft.run for draft in drafts])}
+    if glance is not None:
+        glance([draft for draft in drafts if draft.run.folder in joined])
+    planned: dict[Path, PlannedRun] = {}
+    problems: dict[str, None] = {}
+    for draft in drafts:
+        run = draft.run
+        needed = planned.get(run.needs) if run.needs else None
+        if run.needs and needed is None:
+            continue  # it has a problem of its own
+        try:
+            fingerprints = inspect(draft.config, draft.needed)
+        except (ValueError, OSError) as error:
+            problems |= dict.fromkeys(_explained(error, suite, run.method, run.task))
+            continue
+        planned[run.folder] = _planned(
+            suite, draft.config, run.method, run.task, needed, fingerprints
+        )
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return _joined(suite, list(planned.values()))
+
+
+def _drafts(suite: SuiteConfig) -> list[Draft]:
+    """Return the runs as their configs tell them.
 
     Raises:
         ConfigError: of all runs, what is wrong with them, one line a problem.
@@ -31,30 +79,41 @@ def plan_suite(suite: SuiteConfig, inspect: Inspect) -> list[PlannedRun]:
         raise suite.error(key, message) from None
     seeds = _seeds(suite, needs)
     _check_keys(suite, needs)
-    planned: dict[tuple[int, str, str], PlannedRun] = {}
-    configs: dict[Path, Config] = {}
+    drafts: dict[tuple[int, str, str], Draft] = {}
     problems: dict[str, None] = {}
     files = _Files()
     for seed in suite.seeds:
         for task in (task for task in tasks if seed in seeds[task]):
             for method in suite.methods:
-                needed = planned.get((seed, needs[task] or "", method))
+                needed = drafts.get((seed, needs[task] or "", method))
                 if needs[task] and needed is None:
                     continue  # it has a problem of its own
+                first = needed.run if needed else None
                 try:
-                    config = _config(suite, files, method, task, seed, needed)
-                    needed_config = configs[needed.folder] if needed else None
-                    fingerprints = inspect(config, needed_config)
+                    config = _config(suite, files, method, task, seed, first)
+                    if first is None:
+                        _check_weights(config)
+                    run = _planned(suite, config, method, task, first, None)
                 except (ValueError, OSError) as error:
                     problems |= dict.fromkeys(_explained(error, suite, method, task))
                     continue
-                run = _planned(suite, config, method, task, needed, fingerprints)
-                planned[seed, task, method] = run
-                configs[run.folder] = config
+                drafts[seed, task, method] = Draft(run, config, needed and needed.config)
     if problems:
         raise ConfigError("\n".join(problems))
+    return list(drafts.values())
+
+
+def _check_weights(config: Config) -> None:
+    """Refuse weights of a task's own that are not there."""
+    if config.model.weights not in (None, "pretrained"):
+        from tract_transfer.build_weights import check_weights_are_there  # and torch with it
+
+        check_weights_are_there(config)
+
+
+def _joined(suite: SuiteConfig, runs: list[PlannedRun]) -> list[PlannedRun]:
     try:
-        return join_same(list(planned.values()))
+        return join_same(runs)
     except ValueError as error:
         raise suite.error("", str(error)) from None
 

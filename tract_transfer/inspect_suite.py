@@ -33,6 +33,7 @@ class Inspector:
         self._kept = kept
         self._known: dict[str, Fingerprints] = _read(kept)
         self._is_new = False
+        self._keys: dict[str, str] = {}  # output_dir -> what its config is known by
         self._stands_in: dict[str, Path] = {}
         self._stat: dict[str, list[Any]] = {}
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
@@ -47,16 +48,27 @@ class Inspector:
             ValueError, OSError: the data do not load, or the config fits neither them nor the
                 backbone. Data on the hub are not looked at.
         """
+        key = self._key(config, needed)
+        if key not in self._known:
+            self._known[key] = self._look(config, needed)
+            self._is_new = True
+        return self._known[key]
+
+    def knows(self, config: Config, needed: Config | None) -> bool:
+        """Whether `inspect` would answer without a look at data or model."""
+        return self._key(config, needed) in self._known
+
+    def _key(self, config: Config, needed: Config | None) -> str:
+        if (key := self._keys.get(config.output_dir)) is not None:
+            return key
         keys = deciding_keys(config.model_dump())
         if getattr(config.data, "val", None) is None or config.data.val.source != "train":  # type: ignore[union-attr]
             keys.pop("seed")  # only a carved val depends on it
         if needed is not None:
             keys["model.weights"] = needed.model.model_dump()
         key = run_id({**keys, "version": __version__, "files": self._files(config)})
-        if key not in self._known:
-            self._known[key] = self._look(config, needed)
-            self._is_new = True
-        return self._known[key]
+        self._keys[config.output_dir] = key
+        return key
 
     def keep(self) -> None:
         """Remember what was looked at, for the next process."""

@@ -40,7 +40,7 @@ def label(config: Config) -> dict[str, Any]:
         "role": "downstream" if config.model.weights else "pretrain",
         "seed": config.seed,
         "weights": config.model.weights,
-        "weights_sha256": _sha256_of_weights(config.model.weights),
+        "weights_sha256": sha256_of_weights(config.model.weights),
         "tract": config.tract.model_dump() if own else None,  # type: ignore[union-attr]
     }
 
@@ -141,8 +141,8 @@ def hub_ids(data: Data) -> dict[str, str]:
     return {split: hub_id for split, hub_id in ids.items() if hub_id}
 
 
-def _sha256_of_weights(weights: str | None) -> str | None:
-    """The hash in the weights' card: which training's they are, and not only which folder's."""
+def sha256_of_weights(weights: str | None) -> str | None:
+    """Return the hash in the weights' card: of which training they are, not only which folder."""
     if weights in (None, "pretrained"):
         return None
     try:

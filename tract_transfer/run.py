@@ -22,18 +22,20 @@ from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.determinism import deterministic
 from tract_transfer.engine.dry_run import dry_run, dry_run_features
 from tract_transfer.engine.environment import Inputs
-from tract_transfer.engine.group import telling_of_lost_processes
+from tract_transfer.engine.group import main_first, telling_of_lost_processes
 from tract_transfer.engine.run_folder import (
     CONFIG_NAME,
     RESULTS_NAME,
+    check_before_data,
     check_run_folder,
     how_to_go_on,
     is_finished,
     open_run_folder,
 )
+from tract_transfer.engine.run_lock import FolderInUseError
 from tract_transfer.engine.signals import stop_on_signals
 from tract_transfer.files import write_json
-from tract_transfer.results import label
+from tract_transfer.results import sha256_of_weights
 from tract_transfer.run_probe import build_probed, run_probe
 from tract_transfer.run_training import eval_batches, measure, train
 from tract_transfer.trained import reported_checkpoint
@@ -46,7 +48,8 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
 
     Raises:
         ConfigError, ValueError, FileNotFoundError: before training, wherever that can be known.
-        FileExistsError: the folder holds another run, and `resume` is off.
+        FileExistsError: the folder holds another run, and `resume` is off; told before data are
+            read, as is all that the folder can tell.
         NonFiniteError: a loss or gradient is not finite; the step is kept in the folder.
         FolderInUseError: another process holds the folder.
         Stopped: a signal ended the run; the message says how to go on.
@@ -58,6 +61,7 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
         accelerator = build_accelerator(config)
         meter = CostMeter(accelerator.device)
         with telling_of_lost_processes(accelerator):
+            main_first(accelerator, partial(_check_folder, config, resume=resume))
             data = build_data(config)
             if isinstance(config, ProbeConfig):
                 backbone = build_probed(config, data)
@@ -79,7 +83,7 @@ def is_done(config: Config) -> bool:
         return False
     check_run_folder(folder, dump_config(config), resume=True, read_config=_read_config)
     results = json.loads((folder / RESULTS_NAME).read_text())
-    now = label(config)["weights_sha256"]
+    now = sha256_of_weights(config.model.weights)
     if results.get("weights_sha256") != now:
         raise ValueError(
             f"{folder} is finished, but its weights {config.model.weights} have been trained anew "
@@ -99,9 +103,9 @@ def evaluate_run(config: Config) -> dict[str, float]:
         raise config.error("task", "a probe trains nothing that --eval-only could measure again.")
     check_weights_are_there(config)
     folder = Path(config.output_dir)
+    path, parts = reported_checkpoint(config)
     data = build_data(config)
     trainer = build_trainer(config, data, build_accelerator(config))
-    path, parts = reported_checkpoint(config)
     try:
         trainer.load_weights(parts)
     except (RuntimeError, KeyError) as error:  # what load_state_dict raises, or no average in it
@@ -118,12 +122,17 @@ def evaluate_run(config: Config) -> dict[str, float]:
     return metrics
 
 
-def preview(config: Config) -> dict[str, str]:
+def preview(config: Config, *, resume: bool = False) -> dict[str, str]:
     """Build everything, run two steps and one evaluation batch; return what a run would cost.
 
-    What it is about to do is logged, a line a stage: each may take minutes.
+    What it is about to do is logged, a line a stage: each may take minutes. So is why a run would
+    be refused for what its folder holds, which is no reason not to preview it.
     """
     check_weights_are_there(config)
+    try:
+        _check_folder(config, resume=resume)
+    except (ValueError, OSError, FolderInUseError) as error:
+        logger.warning("A run would be refused: %s", error)
     data = build_data(config)
     accelerator = build_accelerator(config)
     logger.info("Building the model")
@@ -147,6 +156,17 @@ def preview(config: Config) -> dict[str, str]:
     )
 
 
+def _check_folder(config: Config, *, resume: bool) -> None:
+    """Refuse what the folder of a run can tell before its data are read."""
+    check_before_data(
+        Path(config.output_dir),
+        dump_config(config),
+        lambda: sha256_of_weights(config.model.weights),
+        resume=resume,
+        read_config=_read_config,
+    )
+
+
 def _run_folder(
     config: Config, data: Data, accelerator: Accelerator, *, resume: bool
 ) -> AbstractContextManager[None]:
@@ -154,7 +174,7 @@ def _run_folder(
 
     def inputs() -> Inputs:
         fingerprints = {name: dataset.fingerprint() for name, dataset in data.splits.items()}
-        return Inputs(fingerprints, label(config)["weights_sha256"])
+        return Inputs(fingerprints, sha256_of_weights(config.model.weights))
 
     return open_run_folder(
         Path(config.output_dir),

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tract_transfer.build_suite import plan_suite
+from tract_transfer.build_suite import Draft, plan_suite
 from tract_transfer.config_file import ConfigError, dump_yaml
 from tract_transfer.config_suite import SuiteConfig
 from tract_transfer.engine.resume_keys import changed_keys
@@ -35,16 +35,29 @@ _SHOWN_CONFLICTS = 5
 class Suite:
     """A planned suite, and what its folder holds of it.
 
+    Args:
+        remember: keep what was looked at in the folder, at which then nobody else may be at work.
+        refuse: folders whose configs tell that they hold other runs, before any data are read.
+
     Raises:
         ConfigError: the plan cannot be run; of all runs, one line a problem.
+        FileExistsError: another process is at work on the suite.
     """
 
-    def __init__(self, config: SuiteConfig, *, remember: bool) -> None:
+    def __init__(self, config: SuiteConfig, *, remember: bool, refuse: bool = False) -> None:
         self.config = config
         self.folder = Path(config.output_dir)
+        if remember:
+            SuiteLock(self.folder).check()
         inspector = Inspector(self.folder / KEPT_NAME)
+
+        def glance(drafts: Sequence[Draft]) -> None:
+            if not all(inspector.knows(draft.config, draft.needed) for draft in drafts):
+                looks = [(Job(draft.run), _look_at_config(draft.run)) for draft in drafts]
+                refuse_others([each for each in looks if each[1].state == "other"])
+
         try:
-            self.runs = plan_suite(config, inspector.inspect)
+            self.runs = plan_suite(config, inspector.inspect, glance if refuse else None)
             if remember:
                 inspector.keep()
         finally:
@@ -222,6 +235,11 @@ def _stop_on_signals(execution: Execution) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _look_at_config(run: PlannedRun) -> Found:
+    """Return what the run's folder holds as far as its config tells, without data and weights."""
+    return look(run.folder, run.config, None, weights_are_known=False, changed=changed_keys)
 
 
 def _newest(folder: Path) -> str:

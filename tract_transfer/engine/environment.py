@@ -58,7 +58,7 @@ def continued(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[dict[str
     Raises:
         ValueError: a split or the weights are others than the run began with.
     """
-    _check_inputs(now, then)
+    check_inputs(now, then)
     before = {key: then.get(key) for key in ("versions", "hardware", "git", "command")}
     earlier = list(then.get("earlier") or [])
     if then and any(before[key] != now[key] for key in ("versions", "hardware", "git")):
@@ -71,7 +71,12 @@ def continued(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[dict[str
     return {**now, "earlier": earlier} if earlier else dict(now), changes
 
 
-def _check_inputs(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+def check_inputs(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """Refuse other `data` (split -> fingerprint) and `weights` than a run began with.
+
+    Raises:
+        ValueError: a split or the weights are others; what is not known of either is not compared.
+    """
     data = then.get("data") or {}
     pairs = [(f"data.{split}", data.get(split), found) for split, found in now["data"].items()]
     pairs.append(("model.weights", then.get("weights"), now["weights"]))

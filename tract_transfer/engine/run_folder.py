@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,11 +15,17 @@ from accelerate import Accelerator
 from torch import nn
 from torchvision.io import write_png
 
-from tract_transfer.engine.environment import ENVIRONMENT_NAME, Inputs, continued, environment
+from tract_transfer.engine.environment import (
+    ENVIRONMENT_NAME,
+    Inputs,
+    check_inputs,
+    continued,
+    environment,
+)
 from tract_transfer.engine.evaluate import evaluating
 from tract_transfer.engine.group import main_first
 from tract_transfer.engine.resume_keys import changed_keys
-from tract_transfer.engine.run_lock import locked
+from tract_transfer.engine.run_lock import check_free, locked
 from tract_transfer.files import make_folder, remove_leftovers, replacing, write_json, write_text
 
 CONFIG_NAME, RESULTS_NAME = "config.yaml", "results.json"
@@ -73,6 +80,38 @@ def open_run_folder(
 
         main_first(accelerator, enter)
         yield
+
+
+def check_before_data(
+    folder: Path,
+    config_yaml: str,
+    weights_sha256: Callable[[], str | None],
+    *,
+    resume: bool,
+    read_config: Callable[[Path], str],
+) -> None:
+    """Refuse, before a run reads its data, what `open_run_folder` would refuse after them.
+
+    Nothing is written and the folder is not held: until it is, others may still come first.
+
+    Args:
+        weights_sha256: returns that of the weights to begin with; called where a run goes on.
+
+    Raises:
+        OSError: no folder can be made there, or none be written to.
+        FolderInUseError, FileExistsError, ValueError: as `open_run_folder`, but for other data.
+    """
+    above = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not above.is_dir():
+        raise NotADirectoryError(f"output_dir {folder}: {above} is a file. Set another output_dir.")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"output_dir {folder}: {above} cannot be written to. Set another output_dir."
+        )
+    check_free(folder)
+    if check_run_folder(folder, config_yaml, resume=resume, read_config=read_config):
+        then, _ = _read_environment(folder)
+        check_inputs({"data": {}, "weights": weights_sha256()}, then)
 
 
 def check_run_folder(
@@ -151,19 +190,24 @@ def _logging_to(folder: Path) -> Iterator[None]:
 
 def _environment_of(folder: Path) -> dict[str, Any]:
     """Return the environment the run had before; {} where its file is lost, which is warned of."""
-    file = folder / ENVIRONMENT_NAME
+    then, problem = _read_environment(folder)
+    if problem:
+        logger.warning(
+            "%s cannot be read (%s): whether the data are those the run began with is not known.",
+            folder / ENVIRONMENT_NAME, problem,
+        )  # fmt: skip
+    return then
+
+
+def _read_environment(folder: Path) -> tuple[dict[str, Any], str]:
+    """Return what environment.json holds and ""; or {} and why it cannot be read."""
     try:
-        then = json.loads(file.read_text())
-        if isinstance(then, dict):
-            return then
-        error = f"{type(then).__name__} in place of a mapping"
+        then = json.loads((folder / ENVIRONMENT_NAME).read_text())
     except (OSError, ValueError) as problem:
-        error = str(problem)
-    logger.warning(
-        "%s cannot be read (%s): whether the data are those the run began with is not known.",
-        file, error,
-    )  # fmt: skip
-    return {}
+        return {}, str(problem)
+    if isinstance(then, dict):
+        return then, ""
+    return {}, f"{type(then).__name__} in place of a mapping"
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:

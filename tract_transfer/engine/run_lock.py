@@ -56,7 +56,30 @@ def locked(folder: Path) -> Iterator[None]:
             _write(file, {})
 
 
+def check_free(folder: Path) -> None:
+    """Refuse a folder that another process says it holds; nothing is taken or changed.
+
+    Not to be called by the process that holds it: to close the file is to let it go.
+
+    Raises:
+        FolderInUseError: another process holds it, or one of another host may.
+    """
+    try:
+        with (folder / LOCK_NAME).open(encoding="utf-8") as file:
+            owner = _read(file)
+    except FileNotFoundError:
+        return
+    _check_has_ended(folder, owner)
+
+
 def _succeed(folder: Path, owner: dict[str, Any]) -> None:
+    """Take over from an owner that has ended."""
+    _check_has_ended(folder, owner)
+    if owner:
+        logger.info("%s was held by %s, which has ended: taken over.", folder, _named(owner))
+
+
+def _check_has_ended(folder: Path, owner: dict[str, Any]) -> None:
     """Refuse an owner that is alive, or of another host, where nobody can tell from here."""
     if not owner:
         return
@@ -68,7 +91,6 @@ def _succeed(folder: Path, owner: dict[str, Any]) -> None:
         )
     if _is_alive(owner):
         raise _in_use(folder, owner)
-    logger.info("%s was held by %s, which has ended: taken over.", folder, _named(owner))
 
 
 def _in_use(folder: Path, owner: dict[str, Any]) -> FolderInUseError:

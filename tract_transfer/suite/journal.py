@@ -130,6 +130,20 @@ class SuiteLock:
         Raises:
             FileExistsError: another process is at work here.
         """
+        self._take()
+        remove_leftovers(self.owner_file.parent)
+        left = _read(self.owner_file).get("jobs")
+        left = left if isinstance(left, dict) else {}
+        self.tell(left)
+        return left
+
+    def check(self) -> None:
+        """Refuse a folder as `acquire` does, and leave it as it is."""
+        if Path(self._lock.lock_file).exists():
+            self._take()
+            self._lock.release()
+
+    def _take(self) -> None:
         try:
             self._lock.acquire(timeout=0)
         except filelock.Timeout:
@@ -139,11 +153,6 @@ class SuiteLock:
                 f"{owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}). Wait for "
                 "it, or end it, or set another output_dir."
             ) from None
-        remove_leftovers(self.owner_file.parent)
-        left = _read(self.owner_file).get("jobs")
-        left = left if isinstance(left, dict) else {}
-        self.tell(left)
-        return left
 
     def tell(self, jobs: Mapping[str, Any]) -> None:
         """Write down which jobs run, so that whoever comes after a crash can end them."""
