@@ -11,11 +11,11 @@ from tract_transfer.data.findings import Findings
 from tract_transfer.data.huggingface import (
     RowImages,
     folders_of,
-    is_hub_id,
     open_rows,
+    origin_of,
 )
 from tract_transfer.data.huggingface_columns import find_image_column, find_label_column
-from tract_transfer.data.known_splits import Origin, check_size
+from tract_transfer.data.known_splits import Origin
 from tract_transfer.data.labels import check_labels, is_integer, read_labels, shown_classes
 
 
@@ -140,12 +140,8 @@ def load_huggingface(
     title = f"{path} split {split}"
     labels, class_names = read_labels(rows, label_column, title, key)
     kept = check_labels(labels, class_names, label_column, title, key, findings or Findings())
-    is_hub = is_hub_id(path)
-    origin = Origin(
-        path if is_hub else None,
-        check_size(path, rows.info.dataset_name, is_hub, split, len(rows)),
-        f"{key}.label_column" if is_integer(rows, label_column) else None,
-    )
+    label_key = f"{key}.label_column" if is_integer(rows, label_column) else None
+    origin = origin_of(rows, path, split)._replace(label_key=label_key)
     source = RowImages(rows, image_column, title, folders_of(path), max_pixels)
     return ClassificationDataset(path, class_names, labels[kept], source, kept, origin)
 

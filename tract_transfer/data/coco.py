@@ -56,8 +56,7 @@ def load_coco(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder of images. Set {key}.images.")
     name_of = _category_names(tree, path, findings)
-    by_id = sorted(name_of, key=lambda number: (isinstance(number, str), number))
-    names = [name_of[number] for number in by_id] if classes is None else list(classes)
+    names = list(name_of.values()) if classes is None else list(classes)
     if not names and classes is None:
         raise ValueError(f"{path} names no category. Set {key}.annotations to a file with some.")
     label_of = label_map(names, key)
@@ -65,12 +64,7 @@ def load_coco(
     if not files:
         raise ValueError(f"{path} has no image to use. Set {key}.annotations to a file with some.")
     objects: list[list[ObjectRow]] = [[] for _ in files]
-    for entry, place in _entries(tree, "annotations", path, findings, once=True):
-        if _id(entry, "image_id") not in row_of:
-            message = f"{place}: image_id {entry.get('image_id')!r} is no image's. Correct it."
-            findings.wrong(ValueError(message))
-            continue
-        row = row_of[entry["image_id"]]
+    for entry, place, row in _entries_of_images(tree, path, row_of, findings):
         name = _name_of_object(entry, place, name_of, label_of, key, findings)
         if name is not None:
             found = _read_object(entry, f"{place} ({name})", sizes[row], label_of[name], findings)
@@ -125,6 +119,7 @@ def _id(entry: Mapping[str, Any], name: str) -> int | str | None:
 
 
 def _category_names(tree: Mapping[str, Any], path: Path, findings: Findings) -> dict[Any, str]:
+    """Return the names of the categories by id, in the order of the ids: numbers, then texts."""
     name_of: dict[Any, str] = {}
     for entry, place in _entries(tree, "categories", path, findings):
         name = entry.get("name")
@@ -133,7 +128,8 @@ def _category_names(tree: Mapping[str, Any], path: Path, findings: Findings) -> 
             findings.wrong(ValueError(message))
             continue
         name_of[entry["id"]] = name
-    return name_of
+    by_id = sorted(name_of, key=lambda number: (isinstance(number, str), number))
+    return {number: name_of[number] for number in by_id}
 
 
 def _read_images(
@@ -159,6 +155,18 @@ def _read_images(
             row_of[entry["id"]] = len(files)
             files[str(file)] = annotated_size(entry) or stored_size(file)
     return list(files), list(files.values()), row_of
+
+
+def _entries_of_images(
+    tree: Mapping[str, Any], path: Path, row_of: Mapping[Any, int], findings: Findings
+) -> Iterator[tuple[dict[str, Any], str, int]]:
+    """Yield (entry, what an error calls it, row of its image) of each annotation."""
+    for entry, place in _entries(tree, "annotations", path, findings, once=True):
+        if _id(entry, "image_id") in row_of:
+            yield entry, place, row_of[entry["image_id"]]
+        else:
+            message = f"{place}: image_id {entry.get('image_id')!r} is no image's. Correct it."
+            findings.wrong(ValueError(message))
 
 
 def _name_of_object(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tract_transfer.data import images
 from tract_transfer.data.findings import is_below
+from tract_transfer.data.known_splits import Origin, check_size
 from tract_transfer.registry import did_you_mean
 
 _SPLIT_NAMES = ("train", "validation", "val", "valid", "test")
@@ -109,6 +110,13 @@ def open_rows(
     if folder.is_file() or parquet_files(folder):
         return _open_parquet(folder, split, key)
     return _open_image_folder(folder, split, key)
+
+
+def origin_of(rows: Any, path: str, split: str) -> Origin:
+    """Return where the rows of `open_rows` come from, and how their number compares."""
+    is_hub = is_hub_id(path)
+    size_check = check_size(path, rows.info.dataset_name, is_hub, split, len(rows))
+    return Origin(path if is_hub else None, size_check)
 
 
 def local_path(path: str, config_name: str | None, revision: str | None, key: str) -> Path:

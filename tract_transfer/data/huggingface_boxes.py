@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tract_transfer.data.annotations import (
     UNKNOWN_SIZE,
@@ -22,12 +23,11 @@ from tract_transfer.data.findings import Box, Findings, Size
 from tract_transfer.data.huggingface import (
     RowImages,
     folders_of,
-    is_hub_id,
     open_rows,
+    origin_of,
 )
 from tract_transfer.data.huggingface_columns import find_image_column
 from tract_transfer.data.images import MAX_PIXELS
-from tract_transfer.data.known_splits import Origin, check_size
 from tract_transfer.registry import did_you_mean
 
 BOX_FORMATS = ("xywh", "xyxy", "cxcywh")
@@ -98,23 +98,28 @@ def load_huggingface_boxes(
     source = RowImages(rows, column, title, folders_of(path), max_pixels)
     columns = _find_columns(rows.features, objects_column, key)
     names = _names(columns, classes, key)
-    reader = _Reader(columns, columns.class_names or names, label_map(names, key), key, findings)
+    own_names = columns.class_names or names
+    reader = _Reader(columns, own_names, label_map(names, key), key, findings, box_format, box_unit)
+    kept, sizes, objects = _read_rows(rows, source, reader)
+    dataset = DetectionDataset(
+        path, names, source, sizes, flatten(objects), kept, max_pixels, upright=True
+    )
+    dataset.origin = origin_of(rows, path, split)
+    return dataset
+
+
+def _read_rows(
+    rows: Any, source: RowImages, reader: "_Reader"
+) -> tuple[NDArray[np.int64], list[Size], list[list[ObjectRow]]]:
+    """Return the numbers of the rows that are used, their image sizes and their objects."""
     kept: list[int] = []
     sizes: list[Size] = []
     objects: list[list[ObjectRow]] = []
-    for number, cell, size in _rows_once(rows, columns.objects, source, findings):
-        unit = size if box_unit == "relative" else (1, 1)
+    for number, cell, size in _rows_once(rows, reader.columns.objects, source, reader.findings):
         kept.append(number)
         sizes.append(size)
-        objects.append(list(reader.read(cell, source.item(number), size, box_format, unit)))
-    picked = np.array(kept, dtype=np.int64)
-    dataset = DetectionDataset(
-        path, names, source, sizes, flatten(objects), picked, max_pixels, upright=True
-    )
-    is_hub, declared = is_hub_id(path), rows.info.dataset_name
-    size_check = check_size(path, declared, is_hub, split, len(rows))
-    dataset.origin = Origin(path if is_hub else None, size_check)
-    return dataset
+        objects.append(list(reader.read(cell, source.item(number), size)))
+    return np.array(kept, dtype=np.int64), sizes, objects
 
 
 def _rows_once(
@@ -152,11 +157,11 @@ class _Reader:
     label_of: Mapping[str, int]
     key: str
     findings: Findings
+    box_format: str
+    box_unit: str
 
-    def read(
-        self, cell: Any, item: str, size: Size, box_format: str, unit: Size
-    ) -> Iterator[ObjectRow]:
-        """Yield the objects of one row; `unit` is the (height, width) of a box coordinate of 1."""
+    def read(self, cell: Any, item: str, size: Size) -> Iterator[ObjectRow]:
+        """Yield the objects of one row, whose image is of `size` (height, width)."""
         try:
             things = _things(cell, self.columns, item)
         except ValueError as error:
@@ -164,6 +169,7 @@ class _Reader:
             return
         if size == UNKNOWN_SIZE:
             return
+        unit = size if self.box_unit == "relative" else (1, 1)
         for count, thing in enumerate(things, start=1):
             name = _class_name(thing["classes"], self.own_names)
             place = f"{item} object {count} ({name})"
@@ -174,8 +180,8 @@ class _Reader:
                 message = f"{place}: the box must be four numbers, not {written!r}"
                 self.findings.invalid_box(message)
             else:
-                numbers = f"{box_format} {written}"
-                corners = _to_xyxy(written, box_format, unit)
+                numbers = f"{self.box_format} {written}"
+                corners = _to_xyxy(written, self.box_format, unit)
                 box = self.findings.box(corners, size, place, numbers)
                 if box is not None:
                     yield object_row(
