@@ -108,21 +108,24 @@ def _build_trained(config: TrainedTask, data: Data) -> nn.Module:
     return model
 
 
-def _build_ema(config: TrainedTask, model: nn.Module, max_iters: int) -> ModelEmaV3 | None:
+def _build_ema(
+    config: TrainedTask, model: nn.Module, max_iters: int, device: torch.device
+) -> ModelEmaV3 | None:
     """Build the average of the weights; refuse one that would still be the initial ones."""
-    decay = config.solver.ema_decay
+    decay, warms_up = config.solver.ema_decay, config.solver.ema_warmup
     if decay is None:
         return None
-    if config.solver.ema_warmup:  # which forgets the initial weights in a few steps
-        return ModelEmaV3(model, decay=decay, use_warmup=True, update_after_step=-1)
-    if decay**max_iters > 0.01:
+    # A warm-up forgets the initial weights in a few steps.
+    if not warms_up and decay**max_iters > 0.01:
         fitting = 0.01 ** (1 / max_iters)
         raise config.error(
             "solver.ema_decay",
             f"{decay} over {max_iters} iterations leaves {decay**max_iters:.0%} of the initial "
             f"weights in the average. Set {fitting:.4f} or less.",
         )
-    return ModelEmaV3(model, decay=decay, update_after_step=-1)  # averages from step 1 on
+    # update_after_step: it averages from step 1 on.
+    ema = ModelEmaV3(model, decay=decay, use_warmup=warms_up, update_after_step=-1)
+    return ema.to(device)
 
 
 def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
@@ -196,7 +199,7 @@ def build_trainer(
     build_evaluator(config, data.class_names)  # raises now, and not after the training
     model = _build_trained(config, data)
     length = in_iterations(config, data.train)
-    ema = _build_ema(config, model, length.max_iters)
+    ema = _build_ema(config, model, length.max_iters, accelerator.device)
     tract = build_tract(config, model)
     try:
         optimizer = _build_optimizer(config, model)
@@ -215,8 +218,6 @@ def build_trainer(
         raise with_place(config, str(error)) from error
     mix = build_mix(config, len(data.class_names), accelerator.num_processes * engine.accumulate)
     patience = config.evaluation.patience
-    if ema is not None:
-        ema.to(accelerator.device)
     return Trainer(
         accelerator=accelerator,
         model=accelerator.prepare_model(model),

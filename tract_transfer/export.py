@@ -21,7 +21,7 @@ from tract_transfer.models.export import (
 )
 from tract_transfer.models.flip import FlipClassifier
 from tract_transfer.models.weights import has_card, read_card
-from tract_transfer.trained import Trained, load_trained
+from tract_transfer.trained import load_trained
 
 
 def export_run(
@@ -52,24 +52,18 @@ def export_run(
     if onnx:
         require_onnx()
     results = _read(run / RESULTS_NAME)
-    trained = load_trained(run, ["engine.device=cpu"])
-    if not isinstance(trained.config, ClassificationConfig):
-        raise ValueError(
-            f"{run} holds a detector, which is made of parts that no other library has. Use it "
-            "with tools/predict.py --run; its backbone goes on with model.weights: <run folder>."
-        )
-    classifier = _classifier_of(trained)
-    size_px = trained.config.data.transforms.size_px
+    config, classifier, label_names = _load_classifier(run)
+    size_px = config.data.transforms.size_px
     portable = to_library(classifier, size_px)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export") as parent:
         folder = Path(parent) / "whole"
         folder.mkdir()
-        save_portable(folder, portable, _card(trained, classifier, portable))
+        save_portable(folder, portable, _card(config, classifier, label_names, portable))
         if onnx:
             export_onnx(classifier, size_px, folder / ONNX_NAME)
         text = model_card(
-            trained.config, results, _read(run / ENVIRONMENT_NAME),
+            config, results, _read(run / ENVIRONMENT_NAME),
             read_card(run) if has_card(run) else {}, portable, classifier.backbone,
             hub_id=hub_id, onnx=onnx, license_id=license_id,
         )  # fmt: skip
@@ -78,12 +72,18 @@ def export_run(
     return portable
 
 
-def _classifier_of(trained: Trained) -> Classifier:
-    """Return the classifier itself, which answers for one view of an image."""
+def _load_classifier(run: Path) -> tuple[ClassificationConfig, Classifier, list[str]]:
+    """Return a run's config, the classifier that answers for one view, and its label names."""
+    trained = load_trained(run, ["engine.device=cpu"])
+    if not isinstance(trained.config, ClassificationConfig):
+        raise ValueError(
+            f"{run} holds a detector, which is made of parts that no other library has. Use it "
+            "with tools/predict.py --run; its backbone goes on with model.weights: <run folder>."
+        )
     model = trained.model
     classifier = model.classifier if isinstance(model, FlipClassifier) else model
     assert isinstance(classifier, Classifier)
-    return classifier
+    return trained.config, classifier, trained.class_names
 
 
 def check_hub(hub_id: str) -> None:
@@ -131,10 +131,11 @@ def _read(file: Path) -> dict[str, Any]:
     return found
 
 
-def _card(trained: Trained, classifier: Classifier, portable: Portable) -> dict[str, Any]:
+def _card(
+    config: ClassificationConfig, classifier: Classifier, label_names: list[str], portable: Portable
+) -> dict[str, Any]:
     """Return timm's config.json, or what our own model.json says."""
-    assert isinstance(trained.config, ClassificationConfig)
-    backbone, section = classifier.backbone, trained.config.data.transforms
+    backbone, section = classifier.backbone, config.data.transforms
     colours = {
         "mean": backbone.mean.flatten().tolist(),
         "std": backbone.std.flatten().tolist(),
@@ -142,19 +143,18 @@ def _card(trained: Trained, classifier: Classifier, portable: Portable) -> dict[
     }
     if portable.library != "timm" or portable.edits:
         sizes = {"size_px": section.size_px, "crop_ratio": section.crop_ratio}
-        head = trained.config.model.head.model_dump()
-        names = {"head": head, "label_names": trained.class_names}
+        names = {"head": config.model.head.model_dump(), "label_names": label_names}
         return {**backbone.origin, **names, **colours, **sizes}
     timm_config: dict[str, Any] = portable.model.pretrained_cfg  # type: ignore[assignment]
     return {
         "architecture": portable.name,
-        "num_classes": len(trained.class_names),
+        "num_classes": len(label_names),
         "num_features": backbone.feature_dim,
-        "label_names": trained.class_names,
+        "label_names": label_names,
         "model_args": portable.args,
         "pretrained_cfg": {
             **colours,
-            "num_classes": len(trained.class_names),
+            "num_classes": len(label_names),
             "input_size": [3, section.size_px, section.size_px],
             "fixed_input_size": backbone.image_size_px is not None,
             "crop_pct": section.crop_ratio,

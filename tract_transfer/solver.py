@@ -66,27 +66,32 @@ def build_optimizer(
     """
     arguments, fallback = _arguments(optimizer, momentum, nesterov, optimizer_args or {})
     if bias_lr_factor == 1 and bias_weight_decay is None:
-        trained = _groups(model, weight_decay, decay_all, layer_decay, fallback)
+        groups = _groups(model, weight_decay, decay_all, layer_decay, fallback)
     elif decay_all and layer_decay is None and not fallback:
         decay = weight_decay if bias_weight_decay is None else bias_weight_decay
-        trained = _with_biases_apart(model, lr, weight_decay, lr * bias_lr_factor, decay)
+        groups = _with_biases_apart(model, lr, weight_decay, lr * bias_lr_factor, decay)
     else:
         raise ValueError(
             "solver.bias_lr_factor and bias_weight_decay need solver.decay_all: true and no "
             "layer_decay or fallback_list, and say themselves what a bias decays by."
         )
-    name = "momentum" if optimizer == "sgd" and not nesterov else optimizer  # timm's plain SGD
     _choose_fused(optimizer, arguments, model)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            built: Optimizer = create_optimizer_v2(
-                trained, opt=name, lr=lr, weight_decay=weight_decay, **arguments
-            )
+        return _create(optimizer, nesterov, groups, lr=lr, weight_decay=weight_decay, **arguments)
     except (TypeError, AssertionError) as error:  # timm asserts that APEX's have a GPU
         raise ValueError(
             f"solver.optimizer {optimizer} with optimizer_args {optimizer_args}: {error}"
         ) from error
+
+
+def _create(
+    optimizer: str, nesterov: bool, groups: list[dict[str, Any]], **arguments: Any
+) -> Optimizer:
+    """Let timm make the optimizer; each group's `base_lr` is what a schedule multiplies."""
+    name = "momentum" if optimizer == "sgd" and not nesterov else optimizer  # timm's plain SGD
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        built: Optimizer = create_optimizer_v2(groups, opt=name, **arguments)
     for group in built.param_groups:
         group["lr"] *= group.get("lr_scale", 1.0)
         group["base_lr"] = group["lr"]
