@@ -79,8 +79,8 @@ def write_configs(folder: Path, case: str, seeds: int, iters: int, workers: int 
 
 def finish(file: Path) -> int:
     """Write what finished runs of the suite leave, without running any; return their number."""
-    from tract_transfer.config_file import dump_yaml
     from tract_transfer.config_suite import load_suite
+    from tract_transfer.config_yaml import dump_yaml
     from tract_transfer.run_suite import Suite
 
     suite = Suite(load_suite(file), remember=True)

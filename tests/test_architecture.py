@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 CONFIG = {
     "config", "config_data", "config_file", "config_probe", "config_sections", "config_solver",
-    "config_suite",
+    "config_suite", "config_yaml",
 }  # fmt: skip
 BRIDGE = {
     "build",

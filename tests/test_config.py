@@ -12,7 +12,7 @@ from tract_transfer.config import (
     known_keys,
     load_config,
 )
-from tract_transfer.config_file import dump_yaml
+from tract_transfer.config_yaml import dump_yaml
 
 DETECTION = """\
 task: detection

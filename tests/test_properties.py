@@ -11,7 +11,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from random_detections import NAMES, loop_ap, loop_iou, rows
 
-from tract_transfer.config_file import dump_yaml, merge, read_config_file
+from tract_transfer.config_file import merge, read_config_file
+from tract_transfer.config_yaml import dump_yaml
 from tract_transfer.data.findings import Findings
 from tract_transfer.engine.resume_keys import flatten
 from tract_transfer.evaluation.classification import label_ranks

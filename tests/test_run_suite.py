@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from tract_transfer import inspect_suite, run_suite
-from tract_transfer.config_file import ConfigError, dump_yaml
+from tract_transfer.config_file import ConfigError
 from tract_transfer.config_suite import load_suite
+from tract_transfer.config_yaml import dump_yaml
 from tract_transfer.run_suite import Suite, carry_out, list_plan, refuse_others
 from tract_transfer.suite.screen import Lines
 

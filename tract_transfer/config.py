@@ -13,7 +13,6 @@ from tract_transfer.config_data import ClassificationData, DetectionData
 from tract_transfer.config_file import (
     ConfigError,
     Origins,
-    dump_yaml,
     explain,
     explain_all,
     read_config_file,
@@ -31,6 +30,7 @@ from tract_transfer.config_sections import (
     TractConfig,
 )
 from tract_transfer.config_solver import SolverConfig
+from tract_transfer.config_yaml import dump_yaml
 from tract_transfer.redact import has_secret
 
 # Rows of the paper's tables; those of t1 and t2 are found by the backbone's name and the epochs.

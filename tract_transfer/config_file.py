@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 
+from tract_transfer.config_yaml import NOT_YAML, parse_yaml
+
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
@@ -17,9 +19,6 @@ Origins = dict[
     str, str
 ]  # dotted key -> "configs/x.yaml line 12"; "" -> the file that was asked for
 COMMAND_LINE = "command line"
-_MAX_NODES = 100_000  # of a config with its aliases written out
-# What reading a text raises that is not YAML, or has a tag that its value does not fit.
-_NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
 
 
 class ConfigError(ValueError):
@@ -32,39 +31,6 @@ class Override(NamedTuple):
     key: str
     value: Any
     place: str = COMMAND_LINE
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with YAML 1.2's scalars: 1e-3 is a number, and only true and false are bools."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what either version of YAML would not read as the string it is."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp)
-        for tag, regexp in resolvers
-        if not tag.endswith((":bool", ":float", ":timestamp"))
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_FLOAT = r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(_FLOAT), list("-+0123456789.")
-    )
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool",
-    re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
-    list("tTfF"),
-)
-
-
-def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """Return a tree as YAML that reads back as the same tree."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_config_file(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origins]:
@@ -113,8 +79,8 @@ def parse_words(words: Sequence[str]) -> list[Override]:
             except StopIteration:
                 raise ConfigError(f"{key}: given without a value: {key}=...") from None
         try:
-            _, value = _parse(text)
-        except _NOT_YAML as error:
+            _, value = parse_yaml(text)
+        except NOT_YAML as error:
             raise ConfigError(f"{key}: {text[:200]!r} is not YAML ({error}).") from None
         overrides.append(Override(key, value))
     return overrides
@@ -212,8 +178,8 @@ def _read(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], Origin
         by = f" (_BASE_ of {parents[-1]})" if parents else ""
         raise ConfigError(f"No config can be read at {path}{by}: {error}") from None
     try:
-        node, own = _parse(text)
-    except _NOT_YAML as error:
+        node, own = parse_yaml(text)
+    except NOT_YAML as error:
         raise ConfigError(f"{path}: not YAML, or not safe YAML: {error}") from None
     if not isinstance(node, yaml.MappingNode):
         raise ConfigError(f"{path}: a config is a mapping of keys to values.")
@@ -231,27 +197,6 @@ def _read(path: Path, parents: tuple[Path, ...]) -> tuple[dict[str, Any], Origin
         tree = merge(tree, base_tree)
         inherited.update(base_origins)
     return merge(tree, own), {**inherited, **origins}
-
-
-def _parse(text: str) -> tuple[yaml.Node | None, Any]:
-    """Return the nodes of a YAML text and its value; raises one of _NOT_YAML."""
-    node = yaml.compose(text, _Loader)
-    if node is not None and _count(node, {}) > _MAX_NODES:
-        raise ValueError(f"its aliases stand for more than {_MAX_NODES} values. Write fewer")
-    return node, yaml.load(text, _Loader)
-
-
-def _count(node: yaml.Node, counts: dict[int, int]) -> int:
-    """Return how many values a node stands for, aliases written out; refuse one in itself."""
-    if isinstance(node, yaml.ScalarNode):
-        return 1
-    if id(node) not in counts:
-        counts[id(node)] = 0  # until it is known
-        pairs = node.value if isinstance(node, yaml.MappingNode) else [node.value]
-        counts[id(node)] = 1 + sum(_count(part, counts) for pair in pairs for part in pair)
-    elif not counts[id(node)]:
-        raise ValueError("an alias stands inside what it is an alias of. Write it out")
-    return counts[id(node)]
 
 
 def _record(node: yaml.MappingNode, prefix: str, path: Path, origins: Origins) -> None:

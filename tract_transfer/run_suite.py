@@ -12,8 +12,9 @@ from types import FrameType
 from typing import Any
 
 from tract_transfer.build_suite import Draft, plan_suite
-from tract_transfer.config_file import ConfigError, dump_yaml
+from tract_transfer.config_file import ConfigError
 from tract_transfer.config_suite import SuiteConfig
+from tract_transfer.config_yaml import dump_yaml
 from tract_transfer.engine.resume_keys import changed_keys
 from tract_transfer.files import make_folder, remove_leftovers, write_text
 from tract_transfer.inspect_suite import Inspector
