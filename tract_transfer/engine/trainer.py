@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tract_transfer.engine.determinism import seed_all
+from tract_transfer.engine.meter import Meter
 from tract_transfer.engine.non_finite import StepGuard
 from tract_transfer.engine.protocols import Batch, Ema, GradientStep, Mix, as_it_is
 from tract_transfer.engine.signals import StopRequest
@@ -30,17 +31,6 @@ class Hook:
 
     def after_train(self, trainer: "Trainer") -> None:
         """Called once after the last step, and where a signal or an error ended the training."""
-
-
-@dataclass
-class Meter:
-    """Sums since the last log line, kept on the device until they are read."""
-
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    steps: int = 0
-    images: int = 0
-    data_seconds: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
 
 
 @dataclass
@@ -163,7 +153,7 @@ class Trainer:
             self.tract.forget()
             self.optimizer.zero_grad(set_to_none=True)
             return
-        self._count(losses)
+        self.meter.count(losses)
         self.tract.step()
         if self.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
@@ -281,13 +271,6 @@ class Trainer:
                 f"{'; '.join(batch.skipped)}. Repair the data, or set a larger data.batch_size."
             )
         return batch
-
-    def _count(self, losses: Sequence[Mapping[str, Tensor]]) -> None:
-        for name, loss in ((name, loss) for each in losses for name, loss in each.items()):
-            value = loss.detach().double()
-            total = self.meter.losses.get(name)
-            self.meter.losses[name] = value if total is None else total + value
-        self.meter.steps += 1
 
 
 def _lay_as_weights(optimizer: Optimizer) -> None:
