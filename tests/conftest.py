@@ -16,6 +16,7 @@ import torch
 from run_folders import Killed
 
 from tract_transfer.config import load_config
+from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -219,6 +220,11 @@ def kill_at(monkeypatch):
         monkeypatch.setattr(Trainer, "step", dying_step)
 
     return arm
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    return Checkpointer(tmp_path / "checkpoints", keep=3)
 
 
 @pytest.fixture

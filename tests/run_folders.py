@@ -65,6 +65,20 @@ def last_parts(folder):
     return checkpointer.load(checkpointer.newest())
 
 
+def checkpoint_names(checkpointer):
+    return sorted(path.name for path in checkpointer.folder.glob("iter_*"))
+
+
+def write_checkpoints(checkpointer, *iterations):
+    for iteration in iterations:
+        checkpointer.save(iteration, {"model": {"w": torch.tensor(iteration)}}, {"at": iteration})
+
+
+def truncate(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+
+
 def assert_bits(one, two):
     """Equal in structure, type, order and bits."""
     assert type(one) is type(two)
@@ -94,16 +108,29 @@ def assert_same_run(one, two):
     assert results_of(one) == results_of(two)
 
 
+def run_until_killed(kill_at, iteration, config):
+    """Begin a run that dies at the beginning of a step; the next is not killed."""
+    kill_at(iteration)
+    with pytest.raises(Killed):
+        run(config)
+    kill_at(None)
+
+
+def whole_and_killed(folder, load_tiny, kill_at, *words):
+    """Run a tiny config into `whole`, and into `run` until iteration 5; return the latter's."""
+    run(load_tiny(folder, *words, f"output_dir={folder / 'whole'}"))
+    config = load_tiny(folder, *words)
+    run_until_killed(kill_at, 5, config)
+    return config
+
+
 def assert_resumes_exactly(kill_at, killed_at, whole, killed, resumed=None):
     """A run killed at an iteration and resumed is the `whole` one; returns that one's results.
 
     The configs differ in output_dir, and in what may change on resume.
     """
     results = run(whole)
-    kill_at(killed_at)
-    with pytest.raises(Killed):
-        run(killed)
-    kill_at(None)
+    run_until_killed(kill_at, killed_at, killed)
     assert not (Path(killed.output_dir) / "results.json").exists()
     run(resumed or killed, resume=True)
     assert_same_run(Path(whole.output_dir), Path(killed.output_dir))

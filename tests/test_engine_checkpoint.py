@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from run_folders import assert_bits, entries
+from run_folders import assert_bits, checkpoint_names, entries, truncate, write_checkpoints
 
 from tract_transfer.engine.checkpoint import Checkpointer, take_tensors
 from tract_transfer.files import DiskFullError
@@ -23,20 +23,6 @@ TREE = {
     "count": 2**60,
     "nothing": {},
 }
-
-
-@pytest.fixture
-def checkpointer(tmp_path):
-    return Checkpointer(tmp_path / "checkpoints", keep=3)
-
-
-def names(checkpointer):
-    return sorted(path.name for path in checkpointer.folder.glob("iter_*"))
-
-
-def write(checkpointer, *iterations):
-    for iteration in iterations:
-        checkpointer.save(iteration, {"model": {"w": torch.tensor(iteration)}}, {"at": iteration})
 
 
 def test_what_is_saved_is_what_is_loaded(checkpointer):
@@ -71,11 +57,6 @@ def test_only_tensors_and_plain_values_are_taken(checkpointer, refused):
     assert checkpointer.newest() is None
 
 
-def truncate(path):
-    file = path / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-3])
-
-
 def flip(name):
     def damage(path):
         content = bytearray((path / name).read_bytes())
@@ -108,7 +89,7 @@ def replace_by_a_list(path):
     ids=["cut", "byte", "state byte", "state number", "list", "no state", "no tensors"],
 )
 def test_a_broken_one_is_named_and_passed_over(checkpointer, caplog, damage):
-    write(checkpointer, 10, 20)
+    write_checkpoints(checkpointer, 10, 20)
     damage(checkpointer.folder / "iter_0000020")
     with caplog.at_level(logging.WARNING):
         newest = checkpointer.newest()
@@ -128,7 +109,7 @@ def test_a_broken_one_is_named_and_passed_over(checkpointer, caplog, damage):
     ],
 )
 def test_a_state_made_to_mislead_is_broken(checkpointer, changes, says, refused):
-    write(checkpointer, 10, 20)
+    write_checkpoints(checkpointer, 10, 20)
     file = checkpointer.folder / "iter_0000020/state.json"
     content = {**json.loads(file.read_text()), **changes}
     del content["sha256"]
@@ -143,61 +124,47 @@ def test_a_state_made_to_mislead_is_broken(checkpointer, changes, says, refused)
 
 
 def test_a_state_of_great_depth_is_broken(checkpointer):
-    write(checkpointer, 10)
+    write_checkpoints(checkpointer, 10)
     (checkpointer.folder / "iter_0000010/state.json").write_text("[" * 100_000)
     assert checkpointer.newest() is None
 
 
 def test_folders_of_others_are_passed_over(checkpointer, caplog):
-    write(checkpointer, 3)
+    write_checkpoints(checkpointer, 3)
     (checkpointer.folder / "iter_old").mkdir()
     (checkpointer.folder / "iter_0000009").mkdir()
     with caplog.at_level(logging.WARNING):
         assert checkpointer.newest().name == "iter_0000003"
     assert "iter_0000009" in caplog.text
-    write(checkpointer, 4, 5, 6)
-    assert "iter_old" in names(checkpointer)
+    write_checkpoints(checkpointer, 4, 5, 6)
+    assert "iter_old" in checkpoint_names(checkpointer)
 
 
 def test_an_interrupted_write_is_never_taken(checkpointer):
-    write(checkpointer, 1)
+    write_checkpoints(checkpointer, 1)
     whole = checkpointer.folder / "iter_0000001"
     whole.rename(checkpointer.folder / ".iter_0000002")
     assert checkpointer.newest() is None
-    write(checkpointer, 2)
+    write_checkpoints(checkpointer, 2)
     assert checkpointer.newest().name == "iter_0000002"
     assert not (checkpointer.folder / ".iter_0000002").exists()
-
-
-@pytest.mark.parametrize("keep", [1, 2, 3])
-def test_the_last_ones_and_the_best_stay(tmp_path, keep):
-    checkpointer = Checkpointer(tmp_path, keep)
-    write(checkpointer, 1, 2)
-    checkpointer.mark_best(2, 0.5)
-    write(checkpointer, 3, 4, 5)
-    last = [f"iter_{iteration:07d}" for iteration in range(6 - keep, 6)]
-    assert names(checkpointer) == sorted({"iter_0000002", *last})
-    assert checkpointer.best().name == "iter_0000002"
-    checkpointer.mark_best(5, 0.7)
-    assert names(checkpointer) == last
-    assert checkpointer.best().name == "iter_0000005"
 
 
 def test_a_run_that_came_back_keeps_what_it_writes(tmp_path):
     """Broken checkpoints ahead of it do not take the place of new ones."""
     checkpointer = Checkpointer(tmp_path, keep=2)
-    write(checkpointer, 10, 20)
+    write_checkpoints(checkpointer, 10, 20)
     truncate(tmp_path / "iter_0000020")
-    write(checkpointer, 12)
+    write_checkpoints(checkpointer, 12)
     assert checkpointer.newest().name == "iter_0000012"
-    write(checkpointer, 20)
+    write_checkpoints(checkpointer, 20)
     assert checkpointer.newest().name == "iter_0000020"
-    assert names(checkpointer) == ["iter_0000012", "iter_0000020"]
+    assert checkpoint_names(checkpointer) == ["iter_0000012", "iter_0000020"]
 
 
 def test_order_is_by_number(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep=2)
-    write(checkpointer, 9_999_999, 10_000_000)
+    write_checkpoints(checkpointer, 9_999_999, 10_000_000)
     assert checkpointer.newest().name == "iter_10000000"
 
 
@@ -207,7 +174,7 @@ def test_no_folder_no_checkpoint(checkpointer):
 
 
 def test_broken_ones_are_kept_aside_and_leftovers_cleared(checkpointer, caplog):
-    write(checkpointer, 10, 20, 30)
+    write_checkpoints(checkpointer, 10, 20, 30)
     for iteration in (20, 30):
         truncate(checkpointer.folder / f"iter_00000{iteration}")
     (checkpointer.folder / ".iter_0000040").mkdir()
@@ -217,16 +184,16 @@ def test_broken_ones_are_kept_aside_and_leftovers_cleared(checkpointer, caplog):
         "broken-iter_0000020", "broken-iter_0000030", "iter_0000010",
     ]  # fmt: skip
     assert f"Kept as {checkpointer.folder}/broken-iter_0000030" in caplog.text
-    write(checkpointer, 20)
+    write_checkpoints(checkpointer, 20)
     truncate(checkpointer.folder / "iter_0000020")
     checkpointer.tidy()
     assert (checkpointer.folder / "broken-iter_0000020-2").is_dir()
-    write(checkpointer, 20)
+    write_checkpoints(checkpointer, 20)
     assert checkpointer.newest().name == "iter_0000020"
 
 
 def test_writing_over_a_whole_one_never_leaves_none(checkpointer, monkeypatch):
-    write(checkpointer, 10)
+    write_checkpoints(checkpointer, 10)
     monkeypatch.setattr(shutil, "rmtree", None)  # nothing is removed
     checkpointer.save(10, {"model": {"w": torch.tensor(11)}}, {})
     assert checkpointer.load(checkpointer.newest())[0]["model"]["w"] == 10
@@ -244,65 +211,14 @@ def test_a_full_disk_leaves_the_last_good_one(small_disk):
     assert checkpointer.newest().name == "iter_0000001"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"value": 1}', '{"iteration": "x"}'])
-def test_a_broken_best_is_found_again(checkpointer, caplog, text):
-    write(checkpointer, 10, 20, 30)
-    checkpointer.mark_best(20, 0.5)
-    file = checkpointer.folder / "best.json"
-    file.write_text(text)
-    with pytest.raises(ValueError, match=r"best\.json is broken: .* --resume finds"):
-        checkpointer.best()
-    with pytest.raises(ValueError, match=r"best\.json is broken"):
-        write(checkpointer, 40)  # rather than to remove the best
-    assert "iter_0000020" in names(checkpointer)
-    checkpointer.mend_best({"iteration": 20, "value": 0.5}, 30)
-    assert checkpointer.best().name == "iter_0000020"
-    assert json.loads(file.read_text()) == {"iteration": 20, "value": 0.5}
-    assert (checkpointer.folder / "broken-best.json").read_text() == text
-    assert "best.json is broken" in caplog.text
-    write(checkpointer, 60)
-    assert names(checkpointer) == [f"iter_00000{i}" for i in (20, 30, 40, 60)]
-
-
-def test_a_best_that_is_gone_is_an_error_now_and_not_at_the_end(checkpointer, refused):
-    write(checkpointer, 10, 20)
-    checkpointer.mark_best(10, 0.5)
-    truncate(checkpointer.folder / "iter_0000010")
-    with refused(
-        "a damaged best checkpoint",
-        ValueError,
-        match=r"iter_0000010 is broken.*the best of its run",
-    ):
-        checkpointer.mend_best({"iteration": 10, "value": 0.5}, 20)
-
-
-def test_nothing_is_mended_where_nothing_was_marked(checkpointer):
-    write(checkpointer, 10)
-    checkpointer.mend_best(None, 10)
-    assert checkpointer.best() is None
-
-
 def test_a_removal_cut_short_leaves_no_broken_one(checkpointer, monkeypatch):
-    write(checkpointer, 1, 2, 3)
+    write_checkpoints(checkpointer, 1, 2, 3)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before it removes
-    write(checkpointer, 4)
-    assert names(checkpointer) == [f"iter_000000{i}" for i in (2, 3, 4)]
+    write_checkpoints(checkpointer, 4)
+    assert checkpoint_names(checkpointer) == [f"iter_000000{i}" for i in (2, 3, 4)]
     monkeypatch.undo()
     checkpointer.tidy()
-    assert entries(checkpointer.folder) == names(checkpointer)
-
-
-@pytest.mark.parametrize("is_gone", [False, True])
-def test_a_best_after_where_a_run_goes_on_is_found_again(checkpointer, is_gone):
-    write(checkpointer, 10, 20)
-    checkpointer.mark_best(20, 0.5)
-    path = checkpointer.folder / "iter_0000020"
-    shutil.rmtree(path) if is_gone else truncate(path)
-    checkpointer.mend_best({"iteration": 10, "value": 0.4}, 10)
-    assert checkpointer.best().name == "iter_0000010"
-    checkpointer.mark_best(20, 0.5)
-    checkpointer.mend_best({"iteration": 5, "value": 0.4}, 10)  # whose checkpoint was removed
-    assert checkpointer.best() is None
+    assert entries(checkpointer.folder) == checkpoint_names(checkpointer)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="it is of a GPU's memory")

@@ -5,7 +5,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from run_folders import CARVED, Killed, assert_same_run, entries, held, results_of
+from run_folders import (
+    CARVED,
+    Killed,
+    assert_same_run,
+    entries,
+    held,
+    results_of,
+    whole_and_killed,
+)
 from safetensors.torch import load_file, save_file
 
 from tract_transfer.engine.environment import Inputs, continued, environment
@@ -172,12 +180,7 @@ def test_leftovers_of_a_killed_write_are_cleared(finished):
 
 def test_the_lost_best_is_not_silently_the_last(tmp_path, load_tiny, kill_at):
     words = (*CARVED, "evaluation.every_iters=2", "engine.checkpoint.keep=9")
-    run(load_tiny(tmp_path, *words, f"output_dir={tmp_path / 'whole'}"))
-    config = load_tiny(tmp_path, *words)
-    kill_at(5)
-    with pytest.raises(Killed):
-        run(config)
-    kill_at(None)
+    config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
     (tmp_path / "run/checkpoints/best.json").write_text("{")
     run(config, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -206,12 +209,7 @@ def test_results_that_are_none_are_not_the_end(tmp_path, content):
 def test_a_best_that_is_to_come_again_may_be_damaged(tmp_path, load_tiny, kill_at, caplog):
     """The newest checkpoint is the best more often than not: the one before goes on to it."""
     words = (*CARVED, "evaluation.every_iters=2", "engine.checkpoint={every_iters: 2, keep: 9}")
-    run(load_tiny(tmp_path, *words, f"output_dir={tmp_path / 'whole'}"))
-    config = load_tiny(tmp_path, *words)
-    kill_at(5)
-    with pytest.raises(Killed):
-        run(config)
-    kill_at(None)
+    config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
     checkpoints = tmp_path / "run/checkpoints"
     (checkpoints / "best.json").write_text('{"iteration": 4, "value": 0.9}')
     (checkpoints / "iter_0000004/model.safetensors").write_bytes(b"")

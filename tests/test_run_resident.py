@@ -1,7 +1,7 @@
 """Training from images that stay on the device."""
 
 import pytest
-from run_folders import Killed, assert_resumes_exactly
+from run_folders import assert_resumes_exactly, run_until_killed
 
 from tract_transfer.run import run
 
@@ -23,11 +23,8 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, load_tiny, kill_at, kil
 
 def test_it_is_another_run_than_that_of_the_loader(tmp_path, load_tiny, kill_at):
     """Its random numbers are others, so none goes on with the other's."""
-    kill_at(2)
     words = (f"output_dir={tmp_path / 'run'}", "engine.checkpoint.every_iters=1")
-    with pytest.raises(Killed):
-        run(load_tiny(tmp_path, *RESIDENT, *words))
-    kill_at(None)
+    run_until_killed(kill_at, 2, load_tiny(tmp_path, *RESIDENT, *words))
     changed = load_tiny(tmp_path, *RESIDENT[1:], "data.cache=ram", *words)
     with pytest.raises(ValueError, match=r"data.cache: 'device' then, 'ram' now"):
         run(changed, resume=True)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from run_folders import (
     CARVED,
-    Killed,
     assert_resumes_exactly,
     assert_same_run,
     last_parts,
     lines_of,
     results_of,
+    whole_and_killed,
 )
 
 from tract_transfer.config import load_config
@@ -92,13 +92,8 @@ def test_a_killed_detector_resumes_to_the_same_bits(tmp_path, load_tiny, kill_at
 
 def test_a_checkpoint_that_broke_costs_time_alone(tmp_path, load_tiny, kill_at, caplog):
     words = (*STATEFUL, "engine.checkpoint={every_iters: 2, keep: 2}")
-    run(load_tiny(tmp_path, *words, f"output_dir={tmp_path / 'whole'}"))
-    config = load_tiny(tmp_path, *words)
-    kill_at(5)
-    with pytest.raises(Killed):
-        run(config)
+    config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
     (tmp_path / "run/checkpoints/iter_0000004/model.safetensors").write_bytes(b"")
-    kill_at(None)
     run(config, resume=True)
     assert "iter_0000004 is broken" in caplog.text
     assert "iter_0000004" in (tmp_path / "run/log.txt").read_text()
