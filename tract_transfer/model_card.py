@@ -52,7 +52,7 @@ def model_card(
         + f"\n\nOf iteration {results['reported_iteration']}; "
         f"the primary metric is {escape(results['primary_metric'])}.",
         _table("Protocol", {k: _named(v, local) for k, v in results["protocol"].items()}),
-        _table("Training", _training(results, local)),
+        _table("Training", _training(results)),
         _table("Data fingerprints (sha256)", environment["data"]),
         _table("Versions", {**environment["versions"], **environment["git"]}),
         "## How to load it\n\n" + _code(config, portable, backbone, hub_id),
@@ -129,7 +129,7 @@ def _eval_results(
     ]
 
 
-def _training(results: dict[str, Any], local: list[str]) -> dict[str, Any]:
+def _training(results: dict[str, Any]) -> dict[str, Any]:
     facts: dict[str, Any] = {"seed": results["seed"], "method": results["method"]}
     weights = results.get("weights")
     if weights:

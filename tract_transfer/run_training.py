@@ -97,7 +97,7 @@ def _go_on(trainer: Trainer, checkpointer: Checkpointer) -> None:
         logger.info("Resumed from %s", newest)
     elif broken := sorted(checkpointer.folder.glob("broken-*")):
         logger.warning("No checkpoint but %s: the training starts anew.", broken[-1].name)
-    check_same(accelerator, trainer.iteration, "iterations to go on from")
+    check_same(trainer.iteration, "iterations to go on from")
     main_first(accelerator, lambda: checkpointer.mend_best(trainer.best, trainer.iteration))
 
 

@@ -32,7 +32,7 @@ def main_first(accelerator: Accelerator, work: Callable[[], object]) -> None:
         raise RuntimeError(f"The main process failed. {told}")
 
 
-def check_same(accelerator: Accelerator, value: int, what: str) -> None:
+def check_same(value: int, what: str) -> None:
     """Refuse processes that would go on from different places.
 
     Raises:

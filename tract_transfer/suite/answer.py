@@ -50,7 +50,7 @@ def _sentence(method: str, rows: Sequence[Row], baseline: str) -> str:
     overall = mean_over_tasks(measured, method, baseline)
     parts = [] if overall is None else [_averaged(method, measured, baseline, overall)]
     if overall is None or len(measured) > 1:
-        parts.append(f"{'it' if parts else method} {_counted(method, measured, baseline)}")
+        parts.append(f"{'it' if parts else method} {_counted(method, measured)}")
     if unmeasured := len(rows) - len(measured):
         parts.append(f"{unmeasured} task{'s have' if unmeasured > 1 else ' has'} no pair yet")
     return f"{'; '.join(parts)}."
@@ -82,7 +82,7 @@ def _averaged(method: str, rows: Sequence[Row], baseline: str, overall: PairedDi
     return f"{text}: no difference is shown{few}"
 
 
-def _counted(method: str, rows: Sequence[Row], baseline: str) -> str:
+def _counted(method: str, rows: Sequence[Row]) -> str:
     """Say on how many tasks a method is ahead and behind, and where that is significant."""
     gains = {
         row.task: row.differences[method].mean * (-1 if is_loss(row.metric) else 1) for row in rows

@@ -75,7 +75,7 @@ class LiveTable:
     """The runs under way, those that ended last, and those that come next."""
 
     def __init__(self, console: Console, total: int) -> None:
-        self._console, self._total, self._clock = console, total, Clock()
+        self._total, self._clock = total, Clock()
         self._live = Live(console=console, auto_refresh=False, transient=False)
         self._results: dict[str, str] = {}
         self._shown_at = 0.0
