@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from tract_transfer.suite.report import write_report
+from tract_transfer.suite.content import read_report
+from tract_transfer.suite.find_runs import find_runs
+from tract_transfer.suite.report import save_report
+from tract_transfer.suite.runs import Run, read_runs
 
 VANILLA = {0: 0.8, 1: 0.82, 2: 0.81}
 TRACT = {0: 0.83, 1: 0.84, 2: 0.845}
@@ -89,6 +93,17 @@ def write_detections(folder: Path, name: str = "street.png", label: str = "car")
 def write_filters(folder: Path) -> None:
     save_file({"conv1.weight": torch.randn(70, 3, 3, 3)}, folder / "model.safetensors")
     (folder / "model.json").write_text(json.dumps({"first_layers": ["conv1"]}))
+
+
+def load_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read the runs that `paths` are, plan or hold."""
+    return read_runs(find_runs(paths))
+
+
+def write_report(paths: Sequence[Path], path: Path, *, title: str | None = None) -> Path:
+    """Write the report of the runs that `paths` are, plan or hold; return its path."""
+    save_report(read_report(paths, None, title), path)
+    return path
 
 
 def page(folders: list[Path], root: Path) -> str:

@@ -3,12 +3,11 @@
 from pathlib import Path
 
 import pytest
-from report_runs import page, seen, write_pair, write_run
+from report_runs import load_runs, page, seen, write_pair, write_run
 
 from tract_transfer.suite.answer import answer, mean_over_tasks
 from tract_transfer.suite.compare import compare
 from tract_transfer.suite.report import text_table
-from tract_transfer.suite.runs import load_runs
 from tract_transfer.suite.statistics import paired_difference
 
 BASE = {0: 0.5, 1: 0.51, 2: 0.52}

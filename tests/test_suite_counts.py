@@ -5,12 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from report_runs import page, seen, write_run
+from report_runs import load_runs, page, seen, write_run
 
 from tract_transfer.suite.compare import compare
 from tract_transfer.suite.content import read_report
 from tract_transfer.suite.report import FORMATS, text_table
-from tract_transfer.suite.runs import load_runs
 from tract_transfer.suite.tables import speed_up_table
 
 

@@ -5,12 +5,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from report_runs import page, seen, write_pair
+from report_runs import load_runs, page, seen, write_pair, write_report
 
 from tract_transfer.suite.content import read_report
 from tract_transfer.suite.find_runs import find_runs
-from tract_transfer.suite.report import write_report
-from tract_transfer.suite.runs import load_runs
 
 
 def write_suite(root: Path, **changes: object) -> Path:

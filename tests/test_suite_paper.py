@@ -5,14 +5,13 @@ from typing import get_args
 
 import pytest
 import yaml
-from report_runs import page, seen, write_run
+from report_runs import load_runs, page, seen, write_run
 
 from tract_transfer.config import PaperRow, load_config
 from tract_transfer.engine import run_folder
 from tract_transfer.suite import runs as suite_runs
 from tract_transfer.suite.compare import by_task
 from tract_transfer.suite.paper import SETUPS, beside_the_paper, read_table
-from tract_transfer.suite.runs import load_runs
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "paper"
 

@@ -9,17 +9,18 @@ import pytest
 from report_runs import (
     TRACT,
     VANILLA,
+    load_runs,
     page,
     seen,
     write_detections,
     write_filters,
     write_pair,
+    write_report,
     write_run,
 )
 
 from tract_transfer.suite.compare import compare
-from tract_transfer.suite.report import text_table, write_report
-from tract_transfer.suite.runs import load_runs
+from tract_transfer.suite.report import text_table
 from tract_transfer.suite.statistics import paired_difference, summarize
 
 

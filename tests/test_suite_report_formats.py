@@ -8,12 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from report_runs import write_pair, write_run
+from report_runs import load_runs, write_pair, write_report, write_run
 
 from tract_transfer.suite import report_latex, report_markdown
 from tract_transfer.suite.content import read_report
-from tract_transfer.suite.report import FORMATS, save_report, text_table, write_report
-from tract_transfer.suite.runs import load_runs
+from tract_transfer.suite.report import FORMATS, save_report, text_table
 
 EVIL = "<script>alert('x')</script> | $x_1$ & \\input{/etc/passwd} [a](b) ]]>\nline"
 

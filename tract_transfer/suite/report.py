@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tract_transfer.files import aside_of
 from tract_transfer.suite.compare import compare, methods_of
-from tract_transfer.suite.content import BASELINE, Report, read_report
+from tract_transfer.suite.content import BASELINE, Report
 from tract_transfer.suite.report_html import html
 from tract_transfer.suite.report_json import to_json
 from tract_transfer.suite.report_latex import latex
@@ -16,38 +16,18 @@ from tract_transfer.suite.tables import results_table
 FORMATS = {".html": html, ".md": markdown, ".tex": latex, ".json": to_json}
 
 
-def write_report(
-    paths: Sequence[Path],
-    path: Path,
-    *,
-    baseline: str | None = None,
-    title: str | None = None,
-) -> Path:
-    """Write one file about runs, finished or not, in the format of its suffix; return its path.
+def save_report(report: Report, path: Path) -> None:
+    """Write a report in the format of the file's suffix, whole or not at all.
 
     Args:
-        paths: run folders, suites' folders, or folders that hold either.
         path: a file of the suffix .html, .md, .tex or .json; its folder is made.
-        baseline: label of the method that the others are compared with; None takes the suite's, or
-            "vanilla", or the only one that there is.
-        title: None takes the suite's.
 
     Raises:
-        ValueError: as `read_report` does, or another suffix.
+        ValueError: another suffix.
         OSError: the file cannot be written; an earlier one is left as it was.
     """
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: a report's suffix must be one of {', '.join(FORMATS)}.")
-    save_report(read_report(paths, baseline, title), path)
-    return path
-
-
-def save_report(report: Report, path: Path) -> None:
-    """Write a report in the format of the file's suffix, whole or not at all.
-
-    Raises:
-        OSError: the file cannot be written; an earlier one is left as it was.
-    """
     text = FORMATS[path.suffix](report)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_of(path)

@@ -7,14 +7,13 @@ reason in `failure`, and a file that cannot be read is named in `problems`: a re
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import yaml
 
-from tract_transfer.suite.find_runs import Found, Planned, find_runs
+from tract_transfer.suite.find_runs import Found, Planned
 
 RESULTS_FORMAT = 1
 _NEEDED = {"method": str, "name": str, "seed": int, "primary_metric": str, "metrics": dict}
@@ -61,15 +60,6 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     detections: list[dict[str, Any]] = field(default_factory=list)
     problems: tuple[str, ...] = ()
-
-
-def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read the runs that `paths` are, plan or hold, as `find_runs` finds them.
-
-    Raises:
-        ValueError: as `find_runs` and `read_runs` do.
-    """
-    return read_runs(find_runs(paths))
 
 
 def read_runs(found: Found) -> list[Run]:
