@@ -212,7 +212,7 @@ def test_ctrl_c_where_nothing_trains_is_no_traceback(
 ):
     sending = {"--dry-run": "preview", "--eval-only": "evaluate_run"}[option]
 
-    def interrupted(_config):
+    def interrupted(_config, **_options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, sending, interrupted)
