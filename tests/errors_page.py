@@ -29,7 +29,21 @@ HEAD = """\
 Written by `make errors` from the tests: each row is a bad input that a test gives, and the error it
 ends in. *Caught in* is the module of tract_transfer that refuses it. Where a message names files,
 `…/` stands for their folder; `…` for words of other libraries and for numbers that are the
-machine's. Tools print the message alone, without a traceback, and end with an exit code.
+machine's.
+
+Every tool ends alike, whenever it finds out:
+
+- exit code 0: all was done;
+- 2, and `error: ...` on stderr: command line, config, data, weights or folder have to be changed
+  first; the same command would end alike;
+- 1, and `failed: SomeError: ...`: it began and failed, as for want of memory, disk or network, or
+  by numbers that are not finite. Also where a tool did what it was asked and found something wrong:
+  `check_data.py` in data, `analyze_model.py` in weights, `predict.py` in one of its files,
+  `run_suite.py` in a run;
+- 130, 138 or 143, and `SIGINT: ...`: ended by a signal; how to go on is said.
+
+There is no traceback, but with `TRACT_TRANSFER_TRACEBACK=1` in the environment. One that comes
+unasked is a mistake of ours.
 
 What is told and not refused (data that are skipped or clipped, a broken checkpoint passed over) is
 in [reliability.md](reliability.md) and in `results.json`.

@@ -112,7 +112,7 @@ def test_what_looks_local_never_goes_to_the_hub(path, monkeypatch):
 
 
 def test_an_unreachable_hub_says_how_to_use_a_copy():
-    with pytest.raises(FileNotFoundError, match=r"save_to_disk.*data.train.path"):
+    with pytest.raises(ConnectionError, match=r"save_to_disk.*data.train.path"):
         load_huggingface("owner/absent", "train")
 
 

@@ -154,7 +154,7 @@ def test_what_cannot_be_exported_says_why(finished, load_tiny, call, tmp_path):
         ("--run", finished("own"), "--output", tmp_path / "there"): "exists. Name another --output",
     }.items():
         said = call("export_model.py", *words)
-        assert said.returncode == 1
+        assert said.returncode == 2
         assert message in said.stderr
     assert not (tmp_path / "x").exists()
     said = call("export_model.py", "--run", "a", "--output", "b", "--private")
@@ -216,7 +216,7 @@ def test_without_its_packages_onnx_says_what_to_install(finished, call, tmp_path
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     words = ("--run", finished("own"), "--output", tmp_path / "out", "--onnx")
     said = call("export_model.py", *words)
-    assert said.returncode == 1
+    assert said.returncode == 2
     assert "pip install onnx onnxruntime onnxscript" in said.stderr
     assert not (tmp_path / "out").exists()
 

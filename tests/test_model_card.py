@@ -207,6 +207,6 @@ def test_an_upload_that_cannot_be_is_refused(finished, call, tmp_path, monkeypat
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
     said = call("export_model.py", *words, "me/m", "--private")
-    assert said.returncode == 1
+    assert said.returncode == 2
     assert "me/m exists and is public, and nothing was uploaded" in said.stderr
     assert [kind for kind, *_ in hub.calls] == ["create"]

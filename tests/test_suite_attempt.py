@@ -69,6 +69,8 @@ def test_an_attempt_that_was_stopped_in_the_queue_does_not_begin(make):
         (1, "", "exit code 1 (see {log})"),
         (1, "a\nNoRoomError: /x\nMake room.\n", "NoRoomError: /x Make room. (see {log})"),
         (2, "first\nlast\n", "last (see {log})"),
+        (2, "iter 3\nerror: No x.\nSet y.\n", "No x. Set y. (see {log})"),
+        (1, "failed: NonFiniteError: x\n", "NonFiniteError: x (see {log})"),
     ],
 )
 def test_a_failure_says_why(tmp_path, code, said, why):

@@ -41,9 +41,9 @@ def test_a_config_is_analysed_without_data_or_weights(call, write_tiny, tmp_path
 
 def test_what_cannot_be_analysed_is_told(call):
     for words, code, wanted in (
-        (("--backbone", "timm/resnet19"), 1, "timm has no model 'resnet19'"),
-        (("--backbone", "timm/resnet18", "--args", "{"), 1, "--args must be JSON"),
-        (("--backbone", "timm/resnet18", "seed=1"), 1, "give --config-file"),
+        (("--backbone", "timm/resnet19"), 2, "timm has no model 'resnet19'"),
+        (("--backbone", "timm/resnet18", "--args", "{"), 2, "--args must be JSON"),
+        (("--backbone", "timm/resnet18", "seed=1"), 2, "give --config-file"),
         (("--config-file", "nowhere.yaml"), 2, "No config can be read"),
     ):
         said = call("analyze_model.py", *words)
@@ -97,13 +97,13 @@ def test_weights_that_would_be_refused_end_with_1(call, files, write_tiny, tmp_p
 
 def test_weights_alone_are_a_run_folder_s(call, files, tmp_path):
     said = call("analyze_model.py", "--weights", files / "short.pth")
-    assert said.returncode == 1
+    assert said.returncode == 2
     assert "No model.json" in said.stderr
     save_backbone(tmp_path, build_backbone("cifar/resnet18", args={"width": 8}), {})
     said = call("analyze_model.py", "--weights", tmp_path)
     assert said.returncode == 0, said.stderr
     assert "(100.00%)" in said.stdout
     said = call("analyze_model.py", "--weights", "output/pretrain/cifar10_resnet18_not")
-    assert said.returncode == 1
+    assert said.returncode == 2
     assert "no such file or folder" in said.stderr
     assert call("analyze_model.py").returncode == 2

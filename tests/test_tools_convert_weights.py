@@ -51,7 +51,7 @@ def test_a_run_folder_goes_there_and_back(convert, run_folder, tmp_path, capsys)
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(pair[1].pooled(images), pair[0].pooled(images))
-    assert convert("--from", "detectron2", file, folder) == 1
+    assert convert("--from", "detectron2", file, folder) == 2
     assert "holds a backbone already" in capsys.readouterr().err
 
 
@@ -63,9 +63,9 @@ def test_the_method_can_be_told(convert, run_folder, tmp_path):
 
 
 def test_what_is_wrong_is_said_in_a_line(convert, run_folder, tmp_path, capsys):
-    assert convert("--to", "detectron2", tmp_path / "no", tmp_path / "r18.pkl") == 1
+    assert convert("--to", "detectron2", tmp_path / "no", tmp_path / "r18.pkl") == 2
     assert "No model.json" in capsys.readouterr().err
-    assert convert("--from", "detectron2", tmp_path / "no.pkl", tmp_path / "back") == 1
+    assert convert("--from", "detectron2", tmp_path / "no.pkl", tmp_path / "back") == 2
     assert "nothing says in which order" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         convert("--to", "detectron2", run_folder, tmp_path / "a.pkl", "--method", "mine")

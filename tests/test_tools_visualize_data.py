@@ -76,7 +76,7 @@ def test_what_cannot_be_drawn_is_told(call, write_tiny, tmp_path):
     said = call(
         "visualize_data.py", "--config-file", write_tiny(tmp_path), "data.train.classes=[10]"
     )
-    assert said.returncode == 1
+    assert said.returncode == 2
     assert "data.train.classes" in said.stderr
     said = call("visualize_data.py", "--config-file", write_tiny(tmp_path), "--num-images", 0)
     assert said.returncode == 2

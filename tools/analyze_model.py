@@ -5,7 +5,7 @@ python tools/analyze_model.py --backbone timm/resnet50 --size-px 224 --depth 2
 python tools/analyze_model.py --weights r50.pth --backbone timm/resnet50
 
 The first two need no data and no weights: what is pre-trained costs the same at random. The third
-tells what of a weights file fits, by name; it ends with 1 where a training would refuse the file.
+tells what of a weights file fits, by name; it ends with 1 where a training would refuse them.
 """
 
 import argparse
@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tract_transfer.exit_codes import ends_in_words
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,22 +57,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+@ends_in_words
 def main() -> int:
     """Build the model the command line names, measure and print; return the exit code."""
     arguments = parse()
-    from tract_transfer.config import ConfigError
-
-    try:
-        if arguments.weights is not None:
-            return compare(arguments)
-        model, size_px = build(arguments)
-        found = analyze(model, arguments.size_px or size_px, arguments.depth)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (KeyError, ValueError, RuntimeError) as error:
-        print(f"{type(error).__name__}: {error.args[0]}", file=sys.stderr)
-        return 1
+    if arguments.weights is not None:
+        return compare(arguments)
+    model, size_px = build(arguments)
+    found = analyze(model, arguments.size_px or size_px, arguments.depth)
     print(json.dumps(found, indent=1) if arguments.json else "\n".join(lines_of(found)))
     return 0
 
@@ -103,7 +97,10 @@ def build_named(arguments: argparse.Namespace) -> "Backbone":
         own = json.loads(arguments.args)
     except ValueError as error:
         raise ValueError(f'--args must be JSON, such as {{"width": 8}}: {error}') from error
-    return build_backbone(arguments.backbone, stem=arguments.stem, args=own)
+    try:
+        return build_backbone(arguments.backbone, stem=arguments.stem, args=own)
+    except KeyError as error:
+        raise ValueError(f"--backbone: {error.args[0]}") from error
 
 
 def compare(arguments: argparse.Namespace) -> int:
@@ -116,7 +113,9 @@ def compare(arguments: argparse.Namespace) -> int:
     except (FileNotFoundError, ValueError) as error:
         refusal = error
         known = error if isinstance(error, WeightsError) else error.__cause__
-        report = known.report if isinstance(known, WeightsError) else None
+        if not isinstance(known, WeightsError):
+            raise  # there was nothing to compare
+        report = known.report
     if report is not None:
         as_json = arguments.json
         print(json.dumps(report.summary(), indent=1) if as_json else "\n".join(report.lines()))

@@ -3,7 +3,8 @@
 python tools/check_data.py --config-file configs/detection/r18_fpn_voc07.yaml
 python tools/check_data.py --config-file X.yaml data.train.path=./my_images --json report.json
 
-Ends with status 0 where all is well, 1 where something is broken, 2 for a wrong command line.
+Ends with status 0 where all is well, 1 where something is broken, 2 where command line, config or
+--json have to be changed first.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tract_transfer.exit_codes import ends_in_words
 
 if TYPE_CHECKING:
     from tract_transfer.check_data import DataReport
@@ -32,27 +35,21 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
+@ends_in_words
 def main() -> int:
     """Check the data and print what was found; return the exit code."""
     arguments = parse()
 
-    from tract_transfer.config import ConfigError, load_config
+    from tract_transfer.config import load_config
 
-    try:
-        config = load_config(arguments.config_file, arguments.overrides)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-
+    config = load_config(arguments.config_file, arguments.overrides)
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json {arguments.json}: there is no such folder. Make it first.")
     from tract_transfer.check_data import check_data
 
     report = check_data(config, show_progress)
     if arguments.json:
-        try:
-            Path(arguments.json).write_text(json.dumps(report.as_dict(), indent=1) + "\n")
-        except OSError as error:
-            print(f"--json: {error}", file=sys.stderr)
-            return 2
+        Path(arguments.json).write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     print("\n".join(lines_of(report)))
     return 0 if report.is_clean else 1
 

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from tract_transfer.exit_codes import ends_in_words
+
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
@@ -41,16 +43,12 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+@ends_in_words
 def main() -> int:
     """Convert what the command line names; return the exit code."""
     arguments = parse()
-    try:
-        convert = to_detectron2 if arguments.to else from_detectron2
-        lines = convert(arguments)
-    except (ValueError, KeyError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
-    print("\n".join(lines))
+    convert = to_detectron2 if arguments.to else from_detectron2
+    print("\n".join(convert(arguments)))
     return 0
 
 

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from tract_transfer.exit_codes import ends_in_words
+
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
@@ -33,30 +35,27 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+@ends_in_words
 def main() -> int:
     """Export, and upload where told; return the exit code."""
     arguments = parse()
     from tract_transfer.export import check_hub, export_run, push
 
     hub_id = arguments.push_to_hub
-    try:
-        if hub_id:
-            check_hub(hub_id)
-        made = export_run(
-            arguments.run,
-            arguments.output,
-            onnx=arguments.onnx,
-            hub_id=hub_id,
-            license_id=arguments.license,
-        )
-        print(f"{arguments.output}: {made.library} {made.name}")
-        if made.reason:
-            print(f"It loads with tract_transfer alone: {made.reason}")
-        if hub_id:
-            print(push(arguments.output, hub_id, private=arguments.private))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    if hub_id:
+        check_hub(hub_id)
+    made = export_run(
+        arguments.run,
+        arguments.output,
+        onnx=arguments.onnx,
+        hub_id=hub_id,
+        license_id=arguments.license,
+    )
+    print(f"{arguments.output}: {made.library} {made.name}")
+    if made.reason:
+        print(f"It loads with tract_transfer alone: {made.reason}")
+    if hub_id:
+        print(push(arguments.output, hub_id, private=arguments.private))
     return 0
 
 

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tract_transfer.exit_codes import FAILED, ends_in_words, tell
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
@@ -42,41 +44,32 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
+@ends_in_words
 def main() -> int:
     """Answer for every input; return the exit code: 1 if one could not be read."""
     arguments = parse()
-    from tract_transfer.config import ConfigError, load_config
+    from tract_transfer.config import load_config
 
-    try:
-        run = arguments.run or Path(load_config(arguments.config_file).output_dir)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
-
+    run = arguments.run or Path(load_config(arguments.config_file).output_dir)
     path = arguments.output / "predictions.json"
     if path.exists() and not arguments.overwrite:
-        print(f"{path} exists: set another --output, or --overwrite.", file=sys.stderr)
-        return 2
+        raise FileExistsError(f"{path} exists: set another --output, or --overwrite.")
+    files = [found for given in arguments.inputs for found in files_of(given)]
     from tract_transfer.trained import load_trained
 
-    try:
-        trained = load_trained(run, [f"engine.device={arguments.device}"])
-        files = [found for given in arguments.inputs for found in files_of(given)]
-        arguments.output.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    trained = load_trained(run, [f"engine.device={arguments.device}"])
+    arguments.output.mkdir(parents=True, exist_ok=True)
     entries, failed = [], 0
     for file, name in files:
         try:
             entries += answer(trained, file, name, arguments)
         except (ValueError, OSError, ImportError) as error:  # noqa: PERF203 - once a file
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            tell(error)
             failed += 1
     about = {"run": str(run), "checkpoint": trained.checkpoint.name}
     path.write_text(json.dumps({**about, "predictions": entries}, indent=1) + "\n")
     print(path)
-    return 1 if failed else 0
+    return FAILED if failed else 0
 
 
 def files_of(given: Path) -> Iterator[tuple[Path, Path]]:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from tract_transfer.exit_codes import ends_in_words
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/recipes.md"
 FOLDERS = ("pretrain", "transfer", "detection", "paper")
@@ -165,6 +167,7 @@ def _line(cells: Any) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+@ends_in_words
 def main() -> int:
     """Write the page, or compare it; return the exit code."""
     parser = argparse.ArgumentParser(

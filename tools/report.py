@@ -8,10 +8,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from tract_transfer.exit_codes import ends_in_words
+
 FORMATS = ("html", "md", "tex", "json")
 SHOWN = 5  # reasons why runs are not finished
 
 
+@ends_in_words
 def main() -> int:
     """Write the report the command line asks for; return the exit code."""
     parser = argparse.ArgumentParser(
@@ -39,18 +42,14 @@ def main() -> int:
     if not formats:
         parser.error(f"--output {arguments.output}: end it in one of {FORMATS}, or give --format.")
     stem = arguments.output.with_suffix("") if suffix in FORMATS else arguments.output
-    try:
-        report = read_report(arguments.folders, arguments.baseline, arguments.title)
-        if not report.tasks:
-            reasons = [f"{run.folder}: {run.failure}" for run in report.runs]
-            more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
-            raise ValueError(f"No finished run to report. {'; '.join(reasons[:SHOWN])}{more}.")
-        paths = [stem.with_name(f"{stem.name}.{name}") for name in formats]
-        for path in paths:
-            save_report(report, path)
-    except (ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    report = read_report(arguments.folders, arguments.baseline, arguments.title)
+    if not report.tasks:
+        reasons = [f"{run.folder}: {run.failure}" for run in report.runs]
+        more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+        raise ValueError(f"No finished run to report. {'; '.join(reasons[:SHOWN])}{more}.")
+    paths = [stem.with_name(f"{stem.name}.{name}") for name in formats]
+    for path in paths:
+        save_report(report, path)
     print(text_table(report.runs, report.baseline))
     for path in paths:
         print(path.resolve())

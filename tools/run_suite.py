@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tract_transfer.exit_codes import ends_in_words
+
 if TYPE_CHECKING:
     from tract_transfer.config_suite import SuiteConfig
     from tract_transfer.run_suite import Suite
@@ -40,34 +42,27 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
+@ends_in_words
 def main() -> int:
     """Run the suite the command line names; return the exit code."""
     arguments = parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger().handlers[0].addFilter(make_filter())
 
-    from tract_transfer.config_file import ConfigError
     from tract_transfer.config_suite import load_suite
     from tract_transfer.run_suite import Suite, list_plan
 
+    config = load_suite(arguments.config_file, arguments.overrides)
+    refuse = not (arguments.dry_run or arguments.set_aside)
+    suite = Suite(config, remember=not arguments.dry_run, refuse=refuse)
+    if arguments.dry_run:
+        print("\n".join(list_plan(suite, suite.take_stock())))
+        return 0
+    launcher = make_launcher(arguments, config)
     try:
-        config = load_suite(arguments.config_file, arguments.overrides)
-        refuse = not (arguments.dry_run or arguments.set_aside)
-        suite = Suite(config, remember=not arguments.dry_run, refuse=refuse)
-        if arguments.dry_run:
-            print("\n".join(list_plan(suite, suite.take_stock())))
-            return 0
-        launcher = make_launcher(arguments, config)
-        try:
-            return carry_out(arguments, suite, launcher)
-        finally:
-            launcher.close()
-    except (ConfigError, ImportError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+        return carry_out(arguments, suite, launcher)
+    finally:
+        launcher.close()
 
 
 def make_filter() -> Callable[[logging.LogRecord], bool]:
@@ -88,7 +83,6 @@ def make_filter() -> Callable[[logging.LogRecord], bool]:
 
 def make_launcher(arguments: argparse.Namespace, config: "SuiteConfig") -> "Launcher":
     """Return what starts the runs."""
-    from tract_transfer.config_file import ConfigError
     from tract_transfer.suite.launch_ray import RayLauncher
     from tract_transfer.suite.launch_slurm import SlurmLauncher
     from tract_transfer.suite.launchers import this_machine
@@ -96,23 +90,16 @@ def make_launcher(arguments: argparse.Namespace, config: "SuiteConfig") -> "Laun
     if arguments.launcher == "ray":
         return RayLauncher(arguments.address, config.workers)
     if arguments.launcher == "slurm":
-        try:
-            return SlurmLauncher(Path(config.output_dir) / "slurm", config.workers)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+        return SlurmLauncher(Path(config.output_dir) / "slurm", config.workers)
     return this_machine(config.workers or 1)
 
 
 def carry_out(arguments: argparse.Namespace, suite: "Suite", launcher: "Launcher") -> int:
     """Run what is to be run, and write the reports; return the exit code."""
-    from tract_transfer.config_file import ConfigError
     from tract_transfer.run_suite import carry_out
     from tract_transfer.suite.screen import make_screen
 
-    try:
-        launcher.check(suite.runs)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    launcher.check(suite.runs)
     stopped = carry_out(
         suite,
         launcher,

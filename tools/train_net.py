@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tract_transfer.exit_codes import ends_in_words
+
 if TYPE_CHECKING:
     from tract_transfer.config import Config
 
@@ -45,19 +47,16 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(words)
 
 
+@ends_in_words
 def main() -> int:
     """Run what the command line asks for; return the exit code."""
     arguments = parse()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tract_transfer").setLevel(logging.INFO)
 
-    from tract_transfer.config import ConfigError, load_config
+    from tract_transfer.config import load_config
 
-    try:
-        config = load_config(arguments.config_file, arguments.overrides)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    config = load_config(arguments.config_file, arguments.overrides)
     if arguments.num_gpus is not None and "RANK" not in os.environ:
         return launch(arguments.num_gpus)
 
@@ -71,14 +70,6 @@ def main() -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    except KeyboardInterrupt:  # where nothing is trained, or by a second Ctrl-C
-        print("SIGINT: ended.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError, FloatingPointError) as error:
-        if os.environ.get("TRACT_TRANSFER_TRACEBACK"):
-            raise
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
     if is_main:
         print("\n".join(lines))
     return 0
@@ -105,7 +96,11 @@ def carry_out(arguments: argparse.Namespace, config: "Config") -> list[str]:
 
 
 def launch(num_gpus: int) -> int:
-    """Let `num_gpus` processes of one group take this one's place."""
+    """Let `num_gpus` processes of one group take this one's place.
+
+    Raises:
+        ValueError: there are not so many.
+    """
     import torch
 
     there = torch.cuda.device_count()
@@ -113,12 +108,10 @@ def launch(num_gpus: int) -> int:
         group = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}"]
         # Not as a child: a signal to this process must reach the group.
         os.execv(sys.executable, [sys.executable, *group, *sys.argv])
-    print(
+    raise ValueError(
         f"--num-gpus {num_gpus}: torch sees {there} GPUs. "
-        "For processes on a CPU: torchrun --nproc-per-node N tools/train_net.py ...",
-        file=sys.stderr,
+        "For processes on a CPU: torchrun --nproc-per-node N tools/train_net.py ..."
     )
-    return 2
 
 
 if __name__ == "__main__":

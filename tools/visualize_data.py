@@ -14,6 +14,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tract_transfer.exit_codes import ends_in_words
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -41,38 +43,31 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+@ends_in_words
 def main() -> int:
     """Draw the images; return the exit code."""
     arguments = parse()
-    from tract_transfer.config import ConfigError, load_config
+    from tract_transfer.config import load_config
 
-    try:
-        quick = ["data.num_workers=0"]
+    quick = ["data.num_workers=0"]
+    config = load_config(arguments.config_file, [*arguments.overrides, *quick])
+    if config.data.cache == "ram":
+        quick.append("data.cache=none")
         config = load_config(arguments.config_file, [*arguments.overrides, *quick])
-        if config.data.cache == "ram":
-            quick.append("data.cache=none")
-            config = load_config(arguments.config_file, [*arguments.overrides, *quick])
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
 
     from tract_transfer.build_data import build_data
     from tract_transfer.visualize import draw_samples, figure_pixels, save_pixels
 
-    try:
-        train = build_data(config).train
-        if config.task != "probe" and config.data.batch_size > len(train):
-            # A training would have no batch, but its images can be seen.
-            fits = [f"data.batch_size={len(train)}", "engine.accumulate=1"]
-            config = load_config(arguments.config_file, [*arguments.overrides, *quick, *fits])
-        seen = samples(config, train, arguments.start_iter)
-        images, captions, targets = zip(*islice(seen, arguments.num_images), strict=True)
-        figure = draw_samples(images, captions, targets)
-        width_px = round(PX_PER_INCH * figure.get_figwidth())
-        save_pixels(figure_pixels(figure, width_px), arguments.output)
-    except (ValueError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return 1
+    train = build_data(config).train
+    if config.task != "probe" and config.data.batch_size > len(train):
+        # A training would have no batch, but its images can be seen.
+        fits = [f"data.batch_size={len(train)}", "engine.accumulate=1"]
+        config = load_config(arguments.config_file, [*arguments.overrides, *quick, *fits])
+    seen = samples(config, train, arguments.start_iter)
+    images, captions, targets = zip(*islice(seen, arguments.num_images), strict=True)
+    figure = draw_samples(images, captions, targets)
+    width_px = round(PX_PER_INCH * figure.get_figwidth())
+    save_pixels(figure_pixels(figure, width_px), arguments.output)
     print(arguments.output)
     return 0
 

@@ -32,7 +32,6 @@ from tract_transfer.engine.run_folder import (
     is_finished,
     open_run_folder,
 )
-from tract_transfer.engine.run_lock import FolderInUseError
 from tract_transfer.engine.signals import stop_on_signals
 from tract_transfer.files import write_json
 from tract_transfer.results import sha256_of_weights
@@ -131,7 +130,7 @@ def preview(config: Config, *, resume: bool = False) -> dict[str, str]:
     check_weights_are_there(config)
     try:
         _check_folder(config, resume=resume)
-    except (ValueError, OSError, FolderInUseError) as error:
+    except (ValueError, OSError) as error:
         logger.warning("A run would be refused: %s", error)
     data = build_data(config)
     accelerator = build_accelerator(config)

@@ -151,7 +151,8 @@ def hub_errors(path: str, split: str, key: str) -> Iterator[None]:
     """Say what can be done about a data set of the hub that does not load.
 
     Raises:
-        FileNotFoundError: the hub does not answer, or has no such data set.
+        ConnectionError: the hub does not answer.
+        FileNotFoundError: it has no such data set.
         ValueError: it has, and the split or configuration does not fit.
     """
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -159,7 +160,8 @@ def hub_errors(path: str, split: str, key: str) -> Iterator[None]:
     try:
         yield
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise FileNotFoundError(
+        away = isinstance(error, ConnectionError | TimeoutError)
+        raise (ConnectionError if away else FileNotFoundError)(
             f"The hub dataset {path!r} did not load ({type(error).__name__}: {_first(error)}). "
             f"Check the name and the connection; or save a copy where there is one, with "
             f"datasets.load_dataset({path!r}).save_to_disk('./copy'), and set "

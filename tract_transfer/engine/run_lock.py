@@ -20,7 +20,7 @@ _UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 logger = logging.getLogger(__name__)
 
 
-class FolderInUseError(RuntimeError):
+class FolderInUseError(FileExistsError):
     """Another process holds the run folder, or may."""
 
 

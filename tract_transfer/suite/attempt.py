@@ -18,6 +18,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
 LOG_NAME = "console.txt"
+_TOLD = ("error", "failed")  # how tools begin the line that says why they end
 Left = TypeVar("Left")
 logger = logging.getLogger(__name__)
 
@@ -144,15 +145,19 @@ def _end_with_parent() -> Callable[[], object] | None:
 
 
 def _last_words(log: Path, limit: int = 600) -> str:
-    """Return the last line of a log that says `SomeError: why`, with what follows it."""
+    """Return the last line of a log that says `error: why`, `failed: why` or, of a traceback,
+    `SomeError: why`, with what follows it.
+    """
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - 8192))
             lines = file.read().decode(errors="replace").strip().splitlines()
     except OSError:
         return ""
-    errors = [i for i, line in enumerate(lines) if line.partition(":")[0].endswith("Error")]
-    return " ".join(lines[errors[-1] if errors else -1 :])[:limit] if lines else ""
+    heads = [line.partition(":")[0] for line in lines]
+    errors = [i for i, head in enumerate(heads) if head in _TOLD or head.endswith("Error")]
+    said = " ".join(lines[errors[-1] if errors else -1 :])[:limit]
+    return said.removeprefix("error: ").removeprefix("failed: ")
 
 
 def _read_number(file: Path) -> int | None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from tract_transfer.exit_codes import REFUSED
 from tract_transfer.suite.attempt import Attempt, why_it_ended
 from tract_transfer.suite.folder import Found
 from tract_transfer.suite.journal import Job
@@ -17,7 +18,6 @@ from tract_transfer.suite.launchers import Handle, Launcher
 from tract_transfer.suite.plan import PlannedRun
 
 logger = logging.getLogger(__name__)
-BAD_COMMAND = 2  # the exit code of a config that cannot be used: another try would not help
 
 
 class Screen(Protocol):
@@ -142,7 +142,7 @@ class Execution:
         if code == 0:
             why = f"it ended well, and there are no results of it: {found.why or found.state}"
         self._failures[folder] = self._failures.get(folder, 0) + 1
-        if code == BAD_COMMAND or self._failures[folder] > self.retries:
+        if code == REFUSED or self._failures[folder] > self.retries:
             self._fail(job, why)
             return
         job.state, job.error = "waiting", why
