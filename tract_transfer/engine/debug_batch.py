@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from tract_transfer.engine.trainer import Trainer
 from tract_transfer.files import replacing
 
 DEBUG_NAME = "debug_batch.safetensors"
+_FORWARD_CALLS = "Traceback of forward call that caused the error:"
 _TOLD = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
 
 
@@ -112,7 +114,12 @@ def replay(trainer: Trainer, kept: DebugBatch, batches: list[Any]) -> list[str]:
 
     Args:
         batches: the micro-batches, on the trainer's device; the weights are the caller's to load.
+
+    Returns:
+        What was found, a line each; then, where torch tells it, the calls of the forward that
+        computed what the backward fails at.
     """
+    calls: list[str] = []
     trainer.iteration = kept.iteration
     model = trainer.accelerator.unwrap_model(trainer.model).train()
     lines = [
@@ -129,27 +136,48 @@ def replay(trainer: Trainer, kept: DebugBatch, batches: list[Any]) -> list[str]:
                 loss = torch.stack(list(losses.values())).sum()
             told = ", ".join(f"{name} {value:g}" for name, value in _numbers(losses).items())
             lines += [f"The losses{place}: {told}", *(f"{text}{place}" for text in found)]
-            lines += [f"{text}{place}" for text in _backward(loss)]
+            failure, stack = _backward(loss)
+            lines += [f"{text}{place}" for text in failure]
+            calls = calls or stack
     if all(bool(loss.isfinite()) for loss in losses.values()):
         lines += [
             f"The gradient of {name} is not finite"
             for name, parameter in model.named_parameters()
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
         ]
-    return lines
+    return [*lines, *calls]
 
 
 def _numbers(losses: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(loss.detach()) for name, loss in losses.items()}
 
 
-def _backward(loss: Tensor) -> list[str]:
-    """Go back through the step; return which operation's gradient is the first with a NaN."""
-    try:
-        loss.backward()
-    except RuntimeError as error:
-        return [f"Backward: {str(error).splitlines()[0]}"]
-    return []
+def _backward(loss: Tensor) -> tuple[list[str], list[str]]:
+    """Go back through the step; return which operation's gradient is the first with a NaN, and
+    the calls of its forward, which torch has only as a warning.
+    """
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            found = [f"Backward: {str(error).splitlines()[0]}"]
+    calls: list[str] = []
+    for each in warned:
+        _, is_it, stack = str(each.message).partition(_FORWARD_CALLS)
+        if is_it:
+            calls = ["The calls of its forward:", *_below_trainer(stack.splitlines())]
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+    return found, calls
+
+
+def _below_trainer(stack: list[str]) -> list[str]:
+    """Return the lines of a traceback that are below the training loop, without torch's source."""
+    lines = [line for line in stack if line.strip() and "(Triggered internally" not in line]
+    ours = [number for number, line in enumerate(lines) if "engine/trainer.py" in line]
+    return lines[ours[-1] :] if ours else lines
 
 
 @contextlib.contextmanager
