@@ -14,7 +14,7 @@ DIVERGES = ("solver={lr: 1e+30, momentum: 0.0, schedule: constant}",)
 
 
 @pytest.mark.parametrize("task", ["classification", "detection"])
-def test_the_command_in_the_error_tells_where_it_begins(tmp_path, load_tiny, call, task):
+def test_the_command_in_the_error_tells_where_it_begins(tmp_path, load_tiny, call, task, recwarn):
     config = load_tiny(tmp_path, *DIVERGES, "solver.optimizer=sgd", task=task)
     with pytest.raises(NonFiniteError, match=r"in iteration \d.* Its images: ") as caught:
         run(config)
@@ -24,6 +24,16 @@ def test_the_command_in_the_error_tells_where_it_begins(tmp_path, load_tiny, cal
     assert said.returncode == 0, said.stderr
     assert "is not finite" in said.stdout
     assert "The losses: " in said.stdout
+    lines = said.stdout.splitlines()
+    backward = [number for number, line in enumerate(lines) if line.startswith("Backward: ")]
+    assert backward or task == "detection"
+    if backward:  # torch tells the calls that made the loss
+        (calls,) = (n for n, line in enumerate(lines) if line == "The calls of its forward:")
+        assert backward[0] < calls
+        assert "engine/trainer.py" in lines[calls + 1]
+        assert all(line.startswith("  ") for line in lines[calls + 1 :])
+        assert "nn/modules/module.py" not in said.stdout
+    assert not any("Traceback" in str(warning.message) for warning in recwarn)
 
 
 def test_steps_passed_over_are_in_metrics_and_results(tmp_path, load_tiny, monkeypatch):

@@ -174,10 +174,18 @@ def _backward(loss: Tensor) -> tuple[list[str], list[str]]:
 
 
 def _below_trainer(stack: list[str]) -> list[str]:
-    """Return the lines of a traceback that are below the training loop, without torch's source."""
-    lines = [line for line in stack if line.strip() and "(Triggered internally" not in line]
-    ours = [number for number, line in enumerate(lines) if "engine/trainer.py" in line]
-    return lines[ours[-1] :] if ours else lines
+    """Return the calls of a traceback below the training loop, without those by which torch calls
+    a module.
+    """
+    calls: list[list[str]] = []
+    for line in stack:
+        if line.startswith("  File "):
+            calls.append([])
+        if calls and line.strip() and "(Triggered internally" not in line:
+            calls[-1].append(line)
+    loops = [number for number, call in enumerate(calls) if "engine/trainer.py" in call[0]]
+    below = calls[loops[-1] :] if loops else calls
+    return [line for call in below if "torch/nn/modules/module.py" not in call[0] for line in call]
 
 
 @contextlib.contextmanager
