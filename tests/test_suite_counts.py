@@ -57,7 +57,10 @@ def test_a_seed_that_one_method_lacks_is_told_once(tmp_path: Path) -> None:
     folders = write_two_seeds(tmp_path, ("vanilla", "tract", "third"), ("finetune",))
     shutil.rmtree(folders.pop())
     (row,) = compare(load_runs(folders), "vanilla")
-    assert row.notes == ["vanilla seed 1 without a third run: in the mean, not in the difference."]
+    assert row.notes == [
+        "vanilla has seed 1 and third has not: it counts in the mean of vanilla, not in the "
+        "difference."
+    ]
     assert "95.00 (1 of 2)" in text_table(load_runs(folders))
 
 

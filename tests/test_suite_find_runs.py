@@ -168,7 +168,7 @@ def test_a_missing_baseline_is_an_error_that_names_the_methods(tmp_path: Path, r
     with refused(
         "several methods and no baseline",
         ValueError,
-        match=r"\['other', 'tract'\] .*\(--baseline\)",
+        match=r"of other, tract, and none of vanilla.* --baseline other",
     ):
         read_report([*folders[3:], *write_pair(tmp_path / "more", treated="other")[3:]])
 

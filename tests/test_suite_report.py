@@ -47,7 +47,10 @@ def test_pairs_are_by_seed_and_lonely_seeds_are_told(tmp_path: Path) -> None:
     (row,) = compare(load_runs(folders), "vanilla")
     assert row.differences["tract"].n == 2
     assert row.summaries["tract"].n == 4
-    note = "tract seeds 0, 7 without a vanilla run: in the mean, not in the difference."
+    note = (
+        "tract has seeds 0, 7 and vanilla has not: they count in the mean of tract, not in the "
+        "difference."
+    )
     assert row.notes == [note]
     assert note in seen(page(folders, tmp_path))
     assert note in text_table(load_runs(folders))

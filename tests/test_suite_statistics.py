@@ -170,8 +170,8 @@ def test_what_few_pairs_cannot_say_is_said():
     assert remarks[1].startswith("One pair: no interval and no test")
     assert "12.7 standard errors" in remarks[2]
     assert stats.t.ppf(0.975, 1) == pytest.approx(12.7, abs=0.01)
-    assert "could not get below 0.25" in remarks[3]
-    assert "could not get below 0.062" in remarks[5]
+    assert "could not get below p = 0.25" in remarks[3]
+    assert "could not get below p = 0.062" in remarks[5]
     assert remarks[6] == ""
     same = paired_difference({0: 0.3, 1: 0.6}, {0: 0.1, 1: 0.4})
     assert "same difference" in same.remark

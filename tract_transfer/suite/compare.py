@@ -139,9 +139,10 @@ def _lonely(values: Mapping[str, Mapping[int, float]], baseline: str) -> list[st
             theirs = values.get(other, {})
             alone = sorted(values.get(one, {}).keys() - theirs.keys())
             if alone and theirs:
+                counts = "they count" if len(alone) > 1 else "it counts"
                 notes.append(
-                    f"{one} {_named(alone)} without a {other} run: in the mean, not in the "
-                    "difference."
+                    f"{one} has {_named(alone)} and {other} has not: {counts} in the mean of "
+                    f"{one}, not in the difference."
                 )
     return notes
 

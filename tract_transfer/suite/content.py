@@ -153,8 +153,9 @@ def _baseline(runs: Sequence[Run], named: str | None, planned: str) -> str:
         )
     if len(methods) > 1:
         raise ValueError(
-            f"No run is of {BASELINE}, and {methods} are several methods: name the one that the "
-            "others are compared with (--baseline), or add its runs."
+            f"The runs are of {', '.join(methods)}, and none of {BASELINE}, with which the others "
+            f"would be compared. Name another for that, as in --baseline {methods[0]}, or add runs "
+            f"of {BASELINE}."
         )
     return methods[0]
 

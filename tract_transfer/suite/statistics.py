@@ -222,8 +222,8 @@ def _few_pairs(n: int) -> str:
         )
     if n < MIN_PAIRS_FLIPPED:
         return (
-            f"{n} pairs: interval and test lean on differences that are spread normally, which "
-            f"{n} cannot show; a sign-flip test could not get below {2 / 2**n:.2g}."
+            f"{n} pairs: interval and test assume that differences are distributed normally, which "
+            f"{n} pairs cannot show. A sign-flip test could not get below p = {2 / 2**n:.2g}."
         )
     return ""
 

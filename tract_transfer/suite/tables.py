@@ -40,9 +40,7 @@ class Table:
     words: int = 1
 
 
-MEANS = (
-    "Mean ± standard deviation over all seeds of the report, or over fewer where it says (1 of 2)."
-)
+MEANS = "Mean ± standard deviation over all seeds of the report; a cell that says 1 of 2 has fewer."
 RESULTS = (
     f"{MEANS} Differences pair runs of the same seed and are in percentage points, with their "
     "95 % t interval and the number of pairs."
@@ -54,14 +52,14 @@ STATISTICS = (
     "flipping the signs of the differences, from 6 pairs on."
 )
 SPEED_UPS = (
-    "Epochs until an evaluation first reaches a value, by lines between evaluations, mean over "
-    "seeds; before the first: that evaluation was past it already. The value is a share of what "
-    "the slowest seed of the baseline ends at. The speed-up is the geometric mean over seeds of "
-    "the baseline's epochs over the method's, with its 95 % t interval: of runs with one and the "
-    "same schedule, and not of runs planned to be shorter."
+    "Epochs until a value is first reached, interpolated between evaluations, mean over seeds. "
+    "Before the first: the first evaluation was past it, and the epoch is not known. The value is "
+    "a share of what the slowest seed of the baseline ends at. The speed-up is the baseline's "
+    "epochs over the method's, as a geometric mean over seeds with its 95 % t interval. It is of "
+    "runs with one and the same schedule, and says nothing of runs planned to be shorter."
 )
 COSTS = (
-    "Means over all seeds, or over fewer where it says (1 of 2); × is relative to the "
+    "Means over all seeds; a cell that says 1 of 2 has fewer. × is relative to the "
     "baseline, over shared seeds. Times, memory and energy compare only between runs on one "
     "machine with nothing beside them; memory is without data workers, and energy is the whole "
     "machine's."
@@ -203,9 +201,9 @@ def class_sentences(report: Report, task: str) -> list[str]:
         if tested:
             gains = sum(difference.mean > 0 for difference in clear)
             sentences.append(
-                f"{method}: of {len(tested)} classes with an interval, {gains} gain and "
-                f"{len(clear) - gains} lose by one that excludes zero; by chance about "
-                f"{0.05 * len(tested):.0f} would."
+                f"{method}: {len(tested)} classes have an interval. It excludes zero for {gains} "
+                f"that gain and {len(clear) - gains} that lose; by chance alone it would for about "
+                f"{0.05 * len(tested):.0f}."
             )
     return sentences
 
