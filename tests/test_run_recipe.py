@@ -49,7 +49,7 @@ def test_a_killed_recipe_resumes_to_the_same_bits(
     assert killed_at < whole["iterations"] < 40  # a schedule of 40, which patience ended
     assert whole["early_stop"]["iteration"] == whole["iterations"]
     assert whole["protocol"]["stochastic depth"] == "rate 0.1, constant"
-    assert "'mixup_alpha': 0.8" in whole["protocol"]["mixing"]
+    assert "mixup_alpha: 0.8" in whole["protocol"]["mixing"]
 
 
 def test_a_group_of_processes_ends_together(tmp_path, write_tiny, tool):

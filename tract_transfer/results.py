@@ -11,6 +11,7 @@ from tract_transfer.build_model import TrainedTask
 from tract_transfer.config import Config, ProbeConfig
 from tract_transfer.data.known_splits import size_checks
 from tract_transfer.engine.run_folder import RESULTS_FORMAT
+from tract_transfer.flow_yaml import as_yaml
 from tract_transfer.models.weights import read_card
 from tract_transfer.models.weights_match import MatchReport
 
@@ -64,7 +65,7 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
     lines = {
         "train": f"{data.train.name}: {len(data.train)} images, {len(data.class_names)} classes",
         split: f"{reported.name}: {len(reported)} images",
-        "transforms": str(config.data.transforms.model_dump(exclude_none=True)),
+        "transforms": as_yaml(config.data.transforms.model_dump(exclude_none=True)),
         "precision": config.engine.precision,
     }
     if sizes := dict.fromkeys(check.text for check in size_checks(data.splits).values()):
@@ -74,7 +75,7 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
         return lines
     lines |= _training_lines(config)
     if config.task == "detection":
-        lines["sampling"] = str(
+        lines["sampling"] = as_yaml(
             config.data.model_dump(
                 include={"empty_images", "invalid_boxes", "group_by_aspect", "repeat_threshold"}
             )
@@ -92,15 +93,14 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
 def _training_lines(config: TrainedTask) -> dict[str, str]:
     """Return what the weights of a training depend on beside its data, and how they are chosen."""
     engine, lines = config.engine, {}
-    lines["optimization"] = f"{config.solver.model_dump(exclude_none=True)}"
-    lines["batch"] = (
-        f"{config.data.batch_size} images a step, gradient norm clipped at {engine.grad_clip}"
-    )
-    lines["model"] = str(config.model.model_dump(exclude={"backbone", "weights"}))
+    lines["optimization"] = as_yaml(config.solver.model_dump(exclude_none=True))
+    clipped = "not clipped" if engine.grad_clip is None else f"clipped at {engine.grad_clip}"
+    lines["batch"] = f"{config.data.batch_size} images a step, gradient norm {clipped}"
+    lines["model"] = as_yaml(config.model.model_dump(exclude={"backbone", "weights"}))
     if config.task == "classification":
         mixing = config.data.model_dump(include={"mixup", "repeats"})
         if mixing != {"mixup": None, "repeats": 1}:
-            lines["mixing"] = str(mixing)
+            lines["mixing"] = as_yaml(mixing)
     if (drop_path := config.model.backbone.drop_path) is not None:
         lines["stochastic depth"] = f"rate {drop_path.rate}, {drop_path.mode}"
     if config.evaluation.report == "best":
