@@ -170,6 +170,24 @@ def test_a_failure_is_tried_again_as_often_as_asked(make, code, says):
     assert execution.jobs[0].attempts == 2
 
 
+def test_starts_are_counted_since_the_run_began(make):
+    """What another session did counts where its checkpoint goes on, and not where it is gone."""
+    execution = make()
+    for job in execution.jobs[:2]:
+        job.attempts, job.spent = 3, 900.0
+    goes_on = execution.jobs[1].run.folder
+    look = execution.look
+    began = Found("begun", "results.json cannot be read")
+    execution.look = lambda run: (
+        began if run.folder == goes_on and look(run).state == "new" else look(run)
+    )
+    execution.run(0)
+    assert [job.attempts for job in execution.jobs[:2]] == [1, 4]
+    assert execution.jobs[0].seconds < 900 <= execution.jobs[1].seconds
+    assert execution.jobs[1].last < 900
+    assert execution.jobs[1].note == ("goes on from the beginning: results.json cannot be read")
+
+
 def test_a_config_that_cannot_be_used_is_not_tried_again(make):
     execution = make({PRE: [2]}, retries=3)
     execution.run(0)

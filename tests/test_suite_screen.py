@@ -114,15 +114,15 @@ def test_plain_lines_tell_every_change_and_progress_once_a_minute(tmp_path, now)
         lines.show([first, job])
         job.state = "waiting"
         lines.ended(job, "failed, and is tried again: why")
-        job.state, job.spent = "finished", 61.0
+        job.state, job.last = "finished", 61.0
         lines.ended(job, "top1 50.00%")
     assert out.getvalue().splitlines() == [
         "[1/3] seed 3  voc  tract  finished before",
-        "[1/3] seed 3  voc  tract  started, attempt 2 (goes on from iter_5)",
+        "[1/3] seed 3  voc  tract  started (goes on from iter_5)",
         "[1/3] seed 3  voc  tract  running 25%, 3:03 left",
         "1 finished, 1 running; about 3:03 left",
         "[1/3] seed 3  voc  tract  failed, and is tried again: why",
-        "[2/3] seed 3  voc  tract  top1 50.00%  (1:01)",
+        "[2/3] seed 3  voc  tract  top1 50.00%  (1:01; 1 start before it)",
     ]
 
 
@@ -136,7 +136,7 @@ def drawn(table, columns):
 def test_the_table_shows_what_runs_what_ended_and_what_comes(tmp_path, now, columns):
     live = screen.LiveTable(Console(file=io.StringIO(), width=columns), total=9)
     running = job_of(tmp_path, task="pretrain", state="running", attempts=1)
-    failed = job_of(Path("f"), task="flowers", state="running", spent=125.0)
+    failed = job_of(Path("f"), task="flowers", state="running", last=125.0)
     waiting = [job_of(Path(f"w{i}"), task=f"late{i}", state="waiting") for i in range(6)]
     with live:
         live.started(running)

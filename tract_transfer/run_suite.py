@@ -20,7 +20,7 @@ from tract_transfer.files import make_folder, remove_leftovers, write_text
 from tract_transfer.inspect_suite import Inspector
 from tract_transfer.suite.attempt import LOG_NAME, Attempt
 from tract_transfer.suite.execute import Execution
-from tract_transfer.suite.folder import Found, look, read_weights_sha256
+from tract_transfer.suite.folder import Found, goes_on, look, read_weights_sha256
 from tract_transfer.suite.journal import KEPT_NAME, Job, Journal, SuiteLock
 from tract_transfer.suite.launchers import Handle, Launcher
 from tract_transfer.suite.leftovers import end_leftovers
@@ -98,8 +98,7 @@ class Suite:
             if found.state == "other":
                 others.append((job, found))
             elif found.state == "begun":
-                why = f": {found.why}" if found.why else ""
-                job.note = f"goes on from {_newest(job.run.folder)}{why}"
+                job.note = goes_on(job.run.folder, found)
             elif found.state == "finished" and (needed is None or needed.state == "finished"):
                 job.state, job.config_sha256 = "finished", found.config_sha256
             elif found.state == "finished":
@@ -241,8 +240,3 @@ def _stop_on_signals(execution: Execution) -> Iterator[None]:
 def _look_at_config(run: PlannedRun) -> Found:
     """Return what the run's folder holds as far as its config tells, without data and weights."""
     return look(run.folder, run.config, None, weights_are_known=False, changed=changed_keys)
-
-
-def _newest(folder: Path) -> str:
-    names = [path.name for path in folder.glob("checkpoints/iter_*")]
-    return max(names, default="the beginning")

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from tract_transfer.exit_codes import REFUSED
 from tract_transfer.suite.attempt import Attempt, why_it_ended
-from tract_transfer.suite.folder import Found
+from tract_transfer.suite.folder import Found, goes_on
 from tract_transfer.suite.journal import Job
 from tract_transfer.suite.launchers import Handle, Launcher
 from tract_transfer.suite.plan import PlannedRun
@@ -119,16 +119,24 @@ class Execution:
             except OSError as error:
                 self._fail(job, f"{type(error).__name__}: {error}")
                 return
+            folder = job.run.folder
+            if found.state == "new" and folder not in self._failures:
+                job.attempts, job.spent = 0, 0.0  # of what was there before nothing is left
+            if found.state == "begun":
+                job.note = goes_on(folder, found)
+            elif job.note == "stopped" or folder in self._failures:
+                job.note = ""
             job.state, job.error = "running", None
             job.attempts += 1
-            self._begun[job.run.folder] = time.monotonic()
-            self._logs[job.run.folder] = attempt.log
+            self._begun[folder] = time.monotonic()
+            self._logs[folder] = attempt.log
             self.screen.started(job)
             self._tell()
 
     def _take_in(self, job: Job, code: int) -> None:
         folder = job.run.folder
-        job.spent += time.monotonic() - self._begun[folder]
+        job.last = time.monotonic() - self._begun[folder]
+        job.spent += job.last
         self._handles.pop(str(folder), None)
         found = self.look(job.run)
         if found.state == "finished":

@@ -76,6 +76,12 @@ def look(
     return Found("finished", "", sha256, results)
 
 
+def goes_on(folder: Path, found: Found) -> str:
+    """Say where a run that was begun goes on from, and what is broken, if anything is."""
+    newest = max((path.name for path in folder.glob("checkpoints/iter_*")), default="the beginning")
+    return f"goes on from {newest}{f': {found.why}' if found.why else ''}"
+
+
 def read_weights_sha256(folder: Path) -> str | None:
     """Return the hash that the card of a run's backbone tells; None without a whole card."""
     try:

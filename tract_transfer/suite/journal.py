@@ -26,12 +26,13 @@ class Job:
 
     Attributes:
         state: one of STATES; `blocked` where the run it needs failed.
-        attempts: how often it was started, in all.
+        attempts: how often it was started since it began: with a new folder the count begins anew.
         error: why the last attempt failed, or what it waits for will not come.
         seconds: of all its attempts, once it is finished.
         config_sha256: of the config.yaml that was found to be its own.
         note: what the next attempt begins with, for the screen.
-        spent: seconds of all its attempts so far.
+        spent: seconds of all its attempts so far, without those that ended with the suite itself.
+        last: seconds of its last attempt in this session.
         begun_with: the hash of the backbone it began with, if any.
     """
 
@@ -43,6 +44,7 @@ class Job:
     config_sha256: str = ""
     note: str = ""
     spent: float = 0.0
+    last: float = 0.0
     begun_with: str | None = None
 
 

@@ -42,13 +42,12 @@ class Lines:
     def started(self, job: Job) -> None:
         """A run has begun, or goes on."""
         self._clock.start(job.run)
-        again = f", attempt {job.attempts}" if job.attempts > 1 else ""
-        self._say(job, f"started{again}{f' ({job.note})' if job.note else ''}")
+        self._say(job, f"started{f' ({job.note})' if job.note else ''}")
 
     def ended(self, job: Job, result: str) -> None:
         """A run is finished, failed, is tried again or blocked."""
         self._done += job.state != "waiting"
-        took = f"  ({in_words(job.spent)})" if job.state == "finished" and job.spent else ""
+        took = f"  ({_took(job)})" if job.state == "finished" and job.last else ""
         self._say(job, f"{result}{took}")
 
     def show(self, jobs: Sequence[Job]) -> None:
@@ -127,7 +126,7 @@ class LiveTable:
             fraction = fraction_done(job.run) if is_running else None
             if is_running:
                 left[job.run.folder] = self._clock.left(job.run, fraction)
-            took = self._clock.seconds(job.run) if is_running else job.spent
+            took = self._clock.seconds(job.run) if is_running else job.last
             self._row(
                 table, job, "" if fraction is None else f"{fraction:.0%}", in_words(took or None),
                 in_words(left.get(job.run.folder)),
@@ -150,6 +149,13 @@ def make_screen(total: int) -> Lines | LiveTable:
     if sys.stderr.isatty():
         return LiveTable(Console(stderr=True), total)
     return Lines(sys.stderr, total)
+
+
+def _took(job: Job) -> str:
+    """Return the time of a run's last start, and that there were others before it."""
+    before = job.attempts - 1
+    starts = f"; {before} start{'s' * (before > 1)} before it" if before > 0 else ""
+    return f"{in_words(job.last)}{starts}"
 
 
 def _sum_up(jobs: Sequence[Job], left: float | None) -> str:
