@@ -15,9 +15,8 @@ from tract_transfer.config_yaml import NOT_YAML, parse_yaml
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-Origins = dict[
-    str, str
-]  # dotted key -> "configs/x.yaml line 12"; "" -> the file that was asked for
+# Dotted key -> "configs/x.yaml line 12"; "" -> the file that was asked for.
+Origins = dict[str, str]
 COMMAND_LINE = "command line"
 
 

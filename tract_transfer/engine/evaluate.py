@@ -14,9 +14,14 @@ from tract_transfer.engine.protocols import Batch
 class Evaluator(Protocol):
     """Collects predictions; `compute` is exact on any number of processes."""
 
-    def update(self, predictions: Any, targets: Any) -> None: ...
-    def compute(self) -> dict[str, float]: ...
-    def details(self) -> dict[str, Any]: ...
+    def update(self, predictions: Any, targets: Any) -> None:
+        """Add a batch: what the model answers in eval mode, and the loader's targets."""
+
+    def compute(self) -> dict[str, float]:
+        """Return the metrics, of all processes together; every one must call it."""
+
+    def details(self) -> dict[str, Any]:
+        """Return what stands beside the metrics, as JSON has it: protocol, counts, classes."""
 
 
 @contextlib.contextmanager

@@ -52,6 +52,14 @@ class BoxHeads(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
         objects: Sequence[Objects] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Return detections and no losses, or, with objects, no detections and both losses.
+
+        Args:
+            maps: those that the pooler reads, each (B, C, H / stride, W / stride).
+            proposals: (P, 4) xyxy of each image, in pixels of the padded batch.
+            image_sizes: (height, width) of each image in it; boxes are cut there.
+            objects: of each image.
+        """
         if objects is not None:
             proposals, labels, truth = self._sample(proposals, objects)
         logits, codes = self.box_predictor(self.box_head(self.pooler(maps, proposals)))

@@ -56,6 +56,7 @@ class Classifier(nn.Module):
         self.bce_target_threshold = bce_target_threshold
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor] | Tensor:
+        """Return the loss in training, logits in eval; see the class."""
         features = self.backbone.pooled(images)
         with torch.autocast(features.device.type, enabled=False):  # scores are ranked unrounded
             logits: Tensor = self.head(features.float())

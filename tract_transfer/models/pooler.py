@@ -26,6 +26,7 @@ class RoiPooler(nn.Module):
         self.options = options
 
     def forward(self, maps: Sequence[Tensor], proposals: Sequence[Tensor]) -> Tensor:
+        """Pool the (P, 4) xyxy proposals of each image; of `maps` those of `strides`, in order."""
         boxes = torch.cat(list(proposals))
         image = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(proposals)])
         rois = torch.cat([image, boxes], 1)

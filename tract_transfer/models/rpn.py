@@ -46,6 +46,7 @@ class RegionProposals(nn.Module):
             maps: L of (B, C, H / stride, W / stride), of the padded batch.
             image_sizes: (height, width) of each image in it.
             scales: what each image was resized by.
+            objects: of each image; then there are losses.
         """
         logits, offsets = self.head(list(maps))
         anchors = [
@@ -53,9 +54,8 @@ class RegionProposals(nn.Module):
             for each, stride in zip(maps, self.strides, strict=True)
         ]
         scores = [each.float().permute(0, 2, 3, 1).flatten(1) for each in logits]
-        codes = [
-            each.float().permute(0, 2, 3, 1).reshape(len(each), -1, 4) for each in offsets
-        ]  # (B, H W A, 4)
+        # (B, H W A, 4)
+        codes = [each.float().permute(0, 2, 3, 1).reshape(len(each), -1, 4) for each in offsets]
         proposals = self._propose(anchors, scores, codes, image_sizes, scales)
         if objects is None:
             return proposals, {}
@@ -108,9 +108,8 @@ class RegionProposals(nn.Module):
         loss_cls, loss_box, count = scores.new_zeros(()), scores.new_zeros(()), 0
         for score, code, size, own in zip(scores, codes, image_sizes, objects, strict=True):
             inside = torch.arange(len(anchors), device=anchors.device)
-            if (
-                options.drop_cross_boundary
-            ):  # before matching: the best of what is left is an object
+            # Before matching: the best of what is left is an object.
+            if options.drop_cross_boundary:
                 inside = torch.where(_lies_inside(anchors, size))[0]
             status, matched = assign(
                 anchors[inside],
