@@ -10,7 +10,11 @@ from torch.utils.data import DataLoader
 from tract_transfer.build_data import Dataset
 from tract_transfer.check_args import call_checked
 from tract_transfer.config import Config, ProbeConfig, TrainedConfig
-from tract_transfer.config_data import ClassificationData, DetectionTransformsConfig
+from tract_transfer.config_data import (
+    ClassificationData,
+    ClassificationTransformsConfig,
+    DetectionTransformsConfig,
+)
 from tract_transfer.data import sampling, transforms
 from tract_transfer.data.augment import AUGMENTATIONS
 from tract_transfer.data.batch_augment import BatchAugment
@@ -52,22 +56,23 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
         entry = AUGMENTATIONS.get(train.augment)
         key = "data.transforms.augment_args"
         augment = call_checked(entry, train.augment, train.augment_args, key, config)
-    low, high = train.scale or (0.08, 1.0)
-    return (
-        transforms.classification_train(
-            train.size_px,
-            train.crop,
-            4 if train.pad_px is None else train.pad_px,
-            (low, high),
-            train.flip_prob,
-            train.interpolation,
-            rotation_deg=train.rotation_deg,
-            augment=augment,
-            color_jitter=train.color_jitter,
-            erase_prob=train.erase_prob,
-        ),
-        evaluation,
+    training = transforms.classification_train(
+        **_crop_arguments(train),
+        rotation_deg=train.rotation_deg,
+        augment=augment,
+        color_jitter=train.color_jitter,
     )
+    return training, evaluation
+
+
+def _crop_arguments(section: ClassificationTransformsConfig) -> dict[str, Any]:
+    """Return what is done image by image and in batches alike, with the defaults of the crops."""
+    keys = ("size_px", "crop", "flip_prob", "interpolation", "erase_prob")
+    return {
+        **{key: getattr(section, key) for key in keys},
+        "pad_px": 4 if section.pad_px is None else section.pad_px,
+        "scale": tuple(section.scale or (0.08, 1.0)),
+    }
 
 
 def build_epoch_order(config: TrainedConfig, train: Dataset) -> sampling.EpochOrder | StreamOrder:
@@ -225,16 +230,7 @@ def _build_resident_batches(
     device: torch.device,
 ) -> Callable[[int], Iterator[Batch]]:
     chosen = section.transforms
-    low, high = chosen.scale or (0.08, 1.0)
-    augment = BatchAugment(
-        chosen.size_px,
-        chosen.crop,
-        4 if chosen.pad_px is None else chosen.pad_px,
-        (low, high),
-        chosen.flip_prob,
-        chosen.interpolation,
-        chosen.erase_prob,
-    )
+    augment = BatchAugment(**_crop_arguments(chosen))
     images = ResidentImages(
         train,
         None if augment.takes_native_size else chosen.size_px,
