@@ -67,26 +67,26 @@ engine: {{device: cpu}}
 """
 
 
-def write_rows(path: Path, rows: int) -> None:
-    """Write `rows` 8 px images of ten classes: a thousand different ones, over and over."""
+def write_rows(path: Path, rows: int, *, size_px: int = 8, use_dictionary: bool = True) -> None:
+    """Write `rows` images of ten classes in groups of a thousand: the same ones, over and over."""
     import datasets
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL import Image
 
-    random = np.random.default_rng(len(path.name))
+    random, shape = np.random.default_rng(len(path.name)), (size_px, size_px, 3)
     images = []
     for _ in range(1000):
         stream = io.BytesIO()
-        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(stream, "png")
+        Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(stream, "png")
         images.append({"bytes": stream.getvalue(), "path": None})
     names = [str(number) for number in range(10)]
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
     )
     schema = features.arrow_schema
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(path, schema, use_dictionary=use_dictionary) as writer:
         for first in range(0, rows, 1000):
             count = min(1000, rows - first)
             labels = [number % 10 for number in range(count)]

@@ -9,7 +9,6 @@ process and its workers (see memory.py) as time goes by.
 """
 
 import argparse
-import io
 import json
 import re
 import subprocess
@@ -18,10 +17,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from load import write_rows
 from memory import anonymous_kib
 
 TRAIN = Path(__file__).parents[1] / "tools" / "train_net.py"
-GROUP_ROWS, PARTS = 1000, 5
+PARTS = 5
 CONFIG = """
 task: classification
 output_dir: {folder}/run
@@ -35,33 +35,6 @@ data:
 solver: {{optimizer: sgd, lr: 0.01, max_iters: {iters}}}
 engine: {{device: cpu, log: {{every_iters: 10}}}}
 """
-
-
-def write_rows(path: Path, rows: int) -> None:
-    """Write `rows` 32 px images of ten classes, a thousand different ones over and over."""
-    import datasets
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from PIL import Image
-
-    random = np.random.default_rng(0)
-    images = []
-    for _ in range(GROUP_ROWS):
-        stream = io.BytesIO()
-        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(stream, "png")
-        images.append({"bytes": stream.getvalue(), "path": None})
-    names = [str(number) for number in range(10)]
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
-    )
-    schema = features.arrow_schema
-    # Dictionaries would keep each of the thousand once.
-    with pq.ParquetWriter(path, schema, use_dictionary=False) as writer:
-        for first in range(0, rows, GROUP_ROWS):
-            count = min(GROUP_ROWS, rows - first)
-            columns = {"image": images[:count], "label": [i % 10 for i in range(count)]}
-            writer.write_table(pa.table(columns, schema=schema), row_group_size=GROUP_ROWS)
 
 
 def watch(folder: Path) -> tuple[int, list[tuple[int, int]]]:
@@ -113,8 +86,10 @@ def main() -> None:
     for rows in arguments.rows:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            write_rows(folder / "train.parquet", rows)
-            write_rows(folder / "test.parquet", 200)
+            # Dictionaries would keep each of the thousand images once.
+            kind = {"size_px": 32, "use_dictionary": False}
+            write_rows(folder / "train.parquet", rows, **kind)
+            write_rows(folder / "test.parquet", 200, **kind)
             size = (folder / "train.parquet").stat().st_size
             config = CONFIG.format(folder=folder, iters=arguments.iters, workers=arguments.workers)
             (folder / "config.yaml").write_text(config)
