@@ -3,6 +3,7 @@
 import itertools
 import logging
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tract_transfer.engine.evaluate import Evaluator, evaluate, evaluating
 from tract_transfer.engine.trainer import Trainer
 
+_RSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
 logger = logging.getLogger(__name__)
 
 
@@ -53,7 +55,7 @@ def dry_run(
     peak = (
         torch.cuda.max_memory_allocated(device)
         if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_BYTES
     )
     return {
         "parameters": f"{sum(p.numel() for p in parameters):,} ({trainable:,} trained)",
