@@ -105,6 +105,10 @@ FINETUNE = "--config-file configs/quickstart/finetune.yaml"
 QUICK_SUITE = "--config-file configs/suites/quickstart.yaml"
 BAD_LINES = {
     "train_net.py": (2, "--config-file"),
+    f"train_net.py {PRETRAIN} --eval-only --dry-run": (2, "--dry-run: not allowed with"),
+    f"train_net.py {PRETRAIN} --eval-only --resume": (2, "--resume goes on with a training"),
+    "analyze_model.py --weights x --stem cifar": (2, "--stem and --args go with --backbone"),
+    "analyze_model.py --weights x a=1": (2, "['a=1'] are of a config: give --config-file"),
     "train_net.py --config-file nowhere.yaml": (2, "No config can be read at nowhere.yaml"),
     f"train_net.py {PRETRAIN} solver.lrr=1": (2, "solver.lrr: unknown. Did you mean solver.lr?"),
     f"train_net.py {PRETRAIN} --num-gpus 99": (

@@ -54,6 +54,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_intermixed_args(words)
     if not (arguments.config_file or arguments.backbone or arguments.weights):
         parser.error("one of --config-file, --backbone and --weights is needed.")
+    if not arguments.backbone and (arguments.stem != "default" or arguments.args != "{}"):
+        parser.error("--stem and --args go with --backbone: a config and a run folder have theirs.")
+    if arguments.overrides and not arguments.config_file:
+        parser.error(f"{arguments.overrides} are of a config: give --config-file.")
     return arguments
 
 
@@ -91,8 +95,6 @@ def build_named(arguments: argparse.Namespace) -> "Backbone":
     """Return the backbone of --backbone, --stem and --args, its weights at random."""
     from tract_transfer.models import build_backbone
 
-    if arguments.overrides:
-        raise ValueError(f"{arguments.overrides} are of a config: give --config-file.")
     try:
         own = json.loads(arguments.args)
     except ValueError as error:

@@ -26,13 +26,14 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML, see configs/")
     parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--eval-only", action="store_true", help="measure the checkpoint in output_dir, no training"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--dry-run", action="store_true", help="build all, run two steps, print what it would cost"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--debug-batch",
         type=Path,
         metavar="FILE",
@@ -44,7 +45,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="or key value: over the file's keys"
     )
-    return parser.parse_intermixed_args(words)
+    arguments = parser.parse_intermixed_args(words)
+    if arguments.resume and (arguments.eval_only or arguments.debug_batch):
+        parser.error("--resume goes on with a training: leave --eval-only or --debug-batch out.")
+    return arguments
 
 
 @ends_in_words
