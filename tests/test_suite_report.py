@@ -1,6 +1,5 @@
 """What the report says of fabricated run folders is what was written into them."""
 
-import itertools
 import json
 import re
 from pathlib import Path
@@ -194,54 +193,6 @@ def test_methods_stand_against_the_baseline_in_an_aligned_table(tmp_path: Path) 
     assert "On a-longer-name, other is level with vanilla" in text
     assert "On finetune, tract is 2.83 points ahead of vanilla" in text
     assert text.count("1 task has no pair yet") == 2
-
-
-NINE = (f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghi"))
-DIGITS = "1" + "0" * 400
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("config.yaml", "\n".join(["a: &a [1, 2, 3]", *NINE])),
-        ("config.yaml", "seed: 0\na: &a {b: *a}\n"),
-        ("config.yaml", "seed: 0\na: &a [*a]\n"),
-        ("config.yaml", "seed: 0\na: [{2024-01-01: 1}]\n"),
-        ("metrics.jsonl", f'{{"epoch": 1, "split": "val", "top1": {DIGITS}}}\n'),
-        ("detections.json", f'[{{"image": "x", "boxes": [], "scores": [{DIGITS}]}}]'),
-        ("environment.json", '{"data": {"a": [{"b": 1}]}}'),
-        ("model.json", "[]"),
-    ],
-    ids=["aliases", "holds itself", "list of itself", "dates", "digits", "score", "data", "card"],
-)  # fmt: skip
-def test_a_report_never_fails_on_what_a_run_holds(tmp_path: Path, name: str, text: str) -> None:
-    folders = write_pair(tmp_path)
-    (folders[0] / name).write_text(text)
-    for suffix in (".html", ".md", ".tex", ".json"):
-        write_report(folders, tmp_path / f"report{suffix}")
-    told = seen((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert "80.00" in told
-    assert ("more than 100,000 values" in told) == ("&a" in text)
-
-
-@pytest.mark.filterwarnings("ignore:Glyph")
-@pytest.mark.parametrize("odd", ["\x01", "\ud800", "\uffff", "$x^$"])
-def test_a_report_never_fails_on_a_name(tmp_path: Path, odd: str) -> None:
-    """In JSON a name may have what neither XML nor UTF-8 has."""
-    folders = write_pair(tmp_path)
-    for folder in folders:
-        results = json.loads((folder / "results.json").read_text())
-        results["details"] = {"per_class": {f"cat{odd}": 0.5, "dog": 0.1}}
-        results["name"] = f"finetune{odd}"
-        if results["method"] == "tract":
-            results["method"] = f"tract{odd}"
-        (folder / "results.json").write_text(json.dumps(results))
-        write_detections(folder, label=f"car{odd}")
-    for suffix in (".html", ".md", ".tex", ".json"):
-        write_report(folders, tmp_path / f"report{suffix}")
-    told = seen((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert "car" in told
-    assert "not readable" not in told
 
 
 def test_what_differs_between_runs_is_told(tmp_path: Path) -> None:

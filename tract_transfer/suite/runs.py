@@ -147,22 +147,8 @@ def _load_run(folder: Path) -> Run:
 
 def _with_results(run: Run, results: dict[str, Any]) -> Run:
     """Return the run with its results, or with the reason why they do not count."""
-    form = results.get("format", RESULTS_FORMAT)
-    if form != RESULTS_FORMAT:
-        return replace(
-            run,
-            failure=f"results.json has format {form!r}, and this version reads {RESULTS_FORMAT}",
-            state="unreadable",
-        )
-    wrong = [
-        key
-        for key, kind in _NEEDED.items()
-        if not isinstance(results.get(key), kind) or isinstance(results.get(key), bool)
-    ]
-    if wrong:
-        return replace(
-            run, failure=f"results.json lacks a usable {', '.join(wrong)}", state="unreadable"
-        )
+    if why := _why_unusable(results):
+        return replace(run, failure=why, state="unreadable")
     results = {**results, **{k: _mapping(results.get(k)) for k in ("details", "protocol")}}
     results["protocol"] = {  # results of earlier versions have dicts as Python prints them
         key: without_python(text) if isinstance(text, str) else text
@@ -196,6 +182,19 @@ def _with_results(run: Run, results: dict[str, Any]) -> Run:
     return replace(
         run, failure=f"results.json has no finite {run.primary_metric}", state="unreadable"
     )
+
+
+def _why_unusable(results: dict[str, Any]) -> str:
+    """Return why no number is taken from results of this form; empty where they are usable."""
+    form = results.get("format", RESULTS_FORMAT)
+    if form != RESULTS_FORMAT:
+        return f"results.json has format {form!r}, and this version reads {RESULTS_FORMAT}"
+    wrong = [
+        key
+        for key, kind in _NEEDED.items()
+        if not isinstance(results.get(key), kind) or isinstance(results.get(key), bool)
+    ]
+    return f"results.json lacks a usable {', '.join(wrong)}" if wrong else ""
 
 
 def _placed(run: Run, roles: dict[str, str], methods: set[str]) -> Run:
