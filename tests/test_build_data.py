@@ -39,7 +39,7 @@ def test_formats_mix_in_a_run_and_mended_boxes_are_in_its_results(tmp_path, load
     (mended,) = json.loads((tmp_path / "run/results.json").read_text())["mended_boxes"]
     assert results["mended_boxes"] == [mended]
     assert "annotations[1] id 101 (cat): the box must lie in the image of 40x30" in mended
-    assert "'invalid_boxes': 'clip'" in results["protocol"]["sampling"]
+    assert "invalid_boxes: clip" in results["protocol"]["sampling"]
 
 
 def test_empty_images_are_dropped_from_train_alone(tmp_path, load_tiny):
