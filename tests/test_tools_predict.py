@@ -36,13 +36,17 @@ def entries_of(folder):
 
 
 def test_a_folder_is_answered_image_by_image(trained, photos, call, tmp_path):
-    words = ("--run", trained, photos, "--output", tmp_path / "out", "--min-score", 0, "--top-k", 2)
-    said = call("predict.py", *words)
+    model = load_trained(trained)
+    options = {True: ("--min-score", 0), False: ("--top-k", 2)}
+    words = ("--run", trained, photos, "--output", tmp_path / "out")
+    said = call("predict.py", *words, *options[not model.detects])
+    assert said.returncode == 2
+    assert f"{options[not model.detects][0]} is for " in said.stderr
+    said = call("predict.py", *words, *options[model.detects])
     assert said.returncode == 0, said.stderr
     entries = entries_of(tmp_path / "out")
     assert [entry["file"] for entry in entries] == [str(photos / n) for n in ("a.png", "b.jpg")]
     assert [(e["width"], e["height"]) for e in entries] == [(70, 50), (40, 90)]
-    model = load_trained(trained)
     for entry in entries:
         image = torch.from_numpy(np.array(Image.open(entry["file"]).convert("RGB")))
         (expected,) = model.predict([image.permute(2, 0, 1)])
@@ -88,10 +92,12 @@ def test_what_cannot_be_answered_is_told(trained, photos, call, tmp_path):
 
 
 def test_earlier_answers_are_replaced_only_when_told(trained, photos, call, tmp_path):
-    words = ("--run", trained, "--output", tmp_path, "--min-score", 2, photos / "a.png")
+    detects = load_trained(trained).detects
+    options = ("--min-score", 2) if detects else ()
+    words = ("--run", trained, "--output", tmp_path, *options, photos / "a.png")
     said = call("predict.py", *words)
     assert said.returncode == 0, said.stderr
-    if load_trained(trained).detects:
+    if detects:
         assert f"{photos / 'a.png'}  0 of " in said.stdout
         assert "boxes score 2 or more" in said.stdout
     said = call("predict.py", *words[:-1], photos / "b.jpg")

@@ -38,8 +38,8 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what --output holds from before"
     )
-    parser.add_argument("--min-score", type=float, default=0.5, help="boxes to draw (default 0.5)")
-    parser.add_argument("--top-k", type=int, default=5, help="classes to write (default 5)")
+    parser.add_argument("--min-score", type=float, help="a detector's boxes to draw (default 0.5)")
+    parser.add_argument("--top-k", type=int, help="a classifier's classes to write (default 5)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     return parser.parse_args(words)
 
@@ -58,6 +58,7 @@ def main() -> int:
     from tract_transfer.trained import load_trained
 
     trained = load_trained(run, [f"engine.device={arguments.device}"])
+    settle(arguments, detects=trained.detects)
     arguments.output.mkdir(parents=True, exist_ok=True)
     entries, failed = [], 0
     for file, name in files:
@@ -70,6 +71,16 @@ def main() -> int:
     path.write_text(json.dumps({**about, "predictions": entries}, indent=1) + "\n")
     print(path)
     return FAILED if failed else 0
+
+
+def settle(arguments: argparse.Namespace, *, detects: bool) -> None:
+    """Give options their defaults; refuse the one that this kind of model would ignore."""
+    if detects and arguments.top_k is not None:
+        raise ValueError("--top-k is for classifiers, and the run is a detector's. Leave it out.")
+    if not detects and arguments.min_score is not None:
+        raise ValueError("--min-score is for detectors, and the run is a classifier's: --top-k.")
+    arguments.top_k = 5 if arguments.top_k is None else arguments.top_k
+    arguments.min_score = 0.5 if arguments.min_score is None else arguments.min_score
 
 
 def files_of(given: Path) -> Iterator[tuple[Path, Path]]:
