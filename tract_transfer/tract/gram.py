@@ -79,7 +79,7 @@ def _gram_of_windows(
     if len(images) * outputs[0] * outputs[1] == 0:
         return images.new_zeros(num_inputs, num_inputs, dtype=sum_dtype(dtype))
     device = images.device.type
-    if device == "cpu" and list(kernel) != list(stride):
+    if device == "cpu" and (list(kernel) != list(stride) or max(dilation) > 1):
         dtype = sum_dtype(dtype)  # small products, which rounding would not make faster
     with torch.autocast(device, enabled=False), float32_factors(device):
         if max(dilation) == 1:
