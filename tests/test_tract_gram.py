@@ -217,17 +217,40 @@ def test_fast_lengths_have_small_factors_alone():
     assert lengths == [1, 7, 12, 14, 125, 120, 2058]
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_the_products_of_a_gpu_round_the_images_and_not_the_sums(name, monkeypatch):
+@pytest.fixture
+def products_as_on_cuda(monkeypatch):
+    """Factors of 16 bits, sums of float32, and no Fourier transforms."""
+    for module in (gram_module, lags_module):
+        monkeypatch.setattr(module, "batch_product", lambda a, b: torch.bmm(a.float(), b.float()))
+    monkeypatch.setattr(lags_module, "WIDE", float("inf"))
+
+
+@pytest.mark.parametrize("name", ["cifar", "imagenet", "odd", "photograph"])
+def test_lags_on_a_gpu_round_the_images_and_not_the_sums(name, products_as_on_cuda):
     layer, shape = LAYERS[name]
     images = torch.randn(shape) + 1
-    exact = gram_matrix(layer, images.double())[0]
-    monkeypatch.setattr(lags_module, "WIDE", float("inf"))
-    for module in (gram_module, lags_module):  # as CUDA does: 16-bit factors, float32 sums
-        monkeypatch.setattr(module, "batch_product", lambda a, b: torch.bmm(a.float(), b.float()))
-    for dtype, bound in ((torch.float32, 1e-6), (torch.bfloat16, 1e-3), (torch.float16, 1e-4)):
-        monkeypatch.setattr(gram_module, "product_dtype", lambda _, dtype=dtype: dtype)
-        assert relative_error(gram_matrix(layer, images)[0], exact) < bound
+    kernel, stride = layer.kernel_size, layer.stride
+    padding = gram_module._padding(layer, *shape[2:])
+    outputs = gram_module._num_outputs(images, kernel, stride, layer.dilation, padding)
+
+    def gram(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return gram_module._gram_by_lags(
+            images, kernel, stride, outputs, padding, "constant", dtype
+        )
+
+    exact = gram(images.double(), torch.float64)
+    assert relative_error(gram(images, torch.float32), exact) < 1e-6
+    for dtype, bound in ((torch.bfloat16, 1e-3), (torch.float16, 1e-4)):
+        assert bound / 100 < relative_error(gram(images, dtype), exact) < bound
+        rounded = gram(images.to(dtype).double(), torch.float64)
+        assert relative_error(gram(images, dtype), rounded) < 1e-6
+
+
+def test_products_of_rows_on_a_gpu_round_the_rows_and_not_the_sums(products_as_on_cuda):
+    rows = torch.randn(1000, 300) + 1
+    rounded = rows.half().double()
+    product = gram_module._product(rows, torch.float16)
+    assert relative_error(product, rounded.T @ rounded) < 1e-6
 
 
 def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
