@@ -79,6 +79,18 @@ def test_forwards_whose_gradient_was_zeroed_do_not_count(zero_grad):
     torch.testing.assert_close(model[0].weight.grad, update, rtol=1e-10, atol=1e-12)
 
 
+def test_a_micro_batch_without_images_does_not_bring_back_what_was_zeroed():
+    images, model = images_like(4, 3, 8, 8).double(), small_model().double()
+    tract = TrAct(model)
+    by_backward(model, 3 * images + 1)
+    model.zero_grad()
+    model(images[:0]).sum().backward()
+    by_backward(model, images)
+    tract.step()
+    update = update_of(small_model().double(), images)
+    torch.testing.assert_close(model[0].weight.grad, update, rtol=1e-10, atol=1e-12)
+
+
 def test_gradients_of_several_tasks_joined_by_hand_count_all_their_forwards():
     """As of PCGrad and its kin, by `autograd.grad`, which leaves `.grad` alone."""
     model, expected = small_model().double(), small_model().double()

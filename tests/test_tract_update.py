@@ -254,6 +254,24 @@ def test_an_input_may_be_named():
     assert torch.equal(*updates)
 
 
+def test_a_model_may_move_after_a_forward():
+    """As one that is built without memory, and asked for its shapes, does."""
+    with torch.device("meta"):
+        layer = nn.Conv2d(3, 4, 3, 2, 1)
+        tract = TrAct(layer)
+        layer(torch.zeros(1, 3, 8, 8)).sum().backward()
+    layer.to_empty(device="cpu").load_state_dict(small_model()[0].state_dict())
+    layer.zero_grad()
+    tract.forget()
+    backward(layer, small_batch())
+    tract.step()
+    alone = small_model()[0]
+    other = TrAct(alone)
+    backward(alone, small_batch())
+    other.step()
+    assert torch.equal(layer.weight.grad, alone.weight.grad)
+
+
 def test_autocast_sums_in_float32():
     model, images = small_model(), small_batch()
     tract = TrAct(model)

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from tract_transfer.tract.gram import gram_matrix
+from tract_transfer.tract.precision import sum_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -151,10 +152,7 @@ class WatchedLayer:
         with torch.no_grad():
             gram, num_rows = gram_matrix(self.layer, images)
             both = torch.cat([gram.flatten(), gram.new_full((1,), num_rows)])
-            if self.waiting is None or self.waiting.dtype != both.dtype:
-                self.waiting = both
-            else:
-                self.waiting.add_(both)
+            self.waiting = both if self.waiting is None else self.waiting.add_(both)
 
     def look_at_gradient(self, _: Tensor) -> None:
         """The weight's hook before a backward adds to its gradient."""
@@ -180,26 +178,21 @@ class WatchedLayer:
         """The weight's hook after a backward."""
         if weight.grad is not None:
             self.gradient, self.version = TensorWeakRef(weight.grad), local(weight.grad)._version
-        if self.waiting is None:
+        if self.waiting is None:  # the same forwards, gone back through once more
             return
-        if self.used is None:
-            self.used = self.waiting.clone()
+        if self.used is None or self.holds is False:
+            self.used = self.waiting.clone()  # a CUDA graph's next run would write over it
         elif self.holds is True:
             self.used.add_(self.waiting)
         else:
-            keeps = self.waiting[-1] == 0  # the same forwards, gone back through once more
-            if self.holds is not False:
-                keeps = keeps | self.holds
-            self.used = torch.where(keeps, self.used, 0).add_(self.waiting)
-        self.waiting.zero_()
+            self.used = torch.where(self.holds, self.used, 0).add_(self.waiting)
+        self.waiting = None
 
     def forget(self) -> None:
         """Start anew."""
         self.reached = False
         self.num_gradients = 0
-        self.used = None
-        if self.waiting is not None:
-            self.waiting.zero_()
+        self.used = self.waiting = None
 
     def gradient_rows(self) -> Tensor:
         """Return the rows that this process holds of the weight's gradient, or RuntimeError."""
@@ -232,9 +225,12 @@ class WatchedLayer:
 
     def mean(self, device: torch.device) -> Tensor:
         """Return x x^T / b over all processes, (N, N)."""
-        if self.waiting is None:  # of a process without images
-            self.waiting = torch.zeros(self.num_inputs**2 + 1, device=device)
-        both = self.waiting.clone() if self.used is None else self.used + self.waiting
+        held = [each for each in (self.used, self.waiting) if each is not None]
+        if held:
+            both = held[0] if len(held) == 1 else held[0] + held[1]
+        else:  # a process without images
+            dtype = sum_dtype(self.layer.weight.dtype)
+            both = torch.zeros(self.num_inputs**2 + 1, dtype=dtype, device=device)
         if _is_joined():
             dist.all_reduce(both)
         return (both[:-1] / both[-1]).view(self.num_inputs, self.num_inputs)
