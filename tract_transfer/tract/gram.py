@@ -176,7 +176,9 @@ def _sum_over_chunks(parts: Tensor, num_inputs: int, dtype: torch.dtype) -> Tens
         len(parts), part_bytes, parts.device.type, CHUNK_OF_SUM * gram.numel() * gram.itemsize
     )
     for chunk in parts.split(at_once):
-        gram += _product(chunk.to(factor_dtype).reshape(-1, num_inputs), dtype)
+        # Dense in this order, so that reshape does not copy once more.
+        chunk = chunk.to(factor_dtype, memory_format=torch.contiguous_format)
+        gram += _product(chunk.reshape(-1, num_inputs), dtype)
     return gram
 
 
