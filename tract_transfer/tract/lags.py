@@ -6,7 +6,7 @@ meets, a few rows at the top and at the bottom (columns at the sides), is summed
 and taken away.
 """
 
-# B images, Y x X positions, C channels, K kernel size, L = 2 K - 1 lags, S slices, Q blocks a slice
+# B images, Y x X positions, C channels, K kernel size, E rows or columns at the ends, F frequencies
 
 import functools
 import itertools
@@ -89,7 +89,7 @@ def _ends(canvas: Canvas, axis: int, count: int, outputs: int) -> tuple[range, r
 
 
 def _end_sums(strip: Tensor, kernel: int) -> Tensor:
-    """Return (2 K - 1, m, C, m, C), the lag sums along L of a strip (B, L, m, C).
+    """Return (2 K - 1, E, C, E, C), the lag sums along L of a strip (B, L, E, C).
 
     One sequence of all images, K - 1 zeros after each, in slices.
     """
@@ -173,7 +173,7 @@ def _lag_sums_by_fourier(canvas: Canvas, kernel: tuple[int, int]) -> Tensor:
 
 
 def _sums_of_spectra(products: Tensor, channels: int, kernel: int, length: int) -> Tensor:
-    """Return (Y, 2 Kx - 1, C, C), lags along x, of products (Y, F, 2 C, 2 C) of spectra.
+    """Return (Ky, 2 Kx - 1, C, C), lags along x, of products (Ky, F, 2 C, 2 C) of spectra.
 
     2 C are the real and the imaginary part of every channel; the lines had `length` values.
     """
@@ -264,7 +264,7 @@ def _tap_pairs(
 
     Args:
         first: those of the first K - 1 rows that are among the E, counted from the first row.
-        last: those of the last K - 1, counted from as many rows as there are windows.
+        last: those of the last K - 1, counted from the first that tap 0 does not meet.
     """
     # Made on the device: a copy to it would wait for it.
     taps = torch.arange(kernel, device=device)
