@@ -21,10 +21,10 @@ class DampedFactor(NamedTuple):
     health: Tensor
 
     def times(self, gradient: Tensor) -> Tensor:
-        """Return gradient (O, ...) (x x^T / b + lam I)^-1, in the shape and type of `gradient`."""
+        """Return gradient (O, ...) (x x^T / b + lam I)^-1, in the shape of `gradient`."""
         columns = gradient.reshape(len(gradient), -1).T.to(self.factor.dtype)
         solved = torch.cholesky_solve(columns, self.factor).T.reshape(gradient.shape)
-        return torch.where(self.health[:2].all(), solved, 0).to(gradient.dtype)
+        return torch.where(self.health[:2].all(), solved, 0)
 
 
 def damped_factor(gram: Tensor, lam: float, *, relative: bool) -> DampedFactor:
