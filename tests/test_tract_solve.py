@@ -46,6 +46,28 @@ def test_nothing_is_measured_in_between(monkeypatch):
         tract.step()
 
 
+@pytest.mark.parametrize("broken", [0, 2])
+def test_a_measurement_that_is_not_finite_is_not_kept(broken):
+    model = small_model().double()
+    tract = TrAct(model, update_every=2)
+    means = []
+    for step in range(5):
+        batch = images_like(4, 3, 8, 8, seed=step).double()
+        if step == broken:
+            batch[1, 2, 3, 4] = float("nan")
+        elif step % 2 == 0:
+            means.append(gram_matrix(model[0], batch)[0] / (4 * 16))
+        model.zero_grad()
+        loss_of(model, batch).backward()
+        if step == broken:
+            with pytest.raises(RuntimeError, match=f"not finite in step {broken}"):
+                tract.step()
+        else:
+            tract.step()
+    expected = 0.9 * means[0] + 0.1 * means[1]
+    torch.testing.assert_close(tract.state_dict()["mean.0"], expected)
+
+
 @pytest.mark.parametrize("num_steps", [0, 3])
 @pytest.mark.parametrize("update_every", [1, 2])
 def test_a_state_goes_on_where_it_was_taken(update_every, num_steps):

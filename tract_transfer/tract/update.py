@@ -144,8 +144,9 @@ class TrAct:
         mean = each.mean(device)
         if self.update_every > 1:
             old = self._means.get(each.name, mean).to(mean)
+            # What is not finite is told of, and not kept: the first until the next comes.
+            old = torch.where(old.isfinite().all(), old, mean)
             running = torch.lerp(mean, old, KEPT)
-            # What is not finite is told of, and not kept.
             self._means[each.name] = torch.where(mean.isfinite().all(), running, old)
             mean = running
         factor = damped_factor(mean, self.lam, relative=self.lam_mode == "relative")
