@@ -88,13 +88,21 @@ def test_two_convolutions_of_images_are_ambiguous():
         nn.Sequential(nn.Conv2d(16, 4, 3), nn.Flatten(), nn.Linear(4, 2)),
         nn.Sequential(nn.ReLU()),
         nn.Sequential(nn.ConvTranspose2d(3, 4, 3)),
-        nn.Sequential(nn.Conv3d(3, 4, 3)),
     ],
-    ids=["features", "nothing", "transposed", "video"],
+    ids=["features", "nothing", "transposed"],
 )
 def test_a_model_without_one_is_refused(model):
     with pytest.raises(ValueError, match=r"none does\. Name it"):
         find_first_layers(model)
+
+
+def test_models_without_a_layer_to_name_are_told_so():
+    with pytest.raises(ValueError, match=r"the convolutions of Sequential are Conv3d\."):
+        find_first_layers(nn.Sequential(nn.Conv3d(3, 4, 3)))
+    text = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match="Sequential is 0, an embedding of tokens"):
+        find_first_layers(text)
+    assert TrAct(text, layers=["1"]).layer_names == ["1"]
 
 
 def test_a_foreign_attribute_of_the_same_name_is_passed_over():

@@ -123,6 +123,55 @@ def test_a_weight_that_was_replaced_is_followed(replace):
         by_backward(model, images)
         tract.step()
         torch.testing.assert_close(model[0].weight.grad, update, rtol=1e-10, atol=1e-12)
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_step_before_the_last_micro_batch_is_refused(attached, refused):
+    """Else the next backward would add a plain gradient to a treated one."""
+    images, model = images_like(4, 3, 8, 8), small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tract = TrAct(model)
+    if attached:
+        tract.attach(optimizer)
+    step = optimizer.step if attached else tract.step
+    by_backward(model, images)
+    step()
+    with refused(
+        "TrAct's step() before the last micro-batch", RuntimeError, match="once an update"
+    ):
+        by_backward(model, images)
+    for zero in (zero_in_place, zero_by_data, nn.Module.zero_grad):
+        tract.forget()
+        zero(model)
+        by_backward(model, images)
+        step()
+
+
+def zero_by_data(model: nn.Module) -> None:
+    """As old loops do, of which autograd knows nothing."""
+    for parameter in model.parameters():
+        parameter.grad.data.zero_()
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_step_after_the_optimizer_s_is_refused(foreach, refused):
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=foreach)
+    tract = TrAct(model)
+    by_backward(model, images_like(4, 3, 8, 8))
+    optimizer.step()
+    with refused("TrAct's step() after the optimizer's", RuntimeError, match="before the optimi"):
+        tract.step()
+
+
+def test_a_weight_that_became_parametrized_is_told():
+    model = small_model()
+    tract = TrAct(model)
+    nn.utils.parametrizations.weight_norm(model[0])
+    model(images_like(4, 3, 8, 8)).sum().backward()
+    with pytest.raises(RuntimeError, match=r"computed from other parameters now \(weight_norm"):
+        tract.step()
 
 
 def test_transforms_of_torch_func_are_refused():

@@ -35,6 +35,12 @@ def test_wrong_arguments_are_refused(refused):
         TrAct(small_model(), lam_mode="auto")
     with refused("TrAct with a string as layers", ValueError, match="layers is a list of names"):
         TrAct(small_model(), layers="0")
+    with pytest.raises(ValueError, match="layers is a list of names"):
+        TrAct(small_model(), layers=[nn.Linear(2, 2)])
+    with pytest.raises(ValueError, match=r"a lam above 0, got '0\.1'"):
+        TrAct(small_model(), lam="0.1")
+    with pytest.raises(TypeError, match=r"takes the model, an nn\.Module; got SGD"):
+        TrAct(torch.optim.SGD(small_model().parameters()))
     with pytest.raises(ValueError, match="update_every is a number of steps, 1 at least; got 0"):
         TrAct(small_model(), update_every=0)
 

@@ -35,15 +35,30 @@ def find_first_layers(model: nn.Module) -> list[str]:
         name for name in convs if _channels(model.get_submodule(name)) in IMAGE_CHANNELS
     ]
     if not convs:
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        candidates = linears[:1]
+        readers = (nn.Linear, nn.Embedding)
+        candidates = [name for name, each in model.named_modules() if isinstance(each, readers)][:1]
     if len(candidates) == 1:
+        _refuse_tokens(model, candidates[0])
         return candidates
+    kinds = {type(model.get_submodule(name)) for name in convs}
+    if kinds and not any(issubclass(kind, nn.Conv2d) for kind in kinds):
+        raise ValueError(
+            f"TrAct treats Linear and Conv2d layers; the convolutions of {type(model).__name__} "
+            f"are {', '.join(sorted(kind.__name__ for kind in kinds))}."
+        )
     found = f"{len(candidates)} could: {candidates[:5]}" if candidates else "none does"
     raise ValueError(
         f"TrAct needs the layer that reads the image, and of {type(model).__name__}'s layers "
         f'{found}. Name it: TrAct(model, layers=["..."]), or tract.layers in a config.'
     )
+
+
+def _refuse_tokens(model: nn.Module, name: str) -> None:
+    if isinstance(model.get_submodule(name), nn.Embedding):
+        raise ValueError(
+            f"The first layer of {type(model).__name__} is {name}, an embedding of tokens, and "
+            'TrAct is for layers that read images. Name one: TrAct(model, layers=["..."]).'
+        )
 
 
 def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:

@@ -9,9 +9,10 @@ gradient, and the model, its forward, its state dict and its backward stay as th
 # R rows the layer multiplies, N inputs a row, O outputs
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -64,14 +65,19 @@ class TrAct:
         layers: Sequence[str] | None = None,
         update_every: int = 1,
     ) -> None:
-        if not 0 < lam < float("inf"):
-            raise ValueError(f"TrAct needs a lam above 0, got {lam}. The paper's default is 0.1.")
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"TrAct takes the model, an nn.Module; got {type(model).__name__}. An optimizer "
+                "goes to attach()."
+            )
+        if not (isinstance(lam, SupportsFloat) and 0 < lam < float("inf")):
+            raise ValueError(f"TrAct needs a lam above 0, got {lam!r}. The paper's default is 0.1.")
         if lam_mode not in ("absolute", "relative"):
             raise ValueError(f"lam_mode is 'absolute' or 'relative', got {lam_mode!r}.")
         if update_every < 1:
             raise ValueError(f"update_every is a number of steps, 1 at least; got {update_every}.")
-        if isinstance(layers, str):
-            raise ValueError(f"layers is a list of names: [{layers!r}], got {layers!r}.")
+        if isinstance(layers, str) or not all(isinstance(name, str) for name in layers or ()):
+            raise ValueError(f'layers is a list of names, such as ["conv1"]; got {layers!r}.')
         self.lam = lam
         self.lam_mode = lam_mode
         self.update_every = update_every
@@ -87,6 +93,8 @@ class TrAct:
         self._attached: list[Attached] = []
         for each in self._watched:
             each.start()
+        if self._watched and "torch._dynamo" in sys.modules:
+            torch.compiler.reset()  # What was compiled before runs without the hooks.
 
     def __repr__(self) -> str:
         return (
@@ -108,8 +116,13 @@ class TrAct:
 
         Raises:
             RuntimeError: no training forward or no gradient reached a layer since the last step,
-                or its input was not finite.
+                its input was not finite, or the optimizer has stepped already.
         """
+        for each in self._watched:
+            each.check_order()
+        self._step()
+
+    def _step(self) -> None:
         gradients = []
         for each in self._watched:
             self._follow(each)
@@ -121,6 +134,7 @@ class TrAct:
                 if measures:
                     self._measure(each, gradient.device)
                 gradient.copy_(self._factors[each.name].times(gradient))
+            each.keep_treated()
             each.forget()
         self.num_steps += 1
         for each in self._watched:
@@ -219,12 +233,13 @@ class TrAct:
         self._attached.append(attached)
         return attached
 
+    @torch.no_grad()
     def _step_if_used(self) -> None:
         if all(each.layer.weight.grad is None for each in self._watched):
             for each in self._watched:
                 each.forget()
         else:
-            self.step()
+            self._step()
 
     def detach(self) -> None:
         """Remove all hooks; the model, and the optimizers attached to, are then as they were."""

@@ -44,6 +44,8 @@ class WatchedLayer:
     whole: Tensor | None = None  # what FSDP puts in its place for a forward and a backward
     gradient: TensorWeakRef | None = None  # after the last backward
     version: int | None = None  # of it
+    weight_version: int | None = None  # of the weight then
+    treated: tuple[TensorWeakRef, int] | None = None  # the gradient that step() left, its version
     moved: bool = False  # whether the layer has another parameter than at first
     num_gradients: int = 0  # begun anew since the last step
     handles: list[RemovableHandle] = field(default_factory=list)  # on the layer
@@ -86,7 +88,7 @@ class WatchedLayer:
         for handle in self.weight_handles:
             handle.remove()
         self.moved = self.weight is not None
-        self.weight, self.whole, self.gradient = weight, None, None
+        self.weight, self.whole, self.gradient, self.weight_version = weight, None, None, None
         self.weight_handles = [
             weight.register_hook(self.look_at_gradient),
             weight.register_post_accumulate_grad_hook(self.add_backward),
@@ -122,7 +124,7 @@ class WatchedLayer:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the model, such as an average of its weights, is not treated."""
-        names = ("waiting", "used", "weight", "whole", "gradient")
+        names = ("waiting", "used", "weight", "whole", "gradient", "treated")
         dead = {"alive": False, "detach_all": _nothing, "handles": [], "weight_handles": []}
         return {**vars(self), **dead, **dict.fromkeys(names)}
 
@@ -168,14 +170,27 @@ class WatchedLayer:
                     self.title,
                 )
             return
+        self._refuse_treated(gradient)
         last = None if self.gradient is None else self.gradient()
         if gradient is last and local(gradient)._version == self.version:
             self.holds = True
         else:  # Replaced or written to since the last backward: scaled, or zeroed in place.
             self.holds = local(gradient).any()
 
+    def _refuse_treated(self, gradient: Tensor) -> None:
+        """Raise RuntimeError where a new forward's gradient is to be added to what is treated."""
+        left, version = self.treated or (None, None)
+        is_left = left is not None and left() is gradient and local(gradient)._version == version
+        if self.reached and is_left and local(gradient).any():  # not zeroed by way of .data
+            raise RuntimeError(
+                f"A backward adds to the gradient of {self.title}.weight that TrAct's step() has "
+                "multiplied already. Call step() once an update, after the last micro-batch, and "
+                "zero_grad() after the optimizer's step."
+            )
+
     def add_backward(self, weight: Tensor) -> None:
         """The weight's hook after a backward."""
+        self.weight_version = local(weight)._version
         if weight.grad is not None:
             self.gradient, self.version = TensorWeakRef(weight.grad), local(weight.grad)._version
         if self.waiting is None:  # the same forwards, gone back through once more
@@ -188,15 +203,24 @@ class WatchedLayer:
             self.used = torch.where(self.holds, self.used, 0).add_(self.waiting)
         self.waiting = None
 
+    def keep_treated(self) -> None:
+        """Know the gradient again that step() has multiplied."""
+        if (gradient := self.layer.weight.grad) is not None:
+            self.treated = TensorWeakRef(gradient), local(gradient)._version
+
     def forget(self) -> None:
         """Start anew."""
-        self.reached = False
-        self.num_gradients = 0
+        self.reached, self.num_gradients = False, 0
         self.used = self.waiting = None
 
     def gradient_rows(self) -> Tensor:
         """Return the rows that this process holds of the weight's gradient, or RuntimeError."""
         weight = self.layer.weight
+        if not isinstance(weight, nn.Parameter):
+            raise RuntimeError(
+                f"{self.title}.weight is computed from other parameters now (weight_norm, a "
+                "parametrization), which TrAct cannot treat. detach() TrAct."
+            )
         if not weight.requires_grad:
             raise RuntimeError(
                 f"{self.title}.weight was frozen after TrAct was made. detach() TrAct for as long."
@@ -213,6 +237,16 @@ class WatchedLayer:
                 "inputs of an output in one place. Shard it along dimension 0."
             )
         return local(weight.grad)
+
+    def check_order(self) -> None:
+        """Raise RuntimeError where the optimizer, or another, wrote to the weight too early."""
+        weight = self.layer.weight
+        known = weight is self.weight and self.weight_version is not None
+        if known and local(weight)._version != self.weight_version:
+            raise RuntimeError(
+                f"{self.title}.weight was written to between its backward and TrAct's step(). Call "
+                "TrAct's step() right after the backward, before the optimizer's."
+            )
 
     def check_reached(self) -> None:
         """Raise RuntimeError where no forward has come; other processes may have had all."""
