@@ -240,6 +240,7 @@ class Trainer:
         self.load_weights(parts)
         self.optimizer.load_state_dict(parts["optimizer"])
         _lay_as_weights(self.optimizer)
+        _step_as_begun(self.optimizer)
         self.tract.load_state_dict(parts["tract"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -283,3 +284,13 @@ def _lay_as_weights(optimizer: Optimizer) -> None:
         for name, value in state.items():
             if torch.is_tensor(value) and value.shape == weight.shape:
                 state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+def _step_as_begun(optimizer: Optimizer) -> None:
+    """Let a gradient scaler know which step an optimizer goes on with: the one it began with.
+
+    The options that were loaded name it, but whether it takes the scale itself, as fused steps do,
+    torch notes where the optimizer is made.
+    """
+    if not any(group.get("fused") for group in optimizer.param_groups):
+        optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
