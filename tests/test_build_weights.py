@@ -168,6 +168,15 @@ def test_a_config_that_makes_the_weights_tells_their_backbone(monkeypatch, tmp_p
         assert ("model.backbone.name=" in str(caught.value)) == bool(offered)
 
 
+def test_weights_that_a_suite_made_are_offered(tmp_path):
+    for name in ("tract/pretrain/seed0", "vanilla/pretrain/seed1", "vanilla/pretrain/seed0"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.json").write_text("{}")
+    made = rf"model\.weights={tmp_path}/vanilla/pretrain/seed0 takes one of them"
+    with pytest.raises(FileNotFoundError, match=made):
+        check_is_there(tmp_path / "pretrain")
+
+
 def test_weights_are_looked_for_before_data_are_read(load_tiny, tmp_path):
     nowhere = f"{{source: voc, root: {tmp_path / 'nowhere'}, sets: [2007/train]}}"
     (tmp_path / "folder").mkdir()

@@ -86,6 +86,8 @@ def check_is_there(path: Path, name: str | None = None) -> None:
     if maker is not None:
         file, name = maker
         fixes = [f"python tools/train_net.py --config-file {file} makes it."]
+    if left := left_by_suite(path):
+        fixes.append(f"A suite made its own: model.weights={left} takes one of them.")
     if there := published_name(name):
         fixes.append(
             f"model.backbone.name={there} model.weights=pretrained takes published ones instead."
@@ -126,6 +128,12 @@ def published_name(name: str | None) -> str | None:
     if source == "torchvision" and model in torchvision.models.list_models(torchvision.models):
         return name
     return None
+
+
+def left_by_suite(path: Path) -> Path | None:
+    """Return a run that a suite made in place of the one at `path`, vanilla's before others."""
+    runs = [card.parent for card in path.parent.glob(f"*/{path.name}/seed*/model.json")]
+    return min(runs, key=lambda run: ("vanilla" not in run.parts, str(run)), default=None)
 
 
 def maker_of(output_dir: str, configs: Path = CONFIGS) -> tuple[str, str | None] | None:
