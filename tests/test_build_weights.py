@@ -168,6 +168,25 @@ def test_a_config_that_makes_the_weights_tells_their_backbone(monkeypatch, tmp_p
         assert ("model.backbone.name=" in str(caught.value)) == bool(offered)
 
 
+@pytest.mark.parametrize("task", ["classification", "probe"])
+@pytest.mark.parametrize(
+    ("backbone", "said"),
+    [
+        ("{name: cifar/resnet81}", "Did you mean 'cifar/resnet18'"),
+        ("{name: timm/resnet19}", "timm has no model 'resnet19'"),
+        ("{name: torchvision/resnet19}", "torchvision has no classification model"),
+        ("{name: cifar/resnet18, args: {witdh: 8}}", "model.backbone.args.witdh"),
+    ],
+)
+def test_a_backbone_is_known_before_data_are_read(
+    load_tiny, tmp_path, monkeypatch, task, backbone, said
+):
+    monkeypatch.setattr("tract_transfer.run.build_data", lambda _: pytest.fail("data read"))
+    for begin in (run, preview):
+        with pytest.raises(ConfigError, match=said):
+            begin(load_tiny(tmp_path, f"model.backbone={backbone}", task=task))
+
+
 def test_weights_that_a_suite_made_are_offered(tmp_path):
     for name in ("tract/pretrain/seed0", "vanilla/pretrain/seed1", "vanilla/pretrain/seed0"):
         (tmp_path / name).mkdir(parents=True)

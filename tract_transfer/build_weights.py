@@ -13,6 +13,7 @@ from tract_transfer.config_file import ConfigError, read_config_file
 from tract_transfer.config_sections import BackboneConfig
 from tract_transfer.engine.checkpoint import is_checkpoint, verified
 from tract_transfer.models import Backbone, build_backbone
+from tract_transfer.models.backbones import check_backbone_name
 from tract_transfer.models.weights import (
     WeightsError,
     build_from_card,
@@ -41,8 +42,7 @@ def build_with_weights(config: Config) -> Backbone:
     wanted, path = section.backbone, Path(section.weights or "")
     published = section.weights == "pretrained"
     from_file = section.weights is not None and not published
-    check_weights_are_there(config)
-    check_backbone_args(config)
+    check_backbone(config)
     try:
         card = read_card(path) if wanted.name is None else None
         if from_file and wanted.name is not None and has_card(path):
@@ -95,6 +95,22 @@ def check_is_there(path: Path, name: str | None = None) -> None:
     raise FileNotFoundError(
         f"No weights at {path}: there is no such file or folder. {' '.join(fixes)}"
     )
+
+
+def check_backbone(config: Config) -> None:
+    """Refuse, before anything else takes time, a backbone that is unknown, or whose weights are
+    not there.
+
+    Raises:
+        ConfigError: as `check_weights_are_there`; or no such backbone, or an argument it has not.
+    """
+    check_weights_are_there(config)
+    if config.model.backbone.name is not None:
+        try:
+            check_backbone_name(config.model.backbone.name)
+        except KeyError as error:
+            raise _refused_backbone(config, error) from error
+    check_backbone_args(config)
 
 
 def check_weights_are_there(config: Config) -> None:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from tract_transfer.build import build_accelerator, build_trainer, in_iterations
 from tract_transfer.build_data import Data, build_data
 from tract_transfer.build_model import build_evaluator
-from tract_transfer.build_weights import check_weights_are_there
+from tract_transfer.build_weights import check_backbone
 from tract_transfer.config import Config, ProbeConfig, dump_config, load_config
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.determinism import deterministic
@@ -53,7 +53,7 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
         FolderInUseError: another process holds the folder.
         Stopped: a signal ended the run; the message says how to go on.
     """
-    check_weights_are_there(config)
+    check_backbone(config)
     folder = Path(config.output_dir)
     on_stop = stop_on_signals(partial(how_to_go_on, folder))
     with deterministic(config.engine.deterministic), on_stop as stop:
@@ -100,7 +100,7 @@ def evaluate_run(config: Config) -> dict[str, float]:
     """
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains nothing that --eval-only could measure again.")
-    check_weights_are_there(config)
+    check_backbone(config)
     folder = Path(config.output_dir)
     path, parts = reported_checkpoint(config)
     data = build_data(config)
@@ -127,7 +127,7 @@ def preview(config: Config, *, resume: bool = False) -> dict[str, str]:
     What it is about to do is logged, a line a stage: each may take minutes. So is why a run would
     be refused for what its folder holds, which is no reason not to preview it.
     """
-    check_weights_are_there(config)
+    check_backbone(config)
     try:
         _check_folder(config, resume=resume)
     except (ValueError, OSError) as error:

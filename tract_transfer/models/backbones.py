@@ -186,6 +186,7 @@ def build_backbone(
         KeyError: no such entry or model; the message names the nearest.
         ValueError: the model refuses `args`, or has no stem to replace.
     """
+    check_backbone_name(name)
     source, _, model_name = name.partition("/")
     from_source = source in ("timm", "torchvision")
     build = BACKBONES.get(source if from_source else name)
@@ -206,12 +207,25 @@ def build_backbone(
     return backbone
 
 
+def check_backbone_name(name: str) -> None:
+    """Raise KeyError, which names the nearest, where there is no such backbone."""
+    source, _, model = name.partition("/")
+    if source not in ("timm", "torchvision"):
+        BACKBONES.get(name)
+    elif source == "timm" and not timm.is_model(model):
+        near = did_you_mean(model, timm.list_models())
+        raise KeyError(f"timm has no model {model!r}.{near} timm.list_models() names all.")
+    elif source == "torchvision":
+        known = torchvision.models.list_models(module=torchvision.models)
+        if model not in known:
+            near = did_you_mean(model, known)
+            said = f"torchvision has no classification model {model!r}.{near} Known: {known}"
+            raise KeyError(said)
+
+
 @BACKBONES.register("timm")
 def timm_backbone(model_name: str, args: dict[str, Any], pretrained: bool) -> Backbone:
     """Wrap `timm.create_model(model_name, **args)`."""
-    if not timm.is_model(model_name):
-        near = did_you_mean(model_name, timm.list_models())
-        raise KeyError(f"timm has no model {model_name!r}.{near} timm.list_models() names all.")
     model = timm.create_model(model_name, pretrained=pretrained, num_classes=0, **args)
     config = model.pretrained_cfg
     first = config["first_conv"]
@@ -232,12 +246,6 @@ def timm_backbone(model_name: str, args: dict[str, Any], pretrained: bool) -> Ba
 @BACKBONES.register("torchvision")
 def torchvision_backbone(model_name: str, args: dict[str, Any], pretrained: bool) -> Backbone:
     """Wrap `torchvision.models.get_model(model_name, **args)`."""
-    known = torchvision.models.list_models(module=torchvision.models)
-    if model_name not in known:
-        near = did_you_mean(model_name, known)
-        raise KeyError(
-            f"torchvision has no classification model {model_name!r}.{near} Known: {known}"
-        )
     inception = model_name in ("googlenet", "inception_v3")
     if inception and pretrained:
         # These weights want colours in [-1, 1]. torchvision would convert to them inside the
