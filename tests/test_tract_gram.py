@@ -7,6 +7,7 @@ So a layer with all such filters, run on the input, puts out its own rows.
 import copy
 import itertools
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -147,6 +148,24 @@ def test_less_precise_products_are_the_user_s_own(name, level):
         assert torch.get_float32_matmul_precision() == level
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def test_threads_do_not_round_each_other_s_products():
+    """The precision of products is a setting of the process."""
+    layer, images = nn.Conv2d(3, 8, 16, 16), torch.randn(4, 3, 64, 64)
+    settings = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and newer
+    before = getattr(settings, "fp32_precision", None)
+
+    def grams(autocast: bool, count: int) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return [gram_matrix(layer, images)[0] for _ in range(count)]
+
+    expected = [grams(autocast, 1)[0] for autocast in (False, True)]
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(grams, (False, True), (100, 100)))
+    for one, same in zip(expected, found, strict=True):
+        assert all(torch.equal(one, other) for other in same)
+    assert getattr(settings, "fp32_precision", None) == before
 
 
 @pytest.mark.parametrize("name", ["imagenet", "odd", "photograph"])

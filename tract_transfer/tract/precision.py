@@ -2,11 +2,14 @@
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+SETTINGS = threading.RLock()  # which are of the process: threads take turns
 
 
 def product_dtype(inputs: Tensor) -> torch.dtype:
@@ -45,15 +48,16 @@ def float32_factors(device: str, precision: str = "ieee") -> Iterator[None]:
     else:
         read = functools.partial(getattr, settings, "fp32_precision")
         write = functools.partial(setattr, settings, "fp32_precision")
-    before = read()
-    if (before, precision) == ("none", "ieee"):  # no setting, which rounds nothing either
-        yield
-        return
-    write(precision)
-    try:
-        yield
-    finally:
-        write(before)
+    with SETTINGS:
+        before = read()
+        if (before, precision) == ("none", "ieee"):  # no setting, which rounds nothing either
+            yield
+            return
+        write(precision)
+        try:
+            yield
+        finally:
+            write(before)
 
 
 @functools.cache

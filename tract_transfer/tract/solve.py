@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tract_transfer.tract.precision import float32_factors
+
 EXACT_SIZE = 256  # up to which N the factor is of float64, at no cost that counts
 
 
@@ -23,7 +25,8 @@ class DampedFactor(NamedTuple):
     def times(self, gradient: Tensor) -> Tensor:
         """Return gradient (O, ...) (x x^T / b + lam I)^-1, in the shape of `gradient`."""
         columns = gradient.reshape(len(gradient), -1).T.to(self.factor.dtype)
-        solved = torch.cholesky_solve(columns, self.factor).T.reshape(gradient.shape)
+        with float32_factors(gradient.device.type):
+            solved = torch.cholesky_solve(columns, self.factor).T.reshape(gradient.shape)
         return torch.where(self.health[:2].all(), solved, 0)
 
 
@@ -47,5 +50,6 @@ def damped_factor(gram: Tensor, lam: float, *, relative: bool) -> DampedFactor:
     damping = torch.maximum(wanted, rounding * trace)
     # A blank batch under a relative lam: any positive matrix will do, for its gradient is 0 too.
     diagonal += torch.where(damping > 0, damping, 1)
-    factor, failed = torch.linalg.cholesky_ex(matrix)
+    with float32_factors(gram.device.type):
+        factor, failed = torch.linalg.cholesky_ex(matrix)
     return DampedFactor(factor, torch.stack([finite, failed == 0, damping <= wanted]))

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 
 from tract_transfer.tract.attach import Attached
 from tract_transfer.tract.find import check_layer, find_first_layers
-from tract_transfer.tract.precision import float32_factors
 from tract_transfer.tract.solve import DampedFactor, damped_factor
 from tract_transfer.tract.watch import WatchedLayer
 
@@ -130,10 +129,9 @@ class TrAct:
             each.check_reached()
         measures = self.num_steps % self.update_every == 0
         for each, gradient in zip(self._watched, gradients, strict=True):
-            with float32_factors(gradient.device.type):
-                if measures:
-                    self._measure(each, gradient.device)
-                gradient.copy_(self._factors[each.name].times(gradient))
+            if measures:
+                self._measure(each, gradient.device)
+            gradient.copy_(self._factors[each.name].times(gradient))
             each.keep_treated()
             each.forget()
         self.num_steps += 1
