@@ -209,6 +209,7 @@ def test_windows_of_any_shape_in_chunks_of_any_size(seed, monkeypatch):
             images = images.contiguous(memory_format=torch.channels_last)
         monkeypatch.setattr(lags_module, "CHUNK_BYTES", {"cpu": rng.choice([1, 3000, 2**22])})
         monkeypatch.setattr(lags_module, "WIDE", rng.choice([1, 36]))
+        monkeypatch.setattr(lags_module, "FEW", rng.choice([0, float("inf")]))
         assert_is_the_product(layer, images)
         rows = rows_of(layer, images)
         assert relative_error(gram_matrix(layer, images)[0], rows.T @ rows) < 1e-6, (layer, size)

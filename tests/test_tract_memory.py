@@ -35,6 +35,7 @@ class Memory(TorchDispatchMode):
 CASES = {
     "cifar": (nn.Conv2d(3, 8, 3, 1, 1), (64, 3, 32, 32)),
     "imagenet": (nn.Conv2d(3, 8, 7, 2, 3), (8, 3, 224, 224)),
+    "large overlapping patches": (nn.Conv2d(3, 8, 16, 8), (16, 3, 224, 224)),
     "odd sizes": (nn.Conv2d(3, 8, 7, 2, 3), (8, 3, 225, 231)),
     "one large photograph": (nn.Conv2d(3, 8, 7, 2, 3), (1, 3, 801, 1333)),
     "stride 1": (nn.Conv2d(3, 8, 3, 1, 1), (1, 3, 600, 800)),

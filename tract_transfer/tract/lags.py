@@ -26,6 +26,7 @@ SLICE_BLOCKS = 2048
 SLICE_ROWS = 4096
 
 WIDE = 36  # values of a block, from where the Fourier transform is faster than the products
+FEW = 0.5  # of the images' values, up to which it does not take too much memory
 
 
 def lag_gram(
@@ -115,7 +116,10 @@ def _lag_sums(canvas: Canvas, kernel: tuple[int, int], dtype: torch.dtype) -> Te
     """
     wide = 2 * (kernel[1] - 1) * canvas.channels >= WIDE
     on_cpu = canvas.images.device.type == "cpu"
-    if wide and on_cpu and dtype == torch.float32:
+    # The products of all frequencies, of 2 C values each: few beside the images.
+    num_products = (canvas.size[1] + kernel[1]) // 2 * kernel[0] * (2 * canvas.channels) ** 2
+    few = num_products <= FEW * canvas.images.numel()
+    if wide and few and on_cpu and dtype == torch.float32:
         return _lag_sums_by_fourier(canvas, kernel)
     return _lag_sums_by_products(canvas, kernel, dtype)
 

@@ -132,7 +132,7 @@ class WatchedLayer:
         self, _: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
     ) -> None:
         """The forward pre-hook."""
-        images = inputs[0] if inputs else named["input"]
+        images = inputs[0] if inputs else next(iter(named.values()))
         if self.alive and not images.is_floating_point():
             raise TypeError(
                 f"TrAct needs a floating-point input to {self.title}, got {images.dtype}."
@@ -144,7 +144,7 @@ class WatchedLayer:
         """The forward hook."""
         if not (self.alive and module.training and torch.is_grad_enabled()):
             return
-        images = inputs[0] if inputs else named["input"]
+        images = inputs[0] if inputs else next(iter(named.values()))
         _refuse_transforms(self.title)
         self.reached = True
         if module.weight is not self.weight:
