@@ -112,6 +112,33 @@ def test_pytorch():
     assert_same(model, by_hand(batches(), "after"))
 
 
+def test_accumulation():
+    model = tiny()
+    exec(blocks("PyTorch")[1], names(model, batches=batches()))
+    assert_same(model, by_hand(pairs(batches()), "after"))
+
+
+def plain_loop() -> str:
+    """The page's first, without TrAct and clipping."""
+    return re.sub(r"^.*(tract|clip_grad).*\n", "", blocks("PyTorch")[0], flags=re.M)
+
+
+def test_all_that_it_has_leaves_the_model_as_it_was():
+    exec(blocks("PyTorch")[2] + plain_loop(), space := names(tiny(), batches=batches()))
+    assert_same(space["model"], by_hand(batches(), treated=False))
+
+
+def test_several_processes(tmp_path):
+    """One runs the page's lines here; tests/test_tract_processes.py has more."""
+    model = tiny()
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        exec(blocks("Several processes")[0] + plain_loop(), names(model, batches=batches()))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert_same(model, by_hand(batches()))
+
+
 @pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("overflow_at", [0, 2])
 def test_a_step_that_a_scaler_skips_leaves_nothing_behind(overflow_at, clips):
