@@ -1,6 +1,5 @@
 """Settings on one line, as YAML names them: `lr: 0.1, steps: [2, 4], clip: null`."""
 
-import ast
 import json
 from collections.abc import Mapping
 
@@ -14,14 +13,3 @@ def as_yaml(settings: Mapping[str, object]) -> str:
         plain, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")
     )
     return text.strip().removeprefix("{").removesuffix("}")
-
-
-def without_python(text: str) -> str:
-    """Return a text as it is, or as YAML where it is a dict as Python prints it."""
-    if not text.startswith("{'"):
-        return text
-    try:
-        value = ast.literal_eval(text)
-        return as_yaml(value) if isinstance(value, dict) else text
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, yaml.YAMLError):
-        return text

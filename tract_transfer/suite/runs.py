@@ -13,7 +13,6 @@ from typing import Any, TypeGuard
 
 import yaml
 
-from tract_transfer.flow_yaml import without_python
 from tract_transfer.suite.find_runs import Found, Planned
 
 RESULTS_FORMAT = 1
@@ -150,10 +149,6 @@ def _with_results(run: Run, results: dict[str, Any]) -> Run:
     if why := _why_unusable(results):
         return replace(run, failure=why, state="unreadable")
     results = {**results, **{k: _mapping(results.get(k)) for k in ("details", "protocol")}}
-    results["protocol"] = {  # results of earlier versions have dicts as Python prints them
-        key: without_python(text) if isinstance(text, str) else text
-        for key, text in results["protocol"].items()
-    }
     metrics = {k: float(v) for k, v in results["metrics"].items() if is_finite(v)}
     problems = [
         f"{run.folder / 'results.json'}: {key} is {value!r}, not a finite number"
