@@ -8,6 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from tract_models import images_like, loss_of, small_model
 
+import tract_transfer.tract.gram as gram_module
 import tract_transfer.tract.watch as watch_module
 from tract_transfer.tract import TrAct, gram_matrix
 from tract_transfer.tract.canvas import Canvas
@@ -149,10 +150,13 @@ def test_no_step_on_a_gpu_waits_for_it():
             bool(torch.ones(1))
 
 
-@pytest.mark.skipif(
+fakes_a_gpu = pytest.mark.skipif(
     torch.__version__ < "2.9" and not torch.cuda.is_available(),
     reason="torch 2.8 asks the driver for its GPU when a slice is taken of a fake tensor on one",
 )
+
+
+@fakes_a_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_sum_over_lags_on_a_gpu_is_of_float32_and_does_not_wait(dtype):
     with FakeTensorMode():
@@ -162,3 +166,19 @@ def test_the_sum_over_lags_on_a_gpu_is_of_float32_and_does_not_wait(dtype):
     assert found.shape == (4, 4, 4, 4, 12, 12)
     assert found.dtype == torch.float32
     assert found.device.type == "cuda"
+
+
+@fakes_a_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sums_of_rows_patches_and_dilated_windows_do_not_wait_for_a_gpu(dtype):
+    windows = gram_module._gram_of_windows._init_fn  # the operators have fakes, which do nothing
+    with FakeTensorMode():
+        images = torch.empty(4, 3, 66, 70, device="cuda", dtype=dtype)
+        rows = torch.empty(500, 300, device="cuda", dtype=dtype)
+        found = [
+            gram_module._gram_of_rows._init_fn(rows, dtype),
+            windows(images, [4, 4], [4, 4], [1, 1], [1, 1, 0, 2], "constant", dtype),
+            windows(images, [3, 3], [1, 1], [2, 2], [2, 2, 2, 2], "reflect", dtype),
+        ]
+    assert [gram.shape for gram in found] == [(300, 300), (48, 48), (27, 27)]
+    assert {(gram.dtype, gram.device.type) for gram in found} == {(torch.float32, "cuda")}
