@@ -165,6 +165,18 @@ def test_a_step_after_the_optimizer_s_is_refused(foreach, refused):
         tract.step()
 
 
+def test_an_update_may_follow_one_whose_gradient_came_otherwise():
+    model = small_model()
+    optimizer = torch.optim.SGD(model[:1].parameters(), lr=0.1)
+    tract, weight, images = TrAct(model), model[0].weight, images_like(4, 3, 8, 8)
+    by_backward(model, images)
+    for _ in range(2):
+        tract.step()
+        optimizer.step()
+        weight.grad = torch.autograd.grad(loss_of(model, images), weight)[0]
+    assert weight.grad.any()
+
+
 def test_a_weight_that_became_parametrized_is_told():
     model = small_model()
     tract = TrAct(model)

@@ -46,6 +46,7 @@ class WatchedLayer:
     version: int | None = None  # of it
     weight_version: int | None = None  # of the weight then
     treated: tuple[TensorWeakRef, int] | None = None  # the gradient that step() left, its version
+    adds_to_treated: bool = False  # the backward now running, of a new forward
     moved: bool = False  # whether the layer has another parameter than at first
     num_gradients: int = 0  # begun anew since the last step
     handles: list[RemovableHandle] = field(default_factory=list)  # on the layer
@@ -160,7 +161,7 @@ class WatchedLayer:
         """The weight's hook before a backward adds to its gradient."""
         gradient = None if self.weight is None else self.weight.grad
         if gradient is None:
-            self.holds = False
+            self.holds = self.adds_to_treated = False
             self.num_gradients += 1
             if self.num_gradients == MANY:
                 logger.warning(
@@ -170,26 +171,23 @@ class WatchedLayer:
                     self.title,
                 )
             return
-        self._refuse_treated(gradient)
+        left, version = self.treated or (None, None)
+        is_left = left is not None and left() is gradient and local(gradient)._version == version
+        self.adds_to_treated = self.reached and is_left
         last = None if self.gradient is None else self.gradient()
         if gradient is last and local(gradient)._version == self.version:
             self.holds = True
         else:  # Replaced or written to since the last backward: scaled, or zeroed in place.
             self.holds = local(gradient).any()
 
-    def _refuse_treated(self, gradient: Tensor) -> None:
-        """Raise RuntimeError where a new forward's gradient is to be added to what is treated."""
-        left, version = self.treated or (None, None)
-        is_left = left is not None and left() is gradient and local(gradient)._version == version
-        if self.reached and is_left and local(gradient).any():  # not zeroed by way of .data
+    def add_backward(self, weight: Tensor) -> None:
+        """The weight's hook after a backward; `torch.autograd.grad` does not call it."""
+        if self.adds_to_treated and self.holds:  # not zeroed by way of .data
             raise RuntimeError(
                 f"A backward adds to the gradient of {self.title}.weight that TrAct's step() has "
                 "multiplied already. Call step() once an update, after the last micro-batch, and "
                 "zero_grad() after the optimizer's step."
             )
-
-    def add_backward(self, weight: Tensor) -> None:
-        """The weight's hook after a backward."""
         self.weight_version = local(weight)._version
         if weight.grad is not None:
             self.gradient, self.version = TensorWeakRef(weight.grad), local(weight.grad)._version
@@ -211,7 +209,7 @@ class WatchedLayer:
     def forget(self) -> None:
         """Start anew."""
         self.reached, self.num_gradients = False, 0
-        self.used = self.waiting = None
+        self.used = self.waiting = self.weight_version = None
 
     def gradient_rows(self) -> Tensor:
         """Return the rows that this process holds of the weight's gradient, or RuntimeError."""
