@@ -40,7 +40,7 @@ Every tool ends alike, whenever it finds out:
   by numbers that are not finite. Also where a tool did what it was asked and found something wrong:
   `check_data.py` in data, `analyze_model.py` in weights, `predict.py` in one of its files,
   `run_suite.py` in a run;
-- 130, 138 or 143, and `SIGINT: ...`: ended by a signal; how to go on is said.
+- 130, 138 or 143, and `SIGINT: ...`: ended by a signal; what trains says how to go on.
 
 There is no traceback, but with `TRACT_TRANSFER_TRACEBACK=1` in the environment. One that comes
 unasked is a mistake of ours.

@@ -45,7 +45,7 @@ ISLANDS = {
     "tract", "models", "data", "evaluation", "engine", "suite", "solver", "joined_optimizer",
     "visualize",
 }  # fmt: skip
-FOUNDATION = {"exit_codes", "files", "flow_yaml", "redact", "registry"}
+FOUNDATION = {"arguments", "exit_codes", "files", "flow_yaml", "redact", "registry"}
 # What an island imports beside the foundation, the version and itself.
 FERRIES = {"suite": {"visualize"}}
 

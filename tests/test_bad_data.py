@@ -93,12 +93,13 @@ def test_an_image_that_does_not_decode_ends_the_run(tmp_path, load_tiny, num_wor
         ("probe", ()),
     ],
 )
-def test_or_is_skipped_and_listed(tmp_path, load_tiny, task, more):
+def test_or_is_skipped_and_listed(tmp_path, load_tiny, task, more, caplog):
     words, names = undecodable(tmp_path)
     config = load_tiny(tmp_path, *words, "data.undecodable=skip", *more, task=task)
     results = run(config)
     assert json.loads((tmp_path / "run/results.json").read_text())["skipped"] == results["skipped"]
     assert len(results["skipped"]) == 2
+    assert "2 images were left out, for they cannot be decoded" in caplog.text
     for name in names:
         (entry,) = [entry for entry in results["skipped"] if name in entry]
         assert "its 8 bytes are no image of" in entry

@@ -27,10 +27,10 @@ def test_a_folder_is_not_written_over(finished, load_tiny, refused):
     folder = Path(finished.output_dir)
     before = contents(folder)
     config = load_tiny(folder.parent, "solver.lr=0.5")
-    with refused("an output_dir that holds another run", FileExistsError) as caught:
+    with refused("an output_dir that holds a run", FileExistsError) as caught:
         run(config)
     message = str(caught.value)
-    assert f"{folder} holds another run" in message
+    assert f"{folder} holds a run already" in message
     assert "(--resume), or set another output_dir" in message
     assert contents(folder) == before
 

@@ -222,7 +222,7 @@ def test_without_its_packages_onnx_says_what_to_install(finished, call, tmp_path
 
 
 def test_the_pages_code_runs(finished, tmp_path, monkeypatch):
-    export_run(finished("timm"), tmp_path / "exported")
+    export_run(finished("timm"), tmp_path / "exported" / "flowers102")
     export_run(finished("mlp"), tmp_path / "exported_own")
     monkeypatch.chdir(tmp_path)
     found = {}

@@ -34,7 +34,7 @@ def test_another_runs_folder_is_refused_before_data_are_read(
     finished, load_tiny, no_data, tmp_path
 ):
     config, _ = finished
-    with pytest.raises(FileExistsError, match="holds another run"):
+    with pytest.raises(FileExistsError, match="holds a run already"):
         run(config)
     with pytest.raises(ValueError, match=r"another config: solver\.lr: 0.05 then, 0.1 now"):
         run(load_tiny(tmp_path, "solver.max_iters=2", "solver.lr=0.1"), resume=True)

@@ -85,7 +85,7 @@ def test_train_net_goes_on_and_says_where_it_does_not(trained, call):
     refused = call("train_net.py", *words)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
-    assert "holds another run. Go on with it (--resume)" in refused.stderr
+    assert "holds a run already. Go on with it (--resume)" in refused.stderr
 
 
 def test_train_net_says_what_a_run_would_cost(trained, call, tmp_path):
@@ -260,3 +260,20 @@ def test_a_report_from_run_folders(suite, call, tmp_path):
     assert "Again?" in (tmp_path / "report.html").read_text()
     assert "probe" in said.stdout
     assert said.stdout.splitlines()[-1] == str(tmp_path / "report.html")
+
+
+@pytest.mark.parametrize(
+    "tool, words",
+    [
+        ("analyze_model.py", ("--backbone", "timm/resnet18", "--size-px", "0")),
+        ("predict.py", ("--run", "run", "photo.jpg", "--top-k", "-3")),
+        ("predict.py", ("--run", "run", "photo.jpg", "--min-score", "7")),
+        ("visualize_data.py", ("--config-file", "x.yaml", "--num-images", "none")),
+        ("train_net.py", ("--config-file", "x.yaml", "--num-gpus", "0")),
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(tool, words, call):
+    said = call(tool, *words)
+    assert said.returncode == 2
+    assert f"argument {words[-2]}: a " in said.stderr
+    assert f"got {words[-1]}" in said.stderr

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tract_transfer.arguments import at_least
 from tract_transfer.exit_codes import ends_in_words
 
 if TYPE_CHECKING:
@@ -43,10 +44,17 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stem", choices=stems, default="default")
     parser.add_argument("--args", default="{}", metavar="JSON", help="arguments of --backbone")
     parser.add_argument(
-        "--size-px", type=int, metavar="N", help="side of the images (default: the config's, 224)"
+        "--size-px",
+        type=at_least(1),
+        metavar="N",
+        help="side of the images (default: the config's, 224)",
     )
-    parser.add_argument("--num-classes", type=int, default=20, metavar="K", help="default 20")
-    parser.add_argument("--depth", type=int, default=1, help="levels of parts to list (default 1)")
+    parser.add_argument(
+        "--num-classes", type=at_least(1), default=20, metavar="K", help="default 20"
+    )
+    parser.add_argument(
+        "--depth", type=at_least(1), default=1, help="levels of parts to list (default 1)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="or key value: over the file's keys"

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tract_transfer.arguments import at_least, fraction
 from tract_transfer.exit_codes import FAILED, ends_in_words, tell
 
 if TYPE_CHECKING:
@@ -38,8 +39,12 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace what --output holds from before"
     )
-    parser.add_argument("--min-score", type=float, help="a detector's boxes to draw (default 0.5)")
-    parser.add_argument("--top-k", type=int, help="a classifier's classes to write (default 5)")
+    parser.add_argument(
+        "--min-score", type=fraction, help="a detector's boxes to draw (default 0.5)"
+    )
+    parser.add_argument(
+        "--top-k", type=at_least(1), help="a classifier's classes to write (default 5)"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     return parser.parse_args(words)
 
@@ -49,6 +54,7 @@ def main() -> int:
     """Answer for every input; return the exit code: 1 if one could not be read."""
     arguments = parse()
     from tract_transfer.config import load_config
+    from tract_transfer.data.images import UndecodableImage
 
     run = arguments.run or Path(load_config(arguments.config_file).output_dir)
     path = arguments.output / "predictions.json"
@@ -65,6 +71,8 @@ def main() -> int:
         try:
             entries += answer(trained, file, name, arguments)
         except (ValueError, OSError, ImportError) as error:  # noqa: PERF203 - once a file
+            if isinstance(error, UndecodableImage):  # no config's policy is asked here
+                error = ValueError(f"{error.item} cannot be decoded: {error.reason}.")
             tell(error)
             failed += 1
     about = {"run": str(run), "checkpoint": trained.checkpoint.name}

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tract_transfer.arguments import at_least
 from tract_transfer.exit_codes import ends_in_words
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         help="run the step again at which a training was not finite, and tell where it begins",
     )
     parser.add_argument(
-        "--num-gpus", type=int, metavar="N", help="start N processes on this machine's GPUs"
+        "--num-gpus", type=at_least(1), metavar="N", help="start N processes on this machine's GPUs"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="or key value: over the file's keys"

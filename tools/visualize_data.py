@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tract_transfer.arguments import at_least
 from tract_transfer.exit_codes import ends_in_words
 
 if TYPE_CHECKING:
@@ -31,8 +32,10 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML, see configs/")
-    parser.add_argument("--num-images", type=int, default=16, metavar="N", help="default 16")
-    parser.add_argument("--start-iter", type=int, default=0, metavar="I", help="default 0")
+    parser.add_argument(
+        "--num-images", type=at_least(1), default=16, metavar="N", help="default 16"
+    )
+    parser.add_argument("--start-iter", type=at_least(0), default=0, metavar="I", help="default 0")
     parser.add_argument("--output", type=Path, default=Path("data.png"), metavar="FILE")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="or key value: over the file's keys"

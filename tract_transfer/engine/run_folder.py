@@ -120,7 +120,7 @@ def check_run_folder(
     """Return whether `folder` holds a run, which is then this config's to go on with.
 
     Raises:
-        FileExistsError: the folder holds another run, and this is no resume.
+        FileExistsError: the folder holds a run, and this is no resume.
         ValueError: the run to resume has another config, and the message lists the keys; or its
             config.yaml is missing or cannot be read.
     """
@@ -128,7 +128,7 @@ def check_run_folder(
         return False
     if not resume:
         raise FileExistsError(
-            f"{folder} holds another run. Go on with it (--resume), or set another output_dir."
+            f"{folder} holds a run already. Go on with it (--resume), or set another output_dir."
         )
     file = folder / CONFIG_NAME
     if not file.is_file():
@@ -211,8 +211,16 @@ def _read_environment(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write results.json: with it a run is finished."""
+    """Write results.json: with it a run is finished. Tell of images that it had to leave out."""
     write_json(folder / RESULTS_NAME, results)
+    if skipped := results.get("skipped"):
+        logger.warning(
+            "%d images were left out, for they cannot be decoded (data.undecodable: skip). "
+            "%s lists them; the first: %s",
+            len(skipped),
+            folder / RESULTS_NAME,
+            skipped[0],
+        )
 
 
 def save_detections(

@@ -144,7 +144,7 @@ def _end_with_parent() -> Callable[[], object] | None:
     return lambda: prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
-def _last_words(log: Path, limit: int = 600) -> str:
+def _last_words(log: Path, limit: int = 1200) -> str:
     """Return the last line of a log that says `error: why`, `failed: why` or, of a traceback,
     `SomeError: why`, with what follows it.
     """
@@ -156,7 +156,9 @@ def _last_words(log: Path, limit: int = 600) -> str:
         return ""
     heads = [line.partition(":")[0] for line in lines]
     errors = [i for i, head in enumerate(heads) if head in _TOLD or head.endswith("Error")]
-    said = " ".join(lines[errors[-1] if errors else -1 :])[:limit]
+    said = " ".join(lines[errors[-1] if errors else -1 :])
+    if len(said) > limit:
+        said = said[:limit].rpartition(" ")[0] + " ..."
     return said.removeprefix("error: ").removeprefix("failed: ")
 
 
