@@ -42,8 +42,8 @@ class Table:
 
 MEANS = "Mean ± standard deviation over all seeds of the report; a cell that says 1 of 2 has fewer."
 RESULTS = (
-    f"{MEANS} Differences pair runs of the same seed and are in percentage points, with their "
-    "95 % t interval and the number of pairs."
+    f"{MEANS} Differences pair runs of the same seed and are in percentage points (those of losses "
+    "as they are), with their 95 % t interval and the number of pairs."
 )
 STATISTICS = (
     "Each comparison with the baseline. sd: of the paired differences. p: two-sided paired t-test; "
@@ -203,7 +203,7 @@ def class_sentences(report: Report, task: str) -> list[str]:
             sentences.append(
                 f"{method}: {len(tested)} classes have an interval. It excludes zero for {gains} "
                 f"that gain and {len(clear) - gains} that lose; by chance alone it would for about "
-                f"{0.05 * len(tested):.0f}."
+                f"{0.05 * len(tested):.1f}."
             )
     return sentences
 
