@@ -184,10 +184,9 @@ def interval(ratios: list[float]) -> str:
 
 
 def allocated_peak(run: Callable[[], object], device: torch.device) -> float:
-    """Run; return the most MiB that torch's allocator had given out at one time.
+    """Run; return the most MiB that torch had allocated at one time, oneDNN's buffers too.
 
-    On a CPU of what was allocated since, oneDNN's buffers too. What the process holds of the system
-    differs by 5 % from one process to the next, as the allocator keeps more or less.
+    What a process holds of the system differs by 5 % from one to the next.
     """
     if device.type == "cuda":
         run()
@@ -281,8 +280,7 @@ def main() -> None:
         print("| --- " * 10 + "|", flush=True)
     for name, precision in itertools.product(arguments.cases, arguments.precisions):
         if arguments.peak_of is not None:
-            run = functools.partial(train, arguments, name, precision)
-            print(allocated_peak(run, device))
+            print(allocated_peak(functools.partial(train, arguments, name, precision), device))
             continue
         bench = build(arguments, name, precision)
         cells = {"case": CASES[name].title, "precision": precision}

@@ -99,7 +99,7 @@ def test_or_is_skipped_and_listed(tmp_path, load_tiny, task, more, caplog):
     results = run(config)
     assert json.loads((tmp_path / "run/results.json").read_text())["skipped"] == results["skipped"]
     assert len(results["skipped"]) == 2
-    assert "2 images were left out, for they cannot be decoded" in caplog.text
+    assert "cannot be decoded (data.undecodable: skip): 2. " in caplog.text
     for name in names:
         (entry,) = [entry for entry in results["skipped"] if name in entry]
         assert "its 8 bytes are no image of" in entry

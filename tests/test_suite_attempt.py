@@ -26,12 +26,18 @@ def test_an_attempt_returns_its_exit_code_and_appends_to_its_log(make):
     assert sorted(lines) == ["one", "two", "why", "why"]
 
 
-def test_a_file_stops_an_attempt_wherever_it_runs(make):
-    attempt = make(ENDS)
+def begin(attempt):
+    """Let a thread run an attempt, which is ready now, and its exit code follow in the list."""
     codes = []
     thread = threading.Thread(target=lambda: codes.append(attempt()))
     thread.start()
     wait_for("ready", attempt.log)
+    return thread, codes
+
+
+def test_a_file_stops_an_attempt_wherever_it_runs(make):
+    attempt = make(ENDS)
+    thread, codes = begin(attempt)
     attempt.stop(signal.SIGTERM)
     thread.join(60)
     assert codes == [7]
@@ -41,10 +47,7 @@ def test_who_was_stopped_is_sent_no_second_signal_where_slurm_takes_the_machine_
     """Which would end it before its checkpoint is written."""
     pytest.importorskip("submitit")
     attempt = make(COUNTS)
-    codes = []
-    thread = threading.Thread(target=lambda: codes.append(attempt()))
-    thread.start()
-    wait_for("ready", attempt.log)
+    thread, codes = begin(attempt)
     attempt.stop(signal.SIGTERM)
     wait_for("ending", attempt.log)
     again = attempt.checkpoint().function

@@ -80,6 +80,7 @@ def test_two_convolutions_of_images_are_ambiguous():
         find_first_layers(two)
     assert "tract.layers" in str(error.value)
     assert TrAct(two, layers=["left", "right"]).layer_names == ["left", "right"]
+    assert TrAct(two, layers=iter(["left", "left"])).layer_names == ["left"]
 
 
 @pytest.mark.parametrize(

@@ -215,8 +215,8 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     write_json(folder / RESULTS_NAME, results)
     if skipped := results.get("skipped"):
         logger.warning(
-            "%d images were left out, for they cannot be decoded (data.undecodable: skip). "
-            "%s lists them; the first: %s",
+            "Images left out, for they cannot be decoded (data.undecodable: skip): %d. %s lists "
+            "them; the first: %s",
             len(skipped),
             folder / RESULTS_NAME,
             skipped[0],

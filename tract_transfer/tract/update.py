@@ -75,15 +75,16 @@ class TrAct:
             raise ValueError(f"lam_mode is 'absolute' or 'relative', got {lam_mode!r}.")
         if update_every < 1:
             raise ValueError(f"update_every is a number of steps, 1 at least; got {update_every}.")
-        if isinstance(layers, str) or not all(isinstance(name, str) for name in layers or ()):
+        names = find_first_layers(model) if layers is None else list(layers)
+        if isinstance(layers, str) or not all(isinstance(name, str) for name in names):
             raise ValueError(f'layers is a list of names, such as ["conv1"]; got {layers!r}.')
         self.lam = lam
         self.lam_mode = lam_mode
         self.update_every = update_every
         self.num_steps = 0
-        names = find_first_layers(model) if layers is None else list(dict.fromkeys(layers))
         self._watched = [
-            WatchedLayer(name, check_layer(model, name), self.detach) for name in names
+            WatchedLayer(name, check_layer(model, name), self.detach)
+            for name in dict.fromkeys(names)
         ]
         self._means: dict[str, Tensor] = {}
         self._factors: dict[str, DampedFactor] = {}
