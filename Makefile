@@ -12,15 +12,15 @@ test: lint  ## lint, types and tests
 	$(BIN)/python -m pytest -n 2
 
 torture: $(VENV)/installed  ## kill every kind of run 50 times and compare: about half an hour
-	$(BIN)/python -m pytest tests/test_run_group.py
-	$(BIN)/python tests/torture.py
-	$(BIN)/python tests/torture.py --kills 12 --signal TERM
+	$(BIN)/python -m pytest tests/run/test_group.py
+	$(BIN)/python tests/support/torture.py
+	$(BIN)/python tests/support/torture.py --kills 12 --signal TERM
 
 fuzz: $(VENV)/installed  ## 10,000 wrong files for each reader, and as many cases of each law
 	FUZZ_INPUTS=10000 $(BIN)/python -m pytest tests/test_fuzz_*.py tests/test_properties*.py
 
 errors: $(VENV)/installed  ## write docs/errors.md anew from the tests
-	$(BIN)/python tests/errors_page.py
+	$(BIN)/python tests/support/errors_page.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
-from tract_transfer.suite.statistics import paired_difference, studentised_bootstrap
+from tract_transfer.report.statistics import paired_difference, studentised_bootstrap
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 KINDS: dict[str, tuple[Draw, float]] = {

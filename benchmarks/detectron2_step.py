@@ -29,9 +29,9 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.hooks import LogProgress, MetricsFile
+from tract_transfer.engine.solver import build_optimizer, build_schedule, set_progress
 from tract_transfer.engine.trainer import Trainer
 from tract_transfer.models import DETECTORS, build_backbone
-from tract_transfer.solver import build_optimizer, build_schedule, set_progress
 from tract_transfer.tract import TrAct
 
 SIZE_PX, NUM_IMAGES, NUM_CLASSES, LR = 320, 2, 20, 1e-3
@@ -106,11 +106,11 @@ def detectron2_loop(model: nn.Module, batches: Sequence[Batch]) -> Loop:
     from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage
 
-    from tract_transfer.models.detectron2_backbone import MapBackbone, named_by_stride
+    from tract_transfer.detectron2.detector import MapBackbone, named_by_stride
 
     model = copy.deepcopy(model)
     mean, std = (255 * each.flatten() for each in (model.backbone.mean, model.backbone.std))
-    model.backbone.set_colours((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    model.backbone.set_normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     names = [n for n, (own, _) in named_by_stride(model.backbone).items() if own in model.map_names]
     model.neck.bottom_up = MapBackbone(model.backbone, names)
     rcnn = GeneralizedRCNN(

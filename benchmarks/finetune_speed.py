@@ -84,9 +84,9 @@ def network(setup: Setup, num_classes: int) -> tuple[nn.Module, list[float], lis
 
 def ours(setup: Setup, workers: int) -> float:
     """What train_net.py builds of a config, with the hook that writes its log."""
-    from tract_transfer.build import build_accelerator, build_trainer
-    from tract_transfer.build_data import build_data
-    from tract_transfer.config import load_config
+    from tract_transfer.build.data import build_data
+    from tract_transfer.build.trainer import build_accelerator, build_trainer
+    from tract_transfer.config.schema import load_config
     from tract_transfer.engine.hooks import Hook, LogProgress, MetricsFile
 
     clock = Clock(setup)

@@ -26,11 +26,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from tract_transfer.data.batch_augment import BatchAugment
 from tract_transfer.data.classification import ClassificationDataset, load_huggingface
+from tract_transfer.data.device_cache import BatchAugment, DeviceCache, cached_batches
 from tract_transfer.data.images import decode_image
 from tract_transfer.data.loader import train_loader
-from tract_transfer.data.resident import ResidentImages, resident_batches
 from tract_transfer.data.sampling import EpochOrder, TrainBatchSampler
 from tract_transfer.data.transforms import classification_train
 
@@ -92,7 +91,7 @@ class Ways:
         self.stored = self._load(data)
         self.decoded = self._load(data)
         self.decoded.cache_images()
-        self.resident = ResidentImages(self.decoded, SIZE_PX, torch.device(device))
+        self.resident = DeviceCache(self.decoded, SIZE_PX, torch.device(device))
 
     def _load(self, data: str | None) -> ClassificationDataset:
         if data:
@@ -106,7 +105,7 @@ class Ways:
         law = (SIZE_PX, crop, 4, SCALE, 0.5, "bilinear")
         if way == "device":
             augment = BatchAugment(*law)
-            return resident_batches(self.resident, sampler, seed=SEED, augment=augment)
+            return cached_batches(self.resident, sampler, seed=SEED, augment=augment)
         if way == "torchvision":
             pictures = Pictures(self.decoded, torchvision_transform(crop))
             loader = DataLoader(

@@ -22,9 +22,9 @@ from torch import nn
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.hooks import LogProgress, MetricsFile, SaveCheckpoints
+from tract_transfer.engine.solver import build_optimizer, build_schedule, set_progress
 from tract_transfer.engine.trainer import Trainer
 from tract_transfer.models import Classifier, build_backbone
-from tract_transfer.solver import build_optimizer, build_schedule, set_progress
 from tract_transfer.tract import TrAct
 
 BATCH_SIZE, NUM_BATCHES, NUM_CLASSES = 128, 8, 10

@@ -14,8 +14,8 @@ import timm
 import torch
 from torch import nn
 
+from tract_transfer.engine.solver import build_optimizer
 from tract_transfer.models import build_backbone
-from tract_transfer.solver import build_optimizer
 
 MODELS = {
     "ResNet-18 of an eighth of the width": lambda: build_backbone(

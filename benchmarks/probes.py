@@ -19,8 +19,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from tract_transfer.evaluation.probes import Rows, carve_selection
-from tract_transfer.evaluation.probes_logistic import logistic_regression
+from tract_transfer.evaluation.linear_probes import logistic_regression
+from tract_transfer.evaluation.probes import Rows, hold_out_selection
 
 CS = [10 ** (-6 + 11 * i / 44) for i in range(45)]
 MAX_ITERS = 1000
@@ -40,7 +40,7 @@ def ours(train: Rows, test: Rows, classes: int) -> tuple[float, float]:
     fit = logistic_regression(
         train,
         test.x,
-        selection=carve_selection(train, 0.1, seed=0),
+        selection=hold_out_selection(train, 0.1, seed=0),
         cs=CS,
         max_iters=MAX_ITERS,
         num_classes=classes,

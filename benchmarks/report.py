@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tract_transfer.suite.content import read_report
-from tract_transfer.suite.report import FORMATS, save_report
+from tract_transfer.report.content import read_report
+from tract_transfer.report.write import FORMATS, save_report
 
 METHODS = ("vanilla", "tract", "tract-0.05", "tract-0.2")
 TASKS = ("pretrain", "cifar100", "flowers102", "stanford_cars", "voc")

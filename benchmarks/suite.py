@@ -79,9 +79,9 @@ def write_configs(folder: Path, case: str, seeds: int, iters: int, workers: int 
 
 def finish(file: Path) -> int:
     """Write what finished runs of the suite leave, without running any; return their number."""
-    from tract_transfer.config_suite import load_suite
-    from tract_transfer.config_yaml import dump_yaml
-    from tract_transfer.run_suite import Suite
+    from tract_transfer.config.file import dump_yaml
+    from tract_transfer.config.suite import load_suite
+    from tract_transfer.run.suite import Suite
 
     suite = Suite(load_suite(file), remember=True)
     for run in suite.runs:
@@ -111,8 +111,8 @@ def time_of(file: Path, *words: str) -> tuple[float, float, str]:
 
 def skip(seeds: int, repeats: int) -> None:
     """Print how long it takes to plan and skip finished runs."""
-    from tract_transfer.config_suite import load_suite
-    from tract_transfer.run_suite import Suite
+    from tract_transfer.config.suite import load_suite
+    from tract_transfer.run.suite import Suite
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)

@@ -15,13 +15,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tract_transfer.build import build_accelerator, build_evaluator, build_trainer
-from tract_transfer.build_batches import build_eval_loader
-from tract_transfer.build_data import Data, build_data
-from tract_transfer.config import ClassificationConfig, load_config
-from tract_transfer.engine.evaluate import evaluate
+from tract_transfer.build.batches import build_eval_loader
+from tract_transfer.build.data import Data, build_data
+from tract_transfer.build.trainer import build_accelerator, build_evaluator, build_trainer
+from tract_transfer.config.schema import ClassificationConfig, load_config
+from tract_transfer.engine.hooks import evaluate
 from tract_transfer.models import Backbone
-from tract_transfer.suite.statistics import paired_difference, summarize
+from tract_transfer.report.statistics import paired_difference, summarize
 
 CONFIG = Path(__file__).parents[1] / "configs" / "samples" / "pretrain.yaml"
 SCALES = {  # what images in [0, 1] are divided by; no mean is taken off
@@ -106,7 +106,7 @@ def accuracy(config: ClassificationConfig, data: Data, inputs: str) -> float:
     backbone = trainer.evaluated_model.get_submodule("backbone")
     assert isinstance(backbone, Backbone)
     if inputs in SCALES:
-        backbone.set_colours(mean=[0.0] * 3, std=[SCALES[inputs]] * 3)
+        backbone.set_normalization(mean=[0.0] * 3, std=[SCALES[inputs]] * 3)
     trainer.train()
     trainer.state_parts()  # raises what TrAct has to tell
     evaluator = build_evaluator(config, data.class_names)

@@ -1,8 +1,9 @@
-"""The plan of the house: who may import whom, and how long a file may be."""
+"""The layout of the package: which package may import which, no cycles, and short functions."""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,132 +12,119 @@ import tract_transfer
 
 PACKAGE = Path(tract_transfer.__file__).parent
 ROOT = PACKAGE.parent
-MODULES = sorted(PACKAGE.rglob("*.py"))
-TOOLS = sorted((ROOT / "tools").glob("*.py"))
-CONFIG = {
-    "config", "config_data", "config_file", "config_probe", "config_sections", "config_solver",
-    "config_suite", "config_yaml",
-}  # fmt: skip
-BRIDGE = {
-    "build",
-    "build_batches",
-    "build_data",
-    "build_model",
-    "build_probes",
-    "build_suite",
-    "build_weights",
-    "check_args",
-    "check_data",
-    "check_streams",
-    "detectron2_plugin",
-    "export",
-    "inspect_suite",
-    "leaks",
-    "model_card",
-    "replay",
-    "run",
-    "run_probe",
-    "run_training",
-    "run_suite",
-    "results",
-    "trained",
+# Top to bottom. A package imports from the levels below its own, and nothing beside or above.
+LEVELS = [
+    {"cli"},
+    {"run"},
+    {"build", "suite"},
+    {"engine", "report", "detectron2"},
+    {"data", "models", "evaluation", "config"},
+    {"tract", "visualize", "registry", "files"},
+]
+LEVEL = {part: number for number, level in enumerate(LEVELS) for part in level}
+MAX_ROOT_MODULES, MAX_FILES, MAX_LINES = 3, 110, 20_000
+MAX_FUNCTION_LINES = 60
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+TREES = {
+    module_name(file): ast.parse(file.read_text(encoding="utf-8"))
+    for file in sorted(PACKAGE.rglob("*.py"))
 }
-ISLANDS = {
-    "tract", "models", "data", "evaluation", "engine", "suite", "solver", "joined_optimizer",
-    "visualize",
-}  # fmt: skip
-FOUNDATION = {"arguments", "exit_codes", "files", "flow_yaml", "redact", "registry"}
-# What an island imports beside the foundation, the version and itself.
-FERRIES = {"suite": {"visualize"}}
+COMMANDS = sorted((ROOT / "tools").glob("*.py"))
 
 
-def imports(file: Path) -> set[str]:
-    """Dotted names of the modules that a file imports, wherever in it; of ours, relative to us."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def imported_names(tree: ast.AST) -> set[str]:
+    """Dotted names that a module imports anywhere in it, under TYPE_CHECKING too."""
+    names = set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}: a relative import"
-            found.add(node.module)
-            # `from tract_transfer import x` may import the module x.
-            if node.module == "tract_transfer":
-                found |= {f"tract_transfer.{alias.name}" for alias in node.names}
-    return found
+            assert node.level == 0, "relative import"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
 
 
-def ours(file: Path) -> set[str]:
-    """The parts of the package that a file imports: `tract_transfer.data.images` -> `data`."""
-    names = [name.split(".") for name in imports(file)]
-    parts = {name[1] for name in names if name[0] == "tract_transfer" and len(name) > 1}
-    return parts - {"__version__", "TrAct"}
+IMPORTS = {name: (imported_names(tree) & TREES.keys()) - {name} for name, tree in TREES.items()}
 
 
-def part_of(file: Path) -> str:
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def part_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
 
 
-def name_of(file: Path) -> str:
-    return str(file.relative_to(ROOT))
+def test_every_part_has_a_level_and_the_root_is_small():
+    assert {part_of(name) for name in TREES} - {""} == set(LEVEL)
+    assert len(list(PACKAGE.glob("*.py"))) <= MAX_ROOT_MODULES
 
 
-def test_every_part_has_its_place():
-    assert {part_of(file) for file in MODULES} == (
-        ISLANDS | CONFIG | BRIDGE | FOUNDATION | {"__init__"}
-    )
+def test_the_package_stays_small():
+    files = list(PACKAGE.rglob("*.py"))
+    assert len(files) <= MAX_FILES
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) <= MAX_LINES
 
 
-@pytest.mark.parametrize("file", [f for f in MODULES if part_of(f) in ISLANDS], ids=name_of)
-def test_an_island_imports_the_foundation_and_itself(file):
-    island = part_of(file)
-    assert ours(file) <= FOUNDATION | {island} | FERRIES.get(island, set())
+@pytest.mark.parametrize("module", TREES)
+def test_a_module_imports_only_from_levels_below(module):
+    part = part_of(module)
+    if part:  # the root's TrAct is imported on access: see below
+        others = {part_of(name) for name in IMPORTS[module]} - {part, ""}
+        assert {other for other in others if LEVEL[other] <= LEVEL[part]} == set()
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_config_stops_at_the_bridge(file):
-    if part_of(file) not in CONFIG | BRIDGE:
-        assert not ours(file) & CONFIG
-    if part_of(file) in CONFIG:
-        assert ours(file) <= CONFIG | {"redact"}
+def test_no_import_is_circular():
+    # A package's __init__ may import its modules.
+    graph = {
+        name: {other for other in others if not name.startswith(f"{other}.")}
+        for name, others in IMPORTS.items()
+    }
+    TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
 
 
-def test_the_foundation_imports_nothing_of_ours():
-    for name in FOUNDATION:
-        assert ours(PACKAGE / f"{name}.py") == set()
-    assert ours(PACKAGE / "__init__.py") == {"tract"}  # lazily: see below
+@pytest.mark.parametrize("module", TREES)
+def test_functions_fit_a_screen(module):
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(TREES[module]) if isinstance(node, functions)]
+    long = {n.name: n.end_lineno - n.lineno + 1 for n in nodes}
+    assert {name: lines for name, lines in long.items() if lines >= MAX_FUNCTION_LINES} == {}
 
 
-@pytest.mark.parametrize("file", MODULES, ids=name_of)
-def test_figures_are_drawn_without_pyplot(file):
+@pytest.mark.parametrize("module", TREES)
+def test_every_module_has_a_docstring(module):
+    assert ast.get_docstring(TREES[module])
+
+
+def test_commands_are_shims():
+    for file in COMMANDS:
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 10, file.name
+
+
+@pytest.mark.parametrize("module", TREES)
+def test_figures_are_drawn_without_pyplot(module):
     """pyplot keeps every figure in a global and chooses a window system."""
-    tree = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
-    names = [a.name for n in tree if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names]
-    assert not any("pyplot" in name for name in [*names, *imports(file)])
+    assert not any("pyplot" in name for name in imported_names(TREES[module]))
 
 
-@pytest.mark.parametrize("file", [*MODULES, *TOOLS], ids=name_of)
-def test_every_module_says_what_it_is_and_is_short(file):
-    text = file.read_text(encoding="utf-8")
-    assert ast.get_docstring(ast.parse(text))
-    assert len(text.splitlines()) <= 350
-
-
-@pytest.mark.parametrize("module", ["tract_transfer", "tract_transfer.config"])
-def test_importing_it_is_cheap(module):
-    heavy = {"torch", "torchvision", "timm", "datasets", "matplotlib", "sklearn", "accelerate"}
-    code = f"import sys, {module}; print(*({heavy} & sys.modules.keys()))"
+def loaded_by(code: str, modules: set[str]) -> list[str]:
+    """Which of `modules` a fresh interpreter has imported after `code`."""
+    program = f"import sys; {code}; print(*({modules} & sys.modules.keys()))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split() == []
+    return done.stdout.split()
+
+
+HEAVY = {"torchvision", "timm", "datasets", "matplotlib", "sklearn", "accelerate"}
+
+
+@pytest.mark.parametrize("module", ["tract_transfer", "tract_transfer.config.schema"])
+def test_importing_it_is_cheap(module):
+    assert loaded_by(f"import {module}", {"torch", *HEAVY}) == []
 
 
 def test_the_one_liner_needs_torch_alone():
-    others = (
-        "{'torchvision', 'timm', 'datasets', 'matplotlib', 'sklearn', 'accelerate', 'pydantic'}"
-    )
-    code = f"import sys; from tract_transfer import TrAct; print(*({others} & sys.modules.keys()))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == []
+    assert loaded_by("from tract_transfer import TrAct", {"pydantic", *HEAVY}) == []

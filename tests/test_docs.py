@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tract_transfer.config import load_config
-from tract_transfer.config_suite import load_suite
+from tract_transfer.config.schema import load_config
+from tract_transfer.config.suite import load_suite
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tract_transfer.config import ClassificationConfig, known_keys, load_config
+from tract_transfer.config.schema import ClassificationConfig, known_keys, load_config
 
 PAGE = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 from tract_transfer.files import (
     DiskFullError,
-    aside_of,
+    atomic_path,
     check_space,
     make_folder,
-    remove_leftovers,
-    replacing,
+    remove_temporary_files,
+    temporary_path,
     write_json,
     write_text,
 )
@@ -61,7 +61,7 @@ def test_tensors_on_a_full_disk_are_told_too(small_disk):
     tensors = {"a": torch.zeros(1 << 19)}
     with (
         pytest.raises(DiskFullError, match=r"a\.safetensors needs 2,097,152 bytes"),
-        replacing(small_disk / "a.safetensors", 1 << 21) as aside,
+        atomic_path(small_disk / "a.safetensors", 1 << 21) as aside,
     ):
         save_file(tensors, aside)
     assert entries(small_disk) == []
@@ -76,13 +76,13 @@ def test_what_cannot_fit_is_refused_before_the_first_byte(small_disk):
 def test_leftovers_are_removed_and_nothing_else(tmp_path):
     for name in (".a.json.0123abcd.part", ".hidden", "b.part"):
         (tmp_path / name).touch()
-    remove_leftovers(tmp_path)
+    remove_temporary_files(tmp_path)
     assert entries(tmp_path) == [".hidden", "b.part"]
 
 
 def test_a_suite_clears_what_a_kill_left_of_its_own_files(tmp_path):
     for name in ("suite.json", ".plan.json", "report.html"):
-        aside_of(tmp_path / name).write_text("half")
+        temporary_path(tmp_path / name).write_text("half")
     lock = SuiteLock(tmp_path)
     lock.acquire()
     lock.release()

@@ -9,13 +9,13 @@ import pickle
 
 import pytest
 import torch
-from conftest import CLASSIFICATION
 from fuzzing import damaged, fuzzed, said_by, tree
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny_configs import CLASSIFICATION
 
-from tract_transfer.config import ConfigError, load_config
+from tract_transfer.config.schema import ConfigError, load_config
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.models.weights_file import read_tensors
 

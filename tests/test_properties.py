@@ -11,15 +11,12 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from random_detections import NAMES, loop_ap, loop_iou, rows
 
-from tract_transfer.config_file import merge, read_config_file
-from tract_transfer.config_yaml import dump_yaml
+from tract_transfer.config.file import dump_yaml, merge, read_config_file
 from tract_transfer.data.findings import Findings
-from tract_transfer.engine.resume_keys import flatten
+from tract_transfer.engine.run_folder import flatten
 from tract_transfer.evaluation.classification import label_ranks
-from tract_transfer.evaluation.matching import paired_iou
-from tract_transfer.evaluation.protocol import VocProtocol
-from tract_transfer.evaluation.voc import average_precision, voc_ap
-from tract_transfer.models.flip import _mirror
+from tract_transfer.evaluation.voc import VocProtocol, average_precision, paired_iou, voc_ap
+from tract_transfer.models.classifier import _mirror
 
 # ------------------------------------------------------------------------- merging of configs
 

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tract_transfer.data.sampling import EpochOrder, EvalSampler, TrainBatchSampler
-from tract_transfer.data.streaming_order import StreamOrder
+from tract_transfer.data.streaming import StreamOrder
 
 shares = st.tuples(st.integers(1, 4), st.integers(1, 3))  # processes, micro-batches
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tract_transfer.build_weights import check_card
-from tract_transfer.config import load_config
+from tract_transfer.build.weights import check_card
+from tract_transfer.config.schema import load_config
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")

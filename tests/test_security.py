@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tract_transfer.engine.environment import Inputs, environment
-from tract_transfer.redact import has_secret
+from tract_transfer.engine.run_folder import Inputs, environment
+from tract_transfer.files import has_secret
 
 PACKAGE = sorted(Path("tract_transfer").rglob("*.py")) + sorted(Path("tools").glob("*.py"))
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from tract_transfer.exit_codes import ends_in_words
+from tract_transfer.cli.main import reports_errors
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/recipes.md"
@@ -66,7 +66,7 @@ def sources(file: Path) -> list[str]:
 
 def row(file: Path) -> Row:
     """Return a config's line."""
-    from tract_transfer.config import ProbeConfig, load_config
+    from tract_transfer.config.schema import ProbeConfig, load_config
 
     config = load_config(file)
     told = config.model_dump(exclude_defaults=True)
@@ -167,7 +167,7 @@ def _line(cells: Any) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-@ends_in_words
+@reports_errors
 def main() -> int:
     """Write the page, or compare it; return the exit code."""
     parser = argparse.ArgumentParser(

@@ -1,60 +1,8 @@
-"""Write the report of any runs: run folders, a suite's folder, or folders that hold either.
+"""Write the report of any runs: run folders, a suite's folder, or folders that hold either."""
 
-python tools/report.py output/quickstart --output output/report.html
-python tools/report.py output/quickstart --output output/report --format html md tex json
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from tract_transfer.exit_codes import ends_in_words
-
-FORMATS = ("html", "md", "tex", "json")
-SHOWN = 5  # reasons why runs are not finished
-
-
-@ends_in_words
-def main() -> int:
-    """Write the report the command line asks for; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folders", nargs="+", type=Path, help="where the runs are")
-    parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE")
-    parser.add_argument(
-        "--format", nargs="+", choices=FORMATS, default=None, dest="formats",
-        help="by default that of FILE's suffix; each goes to FILE with its own suffix",
-    )  # fmt: skip
-    parser.add_argument(
-        "--baseline",
-        help="the method others are compared with: by default the suite's, or vanilla; runs of one "
-        "method need none",
-    )
-    parser.add_argument("--title", help="by default the suite's")
-    arguments = parser.parse_args()
-
-    from tract_transfer.suite.content import read_report
-    from tract_transfer.suite.report import save_report, text_table
-
-    suffix = arguments.output.suffix.removeprefix(".")
-    formats = arguments.formats or ([suffix] if suffix in FORMATS else [])
-    if not formats:
-        parser.error(f"--output {arguments.output}: end it in one of {FORMATS}, or give --format.")
-    stem = arguments.output.with_suffix("") if suffix in FORMATS else arguments.output
-    report = read_report(arguments.folders, arguments.baseline, arguments.title)
-    if not report.tasks:
-        reasons = [f"{run.folder}: {run.failure}" for run in report.runs]
-        more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
-        raise ValueError(f"No finished run to report. {'; '.join(reasons[:SHOWN])}{more}.")
-    paths = [stem.with_name(f"{stem.name}.{name}") for name in formats]
-    for path in paths:
-        save_report(report, path)
-    print(text_table(report.runs, report.baseline))
-    for path in paths:
-        print(path.resolve())
-    return 0
-
+from tract_transfer.cli.report import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tract_transfer.data.annotations import (
+from tract_transfer.data.detection import (
     UNKNOWN_SIZE,
+    DetectionDataset,
+    ImageFiles,
     ObjectRow,
     annotated_size,
     flatten,
@@ -17,10 +19,8 @@ from tract_transfer.data.annotations import (
     stored_size,
     unknown_class,
 )
-from tract_transfer.data.detection import DetectionDataset, ImageFiles
-from tract_transfer.data.findings import Findings, Size, is_below
+from tract_transfer.data.findings import Findings, Origin, Size, check_coco_file, is_below
 from tract_transfer.data.images import MAX_PIXELS
-from tract_transfer.data.known_splits import Origin, check_coco_file
 
 
 def load_coco(

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tract_transfer.data import images
-from tract_transfer.data.findings import is_below
-from tract_transfer.data.known_splits import Origin, check_size
+from tract_transfer.data.findings import Origin, check_size, is_below
 from tract_transfer.registry import did_you_mean
 
 _SPLIT_NAMES = ("train", "validation", "val", "valid", "test")
@@ -282,3 +281,58 @@ def _open_image_folder(folder: Path, split: str, key: str) -> Any:
             f"{folder} with {key}.split: {split} did not load as a folder of images, "
             f"<class>/x.png or <split>/<class>/x.png: {_first(error)}. Set {key}.path."
         ) from error
+
+
+# --- Which columns of Hugging Face data hold images and labels: those named, or of that type.
+
+
+def find_image_column(rows: Any, column: str | None, key: str) -> str:
+    """Return the image column: the named one, or the only one with feature `Image`."""
+    import datasets
+
+    column = _find(rows, column, datasets.Image, f"{key}.image_column")
+    if not isinstance(rows.features[column], datasets.Image):
+        raise ValueError(
+            f"{key}.image_column: {column!r} must have the feature Image, not "
+            f"{rows.features[column]}. Convert it with cast_column({column!r}, datasets.Image()) "
+            "and save_to_disk."
+        )
+    return column
+
+
+def find_label_column(rows: Any, column: str | None, key: str) -> str:
+    """Return the label column: the named one, or the only one with feature `ClassLabel`."""
+    import datasets
+
+    column = _find(rows, column, datasets.ClassLabel, f"{key}.label_column")
+    feature = rows.features[column]
+    dtype = str(getattr(feature, "dtype", feature))
+    if not isinstance(feature, datasets.ClassLabel) and not re.fullmatch(r"u?int\d+|bool", dtype):
+        raise ValueError(
+            f"{key}.label_column: {column!r} must hold integers, booleans or a ClassLabel, not "
+            f"{dtype}. "
+            f"Convert it with class_encode_column({column!r}) on all splits together, and "
+            "save_to_disk."
+        )
+    return column
+
+
+def _find(rows: Any, column: str | None, feature: type, key: str) -> str:
+    listed = ", ".join(f"{name} ({_type(kind)})" for name, kind in rows.features.items())
+    if column is not None:
+        if column not in rows.features:
+            hint = did_you_mean(column, rows.features)
+            raise ValueError(f"{key}: no column {column!r}.{hint} Columns: {listed}.")
+        return column
+    found: list[str] = [name for name, kind in rows.features.items() if isinstance(kind, feature)]
+    if len(found) != 1:
+        raise ValueError(
+            f"One column must have the feature {feature.__name__}, but {len(found)} have: set "
+            f"{key}. Columns: {listed}."
+        )
+    return found[0]
+
+
+def _type(feature: Any) -> str:
+    plain = type(feature).__name__
+    return str(feature.dtype) if plain == "Value" else plain

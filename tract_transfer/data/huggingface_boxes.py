@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tract_transfer.data.annotations import (
+from tract_transfer.data.detection import (
     UNKNOWN_SIZE,
+    DetectionDataset,
     ObjectRow,
     annotated_size,
     flatten,
@@ -18,15 +19,14 @@ from tract_transfer.data.annotations import (
     stored_size,
     unknown_class,
 )
-from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.findings import Box, Findings, Size
 from tract_transfer.data.huggingface import (
     RowImages,
+    find_image_column,
     folders_of,
     open_rows,
     origin_of,
 )
-from tract_transfer.data.huggingface_columns import find_image_column
 from tract_transfer.data.images import MAX_PIXELS
 from tract_transfer.registry import did_you_mean
 

@@ -5,8 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
-from tract_transfer.data.annotations import (
+from tract_transfer.data.detection import (
     UNKNOWN_SIZE,
+    DetectionDataset,
+    ImageFiles,
     ObjectRow,
     annotated_size,
     flatten,
@@ -15,10 +17,8 @@ from tract_transfer.data.annotations import (
     stored_size,
     unknown_class,
 )
-from tract_transfer.data.detection import DetectionDataset, ImageFiles
-from tract_transfer.data.findings import Box, Findings, Size, is_below
+from tract_transfer.data.findings import Box, Findings, Origin, Size, check_voc_sets, is_below
 from tract_transfer.data.images import MAX_PIXELS
-from tract_transfer.data.known_splits import Origin, check_voc_sets
 from tract_transfer.registry import did_you_mean
 
 VOC_CLASSES: tuple[str, ...] = (

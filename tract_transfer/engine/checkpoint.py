@@ -21,8 +21,8 @@ from torch import Tensor
 from tract_transfer.files import (
     check_space,
     make_folder,
-    naming_full_disk,
-    remove_leftovers,
+    remove_temporary_files,
+    reports_full_disk,
     sha256_of,
     sync,
     write_json,
@@ -72,7 +72,7 @@ class Checkpointer:
         shutil.rmtree(aside, ignore_errors=True)
         check_space(self.folder, final.name, needed)
         try:
-            with naming_full_disk(self.folder, final.name, needed):
+            with reports_full_disk(self.folder, final.name, needed):
                 aside.mkdir()
                 self._write(aside, iteration, flat, layouts, state)
                 aside.rename(final)
@@ -92,7 +92,7 @@ class Checkpointer:
         for leftover in self.folder.glob(".iter_*"):
             shutil.rmtree(leftover)
         if self.folder.is_dir():
-            remove_leftovers(self.folder)
+            remove_temporary_files(self.folder)
         for path in self._descending():
             if self._is_whole(path):
                 return
@@ -135,7 +135,7 @@ class Checkpointer:
                 f"{file} is broken: {error}. --resume finds the best again, from the checkpoints."
             ) from error
 
-    def mend_best(self, best: Mapping[str, float] | None, iteration: int) -> None:
+    def repair_best(self, best: Mapping[str, float] | None, iteration: int) -> None:
         """Let best.json name a whole checkpoint again, after a resume.
 
         Args:

@@ -17,7 +17,7 @@ from tract_transfer.engine.checkpoint import put_tensors, take_tensors
 from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.non_finite import NonFiniteError
 from tract_transfer.engine.trainer import Trainer
-from tract_transfer.files import replacing
+from tract_transfer.files import atomic_path
 
 DEBUG_NAME = "debug_batch.safetensors"
 _FORWARD_CALLS = "Traceback of forward call that caused the error:"
@@ -85,7 +85,7 @@ def save_debug_batch(file: Path, trainer: Trainer, about: Mapping[str, Any]) -> 
         "about": dict(about),
         "layout": take_tensors(tree, "step", tensors),
     }
-    with replacing(file, sum(tensor.nbytes for tensor in tensors.values())) as aside:
+    with atomic_path(file, sum(tensor.nbytes for tensor in tensors.values())) as aside:
         save_file(tensors, aside, {"debug_batch": json.dumps(content)})
 
 

@@ -1,4 +1,4 @@
-"""The same bits again: the seeds of an iteration, and torch's deterministic algorithms."""
+"""Deterministic algorithms, and the seeds of an iteration."""
 
 import contextlib
 import os

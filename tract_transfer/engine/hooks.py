@@ -1,20 +1,25 @@
 """What watches a training: log files, the screen, checkpoints and evaluations."""
 
+import contextlib
 import json
 import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
+from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from torch import nn
 
+from tract_transfer.data.loader import Batch
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.trainer import Hook, Trainer
-from tract_transfer.files import naming_full_disk, sync, write_text
+from tract_transfer.files import reports_full_disk, sync, write_text
 
 METRICS_NAME = "metrics.jsonl"
 LINE_SECONDS = 5.0  # a plain log line at most this often
@@ -41,7 +46,7 @@ class MetricsFile:
             DiskFullError: there is no room for it.
         """
         line = {"iteration": iteration, "epoch": round(epoch, 6), "split": split, **values}
-        with naming_full_disk(self.path.parent, self.path.name), self.path.open("a") as file:
+        with reports_full_disk(self.path.parent, self.path.name), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         self._show(line)
 
@@ -229,7 +234,7 @@ class PeriodicEvaluation(Hook):
             return
         started = time.perf_counter()
         values = self.evaluate()
-        trainer.leave_out(time.perf_counter() - started)
+        trainer.exclude_time(time.perf_counter() - started)
         if trainer.accelerator.is_main_process:
             epoch = trainer.iteration / self.iters_per_epoch
             self.metrics.write(trainer.iteration, epoch, self.split, values)
@@ -252,3 +257,65 @@ def format_metrics(values: Mapping[str, Any]) -> str:
 def format_metric(name: str, value: float) -> str:
     """Return `91.25%`, or `0.3412` of a loss."""
     return f"{value:.4f}" if name == "loss" else f"{value:.2%}"
+
+
+# --- A model over a loader, into an evaluator.
+
+
+class Evaluator(Protocol):
+    """Collects predictions; `compute` is exact on any number of processes."""
+
+    def update(self, predictions: Any, targets: Any) -> None:
+        """Add a batch: what the model answers in eval mode, and the loader's targets."""
+
+    def compute(self) -> dict[str, float]:
+        """Return the metrics, of all processes together; every one must call it."""
+
+    def details(self) -> dict[str, Any]:
+        """Return what stands beside the metrics, as JSON has it: protocol, counts, classes."""
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and every part of it back in its own mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process of a group the main one's buffers, which a checkpoint holds.
+
+    Each process updates batch-norm statistics from its own images; training shares them again
+    only at the next forward.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    evaluator: Evaluator,
+    *,
+    device: torch.device,
+    precision: torch.dtype | None = None,
+) -> list[str]:
+    """Feed every batch to `evaluator`; return the items that could not be decoded."""
+    skipped: list[str] = []
+    with evaluating(model):
+        for batch in batches:
+            batch = batch.to(device)
+            skipped += batch.skipped
+            if not len(batch.images):
+                continue
+            with torch.autocast(device.type, precision, enabled=precision is not None):
+                predictions = model(batch.images)
+            evaluator.update(predictions, batch.targets)
+    return skipped

@@ -1,28 +1,30 @@
-"""What becomes of a step whose losses or gradient are not finite numbers."""
+"""What happens to a step whose losses or gradient are not finite."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from tract_transfer.engine.trainer import Trainer
-
-# A gradient scaler halves from 65,536 on overflow: 26 times in a row is no overflow.
+# A gradient scaler starts from 65,536 and halves it on overflow: 26 times in a row is no overflow.
 SMALLEST_SCALE = 2.0**-10
-NUM_NAMED = 8  # images in a message
+MAX_NAMED_IMAGES = 8  # in a message
+_ADVICE = (
+    "Lower solver.lr, set engine.grad_clip, use precision bf16 instead of fp16, or skip such steps "
+    "with engine.non_finite: skip."
+)
 logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(FloatingPointError):
-    """A training came to a loss or a gradient that is not finite.
+    """A loss or gradient is not finite.
 
     Attributes:
-        steps: a dict of each process that had it: `process`, `losses` (name -> text), `images`.
+        steps: for each process where it happened: `process`, `losses` (name -> text), `images`.
     """
 
     def __init__(self, message: str, steps: Sequence[Mapping[str, Any]]) -> None:
@@ -32,140 +34,132 @@ class NonFiniteError(FloatingPointError):
 
 @dataclass
 class StepGuard:
-    """Lets a step change the weights only where its losses and its gradient are finite.
+    """Lets a step change the weights only if its losses and its gradient are finite.
 
-    Under float16 the gradient is the scaler's: an overflow makes it skip the step and halve its
-    scale, which is no error until the scale is below 2^-10.
+    With float16 the gradient is the scaler's business: on overflow it skips the step and halves its
+    scale, which is an error only below 2^-10.
 
     Args:
-        non_finite: `stop` raises; `skip` passes the step over: no weight and no buffer changes.
-        max_skipped: how many steps of a run `skip` may pass over; one more raises.
-        name_of: what an error calls an image of the training data, by its index.
+        non_finite: `stop` raises; `skip` skips the step, which changes no weight and no buffer.
+        max_skipped: how many steps of a run `skip` may skip; one more raises.
+        name_of: returns the name of a training image, given its index, for messages.
     """
 
     non_finite: Literal["stop", "skip"] = "stop"
     max_skipped: int = 10
     name_of: Callable[[int], str] = str
-    passed_over: list[dict[str, Any]] = field(default_factory=list)
+    skipped_steps: list[dict[str, Any]] = field(default_factory=list)
     _buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
-    def remember(self, model: torch.nn.Module) -> None:
-        """Keep the buffers that a step may have to be taken back from, such as BatchNorm's."""
+    def remember(self, model: nn.Module) -> None:
+        """Keep the buffers that a skipped step must restore, such as those of BatchNorm."""
         if self.non_finite == "skip":
             self._buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
-    def lets_pass(
+    def allows_step(
         self,
-        trainer: "Trainer",
+        model: nn.Module,
         losses: Sequence[Mapping[str, Tensor]],
         indices: Sequence[Sequence[int]],
+        *,
+        iteration: int,
+        accelerator: Accelerator,
+        scaler: torch.amp.GradScaler,
     ) -> bool:
-        """Whether the step may change the weights; all processes of a group agree.
+        """Return whether the step may change the weights, the same on every process.
 
-        Reads the device once.
+        Synchronizes with the device once.
 
         Args:
-            losses: those of each micro-batch.
-            indices: the images of each micro-batch.
+            losses: of each micro-batch, by name.
+            indices: of the images of each micro-batch.
+            iteration: number of the step, from 1.
 
         Raises:
-            NonFiniteError: it may not, and `stop` or `max_skipped` ends the training here.
+            NonFiniteError: it may not, and `stop` or `max_skipped` ends the training.
         """
-        values = torch.stack([loss.detach() for each in losses for loss in each.values()])
+        values = torch.stack([loss.detach() for by_name in losses for loss in by_name.values()])
         finite = values.isfinite().all()
-        if not trainer.scaler.is_enabled():
-            finite = finite & gradient_norm(trainer.model.parameters()).isfinite()
-        if trainer.accelerator.num_processes > 1:
+        if not scaler.is_enabled():
+            finite = finite & gradient_norm(model.parameters()).isfinite()
+        if accelerator.num_processes > 1:
             finite = finite.int()
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
         if bool(finite):
             return True
-        found = self._describe(trainer, losses, indices)
-        message = f"{_cause(found)} in iteration {trainer.iteration + 1}. {images_of(found)}"
+        steps = self._describe(accelerator.process_index, losses, indices)
+        message = f"{_cause(steps)} in iteration {iteration}. {describe_images(steps)}"
         if self.non_finite == "stop":
-            raise NonFiniteError(f"{message} {_ADVICE}", found)
-        if len(self.passed_over) == self.max_skipped:
+            raise NonFiniteError(f"{message} {_ADVICE}", steps)
+        if len(self.skipped_steps) == self.max_skipped:
             raise NonFiniteError(
-                f"{message} It would be the run's step number {self.max_skipped + 1} to be passed "
-                f"over, and engine.max_skipped is {self.max_skipped}. {_ADVICE}",
-                found,
+                f"{message} {self.max_skipped} steps have been skipped already, which is "
+                f"engine.max_skipped. {_ADVICE}",
+                steps,
             )
         for buffer, before in self._buffers:
             buffer.copy_(before)
-        self.passed_over.append({"iteration": trainer.iteration + 1, "processes": found})
-        logger.warning("%s The step is passed over (engine.non_finite: skip).", message)
+        self.skipped_steps.append({"iteration": iteration, "processes": steps})
+        logger.warning("%s The step is skipped (engine.non_finite: skip).", message)
         return False
 
-    def check_scale(self, trainer: "Trainer") -> None:
-        """Raise NonFiniteError where the gradient scaler finds no scale without an overflow."""
-        if trainer.scaler.is_enabled() and trainer.scaler.get_scale() < SMALLEST_SCALE:
+    def check_scale(self, scaler: torch.amp.GradScaler, iteration: int) -> None:
+        """Raise NonFiniteError if the gradient scaler finds no scale without an overflow."""
+        if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
             raise NonFiniteError(
-                f"The gradient is not finite by iteration {trainer.iteration + 1}, at any scale: "
-                f"the gradient scaler is at {trainer.scaler.get_scale():g}. {_ADVICE}",
+                f"The gradient is not finite at any scale by iteration {iteration}: the gradient "
+                f"scaler is at {scaler.get_scale():g}. {_ADVICE}",
                 [],
             )
 
-    def counted(self, trainer: "Trainer") -> dict[str, float]:
-        """Return what a log line tells of steps without effect: how many, and float16's scale."""
-        counts = {"skipped_steps": len(self.passed_over)} if self.non_finite == "skip" else {}
-        scale = trainer.scaler
-        return {**counts, **({"loss_scale": scale.get_scale()} if scale.is_enabled() else {})}
-
     def _describe(
         self,
-        trainer: "Trainer",
+        process: int,
         losses: Sequence[Mapping[str, Tensor]],
         indices: Sequence[Sequence[int]],
     ) -> list[dict[str, Any]]:
-        """Return losses and images of the processes, and micro-batches, that had it."""
-        broken = [any(not bool(value.isfinite()) for value in each.values()) for each in losses]
-        # Where all losses are finite it is the gradient, which is that of all images.
-        chosen = [which for which in range(len(losses)) if broken[which] or not any(broken)]
-        own = {
-            "process": trainer.accelerator.process_index,
+        """Return the losses and images of the processes and micro-batches that are to blame."""
+        broken = [not all(bool(v.isfinite()) for v in by_name.values()) for by_name in losses]
+        # If all losses are finite it is the gradient, which is that of all images.
+        blamed = [micro for micro in range(len(losses)) if broken[micro] or not any(broken)]
+        step = {
+            "process": process,
             "broken": any(broken),
             # As text: JSON has no NaN.
             "losses": {
-                name: f"{float(loss.detach()):g}" for name, loss in losses[chosen[0]].items()
+                name: f"{float(loss.detach()):g}" for name, loss in losses[blamed[0]].items()
             },
-            "images": [self.name_of(index) for which in chosen for index in indices[which]],
+            "images": [self.name_of(index) for micro in blamed for index in indices[micro]],
         }
-        everyone: list[dict[str, Any]] = gather_object([own])
-        is_loss = any(each["broken"] for each in everyone)
+        steps: list[dict[str, Any]] = gather_object([step])
+        is_loss = any(step["broken"] for step in steps)
         return [
-            {**each, "broken": "loss" if is_loss else "gradient"}
-            for each in everyone
-            if each["broken"] or not is_loss
+            {**step, "broken": "loss" if is_loss else "gradient"}
+            for step in steps
+            if step["broken"] or not is_loss
         ]
 
 
-_ADVICE = (
-    "Lower solver.lr, set engine.grad_clip, use precision bf16 instead of fp16, or pass such steps "
-    "over with engine.non_finite: skip."
-)
-
-
-def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
-    """Return the 2-norm of the whole gradient, a scalar; 0 without one."""
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return the 2-norm of the whole gradient, a scalar; 0 without a gradient."""
     from torch.distributed.tensor import DTensor
 
-    gradients = [each.grad for each in parameters if each.grad is not None]
-    norm: Tensor = torch.nn.utils.get_total_norm(gradients)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm: Tensor = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def _cause(found: Sequence[Mapping[str, Any]]) -> str:
-    first = found[0]
-    losses = ", ".join(f"{name} {value}" for name, value in first["losses"].items())
-    return f"The {first['broken']} is not finite ({losses})"
+def _cause(steps: Sequence[Mapping[str, Any]]) -> str:
+    losses = ", ".join(f"{name} {value}" for name, value in steps[0]["losses"].items())
+    return f"The {steps[0]['broken']} is not finite ({losses})"
 
 
-def images_of(found: Sequence[Mapping[str, Any]]) -> str:
-    """Return a sentence a process: which images the step had, eight of them by name."""
-    texts = []
-    for each in found:
-        named, more = each["images"][:NUM_NAMED], len(each["images"]) - NUM_NAMED
-        of = f" of process {each['process']}" if len(found) > 1 or each["process"] else ""
+def describe_images(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Return a sentence a process that names up to eight images of the step."""
+    sentences = []
+    for step in steps:
+        named, more = step["images"][:MAX_NAMED_IMAGES], len(step["images"]) - MAX_NAMED_IMAGES
+        of = f" of process {step['process']}" if len(steps) > 1 or step["process"] else ""
         rest = f" and {more} more" if more > 0 else ""
-        texts.append(f"Its images{of}: {', '.join(named)}{rest}.")
-    return " ".join(texts)
+        sentences.append(f"Images{of}: {', '.join(named)}{rest}.")
+    return " ".join(sentences)

@@ -1,36 +1,330 @@
 """A run's folder: what goes in first, what comes out last, and whose it is."""
 
 import contextlib
+import errno
+import fcntl
+import importlib.metadata
 import json
 import logging
 import os
+import platform
+import socket
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
+import psutil
 import torch
 import yaml
 from accelerate import Accelerator
 from torch import nn
 from torchvision.io import write_png
 
-from tract_transfer.engine.environment import (
-    ENVIRONMENT_NAME,
-    Inputs,
-    check_inputs,
-    continued,
-    environment,
-)
-from tract_transfer.engine.evaluate import evaluating
+from tract_transfer import __version__
 from tract_transfer.engine.group import main_first
-from tract_transfer.engine.resume_keys import changed_keys
-from tract_transfer.engine.run_lock import check_free, locked
-from tract_transfer.files import make_folder, remove_leftovers, replacing, write_json, write_text
+from tract_transfer.engine.hooks import evaluating
+from tract_transfer.files import (
+    atomic_path,
+    make_folder,
+    remove_temporary_files,
+    without_secrets,
+    write_json,
+    write_text,
+)
+
+# --- Where a run takes place: versions, hardware, git, data; and what changed before a resume.
+
+ENVIRONMENT_NAME = "environment.json"
+PACKAGES = ("torch", "torchvision", "timm", "datasets", "accelerate", "numpy")
+
+
+class Inputs(NamedTuple):
+    """What a run starts from: split -> fingerprint, and the sha256 of the weights, where known."""
+
+    data: Mapping[str, str]
+    weights: str | None = None
+
+
+def environment(inputs: Inputs, num_processes: int = 1) -> dict[str, Any]:
+    """Return versions, hardware, git state and inputs. No environment variables."""
+    versions = {"python": platform.python_version(), "tract_transfer": __version__}
+    for package in PACKAGES:
+        versions[package] = importlib.metadata.version(package)
+    hardware = {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "processes": str(num_processes),
+    }
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        hardware["gpus"] = ", ".join(names)
+    return {
+        "versions": versions,
+        "hardware": hardware,
+        "git": _git_state(),
+        "data": dict(inputs.data),
+        "weights": inputs.weights,
+        "command": " ".join(without_secrets(sys.argv)),
+    }
+
+
+def continued(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the environment of a run that goes on, and in words what is not as it was.
+
+    Its `earlier` lists those the run had before, without their inputs.
+
+    Raises:
+        ValueError: a split or the weights are others than the run began with.
+    """
+    check_inputs(now, then)
+    before = {key: then.get(key) for key in ("versions", "hardware", "git", "command")}
+    earlier = list(then.get("earlier") or [])
+    if then and any(before[key] != now[key] for key in ("versions", "hardware", "git")):
+        earlier.append(before)
+    changes = [
+        f"{name} {old} then, {_deciding(now).get(name)} now"
+        for name, old in _deciding(then).items()
+        if old != _deciding(now).get(name)
+    ]
+    return {**now, "earlier": earlier} if earlier else dict(now), changes
+
+
+def check_inputs(now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+    """Refuse other `data` (split -> fingerprint) and `weights` than a run began with.
+
+    Raises:
+        ValueError: a split or the weights are others; what is not known of either is not compared.
+    """
+    data = then.get("data") or {}
+    pairs = [(f"data.{split}", data.get(split), found) for split, found in now["data"].items()]
+    pairs.append(("model.weights", then.get("weights"), now["weights"]))
+    for key, old, new in pairs:
+        if old is not None and old != new:
+            raise ValueError(
+                f"{key} is not what the run began with, under the same config (fingerprint "
+                f"{old[:12]} then, {str(new)[:12]} now): its results would be of neither. Put back "
+                "what it began with, or set another output_dir."
+            )
+
+
+def _deciding(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what decides the bits: code, packages, processor, GPUs, threads and processes."""
+    hardware, git = environment.get("hardware") or {}, environment.get("git") or {}
+    kinds = ("processor", "threads", "processes", "gpus")
+    return {
+        **({"commit": git["commit"]} if "commit" in git else {}),
+        **(environment.get("versions") or {}),
+        **{kind: hardware[kind] for kind in kinds if kind in hardware},
+    }
+
+
+def _git_state() -> dict[str, str]:
+    """Commit of the repository the package is in, and whether it was changed; {} without one."""
+    here = Path(__file__).parent
+
+    def ask(arguments: Sequence[str]) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = ask(["status", "--porcelain", "--untracked-files=no"])
+        return {"commit": ask(["rev-parse", "HEAD"]), "changed": "yes" if changed else "no"}
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+
+
+def _processor() -> str:
+    """The processor's name, from Linux's own list where there is one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+# --- Which keys of a config decide a run's numbers, and which may differ when it is resumed.
+
+# Keys that may differ on resume: they decide where and how fast, not what.
+SAFE_ON_RESUME = (
+    "output_dir", "engine.log", "engine.checkpoint", "data.num_workers", "data.cache",
+    "data.undecodable", "data.feature_cache", "data.max_pixels", "paper",
+)  # fmt: skip
+LABELS = ("name", "method")
+
+
+def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return `key: old then, new now` for each key that may not differ on resume, and does."""
+    old, new = flatten(then), flatten(now)
+    return [
+        f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _may_differ(key, old.get(key), new.get(key))
+    ]
+
+
+def deciding_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted keys and values of a config without its labels and what may differ."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if key not in LABELS and not _may_differ(key, value, value)
+    }
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return dotted keys and their values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _may_differ(key: str, old: Any, new: Any) -> bool:
+    if key == "data.cache" and "device" in (old, new):
+        return False  # it augments by other random numbers
+    return key.startswith(SAFE_ON_RESUME)
+
+
+# --- One run a folder: a lock that ends with its process, and a word on whose it is.
+
+LOCK_NAME = ".lock"
+_HELD = (errno.EACCES, errno.EAGAIN)
+_UNKNOWN = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+logger = logging.getLogger(__name__)
+
+
+class FolderInUseError(FileExistsError):
+    """Another process holds the run folder, or may."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process.
+
+    The lock is the kernel's, by process (`fcntl.lockf`): it ends with the process however that
+    ends, data workers do not inherit it, and NFS passes it on to the server. For file systems
+    without locks, and for hosts that do not see each other's, `folder/.lock` says who holds it:
+    process id, the time it started, host. An owner of this host that has ended is succeeded.
+
+    Raises:
+        FolderInUseError: another process holds it, or one of another host may.
+    """
+    with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                raise _in_use(folder, _read(file)) from None
+            if error.errno not in _UNKNOWN:
+                raise
+            logger.warning(
+                "The file system of %s knows no locks: a second run that starts at the same "
+                "moment would not be noticed.", folder,
+            )  # fmt: skip
+        _succeed(folder, _read(file))
+        _write(file, _facts())
+        try:
+            yield
+        finally:
+            _write(file, {})
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that another process says it holds; nothing is taken or changed.
+
+    Not to be called by the process that holds it: to close the file is to let it go.
+
+    Raises:
+        FolderInUseError: another process holds it, or one of another host may.
+    """
+    try:
+        with (folder / LOCK_NAME).open(encoding="utf-8") as file:
+            owner = _read(file)
+    except FileNotFoundError:
+        return
+    _check_has_ended(folder, owner)
+
+
+def _succeed(folder: Path, owner: dict[str, Any]) -> None:
+    """Take over from an owner that has ended."""
+    _check_has_ended(folder, owner)
+    if owner:
+        logger.info("%s was held by %s, which has ended: taken over.", folder, _named(owner))
+
+
+def _check_has_ended(folder: Path, owner: dict[str, Any]) -> None:
+    """Refuse an owner that is alive, or of another host, where nobody can tell from here."""
+    if not owner:
+        return
+    here = socket.gethostname()
+    if owner.get("host") != here:
+        raise FolderInUseError(
+            f"{folder} is held by {_named(owner)}, and from {here} nobody can tell whether it "
+            f"still runs. If it does not, remove {folder / LOCK_NAME} and start again."
+        )
+    if _is_alive(owner):
+        raise _in_use(folder, owner)
+
+
+def _in_use(folder: Path, owner: dict[str, Any]) -> FolderInUseError:
+    return FolderInUseError(
+        f"{folder} is in use by {_named(owner)}. Wait for it or end it, or set another output_dir."
+    )
+
+
+def _named(owner: dict[str, Any]) -> str:
+    if not owner:
+        return "another process"
+    return "process {} on {} since {}".format(*map(owner.get, ("pid", "host", "since")))
+
+
+def _facts() -> dict[str, Any]:
+    since = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    started = psutil.Process().create_time()
+    return {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "started": started}
+
+
+def _is_alive(owner: dict[str, Any]) -> bool:
+    """Whether the owner runs on this host: a process of its id that started when it did."""
+    try:
+        started: float = psutil.Process(int(owner["pid"])).create_time()
+        return abs(started - float(owner["started"])) < 1
+    except psutil.AccessDenied:
+        return True
+    except (psutil.NoSuchProcess, KeyError, TypeError, ValueError):
+        return False
+
+
+def _read(file: TextIO) -> dict[str, Any]:
+    """Return what the lock file says; a kill may have cut it off."""
+    file.seek(0)
+    try:
+        owner = json.loads(file.read())
+    except ValueError:
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _write(file: TextIO, owner: dict[str, Any]) -> None:
+    file.seek(0)
+    file.truncate()
+    if owner:
+        json.dump(owner, file)
+    file.flush()
+    os.fsync(file.fileno())
+
 
 CONFIG_NAME, RESULTS_NAME = "config.yaml", "results.json"
 RESULTS_FORMAT = 1  # of results.json; what reads it refuses another
-logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -70,7 +364,7 @@ def open_run_folder(
                 write_text(folder / CONFIG_NAME, config_yaml)
             write_json(folder / ENVIRONMENT_NAME, now)
             for place in (folder, folder / "features", folder / "detections"):
-                remove_leftovers(place)
+                remove_temporary_files(place)
             stack.enter_context(_logging_to(folder))
             if changes:
                 logger.warning(
@@ -154,7 +448,7 @@ def check_run_folder(
     return True
 
 
-def how_to_go_on(folder: Path) -> str:
+def resume_hint(folder: Path) -> str:
     """Say what to do about the run in `folder` after it was stopped."""
     if is_finished(folder):
         return f"the run is finished (output_dir {folder})."
@@ -243,7 +537,7 @@ def save_detections(
         with evaluating(model):
             (found,) = model([image.to(device)])
         path = f"detections/{index:04d}.png"
-        with replacing(folder / path) as aside:
+        with atomic_path(folder / path) as aside:
             write_png(image, str(aside))
         entries.append(
             {

@@ -1,4 +1,4 @@
-"""The one loop: everything that decides the numbers of a training is in `Trainer.step`."""
+"""The training loop. Everything that decides the numbers of a training is in `Trainer.step`."""
 
 import contextlib
 import time
@@ -10,27 +10,52 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from fvcore.common.param_scheduler import ParamScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from tract_transfer.data.loader import Batch
 from tract_transfer.engine.determinism import seed_all
-from tract_transfer.engine.meter import Meter
+from tract_transfer.engine.group import StopRequest
 from tract_transfer.engine.non_finite import StepGuard
-from tract_transfer.engine.protocols import Batch, Ema, GradientStep, Mix, as_it_is
-from tract_transfer.engine.signals import StopRequest
+from tract_transfer.tract import TrAct
 
 
 class Hook:
-    """Watches a training: it never touches parameters, gradients or random state."""
+    """Watches a training; it never changes parameters, gradients or random state."""
 
     def before_train(self, trainer: "Trainer") -> None:
-        """Called once, before the first step or the first one after a resume."""
+        """Called once, before the first step of a training or of a resumed one."""
 
     def after_step(self, trainer: "Trainer") -> None:
-        """Called when `trainer.iteration` steps are done."""
+        """Called after each step, when `trainer.iteration` steps are done."""
 
     def after_train(self, trainer: "Trainer") -> None:
-        """Called once after the last step, and where a signal or an error ended the training."""
+        """Called once after the last step, also if a signal or an error ended the training."""
+
+
+@dataclass
+class Meter:
+    """Sums since the last log line; losses stay on the device until they are read."""
+
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    steps: int = 0
+    images: int = 0
+    data_seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    def count(self, losses: Sequence[Mapping[str, Tensor]]) -> None:
+        """Add the losses of a step's micro-batches, without a synchronization."""
+        for name, loss in ((name, loss) for by_name in losses for name, loss in by_name.items()):
+            value = loss.detach().double()
+            total = self.losses.get(name)
+            self.losses[name] = value if total is None else total + value
+        self.steps += 1
+
+
+def no_mix(images: Any, targets: Any, iteration: int) -> tuple[Any, Any]:
+    """Return images and targets unchanged."""
+    return images, targets
 
 
 @dataclass
@@ -39,17 +64,17 @@ class Trainer:
 
     Args:
         model: `model(images, targets) -> dict[str, scalar loss]`, wrapped by the accelerator.
+        set_lr: sets the learning rates for a progress in [0, 1) and returns the factor.
         batches: given the first iteration, yields this process's micro-batches from there on.
         tract: its `step()` comes after the last backward and before clipping.
-        ema: updated after every step with the number of steps done.
-        patience_iters: training ends where an evaluation comes so many iterations after `best`, or
-            more; None never.
-        mix: called with each micro-batch on its device; a function of the iteration alone.
-        precision: the forward's type; None is float32 throughout.
-        grad_clip: the largest norm of the whole gradient, or None.
+        precision: dtype of the forward; None is float32.
+        grad_clip: largest norm of the whole gradient, or None.
         accumulate: micro-batches of a step.
-        set_lr: sets the learning rates for a progress in [0, 1) and returns the factor.
-        guard: what becomes of a step whose losses or gradient are not finite.
+        ema: averaged weights, updated after every step.
+        mix: mixup, CutMix or another change of a micro-batch on its device; a function of images,
+            targets and the iteration alone.
+        patience_iters: training ends if an evaluation is this many iterations or more after `best`.
+        guard: decides about steps whose losses or gradient are not finite.
     """
 
     accelerator: Accelerator
@@ -58,14 +83,14 @@ class Trainer:
     schedule: ParamScheduler
     set_lr: Callable[[Optimizer, ParamScheduler, float], float]
     batches: Callable[[int], Iterator[Batch]]
-    tract: GradientStep
+    tract: TrAct
     max_iters: int
     seed: int
     precision: torch.dtype | None = None
     grad_clip: float | None = None
     accumulate: int = 1
-    ema: Ema | None = None
-    mix: Mix = as_it_is
+    ema: ModelEmaV3 | None = None
+    mix: Callable[[Any, Any, int], tuple[Any, Any]] = no_mix
     patience_iters: int | None = None
     hooks: Sequence[Hook] = ()
     guard: StepGuard = field(default_factory=StepGuard)
@@ -73,45 +98,45 @@ class Trainer:
     def __post_init__(self) -> None:
         self.iteration = 0
         self.best: dict[str, float] | None = None
-        self.stop = StopRequest(can_wait=True)  # which a signal makes at any moment
-        self.stop_signal: int | None = None  # taken up from it at the end of a step
-        self.skipped: list[str] = []
-        self.seconds = 0.0  # of training, earlier sessions included, evaluations not
+        self.stop = StopRequest(can_wait=True)  # set by a signal at any moment
+        self.stop_signal: int | None = None  # read from `stop` at the end of a step
+        self.skipped: list[str] = []  # images that could not be decoded
+        self.seconds = 0.0  # of training, including earlier sessions, excluding evaluations
         self._last = time.perf_counter()
         self.seen_images = 0
         self.meter = Meter()
-        self.scaler = torch.amp.GradScaler(
-            self.accelerator.device.type, enabled=self.precision == torch.float16
-        )
+        device_type = self.accelerator.device.type
+        self.scaler = torch.amp.GradScaler(device_type, enabled=self.precision == torch.float16)
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The model whose numbers are reported: the averaged one where there is one."""
+        """The model that is evaluated: the averaged one if there is one."""
         if self.ema is not None:
-            return self.ema.module
+            averaged: nn.Module = self.ema.module
+            return averaged
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         return model
 
     @property
     def is_over(self) -> bool:
-        """Whether all iterations are done, or it `stopped_early`."""
+        """Whether all iterations are done, or the training `stopped_early`."""
         return self.iteration >= self.max_iters or self.stopped_early
 
     @property
     def stopped_early(self) -> bool:
-        """Whether `patience_iters` went by without a better `best`, before the last iteration."""
+        """Whether `patience_iters` passed without a better `best`, before the last iteration."""
         if self.patience_iters is None or self.best is None or self.iteration == self.max_iters:
             return False
         return self.iteration - self.best["iteration"] >= self.patience_iters
 
     def autocast(self) -> torch.autocast:
-        """Return the context every forward runs in."""
+        """Return the context in which every forward runs."""
         return torch.autocast(
             self.accelerator.device.type, self.precision, enabled=self.precision is not None
         )
 
     def train(self) -> None:
-        """Run until it `is_over`, or to the end of a step with a request to `stop`."""
+        """Train until `is_over`, or to the end of a step with a request to `stop`."""
         self.model.train()
         try:
             for hook in self.hooks:
@@ -123,8 +148,8 @@ class Trainer:
                 self.iteration += 1
                 now = time.perf_counter()
                 self.seconds, self._last = self.seconds + now - self._last, now
-                # Taken up here alone: a signal during the hooks would end the run without the
-                # checkpoint they are past.
+                # Read only here: a signal during the hooks would end the training without the
+                # checkpoint that they are already past.
                 self.stop_signal = self.stop.shared(self.accelerator)
                 for hook in self.hooks:
                     hook.after_step(self)
@@ -133,9 +158,9 @@ class Trainer:
                 hook.after_train(self)
 
     def step(self, batches: Iterator[Batch]) -> None:
-        """One optimizer step, from `accumulate` micro-batches."""
-        # Random state is a function of the iteration: a resumed run needs none, and nothing that
-        # looks on can disturb it.
+        """Do one optimizer step of `accumulate` micro-batches."""
+        # Random state is a function of the iteration: a resumed run does not need to restore any,
+        # and hooks cannot disturb it.
         seed_all(self.seed, self.iteration, self.accelerator.process_index)
         self.set_lr(self.optimizer, self.schedule, self.iteration / self.max_iters)
         self.guard.remember(self.model)
@@ -149,7 +174,7 @@ class Trainer:
                     loss = torch.stack(list(losses[-1].values())).sum() / self.accumulate
                 self.scaler.scale(loss).backward()
             indices.append(batch.indices)
-        if not self.guard.lets_pass(self, losses, indices):
+        if not self._is_finite(losses, indices):
             self.tract.forget()
             self.optimizer.zero_grad(set_to_none=True)
             return
@@ -163,37 +188,39 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.accelerator.unwrap_model(self.model), self.iteration + 1)
-        self.guard.check_scale(self)
+        self.guard.check_scale(self.scaler, self.iteration + 1)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
-        """Mix a micro-batch of the current iteration, and return the model's losses of it."""
+        """Mix a micro-batch and return the model's losses, by name."""
         images, targets = self.mix(batch.images, batch.targets, self.iteration)
         losses: dict[str, Tensor] = self.model(images, targets)
         return losses
 
-    def leave_out(self, seconds: float) -> None:
-        """Take time that was not training's, such as an evaluation's, out of its speed."""
+    def exclude_time(self, seconds: float) -> None:
+        """Exclude time that was not spent in training, such as an evaluation's, from its speed."""
         self.meter.started += seconds
         self._last += seconds
 
     def read_meter(self) -> dict[str, float]:
-        """Return mean losses since the last reading, and how fast it went; start anew.
-
-        There are no losses where every step was passed over.
-        """
+        """Return and reset mean losses and speed since the last call; no losses if all skipped."""
         values = self.mean_losses()
         meter, self.meter = self.meter, Meter()
         seconds = self.meter.started - meter.started
+        counts: dict[str, float] = {}
+        if self.guard.non_finite == "skip":
+            counts["skipped_steps"] = len(self.guard.skipped_steps)
+        if self.scaler.is_enabled():
+            counts["loss_scale"] = self.scaler.get_scale()
         return {
             **({"loss": sum(values.values())} if values else {}),
             **values,
-            **self.guard.counted(self),
+            **counts,
             "images_per_second": meter.images * self.accelerator.num_processes / seconds,
             "data_fraction": meter.data_seconds / seconds,
         }
 
     def mean_losses(self) -> dict[str, float]:
-        """Return mean losses since the last reading; every process of a group must call it."""
+        """Return mean losses since the last reading; a collective."""
         meter = self.meter
         for name, total in meter.losses.items():
             meter.losses[name] = self.accelerator.reduce(total, reduction="mean")
@@ -201,16 +228,13 @@ class Trainer:
         return {name: float(total) / count for name, total in meter.losses.items()}
 
     def share(self) -> None:
-        """Give all processes of a group what each has counted, for a checkpoint to hold.
-
-        Every process must call it.
-        """
+        """Give all processes what each has counted, for a checkpoint to hold; a collective."""
         self.mean_losses()
         if self.accelerator.num_processes > 1:
             self.skipped = list(dict.fromkeys(gather_object(self.skipped)))
 
     def state_parts(self) -> dict[str, Any]:
-        """Return what a checkpoint holds in tensors."""
+        """Return the tensors of a checkpoint."""
         model = self.accelerator.unwrap_model(self.model)
         parts = {
             "model": model.state_dict(),
@@ -222,11 +246,11 @@ class Trainer:
         return {**parts, "losses": self.meter.losses}
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint holds in plain values."""
+        """Return the plain values of a checkpoint."""
         return {
             "best": self.best,
             "skipped": self.skipped,
-            "passed_over": self.guard.passed_over,
+            "passed_over": self.guard.skipped_steps,
             "scaler": self.scaler.state_dict(),
             "meter_steps": self.meter.steps,
             "seconds": self.seconds,
@@ -236,11 +260,11 @@ class Trainer:
     def load_state(
         self, parts: Mapping[str, Any], state: Mapping[str, Any], iteration: int
     ) -> None:
-        """Take up what `state_parts` and `state` gave; the run then goes on to the same bits."""
+        """Load what `state_parts` and `state` returned; training resumes to the same bits."""
         self.load_weights(parts)
         self.optimizer.load_state_dict(parts["optimizer"])
-        _lay_as_weights(self.optimizer)
-        _step_as_begun(self.optimizer)
+        _match_memory_layout(self.optimizer)
+        _restore_step_support(self.optimizer)
         self.tract.load_state_dict(parts["tract"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -250,14 +274,24 @@ class Trainer:
         self.best = state["best"]
         self.seconds, self.seen_images = state["seconds"], state["seen_images"]
         self.skipped = list(state["skipped"])
-        self.guard.passed_over = list(state["passed_over"])
+        self.guard.skipped_steps = list(state["passed_over"])
         self.iteration = iteration
 
     def load_weights(self, parts: Mapping[str, Any]) -> None:
-        """Take up the weights alone, to evaluate them."""
+        """Load only the weights, to evaluate them."""
         self.accelerator.unwrap_model(self.model).load_state_dict(parts["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(parts["ema"])
+
+    def _is_finite(self, losses: list[dict[str, Tensor]], indices: Sequence[Sequence[int]]) -> bool:
+        return self.guard.allows_step(
+            self.model,
+            losses,
+            indices,
+            iteration=self.iteration + 1,
+            accelerator=self.accelerator,
+            scaler=self.scaler,
+        )
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         started = time.perf_counter()
@@ -268,29 +302,29 @@ class Trainer:
         self.skipped += [item for item in batch.skipped if item not in self.skipped]
         if not len(batch.images):
             raise ValueError(
-                "A training batch needs an image that can be decoded, but all were skipped: "
+                "No image of a training batch can be decoded: "
                 f"{'; '.join(batch.skipped)}. Repair the data, or set a larger data.batch_size."
             )
         return batch
 
 
-def _lay_as_weights(optimizer: Optimizer) -> None:
-    """Order what an optimizer keeps of each weight in memory as that weight is.
+def _match_memory_layout(optimizer: Optimizer) -> None:
+    """Give an optimizer's state of each weight the memory layout of that weight.
 
-    A checkpoint's tensors are contiguous, and fused steps walk through memory and not by strides.
+    Tensors of a checkpoint are contiguous, and fused steps walk through memory, not by strides.
     """
-    for weight in (each for group in optimizer.param_groups for each in group["params"]):
+    for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
         state = optimizer.state.get(weight, {})
         for name, value in state.items():
             if torch.is_tensor(value) and value.shape == weight.shape:
                 state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
-def _step_as_begun(optimizer: Optimizer) -> None:
-    """Let a gradient scaler know which step an optimizer goes on with: the one it began with.
+def _restore_step_support(optimizer: Optimizer) -> None:
+    """Tell gradient scalers which kind of step a loaded optimizer has: fused or not.
 
-    The options that were loaded name it, but whether it takes the scale itself, as fused steps do,
-    torch notes where the optimizer is made.
+    The loaded options say so, but torch notes whether a step takes the scale when the optimizer is
+    created.
     """
     if not any(group.get("fused") for group in optimizer.param_groups):
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]

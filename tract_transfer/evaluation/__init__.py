@@ -13,7 +13,7 @@ from functools import partial
 
 from tract_transfer.evaluation.classification import ClassificationEvaluator
 from tract_transfer.evaluation.detection import CocoEvaluator, VocEvaluator
-from tract_transfer.evaluation.protocol import PROTOCOLS, VocProtocol
+from tract_transfer.evaluation.voc import PROTOCOLS, VocProtocol
 from tract_transfer.registry import Registry
 
 EVALUATORS = Registry("EVALUATORS")

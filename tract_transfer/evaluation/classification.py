@@ -4,16 +4,34 @@ Equal logits rank by class index, lowest first, as `argmax` does. So top-1 is th
 confusion matrix, and a model of constant output scores the share of class 0, not 100 %.
 """
 
-# N images, K classes
-
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tract_transfer.evaluation.gather import all_rows
+from tract_transfer.evaluation.probes import Labels, Scores
+from tract_transfer.evaluation.voc import Method, average_precision
+
+# --- Join what the processes of a group have collected.
+
+Row = TypeVar("Row")
+
+
+def all_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of all processes in rank order, the same list on each of them.
+
+    Without a process group these are `rows` themselves. A collective: every process must call it,
+    also one without rows. Rows are pickled, so keep arrays in them on the CPU.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return list(rows)
+    gathered: list[list[Row]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, list(rows))
+    return [row for part in gathered for row in part]
+
 
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.integer[Any]]
@@ -176,3 +194,63 @@ def _check_classes(what: str, classes: Ints, num_classes: int) -> None:
             f"Every {what} must be in 0..{num_classes - 1}, "
             f"got {classes.min()}..{classes.max()}. Check the class names of the data set."
         )
+
+
+# --- Average precision of images that have several labels, by PASCAL VOC's classification rule.
+
+_METHODS: tuple[Method, ...] = ("11point", "area")
+
+
+def class_average_precision(scores: Scores, marks: Labels, method: Method) -> NDArray[np.float64]:
+    """Return (K,) the average precision of each class, nan for one without positives.
+
+    Args:
+        scores: (N, K), larger for what is likelier there; of equal ones the earlier image leads.
+        marks: (N, K), 1, -1, or 0 for images that the class leaves out.
+        method: `11point` (VOC 2007) or `area` (VOC 2010 and later).
+
+    Raises:
+        ValueError: shapes that do not fit, or scores that are not finite.
+    """
+    if scores.shape != marks.shape or scores.ndim != 2:
+        raise ValueError(f"Need scores and marks (N, K): {scores.shape}, {marks.shape}.")
+    if not np.isfinite(scores).all():
+        raise ValueError("Scores must be finite. Check the features of the probe.")
+    found = np.full(scores.shape[1], np.nan)
+    for k in range(scores.shape[1]):
+        own = marks[:, k] != 0
+        order = np.argsort(-scores[own, k], kind="stable")
+        positive = marks[own, k][order] == 1
+        if positive.any():
+            hits = positive.cumsum()
+            precision = hits / np.arange(1, len(hits) + 1)
+            found[k] = average_precision(hits / hits[-1], precision, method)
+    return found
+
+
+def multilabel_metrics(
+    scores: Scores, marks: Labels, class_names: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return `map_11point` and `map_area`, and what stands behind them by class.
+
+    Raises:
+        ValueError: as `class_average_precision`, or no class has a positive.
+    """
+    metrics: dict[str, float] = {}
+    details: dict[str, Any] = {
+        "protocol": "Average precision of ranked images, a class at a time, by 11 recalls (VOC "
+        "2007) and by area (VOC 2010); images with difficult objects alone of a class are left out "
+        "of its ranking; the mean is over classes that have a positive.",
+        "num_images": len(marks),
+        "class_names": list(class_names),
+    }
+    for method in _METHODS:
+        precision = class_average_precision(scores, marks, method)
+        if np.isnan(precision).all():
+            raise ValueError("No class has a positive to rank. Check data.test.")
+        metrics[f"map_{method}"] = float(np.nanmean(precision))
+        details[f"ap_{method}"] = {
+            name: None if np.isnan(value) else float(value)
+            for name, value in zip(class_names, precision, strict=True)
+        }
+    return metrics, details

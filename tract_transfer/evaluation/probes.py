@@ -1,15 +1,21 @@
 """What all probes of frozen features share: extraction, checks, and the part to select on."""
 
-# N images, D features, K classes
-
-from collections.abc import Callable, Iterable
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import Tensor
+
+from tract_transfer.files import atomic_path, make_folder
 
 Features = NDArray[np.float32]
 Labels = NDArray[np.int64]
@@ -79,7 +85,7 @@ def extract_features(
     return x, index
 
 
-def carve_selection(train: Rows, val_fraction: float, seed: int) -> Selection:
+def hold_out_selection(train: Rows, val_fraction: float, seed: int) -> Selection:
     """Split `train` by class into what candidates are fitted to and what they are judged on.
 
     Raises:
@@ -167,3 +173,134 @@ def check_finite(what: str, x: Features, indices: Labels | None = None) -> None:
         f"Features must be finite: {len(rows)} of {len(x)} {what} rows hold nan or inf (images "
         f"{listed}). Check the weights of the backbone, or set engine.precision: fp32."
     )
+
+
+# --- Features on disk: extracted once for a backbone's weights, transforms and images.
+
+logger = logging.getLogger(__name__)
+_VERSION = 1
+
+
+class Extracted(NamedTuple):
+    """Features (N, D), the indices (N,) of their images, and what could not be decoded.
+
+    `was_kept`: they were extracted before, and read now.
+    """
+
+    features: Features
+    indices: Labels
+    skipped: list[str]
+    was_kept: bool = False
+
+
+def feature_key(
+    described: Mapping[str, Any], state: Mapping[str, Tensor], image_hashes: Iterable[str]
+) -> str:
+    """Return the sha256 (hex) of all that features depend on.
+
+    Args:
+        described: JSON-able, such as the architecture, the transforms and the precision.
+        state: the backbone's weights and buffers.
+        image_hashes: one for each image, in order.
+    """
+    digest = hashlib.sha256(json.dumps([_VERSION, described], sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
+    for image_hash in image_hashes:
+        digest.update(image_hash.encode())
+    return digest.hexdigest()
+
+
+def cached_features(folder: Path, key: str, extract: Callable[[], Extracted]) -> Extracted:
+    """Return the features kept in `folder` under `key`, or extract and keep them.
+
+    A file that cannot be read is named in the log and written anew; a reader sees a whole one
+    or none.
+    """
+    path = folder / f"{key}.safetensors"
+    if path.is_file():
+        try:
+            found = _read(path, key)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            logger.warning("%s is no whole file of features: extracted anew. (%s)", path, error)
+        else:
+            logger.info("Features read from %s", path)
+            return found
+    made = extract()
+    make_folder(folder)
+    arrays: dict[str, NDArray[Any]] = {"features": made.features, "indices": made.indices}
+    about = json.dumps({"key": key, "skipped": made.skipped})
+    with atomic_path(path, sum(array.nbytes for array in arrays.values())) as aside:
+        save_file(arrays, aside, metadata={"about": about})
+    return made
+
+
+def _read(path: Path, key: str) -> Extracted:
+    with safe_open(path, framework="numpy") as stored:
+        about = json.loads((stored.metadata() or {})["about"])
+        if about["key"] != key:
+            raise ValueError(f"it says it holds {about['key']}")
+        features, indices = stored.get_tensor("features"), stored.get_tensor("indices")
+    return Extracted(features, indices, about["skipped"], was_kept=True)
+
+
+# --- Weighted nearest neighbours on frozen features.
+
+# Similarities held at once; with the indices of the partition about 12 bytes each.
+_MAX_SIMILARITIES = 2**24
+
+
+def knn_predict(
+    train: Rows,
+    test_x: Features,
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+) -> dict[int, Scores]:
+    """Return k -> (N, K) the share of each class in the vote of the k nearest training images.
+
+    A neighbour of cosine similarity s votes with weight exp(s / temperature) (Wu et al. 2018,
+    as in DINO). Weights are taken relative to the nearest one, so no temperature overflows them.
+    A zero feature vector has similarity 0 to everything. The similarities are computed once for
+    all `ks`, a block of test images at a time.
+
+    Raises:
+        ValueError: no k or one not in 1..len(train.x), temperature <= 0, shapes or labels that do
+            not fit, or features that are not finite.
+    """
+    check_probe(train, test_x, num_classes)
+    check_ks(ks, len(train.x))
+    if not temperature > 0:
+        raise ValueError(f"The temperature of kNN must be > 0, got {temperature}.")
+    train_unit, test_unit = unit_rows(train.x), unit_rows(test_x)
+    scores = {k: np.empty((len(test_x), num_classes), np.float32) for k in ks}
+    most, step = max(ks), max(1, _MAX_SIMILARITIES // len(train.x))
+    for start in range(0, len(test_x), step):
+        similarity = test_unit[start : start + step] @ train_unit.T
+        nearest = np.argpartition(similarity, -most, axis=1)[:, -most:]
+        near = np.take_along_axis(similarity, nearest, axis=1).astype(np.float64)
+        order = np.argsort(-near, axis=1, kind="stable")
+        nearest = np.take_along_axis(nearest, order, axis=1)
+        near = np.take_along_axis(near, order, axis=1)
+        weights = np.exp((near - near[:, :1]) / temperature)
+        cells = np.arange(len(near))[:, None] * num_classes + train.y[nearest]
+        for k, found in scores.items():
+            votes = weights[:, :k] / weights[:, :k].sum(axis=1, keepdims=True)
+            sums = np.bincount(
+                cells[:, :k].ravel(), votes.ravel(), minlength=len(near) * num_classes
+            )
+            found[start : start + step] = sums.reshape(len(near), num_classes)
+    return scores
+
+
+def check_ks(ks: Sequence[int], num_train: int) -> None:
+    """Raise ValueError where `ks` is empty or has one that is not in 1..num_train."""
+    if len(ks) == 0 or not all(1 <= k <= num_train for k in ks):
+        raise ValueError(
+            f"evaluation.knn.ks must be in 1..{num_train}, the number of training images; got "
+            f"{list(ks)}. Leave out what is larger, or give the probe more training images."
+        )

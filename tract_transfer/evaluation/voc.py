@@ -4,23 +4,262 @@ Follows VOCevaldet.m and VOCap.m of the VOC development kit; where others depart
 protocol says so.
 """
 
-# N detections, M ground-truth objects, K classes, T IoU thresholds
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tract_transfer.evaluation.matching import (
-    Detections,
-    Floats,
-    GroundTruth,
-    best_overlaps,
-    ranking,
+# --- Rows of boxes, and which object each detection overlaps most, without a loop over images.
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
+
+# Pairs expanded at once, at about 200 bytes each.
+_MAX_PAIRS = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Detections:
+    """image_ids (N,) int, labels (N,) in 0..K-1, boxes_xyxy (N, 4) pixels, scores (N,)."""
+
+    image_ids: Ints
+    labels: Ints
+    boxes_xyxy: Floats
+    scores: Floats
+
+    def __post_init__(self) -> None:
+        _check_rows("detection", self.image_ids, self.boxes_xyxy, self.labels, self.scores)
+
+
+@dataclass(frozen=True, eq=False)
+class GroundTruth:
+    """image_ids (M,) int, labels (M,) in 0..K-1, boxes_xyxy (M, 4) pixels, difficult (M,) bool.
+
+    areas (M,), square pixels, are those of the objects, which a mask may tell better than the box.
+    """
+
+    image_ids: Ints
+    labels: Ints
+    boxes_xyxy: Floats
+    difficult: NDArray[np.bool_]
+    areas: Floats
+
+    def __post_init__(self) -> None:
+        _check_rows("object", self.image_ids, self.boxes_xyxy, self.labels, self.difficult)
+        assert self.areas.shape == self.labels.shape
+
+
+def ranking(detections: Detections, stable: bool = True) -> NDArray[np.intp]:
+    """Return (N,) the order by label, then best score, then image id, then order in the image.
+
+    Without `stable`, equal scores of a label stand as NumPy's default argsort leaves them.
+    """
+    ids, labels, scores = detections.image_ids, detections.labels, detections.scores
+    if stable:
+        return np.lexsort((ids, -scores, labels))
+    order = np.lexsort((ids, labels))
+    ends = np.flatnonzero(np.diff(labels[order])) + 1
+    for part in np.split(order, ends):  # views: each label is ranked in its place
+        part[:] = part[np.argsort(-scores[part])]
+    return order
+
+
+def best_overlaps(
+    detections: Detections, ground_truth: GroundTruth, pixel_offset: int
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """Return (N,) the highest IoU with an object of the same image and class, and its row.
+
+    The first of equals wins. Where there is no such object both are -1. Memory is bounded: pairs
+    are expanded a block at a time.
+    """
+    first, count, by_group = _candidates(detections, ground_truth)
+    iou, owner = np.full(len(first), -1.0), np.full(len(first), -1, np.intp)
+    rows = np.flatnonzero(count)
+    ends = np.append(0, np.cumsum(count[rows]))  # pair numbers, over the rows that have any
+    start = 0
+    while start < len(rows):
+        stop = int(np.searchsorted(ends, ends[start] + _MAX_PAIRS, side="right")) - 1
+        stop = max(stop, start + 1)
+        block, offsets = rows[start:stop], ends[start:stop] - ends[start]
+        repeats, pairs = count[block], np.arange(ends[stop] - ends[start])
+        objects = by_group[np.repeat(first[block] - offsets, repeats) + pairs]
+        pair_iou = paired_iou(
+            detections.boxes_xyxy[np.repeat(block, repeats)],
+            ground_truth.boxes_xyxy[objects],
+            pixel_offset,
+        )
+        iou[block] = np.maximum.reduceat(pair_iou, offsets)
+        is_best = pair_iou == np.repeat(iou[block], repeats)
+        winner = np.minimum.reduceat(np.where(is_best, pairs, len(pairs)), offsets)
+        owner[block] = objects[winner]
+        start = stop
+    return iou, owner
+
+
+def paired_iou(a_xyxy: Floats, b_xyxy: Floats, pixel_offset: int) -> NDArray[np.float64]:
+    """Return (P,) the IoU of (P, 4) boxes with (P, 4) boxes, 0 where both are empty."""
+    a, b = a_xyxy.astype(np.float64), b_xyxy.astype(np.float64)
+    corners = np.concatenate(
+        [np.maximum(a[:, :2], b[:, :2]), np.minimum(a[:, 2:], b[:, 2:])], axis=1
+    )
+    common = box_areas(corners, pixel_offset)
+    union = box_areas(a, pixel_offset) + box_areas(b, pixel_offset) - common
+    return np.divide(common, union, out=np.zeros(len(a)), where=union > 0)
+
+
+def box_areas(boxes_xyxy: NDArray[np.float64], pixel_offset: int = 0) -> NDArray[np.float64]:
+    """Return (P,) the areas of (P, 4) boxes, 0 where a side is negative."""
+    sides = np.maximum(boxes_xyxy[:, 2:] - boxes_xyxy[:, :2] + pixel_offset, 0)
+    area: NDArray[np.float64] = sides[:, 0] * sides[:, 1]
+    return area
+
+
+def _candidates(
+    detections: Detections, ground_truth: GroundTruth
+) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.intp]]:
+    """Return first (N,), count (N,) and by_group (M,).
+
+    Detection i competes for the objects by_group[first[i] : first[i] + count[i]].
+    """
+    N = len(detections.image_ids)
+    pairs = np.stack(
+        [
+            np.concatenate([detections.image_ids, ground_truth.image_ids]),
+            np.concatenate([detections.labels, ground_truth.labels]),
+        ]
+    )
+    _, image = np.unique(pairs[0], return_inverse=True)  # small numbers: a key cannot overflow
+    key = image.reshape(-1) * (int(pairs[1].max(initial=0)) + 1) + pairs[1]
+    by_group = np.argsort(key[N:], kind="stable")
+    groups = key[N:][by_group]
+    first = np.searchsorted(groups, key[:N], side="left")
+    return first, np.searchsorted(groups, key[:N], side="right") - first, by_group
+
+
+def _check_rows(
+    what: str, image_ids: Ints, boxes: Floats, labels: Ints, last: NDArray[Any]
+) -> None:
+    n = len(image_ids)
+    if boxes.shape != (n, 4) or labels.shape != (n,) or last.shape != (n,):
+        raise ValueError(
+            f"Every {what} needs a box (4 numbers), a label and a third value: {n} image ids, "
+            f"boxes {boxes.shape}, labels {labels.shape}, {last.shape}."
+        )
+    broken = ~(np.isfinite(boxes).all(axis=1) & np.isfinite(last))
+    if broken.any():
+        raise ValueError(
+            f"Boxes and scores must be finite: {int(broken.sum())} of {n} {what} rows hold nan or "
+            f"inf, first in image_id {image_ids[broken][0]}."
+        )
+
+
+# --- What a VOC average precision depends on, and the named protocols.
+
+Method = Literal["11point", "11point_float", "area"]
+METHODS: dict[Method, str] = {
+    "11point": "the mean interpolated precision at recalls 0, 0.1, ..., 1",
+    "11point_float": "the mean interpolated precision at 11 multiples of the float 0.1 (a recall "
+    "of exactly 0.3, 0.6 or 0.7 falls short of its point)",
+    "area": "the area under the interpolated precision-recall curve",
+}
+
+
+@dataclass(frozen=True)
+class VocProtocol:
+    """How boxes are read, ranked, matched and averaged.
+
+    Boxes come 0-based with exclusive ends. VOC's own are 1-based with inclusive ends: 1 is added to
+    x1 and y1 (`min_offset`), x2 and y2 stay, and a width is x2 - x1 + 1 (`pixel_offset`). Both
+    give the same overlaps, but for what rounding does to them.
+
+    Attributes:
+        name: what a config and a report call it.
+        reproduces: whose number it is, the first half of its sentence.
+        method: how precision and recall become one number; see METHODS.
+        iou_strict: a match needs IoU > threshold, not >=.
+        min_offset: added to x1 and y1 before all else, 0 or 1.
+        pixel_offset: added to x2 - x1, 0 or 1.
+        round_scores: decimals that scores are rounded to before they are ranked; None leaves them.
+        round_boxes: the same of the coordinates of detections, which are then taken as float32.
+        stable_ties: equal scores rank by image id, then order in the image; False leaves them as
+            NumPy's default argsort does, which differs from machine to machine.
+        absent_as_zero: a class without an object that counts has AP 0 in the mean; False leaves it
+            out. Either way it is reported as absent.
+    """
+
+    name: str
+    reproduces: str
+    method: Method
+    iou_strict: bool = False
+    min_offset: int = 0
+    pixel_offset: int = 0
+    round_scores: int | None = None
+    round_boxes: int | None = None
+    stable_ties: bool = True
+    absent_as_zero: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {list(METHODS)}, got {self.method!r}.")
+        if not {self.min_offset, self.pixel_offset} <= {0, 1}:
+            raise ValueError(f"min_offset and pixel_offset must be 0 or 1, got {self}.")
+
+    @property
+    def sentence(self) -> str:
+        """The protocol in words, to print beside the number."""
+        width = "x2 - x1, x2 exclusive"
+        if self.pixel_offset:
+            width = f"x2 - x1 + 1{' after 1 was added to x1 and y1' if self.min_offset else ''}"
+        rounding = [
+            f"{what} rounded to {decimals} decimal{'s' if decimals > 1 else ''}"
+            for what, decimals in (("scores", self.round_scores), ("boxes", self.round_boxes))
+            if decimals is not None
+        ]
+        ties = (
+            "in the order of the images" if self.stable_ties else "as NumPy's argsort leaves them"
+        )
+        absent = "count as 0 in the mean" if self.absent_as_zero else "are left out of the mean"
+        return (
+            f"VOC AP ({self.name}), {self.reproduces}: {METHODS[self.method]}; a match has IoU "
+            f"{'>' if self.iou_strict else '>='} threshold, a width is {width}; difficult objects "
+            f"are neither missed nor false; {' and '.join(rounding) or 'nothing rounded'} before "
+            f"ranking, equal scores {ties}; classes without an object {absent}; ap is the mean of "
+            "this AP over IoU 0.50:0.05:0.95, not COCO's AP"
+        )
+
+
+_KIT = VocProtocol(
+    "voc2007_devkit",
+    "as VOCevaldet.m of the VOC 2007 development kit defines it",
+    "11point",
 )
-from tract_transfer.evaluation.protocol import METHODS, Method, VocProtocol
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        _KIT,
+        replace(
+            _KIT,
+            name="area",
+            reproduces="as VOCevaldet.m of the kits since VOC 2010 defines it",
+            method="area",
+        ),
+        VocProtocol(
+            "detectron2",
+            "equal to detectron2's pascal_voc_evaluation for VOC 2007",
+            "11point_float",
+            iou_strict=True,
+            min_offset=1,
+            pixel_offset=1,
+            round_scores=3,
+            round_boxes=1,
+            stable_ties=False,
+            absent_as_zero=True,
+        ),
+    )
+}
+
 
 # Decimal fractions, not multiples of a float step: an IoU of 11/20 must reach 0.55.
 COCO_IOUS = tuple(percent / 100 for percent in range(50, 100, 5))

@@ -1,11 +1,10 @@
 """Backbones, heads, and the two models made of them: the classifier and the detectors."""
 
-from tract_transfer.models.backbones import BACKBONES, Backbone, build_backbone
+from tract_transfer.models.backbone import Backbone
+from tract_transfer.models.backbones import BACKBONES, build_backbone
 from tract_transfer.models.cifar import ZOO
-from tract_transfer.models.classifier import Classifier
-from tract_transfer.models.detectors import DETECTORS
-from tract_transfer.models.detectron2 import detectron2_detector
-from tract_transfer.models.heads import HEADS
+from tract_transfer.models.classifier import HEADS, Classifier
+from tract_transfer.models.detection.detectors import DETECTORS
 
 __all__ = [
     "BACKBONES",
@@ -15,5 +14,4 @@ __all__ = [
     "Backbone",
     "Classifier",
     "build_backbone",
-    "detectron2_detector",
 ]

@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tract_transfer.files import sha256_of
-from tract_transfer.models.backbones import Backbone, build_backbone
-from tract_transfer.models.classifier import Classifier
-from tract_transfer.models.heads import HEADS
+from tract_transfer.models.backbone import Backbone
+from tract_transfer.models.backbones import build_backbone
+from tract_transfer.models.classifier import HEADS, Classifier
 from tract_transfer.models.stem import POOL_NAMES
-from tract_transfer.models.weights import read_card
+from tract_transfer.models.weights import read_metadata
 from tract_transfer.models.weights_file import CARD_NAME, WEIGHTS_NAME, check_hash, read_tensors
 
 CONFIG_NAME, ONNX_NAME = "config.json", "model.onnx"
@@ -102,7 +102,7 @@ def load_exported(folder: str | Path) -> Classifier:
         FileNotFoundError, ValueError: the folder holds none, or weights that are not what was
             written.
     """
-    card = read_card(Path(folder))
+    card = read_metadata(Path(folder))
     if "head" not in card:
         raise ValueError(f"{folder} holds no exported classifier. Its README.md says how it loads.")
     backbone = build_backbone(card["name"], stem=card["stem"], args=card["args"])

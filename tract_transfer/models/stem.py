@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from tract_transfer.models.backbones import Backbone
+    from tract_transfer.models.backbone import Backbone
 
 POOL_NAMES = ("maxpool", "features.pool0")
 WHITENING_EPS = 5e-4  # airbench's, of the variance of inputs of standard deviation 1

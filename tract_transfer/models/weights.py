@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models.vision_transformer import interpolate_embeddings
 
-from tract_transfer.files import replacing, sha256_of, sync, write_json
-from tract_transfer.models.backbones import Backbone, build_backbone
+from tract_transfer.files import atomic_path, sha256_of, sync, write_json
+from tract_transfer.models.backbone import Backbone
+from tract_transfer.models.backbones import build_backbone
 from tract_transfer.models.weights_file import (
     CARD_NAME,
     WEIGHTS_NAME,
@@ -32,10 +33,11 @@ from tract_transfer.models.weights_match import (
     few,
     fill,
     find_prefix,
+    from_transformers,
+    looks_like,
     resize_by,
     split_tree,
 )
-from tract_transfer.models.weights_names import from_transformers, looks_like
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +51,10 @@ def save_backbone(folder: Path, backbone: Backbone, card: Mapping[str, Any]) -> 
     """
     tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
     needed = sum(tensor.nbytes for tensor in tensors.values())
-    with replacing(folder / WEIGHTS_NAME, needed) as aside:
+    with atomic_path(folder / WEIGHTS_NAME, needed) as aside:
         save_file(tensors, aside)
         digest = sha256_of(aside)
-        if has_card(folder) and hash_in_card(folder) != digest:
+        if has_metadata(folder) and hash_in_card(folder) != digest:
             (folder / CARD_NAME).unlink()
             sync(folder)
     complete = {
@@ -68,12 +70,12 @@ def save_backbone(folder: Path, backbone: Backbone, card: Mapping[str, Any]) -> 
     write_json(folder / CARD_NAME, complete)
 
 
-def has_card(path: Path) -> bool:
+def has_metadata(path: Path) -> bool:
     """Whether a card lies in the run folder, or beside the weights file, `path`."""
     return ((path if path.is_dir() else path.parent) / CARD_NAME).is_file()
 
 
-def read_card(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """Return the card of the backbone in the run folder, or beside the weights file, `path`.
 
     Raises:
@@ -108,7 +110,7 @@ def _hub_name(folder: Path) -> str:
         return ""
 
 
-def build_from_card(card: Mapping[str, Any]) -> Backbone:
+def build_from_metadata(card: Mapping[str, Any]) -> Backbone:
     """Build the backbone a card describes, without its weights."""
     return build_backbone(card["name"], stem=card["stem"], args=card["args"])
 
@@ -162,7 +164,7 @@ def load_weights(
     if not report.fits:
         raise WeightsError(_refusal(report, backbone, tree), report)
     backbone.model.load_state_dict(fitting, strict=False)
-    backbone.set_colours(*(None if c is None else c.flatten().tolist() for c in colours))
+    backbone.set_normalization(*(None if c is None else c.flatten().tolist() for c in colours))
     backbone.loaded = report
     return report
 
@@ -191,7 +193,7 @@ def _tensors_of(
     """Return a file's tensors in timm's and torchvision's names, a new report, mean and std."""
     tensors = read_tensors(file)
     if any(name.endswith("stem.conv1.norm.weight") for name in tensors):
-        from tract_transfer.models.detectron2_weights import load_detectron2
+        from tract_transfer.models.weights_detectron2 import load_detectron2
 
         theirs = load_detectron2(file)
         report = MatchReport(str(file), "")

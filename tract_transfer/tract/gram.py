@@ -10,9 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tract_transfer.tract.canvas import Canvas, tiles_of
-from tract_transfer.tract.lags import batch_product, lag_gram, per_chunk
-from tract_transfer.tract.precision import float32_factors, product_dtype, sum_dtype
+from tract_transfer.tract.lags import (
+    Canvas,
+    batch_product,
+    float32_factors,
+    lag_gram,
+    per_chunk,
+    product_dtype,
+    sum_dtype,
+    tiles_of,
+)
 
 logger = logging.getLogger(__name__)
 

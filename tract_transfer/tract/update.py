@@ -6,22 +6,146 @@ the layer's input alone. So a forward hook adds it up, one call multiplies the f
 gradient, and the model, its forward, its state dict and its backward stay as they are.
 """
 
-# R rows the layer multiplies, N inputs a row, O outputs
-
 import logging
 import sys
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, Literal, SupportsFloat
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from tract_transfer.tract.attach import Attached
 from tract_transfer.tract.find import check_layer, find_first_layers
-from tract_transfer.tract.solve import DampedFactor, damped_factor
+from tract_transfer.tract.lags import float32_factors
 from tract_transfer.tract.watch import WatchedLayer
+
+# --- TrAct's step, called by an optimizer's own hooks.
+
+
+class Attached:
+    """A `step` that comes before every update of `optimizer`; `remove()` takes it off.
+
+    Where the optimizer is given a closure that runs forward and backward, as Lightning and L-BFGS
+    do, `step` follows each of its runs.
+
+    Args:
+        is_due: whether a forward has come since `step` was last called.
+
+    Raises:
+        ValueError: no optimizer, or one whose step calls no hooks.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, step: Callable[[], None], is_due: Callable[[], bool]
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise ValueError(f"attach takes a torch optimizer, got {type(optimizer).__name__}.")
+        # Of the class or, as with detectron2's clipping ones, of the parent whose step it calls.
+        steps = [vars(each).get("step") for each in type(optimizer).__mro__]
+        if not any(getattr(method, "hooked", False) for method in steps):
+            raise ValueError(
+                f"The step of {type(optimizer).__name__} calls no hooks. Attach to the optimizer "
+                "that it wraps."
+            )
+        self.optimizer = optimizer
+        self._step = step
+        self._is_due = is_due
+        self._is_stepping = False
+        self._treated: Callable[[], Any] | None = None  # the closure of the step that runs
+        self._handles: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @property
+    def is_on(self) -> bool:
+        """Whether it has not been removed."""
+        return bool(self._handles)
+
+    def _before(
+        self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # args begins with the optimizer itself.
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        # A class whose step calls its parent's runs the hooks of both.
+        is_done = not self._is_due() if closure is None else closure is self._treated
+        if self._is_stepping and is_done:
+            return None
+        self._is_stepping = True
+        if closure is None:
+            self._step()
+            return None
+
+        def treated() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self._step()
+            return loss
+
+        self._treated = treated
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": treated}
+        return (args[0], treated, *args[2:]), kwargs
+
+    def _after(self, *_: Any) -> None:
+        self._is_stepping, self._treated = False, None
+
+
+# --- The damped inverse of a Gram matrix, and its product with a gradient. Nothing waits for a
+
+EXACT_SIZE = 256  # up to which N the factor is of float64, at no cost that counts
+
+
+class DampedFactor(NamedTuple):
+    """The Cholesky `factor` (N, N) of x x^T / b + lam I.
+
+    `health` is (finite, positive definite, lam is as asked for). Without the first two the factor
+    is of no use, and the update is zero.
+    """
+
+    factor: Tensor
+    health: Tensor
+
+    def times(self, gradient: Tensor) -> Tensor:
+        """Return gradient (O, ...) (x x^T / b + lam I)^-1, in the shape of `gradient`."""
+        columns = gradient.reshape(len(gradient), -1).T.to(self.factor.dtype)
+        with float32_factors(gradient.device.type):
+            solved = torch.cholesky_solve(columns, self.factor).T.reshape(gradient.shape)
+        return torch.where(self.health[:2].all(), solved, 0)
+
+
+def damped_factor(gram: Tensor, lam: float, *, relative: bool) -> DampedFactor:
+    """Factorise gram + lam I.
+
+    `relative` takes lam times the mean of the diagonal. Neither is taken below what rounding can
+    take from an eigenvalue, 4 eps of the trace, which keeps a matrix without full rank positive.
+    For inputs of standard deviation 1 that is less than a hundredth of any lam in use.
+
+    Args:
+        gram: (N, N), the mean of x x^T; float32 or float64.
+    """
+    rounding = 4 * torch.finfo(gram.dtype).eps
+    exact = len(gram) <= EXACT_SIZE and gram.device.type in ("cpu", "cuda")
+    matrix = gram.to(torch.float64 if exact else gram.dtype, copy=True)
+    finite = matrix.sum().isfinite()
+    diagonal = matrix.diagonal()
+    trace = diagonal.sum()
+    wanted = lam * trace / len(gram) if relative else torch.full_like(trace, lam)
+    damping = torch.maximum(wanted, rounding * trace)
+    # A blank batch under a relative lam: any positive matrix will do, for its gradient is 0 too.
+    diagonal += torch.where(damping > 0, damping, 1)
+    with float32_factors(gram.device.type):
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+    return DampedFactor(factor, torch.stack([finite, failed == 0, damping <= wanted]))
+
 
 logger = logging.getLogger(__name__)
 

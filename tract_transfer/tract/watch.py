@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import TensorWeakRef
 
 from tract_transfer.tract.gram import gram_matrix
-from tract_transfer.tract.precision import sum_dtype
+from tract_transfer.tract.lags import sum_dtype
 
 logger = logging.getLogger(__name__)
 

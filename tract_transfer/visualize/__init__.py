@@ -7,14 +7,20 @@ and in the dark. What lies on a photograph keeps its colours: so does the photog
 """
 
 from tract_transfer.visualize.boxes import draw_detections, draw_samples
-from tract_transfer.visualize.export import (
+from tract_transfer.visualize.plots import (
+    BOX,
+    INK,
+    MARKERS,
+    PALETTE,
+    PAPER,
+    Curve,
     array_png_data_uri,
+    curves,
     figure_pixels,
     figure_svg,
+    filter_grid,
     save_pixels,
 )
-from tract_transfer.visualize.plots import Curve, curves, filter_grid
-from tract_transfer.visualize.style import BOX, INK, MARKERS, PALETTE, PAPER
 
 __all__ = [
     "BOX",

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from tract_transfer.visualize.style import BOX, STYLE
+from tract_transfer.visualize.plots import BOX, STYLE
 
 ArrayLike = Tensor | npt.NDArray[np.generic]
 

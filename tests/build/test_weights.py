@@ -1,0 +1,223 @@
+"""The keys of model.weights, its errors at their place, and its report in the run folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+
+from tract_transfer.build.model import build_model
+from tract_transfer.build.weights import check_is_there, maker_of, published_name
+from tract_transfer.config.file import ConfigError
+from tract_transfer.config.schema import load_config
+from tract_transfer.models import build_backbone
+from tract_transfer.models.weights import save_backbone
+from tract_transfer.run.run import evaluate_run, preview, run
+
+ROOT = Path(__file__).parents[2]
+SMALL = "model.backbone={name: timm/test_resnet}"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    torch.manual_seed(3)
+    file = tmp_path_factory.mktemp("weights") / "published.pth"
+    state = timm.create_model("test_resnet", num_classes=9).state_dict()
+    torch.save({"state_dict": state}, file)
+    return file
+
+
+@pytest.mark.parametrize("task", ["classification", "probe"])
+def test_a_run_says_what_became_of_its_weights(file, load_tiny, tmp_path, task):
+    config = load_tiny(tmp_path, SMALL, f"model.weights={file}", task=task)
+    results = run(config)
+    match = json.loads((tmp_path / "run/results.json").read_text())["weights_match"]
+    assert match == results["weights_match"]
+    assert match["fits"]
+    assert match["parameters_loaded"] == match["parameters"] > 0
+    assert match["dropped"] == {"the file's own head": 2}
+    log = (tmp_path / "run/log.txt").read_text()
+    assert f"weights      {file}" in log
+    assert "(100.00%)" in log
+
+
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("task", ["classification", "probe"])
+def test_a_run_s_damaged_weights_are_refused_and_come_back(load_tiny, tmp_path, task):
+    """As a backbone, as a checkpoint's file; and the run's own folder mends them."""
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    config = load_tiny(tmp_path / "first")
+    run(config)
+    file = tmp_path / "first/run/model.safetensors"
+    whole = file.read_bytes()
+    flip_a_byte(file)
+    words = ["model.backbone={name: null}", f"model.weights={file.parent}"]
+    downstream = load_tiny(tmp_path / "second", *words, task=task)
+    with pytest.raises(ConfigError, match=r"model\.weights: .* is not what was written, by the"):
+        run(downstream)
+    (file.parent / "results.json").unlink()
+    run(config, resume=True)
+    assert file.read_bytes() == whole
+    run(downstream)
+
+
+def test_a_checkpoint_s_damaged_file_is_refused_by_its_path(load_tiny, tmp_path):
+    (tmp_path / "first").mkdir()
+    run(load_tiny(tmp_path / "first"))
+    (file,) = (tmp_path / "first/run/checkpoints").glob("iter_*/model.safetensors")
+    flip_a_byte(file)
+    with pytest.raises(ConfigError, match=r"model\.weights: Checkpoint .* is broken: model\.safet"):
+        build_model(load_tiny(tmp_path, f"model.weights={file}"), 3)
+
+
+def test_a_run_from_nothing_says_so(load_tiny, tmp_path):
+    assert run(load_tiny(tmp_path))["weights_match"] is None
+
+
+def test_ignore_missing_and_its_refusals(load_tiny, tmp_path):
+    state = timm.create_model("test_resnet").state_dict()
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("layer4.")}
+    torch.save(kept, tmp_path / "w.pth")
+    words = [SMALL, f"model.weights={tmp_path / 'w.pth'}"]
+    with pytest.raises(ConfigError, match=r"model\.weights: .*Missing layer4\.0\.conv1\.weight"):
+        build_model(load_tiny(tmp_path, *words), 3)
+    with pytest.raises(ConfigError, match=r"model\.ignore_missing: 'layer5\.\*' is none of"):
+        build_model(load_tiny(tmp_path, *words, "model.ignore_missing=[layer5.*]"), 3)
+    model = build_model(load_tiny(tmp_path, *words, "model.ignore_missing=[layer4.*]"), 3)
+    assert torch.equal(model.backbone.model.conv1[0].weight, state["conv1.0.weight"])
+
+
+@pytest.mark.parametrize("key", ["ignore_missing=[a]", "adapt_stem=true"])
+@pytest.mark.parametrize("weights", ["null", "pretrained"])
+def test_keys_without_a_file_are_refused(load_tiny, tmp_path, key, weights):
+    with pytest.raises(ConfigError, match=r"adapt_stem are for model\.weights: a file"):
+        load_tiny(tmp_path, SMALL, f"model.weights={weights}", f"model.{key}")
+
+
+def test_adapt_stem_resamples_patches(load_tiny, tmp_path):
+    small = {"depth": 1, "embed_dim": 24, "num_heads": 3}
+    source = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, **small)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    args = json.dumps({**small, "img_size": 16, "patch_size": 4})
+    words = [
+        f"model.backbone={{name: timm/vit_tiny_patch16_224, args: {args}}}",
+        f"model.weights={tmp_path / 'w.pth'}",
+    ]
+    with pytest.raises(ConfigError, match=r"model\.weights: .*model\.adapt_stem: true"):
+        build_model(load_tiny(tmp_path, *words), 3)
+    model = build_model(load_tiny(tmp_path, *words, "model.adapt_stem=true"), 3)
+    assert "patch_embed.proj.weight" in model.backbone.loaded.resized
+
+
+def test_missing_weights_name_the_command_that_makes_them(load_tiny, tmp_path):
+    folder = "output/pretrain/cifar10_resnet18"
+    assert maker_of(folder) == ("configs/pretrain/cifar10_resnet18.yaml", "cifar/resnet18")
+    assert maker_of("output/none") is None
+    config = load_tiny(tmp_path, "model.backbone={name: null}", f"model.weights=./{folder}")
+    says = (
+        r"No weights at output/pretrain/cifar10_resnet18: there is no such file or folder\. "
+        r"python tools/train_net\.py --config-file configs/pretrain/cifar10_resnet18\.yaml makes"
+    )
+    if not Path(folder).exists():
+        with pytest.raises(ConfigError, match=says):
+            build_model(config, 3)
+    assert load_config(ROOT / maker_of(folder)[0]).output_dir == folder
+
+
+@pytest.mark.parametrize(
+    "name, published",
+    [
+        ("timm/resnet50", "timm/resnet50"),
+        ("torchvision/vgg16", "torchvision/vgg16"),
+        ("cifar/vgg16", "timm/vgg16"),
+        ("cifar/vit", None),
+        ("cifar/squeezenet", None),
+        ("timm/resnet0", None),
+        (None, None),
+    ],
+)
+def test_published_weights_are_of_what_is_asked_for(name, published):
+    assert published_name(name) == published
+    with pytest.raises(FileNotFoundError, match="No weights at nowhere: there is no") as caught:
+        check_is_there(Path("nowhere"), name)
+    offer = f"model.backbone.name={published} model.weights=pretrained takes published ones"
+    assert (offer in str(caught.value)) == (published is not None)
+    assert ("pretrained" in str(caught.value)) == (published is not None)
+
+
+def test_a_config_that_makes_the_weights_tells_their_backbone(monkeypatch, tmp_path):
+    """And published ones are offered of that backbone alone."""
+    monkeypatch.chdir(tmp_path)
+    for folder, offered in (
+        ("pretrain/cifar10_resnet18", "timm/resnet18"),
+        ("paper/f4_cifar10_vit", None),
+        ("paper/t3_imagenet_deit3_small_400", "timm/deit3_small_patch16_224"),
+    ):
+        place = Path("output") / folder
+        with pytest.raises(FileNotFoundError, match="yaml makes it") as caught:
+            check_is_there(place)
+        assert (f"model.backbone.name={offered} model" in str(caught.value)) == bool(offered)
+        assert ("model.backbone.name=" in str(caught.value)) == bool(offered)
+
+
+@pytest.mark.parametrize("task", ["classification", "probe"])
+@pytest.mark.parametrize(
+    ("backbone", "said"),
+    [
+        ("{name: cifar/resnet81}", "Did you mean 'cifar/resnet18'"),
+        ("{name: timm/resnet19}", "timm has no model 'resnet19'"),
+        ("{name: torchvision/resnet19}", "torchvision has no classification model"),
+        ("{name: cifar/resnet18, args: {witdh: 8}}", "model.backbone.args.witdh"),
+    ],
+)
+def test_a_backbone_is_known_before_data_are_read(
+    load_tiny, tmp_path, monkeypatch, task, backbone, said
+):
+    monkeypatch.setattr("tract_transfer.run.run.build_data", lambda _: pytest.fail("data read"))
+    for begin in (run, preview):
+        with pytest.raises(ConfigError, match=said):
+            begin(load_tiny(tmp_path, f"model.backbone={backbone}", task=task))
+
+
+def test_weights_that_a_suite_made_are_offered(tmp_path):
+    for name in ("tract/pretrain/seed0", "vanilla/pretrain/seed1", "vanilla/pretrain/seed0"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.json").write_text("{}")
+    made = rf"model\.weights={tmp_path}/vanilla/pretrain/seed0 takes one of them"
+    with pytest.raises(FileNotFoundError, match=made):
+        check_is_there(tmp_path / "pretrain")
+
+
+def test_weights_are_looked_for_before_data_are_read(load_tiny, tmp_path):
+    nowhere = f"{{source: voc, root: {tmp_path / 'nowhere'}, sets: [2007/train]}}"
+    (tmp_path / "folder").mkdir()
+    words = [f"model.weights={tmp_path / 'folder'}", f"data.train={nowhere}"]
+    for begin in (run, preview, evaluate_run):
+        with pytest.raises(
+            ConfigError, match=r"model\.weights: No weights at .*model\.safetensors"
+        ):
+            begin(load_tiny(tmp_path, *words, task="detection"))
+
+
+def test_image_size_and_drop_rates_may_differ_from_the_card_s(load_tiny, tmp_path):
+    args = {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 4}
+    name = "timm/vit_tiny_patch16_224"
+    save_backbone(tmp_path, build_backbone(name, args={**args, "img_size": 32}), {})
+
+    def build(**more):
+        backbone = yaml.safe_dump({"name": name, "args": {**args, **more}}, default_flow_style=True)
+        words = [f"model.backbone={backbone.strip()}", f"model.weights={tmp_path}"]
+        return build_model(load_tiny(tmp_path, *words), 3).backbone
+
+    backbone = build(img_size=16, drop_path_rate=0.1)
+    assert backbone.loaded.resized == {"pos_embed": "(1, 65, 24) -> (1, 17, 24)"}
+    with pytest.raises(ConfigError, match="the weights are those of"):
+        build(img_size=16, num_heads=2)

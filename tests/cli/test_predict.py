@@ -1,0 +1,131 @@
+"""tools/predict.py answers for files as the trained model does."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tract_transfer.data.images import frame_rate, read_video, write_video
+from tract_transfer.run.run import run
+from tract_transfer.run.trained import load_trained
+
+
+@pytest.fixture(scope="module", params=["classification", "detection"])
+def trained(request, load_tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    run(load_tiny(folder, "solver.max_iters=2", task=request.param))
+    return folder / "run"
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two images of different size in a folder, one of them grey, beside a file of text."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(folder / "a.png")
+    Image.fromarray(rng.integers(0, 256, (90, 40), dtype=np.uint8)).save(folder / "b.jpg")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def entries_of(folder):
+    return json.loads((folder / "predictions.json").read_text())["predictions"]
+
+
+def test_a_folder_is_answered_image_by_image(trained, photos, call, tmp_path):
+    model = load_trained(trained)
+    options = {True: ("--min-score", 0), False: ("--top-k", 2)}
+    words = ("--run", trained, photos, "--output", tmp_path / "out")
+    said = call("predict.py", *words, *options[not model.detects])
+    assert said.returncode == 2
+    assert f"{options[not model.detects][0]} is for " in said.stderr
+    said = call("predict.py", *words, *options[model.detects])
+    assert said.returncode == 0, said.stderr
+    entries = entries_of(tmp_path / "out")
+    assert [entry["file"] for entry in entries] == [str(photos / n) for n in ("a.png", "b.jpg")]
+    assert [(e["width"], e["height"]) for e in entries] == [(70, 50), (40, 90)]
+    for entry in entries:
+        image = torch.from_numpy(np.array(Image.open(entry["file"]).convert("RGB")))
+        (expected,) = model.predict([image.permute(2, 0, 1)])
+        count = None if model.detects else 2
+        assert entry["scores"] == pytest.approx(expected["scores"][:count].tolist(), abs=1e-6)
+        names = [model.class_names[label] for label in expected["labels"][:count]]
+        assert entry["labels"] == names
+    drawn = sorted(path.name for path in (tmp_path / "out").rglob("*.png"))
+    assert drawn == (["a.png.png", "b.jpg.png"] if model.detects else [])
+
+
+def test_a_moved_run_answers_without_data_and_first_weights(trained, tmp_path, monkeypatch):
+    """Probabilities are those of the evaluation; nothing but the folder is looked at."""
+    monkeypatch.setattr("tract_transfer.run.trained.build_data", None)
+    moved = tmp_path / "elsewhere"
+    trained.rename(moved)
+    try:
+        model = load_trained(moved, ["engine.device=cpu"])
+    finally:
+        moved.rename(trained)
+    image = torch.zeros(3, 40, 60, dtype=torch.uint8)
+    (found,) = model.predict([image])
+    assert len(found["scores"]) == len(found["labels"])
+    assert (found["scores"].diff() <= 0).all()
+    if not model.detects:
+        assert found["scores"].sum() == pytest.approx(1)
+
+
+def test_what_cannot_be_answered_is_told(trained, photos, call, tmp_path):
+    (photos / "broken.png").write_bytes(b"not an image")
+    said = call("predict.py", "--run", trained, photos, "--output", tmp_path / "out")
+    assert said.returncode == 1
+    assert "broken.png cannot be decoded" in said.stderr
+    assert len(entries_of(tmp_path / "out")) == 2
+    for words, wanted in {
+        ("--run", photos, photos): "it is no run folder",
+        ("--run", trained, photos / "none.png"): "neither a file nor a folder",
+    }.items():
+        said = call("predict.py", *words, "--output", tmp_path / "other")
+        assert said.returncode == 2
+        assert said.stderr.startswith("error: ")
+        assert wanted in said.stderr
+
+
+def test_earlier_answers_are_replaced_only_when_told(trained, photos, call, tmp_path):
+    detects = load_trained(trained).detects
+    options = ("--min-score", 1) if detects else ()
+    words = ("--run", trained, "--output", tmp_path, *options, photos / "a.png")
+    said = call("predict.py", *words)
+    assert said.returncode == 0, said.stderr
+    if detects:
+        assert f"{photos / 'a.png'}  0 of " in said.stdout
+        assert "boxes score 1 or more" in said.stdout
+    said = call("predict.py", *words[:-1], photos / "b.jpg")
+    assert said.returncode == 2
+    assert "predictions.json exists: set another --output, or --overwrite." in said.stderr
+    assert [entry["file"] for entry in entries_of(tmp_path)] == [str(photos / "a.png")]
+    assert call("predict.py", *words[:-1], photos / "b.jpg", "--overwrite").returncode == 0
+    assert [entry["file"] for entry in entries_of(tmp_path)] == [str(photos / "b.jpg")]
+
+
+def test_a_video_is_answered_frame_by_frame(trained, call, tmp_path):
+    pytest.importorskip("av")
+    ramp = np.linspace(0, 255, 64, dtype=np.uint8)
+    frames = [np.full((48, 64, 3), shade, np.uint8) + ramp[None, :, None] // 2 for shade in (0, 99)]
+    write_video(tmp_path / "clip.mp4", frames, 5)
+    assert frame_rate(tmp_path / "clip.mp4") == 5
+    back = np.stack([f.permute(1, 2, 0).numpy() for f in read_video(tmp_path / "clip.mp4")])
+    assert np.abs(back.astype(int) - np.stack(frames)).mean() < 4  # lossy
+    said = call("predict.py", "--run", trained, tmp_path / "clip.mp4", "--output", tmp_path / "out")
+    assert said.returncode == 0, said.stderr
+    assert [entry["frame"] for entry in entries_of(tmp_path / "out")] == [0, 1]
+    if "boxes" in entries_of(tmp_path / "out")[0]:
+        assert len(list(read_video(tmp_path / "out/clip.mp4.mp4"))) == 2
+
+
+def test_without_pyav_a_video_says_what_to_install(trained, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "av", None)
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    said = call("predict.py", "--run", trained, tmp_path / "clip.mp4", "--output", tmp_path / "out")
+    assert said.returncode == 1
+    assert "pip install av" in said.stderr

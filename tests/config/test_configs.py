@@ -1,0 +1,222 @@
+"""Every config loads, builds its model and trains; every suite expands to configs that load."""
+
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from box_data import write_voc
+
+from tract_transfer.build.data import build_data
+from tract_transfer.build.model import build_model
+from tract_transfer.config.schema import DetectionConfig, ProbeConfig, dump_config, load_config
+from tract_transfer.config.suite import load_suite
+from tract_transfer.run.run import run
+from tract_transfer.run.suite import Suite, list_plan
+from tract_transfer.run.suite_plan import plan_suite
+
+ROOT = Path(__file__).parents[2]
+ALL = sorted(ROOT.glob("configs/**/*.yaml"))
+SUITES = [path for path in ALL if path.parent.name == "suites"]
+RUNS = [path for path in ALL if path.parent.name not in ("base", "suites")]
+SAMPLES = [path for path in RUNS if path.parent.name == "samples"]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT / "configs"))
+
+
+# Where the configs name a ViT: one of its kind that is small.
+SMALL_VITS = {
+    "cifar/vit": "{name: cifar/vit, args: {depth: 1, width: 48, num_heads: 3}}",
+    "timm/vit": "{name: timm/test_vit, args: {img_size: 32}}",
+    "timm/deit3": "{name: timm/deit3_small_patch16_224, args: {img_size: 32, patch_size: 8, "
+    "depth: 2, embed_dim: 48, num_heads: 3}}",
+}
+
+
+def small_net(config):
+    """Overrides of a ViT, which takes one image size, and of a deep ResNet; none for others."""
+    name = config.model.backbone.name or ""
+    if name in ("torchvision/resnet34", "torchvision/resnet50"):  # too deep for images of 16 px
+        return ["model.backbone={name: cifar/resnet18, args: {width: 8}}"]
+    (found,) = [vit for begin, vit in SMALL_VITS.items() if name.startswith(begin)] or [None]
+    return [f"model.backbone={found}", "data.transforms.size_px=32"] if found else []
+
+
+def own_backbone(config):
+    """Overrides that put a tiny backbone where a run folder is named that is not there."""
+    if config.model.backbone.name is not None:
+        return ["model.weights=null"]
+    return ["model.weights=null", "model.backbone={name: cifar/resnet18, args: {width: 8}}"]
+
+
+# A tiny backbone for each kind of detector, and what else makes it small.
+SMALL_DETECTORS = {
+    "torchvision_fpn": ("cifar/resnet18, args: {width: 8}", ["head_dim=32", "fpn_channels=16"]),
+    "torchvision_c4": ("cifar/resnet18, args: {width: 8}", []),
+    "torchvision_c5": ("timm/vgg11, args: {mlp_ratio: 0.01}", []),
+    "torchvision_vitdet": ("timm/test_vit", ["head_dim=32", "fpn_channels=16"]),
+    "detectron2": ("cifar/resnet18, args: {width: 8}", []),
+}
+
+
+def needs_detectron2(path):
+    config = load_config(path)
+    if isinstance(config, DetectionConfig) and config.model.detector.name == "detectron2":
+        pytest.importorskip("detectron2")
+
+
+def small_detector(config):
+    name = config.model.detector.name
+    backbone, words = SMALL_DETECTORS[name]
+    words = [*words, "short_side_px=64", "max_side_px=64"]
+    if name != "detectron2":
+        words += ["box.rois_per_image=16", "rpn.post_nms_train=50", "rpn.post_nms_test=20"]
+    return [f"model.backbone={{name: {backbone}}}"] + [
+        f"model.detector.args.{word}" for word in words
+    ]
+
+
+def shortened(config, scenes):
+    """Overrides that keep a config's kind and make it two steps on embedded data."""
+    words = [*own_backbone(config), "data.batch_size=2", "data.num_workers=0", "engine.device=cpu"]
+    detects = isinstance(config, DetectionConfig)
+    probes = isinstance(config, ProbeConfig)
+    has_boxes = detects or (probes and config.data.has_many_labels)
+    for split in ("train", "val", "test"):
+        if getattr(config.data, split, None) is None:
+            continue
+        if split == "val" and probes:
+            words.append("data.val=null")
+            continue
+        if split == "val":
+            words.append("data.val={source: train, fraction: 0.3}")
+            continue
+        embedded = "train" if split == "train" else "test"
+        source = (
+            f"digit_scenes, root: {scenes}, num_train: 12, num_test: 6, size_px: 64"
+            if has_boxes
+            else "digits, classes: [0, 1]"
+        )
+        words.append(f"data.{split}={{source: {source}, split: {embedded}}}")
+    if detects:
+        sizes = "{short_sides_px: [64], max_side_px: 64}"
+        words += [f"data.transforms={sizes}", *small_detector(config)]
+    else:
+        words.append("data.transforms.size_px=16")
+    if probes:
+        words.append("data.feature_cache=null")
+        if config.evaluation.few_shot:
+            ks = [1] if has_boxes else [8]
+            words += [f"evaluation.few_shot.ks={ks}", "evaluation.few_shot.samplings=2"]
+        if has_boxes:
+            words.append("model.backbone={name: cifar/resnet18, args: {width: 8}}")
+    else:
+        words += ["solver.max_epochs=null", "solver.max_iters=2", "solver.warmup_epochs=null"]
+        words += ["solver.warmup_iters=null", "evaluation.every_epochs=null"]
+        words += ["evaluation.every_iters=null", "solver.warmup_start=0"]
+        words += [] if detects else ["data.repeats=1", *small_net(config)]
+        if config.solver.schedule == "multistep":
+            words += ["solver.steps_epochs=null", "solver.steps_iters=[1]"]
+    return words
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_a_config_loads_and_reads_back(path, tmp_path):
+    config = load_config(path)
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml").model_dump() == config.model_dump()
+
+
+@pytest.mark.parametrize("path", ALL, ids=name_of)
+def test_a_config_is_short_and_says_what_it_is(path):
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert len([line for line in lines if line.strip() and not line.startswith("#")]) <= 25
+
+
+def test_every_run_has_a_folder_of_its_own():
+    folders = [load_config(path).output_dir for path in RUNS]
+    assert len(set(folders)) == len(folders)
+    assert all(folder.startswith("output/") for folder in folders)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_a_config_builds_its_model(path):
+    needs_detectron2(path)
+    with torch.device("meta"):  # shapes alone: some have a hundred million weights
+        model = build_model(load_config(path, own_backbone(load_config(path))), num_classes=7)
+    assert sum(parameter.numel() for parameter in model.parameters()) > 1000
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name_of)
+def test_a_config_runs(path, tmp_path, scenes):
+    needs_detectron2(path)
+    words = shortened(load_config(path), scenes)
+    results = run(load_config(path, [*words, f"output_dir={tmp_path / 'run'}"]))
+    assert results["primary_metric"] in results["metrics"]
+    assert (tmp_path / "run/results.json").is_file()
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=name_of)
+def test_the_samples_are_there(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    if not (ROOT / "../shared/data").is_dir():
+        pytest.skip("no ../shared/data")
+    monkeypatch.chdir(ROOT)
+    data = build_data(load_config(path, ["data.cache=none"]))
+    name, reported = data.report
+    assert name == "test"
+    assert min(len(data.train), len(reported)) >= 400
+    assert data.train.image(0).shape[0] == 3
+    assert len(data.class_names) in (10, 20, 100, 102, 196)
+
+
+@pytest.mark.parametrize("path", SUITES, ids=name_of)
+def test_a_suites_runs_are_configs(path):
+    suite = load_suite(path)
+    runs = plan_suite(suite, lambda config, needed: None)
+    stages = ([suite.pretrain] if suite.pretrain else []) + list(suite.tasks.values())
+    seeds = [getattr(stage, "seeds", None) or suite.seeds for stage in stages]
+    labels = [
+        (each.task, method, each.seed) for each in runs for method in (each.method, *each.also)
+    ]
+    assert len(set(labels)) == len(labels) == len(suite.methods) * sum(map(len, seeds))
+    for each in runs:
+        assert each.config["output_dir"] == str(each.folder)
+        assert (each.config["method"], each.config["seed"], each.config["name"]) == (
+            each.method, each.seed, each.task,
+        )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SUITES, ids=name_of)
+def test_a_suites_dry_run_tells_every_run(path, monkeypatch, tmp_path):
+    """With data of the hub unseen, and a VOC 2007 of three photographs where one is expected."""
+    if path.stem in ("samples", "cpu_demo", "voc_engines", "protocols_resnet", "protocols_vit"):
+        if path.stem == "voc_engines":
+            pytest.importorskip("detectron2")
+        if not (ROOT / "../shared/data").is_dir():
+            pytest.skip("no ../shared/data")
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        monkeypatch.chdir(ROOT)
+    else:
+        monkeypatch.chdir(tmp_path)
+        write_voc(tmp_path / "data", [("dog", (1, 2, 30, 20))])
+        for name, numbers in (("trainval", "0\n2\n"), ("test", "1\n")):
+            (tmp_path / f"data/VOC2007/ImageSets/Main/{name}.txt").write_text(numbers)
+    suite = Suite(load_suite(path, [f"output_dir={tmp_path}/suite"]), remember=False)
+    lines = list_plan(suite, suite.take_stock())
+    assert len(lines) == len(suite.runs) >= len(suite.config.methods) * len(suite.config.seeds)
+    assert all(line.endswith("  run") for line in lines)
+    assert not (tmp_path / "suite").exists()
+
+
+def test_two_methods_differ_in_tract_alone():
+    """What a comparison rests on: the same config but for the method's own keys."""
+    suite = load_suite(ROOT / "configs/suites/quickstart.yaml")
+    one = load_config(suite.path("pretrain"))
+    two = load_config(suite.path("pretrain"), ["tract.enabled=true"])
+    assert (one.tract.enabled, two.tract.enabled) == (False, True)
+    assert {**one.model_dump(), "tract": two.tract.model_dump()} == two.model_dump()

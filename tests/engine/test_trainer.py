@@ -1,0 +1,291 @@
+"""Laws of the one loop, on models small enough to compute by hand."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from fvcore.common.param_scheduler import ConstantParamScheduler
+from torch import nn
+
+from tract_transfer.build.batches import build_train_batches
+from tract_transfer.build.data import build_data
+from tract_transfer.build.model import build_model
+from tract_transfer.build.trainer import build_trainer
+from tract_transfer.data.loader import Batch
+from tract_transfer.engine.determinism import seed_all
+from tract_transfer.engine.hooks import evaluate, evaluating
+from tract_transfer.engine.trainer import Hook, Trainer
+
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Dropout(dropout), nn.Linear(8, 3))
+
+    def forward(self, images, targets=None):
+        logits = self.body(images)
+        if not self.training:
+            return logits
+        return {
+            "loss_cls": nn.functional.cross_entropy(logits, targets),
+            "loss_size": logits.square().mean(),
+        }
+
+
+class Stub:
+    """Stands in for TrAct: notes what the gradient is when it is called."""
+
+    def __init__(self, model=None, scale=1.0):
+        self.model, self.scale = model, scale
+        self.norms = []
+
+    def step(self):
+        if self.model is None:
+            return
+        parameters = list(self.model.parameters())
+        for parameter in parameters:
+            parameter.grad.mul_(self.scale)
+        self.norms.append(gradient_norm(self.model))
+
+    def state_dict(self):
+        return {"seen": torch.tensor(len(self.norms))}
+
+    def load_state_dict(self, state):
+        assert "seen" in state
+
+
+def gradient_norm(model):
+    return float(torch.cat([p.grad.flatten() for p in model.parameters()]).norm())
+
+
+def batches_of(size, number=40, skipped=()):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(number * size, 6, generator=generator)
+    labels = torch.randint(3, (number * size,), generator=generator)
+
+    def batches(start):
+        parts = zip(images.split(size), labels.split(size), strict=True)
+        for x, y in itertools.islice(itertools.cycle(parts), start, None):
+            yield Batch(x, y, [], list(skipped))
+
+    return batches
+
+
+def make(model, *, batches=None, lr=0.1, max_iters=8, tract=None, **options):
+    def set_lr(optimizer, schedule, progress):
+        optimizer.param_groups[0]["lr"] = lr * schedule(progress)
+        return schedule(progress)
+
+    return Trainer(
+        accelerator=Accelerator(cpu=True),
+        model=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
+        schedule=ConstantParamScheduler(1.0),
+        set_lr=set_lr,
+        batches=batches or batches_of(4),
+        tract=tract or Stub(),
+        max_iters=max_iters,
+        seed=3,
+        **options,
+    )
+
+
+def assert_bits(one, two):
+    one, two = one.state_dict(), two.state_dict()
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name]), name
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_without_tract_it_is_the_plain_pytorch_loop(tmp_path, load_tiny, momentum):
+    config = load_tiny(tmp_path, f"solver.momentum={momentum}", "solver.weight_decay=1e-3")
+    data = build_data(config)
+    trainer = build_trainer(config, data, Accelerator(cpu=True))
+    trainer.train()
+
+    model = build_model(config, 3).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3)
+    batches = build_train_batches(config, data.train, rank=0, world_size=1, pin_memory=False)(0)
+    for iteration in range(6):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * 0.5 * (1 + math.cos(math.pi * iteration / 6))
+        batch = next(batches)
+        loss = nn.functional.cross_entropy(
+            model.head(model.backbone.pooled(batch.images)), batch.targets
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert_bits(trainer.model, model)
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_micro_batches_are_one_batch_in_parts(accumulate):
+    one = Net()
+    two = copy.deepcopy(one)
+    make(one, batches=batches_of(8)).train()
+    trainer = make(two, batches=batches_of(8 // accumulate, 40 * accumulate), accumulate=accumulate)
+    trainer.train()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_losses_read_are_means_over_the_steps(accumulate):
+    model = Net()
+    trainer = make(model, max_iters=3, accumulate=accumulate, lr=1e-30)
+    batches = itertools.islice(batches_of(4)(0), 3 * accumulate)
+    with torch.no_grad():
+        expected = [model.train()(batch.images, batch.targets) for batch in batches]
+    trainer.train()
+    assert trainer.seen_images == 12 * accumulate
+    read = trainer.read_meter()
+    for name in ("loss_cls", "loss_size"):
+        mean = sum(float(losses[name]) for losses in expected) / len(expected)
+        assert read[name] == pytest.approx(mean, rel=1e-6)
+    assert read["loss"] == pytest.approx(read["loss_cls"] + read["loss_size"])
+    assert trainer.meter.losses == {}
+
+
+def test_the_gradient_is_clipped_after_tract():
+    """TrAct sees the whole gradient, the optimizer a clipped one."""
+    model, seen = Net(), []
+    stub = Stub(model, scale=100.0)
+    trainer = make(model, tract=stub, grad_clip=0.5, max_iters=4)
+    trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(gradient_norm(model)))
+    trainer.train()
+    assert min(stub.norms) > 1
+    assert seen == pytest.approx([0.5] * 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_tract_is_called_once_a_step_on_the_finished_gradient(accumulate):
+    model, stub = Net(), Stub()
+    stub.model = model
+    make(model, tract=stub, accumulate=accumulate, max_iters=5).train()
+    assert len(stub.norms) == 5
+    assert min(stub.norms) > 0
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad_clip", [None, 1.0])
+def test_narrow_precision_trains(precision, grad_clip):
+    model = Net()
+    trainer = make(model, precision=precision, grad_clip=grad_clip, max_iters=30)
+    batch = next(batches_of(4)(0))
+    with torch.no_grad():
+        first = sum(model.train()(batch.images, batch.targets).values())
+    trainer.train()
+    assert trainer.scaler.is_enabled() == (precision == torch.float16)
+    assert all(p.dtype == torch.float32 and p.isfinite().all() for p in model.parameters())
+    assert trainer.read_meter()["loss"] < float(first)
+
+
+def test_float16_unscales_before_it_clips():
+    model, seen = Net(), []
+    trainer = make(model, precision=torch.float16, grad_clip=1e-3, max_iters=8)
+    trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(gradient_norm(model)))
+    trainer.train()
+    assert len(seen) > 4  # the scaler passes over a step or two until its scale fits
+    assert seen == pytest.approx([1e-3] * len(seen), rel=1e-3)
+
+
+def test_random_numbers_are_a_function_of_the_iteration():
+    """What draws random numbers between two steps changes no training."""
+
+    class Disturb(Hook):
+        def after_step(self, trainer):
+            torch.rand(trainer.iteration)
+
+    one = Net(dropout=0.5)
+    two = copy.deepcopy(one)
+    make(one).train()
+    make(two, hooks=[Disturb()]).train()
+    assert_bits(one, two)
+
+
+def test_seeds_of_neighbours_differ():
+    draws = set()
+    for seed, iteration, process in itertools.product(range(3), repeat=3):
+        seed_all(seed, iteration, process)
+        draws.add(torch.rand(1).item())
+    assert len(draws) == 27
+
+
+def test_a_request_ends_the_training_after_a_step_and_before_its_hooks():
+    """So that the hook which writes a checkpoint sees it, whenever a signal came."""
+    calls = []
+
+    class Ask(Hook):
+        def after_step(self, trainer):
+            calls.append((trainer.iteration, trainer.stop_signal))
+            if trainer.iteration == 3:
+                trainer.stop.number = 15  # as a handler does, in the middle of the hooks
+
+        def after_train(self, trainer):
+            calls.append("end")
+
+    trainer = make(Net(), hooks=[Ask()])
+    trainer.train()
+    assert calls == [(1, None), (2, None), (3, None), (4, 15), "end"]
+    assert trainer.iteration == 4
+
+
+def test_skipped_items_are_listed_once():
+    trainer = make(Net(), batches=batches_of(4, skipped=["row 3: cut", "row 9: cut"]), max_iters=3)
+    trainer.train()
+    assert trainer.skipped == ["row 3: cut", "row 9: cut"]
+
+
+def test_state_goes_on_to_the_same_bits():
+    whole = Net(dropout=0.3)
+    half = copy.deepcopy(whole)
+    make(whole, precision=torch.float16).train()
+    first = make(half, precision=torch.float16)
+    first.max_iters = 5
+    first.train()
+    parts, state = copy.deepcopy((first.state_parts(), first.state()))
+    second = make(Net(dropout=0.3), precision=torch.float16)
+    second.load_state(parts, state, 5)
+    second.train()
+    assert_bits(whole, second.model)
+    assert second.seen_images == 32
+
+
+def test_evaluation_leaves_every_mode_as_it_was():
+    model = nn.ModuleDict({"a": nn.Sequential(nn.BatchNorm1d(2)), "b": nn.Dropout()}).train()
+    model["a"][0].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError, match="inside"), evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+        raise RuntimeError("inside")
+    assert [module.training for module in model.modules()] == before
+    assert torch.is_grad_enabled()
+
+
+def test_evaluation_feeds_everything_once_and_tells_what_was_skipped():
+    class Collect:
+        def __init__(self):
+            self.seen = []
+
+        def update(self, predictions, targets):
+            self.seen.append((predictions, targets))
+
+    model = Net().train()
+    batches = [
+        Batch(torch.randn(n, 6), torch.zeros(n, dtype=torch.int64), [], [f"row {n}"])
+        for n in (4, 1)
+    ]
+    collect = Collect()
+    skipped = evaluate(model, batches, collect, device=CPU, precision=torch.bfloat16)
+    assert skipped == ["row 4", "row 1"]
+    assert [len(predictions) for predictions, _ in collect.seen] == [4, 1]
+    assert collect.seen[0][0].dtype == torch.bfloat16
+    assert model.training

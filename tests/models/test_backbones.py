@@ -1,0 +1,237 @@
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from tract_transfer.models import BACKBONES, Backbone, build_backbone
+from tract_transfer.models.backbones import CIFAR_MEAN, CIFAR_STD
+
+SMALL = {
+    "cifar/resnet18": {"width": 16},
+    "cifar/vit": {"depth": 1, "width": 48},
+    "timm/test_resnet": {},
+    "timm/test_vit": {},
+    "timm/test_convnext": {},
+    "timm/test_efficientnet": {},
+    "timm/mobilenetv3_small_050": {},
+    "timm/lcnet_035": {},
+    "timm/regnetx_002": {},
+    "torchvision/mobilenet_v3_small": {},
+    "torchvision/squeezenet1_1": {},
+    "torchvision/shufflenet_v2_x0_5": {},
+    "torchvision/mnasnet0_5": {},
+    "torchvision/swin_t": {},
+}
+
+
+@pytest.fixture(scope="module", params=SMALL)
+def backbone(request) -> Backbone:
+    torch.manual_seed(0)
+    return build_backbone(request.param, args=SMALL[request.param]).eval()
+
+
+def some_images(backbone: Backbone) -> torch.Tensor:
+    size = [backbone.image_size_px] * 2 if backbone.image_size_px else [64, 96]
+    return torch.randint(256, (2, 3, *size), dtype=torch.uint8)
+
+
+@torch.no_grad()
+def test_pooled_features_have_the_dimension_told(backbone):
+    assert backbone.pooled(some_images(backbone)).shape == (2, backbone.feature_dim)
+
+
+@torch.no_grad()
+def test_maps_have_the_channels_and_strides_told(backbone):
+    images = some_images(backbone)
+    names = list(backbone.map_info)
+    maps = backbone.maps(images, names)
+    assert list(maps) == names
+    without_padding = backbone.origin["name"] == "torchvision/squeezenet1_1"
+    for name, (channels, stride) in backbone.map_info.items():
+        sizes = [size / stride for size in images.shape[-2:]]
+        assert maps[name].shape[:2] == (2, channels)
+        for size, expected in zip(maps[name].shape[-2:], sizes, strict=True):
+            assert size == expected if not without_padding else expected - 2 < size <= expected
+    strides = [info.stride for info in backbone.pyramid().values()]
+    assert strides == sorted(set(strides))
+    last = names[-2:][::-1]
+    chosen = backbone.maps(images, last)
+    assert list(chosen) == last
+    assert all(torch.equal(chosen[name], maps[name]) for name in last)
+
+
+@torch.no_grad()
+def test_bytes_and_fractions_are_the_same_image(backbone):
+    images = some_images(backbone)
+    torch.testing.assert_close(backbone.pooled(images), backbone.pooled(images.float() / 255))
+    assert images.dtype == torch.uint8
+
+
+@torch.no_grad()
+def test_one_state_dict_serves_both_uses(backbone):
+    again = build_backbone(**backbone.origin).eval()
+    names = list(again.map_info)
+    again.load_state_dict(backbone.state_dict())
+    images = some_images(backbone)
+    assert torch.equal(again.pooled(images), backbone.pooled(images))
+    ours, theirs = backbone.maps(images, names), again.maps(images, names)
+    assert all(torch.equal(ours[name], theirs[name]) for name in names)
+
+
+def test_the_first_layer_reads_the_image(backbone):
+    (name,) = backbone.first_layers
+    seen = []
+    handle = backbone.get_submodule(name).register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
+    images = some_images(backbone)
+    backbone.pooled(images)
+    handle.remove()
+    assert torch.equal(seen[0], backbone.normalize(images))
+
+
+def test_training_reaches_every_weight_of_the_first_layer(backbone):
+    backbone.zero_grad()
+    backbone.pooled(some_images(backbone)).square().sum().backward()
+    gradient = backbone.get_submodule(backbone.first_layers[0]).weight.grad
+    assert gradient is not None
+    assert gradient.isfinite().all()
+    backbone.zero_grad()
+
+
+# ------------------------------------------------------------------------------------ colours
+
+
+def test_colours_travel_with_the_weights():
+    first, second = (build_backbone("cifar/vit", args={"depth": 1}) for _ in range(2))
+    torch.testing.assert_close(first.mean.flatten(), torch.tensor(CIFAR_MEAN))
+    torch.testing.assert_close(first.std.flatten(), torch.tensor(CIFAR_STD))
+    first.set_normalization(mean=[0.1, 0.2, 0.3])
+    torch.testing.assert_close(first.std.flatten(), torch.tensor(CIFAR_STD))
+    first.set_normalization(std=[1, 0.5, 2])
+    second.load_state_dict(first.state_dict())
+    image = torch.rand(3, 4, 4)
+    expected = torch.stack([(image[0] - 0.1) / 1, (image[1] - 0.2) / 0.5, (image[2] - 0.3) / 2])
+    torch.testing.assert_close(second.normalize(image), expected)
+
+
+def test_timm_s_colours_are_the_model_s_own():
+    backbone = build_backbone("timm/test_vit")
+    config = timm.get_pretrained_cfg("test_vit")
+    assert tuple(backbone.mean.flatten().tolist()) == pytest.approx(config.mean)
+    assert tuple(backbone.std.flatten().tolist()) == pytest.approx(config.std)
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_a_published_inception_is_its_card(name, monkeypatch):
+    """Its weights want [-1, 1]; a backbone rebuilt without them must see the same."""
+    kwargs = {"init_weights": False, "aux_logits": True}
+    published = torchvision.models.get_model(name, **kwargs).eval()
+    monkeypatch.setattr(
+        "torchvision.models._api.WeightsEnum.get_state_dict",
+        lambda *_, **__: published.state_dict(),
+    )
+    backbone = build_backbone(f"torchvision/{name}", pretrained=True).eval()
+    again = build_backbone(**backbone.origin).eval()
+    again.load_state_dict(backbone.state_dict())
+    images = torch.rand(2, 3, 128, 128)
+    published.fc, published.transform_input = nn.Identity(), True
+    with torch.no_grad():
+        features = backbone.pooled(images)
+        assert torch.equal(features, again.pooled(images))
+        expected = published(build_backbone("torchvision/resnet18").normalize(images))
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+    assert backbone.train().pooled(images).shape == (2, backbone.feature_dim)
+
+
+# ------------------------------------------------------------------------------------- details
+
+
+def test_measuring_the_maps_leaves_modes_and_statistics_alone():
+    backbone = build_backbone("cifar/resnet18", args={"width": 8}).train()
+    backbone.model.bn1.eval()
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    modes = [module.training for module in backbone.modules()]
+    state = torch.get_rng_state()
+    assert backbone.map_info is backbone.map_info
+    assert [module.training for module in backbone.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+    after = backbone.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_stride_need_not_be_a_power_of_two():
+    args = {"img_size": 56, "depth": 1, "patch_size": 14, "embed_dim": 48}
+    backbone = build_backbone("timm/vit_tiny_patch16_224", args=args)
+    assert [info.stride for info in backbone.map_info.values()] == [14]
+
+
+def test_a_vit_of_any_size_says_so():
+    fixed = build_backbone("timm/vit_tiny_patch16_224", args={"depth": 1})
+    free = build_backbone("timm/vit_tiny_patch16_224", args={"depth": 1, "dynamic_img_size": True})
+    assert (fixed.image_size_px, free.image_size_px) == (224, None)
+    assert free.pooled(torch.rand(1, 3, 32, 64)).shape == (1, 192)
+
+
+def test_maps_of_one_module_have_names_of_their_own():
+    with torch.device("meta"):
+        backbone = build_backbone("timm/coat_tiny")
+        info = backbone.map_info
+    assert len(info) == 4
+    assert [each.stride for each in info.values()] == [4, 8, 16, 32]
+
+
+def test_a_seed_makes_a_backbone():
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        states.append(build_backbone("cifar/vit", args={"depth": 1, "width": 24}).state_dict())
+    first, same, other = (state["model.patch_embed.proj.weight"] for state in states)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+# ------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    "name, near",
+    [
+        ("cifar/resnet19", "Did you mean 'cifar/resnet18'"),
+        ("resnet18", "Did you mean 'cifar/resnet18'"),
+        ("timm/resnt18", "Did you mean 'resnet18'"),
+        ("timm/vit_tiny_patch16_225", "Did you mean 'vit_tiny_patch16_224'"),
+        ("torchvision/resnet19", "Did you mean 'resnet18'"),
+        ("timm", "timm has no model ''"),
+        ("torchvision/fasterrcnn_resnet50_fpn", "no classification model"),
+    ],
+)
+def test_an_unknown_name_names_the_nearest(name, near):
+    with pytest.raises(KeyError) as error:
+        build_backbone(name)
+    assert near in error.value.args[0]
+
+
+@pytest.mark.parametrize(
+    "name, args, says",
+    [
+        ("cifar/vit", {"depht": 3}, "depht"),
+        ("cifar/vit", {"width": 100}, "divisible by num_heads"),
+        ("timm/test_resnet", {"bogus": 1}, "bogus"),
+        ("timm/test_resnet", {"num_classes": 3}, "num_classes"),
+        ("timm/test_resnet.nobody", {}, "nobody"),
+        ("torchvision/resnet18", {"weights": None}, "weights"),
+    ],
+)
+def test_refused_arguments_are_named(name, args, says):
+    with pytest.raises(ValueError, match=rf"{name} cannot be built with model\.backbone\.args"):
+        build_backbone(name, args=args)
+    with pytest.raises(ValueError, match=says):
+        build_backbone(name, args=args)
+
+
+def test_our_own_have_no_published_weights():
+    with pytest.raises(ValueError, match=r"no published weights; set model\.weights"):
+        build_backbone("cifar/vit", pretrained=True)
+    assert {"timm", "torchvision", "cifar/resnet18", "cifar/vit"} <= {name for name, _ in BACKBONES}

@@ -1,0 +1,231 @@
+"""An exported model gives its run's logits in the library it is loaded with."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from tract_transfer.build.batches import build_transforms
+from tract_transfer.models import Classifier, build_backbone
+from tract_transfer.models.export import export_onnx, load_exported, to_library
+from tract_transfer.run.export import export_run
+from tract_transfer.run.run import run
+from tract_transfer.run.trained import load_trained
+
+PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+BACKBONES = {
+    "timm": "{name: timm/resnet18}",
+    "cifar stem": "{name: timm/resnet18, stem: cifar}",
+    "own": "{name: cifar/resnet18, args: {width: 8}}",
+    "vit": "{name: cifar/vit, args: {depth: 1, width: 24, num_heads: 2, patch_size_px: 8}}",
+    "torchvision": "{name: torchvision/shufflenet_v2_x0_5}",
+    "mlp": "{name: cifar/resnet18, args: {width: 8}}",
+}
+FORMS = {
+    "timm": "timm",
+    "cifar stem": "timm",
+    "own": "timm",
+    "vit": "timm",
+    "torchvision": "torchvision",
+    "mlp": "tract_transfer",
+}
+
+
+def python_blocks(file):
+    return re.findall(r"```python\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def finished(load_tiny, tmp_path_factory):
+    """Return the run folder of a backbone, trained once."""
+    made = {}
+
+    def train(kind):
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("run")
+            words = [f"model.backbone={BACKBONES[kind]}", "solver.max_iters=2"]
+            words += ["data.transforms={size_px: 32, crop_ratio: 0.8, interpolation: bicubic}"]
+            words += ["tract.enabled=true"] if kind != "torchvision" else []
+            words += ["model.head={name: mlp, args: {hidden_dim: 8}}"] if kind == "mlp" else []
+            run(load_tiny(folder, *words))
+            made[kind] = folder / "run"
+        return made[kind]
+
+    return train
+
+
+@pytest.fixture
+def photo():
+    return np.random.default_rng(0).integers(0, 256, (40, 52, 3), dtype=np.uint8)
+
+
+def logits_of(folder, photo):
+    """The run's own logits for a photo."""
+    trained = load_trained(folder, ["engine.device=cpu"])
+    _, transform = build_transforms(trained.config)
+    with torch.no_grad():
+        return trained.model.eval()(transform(torch.from_numpy(photo).permute(2, 0, 1))[None])
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_the_cards_code_gives_the_runs_logits(kind, finished, photo, tmp_path, monkeypatch):
+    made = export_run(finished(kind), tmp_path / "out")
+    assert made.library == FORMS[kind]
+    assert (made.reason is None) == (kind != "mlp")
+    assert not list(tmp_path.glob(".export*"))
+    Image.fromarray(photo).save(tmp_path / "out/photo.jpg", format="PNG")  # without loss
+    (code,) = python_blocks(tmp_path / "out/README.md")
+    found = {}
+    monkeypatch.chdir(tmp_path / "out")
+    exec(code, found)
+    torch.testing.assert_close(
+        found["logits"], logits_of(finished(kind), photo), atol=1e-6, rtol=1e-6
+    )
+    assert found["names"] == load_trained(finished(kind)).class_names
+    assert (tmp_path / "out/config.json").exists() == (kind in ("timm", "vit"))
+    assert (tmp_path / "out/model.json").exists() == (kind not in ("timm", "vit"))
+
+
+@pytest.mark.parametrize("kind", ["timm", "vit"])
+def test_timm_builds_it_and_its_transform_from_the_folder(kind, finished, tmp_path):
+    export_run(finished(kind), tmp_path / "out")
+    state = load_file(tmp_path / "out/model.safetensors")
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    assert {k: v.tolist() for k, v in model.state_dict().items()} == {
+        k: v.tolist() for k, v in state.items()
+    }
+    told = timm.data.resolve_model_data_config(model)
+    trained = load_trained(finished(kind))
+    backbone = trained.model.backbone
+    assert list(told["input_size"]) == [3, 32, 32]
+    assert (told["crop_pct"], told["interpolation"]) == (0.8, "bicubic")
+    assert torch.allclose(torch.tensor(told["mean"]), backbone.mean.flatten())
+    assert torch.allclose(torch.tensor(told["std"]), backbone.std.flatten())
+    assert list(model.pretrained_cfg["label_names"]) == trained.class_names
+    images = torch.rand(2, 3, 32, 32)
+    mean, std = (torch.tensor(told[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        expected = trained.model.eval().cpu()(images)
+        torch.testing.assert_close(model((images - mean) / std), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mobilenetv3_small_050", "deit_tiny_patch16_224", "convnext_atto", "vit_tiny_patch16_224"],
+)
+def test_kinds_of_timm_models_keep_their_logits(name):
+    torch.manual_seed(0)
+    backbone = build_backbone(f"timm/{name}")
+    classifier = Classifier(backbone, nn.Linear(backbone.feature_dim, 4)).eval()
+    made = to_library(classifier, backbone.image_size_px or 64)
+    assert (made.library, made.name, made.edits) == ("timm", name, [])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm/deit_tiny_distilled_patch16_224", "does not classify by one matrix"),
+        ("torchvision/squeezenet1_1", "does not classify by one matrix"),
+    ],
+)
+def test_what_no_library_has_stays_ours_and_says_why(name, message):
+    backbone = build_backbone(name)
+    classifier = Classifier(backbone, nn.Linear(backbone.feature_dim, 4))
+    made = to_library(classifier, 224)
+    assert (made.library, made.model) == ("tract_transfer", classifier)
+    assert message in made.reason
+
+
+def test_what_cannot_be_exported_says_why(finished, load_tiny, call, tmp_path):
+    run(load_tiny(tmp_path, "solver.max_iters=1", task="detection"))
+    run(load_tiny(tmp_path, f"output_dir={tmp_path}/probe", task="probe"))
+    (tmp_path / "there").mkdir()
+    for words, message in {
+        ("--run", tmp_path / "run", "--output", tmp_path / "x"): "holds a detector, which is made",
+        ("--run", tmp_path / "probe", "--output", tmp_path / "x"): "a probe trains nothing",
+        ("--run", tmp_path, "--output", tmp_path / "x"): "it is no finished run",
+        ("--run", finished("own"), "--output", tmp_path / "there"): "exists. Name another --output",
+    }.items():
+        said = call("export_model.py", *words)
+        assert said.returncode == 2
+        assert message in said.stderr
+    assert not (tmp_path / "x").exists()
+    said = call("export_model.py", "--run", "a", "--output", "b", "--private")
+    assert said.returncode == 2
+    assert "--private goes with --push-to-hub" in said.stderr
+    with pytest.raises(ValueError, match=r"holds no exported classifier. Its README.md says how"):
+        load_exported(finished("own"))
+
+
+def test_weights_of_another_model_than_the_cards_are_refused(finished, tmp_path, refused):
+    folder = tmp_path / "out"
+    export_run(finished("mlp"), folder)
+    save_file({"head.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"is not what was written, by the sha256"):
+        load_exported(folder)
+    card = json.loads((folder / "model.json").read_text())
+    del card["sha256"]  # as of exports before there was one
+    (folder / "model.json").write_text(json.dumps(card))
+    with refused(
+        "an export whose weights are another model's",
+        ValueError,
+        match=r"(?s)is not what model.json beside it describes: .*head",
+    ):
+        load_exported(folder)
+
+
+@pytest.mark.parametrize("kind", ["timm", "vit", "torchvision"])
+def test_onnx_normalises_and_takes_any_batch(kind, finished, tmp_path, photo):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    export_run(finished(kind), tmp_path / "out", onnx=True)
+    found = {"folder": str(tmp_path / "out")}
+    exec(python_blocks(tmp_path / "out/README.md")[1], found)
+    assert found["logits"].shape == (1, 3)
+    session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx")
+    images = torch.rand(5, 3, 32, 32)
+    (logits,) = session.run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        expected = load_trained(finished(kind)).model.eval().cpu()(images)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4, rtol=0)
+    import onnx
+
+    (opset,) = (o.version for o in onnx.load(tmp_path / "out/model.onnx").opset_import[:1])
+    assert opset == 18
+
+
+def test_an_onnx_file_that_differs_is_not_kept(monkeypatch, tmp_path):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    backbone = build_backbone("cifar/resnet18", args={"width": 8})
+    classifier = Classifier(backbone, nn.Linear(backbone.feature_dim, 3))
+    monkeypatch.setattr("tract_transfer.models.export.MAX_ONNX_DIFFERENCE", -1.0)
+    with pytest.raises(ValueError, match=r"differ by .*Leave --onnx out"):
+        export_onnx(classifier, 32, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_its_packages_onnx_says_what_to_install(finished, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    words = ("--run", finished("own"), "--output", tmp_path / "out", "--onnx")
+    said = call("export_model.py", *words)
+    assert said.returncode == 2
+    assert "pip install onnx onnxruntime onnxscript" in said.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_pages_code_runs(finished, tmp_path, monkeypatch):
+    export_run(finished("timm"), tmp_path / "exported" / "flowers102")
+    export_run(finished("mlp"), tmp_path / "exported_own")
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for block in python_blocks(PAGE):
+        exec(block, found)
+    assert found["model"](torch.rand(1, 3, 32, 32)).shape == (1, 3)

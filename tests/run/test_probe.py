@@ -1,0 +1,271 @@
+"""A probe's run: every probe on the embedded digits, what it selects on, and what it reports."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from tract_transfer.build.data import build_data
+from tract_transfer.config.file import ConfigError
+from tract_transfer.data.classification import ClassificationDataset
+from tract_transfer.evaluation import probes as probes_cache
+from tract_transfer.models.backbone import Backbone
+from tract_transfer.run.run import run
+
+ALL = (
+    "evaluation.linear={lrs: [0.01, 0.1], max_epochs: 3}",
+    "evaluation.svm={cs: [0.1, 1.0]}",
+    "evaluation.few_shot={ks: [1, 4], samplings: 3, cs: [0.1, 1.0]}",
+)
+MANY = (
+    "evaluation={knn: null, logistic_regression: null, svm: {cs: [0.1, 1.0]},"
+    " metric: svm_map_11point, few_shot: {classifier: svm, ks: [1, 2], samplings: 2, cs: [1.0]}}",
+    "data.transforms={size_px: 32, resize: whole}",
+)
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory, call, write_tiny):
+    """Results of all probes on three digits, through the tool, and the run's folder."""
+    folder = tmp_path_factory.mktemp("probes")
+    path = write_tiny(folder, "probe")
+    said = call("train_net.py", "--config-file", path, *ALL)
+    assert said.returncode == 0, said.stderr
+    return json.loads((folder / "run/results.json").read_text()), folder / "run"
+
+
+@pytest.fixture
+def run_tiny(tmp_path, load_tiny):
+    """Run the tiny probe in a folder of its own."""
+
+    def start(*words, name="run"):
+        return run(load_tiny(tmp_path, *words, f"output_dir={tmp_path / name}", task="probe"))
+
+    return start
+
+
+def test_every_probe_reports_and_says_how(everything):
+    results, _ = everything
+    assert list(results["probes"]) == [
+        "knn1", "knn5", "logistic", "linear", "svm", "shot1", "shot4",
+    ]  # fmt: skip
+    for name, about in results["probes"].items():
+        assert about["metrics"]["top1"] == results["metrics"][f"{name}_top1"] > 0.4
+        assert about["protocol"]
+        assert about["selected_on"]
+    chosen = {name: about["chosen"] for name, about in results["probes"].items()}
+    assert chosen["knn5"] == {"k": 5}
+    assert chosen["logistic"]["c"] in (0.1, 1.0)
+    assert chosen["linear"]["lr"] in (0.01, 0.1)
+    assert len(chosen["svm"]["c"]) == 3
+    assert chosen["shot1"] == [{"c": 1.0}] * 3
+    assert results["primary_metric"] in results["metrics"]
+    assert results["rows"] == {"train": 431, "test": 106}
+    assert "C of 2 values in 0.1..1" in results["protocol"]["logistic"]
+
+
+def test_the_headlines_confusion_matrix_alone_is_kept(everything):
+    details = everything[0]["details"]
+    assert {name for name in details if "confusion_matrix" in details[name]} == {"logistic"}
+    assert all("per_class" in own for own in details.values())
+
+
+def test_selection_is_on_train_and_says_on_how_many(everything):
+    probes = everything[0]["probes"]
+    assert probes["logistic"]["selected_on"] == "10% of train, 43 images"
+    assert probes["linear"]["selected_on"] == "10% of train, 43 images"
+    assert probes["svm"]["selected_on"] == "3 folds of train, each class by itself"
+    assert probes["shot4"]["selected_on"] == "folds of the drawn images"
+    assert probes["shot1"]["selected_on"].startswith("nothing")
+
+
+def test_few_shot_is_the_mean_and_deviation_of_its_samplings(everything):
+    for k in (1, 4):
+        about = everything[0]["probes"][f"shot{k}"]
+        values = [sampling["top1"] for sampling in about["samplings"]]
+        assert len(values) == 3
+        assert about["metrics"]["top1"] == pytest.approx(np.mean(values))
+        assert about["metrics"]["top1_std"] == pytest.approx(np.std(values, ddof=1))
+
+
+def test_one_sampling_has_no_deviation(run_tiny):
+    results = run_tiny("evaluation.few_shot={ks: [1], samplings: 1, classifier: knn}")
+    assert "top1_std" not in results["probes"]["shot1"]["metrics"]
+
+
+def test_selection_never_touches_the_reported_split(run_tiny, monkeypatch):
+    """With other labels on the test images, all that is chosen stays and the metrics change."""
+    one = run_tiny(*ALL, name="one")
+    true = build_data
+
+    def mislabelled(config):
+        data = true(config)
+        data.test.labels = (data.test.labels + 1) % 3
+        return data
+
+    monkeypatch.setattr("tract_transfer.run.run.build_data", mislabelled)
+    two = run_tiny(*ALL, name="two")
+    for name, about in one["probes"].items():
+        other = two["probes"][name]
+        assert (about["chosen"], about.get("val_top1")) == (other["chosen"], other.get("val_top1"))
+        assert about["metrics"] != other["metrics"]
+
+
+def test_data_val_is_selected_on_where_it_is_given(run_tiny, monkeypatch):
+    true = build_data
+
+    def with_own_val(config):
+        data = true(config)
+        half = np.arange(len(data.test)) % 2 == 0
+        data.val = data.test.select(np.flatnonzero(half), "first half")
+        data.test = data.test.select(np.flatnonzero(~half), "second half")
+        return data
+
+    monkeypatch.setattr("tract_transfer.run.run.build_data", with_own_val)
+    monkeypatch.setattr("tract_transfer.build.data.check_disjoint", lambda splits: None)
+    results = run_tiny("data.val={source: digits, split: test, classes: [0, 1, 2]}")
+    assert results["probes"]["logistic"]["selected_on"] == "data.val, 53 images"
+    assert results["rows"] == {"train": 431, "test": 53, "val": 53}
+    assert set(results["leaks"]) == {"train", "val"}
+
+
+def test_features_are_kept_and_read_again(tmp_path, run_tiny, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="tract_transfer")
+    cache = f"data.feature_cache={tmp_path / 'features'}"
+    one = run_tiny(cache, name="one")
+    assert len(list((tmp_path / "features").iterdir())) == 2
+    forward = Backbone.pooled
+
+    def refuse(self, images):
+        raise AssertionError("extracted again")
+
+    monkeypatch.setattr(Backbone, "pooled", refuse)
+    two = run_tiny(cache, name="two")
+    assert two["metrics"] == one["metrics"]
+    assert caplog.text.count("Features read from") == 2
+    assert one["train_seconds"] > 0
+    assert two["train_seconds"] is None, "the time of reading is not that of a probe"
+    assert two["cost"]["peak_memory_bytes"] is None
+    for changed in ("seed=3", "data.transforms.size_px=20", "data.transforms.resize=whole"):
+        with pytest.raises(AssertionError, match="extracted again"):
+            run_tiny(cache, changed, name=changed)
+    monkeypatch.setattr(Backbone, "pooled", forward)
+
+
+def test_by_default_features_are_kept_in_the_run_folder(everything):
+    _, folder = everything
+    assert len(list((folder / "features").glob("*.safetensors"))) == 2
+
+
+def test_a_changed_image_misses(tmp_path, run_tiny, monkeypatch):
+    cache = f"data.feature_cache={tmp_path / 'features'}"
+    run_tiny(cache, name="one")
+    extracted = []
+    original = probes_cache.save_file
+
+    def count(*arguments, **keywords):
+        extracted.append(1)
+        original(*arguments, **keywords)
+
+    monkeypatch.setattr(probes_cache, "save_file", count)
+    true = ClassificationDataset.encoded
+
+    def changed(self, index):
+        stored = true(self, index)
+        is_it = index == 7 and "train" in self.item(index)
+        return stored[:-1] + bytes([stored[-1] ^ 1]) if is_it else stored
+
+    monkeypatch.setattr(ClassificationDataset, "encoded", changed)
+    run_tiny(cache, name="two")
+    assert len(extracted) == 1  # of train, not of test
+
+
+def test_training_images_in_test_are_counted_and_stay(run_tiny, monkeypatch, caplog):
+    true = build_data
+
+    def leaking(config):
+        data = true(config)
+        mixed = np.concatenate([np.arange(20), np.arange(20)])
+        data.test = data.train.select(mixed, "some of train")
+        return data
+
+    monkeypatch.setattr("tract_transfer.run.run.build_data", leaking)
+    results = run_tiny()
+    assert results["leaks"]["train"]["images_in_test"] == 20
+    assert results["leaks"]["train"]["first"][0] == ["digits split train row 0"] * 2
+    assert len(results["leaks"]["train"]["first"]) == 10
+    assert results["rows"] == {"train": 431, "test": 40}
+    assert "20 of the 431 images of train are in test too, the first: digits" in caplog.text
+
+
+def test_no_leak_is_reported_as_none(everything):
+    assert everything[0]["leaks"] == {"train": {"images_in_test": 0, "first": []}}
+
+
+def test_classes_that_train_lacks_are_reported(run_tiny, monkeypatch):
+    true = build_data
+
+    def without_twos(config):
+        data = true(config)
+        data.train = data.train.select(np.flatnonzero(data.train.labels != 2), "train")
+        return data
+
+    monkeypatch.setattr("tract_transfer.run.run.build_data", without_twos)
+    results = run_tiny(*ALL)
+    assert results["test_classes_without_training_images"] == ["two"]
+    assert results["details"]["logistic"]["per_class"]["two"] == 0
+
+
+def test_several_labels_an_image(run_tiny, scenes):
+    def source(split):
+        made = "num_train: 40, num_test: 12, size_px: 64"
+        return f"{{source: digit_scenes, split: {split}, root: {scenes}_many, {made}}}"
+
+    results = run_tiny(*MANY, f"data.train={source('train')}", f"data.test={source('test')}")
+    assert set(results["metrics"]) == {
+        f"{probe}_map_{method}{end}"
+        for probe, ends in (("svm", [""]), ("shot1", ["", "_std"]), ("shot2", ["", "_std"]))
+        for method in ("11point", "area")
+        for end in ends
+    }
+    assert results["rows"] == {"train": 40, "test": 12}
+    assert "difficult" in results["details"]["svm"]["protocol"]
+    assert all(0 <= value <= 1 for value in results["metrics"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "says"),
+    [
+        (("data.train.classes=[0]", "data.test.classes=[0]"), ConfigError,
+         r"data\.train: telling classes apart needs two, and its 143 images show \['zero'\]"),
+        (("evaluation.metric=logistic_top5",), ConfigError,
+         r"evaluation\.metric: logistic_top5 needs more than 5 classes, and there are 3"),
+        (("evaluation.knn={ks: [432]}", "evaluation.metric=logistic_top1"), ValueError,
+         r"evaluation\.knn\.ks must be in 1\.\.431"),
+        (("evaluation.few_shot={ks: [1, 145]}",), ValueError,
+         r"few_shot\.ks: class 'two' has 142 training images, fewer than k = 145"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_features_are_extracted(
+    run_tiny, monkeypatch, words, error, says
+):
+    monkeypatch.setattr("tract_transfer.run.probe._extract", lambda *arguments: 1 / 0)
+    with pytest.raises(error, match=says):
+        run_tiny(*words)
+
+
+def test_features_that_are_not_finite_name_their_images(run_tiny, monkeypatch):
+    true = Backbone.pooled
+
+    def broken(self, images):
+        features = true(self, images)
+        features[2] = torch.nan
+        return features
+
+    monkeypatch.setattr(Backbone, "pooled", broken)
+    with pytest.raises(
+        ValueError, match=r"hold nan or inf \(images 2, 66, 130, 194, 258, \.\.\.\)"
+    ):
+        run_tiny()

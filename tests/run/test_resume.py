@@ -1,0 +1,184 @@
+"""Exact resume, signals and process groups: however a run is cut, its numbers are the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from run_folders import (
+    CARVED,
+    assert_resumes_exactly,
+    assert_same_run,
+    last_parts,
+    lines_of,
+    results_of,
+    whole_and_killed,
+)
+
+from tract_transfer.config.schema import load_config
+from tract_transfer.run.run import evaluate_run, run
+
+ROOT = Path(__file__).parents[2]
+# Everything that has a state or draws random numbers.
+STATEFUL = (
+    "model.backbone={name: timm/resnet18, stem: cifar, "
+    "args: {channels: [8, 16, 32, 64], drop_path_rate: 0.2}}",
+    "model.head={name: mlp, args: {hidden_dim: 16, dropout: 0.5}}",
+    "solver.ema_decay=0.5",
+    "solver.max_iters=8",
+    "solver.weight_decay=1e-3",
+    "engine.accumulate=2",
+    "engine.log.every_iters=3",
+    "engine.checkpoint.every_iters=2",
+    "evaluation.every_iters=4",
+    "tract={enabled: true, update_every: 2}",
+)
+# Its step walks through memory, where weights lie otherwise than what a checkpoint brings back.
+BY_CHANNELS = "{optimizer: adamw, momentum: null, optimizer_args: {fused: true}}"
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "num_workers"),
+    [
+        ("{optimizer: sgd, momentum: 0.9}", 0),
+        ("{optimizer: adamw, momentum: null}", 2),
+        ("{optimizer: adam, momentum: null, first_layer: {optimizer: sgd, lr: 0.1}}", 0),
+        (BY_CHANNELS, 0),
+    ],
+    ids=["sgd", "adamw, workers", "first layer by sgd", "fused, channels last"],
+)
+@pytest.mark.parametrize("killed_at", [1, 5, 7])
+def test_a_killed_run_resumes_to_the_same_bits(
+    tmp_path, load_tiny, kill_at, optimizer, num_workers, killed_at
+):
+    def config(name, workers):
+        return load_tiny(
+            tmp_path, f"solver={optimizer}", *STATEFUL, *CARVED,
+            f"output_dir={tmp_path / name}", f"data.num_workers={workers}",
+            f"engine.channels_last={'true' if optimizer == BY_CHANNELS else 'false'}",
+        )  # fmt: skip
+
+    killed, resumed = config("killed", num_workers), config("killed", 0)
+    assert_resumes_exactly(kill_at, killed_at, config("whole", 0), killed, resumed)
+
+
+def test_a_run_whose_checkpoints_are_all_broken_says_that_it_starts_anew(
+    tmp_path, load_tiny, caplog
+):
+    config = load_tiny(tmp_path, "engine.checkpoint.every_iters=2")
+    whole = run(config)
+    folder = Path(config.output_dir)
+    for weights in folder.glob("checkpoints/iter_*/model.safetensors"):
+        weights.write_bytes(b"no tensors")
+    assert run(config, resume=True)["metrics"] == whole["metrics"]
+    assert "No checkpoint but broken-iter_" in caplog.text
+    assert "the training starts anew" in caplog.text
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_killed_detector_resumes_to_the_same_bits(tmp_path, load_tiny, kill_at, num_workers):
+    def config(name):
+        return load_tiny(
+            tmp_path, f"output_dir={tmp_path / name}", f"data.num_workers={num_workers}",
+            "engine.checkpoint.every_iters=2", "evaluation.every_iters=2", task="detection",
+        )  # fmt: skip
+
+    assert_resumes_exactly(kill_at, 3, config("whole"), config("killed"))
+
+
+def test_a_checkpoint_that_broke_costs_time_alone(tmp_path, load_tiny, kill_at, caplog):
+    words = (*STATEFUL, "engine.checkpoint={every_iters: 2, keep: 2}")
+    config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
+    (tmp_path / "run/checkpoints/iter_0000004/model.safetensors").write_bytes(b"")
+    run(config, resume=True)
+    assert "iter_0000004 is broken" in caplog.text
+    assert "iter_0000004" in (tmp_path / "run/log.txt").read_text()
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_all_processes_ends_a_run_that_then_goes_on(tmp_path, write_tiny, number):
+    words = ["solver.max_iters=60", "engine.log.every_iters=1", "data.num_workers=1"]
+    path = write_tiny(tmp_path)
+    command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", str(path), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    while not (tmp_path / "run/metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, number)  # schedulers and Ctrl-C reach the workers too
+    _, errors = process.communicate()
+    assert process.returncode == 128 + number
+    go_on = f"checkpoint written. Go on with --resume (output_dir {tmp_path}/run)"
+    assert f"{number.name}: {go_on}" in errors
+    assert "Traceback" not in errors
+    _, _, iteration = last_parts(tmp_path / "run")
+    assert 0 < iteration < 60
+    assert not (tmp_path / "run/results.json").exists()
+    run(load_config(path, words), resume=True)
+    run(load_config(path, [*words, f"output_dir={tmp_path / 'whole'}"]))
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_signal_handlers_are_given_back(tmp_path, load_tiny):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    run(load_tiny(tmp_path, "solver.max_iters=1"))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+GROUP = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
+VIT = (
+    "model.backbone={name: cifar/vit, args: {depth: 1, width: 48, num_heads: 3}}",
+    "data.transforms={size_px: 32}",
+    "solver.max_iters=4",
+    "engine.accumulate=2",
+    "tract={enabled: true, update_every: 2}",
+)
+BATCH_NORM = ("solver.lr=0.3", "evaluation.every_iters=2")
+BOTH = f"""\
+import sys
+
+from tract_transfer.cli import train
+
+for name, words in (("vit", {VIT}), ("batch_norm", {BATCH_NORM})):
+    options = ["--config-file", sys.argv[-1]]
+    sys.argv = ["train_net.py", f"output_dir={{name}}", *words, *options]
+    assert train.main() == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory, write_tiny, tool):
+    """A config and the folder with what two processes made of it: vit/, batch_norm/."""
+    folder = tmp_path_factory.mktemp("group")
+    (folder / "both.py").write_text(BOTH)
+    path = write_tiny(folder)
+    ran = tool(folder / "both.py", path, launcher=GROUP, cwd=folder)
+    assert ran.returncode == 0, ran.stderr
+    assert sorted(ran.stdout.split()) == ["batch_norm/results.json", "vit/results.json"]
+    return path, folder
+
+
+def test_two_processes_are_one_larger_one(group, tmp_path):
+    path, folder = group
+    run(load_config(path, [*VIT, f"output_dir={tmp_path}"]))
+    (parts, _, _), (alone, _, _) = last_parts(folder / "vit"), last_parts(tmp_path)
+    for name, tensor in alone["model"].items():
+        torch.testing.assert_close(parts["model"][name], tensor, atol=1e-5, rtol=1e-5)
+    for two, one in zip(lines_of(folder / "vit"), lines_of(tmp_path), strict=True):
+        assert two.pop("split") == one.pop("split")
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-6)
+    counts = [results_of(run)["details"]["num_images"] for run in (folder / "vit", tmp_path)]
+    assert counts == [106, 106]
+
+
+def test_two_processes_evaluate_what_they_save(group):
+    """Batch-norm statistics differ between processes; the main one's count, in all of them."""
+    path, folder = group
+    metrics = evaluate_run(load_config(path, [*BATCH_NORM, f"output_dir={folder / 'batch_norm'}"]))
+    assert metrics == pytest.approx(results_of(folder / "batch_norm")["metrics"], rel=1e-6)

@@ -1,0 +1,159 @@
+"""What tests read from run folders, and when two of them count as the same run."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tract_transfer.engine.checkpoint import Checkpointer
+from tract_transfer.run.run import run
+
+TIMING = ("images_per_second", "data_fraction")
+CARVED = ("data.val={source: train, fraction: 0.2}", "evaluation.report=best")
+
+
+class Killed(Exception):  # noqa: N818 - it is no error of the run
+    pass
+
+
+def entries(folder):
+    """The names of all that lies in a folder, hidden files too."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def lines_of(folder):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
+
+
+def results_of(folder):
+    results = json.loads((folder / "results.json").read_text())
+    costs = ("train_seconds", "images_per_second", "cost")
+    return {k: v for k, v in results.items() if k not in costs}
+
+
+def scalars_of(folder):
+    """Tag -> (step, value)s in TensorBoard's files, in their order and without any purging."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    found = {}
+    for path in sorted((folder / "tensorboard").glob("*")):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                (number,) = value.tensor.float_val
+                found.setdefault(value.tag, []).append((event.step, number))
+    return found
+
+
+def assert_same_scalars(one, two):
+    """The same numbers in TensorBoard's files, each once, but for those of the clock."""
+    found, others = scalars_of(one), scalars_of(two)
+    assert found.keys() == others.keys()
+    for tag, rows in found.items():
+        if not tag.endswith(TIMING):
+            assert rows == others[tag], tag
+        assert [step for step, _ in rows] == [step for step, _ in others[tag]]
+
+
+def last_parts(folder):
+    checkpointer = Checkpointer(folder / "checkpoints")
+    return checkpointer.load(checkpointer.newest())
+
+
+def checkpoint_names(checkpointer):
+    return sorted(path.name for path in checkpointer.folder.glob("iter_*"))
+
+
+def write_checkpoints(checkpointer, *iterations):
+    for iteration in iterations:
+        checkpointer.save(iteration, {"model": {"w": torch.tensor(iteration)}}, {"at": iteration})
+
+
+def truncate(checkpoint):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def assert_bits(one, two):
+    """Equal in structure, type, order and bits."""
+    assert type(one) is type(two)
+    if torch.is_tensor(one):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert list(one) == list(two)
+        for key in one:
+            assert_bits(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for left, right in zip(one, two, strict=True):
+            assert_bits(left, right)
+    else:
+        assert one == two
+
+
+def assert_same_run(one, two):
+    """Same weights, optimizer, losses, log and results, to the bit."""
+    (parts, state, at), (other_parts, other_state, other_at) = last_parts(one), last_parts(two)
+    assert at == other_at
+    assert_bits(parts, other_parts)
+    assert {**state, "seconds": 0} == {**other_state, "seconds": 0}
+    assert (one / "model.safetensors").read_bytes() == (two / "model.safetensors").read_bytes()
+    assert lines_of(one) == lines_of(two)
+    assert results_of(one) == results_of(two)
+
+
+def run_until_killed(kill_at, iteration, config):
+    """Begin a run that dies at the beginning of a step; the next is not killed."""
+    kill_at(iteration)
+    with pytest.raises(Killed):
+        run(config)
+    kill_at(None)
+
+
+def whole_and_killed(folder, load_tiny, kill_at, *words):
+    """Run a tiny config into `whole`, and into `run` until iteration 5; return the latter's."""
+    run(load_tiny(folder, *words, f"output_dir={folder / 'whole'}"))
+    config = load_tiny(folder, *words)
+    run_until_killed(kill_at, 5, config)
+    return config
+
+
+def assert_resumes_exactly(kill_at, killed_at, whole, killed, resumed=None):
+    """A run killed at an iteration and resumed is the `whole` one; returns that one's results.
+
+    The configs differ in output_dir, and in what may change on resume.
+    """
+    results = run(whole)
+    run_until_killed(kill_at, killed_at, killed)
+    assert not (Path(killed.output_dir) / "results.json").exists()
+    run(resumed or killed, resume=True)
+    assert_same_run(Path(whole.output_dir), Path(killed.output_dir))
+    return results
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from tract_transfer.engine.run_folder import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held(folder):
+    """Let another process hold a folder; yield its id."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout.readline() == "held\n"
+        yield holder.pid
+        holder.stdin.close()

@@ -1,0 +1,289 @@
+"""The Gram matrix against an oracle that knows nothing of unfolding: the layer itself.
+
+A filter that is one at one place and zero elsewhere copies that place of the window to the output.
+So a layer with all such filters, run on the input, puts out its own rows.
+"""
+
+import copy
+import itertools
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from timm.layers import Conv2dSame
+from torch import nn
+
+import tract_transfer.tract.gram as gram_module
+import tract_transfer.tract.lags as lags_module
+from tract_transfer.tract import gram_matrix
+from tract_transfer.tract.lags import Canvas
+
+
+def rows_of(layer: nn.Conv2d, images: torch.Tensor) -> torch.Tensor:
+    """(R, N) rows, by the layer's own forward with one-hot filters, in float64."""
+    probe = copy.deepcopy(layer).double()
+    num_inputs = probe.weight[0].numel()
+    probe.weight = nn.Parameter(torch.eye(num_inputs).double().view(-1, *probe.weight.shape[1:]))
+    probe.bias = None
+    probe.out_channels = num_inputs
+    with torch.no_grad():
+        return probe(images.double()).permute(0, 2, 3, 1).reshape(-1, num_inputs)
+
+
+def assert_is_the_product(layer: nn.Conv2d, images: torch.Tensor) -> None:
+    rows = rows_of(layer, images)
+    gram, num_rows = gram_matrix(layer, images.double())
+    assert gram.dtype == torch.float64
+    assert num_rows == len(rows)
+    torch.testing.assert_close(gram, rows.T @ rows, rtol=1e-12, atol=1e-12)
+
+
+PADDINGS = [0, 1, (2, 1), "valid", "same"]
+MODES = ["zeros", "reflect", "replicate", "circular"]
+
+
+@pytest.mark.parametrize("padding_mode", MODES)
+@pytest.mark.parametrize("padding", PADDINGS, ids=str)
+@pytest.mark.parametrize("dilation", [1, (2, 1)], ids=str)
+def test_gram_is_the_unfolded_product(padding, padding_mode, dilation):
+    images = torch.randn(2, 2, 9, 8)
+    for kernel, stride in itertools.product([1, 3, (2, 4)], [1, 2, (3, 1)]):
+        if padding == "same" and stride != 1:
+            continue  # torch refuses it
+        layer = nn.Conv2d(
+            2, 3, kernel, stride, padding, dilation, padding_mode=padding_mode, bias=False
+        )
+        assert_is_the_product(layer, images)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (5, 12), (3, 3)], ids=str)
+@pytest.mark.parametrize("kernel, stride, dilation", [(3, 2, 1), (4, 2, 1), (7, 4, 1), (3, 2, 2)])
+def test_dynamic_same_pads_by_the_size(size, kernel, stride, dilation):
+    layer = Conv2dSame(2, 3, kernel, stride, 0, dilation)
+    assert_is_the_product(layer, torch.randn(2, 2, *size))
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (2, 5, 4), (2, 3, 2, 4), (4,)], ids=str)
+def test_a_linear_multiplies_the_last_dimension(shape):
+    inputs = torch.randn(shape).double()
+    gram, num_rows = gram_matrix(nn.Linear(4, 3), inputs)
+    rows = inputs.reshape(-1, 4)
+    assert num_rows == len(rows)
+    torch.testing.assert_close(gram, sum(torch.outer(row, row) for row in rows))
+
+
+def test_the_layer_s_bias_and_weight_do_not_matter():
+    images, layer = torch.randn(2, 3, 6, 6), nn.Conv2d(3, 4, 3, padding=1)
+    gram, _ = gram_matrix(layer, images)
+    nn.init.zeros_(layer.weight)
+    assert torch.equal(gram_matrix(layer, images)[0], gram)
+
+
+def test_the_sum_does_not_depend_on_how_the_batch_is_split(monkeypatch):
+    images, layer = torch.randn(5, 3, 8, 8).double(), nn.Conv2d(3, 4, 3, 2, 1)
+    whole = gram_matrix(layer, images)
+    monkeypatch.setattr(lags_module, "CHUNK_BYTES", {"cpu": 1})
+    chunked = gram_matrix(layer, images)
+    assert chunked[1] == whole[1]
+    torch.testing.assert_close(chunked[0], whole[0])
+    one_by_one = sum(gram_matrix(layer, image[None])[0] for image in images)
+    torch.testing.assert_close(one_by_one, whole[0])
+
+
+def test_one_image_without_a_batch_dimension_is_a_batch_of_one():
+    image, layer = torch.randn(3, 8, 8), nn.Conv2d(3, 4, 3)
+    assert torch.equal(gram_matrix(layer, image)[0], gram_matrix(layer, image[None])[0])
+
+
+def test_memory_formats_give_the_same_sum():
+    images, layer = torch.randn(2, 3, 8, 8).double(), nn.Conv2d(3, 4, 3)
+    channels_last = images.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(gram_matrix(layer, channels_last)[0], gram_matrix(layer, images)[0])
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_input_is_summed_in_float32(dtype, dilation, stride):
+    images = torch.randn(2, 3, 30, 30).to(dtype)
+    layer = nn.Conv2d(3, 4, 3, stride, 1, dilation)
+    gram, _ = gram_matrix(layer, images)
+    assert gram.dtype == torch.float32
+    assert relative_error(gram, gram_matrix(layer, images.double())[0]) < 1e-6
+
+
+LAYERS = {
+    "cifar": (nn.Conv2d(3, 8, 3, 1, 1), (32, 3, 32, 32)),
+    "imagenet": (nn.Conv2d(3, 8, 7, 2, 3), (2, 3, 224, 224)),
+    "odd": (nn.Conv2d(3, 8, 5, 3, 2), (3, 3, 75, 101)),
+    "patches": (nn.Conv2d(3, 8, 16, 16), (4, 3, 224, 224)),
+    "photograph": (nn.Conv2d(3, 8, 3, 1, 1), (1, 3, 300, 400)),
+    "linear": (nn.Linear(300, 8), (64, 49, 300)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("offset", [0.0, 2.0])
+def test_float32_errs_by_a_millionth_at_most_and_bfloat16_by_3_thousandths(name, offset):
+    layer, shape = LAYERS[name]
+    images = torch.randn(shape) + offset
+    exact = gram_matrix(layer, images.double())[0]
+    assert relative_error(gram_matrix(layer, images)[0], exact) < 1e-6
+    with torch.autocast("cpu", torch.bfloat16):
+        assert relative_error(gram_matrix(layer, images)[0], exact) < 3e-3
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("level", ["high", "medium"])
+def test_less_precise_products_are_the_user_s_own(name, level):
+    """`torch.set_float32_matmul_precision` would round the sums of which G is made."""
+    layer, shape = LAYERS[name]
+    images = torch.randn(shape) + 2
+    before = torch.get_float32_matmul_precision()
+    expected = gram_matrix(layer, images)[0]
+    torch.set_float32_matmul_precision(level)
+    try:
+        assert torch.equal(gram_matrix(layer, images)[0], expected)
+        assert torch.get_float32_matmul_precision() == level
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_threads_do_not_round_each_other_s_products():
+    """The precision of products is a setting of the process."""
+    layer, images = nn.Conv2d(3, 8, 16, 16), torch.randn(4, 3, 64, 64)
+    settings = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and newer
+    before = getattr(settings, "fp32_precision", None)
+
+    def grams(autocast: bool, count: int) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return [gram_matrix(layer, images)[0] for _ in range(count)]
+
+    expected = [grams(autocast, 1)[0] for autocast in (False, True)]
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(grams, (False, True), (100, 100)))
+    for one, same in zip(expected, found, strict=True):
+        assert all(torch.equal(one, other) for other in same)
+    assert getattr(settings, "fp32_precision", None) == before
+
+
+@pytest.mark.parametrize("name", ["imagenet", "odd", "photograph"])
+def test_a_constant_image_errs_little_more(name):
+    """All products are equal, so that rounding adds up: by how much hangs on the CPU's kernels."""
+    layer, shape = LAYERS[name]
+    images = torch.full(shape, 0.7)
+    exact = gram_matrix(layer, images.double())[0]
+    assert relative_error(gram_matrix(layer, images)[0], exact) < 3e-6
+
+
+@pytest.mark.parametrize("kernel", [(1, 3), (3, 1), (2, 4), (3, 3), (4, 2)], ids=str)
+@pytest.mark.parametrize("size", [(14, 11), (13, 27), (1, 9)], ids=str)
+@pytest.mark.parametrize("chunk_bytes", [1, 4000, 2**20])
+def test_lags_by_the_fourier_transform_are_those_by_products(
+    kernel, size, chunk_bytes, monkeypatch
+):
+    """Over some rows, an image or all at once, of even and odd transforms, with zeros around."""
+    monkeypatch.setattr(lags_module, "CHUNK_BYTES", {"cpu": chunk_bytes})
+    images = torch.randn(3, 2, *size)
+    tiles = (size[0] // 2 + 2, size[1] + 3)
+    canvas = Canvas(images, (2, 1), (3, 1), tiles)
+    exact = lags_module._lag_sums_by_products(canvas, kernel, torch.float64)
+    found = lags_module._lag_sums_by_fourier(canvas, kernel)
+    assert found.shape == (kernel[0], 2 * kernel[1] - 1, 4, 4)
+    assert relative_error(found, exact) < 1e-6
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_windows_of_any_shape_in_chunks_of_any_size(seed, monkeypatch):
+    """Windows that overlap or leave pixels out, and such as never meet a pixel."""
+    rng = random.Random(seed)
+    for _ in range(60):
+        kernel, stride, padding = (
+            [rng.randint(low, high) for _ in range(2)] for low, high in ((1, 7), (1, 6), (0, 8))
+        )
+        size = [rng.randint(max(1, k - 2 * p), 24) for k, p in zip(kernel, padding, strict=True)]
+        layer = nn.Conv2d(rng.randint(1, 4), 1, kernel, stride, padding, bias=False)
+        images = torch.randn(rng.randint(1, 5), layer.in_channels, *size)
+        if rng.random() < 0.5:
+            images = images.contiguous(memory_format=torch.channels_last)
+        monkeypatch.setattr(lags_module, "CHUNK_BYTES", {"cpu": rng.choice([1, 3000, 2**22])})
+        monkeypatch.setattr(lags_module, "WIDE", rng.choice([1, 36]))
+        monkeypatch.setattr(lags_module, "FEW", rng.choice([0, float("inf")]))
+        assert_is_the_product(layer, images)
+        rows = rows_of(layer, images)
+        assert relative_error(gram_matrix(layer, images)[0], rows.T @ rows) < 1e-6, (layer, size)
+
+
+@pytest.mark.parametrize("before", [(0, 0), (3, 1), (4, 5)], ids=str)
+@pytest.mark.parametrize("stride", [(1, 1), (2, 3), (3, 2)], ids=str)
+def test_a_canvas_holds_tiles_of_the_padded_images(stride, before):
+    images, size = torch.randn(2, 3, 7, 8), (6, 5)
+    pixels = [s * n for s, n in zip(stride, size, strict=True)]
+    ends = [n - b - i for n, b, i in zip(pixels, before, images.shape[2:], strict=True)]
+    padded = nn.functional.pad(images, (before[1], ends[1], before[0], ends[0]))
+    rows = nn.functional.unfold(padded, stride, stride=stride).transpose(1, 2)
+    canvas = Canvas(images, stride, before, size)
+    cut = canvas.cut([range(1, 5)], [range(2, size[1])])
+    assert torch.equal(cut, rows.view(2, *size, -1)[:, 1:5, 2:])
+    whole, filled = canvas.cut([range(6)], [range(5)]), [canvas.filled(0), canvas.filled(1)]
+    for axis, rows in enumerate(filled):
+        outside = [n for n in range(size[axis]) if n not in rows]
+        assert not whole.index_select(1 + axis, torch.tensor(outside, dtype=torch.long)).any()
+
+
+def test_fast_lengths_have_small_factors_alone():
+    lengths = [lags_module._fast_length(least) for least in (1, 7, 11, 13, 121, 118, 2049)]
+    assert lengths == [1, 7, 12, 14, 125, 120, 2058]
+
+
+@pytest.fixture
+def products_as_on_cuda(monkeypatch):
+    """Factors of 16 bits, sums of float32, and no Fourier transforms."""
+    for module in (gram_module, lags_module):
+        monkeypatch.setattr(module, "batch_product", lambda a, b: torch.bmm(a.float(), b.float()))
+    monkeypatch.setattr(lags_module, "WIDE", float("inf"))
+
+
+@pytest.mark.parametrize("name", ["cifar", "imagenet", "odd", "photograph"])
+def test_lags_on_a_gpu_round_the_images_and_not_the_sums(name, products_as_on_cuda):
+    layer, shape = LAYERS[name]
+    images = torch.randn(shape) + 1
+    kernel, stride = layer.kernel_size, layer.stride
+    padding = gram_module._padding(layer, *shape[2:])
+    outputs = gram_module._num_outputs(images, kernel, stride, layer.dilation, padding)
+
+    def gram(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return gram_module._gram_by_lags(
+            images, kernel, stride, outputs, padding, "constant", dtype
+        )
+
+    exact = gram(images.double(), torch.float64)
+    assert relative_error(gram(images, torch.float32), exact) < 1e-6
+    for dtype, bound in ((torch.bfloat16, 1e-3), (torch.float16, 1e-4)):
+        assert bound / 100 < relative_error(gram(images, dtype), exact) < bound
+        rounded = gram(images.to(dtype).double(), torch.float64)
+        assert relative_error(gram(images, dtype), rounded) < 1e-6
+
+
+def test_products_of_rows_on_a_gpu_round_the_rows_and_not_the_sums(products_as_on_cuda):
+    rows = torch.randn(1000, 300) + 1
+    rounded = rows.half().double()
+    product = gram_module._product(rows, torch.float16)
+    assert relative_error(product, rounded.T @ rounded) < 1e-6
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def test_an_empty_batch_adds_nothing():
+    for layer, shape in ((nn.Conv2d(3, 4, 3), (0, 3, 8, 8)), (nn.Linear(3, 4), (0, 3))):
+        gram, num_rows = gram_matrix(layer, torch.zeros(shape))
+        assert num_rows == 0
+        assert not gram.any()
+
+
+def test_no_graph_is_kept():
+    images = torch.randn(2, 3, 8, 8, requires_grad=True)
+    assert not gram_matrix(nn.Conv2d(3, 4, 3), images)[0].requires_grad

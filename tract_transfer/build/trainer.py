@@ -1,0 +1,226 @@
+"""The bridge: where a Config becomes a training."""
+
+from typing import NamedTuple
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from fvcore.common.param_scheduler import ParamScheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+from tract_transfer.build.batches import (build_epoch_order, build_mix, build_train_batches, whitening_images)
+from tract_transfer.build.data import (Data, Dataset)
+from tract_transfer.build.model import (TrainedTask, build_evaluator, build_model, needs_whitening, with_place)
+from tract_transfer.config.schema import (ClassificationConfig, Config, DetectionConfig)
+from tract_transfer.config.file import ConfigError
+from tract_transfer.engine.non_finite import (StepGuard)
+from tract_transfer.engine.trainer import (no_mix)
+from tract_transfer.engine.trainer import (Trainer)
+from tract_transfer.engine.solver import (JoinedOptimizer, keep_parameters)
+from tract_transfer.models import Classifier
+from tract_transfer.models.stem import whiten
+from tract_transfer.engine.solver import (build_optimizer, build_schedule, set_progress)
+from tract_transfer.tract import (TrAct, find_first_layers)
+
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Length(NamedTuple):
+    """A run's length and intervals in iterations."""
+
+    iters_per_epoch: int
+    max_iters: int
+    warmup_iters: int
+    steps_iters: list[int]
+    evaluate_every: int | None
+    checkpoint_every: int | None
+
+
+def in_iterations(config: TrainedTask, train: Dataset) -> Length:
+    """Turn what a config says in epochs into iterations; an epoch drops its incomplete batch.
+
+    Raises:
+        ConfigError: the batch does not fit the data.
+    """
+    solver, evaluation = config.solver, config.evaluation
+    checkpoint = config.engine.checkpoint
+    try:
+        per_epoch = build_epoch_order(config, train).iters_per_epoch
+    except ValueError as error:
+        raise with_place(config, str(error)) from error
+
+    def count(epochs: float | None, iters: int | None) -> int | None:
+        return max(1, round(epochs * per_epoch)) if epochs else iters
+
+    steps = solver.steps_iters or [round(e * per_epoch) for e in solver.steps_epochs or []]
+    max_iters = count(solver.max_epochs, solver.max_iters)
+    assert max_iters is not None
+    return Length(
+        iters_per_epoch=per_epoch,
+        max_iters=max_iters,
+        warmup_iters=count(solver.warmup_epochs, solver.warmup_iters) or 0,
+        steps_iters=steps,
+        evaluate_every=count(evaluation.every_epochs, evaluation.every_iters),
+        checkpoint_every=count(checkpoint.every_epochs, checkpoint.every_iters),
+    )
+
+
+def build_tract(config: TrainedTask, model: nn.Module) -> TrAct:
+    """Build TrAct; where it is off, one that treats no layer.
+
+    Raises:
+        ConfigError: the layer is frozen, or none that TrAct can treat.
+    """
+    section = config.tract
+    layers = section.layers if section.enabled else []
+    try:
+        return TrAct(
+            model,
+            section.lam,
+            lam_mode=section.lam_mode,
+            layers=layers,
+            update_every=section.update_every,
+        )
+    except ValueError as error:
+        key = "tract.layers" if section.layers else "tract"
+        raise config.error(key, str(error)) from error
+
+
+def _build_trained(config: TrainedTask, data: Data) -> nn.Module:
+    """Build the model as training begins with it: whitened, and in its memory format."""
+    model = build_model(config, len(data.class_names))
+    if isinstance(model, Classifier) and needs_whitening(config):
+        whiten(model.backbone, whitening_images(config, data.train))
+    if config.engine.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def _build_ema(
+    config: TrainedTask, model: nn.Module, max_iters: int, device: torch.device
+) -> ModelEmaV3 | None:
+    """Build the average of the weights; refuse one that would still be the initial ones."""
+    decay, warms_up = config.solver.ema_decay, config.solver.ema_warmup
+    if decay is None:
+        return None
+    # A warm-up forgets the initial weights in a few steps.
+    if not warms_up and decay**max_iters > 0.01:
+        fitting = 0.01 ** (1 / max_iters)
+        raise config.error(
+            "solver.ema_decay",
+            f"{decay} over {max_iters} iterations leaves {decay**max_iters:.0%} of the initial "
+            f"weights in the average. Set {fitting:.4f} or less.",
+        )
+    # update_after_step: it averages from step 1 on.
+    ema = ModelEmaV3(model, decay=decay, use_warmup=warms_up, update_after_step=-1)
+    return ema.to(device)
+
+
+def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
+    """Build the optimizer; with `solver.first_layer`, one of its own for the first layer."""
+    solver = config.solver
+    rest = build_optimizer(
+        model,
+        **solver.model_dump(
+            include={
+                "optimizer", "lr", "weight_decay", "momentum", "nesterov", "decay_all",
+                "bias_lr_factor", "bias_weight_decay", "layer_decay",
+                "optimizer_args",
+            }
+        ),
+    )  # fmt: skip
+    if solver.first_layer is None:
+        return rest
+    try:
+        first = build_optimizer(model, **solver.first_layer.model_dump())
+        names = config.tract.layers or find_first_layers(model)
+    except ValueError as error:
+        message = str(error).removeprefix("solver.")
+        raise config.error("solver.first_layer", message) from error
+    of_first = {parameter for name in names for parameter in model.get_submodule(name).parameters()}
+    keep_parameters(first, of_first)
+    if not first.param_groups:
+        message = f"{names} are frozen, and have nothing to step. Set it to null."
+        raise config.error("solver.first_layer", message)
+    keep_parameters(rest, [each for each in model.parameters() if each not in of_first])
+    return JoinedOptimizer([first, rest])
+
+
+def _build_schedule(config: TrainedTask, length: Length) -> ParamScheduler:
+    chosen = {"schedule", "warmup_start", "step_factor", "end_factor"}
+    return build_schedule(
+        max_iters=length.max_iters,
+        warmup_iters=length.warmup_iters,
+        steps_iters=length.steps_iters,
+        iters_per_epoch=length.iters_per_epoch,
+        **config.solver.model_dump(include=chosen),
+    )
+
+
+def build_accelerator(config: Config) -> Accelerator:
+    """Join the process group this process was launched in, or run alone.
+
+    Raises:
+        ConfigError: a GPU is asked for, and there is none.
+    """
+    device = config.engine.device
+    if device == "cuda" and not torch.cuda.is_available():
+        raise config.error("engine.device", "cuda was asked for, and torch sees no GPU. Set auto.")
+    # A detector leaves the ends of its backbone unused.
+    unused = isinstance(config, DetectionConfig)
+    return Accelerator(
+        cpu=device == "cpu" or not torch.cuda.is_available(),
+        mixed_precision="no",  # engine.precision is, whatever the launcher's own default
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
+    )
+
+
+def build_trainer(
+    config: ClassificationConfig | DetectionConfig, data: Data, accelerator: Accelerator
+) -> Trainer:
+    """Build the model and everything that trains it; hooks are the caller's.
+
+    Raises:
+        ConfigError: a part of the config does not fit another, or the data.
+    """
+    engine = config.engine
+    build_evaluator(config, data.class_names)  # raises now, and not after the training
+    model = _build_trained(config, data)
+    length = in_iterations(config, data.train)
+    ema = _build_ema(config, model, length.max_iters, accelerator.device)
+    tract = build_tract(config, model)
+    try:
+        optimizer = _build_optimizer(config, model)
+        schedule = _build_schedule(config, length)
+        batches = build_train_batches(
+            config,
+            data.train,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+            device=accelerator.device,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise with_place(config, str(error)) from error
+    mix = build_mix(config, len(data.class_names), accelerator.num_processes * engine.accumulate)
+    patience = config.evaluation.patience
+    return Trainer(
+        accelerator=accelerator,
+        model=accelerator.prepare_model(model),
+        optimizer=optimizer,
+        schedule=schedule,
+        set_lr=set_progress,
+        batches=batches,
+        tract=tract,
+        max_iters=length.max_iters,
+        seed=config.seed,
+        precision=PRECISIONS[engine.precision],
+        grad_clip=engine.grad_clip,
+        accumulate=engine.accumulate,
+        ema=ema,
+        mix=mix or no_mix,
+        patience_iters=patience and length.evaluate_every and patience * length.evaluate_every,
+        guard=StepGuard(engine.non_finite, engine.max_skipped, data.train.item),
+    )

@@ -1,0 +1,1 @@
+"""Faster R-CNN: detectors made of a backbone, region proposals and box heads."""

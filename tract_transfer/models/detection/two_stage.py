@@ -1,0 +1,132 @@
+"""Faster R-CNN as one module, whatever its maps come from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tract_transfer.models.backbone import Backbone
+from tract_transfer.models.detection.rpn import Objects
+
+DIFFICULT = ("keep", "drop", "ignore")
+
+
+class TwoStageDetector(nn.Module):
+    """Faster R-CNN (Ren et al., NeurIPS 2015).
+
+    In training `model(images, targets)` returns its four losses; in eval `model(images)` returns
+    a dict an image: `boxes` (N, 4) float32 xyxy in that image's own pixels, `scores` (N,)
+    descending, `labels` (N,) in 0..K-1. Images are a list of (3, H, W) RGB, uint8 or float in
+    [0, 1]. Training images come at their training size; at test time the model resizes.
+
+    Args:
+        neck: {name: map} of the backbone -> {name: map} of what both stages read, finest first.
+        rpn: (maps, image_sizes, scales, objects) -> (proposals, losses).
+        roi_heads: (maps, proposals, image_sizes, objects) -> (detections, losses).
+        map_names: the backbone's maps the neck reads.
+        short_side_px, max_side_px: the size of test images.
+        size_divisor: batches are padded to multiples of it.
+        difficult_in_training: objects marked difficult are learnt (`keep`), background (`drop`),
+            or neither (`ignore`).
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        neck: nn.Module,
+        rpn: nn.Module,
+        roi_heads: nn.Module,
+        map_names: Sequence[str],
+        *,
+        short_side_px: int,
+        max_side_px: int,
+        size_divisor: int,
+        difficult_in_training: str = "keep",
+    ) -> None:
+        super().__init__()
+        if difficult_in_training not in DIFFICULT:
+            raise ValueError(
+                f"difficult_in_training: must be one of {DIFFICULT}, got {difficult_in_training!r}."
+            )
+        self.backbone = backbone
+        self.neck = neck
+        self.rpn = rpn
+        self.roi_heads = roi_heads
+        self.map_names = list(map_names)
+        self.short_side_px = short_side_px
+        self.max_side_px = max_side_px
+        self.size_divisor = size_divisor
+        self.difficult_in_training = difficult_in_training
+
+    def forward(
+        self, images: list[Tensor], targets: list[dict[str, Any]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Return losses or detections; see the class.
+
+        Args:
+            targets: `boxes` (N, 4) float32 xyxy, `labels` (N,), `difficult` (N,) bool; `scale`,
+                what the image was resized by, is 1 where it is not told.
+        """
+        inputs = images if self.training else [self._resize(image) for image in images]
+        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in inputs]
+        found = self.neck(self.backbone.maps(self._pad(inputs, sizes), self.map_names))
+        maps = list(found.values())
+        if self.training:
+            assert targets is not None
+            scales = [float(target.get("scale", 1.0)) for target in targets]
+            objects = [self._objects(target) for target in targets]
+            proposals, rpn_losses = self.rpn(maps, sizes, scales, objects)
+            _, box_losses = self.roi_heads(maps, proposals, sizes, objects)
+            return {**rpn_losses, **box_losses}
+        scales = [size[0] / image.shape[-2] for size, image in zip(sizes, images, strict=True)]
+        proposals, _ = self.rpn(maps, sizes, scales)
+        detections, _ = self.roi_heads(maps, proposals, sizes)
+        return [
+            _in_pixels_of(image, size, each)
+            for image, size, each in zip(images, sizes, detections, strict=True)
+        ]
+
+    def _objects(self, target: dict[str, Any]) -> Objects:
+        boxes, labels = target["boxes"], target["labels"]
+        if self.difficult_in_training == "keep":
+            # A crowd is a region, and no object to learn.
+            learnt = ~target["crowd"] if "crowd" in target else slice(None)
+            return Objects(boxes[learnt], labels[learnt], boxes[:0])
+        difficult = target["difficult"]
+        ignored = boxes[difficult] if self.difficult_in_training == "ignore" else boxes[:0]
+        return Objects(boxes[~difficult], labels[~difficult], ignored)
+
+    def _resize(self, image: Tensor) -> Tensor:
+        """Resize (3, H, W) so that its short side is `short_side_px`, its long side at most max."""
+        short, long = sorted(image.shape[-2:])
+        scale = min(self.short_side_px / short, self.max_side_px / long)
+        size = [max(1, round(side * scale)) for side in image.shape[-2:]]
+        if size == list(image.shape[-2:]):
+            return image
+        return F.interpolate(_as_float(image)[None], size, mode="bilinear", antialias=False)[0]
+
+    def _pad(self, images: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
+        """Join images to one batch, padded with the mean colour: 0 after normalisation."""
+        height, width = (
+            -(-max(sides) // self.size_divisor) * self.size_divisor
+            for sides in zip(*sizes, strict=True)
+        )
+        batch = self.backbone.mean.expand(len(images), 3, height, width).clone()
+        for row, image in zip(batch, images, strict=True):
+            row[:, : image.shape[-2], : image.shape[-1]] = _as_float(image)
+        return batch
+
+
+def _as_float(image: Tensor) -> Tensor:
+    return image.float() / 255 if image.dtype == torch.uint8 else image
+
+
+def _in_pixels_of(
+    image: Tensor, size: tuple[int, int], found: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Scale boxes from the size the model saw back to the image."""
+    ratio_y, ratio_x = image.shape[-2] / size[0], image.shape[-1] / size[1]
+    scale = found["boxes"].new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+    return {**found, "boxes": found["boxes"] * scale}
