@@ -102,7 +102,9 @@ def test_a_bad_checkpoint_is_told_and_nothing_is_executed_or_written(
 def test_weights_that_are_not_there_are_told_before_data_are_loaded(
     begin, tmp_path, load_tiny, monkeypatch
 ):
-    monkeypatch.setattr("tract_transfer.run.run.build_data", lambda _: pytest.fail("data were loaded"))
+    monkeypatch.setattr(
+        "tract_transfer.run.run.build_data", lambda _: pytest.fail("data were loaded")
+    )
     with pytest.raises(ValueError, match=r"model\.weights: No weights at"):
         begin(load_tiny(tmp_path, f"model.weights={tmp_path / 'none'}"))
 

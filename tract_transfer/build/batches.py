@@ -2,24 +2,31 @@
 
 from collections.abc import Callable, Iterator
 from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
+
 from tract_transfer.build.data import Dataset
 from tract_transfer.build.weights import call_checked
-from tract_transfer.config.schema import (Config, ProbeConfig, TrainedConfig)
-from tract_transfer.config.data import (ClassificationData, ClassificationTransformsConfig, DetectionTransformsConfig)
-from tract_transfer.data import (sampling, transforms)
-from tract_transfer.data.augment import AUGMENTATIONS
-from tract_transfer.data.device_cache import BatchAugment
+from tract_transfer.config.data import (
+    ClassificationData,
+    ClassificationTransformsConfig,
+    DetectionTransformsConfig,
+)
+from tract_transfer.config.schema import Config, ProbeConfig, TrainedConfig
+from tract_transfer.data import sampling, transforms
+from tract_transfer.data.augment import AUGMENTATIONS, BatchMix
 from tract_transfer.data.detection import DetectionDataset
-from tract_transfer.data.loader import (Batch, SampledDataset, eval_loader, stream_loader, train_loader)
-from tract_transfer.data.augment import BatchMix
-from tract_transfer.data.device_cache import (DeviceCache, cached_batches)
-from tract_transfer.data.streaming import Stream
-from tract_transfer.data.streaming import (StreamBatches, StreamEvalBatches)
-from tract_transfer.data.streaming import StreamOrder
-
+from tract_transfer.data.device_cache import BatchAugment, DeviceCache, cached_batches
+from tract_transfer.data.loader import (
+    Batch,
+    SampledDataset,
+    eval_loader,
+    stream_loader,
+    train_loader,
+)
+from tract_transfer.data.streaming import Stream, StreamBatches, StreamEvalBatches, StreamOrder
 
 CPU = torch.device("cpu")
 

@@ -1,29 +1,40 @@
 """The bridge's data side: where a Config becomes splits."""
 
-from collections.abc import Mapping
-from typing import Any
-from tract_transfer.config.schema import (Config, ProbeConfig)
-from tract_transfer.data.streaming import Stream
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
-from tract_transfer.config.schema import (Config, DetectionConfig, ProbeConfig)
-from tract_transfer.config.data import (HeldOutSource, CocoSource, DigitScenesSource, DigitsSource, HuggingFaceBoxesSource, HuggingFaceSource, VocSource)
-from tract_transfer.data.classification import (ClassificationDataset, hold_out, check_same_classes, load_huggingface)
+
+from tract_transfer.config.data import (
+    CocoSource,
+    DigitScenesSource,
+    DigitsSource,
+    HeldOutSource,
+    HuggingFaceBoxesSource,
+    HuggingFaceSource,
+    VocSource,
+)
+from tract_transfer.config.schema import Config, DetectionConfig, ProbeConfig
+from tract_transfer.data.classification import (
+    ClassificationDataset,
+    check_same_classes,
+    hold_out,
+    join_integer_classes,
+    load_huggingface,
+    shown_classes,
+)
 from tract_transfer.data.coco import load_coco
-from tract_transfer.data.detection import DetectionDataset
-from tract_transfer.data.digits import (DIGIT_NAMES, load_digits, write_digit_scenes)
-from tract_transfer.data.findings import Findings
+from tract_transfer.data.detection import DetectionDataset, ImageLabels
+from tract_transfer.data.digits import DIGIT_NAMES, load_digits, write_digit_scenes
+from tract_transfer.data.findings import Findings, size_checks
 from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
 from tract_transfer.data.huggingface_streaming import stream_huggingface
-from tract_transfer.data.detection import ImageLabels
-from tract_transfer.data.findings import size_checks
-from tract_transfer.data.classification import (join_integer_classes, shown_classes)
+from tract_transfer.data.streaming import Stream
 from tract_transfer.data.voc import load_voc
 
-
 # --- What a config asks of data that are read in order, and cannot have.
+
 
 def check_streams(config: Config, splits: Mapping[str, Any]) -> None:
     """Refuse what needs any image of a stream at any time, and options of streams elsewhere.

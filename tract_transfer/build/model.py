@@ -2,23 +2,22 @@
 
 import re
 from typing import Any, cast
-from torch import nn
-import tract_transfer.detectron2  # noqa: F401 - registers its detector
-from tract_transfer.build.weights import build_with_weights
-from tract_transfer.build.weights import call_checked
-from tract_transfer.config.schema import (ClassificationConfig, Config, DetectionConfig, ProbeConfig)
-from tract_transfer.config.file import ConfigError
-from tract_transfer.config.sections import (ComponentConfig, FeatureModelConfig)
-from tract_transfer.engine.determinism import (seed_all)
-from tract_transfer.engine.hooks import Evaluator
-from tract_transfer.evaluation import (EVALUATORS, ClassificationEvaluator)
-from tract_transfer.models import (DETECTORS, HEADS, Backbone, Classifier)
-from tract_transfer.models.freeze import set_drop_path
-from tract_transfer.models.classifier import (FlipClassifier, FlipDetector)
-from tract_transfer.models.freeze import (freeze_stages, set_norm)
-from tract_transfer.models.detection.options import BoxOptions
-from tract_transfer.registry import Registry
 
+from torch import nn
+
+import tract_transfer.detectron2  # noqa: F401 - registers its detector
+from tract_transfer.build.weights import build_with_weights, call_checked
+from tract_transfer.config.file import ConfigError
+from tract_transfer.config.schema import ClassificationConfig, Config, DetectionConfig, ProbeConfig
+from tract_transfer.config.sections import ComponentConfig, FeatureModelConfig
+from tract_transfer.engine.determinism import seed_all
+from tract_transfer.engine.hooks import Evaluator
+from tract_transfer.evaluation import EVALUATORS, ClassificationEvaluator
+from tract_transfer.models import DETECTORS, HEADS, Backbone, Classifier
+from tract_transfer.models.classifier import FlipClassifier, FlipDetector
+from tract_transfer.models.detection.options import BoxOptions
+from tract_transfer.models.freeze import freeze_stages, set_drop_path, set_norm
+from tract_transfer.registry import Registry
 
 TrainedTask = ClassificationConfig | DetectionConfig
 

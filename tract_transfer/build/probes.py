@@ -3,17 +3,28 @@
 from collections.abc import Callable, Iterator, Mapping
 from statistics import mean, stdev
 from typing import Any, NamedTuple
+
 import numpy as np
 import torch
-from tract_transfer.config.schema import ProbeConfig
-from tract_transfer.config.data import FewShotConfig
-from tract_transfer.evaluation.probes import (Fit, Rows, Scores, Selection, hold_out_selection)
-from tract_transfer.evaluation.linear_probes import (classifier, draws)
-from tract_transfer.evaluation.probes import knn_predict
-from tract_transfer.evaluation.linear_probes import linear_probe
-from tract_transfer.evaluation.linear_probes import logistic_regression
-from tract_transfer.evaluation.linear_probes import (linear_svm, one_hot_marks)
 
+from tract_transfer.config.data import FewShotConfig
+from tract_transfer.config.schema import ProbeConfig
+from tract_transfer.evaluation.linear_probes import (
+    classifier,
+    draws,
+    linear_probe,
+    linear_svm,
+    logistic_regression,
+    one_hot_marks,
+)
+from tract_transfer.evaluation.probes import (
+    Fit,
+    Rows,
+    Scores,
+    Selection,
+    hold_out_selection,
+    knn_predict,
+)
 
 Measure = Callable[[Scores], tuple[dict[str, float], dict[str, Any]]]
 _VAL_FRACTION, _TEMPERATURE, _FOLDS = 0.1, 0.07, 3

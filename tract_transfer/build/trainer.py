@@ -1,26 +1,42 @@
 """The bridge: where a Config becomes a training."""
 
 from typing import NamedTuple
+
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from fvcore.common.param_scheduler import ParamScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
-from tract_transfer.build.batches import (build_epoch_order, build_mix, build_train_batches, whitening_images)
-from tract_transfer.build.data import (Data, Dataset)
-from tract_transfer.build.model import (TrainedTask, build_evaluator, build_model, needs_whitening, with_place)
-from tract_transfer.config.schema import (ClassificationConfig, Config, DetectionConfig)
+
+from tract_transfer.build.batches import (
+    build_epoch_order,
+    build_mix,
+    build_train_batches,
+    whitening_images,
+)
+from tract_transfer.build.data import Data, Dataset
+from tract_transfer.build.model import (
+    TrainedTask,
+    build_evaluator,
+    build_model,
+    needs_whitening,
+    with_place,
+)
 from tract_transfer.config.file import ConfigError
-from tract_transfer.engine.non_finite import (StepGuard)
-from tract_transfer.engine.trainer import (no_mix)
-from tract_transfer.engine.trainer import (Trainer)
-from tract_transfer.engine.solver import (JoinedOptimizer, keep_parameters)
+from tract_transfer.config.schema import ClassificationConfig, Config, DetectionConfig
+from tract_transfer.engine.non_finite import StepGuard
+from tract_transfer.engine.solver import (
+    JoinedOptimizer,
+    build_optimizer,
+    build_schedule,
+    keep_parameters,
+    set_progress,
+)
+from tract_transfer.engine.trainer import Trainer, no_mix
 from tract_transfer.models import Classifier
 from tract_transfer.models.stem import whiten
-from tract_transfer.engine.solver import (build_optimizer, build_schedule, set_progress)
-from tract_transfer.tract import (TrAct, find_first_layers)
-
+from tract_transfer.tract import TrAct, find_first_layers
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -3,27 +3,33 @@
 import inspect
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
+
 import timm
 import torch
 import torchvision
 from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
 from pydantic.errors import PydanticUserError
-from tract_transfer.config.schema import Config
-from tract_transfer.models import (BACKBONES, ZOO)
-from tract_transfer.registry import did_you_mean
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-from tract_transfer.config.file import (ConfigError, read_config_file)
-from tract_transfer.config.sections import BackboneConfig
-from tract_transfer.engine.checkpoint import (is_checkpoint, verified)
-from tract_transfer.models import (Backbone, build_backbone)
-from tract_transfer.models.backbones import (check_backbone_name)
-from tract_transfer.models.weights import (WeightsError, build_from_metadata, has_metadata, load_weights, read_metadata, weights_file)
 
+from tract_transfer.config.file import ConfigError, read_config_file
+from tract_transfer.config.schema import Config
+from tract_transfer.config.sections import BackboneConfig
+from tract_transfer.engine.checkpoint import is_checkpoint, verified
+from tract_transfer.models import BACKBONES, ZOO, Backbone, build_backbone
+from tract_transfer.models.backbones import check_backbone_name
+from tract_transfer.models.weights import (
+    WeightsError,
+    build_from_metadata,
+    has_metadata,
+    load_weights,
+    read_metadata,
+    weights_file,
+)
+from tract_transfer.registry import did_you_mean
 
 # --- The bridge's check of `args`: what a config gives an entry, against the entry's signature.
+
 
 def call_checked(
     entry: Callable[..., Any],

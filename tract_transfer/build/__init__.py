@@ -1,0 +1,1 @@
+"""From a config to objects: data, model, weights, trainer, probes."""
