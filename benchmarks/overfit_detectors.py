@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 from tract_transfer.config.schema import load_config
-from tract_transfer.run.run import evaluate_run, run
+from tract_transfer.run.evaluate import evaluate_run
+from tract_transfer.run.run import run
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "detection" / "r18_fpn_voc07.yaml"
 NUM_IMAGES = 20

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tract_transfer.engine.run_folder import Inputs, environment
+from tract_transfer.engine.run_folder import environment
 from tract_transfer.files import has_secret
 
 PACKAGE = sorted(Path("tract_transfer").rglob("*.py")) + sorted(Path("tools").glob("*.py"))
@@ -37,7 +37,7 @@ PACKAGE = sorted(Path("tract_transfer").rglob("*.py")) + sorted(Path("tools").gl
 def test_no_secret_of_the_command_line_is_stored(words, shown, monkeypatch):
     monkeypatch.setenv("DATABASE_PASSWORD", "hunter2-hunter2")
     monkeypatch.setattr(sys, "argv", ["x.py", *words])
-    assert environment(Inputs({}))["command"] == f"x.py {shown}"
+    assert environment({})["command"] == f"x.py {shown}"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,10 @@ from typing import Any
 
 import yaml
 
+# Names of a run folder's files, and the format of results.json.
+CONFIG_NAME, RESULTS_NAME, ENVIRONMENT_NAME = "config.yaml", "results.json", "environment.json"
+METRICS_NAME = "metrics.jsonl"
+RESULTS_FORMAT = 1
 # Exit codes of commands and runs; a signal's is 128 + its number.
 FAILED, REFUSED = 1, 2
 _ASIDE = ".part"

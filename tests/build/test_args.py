@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tract_transfer.build.weights import check_backbone_args, wrong_argument
+from tract_transfer.build.weights import check_backbone, wrong_argument
 from tract_transfer.config.file import ConfigError
 from tract_transfer.config.schema import Config, load_config
 from tract_transfer.models import BACKBONES
@@ -26,7 +26,7 @@ def check(monkeypatch):
     def run(args: str) -> Config:
         backbone = f"model.backbone={{name: own/net, args: {args}}}"
         config = load_config(ROOT / "configs/quickstart/pretrain.yaml", [backbone])
-        check_backbone_args(config)
+        check_backbone(config)
         return config
 
     return run

@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from tract_transfer.models import build_backbone
-from tract_transfer.run.run import preview, run
+from tract_transfer.run.evaluate import preview
+from tract_transfer.run.run import run
 
 VIT = "timm/vit_tiny_patch16_224"
 VIT_ARGS = "{img_size: 16, patch_size: 4, depth: 1, embed_dim: 24, num_heads: 3}"

@@ -9,7 +9,7 @@ from PIL import Image
 
 from tract_transfer.build.batches import build_epoch_order
 from tract_transfer.build.data import build_data
-from tract_transfer.build.trainer import in_iterations
+from tract_transfer.build.trainer import train_length
 from tract_transfer.config.schema import ConfigError
 from tract_transfer.run.run import run
 
@@ -75,7 +75,7 @@ def test_the_length_of_an_epoch_follows_its_sampling(tmp_path, load_tiny, devkit
         config = load_tiny(tmp_path, *words, task="detection")
         train = build_data(config).train
         order = build_epoch_order(config, train)
-        found = in_iterations(config, train)
+        found = train_length(config, train)
         assert found.iters_per_epoch == order.iters_per_epoch
         assert found.max_iters == 10 * order.iters_per_epoch
         return order.iters_per_epoch
@@ -88,4 +88,4 @@ def test_the_length_of_an_epoch_follows_its_sampling(tmp_path, load_tiny, devkit
     words = (*devkit_words, "data.batch_size=2", "data.group_by_aspect=true")
     config = load_tiny(tmp_path, *words, task="detection")
     with pytest.raises(ConfigError, match=r"data.group_by_aspect: needs a batch of each shape"):
-        in_iterations(config, build_data(config).train)
+        train_length(config, build_data(config).train)

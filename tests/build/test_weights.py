@@ -9,12 +9,13 @@ import torch
 import yaml
 
 from tract_transfer.build.model import build_model
-from tract_transfer.build.weights import check_is_there, maker_of, published_name
+from tract_transfer.build.weights import _config_that_writes, _published_name, check_weights_exist
 from tract_transfer.config.file import ConfigError
 from tract_transfer.config.schema import load_config
 from tract_transfer.models import build_backbone
 from tract_transfer.models.weights import save_backbone
-from tract_transfer.run.run import evaluate_run, preview, run
+from tract_transfer.run.evaluate import evaluate_run, preview
+from tract_transfer.run.run import run
 
 ROOT = Path(__file__).parents[2]
 SMALL = "model.backbone={name: timm/test_resnet}"
@@ -119,8 +120,11 @@ def test_adapt_stem_resamples_patches(load_tiny, tmp_path):
 
 def test_missing_weights_name_the_command_that_makes_them(load_tiny, tmp_path):
     folder = "output/pretrain/cifar10_resnet18"
-    assert maker_of(folder) == ("configs/pretrain/cifar10_resnet18.yaml", "cifar/resnet18")
-    assert maker_of("output/none") is None
+    assert _config_that_writes(Path(folder)) == (
+        "configs/pretrain/cifar10_resnet18.yaml",
+        "cifar/resnet18",
+    )
+    assert _config_that_writes(Path("output/none")) is None
     config = load_tiny(tmp_path, "model.backbone={name: null}", f"model.weights=./{folder}")
     says = (
         r"No weights at output/pretrain/cifar10_resnet18: there is no such file or folder\. "
@@ -129,7 +133,7 @@ def test_missing_weights_name_the_command_that_makes_them(load_tiny, tmp_path):
     if not Path(folder).exists():
         with pytest.raises(ConfigError, match=says):
             build_model(config, 3)
-    assert load_config(ROOT / maker_of(folder)[0]).output_dir == folder
+    assert load_config(ROOT / _config_that_writes(Path(folder))[0]).output_dir == folder
 
 
 @pytest.mark.parametrize(
@@ -145,10 +149,10 @@ def test_missing_weights_name_the_command_that_makes_them(load_tiny, tmp_path):
     ],
 )
 def test_published_weights_are_of_what_is_asked_for(name, published):
-    assert published_name(name) == published
+    assert _published_name(name) == published
     with pytest.raises(FileNotFoundError, match="No weights at nowhere: there is no") as caught:
-        check_is_there(Path("nowhere"), name)
-    offer = f"model.backbone.name={published} model.weights=pretrained takes published ones"
+        check_weights_exist(Path("nowhere"), name)
+    offer = f"model.backbone.name={published} model.weights=pretrained."
     assert (offer in str(caught.value)) == (published is not None)
     assert ("pretrained" in str(caught.value)) == (published is not None)
 
@@ -163,7 +167,7 @@ def test_a_config_that_makes_the_weights_tells_their_backbone(monkeypatch, tmp_p
     ):
         place = Path("output") / folder
         with pytest.raises(FileNotFoundError, match="yaml makes it") as caught:
-            check_is_there(place)
+            check_weights_exist(place)
         assert (f"model.backbone.name={offered} model" in str(caught.value)) == bool(offered)
         assert ("model.backbone.name=" in str(caught.value)) == bool(offered)
 
@@ -191,9 +195,9 @@ def test_weights_that_a_suite_made_are_offered(tmp_path):
     for name in ("tract/pretrain/seed0", "vanilla/pretrain/seed1", "vanilla/pretrain/seed0"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "model.json").write_text("{}")
-    made = rf"model\.weights={tmp_path}/vanilla/pretrain/seed0 takes one of them"
+    made = rf"model\.weights={tmp_path}/vanilla/pretrain/seed0, for"
     with pytest.raises(FileNotFoundError, match=made):
-        check_is_there(tmp_path / "pretrain")
+        check_weights_exist(tmp_path / "pretrain")
 
 
 def test_weights_are_looked_for_before_data_are_read(load_tiny, tmp_path):

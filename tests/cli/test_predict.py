@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from tract_transfer.data.images import frame_rate, read_video, write_video
+from tract_transfer.run.evaluate import load_trained
 from tract_transfer.run.run import run
-from tract_transfer.run.trained import load_trained
 
 
 @pytest.fixture(scope="module", params=["classification", "detection"])
@@ -60,7 +60,7 @@ def test_a_folder_is_answered_image_by_image(trained, photos, call, tmp_path):
 
 def test_a_moved_run_answers_without_data_and_first_weights(trained, tmp_path, monkeypatch):
     """Probabilities are those of the evaluation; nothing but the folder is looked at."""
-    monkeypatch.setattr("tract_transfer.run.trained.build_data", None)
+    monkeypatch.setattr("tract_transfer.run.evaluate.build_data", None)
     moved = tmp_path / "elsewhere"
     trained.rename(moved)
     try:

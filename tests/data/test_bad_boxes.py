@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from tract_transfer.data.images import UndecodableImage
-from tract_transfer.run.run import evaluate_run, run
+from tract_transfer.run.evaluate import evaluate_run
+from tract_transfer.run.run import run
 
 CLASSES = ("dog", "cat")
 

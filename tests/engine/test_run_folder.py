@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from tract_transfer.engine.run_folder import (
     FolderInUseError,
-    Inputs,
-    continued,
+    continue_environment,
     environment,
     is_finished,
-    locked,
+    lock_folder,
     resume_hint,
 )
 from tract_transfer.files import sha256_of
@@ -80,9 +79,9 @@ def test_a_key_that_the_run_did_not_know_may_not_stand_elsewhere(
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda file: file.unlink(), "holds a run, but no config.yaml"),
-        (lambda file: file.write_text(""), "config.yaml is no whole config of this version"),
-        (lambda file: file.write_text(file.read_text()[:200]), "no whole config of this version"),
+        (lambda file: file.unlink(), "contains a run but no config.yaml"),
+        (lambda file: file.write_text(""), "config.yaml is not a valid config of this"),
+        (lambda file: file.write_text(file.read_text()[:200]), "not a valid config of this"),
         (lambda file: change(file, lambda t: t.update(old=1)), "old: unknown"),
     ],
     ids=["missing", "empty", "cut off", "of another version"],
@@ -102,7 +101,7 @@ def test_other_data_under_the_same_config_is_refused(finished, refused):
     with refused(
         "--resume with other data under the same config",
         ValueError,
-        match=r"data\.test is not what .* 0123456789ab then, .* now",
+        match=r"data\.test changed .* 0123456789ab then, .* now",
     ):
         run(config, resume=True)
     assert (folder / "results.json").read_bytes() == before
@@ -122,7 +121,7 @@ def test_other_weights_under_the_same_config_are_refused(tmp_path, load_tiny, fi
     with refused(
         "--resume with other weights under the same config",
         ValueError,
-        match=rf"model\.weights is not what .* {now[:12]} now",
+        match=rf"model\.weights changed .* {now[:12]} now",
     ):
         run(config, resume=True)
 
@@ -133,34 +132,32 @@ def test_data_that_cannot_be_compared_are_warned_of(finished, caplog, spoil):
     spoil(folder / "environment.json")
     run(config, resume=True)
     assert "environment.json cannot be read" in caplog.text
-    assert "is not known" in caplog.text
+    assert "cannot be compared" in caplog.text
 
 
 def test_going_on_elsewhere_is_warned_of_and_recorded(finished, caplog):
     config, folder = finished
     change(folder / "environment.json", lambda tree: tree["versions"].update(torch="1.0"))
     run(config, resume=True)
-    assert (
-        "goes on elsewhere than it began, and not to the same bits: torch 1.0 then" in caplog.text
-    )
+    assert "resumed in another environment, so not to the same bits: torch 1.0 then" in caplog.text
     earlier = json.loads((folder / "environment.json").read_text())["earlier"]
     assert [one["versions"]["torch"] for one in earlier] == ["1.0"]
 
 
 def test_what_decides_the_bits_is_compared():
-    now = environment(Inputs({"train": "a"}), num_processes=2)
-    assert continued(now, now) == (now, [])
+    now = environment({"train": "a"}, num_processes=2)
+    assert continue_environment(now, now) == (now, [])
     then = json.loads(json.dumps(now))
     then["hardware"].update(processes="1", threads="9", system="elsewhere")
     then["git"] = {"commit": "abc", "changed": "no"}
-    after, changes = continued(now, then)
+    after, changes = continue_environment(now, then)
     threads = now["hardware"]["threads"]
     assert "processes 1 then, 2 now" in changes
     assert f"threads 9 then, {threads} now" in changes
     assert any(change.startswith("commit abc then") for change in changes)
     assert not any("system" in change for change in changes)
     assert [one["git"]["commit"] for one in after["earlier"]] == ["abc"]
-    assert continued(now, {})[1] == []  # an environment.json that was lost
+    assert continue_environment(now, {})[1] == []  # an environment.json that was lost
 
 
 def test_a_log_line_cut_off_stays_a_line_of_its_own(finished):
@@ -200,7 +197,7 @@ def test_advice_fits_what_is_there(tmp_path, finished):
     _, folder = finished
     assert resume_hint(folder) == f"the run is finished (output_dir {folder})."
     (folder / "results.json").unlink()
-    assert "Go on with --resume" in resume_hint(folder)
+    assert "Resume with --resume" in resume_hint(folder)
     assert "Give the same command again" in resume_hint(tmp_path / "nothing")
 
 
@@ -228,5 +225,5 @@ def test_a_held_folder_is_let_go_when_a_run_fails(tmp_path, load_tiny, kill_at):
     kill_at(1)
     with pytest.raises(Killed):
         run(load_tiny(tmp_path))
-    with locked(tmp_path / "run"):
+    with lock_folder(tmp_path / "run"):
         pass

@@ -13,13 +13,13 @@ import time
 
 import pytest
 
-from tract_transfer.engine.run_folder import FolderInUseError, locked
+from tract_transfer.engine.run_folder import FolderInUseError, lock_folder
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from tract_transfer.engine.run_folder import locked
-with locked(Path(sys.argv[1])):
+from tract_transfer.engine.run_folder import lock_folder
+with lock_folder(Path(sys.argv[1])):
     if os.fork() == 0:  # as a data worker
         print("held", flush=True)
         time.sleep(3)
@@ -45,13 +45,16 @@ def facts(folder):
 
 
 def write_facts(folder, **changed):
-    with locked(folder):
+    with lock_folder(folder):
         own = facts(folder)
     (folder / ".lock").write_text(json.dumps({**own, **changed}))
 
 
 def test_the_second_is_refused_and_told_who_the_first_is(tmp_path, holder, refused):
-    with refused("a second run in the same folder", FolderInUseError) as caught, locked(tmp_path):
+    with (
+        refused("a second run in the same folder", FolderInUseError) as caught,
+        lock_folder(tmp_path),
+    ):
         pass
     message = str(caught.value)
     assert f"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()}" in message
@@ -64,7 +67,7 @@ def test_a_killed_one_is_succeeded_while_its_workers_still_live(tmp_path, holder
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     assert facts(tmp_path)["pid"] == holder.pid
-    with caplog.at_level(logging.INFO, "tract_transfer"), locked(tmp_path):
+    with caplog.at_level(logging.INFO, "tract_transfer"), lock_folder(tmp_path):
         assert facts(tmp_path)["pid"] == os.getpid()
     assert f"was held by process {holder.pid}" in caplog.text
     assert "which has ended: taken over" in caplog.text
@@ -72,10 +75,10 @@ def test_a_killed_one_is_succeeded_while_its_workers_still_live(tmp_path, holder
 
 def test_it_is_let_go_at_every_end(tmp_path):
     for end in (ValueError, KeyboardInterrupt, SystemExit):
-        with pytest.raises(end), locked(tmp_path):
+        with pytest.raises(end), lock_folder(tmp_path):
             raise end
         assert facts(tmp_path) == {}
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
@@ -83,27 +86,27 @@ def test_another_host_is_refused_with_what_to_do(tmp_path, refused):
     write_facts(tmp_path, host="node17", pid=7)
     with (
         refused("a run folder that another host holds", FolderInUseError) as caught,
-        locked(tmp_path),
+        lock_folder(tmp_path),
     ):
         pass
     message = str(caught.value)
     assert "is held by process 7 on node17" in message
     assert f"If it does not, remove {tmp_path}/.lock and start again" in message
     (tmp_path / ".lock").unlink()
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
 def test_a_process_id_given_again_is_another_process(tmp_path):
     write_facts(tmp_path, started=12345.0)  # this process id, but of an earlier process
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         assert facts(tmp_path)["started"] > 12345.0
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "", '{"host": 3}'])
 def test_a_lock_file_cut_off_is_no_owner(tmp_path, text):
     (tmp_path / ".lock").write_text(text.replace("3", json.dumps(socket.gethostname())))
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         assert facts(tmp_path)["pid"] == os.getpid()
 
 
@@ -113,8 +116,8 @@ def test_without_the_kernel_s_locks_the_words_count(tmp_path, monkeypatch, caplo
 
     monkeypatch.setattr(fcntl, "lockf", unsupported)
     refused = pytest.raises(FolderInUseError, match="in use by process")
-    with locked(tmp_path), refused, locked(tmp_path):
+    with lock_folder(tmp_path), refused, lock_folder(tmp_path):
         pass
     assert "knows no locks" in caplog.text
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass

@@ -8,7 +8,8 @@ import pytest
 
 from tract_transfer.build.model import build_features
 from tract_transfer.config.schema import ConfigError
-from tract_transfer.run.run import evaluate_run, run
+from tract_transfer.run.evaluate import evaluate_run
+from tract_transfer.run.run import run
 
 
 @pytest.fixture(scope="module")

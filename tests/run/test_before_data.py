@@ -10,7 +10,8 @@ from run_folders import entries, held
 from tract_transfer.config.schema import ConfigError, dump_config
 from tract_transfer.config.suite import load_suite
 from tract_transfer.engine.run_folder import FolderInUseError
-from tract_transfer.run.run import evaluate_run, preview, run
+from tract_transfer.run.evaluate import evaluate_run, preview
+from tract_transfer.run.run import run
 from tract_transfer.run.suite import Suite
 from tract_transfer.run.suite_plan import Inspector
 from tract_transfer.suite.journal import SuiteLock

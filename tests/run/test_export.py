@@ -15,9 +15,9 @@ from torch import nn
 from tract_transfer.build.batches import build_transforms
 from tract_transfer.models import Classifier, build_backbone
 from tract_transfer.models.export import export_onnx, load_exported, to_library
+from tract_transfer.run.evaluate import load_trained
 from tract_transfer.run.export import export_run
 from tract_transfer.run.run import run
-from tract_transfer.run.trained import load_trained
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 BACKBONES = {

@@ -20,7 +20,8 @@ from run_folders import (
 )
 
 from tract_transfer.config.schema import load_config
-from tract_transfer.run.run import evaluate_run, run
+from tract_transfer.run.evaluate import evaluate_run
+from tract_transfer.run.run import run
 
 ROOT = Path(__file__).parents[2]
 # Everything that has a state or draws random numbers.

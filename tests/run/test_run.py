@@ -14,7 +14,8 @@ from tract_transfer.build.trainer import build_accelerator, build_trainer
 from tract_transfer.config.schema import ConfigError, load_config
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.models.weights import build_from_metadata, load_weights, read_metadata
-from tract_transfer.run.run import evaluate_run, is_done, preview, run
+from tract_transfer.run.evaluate import evaluate_run, preview
+from tract_transfer.run.run import run
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from run_folders import assert_resumes_exactly
 
 from tract_transfer.build.data import build_data
 from tract_transfer.run.check_data import check_data
-from tract_transfer.run.run import preview, run
+from tract_transfer.run.evaluate import preview
+from tract_transfer.run.run import run
 
 
 @pytest.fixture(scope="module")

@@ -140,8 +140,8 @@ def assert_resumes_exactly(kill_at, killed_at, whole, killed, resumed=None):
 HOLD = """
 import sys
 from pathlib import Path
-from tract_transfer.engine.run_folder import locked
-with locked(Path(sys.argv[1])):
+from tract_transfer.engine.run_folder import lock_folder
+with lock_folder(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """

@@ -1,4 +1,4 @@
-"""The bridge from splits to batches: transforms, their order, mixing, loaders."""
+"""From splits to batches: transforms, epoch order, mixing and loaders."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -9,11 +9,7 @@ from torch.utils.data import DataLoader
 
 from tract_transfer.build.data import Dataset
 from tract_transfer.build.weights import call_checked
-from tract_transfer.config.data import (
-    ClassificationData,
-    ClassificationTransformsConfig,
-    DetectionTransformsConfig,
-)
+from tract_transfer.config.data import ClassificationTransformsConfig, DetectionTransformsConfig
 from tract_transfer.config.schema import Config, ProbeConfig, TrainedConfig
 from tract_transfer.data import sampling, transforms
 from tract_transfer.data.augment import AUGMENTATIONS, BatchMix
@@ -29,6 +25,7 @@ from tract_transfer.data.loader import (
 from tract_transfer.data.streaming import Stream, StreamBatches, StreamEvalBatches, StreamOrder
 
 CPU = torch.device("cpu")
+NUM_WHITENING_IMAGES = 5000  # as airbench
 
 
 def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -45,12 +42,10 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
     )
     if isinstance(config, ProbeConfig):
         return evaluation, evaluation
-    train = config.data.transforms
-    assert not isinstance(train, DetectionTransformsConfig)
+    train = cast(ClassificationTransformsConfig, section)
     augment = None
     if train.augment is not None:
-        entry = AUGMENTATIONS.get(train.augment)
-        key = "data.transforms.augment_args"
+        entry, key = AUGMENTATIONS.get(train.augment), "data.transforms.augment_args"
         augment = call_checked(entry, train.augment, train.augment_args, key, config)
     training = transforms.classification_train(
         **_crop_arguments(train),
@@ -62,10 +57,10 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
 
 
 def _crop_arguments(section: ClassificationTransformsConfig) -> dict[str, Any]:
-    """Return what is done image by image and in batches alike, with the defaults of the crops."""
-    keys = ("size_px", "crop", "flip_prob", "interpolation", "erase_prob")
+    """Return the arguments of crops, of single images and of batches, with their defaults."""
+    keys = {"size_px", "crop", "flip_prob", "interpolation", "erase_prob"}
     return {
-        **{key: getattr(section, key) for key in keys},
+        **section.model_dump(include=keys),
         "pad_px": 4 if section.pad_px is None else section.pad_px,
         "scale": tuple(section.scale or (0.08, 1.0)),
     }
@@ -75,9 +70,9 @@ def build_epoch_order(config: TrainedConfig, train: Dataset) -> sampling.EpochOr
     """Return the batches of every epoch; `iters_per_epoch` is their number.
 
     Raises:
-        ValueError: the batch does not fit the data.
+        ValueError: the batch size does not fit the data.
     """
-    section, groups, factors = cast(Any, config).data, None, None
+    section = cast(Any, config).data
     if isinstance(train, Stream):
         return StreamOrder(
             train.groups.counts,
@@ -86,7 +81,7 @@ def build_epoch_order(config: TrainedConfig, train: Dataset) -> sampling.EpochOr
             shuffle_rows=section.shuffle_rows,
             readers=section.readers,
         )
-    repeats = getattr(section, "repeats", 1)
+    groups = factors = None
     if isinstance(train, DetectionDataset):
         objects, threshold = train.objects, section.repeat_threshold
         if section.group_by_aspect:
@@ -100,12 +95,12 @@ def build_epoch_order(config: TrainedConfig, train: Dataset) -> sampling.EpochOr
         config.seed,
         groups=groups,
         factors=factors,
-        repeats=repeats,
+        repeats=getattr(section, "repeats", 1),
     )
 
 
 def build_mix(config: TrainedConfig, num_classes: int, num_parts: int) -> BatchMix | None:
-    """Return what mixes the images of a batch, which is cut into `num_parts`; None mixes nothing.
+    """Return what mixes the images of a batch that is split into `num_parts`, or None.
 
     Raises:
         ConfigError: the parts are single images.
@@ -123,17 +118,14 @@ def build_mix(config: TrainedConfig, num_classes: int, num_parts: int) -> BatchM
 
 
 def whitening_images(config: TrainedConfig, train: Dataset) -> Iterator[Tensor]:
-    """Yield batches of training images, transformed as in the evaluation: 5000 by the seed.
-
-    As many as airbench takes. Those that cannot be decoded are left out where they may be.
-    """
+    """Yield batches of random training images by the seed, with the evaluation transforms."""
     _, transform = build_transforms(cast(Config, config))
     generator = torch.Generator().manual_seed(config.seed)
-    indices = torch.randperm(len(train), generator=generator)[:5000]
-    images = SampledDataset(train, transform, 0, cast(Any, config).data.undecodable)
+    indices = torch.randperm(len(train), generator=generator)[:NUM_WHITENING_IMAGES]
+    dataset = SampledDataset(train, transform, 0, cast(Any, config).data.undecodable)
     for part in indices.split(100):
-        found = [images[index].image for index in part.tolist()]
-        decoded = [image for image in found if image is not None]
+        images = [dataset[index].image for index in part.tolist()]
+        decoded = [image for image in images if image is not None]
         if decoded:
             yield torch.stack(decoded)
 
@@ -147,98 +139,63 @@ def build_train_batches(
     pin_memory: bool,
     device: torch.device = CPU,
 ) -> Callable[[int], Iterator[Batch]]:
-    """Return what yields a process's micro-batches from a given iteration on.
+    """Return a function from a first iteration to this process's micro-batches from there on.
+
+    Images are decoded in data workers, read in order from a stream, or kept on the device.
 
     Args:
-        device: where `data.cache: device` keeps the images; the loader's own are on the CPU.
+        device: where `data.cache: device` keeps the images; batches of loaders are on the CPU.
 
     Raises:
-        ValueError: the batch does not fit the data or divide among processes and micro-batches.
+        ValueError: the batch size does not fit the data, the processes or the micro-batches.
     """
     section = cast(Any, config).data
-    transform, _ = build_transforms(cast(Config, config))
     order = build_epoch_order(config, train)
     place = (rank, world_size, config.engine.accumulate)
-    workers = {
-        "num_workers": section.num_workers,
-        "undecodable": section.undecodable,
-        "pin_memory": pin_memory,
-    }
+    make: Callable[[Any], Iterator[Batch]]
     if isinstance(order, StreamOrder):
         assert isinstance(train, Stream)
-        return _build_streamed_batches(train, transform, order, place, config.seed, workers)
+        streams, stream_order = train, order
 
-    def sampler(start_iter: int) -> sampling.TrainBatchSampler:
-        return sampling.TrainBatchSampler(order, start_iter, *place)
+        def sampler(start_iter: int) -> StreamBatches | sampling.TrainBatchSampler:
+            return StreamBatches(streams, stream_order, start_iter, *place)
+    else:
+        epoch_order = order
 
-    sampler(0)  # raises before training does
+        def sampler(start_iter: int) -> StreamBatches | sampling.TrainBatchSampler:
+            return sampling.TrainBatchSampler(epoch_order, start_iter, *place)
+
+    sampler(0)  # raises now rather than at the first step
     if section.cache == "device":
-        return _build_cached_batches(section, train, sampler, config.seed, device)
+        make = _cached_batches(section, train, config.seed, device)
+    else:
+        transform, _ = build_transforms(cast(Config, config))
+        workers = {**_workers(section, pin_memory), "seed": config.seed}
 
-    def batches(start_iter: int) -> Iterator[Batch]:
-        return iter(
-            train_loader(
-                train,
-                transform,
-                sampler(start_iter),
-                seed=config.seed,
-                **workers,
-            )
-        )
+        def make(batches: Any) -> Iterator[Batch]:
+            if isinstance(train, Stream):
+                limit = train.max_pixels
+                loader = stream_loader(train.title, transform, batches, max_pixels=limit, **workers)
+            else:
+                loader = train_loader(train, transform, batches, **workers)
+            return iter(loader)
 
-    return batches
-
-
-def _build_streamed_batches(
-    train: Stream,
-    transform: Callable[..., Any],
-    order: StreamOrder,
-    place: tuple[int, int, int],
-    seed: int,
-    workers: dict[str, Any],
-) -> Callable[[int], Iterator[Batch]]:
-    def sampler(start_iter: int) -> StreamBatches:
-        return StreamBatches(train, order, start_iter, *place)
-
-    sampler(0)  # raises before training does
-
-    def batches(start_iter: int) -> Iterator[Batch]:
-        sequence = sampler(start_iter)
-        return iter(
-            stream_loader(
-                train.title,
-                transform,
-                sequence,
-                seed=seed,
-                max_pixels=train.max_pixels,
-                **workers,
-            )
-        )
-
-    return batches
+    return lambda start_iter: make(sampler(start_iter))
 
 
-def _build_cached_batches(
-    section: ClassificationData,
-    train: Dataset,
-    sampler: Callable[[int], sampling.TrainBatchSampler],
-    seed: int,
-    device: torch.device,
-) -> Callable[[int], Iterator[Batch]]:
-    chosen = section.transforms
-    augment = BatchAugment(**_crop_arguments(chosen))
+def _cached_batches(
+    section: Any, train: Dataset, seed: int, device: torch.device
+) -> Callable[[Any], Iterator[Batch]]:
+    """Keep the images on the device and augment whole batches there."""
+    augment = BatchAugment(**_crop_arguments(section.transforms))
     images = DeviceCache(
         train,
-        None if augment.takes_native_size else chosen.size_px,
+        None if augment.takes_native_size else section.transforms.size_px,
         device,
-        interpolation=chosen.interpolation,
+        interpolation=section.transforms.interpolation,
         undecodable=section.undecodable,
     )
-
-    def batches(start_iter: int) -> Iterator[Batch]:
-        return cached_batches(images, sampler(start_iter), seed=seed, augment=augment)
-
-    return batches
+    return lambda batches: cached_batches(images, batches, seed=seed, augment=augment)
 
 
 def build_eval_loader(
@@ -246,18 +203,22 @@ def build_eval_loader(
 ) -> DataLoader[Batch]:
     """Return one pass over a process's share of `dataset`, each image once."""
     _, transform = build_transforms(config)
-    section = config.data
-    batch_size = max(1, section.batch_size // world_size)
-    workers: dict[str, Any] = {
+    batch_size = max(1, config.data.batch_size // world_size)
+    workers = _workers(config.data, pin_memory)
+    if isinstance(dataset, Stream):
+        batches, limit = (
+            StreamEvalBatches(dataset, batch_size, rank, world_size),
+            dataset.max_pixels,
+        )
+        return stream_loader(dataset.title, transform, batches, seed=0, max_pixels=limit, **workers)
+    return eval_loader(
+        dataset, transform, batch_size=batch_size, rank=rank, world_size=world_size, **workers
+    )
+
+
+def _workers(section: Any, pin_memory: bool) -> dict[str, Any]:
+    return {
         "num_workers": section.num_workers,
         "undecodable": section.undecodable,
         "pin_memory": pin_memory,
     }
-    if isinstance(dataset, Stream):
-        batches = StreamEvalBatches(dataset, batch_size, rank, world_size)
-        return stream_loader(
-            dataset.title, transform, batches, seed=0, max_pixels=dataset.max_pixels, **workers
-        )
-    return eval_loader(
-        dataset, transform, batch_size=batch_size, rank=rank, world_size=world_size, **workers
-    )

@@ -1,7 +1,7 @@
-"""The bridge's data side: where a Config becomes splits."""
+"""From a config to the splits of its data."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from tract_transfer.config.data import (
     VocSource,
 )
 from tract_transfer.config.schema import Config, DetectionConfig, ProbeConfig
+from tract_transfer.config.sections import Section
 from tract_transfer.data.classification import (
     ClassificationDataset,
     check_same_classes,
@@ -33,177 +34,199 @@ from tract_transfer.data.huggingface_streaming import stream_huggingface
 from tract_transfer.data.streaming import Stream
 from tract_transfer.data.voc import load_voc
 
-# --- What a config asks of data that are read in order, and cannot have.
-
-
-def check_streams(config: Config, splits: Mapping[str, Any]) -> None:
-    """Refuse what needs any image of a stream at any time, and options of streams elsewhere.
-
-    Raises:
-        ConfigError: which key, and what to set.
-    """
-    sections: Any = config.data
-    train_streams = isinstance(splits["train"], Stream)
-    for key in ("shuffle_rows", "readers"):
-        if not train_streams and getattr(sections, key, None) is not None:
-            message = "has no use here: an image folder is shuffled whole. Leave it out."
-            raise config.error(f"data.{key}", message)
-    for name in (name for name, dataset in splits.items() if isinstance(dataset, Stream)):
-        key = f"data.{name}.streaming"
-        if isinstance(config, ProbeConfig):
-            message = (
-                "a probe asks for images by number. Set it to false; data.cache: none keeps none."
-            )
-            raise config.error(key, message)
-        if sections.cache != "none":
-            message = f"{sections.cache} keeps all images, and {key} none. Set data.cache: none."
-            raise config.error("data.cache", message)
-    if not train_streams:
-        return
-    if getattr(sections, "repeats", 1) > 1:
-        message = "asks for images by number, and data.train is streamed. Set it to 1."
-        raise config.error("data.repeats", message)
-    if config.model.backbone.stem == "whitened":
-        message = "whitened asks for 5000 images of all, and data.train is streamed. Set another."
-        raise config.error("model.backbone.stem", message)
-
-
-logger = logging.getLogger(__name__)
-
 Loaded = ClassificationDataset | DetectionDataset | Stream
 Dataset = Loaded | ImageLabels
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Data:
-    """The splits of a run. `report` is the one whose numbers are reported.
+    """The splits of a run.
 
-    `mended_boxes` lists what `data.invalid_boxes: clip` has cut or left out.
+    `clipped_boxes` lists what `data.invalid_boxes: clip` clipped or dropped.
     """
 
     train: Dataset
     val: Dataset | None
     test: Dataset | None
-    mended_boxes: list[str] = field(default_factory=list)
+    clipped_boxes: list[str] = field(default_factory=list)
 
     @property
     def splits(self) -> dict[str, Dataset]:
-        """The splits there are, by name."""
+        """The splits that exist, by name."""
         named = {"train": self.train, "val": self.val, "test": self.test}
         return {name: dataset for name, dataset in named.items() if dataset is not None}
 
     @property
     def report(self) -> tuple[str, Dataset]:
-        """Name and data of the reported split: test, or val where there is no test."""
+        """Name and data of the reported split: test, or val if there is no test."""
         name = "test" if self.test is not None else "val"
         return name, self.splits[name]
 
     @property
     def class_names(self) -> list[str]:
-        """The K class names, equal in every split."""
+        """The K class names, the same in every split."""
         return list(self.train.class_names)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return split -> hash of its images and annotations."""
+        return {name: dataset.fingerprint() for name, dataset in self.splits.items()}
 
 
 def build_data(config: Config) -> Data:
-    """Load every split, and check that their classes agree.
+    """Load every split and check that they fit the task and one another.
 
     Raises:
         ValueError, FileNotFoundError: a split does not load; the message names file and key.
-        ConfigError: splits that load and cannot be learnt from.
+        ConfigError: the splits load, but the task cannot use them.
     """
     sections = config.data
     findings, limit = Findings(getattr(sections, "invalid_boxes", "error")), sections.max_pixels
-    train: Any = load_split(sections.train, "data.train", findings, limit)
-    val_section = getattr(sections, "val", None)
+
+    def load(name: str) -> Any:
+        section = getattr(sections, name, None)
+        return load_split(section, f"data.{name}", findings, limit) if section else None
+
+    train: Any = load("train")
+    val_section, val = getattr(sections, "val", None), None
     if isinstance(val_section, HeldOutSource):
         if isinstance(train, Stream):
-            message = "carves a part of data.train, which is streamed. Give it a split of its own."
+            message = "holds out images of data.train, which is streamed. Give it its own split."
             raise config.error("data.val", message)
         train, val = hold_out(train, val_section.fraction, config.seed)
     else:
-        val = cast(
-            Any, load_split(val_section, "data.val", findings, limit) if val_section else None
-        )
-    test: Any = load_split(sections.test, "data.test", findings, limit) if sections.test else None
+        val = load("val")
+    test: Any = load("test")
     if isinstance(config, DetectionConfig) and config.data.empty_images == "drop":
         train = train.with_objects()
     if isinstance(config, ProbeConfig) and config.data.has_many_labels:
         train, test = ImageLabels(train), ImageLabels(test)
     data = Data(train, val, test, findings.mended)
-    check_streams(config, data.splits)
+    _check_streams(config, data)
     join_integer_classes(data.splits)
     check_disjoint(data.splits)
-    if not isinstance(config, DetectionConfig):
-        _check_classes(config, data.train)
-    for warning in check_same_classes(cast(Any, data.splits)):
-        logger.warning(warning)
-    for name, check in size_checks(data.splits).items():
-        if check.differs:
-            logger.warning("data.%s: %s", name, check.text)
-    if data.mended_boxes:
-        first, count = data.mended_boxes[0], len(data.mended_boxes)
-        logger.warning("%d invalid boxes are cut or left out, the first: %s", count, first)
+    _check_classes(config, data)
+    _warn(data)
     for name, dataset in data.splits.items():
-        if isinstance(dataset, Stream):
-            continue
-        if sections.cache == "ram" or (sections.cache == "device" and dataset is not train):
+        keeps = sections.cache == "ram" or (sections.cache == "device" and dataset is not train)
+        if keeps and not isinstance(dataset, Stream):
             logger.info("Decoding the %d images of %s", len(dataset), name)
             dataset.cache_images()
     return data
 
 
-def _check_classes(config: Config, train: Dataset) -> None:
-    """Refuse to learn one class from images of one class: any number would be of nothing."""
-    shown = shown_classes(train)
-    if shown is not None and len(shown) < 2:
-        raise config.error(
-            "data.train",
-            f"telling classes apart needs two, and its {len(train)} images show "
-            f"{[train.class_names[k] for k in sorted(shown)]}. Give it images of another class "
-            "too.",
-        )
+def _check_streams(config: Config, data: Data) -> None:
+    """Refuse what needs random access to a stream, and options of streams elsewhere."""
+    sections: Any = config.data
+    is_streamed = isinstance(data.train, Stream)
+    for key in ("shuffle_rows", "readers"):
+        if not is_streamed and getattr(sections, key, None) is not None:
+            message = "is for data.train.streaming: true; other data are shuffled as a whole."
+            raise config.error(f"data.{key}", f"{message} Leave it out.")
+    for name in (name for name, split in data.splits.items() if isinstance(split, Stream)):
+        if isinstance(config, ProbeConfig):
+            message = "a probe needs random access. Set it to false; data.cache: none keeps none."
+            raise config.error(f"data.{name}.streaming", message)
+        if sections.cache != "none":
+            message = f"{sections.cache} keeps all images, and data.{name} is streamed. Set none."
+            raise config.error("data.cache", message)
+    if not is_streamed:
+        return
+    if getattr(sections, "repeats", 1) > 1:
+        message = "needs random access to data.train, which is streamed. Set it to 1."
+        raise config.error("data.repeats", message)
+    if config.model.backbone.stem == "whitened":
+        message = "whitened needs a random sample of data.train, which is streamed. Set another."
+        raise config.error("model.backbone.stem", message)
 
 
 def check_disjoint(splits: Mapping[str, Dataset]) -> None:
-    """Refuse two splits that are the same data: what is trained on cannot be the test."""
+    """Refuse two splits that are the same data: test data must not be trained on."""
     seen: dict[str, str] = {}
     for name, dataset in splits.items():
         other = seen.setdefault(dataset.fingerprint(), name)
         if other != name:
             raise ValueError(
                 f"data.{other} and data.{name} are the same {len(dataset)} images "
-                f"({dataset.name}). Give each its own, such as split: train[:90%] and "
-                "train[90%:], sets: [2007/train] and [2007/val], or, of classes, data.val: "
+                f"({dataset.name}). Use disjoint splits, such as split: train[:90%] and "
+                "train[90%:], sets: [2007/train] and [2007/val], or, for classification, data.val: "
                 "{source: train, fraction: 0.1}."
             )
 
 
-def load_split(section: Any, key: str, findings: Findings, max_pixels: int) -> Loaded:
-    """Load the data a section describes; `key` is its name in error messages."""
+def _check_classes(config: Config, data: Data) -> None:
+    """Refuse a single class to train on, and a top-5 metric of five classes or fewer."""
+    if isinstance(config, DetectionConfig):
+        return
+    shown, count = shown_classes(data.train), len(data.class_names)
+    if shown is not None and len(shown) < 2:
+        raise config.error(
+            "data.train",
+            f"its {len(data.train)} images show only the class "
+            f"{[data.class_names[k] for k in sorted(shown)]}. Classification needs two classes or "
+            "more.",
+        )
+    if config.evaluation.metric.endswith("top5") and count <= 5:
+        message = f"{config.evaluation.metric} needs more than 5 classes, got {count}. Set top1."
+        raise config.error("evaluation.metric", message)
+
+
+def _warn(data: Data) -> None:
+    for warning in check_same_classes(cast(Any, data.splits)):
+        logger.warning(warning)
+    for name, check in size_checks(data.splits).items():
+        if check.differs:
+            logger.warning("data.%s: %s", name, check.text)
+    if data.clipped_boxes:
+        first, count = data.clipped_boxes[0], len(data.clipped_boxes)
+        logger.warning("%d invalid boxes were clipped or dropped, the first: %s", count, first)
+
+
+def load_split(section: Section, key: str, findings: Findings, max_pixels: int) -> Loaded:
+    """Load the data that a source section describes; `key` names it in error messages."""
     logger.info("Reading %s", key)
-    own = {**section.model_dump(exclude={"source", "streaming"}), "key": key}
-    own["max_pixels"] = max_pixels
-    if isinstance(section, HuggingFaceSource) and section.streaming:
-        return stream_huggingface(**own)
-    own.pop("num_classes", None)  # a stream's
     common = {"key": key, "findings": findings, "max_pixels": max_pixels}
-    arguments = {**own, **common}
-    if isinstance(section, HuggingFaceSource):
-        return load_huggingface(**arguments)
-    if isinstance(section, HuggingFaceBoxesSource):
-        return load_huggingface_boxes(**arguments)
-    if isinstance(section, CocoSource):
-        return load_coco(**arguments)
-    if isinstance(section, VocSource):
-        return load_voc(**arguments)
-    if isinstance(section, DigitsSource):
-        try:
-            return load_digits(section.split, section.classes)
-        except ValueError as error:
-            raise ValueError(f"{key}.{error}") from error
-    assert isinstance(section, DigitScenesSource)
-    made = section.model_dump(include={"num_train", "num_test", "size_px"})
-    folder = "_".join(["digit_scenes", *map(str, made.values())])
+    return SOURCES[type(section)](section, common)
+
+
+def _from_fields(load: Callable[..., Loaded]) -> Callable[[Any, dict[str, Any]], Loaded]:
+    """Return a loader of a section whose fields are the arguments of `load`."""
+
+    def load_section(section: Section, common: dict[str, Any]) -> Loaded:
+        return load(**section.model_dump(exclude={"source"}), **common)
+
+    return load_section
+
+
+def _load_huggingface(section: Any, common: dict[str, Any]) -> Loaded:
+    arguments = section.model_dump(exclude={"source", "streaming"})
+    arguments |= {"key": common["key"], "max_pixels": common["max_pixels"]}
+    if section.streaming:
+        return stream_huggingface(**arguments)
+    del arguments["num_classes"]  # of a stream
+    return load_huggingface(**arguments, findings=common["findings"])
+
+
+def _load_digits(section: DigitsSource, common: dict[str, Any]) -> Loaded:
+    try:
+        return load_digits(section.split, section.classes)
+    except ValueError as error:
+        raise ValueError(f"{common['key']}.{error}") from error
+
+
+def _load_digit_scenes(section: DigitScenesSource, common: dict[str, Any]) -> Loaded:
+    sizes = section.model_dump(include={"num_train", "num_test", "size_px"})
+    folder = "_".join(["digit_scenes", *map(str, sizes.values())])
     root = Path(section.root or f"output/data/{folder}")
-    write_digit_scenes(root, **made)
-    return load_voc(root, [f"2007/{section.split}"], DIGIT_NAMES, **common)  # type: ignore[arg-type]
+    write_digit_scenes(root, **sizes)
+    return load_voc(root, [f"2007/{section.split}"], DIGIT_NAMES, **common)
+
+
+SOURCES: dict[type[Section], Callable[[Any, dict[str, Any]], Loaded]] = {
+    HuggingFaceSource: _load_huggingface,
+    DigitsSource: _load_digits,
+    VocSource: _from_fields(load_voc),
+    CocoSource: _from_fields(load_coco),
+    HuggingFaceBoxesSource: _from_fields(load_huggingface_boxes),
+    DigitScenesSource: _load_digit_scenes,
+}

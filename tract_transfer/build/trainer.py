@@ -1,4 +1,4 @@
-"""The bridge: where a Config becomes a training."""
+"""From a config to a Trainer: model, TrAct, optimizer, schedule, batches."""
 
 from typing import NamedTuple
 
@@ -16,15 +16,9 @@ from tract_transfer.build.batches import (
     whitening_images,
 )
 from tract_transfer.build.data import Data, Dataset
-from tract_transfer.build.model import (
-    TrainedTask,
-    build_evaluator,
-    build_model,
-    needs_whitening,
-    with_place,
-)
+from tract_transfer.build.model import TrainedTask, build_model, needs_whitening, with_place
 from tract_transfer.config.file import ConfigError
-from tract_transfer.config.schema import ClassificationConfig, Config, DetectionConfig
+from tract_transfer.config.schema import Config, DetectionConfig
 from tract_transfer.engine.non_finite import StepGuard
 from tract_transfer.engine.solver import (
     JoinedOptimizer,
@@ -41,8 +35,8 @@ from tract_transfer.tract import TrAct, find_first_layers
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Length(NamedTuple):
-    """A run's length and intervals in iterations."""
+class TrainLength(NamedTuple):
+    """The length and the intervals of a training in iterations."""
 
     iters_per_epoch: int
     max_iters: int
@@ -52,11 +46,11 @@ class Length(NamedTuple):
     checkpoint_every: int | None
 
 
-def in_iterations(config: TrainedTask, train: Dataset) -> Length:
-    """Turn what a config says in epochs into iterations; an epoch drops its incomplete batch.
+def train_length(config: TrainedTask, train: Dataset) -> TrainLength:
+    """Convert what a config gives in epochs to iterations; an epoch drops its incomplete batch.
 
     Raises:
-        ConfigError: the batch does not fit the data.
+        ConfigError: the batch size does not fit the data.
     """
     solver, evaluation = config.solver, config.evaluation
     checkpoint = config.engine.checkpoint
@@ -71,7 +65,7 @@ def in_iterations(config: TrainedTask, train: Dataset) -> Length:
     steps = solver.steps_iters or [round(e * per_epoch) for e in solver.steps_epochs or []]
     max_iters = count(solver.max_epochs, solver.max_iters)
     assert max_iters is not None
-    return Length(
+    return TrainLength(
         iters_per_epoch=per_epoch,
         max_iters=max_iters,
         warmup_iters=count(solver.warmup_epochs, solver.warmup_iters) or 0,
@@ -81,128 +75,42 @@ def in_iterations(config: TrainedTask, train: Dataset) -> Length:
     )
 
 
-def build_tract(config: TrainedTask, model: nn.Module) -> TrAct:
-    """Build TrAct; where it is off, one that treats no layer.
-
-    Raises:
-        ConfigError: the layer is frozen, or none that TrAct can treat.
-    """
-    section = config.tract
-    layers = section.layers if section.enabled else []
-    try:
-        return TrAct(
-            model,
-            section.lam,
-            lam_mode=section.lam_mode,
-            layers=layers,
-            update_every=section.update_every,
-        )
-    except ValueError as error:
-        key = "tract.layers" if section.layers else "tract"
-        raise config.error(key, str(error)) from error
-
-
-def _build_trained(config: TrainedTask, data: Data) -> nn.Module:
-    """Build the model as training begins with it: whitened, and in its memory format."""
-    model = build_model(config, len(data.class_names))
-    if isinstance(model, Classifier) and needs_whitening(config):
-        whiten(model.backbone, whitening_images(config, data.train))
-    if config.engine.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
-
-
-def _build_ema(
-    config: TrainedTask, model: nn.Module, max_iters: int, device: torch.device
-) -> ModelEmaV3 | None:
-    """Build the average of the weights; refuse one that would still be the initial ones."""
-    decay, warms_up = config.solver.ema_decay, config.solver.ema_warmup
-    if decay is None:
-        return None
-    # A warm-up forgets the initial weights in a few steps.
-    if not warms_up and decay**max_iters > 0.01:
-        fitting = 0.01 ** (1 / max_iters)
-        raise config.error(
-            "solver.ema_decay",
-            f"{decay} over {max_iters} iterations leaves {decay**max_iters:.0%} of the initial "
-            f"weights in the average. Set {fitting:.4f} or less.",
-        )
-    # update_after_step: it averages from step 1 on.
-    ema = ModelEmaV3(model, decay=decay, use_warmup=warms_up, update_after_step=-1)
-    return ema.to(device)
-
-
-def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
-    """Build the optimizer; with `solver.first_layer`, one of its own for the first layer."""
-    solver = config.solver
-    rest = build_optimizer(
-        model,
-        **solver.model_dump(
-            include={
-                "optimizer", "lr", "weight_decay", "momentum", "nesterov", "decay_all",
-                "bias_lr_factor", "bias_weight_decay", "layer_decay",
-                "optimizer_args",
-            }
-        ),
-    )  # fmt: skip
-    if solver.first_layer is None:
-        return rest
-    try:
-        first = build_optimizer(model, **solver.first_layer.model_dump())
-        names = config.tract.layers or find_first_layers(model)
-    except ValueError as error:
-        message = str(error).removeprefix("solver.")
-        raise config.error("solver.first_layer", message) from error
-    of_first = {parameter for name in names for parameter in model.get_submodule(name).parameters()}
-    keep_parameters(first, of_first)
-    if not first.param_groups:
-        message = f"{names} are frozen, and have nothing to step. Set it to null."
-        raise config.error("solver.first_layer", message)
-    keep_parameters(rest, [each for each in model.parameters() if each not in of_first])
-    return JoinedOptimizer([first, rest])
-
-
-def _build_schedule(config: TrainedTask, length: Length) -> ParamScheduler:
-    chosen = {"schedule", "warmup_start", "step_factor", "end_factor"}
-    return build_schedule(
-        max_iters=length.max_iters,
-        warmup_iters=length.warmup_iters,
-        steps_iters=length.steps_iters,
-        iters_per_epoch=length.iters_per_epoch,
-        **config.solver.model_dump(include=chosen),
-    )
-
-
 def build_accelerator(config: Config) -> Accelerator:
     """Join the process group this process was launched in, or run alone.
 
     Raises:
-        ConfigError: a GPU is asked for, and there is none.
+        ConfigError: a GPU is asked for and there is none.
     """
     device = config.engine.device
     if device == "cuda" and not torch.cuda.is_available():
-        raise config.error("engine.device", "cuda was asked for, and torch sees no GPU. Set auto.")
-    # A detector leaves the ends of its backbone unused.
+        raise config.error("engine.device", "torch finds no CUDA GPU. Set auto or cpu.")
+    # A detector does not use the last layers of its backbone.
     unused = isinstance(config, DetectionConfig)
     return Accelerator(
         cpu=device == "cpu" or not torch.cuda.is_available(),
-        mixed_precision="no",  # engine.precision is, whatever the launcher's own default
+        mixed_precision="no",  # engine.precision decides, not the launcher's default
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )
 
 
 def build_trainer(
-    config: ClassificationConfig | DetectionConfig, data: Data, accelerator: Accelerator
+    config: TrainedTask, data: Data, accelerator: Accelerator, length: TrainLength | None = None
 ) -> Trainer:
-    """Build the model and everything that trains it; hooks are the caller's.
+    """Build the model and everything that trains it, without hooks.
+
+    Args:
+        length: as `train_length` returns it; None computes it.
 
     Raises:
         ConfigError: a part of the config does not fit another, or the data.
     """
-    engine = config.engine
-    build_evaluator(config, data.class_names)  # raises now, and not after the training
-    model = _build_trained(config, data)
-    length = in_iterations(config, data.train)
+    engine, patience = config.engine, config.evaluation.patience
+    length = length or train_length(config, data.train)
+    model = build_model(config, len(data.class_names))
+    if isinstance(model, Classifier) and needs_whitening(config):
+        whiten(model.backbone, whitening_images(config, data.train))
+    if engine.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = _build_ema(config, model, length.max_iters, accelerator.device)
     tract = build_tract(config, model)
     try:
@@ -221,7 +129,6 @@ def build_trainer(
     except ValueError as error:
         raise with_place(config, str(error)) from error
     mix = build_mix(config, len(data.class_names), accelerator.num_processes * engine.accumulate)
-    patience = config.evaluation.patience
     return Trainer(
         accelerator=accelerator,
         model=accelerator.prepare_model(model),
@@ -239,4 +146,78 @@ def build_trainer(
         mix=mix or no_mix,
         patience_iters=patience and length.evaluate_every and patience * length.evaluate_every,
         guard=StepGuard(engine.non_finite, engine.max_skipped, data.train.item),
+    )
+
+
+def build_tract(config: TrainedTask, model: nn.Module) -> TrAct:
+    """Build TrAct; if it is not enabled, one without layers.
+
+    Raises:
+        ConfigError: the layer is frozen or not supported.
+    """
+    section = config.tract
+    try:
+        return TrAct(
+            model,
+            section.lam,
+            lam_mode=section.lam_mode,
+            layers=section.layers if section.enabled else [],
+            update_every=section.update_every,
+        )
+    except ValueError as error:
+        raise config.error("tract.layers" if section.layers else "tract", str(error)) from error
+
+
+def _build_ema(
+    config: TrainedTask, model: nn.Module, max_iters: int, device: torch.device
+) -> ModelEmaV3 | None:
+    """Build the average of the weights; refuse one that would still be the initial weights."""
+    decay, warms_up = config.solver.ema_decay, config.solver.ema_warmup
+    if decay is None:
+        return None
+    # A warm-up forgets the initial weights in a few steps.
+    if not warms_up and decay**max_iters > 0.01:
+        raise config.error(
+            "solver.ema_decay",
+            f"{decay} over {max_iters} iterations leaves {decay**max_iters:.0%} of the initial "
+            f"weights in the average. Set {0.01 ** (1 / max_iters):.4f} or less.",
+        )
+    # update_after_step: it averages from step 1 on.
+    ema = ModelEmaV3(model, decay=decay, use_warmup=warms_up, update_after_step=-1)
+    return ema.to(device)
+
+
+def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
+    """Build the optimizer; with `solver.first_layer`, another one for the first layer."""
+    solver = config.solver
+    keys = {
+        "optimizer", "lr", "weight_decay", "momentum", "nesterov", "decay_all", "bias_lr_factor",
+        "bias_weight_decay", "layer_decay", "optimizer_args",
+    }  # fmt: skip
+    rest = build_optimizer(model, **solver.model_dump(include=keys))
+    if solver.first_layer is None:
+        return rest
+    try:
+        first = build_optimizer(model, **solver.first_layer.model_dump())
+        names = config.tract.layers or find_first_layers(model)
+    except ValueError as error:
+        message = str(error).removeprefix("solver.")
+        raise config.error("solver.first_layer", message) from error
+    of_first = {parameter for name in names for parameter in model.get_submodule(name).parameters()}
+    keep_parameters(first, of_first)
+    if not first.param_groups:
+        message = f"{names} are frozen, so it has nothing to step. Set it to null."
+        raise config.error("solver.first_layer", message)
+    keep_parameters(rest, [p for p in model.parameters() if p not in of_first])
+    return JoinedOptimizer([first, rest])
+
+
+def _build_schedule(config: TrainedTask, length: TrainLength) -> ParamScheduler:
+    keys = {"schedule", "warmup_start", "step_factor", "end_factor"}
+    return build_schedule(
+        max_iters=length.max_iters,
+        warmup_iters=length.warmup_iters,
+        steps_iters=length.steps_iters,
+        iters_per_epoch=length.iters_per_epoch,
+        **config.solver.model_dump(include=keys),
     )

@@ -136,7 +136,7 @@ def compare(arguments: argparse.Namespace) -> int:
 
 def load(arguments: argparse.Namespace) -> "Backbone":
     """Return the backbone with --weights loaded, by the config's rules where one is given."""
-    from tract_transfer.build.weights import build_with_weights, check_is_there
+    from tract_transfer.build.weights import build_with_weights, check_weights_exist
     from tract_transfer.config.schema import load_config
     from tract_transfer.models.weights import build_from_metadata, load_weights, read_metadata
 
@@ -144,7 +144,7 @@ def load(arguments: argparse.Namespace) -> "Backbone":
     if arguments.config_file is not None:
         words = [*arguments.overrides, f"model.weights={json.dumps(arguments.weights)}"]
         return build_with_weights(load_config(arguments.config_file, words))
-    check_is_there(path)
+    check_weights_exist(path)
     named = arguments.backbone is not None
     backbone = build_named(arguments) if named else build_from_metadata(read_metadata(path))
     load_weights(backbone, path)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from tract_transfer.run.trained import Trained
+    from tract_transfer.run.evaluate import Trained
 
 MIN_WIDTH_PX = 480  # a smaller image is drawn enlarged, so that its labels can be read
 
@@ -61,7 +61,7 @@ def main() -> int:
     if path.exists() and not arguments.overwrite:
         raise FileExistsError(f"{path} exists: set another --output, or --overwrite.")
     files = [found for given in arguments.inputs for found in files_of(given)]
-    from tract_transfer.run.trained import load_trained
+    from tract_transfer.run.evaluate import load_trained
 
     trained = load_trained(run, [f"engine.device={arguments.device}"])
     settle(arguments, detects=trained.detects)

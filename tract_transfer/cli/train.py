@@ -82,7 +82,8 @@ def main() -> int:
 def carry_out(arguments: argparse.Namespace, config: "Config") -> list[str]:
     """Do what the command line asks for; return what to say of it."""
     from tract_transfer.engine.hooks import format_metric
-    from tract_transfer.run.run import evaluate_run, preview, replay_debug_batch, run
+    from tract_transfer.run.evaluate import evaluate_run, preview, replay_debug_batch
+    from tract_transfer.run.run import run
 
     if arguments.dry_run:
         return [

@@ -8,7 +8,7 @@ from typing import Any
 
 from tract_transfer.config.data import HeldOutSource
 from tract_transfer.config.schema import ClassificationConfig
-from tract_transfer.engine.run_folder import ENVIRONMENT_NAME, RESULTS_NAME
+from tract_transfer.files import ENVIRONMENT_NAME, RESULTS_NAME
 from tract_transfer.models import Backbone, Classifier
 from tract_transfer.models.classifier import FlipClassifier
 from tract_transfer.models.export import (
@@ -21,7 +21,7 @@ from tract_transfer.models.export import (
     to_library,
 )
 from tract_transfer.models.weights import has_metadata, read_metadata
-from tract_transfer.run.trained import load_trained
+from tract_transfer.run.evaluate import load_trained
 
 # --- The README.md of an exported model: front matter, results with their protocol, how to load
 

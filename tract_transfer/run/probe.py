@@ -1,4 +1,4 @@
-"""A probe: features of a frozen backbone, and what simple classifiers see in them."""
+"""A probe: features of a frozen backbone, and what simple classifiers achieve with them."""
 
 import importlib.metadata
 import logging
@@ -24,7 +24,7 @@ from tract_transfer.data.loader import Batch
 from tract_transfer.data.streaming import Stream
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.hooks import evaluating, format_metrics
-from tract_transfer.engine.run_folder import write_results
+from tract_transfer.engine.run_folder import RunFolder, write_results
 from tract_transfer.evaluation.classification import multilabel_metrics
 from tract_transfer.evaluation.linear_probes import check_shots
 from tract_transfer.evaluation.probes import (
@@ -38,76 +38,75 @@ from tract_transfer.evaluation.probes import (
     feature_key,
 )
 from tract_transfer.models import Backbone
-from tract_transfer.run.results import find_leaks, label, log_weights, protocol
+from tract_transfer.run.results import log_weights, overlap, protocol, run_info
 
 logger = logging.getLogger(__name__)
-_PACKAGES = ("torch", "torchvision", "timm")
+
+
+def run_probe(
+    config: ProbeConfig, data: Data, run_folder: RunFolder, cost: CostMeter
+) -> dict[str, Any]:
+    """Probe a backbone; write and return the results.
+
+    Raises:
+        ConfigError, ValueError: the weights do not fit, or the data do not suit the probes.
+    """
+    backbone = build_probed(config, data)
+    run_folder.begin(data.fingerprints)
+    accelerator, started = run_folder.accelerator, time.perf_counter()
+    backbone.to(accelerator.device)
+    hashes = {
+        name: content_hashes(split.encoded, len(split)) for name, split in data.splits.items()
+    }
+    cache = Path(config.data.feature_cache or run_folder.path / "features")
+    extracted = _features(config, data, backbone, hashes, cache, accelerator)
+    labels = {name: _labels(data.splits[name])[one.indices] for name, one in extracted.items()}
+    rows = {name: Rows(one.features, labels[name]) for name, one in extracted.items()}
+    decoded = {name: one.indices.tolist() for name, one in extracted.items()}
+    metrics, details, probes = _probe(config, data.class_names, rows, accelerator)
+    is_new = not any(one.was_kept for one in extracted.values())  # else its time is too short
+    results = {
+        **run_info(config),
+        "weights_match": log_weights(backbone),
+        "metrics": metrics,
+        "primary_metric": config.evaluation.metric,
+        "probes": probes,
+        "rows": {name: len(one.y) for name, one in rows.items()},
+        "leaks": overlap(data, hashes, decoded),
+        "test_classes_without_training_images": _untrained(data, labels),
+        "details": details,
+        "iterations": 0,
+        "epochs": 0.0,
+        "train_seconds": time.perf_counter() - started if is_new else None,
+        "cost": cost.read(whole=is_new),
+        "protocol": {**protocol(config, data, details), **probe_protocol(config)},
+        "skipped": sorted(item for one in extracted.values() for item in one.skipped),
+    }
+    if accelerator.is_main_process:
+        write_results(run_folder.path, results)
+    return results
 
 
 def build_probed(config: ProbeConfig, data: Data) -> Backbone:
     """Return the backbone to probe.
 
     Raises:
-        ConfigError, ValueError: its weights do not fit it, or the data do not serve the probes,
-            wherever the labels alone show that.
+        ConfigError, ValueError: its weights do not fit it, or the labels do not suit the probes.
     """
-    _check(config, data)
+    labels = _labels(data.train)
+    if knn := config.evaluation.knn:
+        check_ks(knn.ks, len(data.train))
+    if few_shot := config.evaluation.few_shot:
+        check_shots(labels, few_shot.ks, data.class_names)
     backbone = build_model(config, len(data.class_names))
     assert isinstance(backbone, Backbone)
     return backbone
 
 
-def run_probe(
-    config: ProbeConfig,
-    data: Data,
-    backbone: Backbone,
-    folder: Path,
-    accelerator: Accelerator,
-    meter: CostMeter,
-) -> dict[str, Any]:
-    """Probe a backbone and return the results, which it also writes to `folder`.
-
-    Raises:
-        ConfigError, ValueError: the data do not serve the probes.
-    """
-    started = time.perf_counter()
-    backbone.to(accelerator.device)
-    hashes = {
-        name: content_hashes(split.encoded, len(split)) for name, split in data.splits.items()
-    }
-    cache = Path(config.data.feature_cache or folder / "features")
-    found = _features(config, data, backbone, hashes, cache, accelerator)
-    labels = {name: _targets(data.splits[name])[one.indices] for name, one in found.items()}
-    rows = {name: Rows(one.features, labels[name]) for name, one in found.items()}
-    decoded = {name: one.indices for name, one in found.items()}
-    metrics, details, probes = _probe(config, data.class_names, rows, accelerator)
-    whole = not any(one.was_kept for one in found.values())  # else its time would be too short
-    results = {
-        **label(config),
-        "weights_match": log_weights(backbone),
-        "metrics": metrics,
-        "primary_metric": config.evaluation.metric,
-        "probes": probes,
-        "rows": {name: len(one.y) for name, one in rows.items()},
-        "leaks": find_leaks(data, hashes, {name: one.tolist() for name, one in decoded.items()}),
-        "test_classes_without_training_images": _untrained(data, labels),
-        "details": details,
-        "iterations": 0,
-        "epochs": 0.0,
-        "train_seconds": time.perf_counter() - started if whole else None,
-        "cost": meter.read(whole=whole),
-        "protocol": {**protocol(config, data, details), **probe_protocol(config)},
-        "skipped": sorted(item for one in found.values() for item in one.skipped),
-    }
-    if accelerator.is_main_process:
-        write_results(folder, results)
-    return results
-
-
 def _probe(
     config: ProbeConfig, class_names: list[str], rows: Mapping[str, Rows], accelerator: Accelerator
 ) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
-    """Return the metrics of all probes, and by probe its details and what it says of itself."""
+    """Return the metrics of all probes, and the details and the description of each by name."""
     metrics: dict[str, float] = {}
     details: dict[str, Any] = {}
     probes: dict[str, Any] = {}
@@ -122,36 +121,10 @@ def _probe(
     return metrics, details, probes
 
 
-def _check(config: ProbeConfig, data: Data) -> None:
-    """Refuse what the labels show to be impossible."""
-    num_classes, metric = len(data.class_names), config.evaluation.metric
-    train = _targets(data.train)
-    assert not isinstance(data.train, Stream)
-    if metric.endswith("_top5") and num_classes <= 5:
-        message = f"{metric} needs more than 5 classes, and there are {num_classes}. Set a top1."
-        raise config.error("evaluation.metric", message)
-    if knn := config.evaluation.knn:
-        check_ks(knn.ks, len(data.train))
-    if few_shot := config.evaluation.few_shot:
-        check_shots(train, few_shot.ks, data.class_names)
-
-
-def _targets(dataset: Dataset) -> Labels:
-    """Return classes (N,), or marks (N, K) where an image has several labels."""
-    assert not isinstance(dataset, Stream)  # which build_data refuses
+def _labels(dataset: Dataset) -> Labels:
+    """Return classes (N,), or marks (N, K) if an image has several labels."""
+    assert not isinstance(dataset, Stream)  # build_data refuses it
     return dataset.marks if isinstance(dataset, ImageLabels) else dataset.labels
-
-
-def _described(config: ProbeConfig, backbone: Backbone) -> dict[str, Any]:
-    """Return what features depend on beside weights and images."""
-    return {
-        "backbone": backbone.origin,
-        "transforms": config.data.transforms.model_dump(),
-        "undecodable": config.data.undecodable,
-        "precision": config.engine.precision,
-        "device": backbone.mean.device.type,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
-    }
 
 
 def _features(
@@ -162,14 +135,23 @@ def _features(
     cache: Path,
     accelerator: Accelerator,
 ) -> dict[str, Extracted]:
-    """Return the features of every split, from `cache` or new; `hashes` are of their images."""
-    found: dict[str, Extracted] = {}
-    with accelerator.main_process_first():  # the others read what it has kept
+    """Return the features of every split, cached or new; `hashes` are those of their images."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm")}
+    context = {  # what features depend on besides weights and images
+        "backbone": backbone.origin,
+        "transforms": config.data.transforms.model_dump(),
+        "undecodable": config.data.undecodable,
+        "precision": config.engine.precision,
+        "device": backbone.mean.device.type,
+        "versions": versions,
+    }
+    extracted: dict[str, Extracted] = {}
+    with accelerator.main_process_first():  # the others read what it has cached
         for name, split in data.splits.items():
-            key = feature_key(_described(config, backbone), backbone.state_dict(), hashes[name])
+            key = feature_key(context, backbone.state_dict(), hashes[name])
             extract = partial(_extract, config, backbone, split, accelerator)
-            found[name] = cached_features(cache, key, extract)
-    return found
+            extracted[name] = cached_features(cache, key, extract)
+    return extracted
 
 
 def _extract(
@@ -193,14 +175,14 @@ def _extract(
 def _measure(
     config: ProbeConfig, class_names: list[str], truth: Labels, accelerator: Accelerator
 ) -> Measure:
-    """Return what measures scores (N, K) of the test images, whose labels are `truth`."""
+    """Return a function that measures scores (N, K) of the test images with labels `truth`."""
 
     def one_label(scores: Scores) -> tuple[dict[str, float], dict[str, Any]]:
         evaluator = build_evaluator(config, class_names)
         if accelerator.is_main_process:  # every process has all of them
             evaluator.update(torch.from_numpy(scores), torch.from_numpy(truth))
         metrics = evaluator.compute()
-        metrics.pop("loss")  # votes and distances are no probabilities
+        metrics.pop("loss")  # votes and distances are not probabilities
         return metrics, evaluator.details()
 
     def many_labels(scores: Scores) -> tuple[dict[str, float], dict[str, Any]]:
@@ -210,7 +192,7 @@ def _measure(
 
 
 def _untrained(data: Data, labels: dict[str, Labels]) -> list[str]:
-    """Return the classes that test images show and training images do not."""
+    """Return the classes of test images that no training image has."""
 
     def shown(y: Labels) -> set[int]:
         return set((y if y.ndim == 1 else np.nonzero(y == 1)[1]).tolist())

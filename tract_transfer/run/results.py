@@ -1,56 +1,124 @@
-"""What a result says of itself: its labels, and its protocol in words."""
+"""The results of a run: metrics with all that a reader must know beside them."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from accelerate.utils import gather_object
 from torch import nn
 
 from tract_transfer.build.data import Data
-from tract_transfer.build.model import TrainedTask
-from tract_transfer.config.schema import Config, ProbeConfig
+from tract_transfer.build.model import TrainedTask, build_evaluated
+from tract_transfer.build.trainer import TrainLength
+from tract_transfer.config.schema import Config, DetectionConfig, ProbeConfig
+from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.findings import size_checks
 from tract_transfer.data.images import content_hashes, estimated_bytes
 from tract_transfer.data.streaming import Stream
-from tract_transfer.engine.run_folder import RESULTS_FORMAT
-from tract_transfer.files import as_yaml
-from tract_transfer.models.weights import read_metadata
+from tract_transfer.engine.run_folder import save_detections, weights_metadata, weights_sha256
+from tract_transfer.engine.trainer import Trainer
+from tract_transfer.files import RESULTS_FORMAT, as_yaml
+from tract_transfer.models import Backbone
+from tract_transfer.models.weights import save_backbone
 from tract_transfer.models.weights_match import MatchReport
 
-logger = logging.getLogger(__name__)
-
-TRAINED_DIFFICULT = {
+# Of all splits together: more would delay the start of every training.
+MAX_COMPARED_IMAGES, MAX_COMPARED_BYTES = 100_000, 2**31
+_MAX_NAMED = 10
+_DIFFICULT = {
     "keep": "trained on like all others",
     "drop": "not trained on: background",
     "ignore": "not trained on: neither object nor background",
 }
+logger = logging.getLogger(__name__)
 
 
-def label(config: Config) -> dict[str, Any]:
+class Measured(NamedTuple):
+    """Metrics and details of an evaluator, and the images that could not be decoded."""
+
+    metrics: dict[str, float]
+    details: dict[str, Any]
+    skipped: list[str]
+
+
+def training_results(
+    config: TrainedTask,
+    data: Data,
+    length: TrainLength,
+    trainer: Trainer,
+    reported_iteration: int,
+    measured: Measured,
+) -> dict[str, Any]:
+    """Return the results of a training; `measured` are those of the reported checkpoint."""
+    return {
+        **run_info(config),
+        "metrics": measured.metrics,
+        "primary_metric": config.evaluation.metric,
+        "details": measured.details,
+        "iterations": trainer.iteration,
+        "reported_iteration": reported_iteration,
+        "epochs": trainer.iteration / length.iters_per_epoch,
+        "early_stop": _early_stop(trainer),
+        "train_seconds": trainer.seconds,
+        "images_per_second": trainer.seen_images / max(trainer.seconds, 1e-9),
+        "protocol": protocol(config, data, measured.details),
+        "skipped": sorted(set(gather_object([*trainer.skipped, *measured.skipped]))),
+        "skipped_steps": trainer.guard.skipped_steps,
+        "mended_boxes": data.clipped_boxes,
+    }
+
+
+def save_model(
+    config: TrainedTask, data: Data, trainer: Trainer, folder: Path, results: dict[str, Any]
+) -> None:
+    """Save the backbone with its metadata, and a detector's detections in the first images."""
+    backbone = trainer.evaluated_model.get_submodule("backbone")
+    assert isinstance(backbone, Backbone)
+    save_backbone(folder, backbone, _metadata(config, data, results))
+    _, dataset = data.report
+    if isinstance(config, DetectionConfig) and isinstance(dataset, DetectionDataset):
+        model = build_evaluated(config, trainer.evaluated_model)
+        count, device = config.evaluation.save_detections, trainer.accelerator.device
+        save_detections(folder, model, dataset, count, device)
+
+
+def _early_stop(trainer: Trainer) -> dict[str, float] | None:
+    """Return where patience ended the training, and the best value on val before."""
+    if not trainer.stopped_early or trainer.best is None:
+        return None
+    return {
+        "iteration": trainer.iteration,
+        "best_iteration": trainer.best["iteration"],
+        "best_value": trainer.best["value"],
+    }
+
+
+def run_info(config: Config) -> dict[str, Any]:
     """Return what a run is: format, task, name, method, role, seed, weights and tract.
 
-    The method is the config's, or `tract` where TrAct trains or pre-trained the first layer.
+    The method is the config's, or `tract` if TrAct trains or pre-trained the first layer.
     """
-    method = config.method
-    own = not isinstance(config, ProbeConfig) and config.tract.enabled
-    if method is None:
-        method = "tract" if own else _method_of_weights(config.model.weights)
+    weights, sha256 = config.model.weights, weights_sha256(config.model.weights)
+    tract = None
+    if not isinstance(config, ProbeConfig) and config.tract.enabled:
+        tract = config.tract.model_dump()
+    pretrained_by = weights_metadata(weights).get("method", "vanilla")
     return {
         "format": RESULTS_FORMAT,
         "task": config.task,
         "name": config.name or config.task,
-        "method": method,
-        "role": "downstream" if config.model.weights else "pretrain",
+        "method": config.method or ("tract" if tract else str(pretrained_by)),
+        "role": "downstream" if weights else "pretrain",
         "seed": config.seed,
-        "weights": config.model.weights,
-        "weights_sha256": sha256_of_weights(config.model.weights),
-        "tract": config.tract.model_dump() if own else None,  # type: ignore[union-attr]
+        "weights": weights,
+        "weights_sha256": sha256,
+        "tract": tract,
     }
 
 
 def log_weights(backbone: nn.Module) -> dict[str, Any] | None:
-    """Log what became of the weights file a backbone was loaded from; return it for the results."""
+    """Log how a backbone's weights file matched; return the summary for the results."""
     report = backbone.loaded
     if not isinstance(report, MatchReport):
         return None
@@ -60,9 +128,9 @@ def log_weights(backbone: nn.Module) -> dict[str, Any] | None:
 
 
 def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, str]:
-    """Return what a reader must know beside the number, one sentence a subject.
+    """Return what a reader must know beside the number, a sentence a subject.
 
-    All runs that are compared should have it in common, so method and seed are not in it.
+    Runs that are compared should have it in common, so method and seed are not in it.
     """
     split, reported = data.report
     lines = {
@@ -76,15 +144,12 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
     if isinstance(config, ProbeConfig):
         lines["probe"] = "features of the frozen backbone in eval mode, test transforms throughout"
         return lines
-    lines |= _training_lines(config)
+    lines |= _training_protocol(config)
     if config.task == "detection":
-        lines["sampling"] = as_yaml(
-            config.data.model_dump(
-                include={"empty_images", "invalid_boxes", "group_by_aspect", "repeat_threshold"}
-            )
-        )
+        keys = {"empty_images", "invalid_boxes", "group_by_aspect", "repeat_threshold"}
+        lines["sampling"] = as_yaml(config.data.model_dump(include=keys))
         policy = config.model.detector.args.get("difficult_in_training", "keep")
-        lines["difficult objects"] = TRAINED_DIFFICULT[policy]
+        lines["difficult objects"] = _DIFFICULT[policy]
     if config.evaluation.flip:
         joined = "detections joined by NMS" if config.task == "detection" else "logits averaged"
         lines["views"] = f"each image and its mirror image, {joined}"
@@ -93,8 +158,8 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
     return lines
 
 
-def _training_lines(config: TrainedTask) -> dict[str, str]:
-    """Return what the weights of a training depend on beside its data, and how they are chosen."""
+def _training_protocol(config: TrainedTask) -> dict[str, str]:
+    """Return what the weights of a training depend on beside its data, and their selection."""
     engine, lines = config.engine, {}
     lines["optimization"] = as_yaml(config.solver.model_dump(exclude_none=True))
     clipped = "not clipped" if engine.grad_clip is None else f"clipped at {engine.grad_clip}"
@@ -106,30 +171,28 @@ def _training_lines(config: TrainedTask) -> dict[str, str]:
             lines["mixing"] = as_yaml(mixing)
     if (drop_path := config.model.backbone.drop_path) is not None:
         lines["stochastic depth"] = f"rate {drop_path.rate}, {drop_path.mode}"
-    if config.evaluation.report == "best":
-        lines["selection"] = f"best {config.evaluation.metric} on val"
-    else:
-        lines["selection"] = "none: the last checkpoint is reported"
-    if config.evaluation.patience is not None:
-        lines["early stopping"] = (
-            f"after {config.evaluation.patience} evaluations on val without a better "
-            f"{config.evaluation.metric}"
-        )
+    metric, patience = config.evaluation.metric, config.evaluation.patience
+    is_selected = config.evaluation.report == "best"
+    lines["selection"] = (
+        f"best {metric} on val" if is_selected else "none: the last checkpoint is reported"
+    )
+    if patience is not None:
+        lines["early stopping"] = f"after {patience} evaluations on val without a better {metric}"
     if config.solver.ema_decay:
         lines["average"] = f"exponential moving average, decay {config.solver.ema_decay}"
     return lines
 
 
-def card(config: TrainedTask, data: Data, method: str, iterations: int) -> dict[str, Any]:
-    """Return what a saved backbone's card says of its training."""
+def _metadata(config: TrainedTask, data: Data, results: dict[str, Any]) -> dict[str, Any]:
+    """Return what the metadata of a saved backbone says of its training."""
     tract = config.tract
     return {
-        "method": method,
+        "method": results["method"],
         "lam": tract.lam if tract.enabled else None,
         "lam_mode": tract.lam_mode if tract.enabled else None,
         "task": config.task,
         "seed": config.seed,
-        "iterations": iterations,
+        "iterations": results["reported_iteration"],
         "data": {
             "train": data.train.name,
             "classes": data.class_names,
@@ -144,79 +207,55 @@ def hub_ids(data: Data) -> dict[str, str]:
     return {split: hub_id for split, hub_id in ids.items() if hub_id}
 
 
-def sha256_of_weights(weights: str | None) -> str | None:
-    """Return the hash in the weights' card: of which training they are, not only which folder."""
-    if weights in (None, "pretrained"):
+def find_overlap(data: Data) -> dict[str, dict[str, Any]] | None:
+    """Return `overlap` of all images; None if they are streamed or too many to read first."""
+    splits = {name: split for name, split in data.splits.items() if not isinstance(split, Stream)}
+    if len(splits) < len(data.splits) or _takes_long(splits):
+        logger.info(
+            "Train/test overlap is not checked: %s. tools/check_data.py checks it.",
+            "data are streamed" if len(splits) < len(data.splits) else "too many images",
+        )
         return None
-    try:
-        return str(read_metadata(Path(str(weights))).get("sha256"))
-    except FileNotFoundError:
-        return None
+    hashes = {name: content_hashes(split.encoded, len(split)) for name, split in splits.items()}
+    return overlap(data, hashes, {name: range(len(of)) for name, of in hashes.items()})
 
 
-def _method_of_weights(weights: str | None) -> str:
-    if weights in (None, "pretrained"):
-        return "vanilla"
-    try:
-        return str(read_metadata(Path(weights)).get("method", "vanilla"))
-    except FileNotFoundError:
-        return "vanilla"
-
-
-# --- Images to train or select on that are reported on too: told by the hash of their bytes.
-
-MAX_COMPARED, MAX_BYTES = 100_000, 2**31  # of all splits together: above, it takes too long
-_NAMED = 10
-
-
-def find_leaks(
+def overlap(
     data: Data, hashes: Mapping[str, Sequence[str]], rows: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[str, Any]]:
-    """Return, for train and val, how many of its images are reported on too, and the first ones.
+    """Return, for train and val, how many images are also in the reported split, and the first.
 
     They stay; a warning is logged.
 
     Args:
-        hashes: split -> the hash of each image's stored bytes.
+        hashes: split -> the hash of each image's encoded bytes.
         rows: split -> the images that count.
     """
     reported, tested = data.report
     first_with: dict[str, int] = {}
     for row in rows[reported]:
         first_with.setdefault(hashes[reported][row], row)
-    found: dict[str, dict[str, Any]] = {}
+    counts: dict[str, dict[str, Any]] = {}
     for name, split in data.splits.items():
         if name == reported:
             continue
-        own = [row for row in rows[name] if hashes[name][row] in first_with]
+        shared = [row for row in rows[name] if hashes[name][row] in first_with]
         pairs = [
-            [split.item(row), tested.item(first_with[hashes[name][row]])] for row in own[:_NAMED]
+            [split.item(row), tested.item(first_with[hashes[name][row]])]
+            for row in shared[:_MAX_NAMED]
         ]
-        found[name] = {f"images_in_{reported}": len(own), "first": pairs}
-        if own:
+        counts[name] = {f"images_in_{reported}": len(shared), "first": pairs}
+        if shared:
             logger.warning(
-                "%d of the %d images of %s are in %s too, the first: %s is %s. They stay; the "
-                "result is that much too good.",
-                len(own), len(rows[name]), name, reported, *pairs[0],
+                "%d of the %d images of %s are in %s too, the first: %s is %s. They are kept, and "
+                "make the result too good.",
+                len(shared), len(rows[name]), name, reported, *pairs[0],
             )  # fmt: skip
-    return found
-
-
-def find_overlap(data: Data) -> dict[str, dict[str, Any]] | None:
-    """Return `find_leaks` of all images; None where they are streamed or too many to read first."""
-    splits = {name: each for name, each in data.splits.items() if not isinstance(each, Stream)}
-    if len(splits) < len(data.splits) or _takes_long(splits):
-        logger.info(
-            "Not looked for: images of train in %s. tools/check_data.py does.", data.report[0]
-        )
-        return None
-    hashes = {name: content_hashes(split.encoded, len(split)) for name, split in splits.items()}
-    return find_leaks(data, hashes, {name: range(len(each)) for name, each in hashes.items()})
+    return counts
 
 
 def _takes_long(splits: Mapping[str, Any]) -> bool:
-    """Whether reading all images would hold up the start of a training: every one does it."""
-    if sum(len(split) for split in splits.values()) > MAX_COMPARED:
+    if sum(len(split) for split in splits.values()) > MAX_COMPARED_IMAGES:
         return True
     sizes = [estimated_bytes(split.encoded, len(split)) for split in splits.values()]
-    return sum(sizes) > MAX_BYTES
+    return sum(sizes) > MAX_COMPARED_BYTES

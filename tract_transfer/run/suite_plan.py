@@ -111,9 +111,9 @@ def _drafts(suite: SuiteConfig) -> list[Draft]:
 def _check_weights(config: Config) -> None:
     """Refuse weights of a task's own that are not there."""
     if config.model.weights not in (None, "pretrained"):
-        from tract_transfer.build.weights import check_weights_are_there
+        from tract_transfer.build.weights import check_backbone
 
-        check_weights_are_there(config)
+        check_backbone(config)
 
 
 def _joined(suite: SuiteConfig, runs: list[PlannedRun]) -> list[PlannedRun]:
@@ -328,7 +328,11 @@ class Inspector:
     def _look(self, config: Config, needed: Config | None) -> Fingerprints:
         from tract_transfer.build.data import build_data
         from tract_transfer.build.model import build_model
-        from tract_transfer.build.trainer import build_accelerator, build_tract, build_trainer
+        from tract_transfer.build.trainer import (
+            build_accelerator,
+            build_tract,
+            build_trainer,
+        )
 
         weights = None if config.model.weights == "pretrained" else config.model.weights
         if needed is not None:
