@@ -150,7 +150,7 @@ def pets(tmp_path, monkeypatch):
 INTEGER = datasets.Value("int64")
 LABELS = {
     "one class in train": ([0] * 8, [0, 1] * 4, None,
-        ["data.train: telling classes apart needs two", "8 images show ['cat']", "another class"]),
+        ["data.train: its 8 images show only the class ['cat']", "two classes or more"]),
     "one class at all": ([1] * 8, [1] * 4, INTEGER, ["show one class, [1]", "needs two"]),
     "one name": ([0] * 8, [0] * 4, datasets.ClassLabel(names=["cat"]), ["has one class, ['cat']"]),
     "no row": ([], [0, 1], None, ["data.train"]),

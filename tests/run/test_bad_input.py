@@ -94,7 +94,7 @@ TABLE = {
     "metric of a probe left out": (P, told("evaluation.logistic_regression=null"), ConfigError,
         ["evaluation.metric is logistic_top1, and its probe is left out"]),
     "top 5 of 3 classes": (C, told("evaluation.metric=top5"), ConfigError,
-        ["evaluation.metric: top5 needs more than 5 classes, and there are 3. Set top1."]),
+        ["evaluation.metric: top5 needs more than 5 classes, got 3. Set top1."]),
     "warm-up too long": (C, told("solver.warmup_iters=6"), ConfigError,
         ["solver: warmup_iters must be less than max_iters", "6 is not less than 6",
          "solver.warmup_iters: null"]),
@@ -115,7 +115,7 @@ TABLE = {
     "batch not divisible": (C, told("engine.accumulate=3"), ConfigError,
         ["data.batch_size: must be divisible by processes x engine.accumulate", "Set", "30"]),
     "no gpu": (C, told("engine.device=cuda"), ConfigError,
-        ["engine.device: cuda was asked for", "Set auto.", "command line"]),
+        ["engine.device: torch finds no CUDA GPU. Set auto or cpu.", "command line"]),
     # names
     "unknown backbone": (C, told("model.backbone={name: cifar/resnet19}"), ConfigError,
         ["model.backbone: ", "'cifar/resnet19'", "Did you mean 'cifar/resnet18'?"]),

@@ -21,7 +21,8 @@ def finished(tmp_path_factory, load_tiny):
 
 
 def contents(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    files = [path for path in folder.rglob("*") if path.name != ".lock"]
+    return {path: path.stat().st_mtime_ns for path in files}
 
 
 def test_a_folder_is_not_written_over(finished, load_tiny, refused):
@@ -31,8 +32,8 @@ def test_a_folder_is_not_written_over(finished, load_tiny, refused):
     with refused("an output_dir that holds a run", FileExistsError) as caught:
         run(config)
     message = str(caught.value)
-    assert f"{folder} holds a run already" in message
-    assert "(--resume), or set another output_dir" in message
+    assert f"{folder} already contains a run" in message
+    assert "Resume it with --resume, or set another output_dir" in message
     assert contents(folder) == before
 
 
@@ -62,10 +63,10 @@ def test_there_is_nothing_to_evaluate(tmp_path, load_tiny, refused):
     with refused(
         "--eval-only without a checkpoint",
         FileNotFoundError,
-        match=r"No whole checkpoint in .*train first, or set",
+        match=r"No complete checkpoint in .*Train first, or set",
     ):
         evaluate_run(load_tiny(tmp_path))
-    with refused("--eval-only of a probe", ConfigError, match=r"task: a probe trains nothing"):
+    with refused("--eval-only of a probe", ConfigError, match=r"task: a probe trains no model"):
         evaluate_run(load_tiny(tmp_path, task="probe"))
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from tract_transfer.build.data import build_data
 from tract_transfer.engine.trainer import Trainer
-from tract_transfer.run import results as leaks
+from tract_transfer.run import results
 from tract_transfer.run.results import find_overlap
 from tract_transfer.run.run import run
 
@@ -76,14 +76,17 @@ def test_too_many_images_and_streams_are_not_looked_through_and_that_is_told(
 ):
     caplog.set_level("INFO")
     root = write_folders(tmp_path / "pets")
-    monkeypatch.setattr(leaks, "MAX_COMPARED", 9)
+    monkeypatch.setattr(results, "MAX_COMPARED_IMAGES", 9)
     assert find_overlap(build_data(load_tiny(tmp_path, *words(root)))) is None
-    assert "Not looked for: images of train in test. tools/check_data.py does" in caplog.text
-    monkeypatch.setattr(leaks, "MAX_COMPARED", 10)
+    assert (
+        "Train/test overlap is not checked: too many images. tools/check_data.py checks it"
+        in caplog.text
+    )
+    monkeypatch.setattr(results, "MAX_COMPARED_IMAGES", 10)
     size = sum(file.stat().st_size for file in root.rglob("*.png"))
-    monkeypatch.setattr(leaks, "MAX_BYTES", size - 1)
+    monkeypatch.setattr(results, "MAX_COMPARED_BYTES", size - 1)
     assert find_overlap(build_data(load_tiny(tmp_path, *words(root)))) is None
-    monkeypatch.setattr(leaks, "MAX_BYTES", size)
+    monkeypatch.setattr(results, "MAX_COMPARED_BYTES", size)
     assert find_overlap(build_data(load_tiny(tmp_path, *words(root)))) is not None
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
     for split, shades in SHADES.items():

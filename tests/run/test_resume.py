@@ -77,7 +77,7 @@ def test_a_run_whose_checkpoints_are_all_broken_says_that_it_starts_anew(
         weights.write_bytes(b"no tensors")
     assert run(config, resume=True)["metrics"] == whole["metrics"]
     assert "No checkpoint but broken-iter_" in caplog.text
-    assert "the training starts anew" in caplog.text
+    assert "training starts from scratch" in caplog.text
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -115,7 +115,7 @@ def test_a_signal_to_all_processes_ends_a_run_that_then_goes_on(tmp_path, write_
     os.killpg(process.pid, number)  # schedulers and Ctrl-C reach the workers too
     _, errors = process.communicate()
     assert process.returncode == 128 + number
-    go_on = f"checkpoint written. Go on with --resume (output_dir {tmp_path}/run)"
+    go_on = f"checkpoint written. Resume with --resume (output_dir {tmp_path}/run)"
     assert f"{number.name}: {go_on}" in errors
     assert "Traceback" not in errors
     _, _, iteration = last_parts(tmp_path / "run")

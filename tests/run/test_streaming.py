@@ -70,10 +70,10 @@ def test_a_dry_run_and_a_check_of_the_data_take_streams(load):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data.cache=ram"], r"data.cache: ram keeps all images, and data.train.streaming none"),
-        (["data.repeats=2"], r"data.repeats: asks for images by number"),
-        (["data.val={source: train, fraction: 0.1}"], r"data.val: carves a part of data.train"),
-        (["model.backbone.stem=whitened"], r"model.backbone.stem: whitened asks for 5000"),
+        (["data.cache=ram"], r"data.cache: ram keeps all images, and data.train is streamed"),
+        (["data.repeats=2"], r"data.repeats: needs random access to data.train"),
+        (["data.val={source: train, fraction: 0.1}"], r"data.val: holds out images of data.train"),
+        (["model.backbone.stem=whitened"], r"model.backbone.stem: whitened needs a random sample"),
     ],
 )
 def test_what_needs_all_images_is_refused(load, words, message):
@@ -82,7 +82,7 @@ def test_what_needs_all_images_is_refused(load, words, message):
 
 
 def test_a_probe_does_not_stream(load):
-    with pytest.raises(ValueError, match=r"data.train.streaming: a probe asks for images by"):
+    with pytest.raises(ValueError, match=r"data.train.streaming: a probe needs random access"):
         build_data(load(task="probe"))
 
 

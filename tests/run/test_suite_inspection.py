@@ -40,7 +40,7 @@ def test_a_task_is_built_on_a_backbone_that_is_not_trained_yet(pretrain, load_ti
     [
         (
             "model={weights: out/pretrain, backbone: {name: cifar/vit}}",
-            "model.weights: the weights are those of .*Leave model.backbone out",
+            "model.weights: the weights are those of .*Remove model.backbone",
         ),
         ("data.train.classes=[0, 1]", "classes"),
     ],

@@ -78,6 +78,8 @@ def build_with_weights(config: Config) -> Backbone:
     is_pretrained = section.weights == "pretrained"
     is_file = section.weights is not None and not is_pretrained
     try:
+        if is_file:
+            check_weights_exist(path, wanted.name)
         metadata = read_metadata(path) if wanted.name is None else None
         if is_file and wanted.name is not None and has_metadata(path):
             _check_origin(read_metadata(path), wanted)

@@ -83,6 +83,7 @@ def evaluate_run(config: Config) -> dict[str, float]:
     """
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains no model that --eval-only could measure again.")
+    preflight(config)
     folder = Path(config.output_dir)
     path, parts = reported_checkpoint(config)
     trainer, data = _build(config)
@@ -144,6 +145,7 @@ def replay_debug_batch(config: Config, file: Path) -> list[str]:
     """
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains nothing and keeps no batch.")
+    preflight(config)
     kept = load_debug_batch(file)
     with deterministic(config.engine.deterministic):
         trainer, _ = _build(config)
@@ -164,7 +166,6 @@ def replay_debug_batch(config: Config, file: Path) -> list[str]:
 
 def _build(config: TrainedTask) -> tuple[Trainer, Any]:
     """Return trainer and data of a config, for what needs no run folder."""
-    preflight(config)
     data = build_data(config)
     return build_trainer(config, data, build_accelerator(config)), data
 
