@@ -1,5 +1,6 @@
 """What the documents name is there, and their commands parse."""
 
+import ast
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,7 @@ from tract_transfer.config.schema import load_config
 from tract_transfer.config.suite import load_suite
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 COMMAND = re.compile(r"^ {4}\S*python tools/(\w+)\.py (.+)$", re.MULTILINE)
 
 
@@ -42,15 +43,44 @@ def test_the_readme_has_commands():
     assert {tool for tool, _ in commands(ROOT / "README.md")} >= {"train_net", "run_suite"}
 
 
-def test_the_reading_order_is_short_and_the_same_everywhere():
-    def order(page: str) -> list[Path]:
-        path = ROOT / page
-        text = path.read_text(encoding="utf-8").partition("## Reading order")[2]
-        return [(path.parent / link).resolve() for link in re.findall(r"\]\(([^)]+)\)", text)][:7]
+def linked(page: str, heading: str, until: str = "\n## ") -> list[Path]:
+    """The files that a section of a page links to, in order."""
+    text = (ROOT / page).read_text(encoding="utf-8").partition(heading)[2].partition(until)[0]
+    return [
+        (ROOT / page).parent.joinpath(link).resolve() for link in re.findall(r"\]\(([^)]+)\)", text)
+    ]
 
-    files = order("README.md")
-    assert files == order("docs/architecture.md")
-    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) < 1500
+
+def imports_of(file: Path) -> set[str]:
+    """Modules of ours that a file imports; of a package's names, those that its __init__ imports."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tract_transfer"):
+            names.add(node.module)
+            package = ROOT / node.module.replace(".", "/") / "__init__.py"
+            if package.exists() and package != file:
+                names |= imports_of(package)
+    return names
+
+
+def test_a_reader_can_follow_a_run_through_the_reading_list():
+    main = linked("docs/architecture.md", "## Follow a run", "For detection")
+    assert main == linked("README.md", "follow a classification run through")[:7]
+    lines = [len(file.read_text(encoding="utf-8").splitlines()) for file in main]
+    assert sum(lines) < 1200, dict(zip([file.name for file in main], lines, strict=True))
+    detection = linked("docs/architecture.md", "For detection, replace", "## Contracts")
+    for files in (main[1:-1], [*main[1:4], *detection]):
+        seen = imports_of(ROOT / "tract_transfer/cli/train.py")
+        for file in files:
+            module = str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")
+            assert module in seen, f"nothing before it in the list imports {module}"
+            seen |= imports_of(file)
+    assert "tract_transfer.cli.train" in imports_of(main[0])
+    load_config(main[-1])
+    text = main[1].read_text(encoding="utf-8")
+    calls = ["preflight(", "build_data(", "build_trainer(", "trainer.train()", "write_results("]
+    places = [text.index(call, text.index("def run(")) for call in calls]
+    assert places == sorted(places)
 
 
 def test_the_readme_quotes_the_report_of_cpu_demo():

@@ -1,6 +1,7 @@
-"""Whose a run folder is: what may go on in it, and what is refused before anything is written."""
+"""A run folder: what may be resumed in it, what is refused before data are read, what it records."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,24 +17,44 @@ from run_folders import (
 )
 from safetensors.torch import load_file, save_file
 
+from tract_transfer.config.schema import ConfigError, dump_config
 from tract_transfer.engine.run_folder import (
     FolderInUseError,
+    changed_keys,
     continue_environment,
+    deciding_keys,
     environment,
+    flatten,
     is_finished,
     lock_folder,
     resume_hint,
 )
 from tract_transfer.files import sha256_of
+from tract_transfer.run.evaluate import evaluate_run, preview
 from tract_transfer.run.run import run
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, load_tiny):
+    """The folder of a finished run of two iterations, not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(load_tiny(folder, "solver.max_iters=2"))
+    return folder / "run"
+
+
 @pytest.fixture
-def finished(tmp_path, load_tiny):
+def finished(trained, tmp_path, load_tiny):
     """A finished run's config and folder."""
-    config = load_tiny(tmp_path, "solver.max_iters=2")
-    run(config)
-    return config, Path(config.output_dir)
+    shutil.copytree(trained, tmp_path / "run")
+    return load_tiny(tmp_path, "solver.max_iters=2"), tmp_path / "run"
+
+
+@pytest.fixture
+def no_data(monkeypatch):
+    """Let any reading of data fail."""
+    fail = lambda _config: pytest.fail("data were read")  # noqa: E731
+    monkeypatch.setattr("tract_transfer.run.run.build_data", fail)
+    monkeypatch.setattr("tract_transfer.run.evaluate.build_data", fail)
 
 
 def change(file, edit):
@@ -43,58 +64,139 @@ def change(file, edit):
     file.write_text(text)
 
 
-def test_a_second_run_is_refused_and_disturbs_nothing(finished, load_tiny):
+def contents(folder):
+    files = [path for path in folder.rglob("*") if path.name != ".lock"]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def nothing(folder):
+    pass
+
+
+def lose_config(folder):
+    (folder / "config.yaml").unlink()
+
+
+def truncate_config(folder):
+    file = folder / "config.yaml"
+    file.write_text(file.read_text()[:200])
+
+
+def from_another_version(folder):
+    change(folder / "config.yaml", lambda tree: tree.update(old=1))
+
+
+def without_flip(folder):
+    change(folder / "config.yaml", lambda tree: tree["evaluation"].pop("flip"))
+
+
+REFUSALS = {
+    "an output_dir that holds a run": (nothing, [], False, FileExistsError,
+        ["run already contains a run. Resume it with --resume, or set another output_dir"]),
+    "--resume with another config": (nothing, ["solver.lr=0.5", "data.batch_size=16"], True,
+        ValueError, ["another config: data.batch_size: 32 then, 16 now; solver.lr: 0.05 then, 0.5",
+         "run/config.yaml, or set another output_dir"]),
+    "--resume without config.yaml": (lose_config, [], True, ValueError,
+        ["contains a run but no config.yaml", "or set another output_dir"]),
+    "--resume with a truncated config.yaml": (truncate_config, [], True, ValueError,
+        ["config.yaml is not a valid config of this version", "or set another output_dir"]),
+    "--resume with a config.yaml of another version": (from_another_version, [], True, ValueError,
+        ["old: unknown", "or set another output_dir"]),
+    "--resume with a key that the run did not know": (without_flip, ["evaluation.flip=true"], True,
+        ValueError, ["evaluation.flip: False then, True now"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_folder_is_refused_before_data_are_read_and_not_changed(
+    name, finished, load_tiny, no_data, refused
+):
+    spoil, words, resume, error, expected = REFUSALS[name]
+    _, folder = finished
+    spoil(folder)
+    before = contents(folder)
+    with refused(name, error) as caught:
+        run(load_tiny(folder.parent, "solver.max_iters=2", *words), resume=resume)
+    assert [part for part in expected if part not in str(caught.value)] == [], caught.value
+    assert contents(folder) == before
+
+
+def test_other_weights_are_refused_before_data_are_read(tmp_path, load_tiny, finished, no_data):
+    words = [f"model.weights={finished[1]}", "model.backbone={name: null}", "solver.max_iters=1"]
+    (tmp_path / "next/run/checkpoints/iter_0000001").mkdir(parents=True)
+    config = load_tiny(tmp_path / "next", *words)
+    (tmp_path / "next/run/config.yaml").write_text(dump_config(config))
+    (tmp_path / "next/run/environment.json").write_text('{"weights": "0123456789abcdef"}')
+    with pytest.raises(ValueError, match=r"model\.weights changed .* 0123456789ab then"):
+        run(config, resume=True)
+
+
+def test_a_folder_in_use_is_refused_before_data_are_read(tmp_path, load_tiny, no_data):
+    (tmp_path / "run").mkdir()
+    with held(tmp_path / "run") as pid, pytest.raises(FolderInUseError, match=f"process {pid} "):
+        run(load_tiny(tmp_path))
+    assert entries(tmp_path / "run") == [".lock"]
+    (tmp_path / "run/.lock").write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
+    with pytest.raises(FolderInUseError, match="cannot tell whether that process still runs"):
+        run(load_tiny(tmp_path))
+
+
+def test_no_folder_is_made_below_a_file(tmp_path, load_tiny, no_data, refused):
+    (tmp_path / "file").write_text("mine")
+    with refused("an output_dir below a file", NotADirectoryError, match="file is a file"):
+        run(load_tiny(tmp_path, f"output_dir={tmp_path}/file/run"))
+
+
+def test_nothing_to_evaluate_is_reported_before_data_are_read(tmp_path, load_tiny, no_data, refused):
+    with refused(
+        "--eval-only without a checkpoint",
+        FileNotFoundError,
+        match=r"No complete checkpoint in .*Train first, or set",
+    ):
+        evaluate_run(load_tiny(tmp_path))
+    with refused("--eval-only of a probe", ConfigError, match=r"task: a probe trains no model"):
+        evaluate_run(load_tiny(tmp_path, task="probe"))
+
+
+def test_a_checkpoint_of_another_model_is_not_evaluated(trained, load_tiny, tmp_path, refused):
+    config = load_tiny(tmp_path, f"output_dir={trained}", "model.backbone.args={width: 16}")
+    with refused(
+        "--eval-only with another model",
+        ValueError,
+        match=r"iter_0000002 .*another model.*config.yaml",
+    ):
+        evaluate_run(config)
+
+
+def test_a_preview_warns_that_the_run_would_be_refused(finished, caplog):
+    config, _ = finished
+    assert "peak memory" in preview(config)
+    assert "A run would be refused: " in caplog.text
+    caplog.clear()
+    preview(config, resume=True)
+    assert "refused" not in caplog.text
+
+
+def test_a_second_run_is_refused_and_disturbs_nothing(finished):
     config, folder = finished
-    before = {name: (folder / name).stat().st_mtime_ns for name in entries(folder)}
+    before = contents(folder)
     with held(folder) as pid, pytest.raises(FolderInUseError, match=f"in use by process {pid}"):
         run(config, resume=True)
-    changed = {n for n in entries(folder) if (folder / n).stat().st_mtime_ns != before[n]}
-    assert changed == {".lock"}
+    assert contents(folder) == before
     run(config, resume=True)
 
 
-def test_a_key_that_the_run_did_not_know_may_stand_at_its_default(finished):
-    config, folder = finished
+def test_place_speed_and_unknown_defaults_may_differ_on_resume(finished, load_tiny):
+    _, folder = finished
     change(folder / "config.yaml", lambda tree: tree["solver"].pop("ema_warmup"))
     change(folder / "config.yaml", lambda tree: tree["data"].pop("repeats"))
     before = results_of(folder)
-    run(config, resume=True)
+    words = ("data.num_workers=1", "engine.log.every_iters=9", "engine.checkpoint.keep=3")
+    run(load_tiny(folder.parent, "solver.max_iters=2", *words), resume=True)
     assert results_of(folder) == before
 
 
-def test_a_key_that_the_run_did_not_know_may_not_stand_elsewhere(
-    finished, load_tiny, tmp_path, refused
-):
-    _, folder = finished
-    change(folder / "config.yaml", lambda tree: tree["evaluation"].pop("flip"))
-    config = load_tiny(tmp_path, "solver.max_iters=2", "evaluation.flip=true")
-    with refused(
-        "--resume with a key that the run did not know",
-        ValueError,
-        match=r"evaluation\.flip: False then, True now",
-    ):
-        run(config, resume=True)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "said"),
-    [
-        (lambda file: file.unlink(), "contains a run but no config.yaml"),
-        (lambda file: file.write_text(""), "config.yaml is not a valid config of this"),
-        (lambda file: file.write_text(file.read_text()[:200]), "not a valid config of this"),
-        (lambda file: change(file, lambda t: t.update(old=1)), "old: unknown"),
-    ],
-    ids=["missing", "empty", "cut off", "of another version"],
-)
-def test_a_config_that_is_lost_is_told(finished, spoil, said):
-    config, folder = finished
-    spoil(folder / "config.yaml")
-    with pytest.raises(ValueError, match=said) as caught:
-        run(config, resume=True)
-    assert "or set another output_dir" in str(caught.value)
-
-
-def test_other_data_under_the_same_config_is_refused(finished, refused):
+def test_other_data_under_the_same_config_are_refused(finished, refused):
     config, folder = finished
     change(folder / "environment.json", lambda tree: tree["data"].update(test="0123456789abcdef"))
     before = (folder / "results.json").read_bytes()
@@ -115,9 +217,9 @@ def test_other_weights_under_the_same_config_are_refused(tmp_path, load_tiny, fi
     config = load_tiny(tmp_path / "next", *words)
     run(config)
     weights = load_file(folder / "model.safetensors")
-    save_file({name: 2 * each for name, each in weights.items()}, folder / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model.safetensors")
     now = sha256_of(folder / "model.safetensors")
-    change(folder / "model.json", lambda card: card.update(sha256=now))
+    change(folder / "model.json", lambda metadata: metadata.update(sha256=now))
     with refused(
         "--resume with other weights under the same config",
         ValueError,
@@ -135,11 +237,11 @@ def test_data_that_cannot_be_compared_are_warned_of(finished, caplog, spoil):
     assert "cannot be compared" in caplog.text
 
 
-def test_going_on_elsewhere_is_warned_of_and_recorded(finished, caplog):
+def test_another_environment_is_warned_of_and_recorded(finished, caplog):
     config, folder = finished
     change(folder / "environment.json", lambda tree: tree["versions"].update(torch="1.0"))
     run(config, resume=True)
-    assert "resumed in another environment, so not to the same bits: torch 1.0 then" in caplog.text
+    assert "another environment, so not to the same bits: torch 1.0 then" in caplog.text
     earlier = json.loads((folder / "environment.json").read_text())["earlier"]
     assert [one["versions"]["torch"] for one in earlier] == ["1.0"]
 
@@ -157,31 +259,26 @@ def test_what_decides_the_bits_is_compared():
     assert any(change.startswith("commit abc then") for change in changes)
     assert not any("system" in change for change in changes)
     assert [one["git"]["commit"] for one in after["earlier"]] == ["abc"]
-    assert continue_environment(now, {})[1] == []  # an environment.json that was lost
+    assert continue_environment(now, {})[1] == []  # a lost environment.json
 
 
-def test_a_log_line_cut_off_stays_a_line_of_its_own(finished):
+def test_a_truncated_log_line_stays_a_line_and_temporary_files_are_removed(finished):
     config, folder = finished
     text = (folder / "log.txt").read_text()
     (folder / "log.txt").write_text(f"{text}2026-01-01 00:00:00,000 INFO it")
+    (folder / ".results.json.01234567.part").touch()
+    (folder / "checkpoints/.iter_0000001").mkdir()
+    (folder / ".mine").touch()
     run(config, resume=True)
     lines = (folder / "log.txt").read_text().splitlines()
     assert len(text.splitlines()) > 0
     assert lines[len(text.splitlines())].endswith("INFO it")
     assert "INFO Resumed from" in "\n".join(lines[len(text.splitlines()) + 1 :])
-
-
-def test_leftovers_of_a_killed_write_are_cleared(finished):
-    config, folder = finished
-    (folder / ".results.json.01234567.part").touch()
-    (folder / "checkpoints/.iter_0000001").mkdir()
-    (folder / ".mine").touch()
-    run(config, resume=True)
     assert [name for name in entries(folder) if name.startswith(".")] == [".lock", ".mine"]
     assert entries(folder / "checkpoints") == ["iter_0000002"]
 
 
-def test_the_lost_best_is_not_silently_the_last(tmp_path, load_tiny, kill_at):
+def test_a_lost_best_is_not_silently_the_last(tmp_path, load_tiny, kill_at):
     words = (*CARVED, "evaluation.every_iters=2", "engine.checkpoint.keep=9")
     config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
     (tmp_path / "run/checkpoints/best.json").write_text("{")
@@ -189,28 +286,12 @@ def test_the_lost_best_is_not_silently_the_last(tmp_path, load_tiny, kill_at):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
     best = json.loads((tmp_path / "run/checkpoints/best.json").read_text())["iteration"]
     (tmp_path / f"run/checkpoints/iter_{best:07d}/model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="is the best of its run, which cannot be reported"):
+    with pytest.raises(ValueError, match="best"):
         run(config, resume=True)
 
 
-def test_advice_fits_what_is_there(tmp_path, finished):
-    _, folder = finished
-    assert resume_hint(folder) == f"the run is finished (output_dir {folder})."
-    (folder / "results.json").unlink()
-    assert "Resume with --resume" in resume_hint(folder)
-    assert "Give the same command again" in resume_hint(tmp_path / "nothing")
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[]", b""])
-def test_results_that_are_none_are_not_the_end(tmp_path, content):
-    (tmp_path / "results.json").write_bytes(content)
-    assert not is_finished(tmp_path)
-    (tmp_path / "results.json").write_bytes(b"{}")
-    assert is_finished(tmp_path)
-
-
-def test_a_best_that_is_to_come_again_may_be_damaged(tmp_path, load_tiny, kill_at, caplog):
-    """The newest checkpoint is the best more often than not: the one before goes on to it."""
+def test_a_damaged_best_that_comes_again_is_no_obstacle(tmp_path, load_tiny, kill_at):
+    """The newest checkpoint often is the best: training resumes from the one before it."""
     words = (*CARVED, "evaluation.every_iters=2", "engine.checkpoint={every_iters: 2, keep: 9}")
     config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
     checkpoints = tmp_path / "run/checkpoints"
@@ -221,9 +302,64 @@ def test_a_best_that_is_to_come_again_may_be_damaged(tmp_path, load_tiny, kill_a
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_a_held_folder_is_let_go_when_a_run_fails(tmp_path, load_tiny, kill_at):
+def test_the_hint_depends_on_what_the_folder_contains(tmp_path, finished):
+    _, folder = finished
+    assert resume_hint(folder) == f"the run is finished (output_dir {folder})."
+    (folder / "results.json").unlink()
+    assert "Resume with --resume" in resume_hint(folder)
+    assert "Give the same command again" in resume_hint(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"{", b"[]", b""])
+def test_unreadable_results_do_not_finish_a_run(tmp_path, content):
+    (tmp_path / "results.json").write_bytes(content)
+    assert not is_finished(tmp_path)
+    (tmp_path / "results.json").write_bytes(b"{}")
+    assert is_finished(tmp_path)
+
+
+def test_a_folder_is_released_when_a_run_fails_and_removed_if_it_never_began(
+    tmp_path, load_tiny, kill_at
+):
     kill_at(1)
     with pytest.raises(Killed):
         run(load_tiny(tmp_path))
     with lock_folder(tmp_path / "run"):
         pass
+    with pytest.raises(ValueError, match="batch_size"):
+        run(load_tiny(tmp_path, "data.batch_size=500", f"output_dir={tmp_path / 'never'}"))
+    assert not (tmp_path / "never").exists()
+
+
+CONFIG = {
+    "output_dir": "a", "name": "x", "method": "vanilla", "seed": 0,
+    "data": {"cache": "none", "num_workers": 2, "batch_size": 8},
+    "engine": {"log": {"every_iters": 20}, "precision": "fp32"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sections", "changes"),
+    [
+        ({"output_dir": "b", "engine": {"log": {"every_iters": 5}, "precision": "fp32"}}, []),
+        ({"data": {"cache": "ram", "num_workers": 0, "batch_size": 8}}, []),
+        ({"seed": 1}, ["seed: 0 then, 1 now"]),
+        ({"data": {**CONFIG["data"], "batch_size": 4}}, ["data.batch_size: 8 then, 4 now"]),
+        ({"engine": {"log": {}}}, ["engine.precision: 'fp32' then, None now"]),
+        # it augments with other random numbers
+        ({"data": {**CONFIG["data"], "cache": "device"}},
+         ["data.cache: 'none' then, 'device' now"]),
+    ],
+)  # fmt: skip
+def test_keys_that_decide_numbers_may_not_change_on_resume(sections, changes):
+    other = {**CONFIG, **sections}
+    assert changed_keys(CONFIG, other) == changes
+    assert (deciding_keys(CONFIG) == deciding_keys(other)) == (changes == [])
+
+
+def test_labels_decide_nothing():
+    assert deciding_keys(CONFIG) == deciding_keys({**CONFIG, "name": "y", "method": "tract"})
+
+
+def test_flat_keys_are_dotted_and_empty_sections_stay():
+    assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": []}) == {"a.b.c": 1, "a.d": {}, "e": []}
