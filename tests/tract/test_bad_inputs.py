@@ -141,7 +141,9 @@ def sharded_along_its_inputs():
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        layer = fully_shard(nn.Linear(4, 2), mesh=mesh, shard_placement_fn=lambda _: Shard(1))
+        layer = fully_shard(
+            nn.Linear(4, 2, bias=False), mesh=mesh, shard_placement_fn=lambda _: Shard(1)
+        )
         tract = TrAct(layer)
         layer(torch.ones(3, 4)).sum().backward()
         tract.step()

@@ -24,7 +24,7 @@ MANY_GRADIENTS = 100  # without a step(): no GradScaler skips so often
 Version = tuple[TensorWeakRef, int]  # a tensor at one time: writing to it in place counts up
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class WatchedLayer:
     """A treated layer, and the sum of x x^T over the rows of its training forwards.
 
