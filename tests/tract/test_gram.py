@@ -310,8 +310,8 @@ MEMORY = {
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_is_at_most_twice_the_input(name, autocast, monkeypatch):
-    for operator in ("_gram_of_rows", "_gram_of_windows"):  # modes do not see into operators
-        monkeypatch.setattr(gram_module, operator, getattr(gram_module, operator)._init_fn)
+    # Modes do not see into operators.
+    monkeypatch.setattr(gram_module, "_gram_of_windows", gram_module._gram_of_windows._init_fn)
     layer, shape = MEMORY[name]
     images = torch.randn(shape)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Memory(images) as memory:
@@ -373,11 +373,11 @@ def test_sums_on_a_gpu_are_float32_and_do_not_wait(dtype):
     ones = [1, 1]
     with FakeTensorMode():
         images = torch.empty(4, 3, 131, 134, device="cuda", dtype=dtype)
-        rows = torch.empty(500, 300, device="cuda", dtype=dtype)
+        rows = torch.empty(500, 300, 1, 1, device="cuda", dtype=dtype)
         canvas = Canvas(images, (2, 2), (0, 0), (67, 67))
         grams = [
             lag_gram(canvas, (4, 4), (64, 64), dtype),
-            gram_module._gram_of_rows._init_fn(rows, dtype),
+            windows(rows, ones, ones, ones, [0, 0, 0, 0], ones, dtype),
             windows(images, [4, 4], [4, 4], ones, [1, 1, 0, 2], [33, 34], dtype),
             windows(images, [3, 3], ones, [2, 2], [2, 2, 2, 2], [131, 134], dtype),
         ]

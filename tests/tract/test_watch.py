@@ -223,7 +223,7 @@ def test_missing_step_is_logged_once(caplog):
         backward(model, images)
         if count < 120:
             tract.step()
-    assert caplog.text.count("0 got 100 gradients without a step() of TrAct") == 1
+    assert caplog.text.count("0 got 100 gradients without TrAct's step()") == 1
 
 
 def test_latest_tract_on_a_layer_is_the_only_one(caplog):

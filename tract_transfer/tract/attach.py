@@ -13,21 +13,15 @@ class Attached:
     """Calls `step` at the start of every `optimizer.step()`, until `remove()`.
 
     If the optimizer gets a closure that runs forward and backward (Lightning, L-BFGS), `step` runs
-    after each call of it. An update without gradients at the layers skips TrAct, as it skips the
-    weights: Lightning makes one where `training_step` returned None.
-
-    Args:
-        optimizer: accelerate's wrapper is opened.
-        step: multiplies the gradients of the watched layers.
-
-    Raises:
-        ValueError: see `TrAct.attach`.
+    after each call of it. Updates without gradients at the watched layers skip `step`: Lightning
+    makes one where `training_step` returned None. For errors see `TrAct.attach`.
     """
 
     def __init__(
         self, optimizer: Optimizer, watched: Sequence[WatchedLayer], step: Callable[[], None]
     ) -> None:
-        self._optimizer = optimizer = getattr(optimizer, "optimizer", optimizer)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+        self._optimizer = optimizer
         self._watched, self._step = watched, step
         self._is_stepping = False
         self._treated: Callable[[], Any] | None = None  # the closure of the current step, wrapped
@@ -49,8 +43,8 @@ class Attached:
             other = getattr(hook, "__self__", None)
             if isinstance(other, Attached) and other._step == step:
                 raise ValueError("This TrAct is already attached to this optimizer.")
-        for layer in self._missing():
-            raise ValueError(f"The optimizer does not hold {layer}.weight.")
+        if missing := self._missing():
+            raise ValueError(f"The optimizer does not hold {missing[0]}.weight.")
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -99,9 +93,9 @@ class Attached:
             for watched in self._watched:
                 watched.forget()
             return
-        for layer in self._missing():
+        if missing := self._missing():
             raise RuntimeError(
-                f"{layer}.weight is another parameter than when TrAct was attached, and the "
+                f"{missing[0]}.weight is another parameter than when TrAct was attached, and the "
                 "optimizer does not hold it. Create and attach the optimizer after anything that "
                 "replaces parameters, such as load_state_dict(assign=True)."
             )

@@ -109,10 +109,8 @@ def check_layer(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
 
 def _changes_what_it_multiplies(layer: nn.Linear | nn.Conv2d) -> bool:
     """Whether a parametrization or an overridden forward may change the weight or the input."""
-    if is_parametrized(layer) or "weight" not in layer._parameters:  # e.g. old weight_norm
-        return True
-    if "forward" in vars(layer):  # set on the instance
-        return True
+    if is_parametrized(layer) or "weight" not in layer._parameters or "forward" in vars(layer):
+        return True  # weight_norm and the like, or a forward set on the instance
     if isinstance(layer, nn.Conv2d) and type(layer)._conv_forward is not nn.Conv2d._conv_forward:
         return True
     forward = type(layer).forward

@@ -46,14 +46,15 @@ def gram_matrix(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, i
         The (N, N) sum, and the number R of rows in it.
     """
     inputs, dtype = inputs.detach(), product_dtype(inputs)
-    if isinstance(layer, nn.Linear):
-        rows = inputs.reshape(-1, layer.in_features)
-        return _gram_of_rows(rows, dtype), len(rows)
-    images = inputs if inputs.ndim == 4 else inputs.unsqueeze(0)
-    kernel, stride, dilation = map(_pair, (layer.kernel_size, layer.stride, layer.dilation))
-    padding = _padding(layer, images.shape[-2], images.shape[-1])
-    if layer.padding_mode != "zeros":
-        images, padding = F.pad(images, padding, layer.padding_mode), [0, 0, 0, 0]
+    if isinstance(layer, nn.Linear):  # a 1 x 1 convolution of images with one pixel
+        images = inputs.reshape(-1, layer.in_features, 1, 1)
+        kernel, stride, dilation, padding = [1, 1], [1, 1], [1, 1], [0, 0, 0, 0]
+    else:
+        images = inputs if inputs.ndim == 4 else inputs.unsqueeze(0)
+        kernel, stride, dilation = map(_pair, (layer.kernel_size, layer.stride, layer.dilation))
+        padding = _padding(layer, images.shape[-2], images.shape[-1])
+        if layer.padding_mode != "zeros":
+            images, padding = F.pad(images, padding, layer.padding_mode), [0, 0, 0, 0]
     if images.device.type == "cpu" and (kernel != stride or max(dilation) > 1):
         dtype = sum_dtype(dtype)  # the products are small, and rounding does not speed them up
     zeros = (padding[2] + padding[3], padding[0] + padding[1])
@@ -63,20 +64,7 @@ def gram_matrix(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, i
     return gram, len(images) * outputs[0] * outputs[1]
 
 
-# Custom operators, which torch.compile does not trace into.
-@torch.library.custom_op("tract_transfer::gram_of_rows", mutates_args=())
-def _gram_of_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the (N, N) sum of x x^T over (R, N) rows."""
-    device = rows.device.type
-    with torch.autocast(device, enabled=False), float32_factors(device):
-        return _sum_over_chunks(rows, rows.shape[1], dtype)
-
-
-@_gram_of_rows.register_fake
-def _(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows.new_empty(rows.shape[1], rows.shape[1], dtype=sum_dtype(dtype))
-
-
+# A custom operator, which torch.compile does not trace into.
 @torch.library.custom_op("tract_transfer::gram_of_windows", mutates_args=())
 def _gram_of_windows(
     images: Tensor,

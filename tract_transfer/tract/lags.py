@@ -41,18 +41,12 @@ class Canvas(NamedTuple):
     """Zero-padded images as tiles of Sy x Sx pixels whose pixels are channels: (B, Y, X, C Sy Sx).
 
     Tiles make a convolution of any stride one of stride 1.
-
-    Args:
-        images: (B, C, H, W) in pixels.
-        stride: (Sy, Sx).
-        before: zeros above and to the left of the images, in pixels.
-        size: (Y, X), in tiles. Pixels beyond it are ignored.
     """
 
-    images: Tensor
-    stride: tuple[int, int]
-    before: tuple[int, int]
-    size: tuple[int, int]
+    images: Tensor  # (B, C, H, W), in pixels
+    stride: tuple[int, int]  # (Sy, Sx)
+    before: tuple[int, int]  # zeros above and to the left of the images, in pixels
+    size: tuple[int, int]  # (Y, X), in tiles; pixels beyond it are ignored
 
     @property
     def channels(self) -> int:
@@ -67,13 +61,8 @@ class Canvas(NamedTuple):
     def overlaps(self, target: Tensor, first: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
         """Pair views of a target with the views of the images to copy into them.
 
-        Args:
-            target: tiles (b, y, x, C Sy Sx) of this canvas.
-            first: position (Y, X) of its first tile.
-
-        Returns:
-            Views of the target and of all B images, equal in shape except for b and B. Parts of
-            the target outside the images or the canvas are in no view.
+        The target holds tiles (b, y, x, C Sy Sx) from tile `first` (Y, X) on. Parts of it outside
+        the images or the canvas are in no view. The views of the images hold all B images.
         """
         target = target.unflatten(3, (-1, *self.stride))
         sizes = zip(self.stride, self.before, self.images.shape[2:], strict=True)
@@ -117,13 +106,10 @@ class Canvas(NamedTuple):
 def lag_gram(
     canvas: Canvas, kernel: tuple[int, int], outputs: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Sum x x^T over all windows x of the canvas.
+    """Sum x x^T over all windows x of a canvas, with products in `dtype`.
 
-    Args:
-        canvas: of size outputs + kernel - 1.
-        kernel: (Ky, Kx), in tiles.
-        outputs: the number of windows along Y and X.
-        dtype: of the products; sums are `sum_dtype(dtype)`.
+    `outputs` counts the windows along Y and X, `kernel` the tiles in one; the canvas has the size
+    outputs + kernel - 1.
 
     Returns:
         (Ky, Ky, Kx, Kx, C, C): taps i, i' along Y, j, j' along X, and channels c, c'.
@@ -199,11 +185,8 @@ def _tap_pairs(
     """Return (K^2, 2 K - 1 + E^2), the weights that make the sum of a pair of taps (i, i').
 
     +1 for its lag i' - i over all rows; -1 for every pair of end rows of that lag that the taps
-    miss: the first i rows (i' for the other tap), and those after the last window.
-
-    Args:
-        first: the end rows among the first K - 1 rows, counted from the first row.
-        last: those among the last K - 1, counted from the first row that tap 0 misses.
+    miss: the first i rows (i' for the other tap), and those after the last window. `first` counts
+    end rows from the first row, `last` from the first row that tap 0 misses.
     """
     # Made on the device, because a copy to it would wait.
     taps = torch.arange(kernel, device=device)

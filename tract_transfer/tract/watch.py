@@ -18,9 +18,6 @@ from tract_transfer.tract.lags import sum_dtype
 
 logger = logging.getLogger(__name__)
 
-MANY_GRADIENTS = 100  # without a step(): no GradScaler skips so often
-
-
 Version = tuple[TensorWeakRef, int]  # a tensor at one time: writing to it in place counts up
 
 
@@ -108,7 +105,7 @@ class WatchedLayer:
         if weight is self.unsharded or not weight.requires_grad:
             return
         self.unsharded = weight
-        hook = self.before_backward if _is_sharded(self.weight) else self.await_shard
+        hook = self.before_backward if hasattr(self.weight, "to_local") else self.await_shard
         self.weight_handles = [*self.weight_handles[:2], weight.register_hook(hook)]
 
     def await_shard(self, _: Tensor) -> None:
@@ -130,7 +127,11 @@ class WatchedLayer:
         images = inputs[0] if inputs else next(iter(named.values()))
         if images.is_complex():
             raise TypeError(f"TrAct needs a real input to {self.title}, got {images.dtype}.")
-        _refuse_transforms(self.title)
+        if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
+            raise RuntimeError(
+                f"{self.title} runs under a transform of torch.func (grad, vmap), where "
+                "TrAct cannot sum inputs. Use backward() or torch.autograd.grad, or detach() TrAct."
+            )
         self.reached = True
         if module.weight is not self.weight:
             self.follow_unsharded()
@@ -147,12 +148,11 @@ class WatchedLayer:
         if gradient is None:
             self.holds_gradient = self.adds_to_treated = False
             self.num_gradients += 1
-            if self.num_gradients == MANY_GRADIENTS:
+            if self.num_gradients == 100:  # no GradScaler skips so many steps
                 logger.warning(
-                    "%s got %d gradients without a step() of TrAct. Call it before the "
-                    "optimizer's, or attach TrAct to the optimizer whose step() runs.",
+                    "%s got 100 gradients without TrAct's step(). Call it before the optimizer's, "
+                    "or attach TrAct to the optimizer whose step() runs.",
                     self.title,
-                    MANY_GRADIENTS,
                 )
             return
         self.adds_to_treated = self.reached and _is_unchanged(gradient, self.treated_gradient)
@@ -243,7 +243,7 @@ class WatchedLayer:
 
 def local(tensor: Any) -> Tensor:
     """What this process holds of a tensor that FSDP may have sharded."""
-    shard: Tensor = tensor.to_local() if _is_sharded(tensor) else tensor
+    shard: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return shard
 
 
@@ -253,21 +253,6 @@ def _version(tensor: Tensor | None) -> Version | None:
 
 def _is_unchanged(tensor: Tensor, version: Version | None) -> bool:
     return version is not None and version[0]() is tensor and version[1] == local(tensor)._version
-
-
-def _is_sharded(tensor: Any) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
-def _refuse_transforms(title: str) -> None:
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is None:
-        return
-    raise RuntimeError(
-        f"{title} runs under a transform of torch.func (grad, vmap), where TrAct cannot sum its "
-        "inputs. Use backward() or torch.autograd.grad, or call detach() first."
-    )
 
 
 def _has_processes() -> bool:
