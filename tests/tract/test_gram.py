@@ -376,7 +376,7 @@ def test_sums_on_a_gpu_are_float32_and_do_not_wait(dtype):
         rows = torch.empty(500, 300, 1, 1, device="cuda", dtype=dtype)
         canvas = Canvas(images, (2, 2), (0, 0), (67, 67))
         grams = [
-            lag_gram(canvas, (4, 4), (64, 64), dtype),
+            lag_gram(canvas, (4, 4), dtype),
             windows(rows, ones, ones, ones, [0, 0, 0, 0], ones, dtype),
             windows(images, [4, 4], [4, 4], ones, [1, 1, 0, 2], [33, 34], dtype),
             windows(images, [3, 3], ones, [2, 2], [2, 2, 2, 2], [131, 134], dtype),

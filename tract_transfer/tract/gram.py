@@ -136,8 +136,7 @@ def _gram_by_lags(
         gram = _sum_over_chunks(tiles, channels * sy * sx, dtype)
     else:
         size = (outputs[0] + ky - 1, outputs[1] + kx - 1)
-        canvas = Canvas(images, (sy, sx), before, size)
-        gram = lag_gram(canvas, (ky, kx), (outputs[0], outputs[1]), dtype)
+        gram = lag_gram(Canvas(images, (sy, sx), before, size), (ky, kx), dtype)
     taps = gram.view(ky, ky, kx, kx, channels, sy, sx, channels, sy, sx)
     taps = taps.permute(4, 0, 5, 2, 6, 7, 1, 8, 3, 9)
     taps = taps.reshape(channels, ky * sy, kx * sx, channels, ky * sy, kx * sx)

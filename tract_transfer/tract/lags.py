@@ -103,13 +103,8 @@ class Canvas(NamedTuple):
         return piece
 
 
-def lag_gram(
-    canvas: Canvas, kernel: tuple[int, int], outputs: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """Sum x x^T over all windows x of a canvas, with products in `dtype`.
-
-    `outputs` counts the windows along Y and X, `kernel` the tiles in one; the canvas has the size
-    outputs + kernel - 1.
+def lag_gram(canvas: Canvas, kernel: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """Sum x x^T over all windows of Ky x Kx tiles of a canvas, with products in `dtype`.
 
     Returns:
         (Ky, Ky, Kx, Kx, C, C): taps i, i' along Y, j, j' along X, and channels c, c'.
@@ -118,7 +113,7 @@ def lag_gram(
     if not (canvas.filled(0) and canvas.filled(1)):
         return canvas.images.new_zeros(ky, ky, kx, kx, channels, channels, dtype=sum_dtype(dtype))
     forward = _lag_sums(canvas, kernel, dtype)
-    ends = [_ends(canvas, axis, kernel[axis] - 1, outputs[axis]) for axis in range(2)]
+    ends = [_ends(canvas, axis, kernel[axis]) for axis in range(2)]
     num_ends = [sum(map(len, ranges)) for ranges in ends]
     lags = [2 * k - 1 for k in kernel]
     shape = [n + count * count for n, count in zip(lags, num_ends, strict=True)]
@@ -145,18 +140,18 @@ def lag_gram(
         sums[lags[0] :, lags[1] :] = pairs.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(0, 1)
     tap_pairs = _tap_pairs if sums.device.type != "cpu" else _cached_tap_pairs
     weights_y, weights_x = (
-        tap_pairs(k, first, range(last.start - o, last.stop - o), sums.dtype, sums.device)
-        for k, o, (first, last) in zip(kernel, outputs, ends, strict=True)
+        tap_pairs(k, first, range(last.start - n, last.stop - n), sums.dtype, sums.device)
+        for k, n, (first, last) in zip(kernel, canvas.size, ends, strict=True)
     )
     along_y = (weights_y @ sums.flatten(1)).view(ky * ky, -1, channels * channels)
     return (weights_x @ along_y).view(ky, ky, kx, kx, channels, channels)
 
 
-def _ends(canvas: Canvas, axis: int, count: int, outputs: int) -> tuple[range, range]:
-    """The first and the last `count` rows (columns) of a canvas, as far as they hold a pixel."""
+def _ends(canvas: Canvas, axis: int, kernel: int) -> tuple[range, range]:
+    """The first and the last K - 1 rows (columns) of a canvas, as far as they hold a pixel."""
     filled = canvas.filled(axis)
-    first = range(filled.start, max(filled.start, min(count, filled.stop)))
-    start = max(outputs, filled.start)
+    first = range(filled.start, max(filled.start, min(kernel - 1, filled.stop)))
+    start = max(canvas.size[axis] - kernel + 1, filled.start)
     return first, range(start, max(start, filled.stop))
 
 
@@ -185,8 +180,8 @@ def _tap_pairs(
     """Return (K^2, 2 K - 1 + E^2), the weights that make the sum of a pair of taps (i, i').
 
     +1 for its lag i' - i over all rows; -1 for every pair of end rows of that lag that the taps
-    miss: the first i rows (i' for the other tap), and those after the last window. `first` counts
-    end rows from the first row, `last` from the first row that tap 0 misses.
+    miss: the first i rows (i' for the other tap), and those after the last window. End rows are
+    numbered, those in `last` from behind (-1 is the last row).
     """
     # Made on the device, because a copy to it would wait.
     taps = torch.arange(kernel, device=device)
@@ -197,7 +192,7 @@ def _tap_pairs(
     is_last = torch.arange(len(rows), device=device) >= len(first)
     apart = lag[..., None] == rows - rows[:, None]
     taps = taps.view(kernel, 1, 1)
-    missed = torch.where(is_last, rows >= taps, rows < taps)[..., None]
+    missed = torch.where(is_last, rows + kernel - 1 >= taps, rows < taps)[..., None]
     pairs = apart & missed & (is_last == is_last[:, None])
     return torch.cat([is_lag.to(dtype), -pairs.flatten(2).to(dtype)], dim=2).flatten(0, 1)
 
