@@ -81,10 +81,10 @@ def test_model_without_one_first_layer_is_refused(name):
         find_first_layers(build())
 
 
-def attach(kind, **options):
+def attach(make_optimizer):
     def attempt():
         model = small_model()
-        TrAct(model).attach(kind(model.parameters(), **options))
+        TrAct(model).attach(make_optimizer(model.parameters()))
 
     return attempt
 
@@ -94,11 +94,6 @@ def attach_twice():
     tract, optimizer = TrAct(model), torch.optim.SGD(model.parameters(), lr=0.1)
     tract.attach(optimizer)
     tract.attach(optimizer)
-
-
-def attach_without_the_weight():
-    model = small_model()
-    TrAct(model).attach(torch.optim.SGD(model[4].parameters(), lr=0.1))
 
 
 def step_after(change=None, images=None, before=None, **options):
@@ -198,16 +193,17 @@ TABLE = {
         ValueError, r"no layer 'xyz'. Its first layers are \['conv1.0', "),
     "TrAct on a weight that two layers share": (
         lambda: TrAct(tied()), ValueError, r"0.weight is also the weight of \['1'\].*Untie"),
-    "TrAct attached to no optimizer": (lambda: TrAct(nn.Linear(3, 2)).attach(None),
-        ValueError, "takes a torch optimizer, got NoneType"),
+    "TrAct attached to no optimizer": (
+        attach(lambda _: None), ValueError, "takes a torch optimizer, got NoneType"),
     "TrAct attached to an optimizer without the weight": (
-        attach_without_the_weight, ValueError, r"does not hold 0\.weight"),
+        attach(lambda weights: torch.optim.SGD(list(weights)[1:], lr=0.1)),
+        ValueError, r"does not hold 0\.weight"),
     "TrAct attached twice": (attach_twice, ValueError, "already attached to this optimizer"),
     "TrAct attached to an optimizer with a line search": (
-        attach(torch.optim.LBFGS, line_search_fn="strong_wolfe"),
+        attach(lambda weights: torch.optim.LBFGS(weights, line_search_fn="strong_wolfe")),
         ValueError, r"line search of LBFGS.*line_search_fn=None"),
     "TrAct attached to an optimizer that calls no hooks": (
-        attach(lambda parameters: Lookahead(torch.optim.SGD(parameters, lr=0.1))),
+        attach(lambda weights: Lookahead(torch.optim.SGD(weights, lr=0.1))),
         ValueError, r"Lookahead calls no hooks\. Attach to the optimizer"),
     "TrAct on a layer frozen later": (
         step_after(lambda model: model[0].weight.requires_grad_(False)),
@@ -221,7 +217,7 @@ TABLE = {
         RuntimeError, "No training forward reached 0"),
     "TrAct's step() after the optimizer's": (
         step_after(before=optimizer_step(foreach=False)), RuntimeError, WRITTEN),
-    "TrAct's step() after the optimizer's with foreach": (
+    "TrAct's step() after that of a foreach optimizer": (
         step_after(before=optimizer_step(foreach=True)), RuntimeError, WRITTEN),
     **{
         f"TrAct with an input of {value}": (

@@ -152,11 +152,14 @@ def assert_multiplied(plain: torch.Tensor, mean: torch.Tensor, model: nn.Module)
     torch.testing.assert_close(model[0].weight.grad.flatten(1), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("fullgraph", [True, False])
-def test_compiled_model_steps_as_an_eager_one(fullgraph):
+@pytest.mark.parametrize("fullgraph, has_run", [(True, False), (False, False), (True, True)])
+def test_compiled_model_steps_as_an_eager_one(fullgraph, has_run):
+    """Even if it has run before, so that one of the sizes has a graph without the hooks."""
     images, eager, compiled = images_like(4, 3, 8, 8), small_model(), small_model()
-    tracts = [TrAct(eager), TrAct(compiled)]
     run = torch.compile(compiled, backend="aot_eager", fullgraph=fullgraph)
+    if has_run:
+        backward(run, images[:2])
+    tracts = [TrAct(eager), TrAct(run if has_run else compiled)]
     for batch in (images, images[:2], 3 * images):
         for model, forward, tract in zip((eager, compiled), (eager, run), tracts, strict=True):
             model.zero_grad()
@@ -168,21 +171,6 @@ def test_compiled_model_steps_as_an_eager_one(fullgraph):
     with torch.no_grad():
         run(images)
     assert not tracts[1]._watched[0].reached
-
-
-@pytest.mark.parametrize("has_run", [False, True])
-def test_model_compiled_before_is_treated(has_run):
-    """Even if one of the two sizes has a compiled graph without the hooks."""
-    images, model = images_like(6, 3, 8, 8), small_model()
-    run = torch.compile(model, backend="aot_eager", dynamic=False)
-    if has_run:
-        backward(run, images[:4])
-        model.zero_grad()
-    tract, parts = TrAct(run), images.split(4)
-    for part in parts:
-        (loss_of(run, part) * len(part) / len(images)).backward()
-    tract.step()
-    torch.testing.assert_close(model[0].weight.grad, update_of(small_model(), *parts))
 
 
 def test_clipping_after_sees_the_treated_norm_and_before_the_plain_one():
