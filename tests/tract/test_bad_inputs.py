@@ -11,7 +11,7 @@ from torch.distributed.tensor import Shard
 from tract_models import backward, images_like, small_model
 
 import tract_transfer.tract.watch as watch_module
-from tract_transfer.tract import TrAct, find_first_layers
+from tract_transfer.tract import TrAct
 
 
 class OwnConvolution(nn.Conv2d):
@@ -34,51 +34,6 @@ def tied() -> nn.Module:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     return model
-
-
-CHANGES = "changes its weight or its input in the forward"
-LAYERS = {
-    "frozen": (lambda: small_model()[0].requires_grad_(False), "0.weight is frozen"),
-    "grouped": (lambda: nn.Conv2d(4, 4, 3, groups=2), "groups=2"),
-    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3), "ConvTranspose2d"),
-    "3-D": (lambda: nn.Conv3d(3, 4, 3), "Conv3d"),
-    "lazy": (lambda: nn.LazyConv2d(4, 3), "LazyConv2d"),
-    "norm": (lambda: nn.BatchNorm2d(3), "Linear and Conv2d layers; 0 is a BatchNorm2d"),
-    "standardized": (lambda: ScaledStdConv2d(3, 4, 3), CHANGES),
-    "parametrized": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), CHANGES),
-    "old spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(3, 4)), CHANGES),
-    "own convolution": (lambda: OwnConvolution(3, 4, 3), CHANGES),
-    "own same": (lambda: OwnSame(3, 4, 3), CHANGES),
-    "own forward": (with_own_forward, CHANGES),
-    "large": (lambda: nn.Linear(150_528, 2, device="meta"), r"has 150,528 \(84 GiB\), more than"),
-}
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_layer_that_tract_cannot_treat_is_refused(name):
-    build, match = LAYERS[name]
-    with pytest.raises(ValueError, match=match):
-        TrAct(nn.Sequential(build()), layers=["0"])
-
-
-MODELS = {
-    "features": (lambda: nn.Sequential(nn.Conv2d(16, 4, 3), nn.Linear(4, 2)), "none does. Name it"),
-    "no layer": (lambda: nn.Sequential(nn.ReLU()), "none does. Name it"),
-    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), "none does. Name it"),
-    "two": (
-        lambda: nn.ModuleDict({"left": nn.Conv2d(3, 4, 3), "right": nn.Conv2d(3, 4, 3)}),
-        r"2 could: \['left', 'right'\].*layers=.*tract\.layers",
-    ),
-    "3-D": (lambda: nn.Sequential(nn.Conv3d(3, 4, 3)), "Sequential has only Conv3d"),
-    "text": (lambda: nn.Sequential(nn.Embedding(9, 8)), "is 0, an embedding of tokens"),
-}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_model_without_one_first_layer_is_refused(name):
-    build, match = MODELS[name]
-    with pytest.raises(ValueError, match=match):
-        find_first_layers(build())
 
 
 def attach(make_optimizer):
@@ -165,6 +120,33 @@ def transform(vectorized):
     return attempt
 
 
+CHANGES = "changes its weight or its input in the forward"
+LAYERS = {
+    "frozen": (lambda: small_model()[0].requires_grad_(False), "0.weight is frozen"),
+    "grouped": (lambda: nn.Conv2d(4, 4, 3, groups=2), "groups=2"),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3), "ConvTranspose2d"),
+    "3-D": (lambda: nn.Conv3d(3, 4, 3), "Conv3d"),
+    "lazy": (lambda: nn.LazyConv2d(4, 3), "LazyConv2d"),
+    "normalization": (lambda: nn.BatchNorm2d(3), "Linear and Conv2d layers; 0 is a BatchNorm2d"),
+    "standardized": (lambda: ScaledStdConv2d(3, 4, 3), CHANGES),
+    "parametrized": (lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), CHANGES),
+    "spectrally normalized": (lambda: nn.utils.spectral_norm(nn.Linear(3, 4)), CHANGES),
+    "changed convolution": (lambda: OwnConvolution(3, 4, 3), CHANGES),
+    "changed 'same' convolution": (lambda: OwnSame(3, 4, 3), CHANGES),
+    "patched": (with_own_forward, CHANGES),
+    "too large": (lambda: nn.Linear(150_528, 2, device="meta"), r"150,528 \(84 GiB\), more than"),
+}
+MODELS = {
+    "on feature maps": (lambda: nn.Sequential(nn.Conv2d(16, 4, 3), nn.Linear(4, 2)), "none does"),
+    "without layers": (lambda: nn.Sequential(nn.ReLU()), "none does. Name it"),
+    "with a transposed stem": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), "none does"),
+    "with two stems": (
+        lambda: nn.ModuleDict({"left": nn.Conv2d(3, 4, 3), "right": nn.Conv2d(3, 4, 3)}),
+        r"2 could: \['left', 'right'\].*layers=.*tract\.layers",
+    ),
+    "on videos": (lambda: nn.Sequential(nn.Conv3d(3, 4, 3)), "Sequential has only Conv3d"),
+    "on text": (lambda: nn.Sequential(nn.Embedding(9, 8)), "is 0, an embedding of tokens"),
+}
 ANOTHER_STATE = {"mean.7": torch.eye(27)}
 NOT_FINITE = "input of 0 is not finite in step 0"
 WRITTEN = r"0\.weight was written to.*before the optimizer"
@@ -174,6 +156,16 @@ TABLE = {
             lambda lam=lam: TrAct(small_model(), lam), ValueError, "a lam above 0",
         )
         for lam in (0, -0.1, float("nan"), float("inf"), "0.1")
+    },
+    **{
+        f"TrAct on a {kind} layer": (
+            lambda build=build: TrAct(nn.Sequential(build()), layers=["0"]), ValueError, match,
+        )
+        for kind, (build, match) in LAYERS.items()
+    },
+    **{
+        f"TrAct of a model {kind}": (lambda build=build: TrAct(build()), ValueError, match)
+        for kind, (build, match) in MODELS.items()
     },
     "TrAct with an unknown lam_mode": (lambda: TrAct(small_model(), lam_mode="auto"),
         ValueError, "'absolute' or 'relative', got 'auto'"),

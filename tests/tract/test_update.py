@@ -204,7 +204,7 @@ def test_autocast_sums_in_float32():
 
 def test_copies_of_a_treated_model_are_not_treated():
     model, images = small_model(), images_like(4, 3, 8, 8)
-    tract = TrAct(model)
+    TrAct(model)
     shadow = copy.deepcopy(model)
     backward(shadow, images)
     plain = shadow[0].weight.grad.clone()
@@ -212,9 +212,6 @@ def test_copies_of_a_treated_model_are_not_treated():
     with pytest.raises(RuntimeError, match="No training forward reached 0"):
         other.step()
     assert torch.equal(shadow[0].weight.grad, plain)
-    backward(model, images)
-    tract.step()
-    assert torch.equal(model[0].weight.grad, update_of(small_model(), images))
 
 
 def test_detach_removes_all_hooks():
