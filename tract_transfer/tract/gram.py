@@ -31,16 +31,14 @@ EXACT_SIZE = 256  # factors of matrices up to this N are float64, at no cost tha
 def gram_matrix(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, int]:
     """Sum x x^T over the rows x that `layer` multiplies with its weight.
 
-    The rows of a convolution are its unfolded windows, padding included, in the order of
-    `weight.flatten(1)`. Only dilated convolutions are unfolded, a few images at a time.
+    The layer is a Linear or an ungrouped Conv2d of any stride, padding, padding mode and dilation,
+    with inputs (..., N) or ([B,] C, H, W). The rows of a convolution are its unfolded windows,
+    padding included, in the order of `weight.flatten(1)`. Only dilated convolutions are unfolded,
+    a few images at a time.
 
     Sums are float32, or float64 for float64 inputs. Products run in the type of the inputs, or of
     autocast, where the device can sum them in float32: on CUDA, and for rows and patches on a CPU
     with bfloat16 instructions.
-
-    Args:
-        layer: a Linear or an ungrouped Conv2d of any stride, padding, padding mode and dilation.
-        inputs: the input of the layer's forward, (..., N) or ([B,] C, H, W).
 
     Returns:
         The (N, N) sum, and the number R of rows in it.
@@ -219,15 +217,11 @@ class DampedFactor(NamedTuple):
 
 
 def damped_factor(gram: Tensor, lam: float, *, relative: bool) -> DampedFactor:
-    """Factorise gram + lam I, without waiting for the device.
+    """Factorise gram + lam I of a mean of x x^T, (N, N), without waiting for the device.
 
-    The damping is lam, or with `relative` lam times the mean of the diagonal. It is raised to the
-    error that rounding makes in an eigenvalue, 4 eps of the trace, so that a matrix without full
-    rank stays positive. For inputs of standard deviation 1 that is less than a hundredth of any
-    usual lam.
-
-    Args:
-        gram: (N, N), the mean of x x^T; float32 or float64.
+    The damping is lam, or with `relative` lam times the mean of the diagonal, but at least the
+    error that rounding makes in an eigenvalue, 4 eps of the trace. So a matrix without full rank
+    stays positive. For inputs of standard deviation 1 that is less than 1 % of any usual lam.
     """
     rounding = 4 * torch.finfo(gram.dtype).eps
     exact = len(gram) <= EXACT_SIZE and gram.device.type in ("cpu", "cuda")
