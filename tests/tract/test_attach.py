@@ -1,6 +1,7 @@
 """TrAct's step in the optimizer's own."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -76,23 +77,27 @@ class Nested(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_class_whose_step_calls_its_parents_steps_once():
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_class_whose_step_calls_its_parents_steps_once(with_closure):
     """And a step that failed does not keep the next from being treated."""
     torch.optim.SGD([torch.zeros(1)])  # makes torch patch the parent
     model = small_model().double()
     optimizer, tract = sgd(model, Nested), TrAct(model)
     tract.attach(optimizer)
     for attempt, images in enumerate([*batches(1), *batches(2)]):
-        model.zero_grad()
-        backward(model, images)
+
+        def closure(images=images):
+            model.zero_grad()
+            backward(model, images)
+
+        arguments = [closure] if with_closure else []
+        if not with_closure:
+            closure()
         optimizer.fails = attempt == 0
-        if optimizer.fails:
-            with pytest.raises(KeyboardInterrupt):
-                optimizer.step()
-        else:
-            optimizer.step()
+        with pytest.raises(KeyboardInterrupt) if optimizer.fails else nullcontext():
+            optimizer.step(*arguments)
     assert torch.equal(model[0].weight, weight_by_hand(batches(2)))
-    assert tract.num_steps == 3
+    assert tract.num_steps == 3 - with_closure
 
 
 def test_update_without_gradients_is_skipped_and_its_forward_not_counted():
