@@ -140,9 +140,9 @@ def moved_after_a_forward(model, tract, images):
     """For example a model on the meta device that is asked for its shapes."""
     state = copy.deepcopy(model.state_dict())
     backward(model, 3 * images)
-    model.to("meta").zero_grad()
-    backward(model, images.to("meta"))
-    model.to_empty(device="cpu").load_state_dict(state)
+    model.to("meta").float().zero_grad()
+    backward(model, images.float().to("meta"))
+    model.double().to_empty(device="cpu").load_state_dict(state)
     model.zero_grad()
     tract.forget()
     backward(model, images)

@@ -1,10 +1,10 @@
 """TrAct: a gradient step on the first layer's pre-activations.
 
-The weights that come closest to such a step are given by the plain gradient, right-multiplied by
-(x x^T / b + lam I)^-1, where the b columns of x are what the layer multiplies (Petersen, Borgelt,
-Ermon, NeurIPS 2024, equation 6). The matrix depends on the layer's input only. So forward hooks
-sum x x^T (watch.py, gram.py), one call multiplies the finished gradient, and the model, its
-forward, its backward and its state dict do not change.
+The step on the weights that comes closest to it is the plain gradient, right-multiplied by
+(x x^T / b + lam I)^-1, where the b columns of x are the layer's inputs (Petersen, Borgelt, Ermon,
+NeurIPS 2024, equation 6). The matrix depends only on these inputs. So a forward hook sums x x^T
+(watch.py, gram.py), one call multiplies the finished gradient, and the model, its forward, its
+backward and its state dict do not change.
 """
 
 import logging
@@ -47,8 +47,8 @@ class TrAct:
             makes it independent of their scale.
         layers: dotted names of the layers to treat. None finds the first layer; an empty list
             makes a TrAct that does nothing.
-        update_every: measure the matrix in every so many steps. Above 1, TrAct uses a running mean
-            of the measured matrices, which belongs into checkpoints (`state_dict`).
+        update_every: steps between two measurements of the matrix. Above 1, TrAct uses a running
+            mean of the measured matrices: save it in checkpoints (`state_dict`).
 
     Raises:
         ValueError: lam or update_every is not positive, or a layer is missing or not supported.
@@ -87,6 +87,7 @@ class TrAct:
         ]
         self._means: dict[str, Tensor] = {}  # running means of x x^T / b, with update_every > 1
         self._factors: dict[str, DampedFactor] = {}
+        # Layer, step, health of the factor, and the event of its copy from a GPU.
         self._unread: deque[tuple[str, int, Tensor, torch.cuda.Event | None]] = deque()
         self._warned: set[str] = set()
         self._attached: list[Attached] = []
@@ -123,6 +124,7 @@ class TrAct:
 
     @torch.no_grad()
     def _multiply_gradients(self) -> None:
+        """What `step` and attached optimizers do."""
         # Check all layers before the first gradient changes.
         gradients = [watched.local_gradient() for watched in self._watched]
         measures = self.num_steps % self.update_every == 0
