@@ -1,3 +1,5 @@
+"""Two processes with half of the images each compute what one computes."""
+
 import json
 
 import pytest
@@ -33,30 +35,30 @@ def voc():
     return predictions, targets
 
 
-def scores_of(part):
-    found = []
+def results_of(part):
+    results = []
     makers = {VocEvaluator: voc, CocoEvaluator: voc, ClassificationEvaluator: classification}
     for kind, make in makers.items():
         predictions, targets = make()
         evaluator = kind([*"abcdefg"])
         evaluator.update(predictions[part], targets[part])
-        found += [evaluator.compute(), evaluator.details()]
-    return found
+        results += [evaluator.compute(), evaluator.details()]
+    return results
 
 
 def worker(rank, folder):
     dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
     part = slice(0, 11) if rank else slice(11, None)  # out of order, of different size
-    (folder / f"{rank}.json").write_text(json.dumps(scores_of(part)))
+    (folder / f"{rank}.json").write_text(json.dumps(results_of(part)))
     dist.destroy_process_group()
 
 
-def test_without_a_group_the_rows_are_ones_own():
+def test_without_a_group_the_rows_are_those_of_the_process():
     assert all_rows((1, 2)) == [1, 2]
 
 
-def test_two_processes_score_as_one(tmp_path):
-    expected = json.loads(json.dumps(scores_of(slice(None))))
+def test_two_processes_compute_the_same_as_one(tmp_path):
+    expected = json.loads(json.dumps(results_of(slice(None))))
     loss = expected[4].pop("loss")
     assert 0 < expected[0]["ap75"] < expected[0]["ap50"] < 1
     mp.spawn(worker, (tmp_path,), nprocs=2)
