@@ -17,7 +17,7 @@ from tract_transfer.evaluation.probes import (
 )
 
 MARKS = marks_of(60)
-NAN = float("nan")
+NAN, ZEROS = float("nan"), torch.zeros(4, 7)
 
 
 def classify(logits=None, labels=(0, 1, 2, 3)):
@@ -60,14 +60,11 @@ def spoil(side, key, value, **options):
 # What is wrong -> how to cause it, and the message.
 TABLE = {
     "an evaluation without images": (classify, "No image"),
-    "labels beyond the classes": (
-        lambda: classify(torch.zeros(4, 7), (0, 1, 2, 7)),
+    "labels beyond the classes (evaluation)": (
+        lambda: classify(ZEROS, (0, 1, 2, 7)),
         r"0\.\.6, got 0\.\.7",
     ),
-    "logits of another number of classes": (
-        lambda: classify(torch.zeros(4, 6)),
-        r"logits \(B, 7\)",
-    ),
+    "logits of another number of classes": (lambda: classify(ZEROS[:, 1:]), r"logits \(B, 7\)"),
     "logits that are not finite": (
         lambda: classify(torch.tensor([[NAN, torch.inf, *[0.0] * 5]] * 2), (0, 1)),
         "4 of 14",
@@ -76,7 +73,7 @@ TABLE = {
         lambda: check_metric("logistic_top5", 5),
         "more than 5 classes, and there are 5. Use logistic_top1",
     ),
-    "several labels of which no class has a positive": (
+    "test images without a positive": (
         lambda: multilabel_metrics(MARKS.y.astype(float), MARKS.y * 0 - 1, ["a", "b", "c"]),
         r"No class has a positive.*data\.test",
     ),
@@ -93,7 +90,7 @@ TABLE = {
         lambda: knn_predict(TRAIN, TEST.x, ks=[10, 201], temperature=0.07, num_classes=4),
         r"evaluation\.knn\.ks must be in 1\.\.200",
     ),
-    "a linear probe of which every setting diverges": (
+    "a linear probe that always diverges": (
         lambda: train_linear(lrs=[1e5], weight_decays=[1e3]),
         r"Lower evaluation\.linear\.lrs",
     ),

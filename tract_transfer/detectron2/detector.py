@@ -286,7 +286,7 @@ class Detectron2Heads(nn.Module):
         """Return detections or, with objects, losses."""
         maps = [feature_map.float() for feature_map in maps]  # detectron2 casts boxes to their type
         instances, losses = _run(self.heads, self.names, maps, image_sizes, objects, proposals)
-        return ([], losses) if objects else ([as_dict(found) for found in instances], {})
+        return ([], losses) if objects else ([as_dict(of_image) for of_image in instances], {})
 
 
 def _run(

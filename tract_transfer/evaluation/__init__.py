@@ -5,8 +5,7 @@ An evaluator serves one pass over one split: `update(predictions, targets)` for 
 `compute` is a collective, and exact for any number of processes as long as no image is evaluated
 twice. All metrics but losses are fractions in [0, 1]; reports print percent.
 
-EVALUATORS holds the detection protocols (`evaluation.protocol`). An entry takes the class names and
-returns an evaluator.
+EVALUATORS maps detection protocols (`evaluation.protocol`) to functions: class names -> evaluator.
 """
 
 from functools import partial

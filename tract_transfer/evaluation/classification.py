@@ -39,8 +39,7 @@ class ClassificationEvaluator:
 
     def __init__(self, class_names: Sequence[str]) -> None:
         self.class_names = list(class_names)
-        num_classes = len(self.class_names)
-        self._confusion = np.zeros((num_classes, num_classes), np.int64)
+        self._confusion = np.zeros((len(self.class_names),) * 2, np.int64)
         self._top5_hits = 0
         self._loss_sum = 0.0
         self._result: NDArray[np.int64] | None = None
@@ -158,9 +157,7 @@ def per_class_accuracy(confusion: Ints) -> NDArray[np.float64]:
 def multilabel_metrics(
     scores: Floats, marks: Ints, class_names: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return `map_11point` and `map_area`, and their details by class.
-
-    Arguments as `class_average_precision`.
+    """Return `map_11point` and `map_area`, and details; arguments as `class_average_precision`.
 
     Raises:
         ValueError: no class has a positive.
@@ -189,7 +186,6 @@ def class_average_precision(scores: Floats, marks: Ints, method: Method) -> NDAr
     Args:
         scores: (N, K), finite, larger for more likely classes. Equal scores rank in image order.
         marks: (N, K), 1 for positives, -1 for negatives, 0 for images the class excludes.
-        method: `11point` (VOC 2007) or `area` (VOC 2010 and later).
     """
     result = np.full(scores.shape[1], np.nan)
     for k in range(scores.shape[1]):

@@ -31,27 +31,19 @@ COCO_SENTENCE = (
     "medium, others large; ar is the mean recall at 100 detections"
 )
 Measured = tuple[dict[str, float], ClassResults]
+Measure = Callable[[Detections, GroundTruth, Sequence[str]], Measured]
 # Indices into pycocotools' arrays, whose axes are [IoU, recall, class, area, max detections].
 _AREAS = {"": 0, "_small": 1, "_medium": 2, "_large": 3}
 _MAX_DETECTIONS = {"ar1": 0, "ar10": 1, "ar": 2}
 
 
 class DetectionEvaluator:
-    """Collects detections and objects and measures them by a pure function.
+    """Collects boxes and applies the pure function `measure`; `protocol` describes it in words.
 
     Memory grows with the number of boxes only. `result` holds the arrays of the last `compute`.
-
-    Args:
-        measure: of detections, objects and class names.
-        protocol: `measure` in words.
     """
 
-    def __init__(
-        self,
-        class_names: Sequence[str],
-        measure: Callable[[Detections, GroundTruth, Sequence[str]], Measured],
-        protocol: str,
-    ) -> None:
+    def __init__(self, class_names: Sequence[str], measure: Measure, protocol: str) -> None:
         self.class_names = list(class_names)
         self._measure = measure
         self._protocol = protocol
@@ -187,14 +179,10 @@ def coco_metrics(
             "annotations": _coco_annotations(ground_truth),
         }
     )
-    columns = (
-        detections.image_ids[:, None],
-        _xywh(detections.boxes_xyxy),
-        detections.scores[:, None],
-        detections.labels[:, None],
-    )
-    rows = truth.loadRes(np.concatenate(columns, axis=1, dtype=np.float64))
-    evaluation = COCOeval_faster(truth, rows, "bbox", print_function=lambda *_: None)
+    boxes_xywh = _xywh(detections.boxes_xyxy)
+    rows = np.c_[detections.image_ids, boxes_xywh, detections.scores, detections.labels]
+    results = truth.loadRes(rows)
+    evaluation = COCOeval_faster(truth, results, "bbox", print_function=lambda *_: None)
     evaluation.evaluate()
     evaluation.accumulate()
     precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
@@ -227,7 +215,7 @@ def _coco_annotations(ground_truth: GroundTruth) -> list[dict[str, Any]]:
 
 def _xywh(boxes_xyxy: NDArray[Any]) -> NDArray[np.float64]:
     boxes = boxes_xyxy.astype(np.float64)
-    return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
+    return np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]])
 
 
 def _columns(

@@ -91,8 +91,7 @@ def linear_probe(
         f"lr {rate:g}, weight decay {decay:g}": None if value < 0 else value
         for (rate, decay), value in zip(points, val_top1, strict=True)
     }
-    chosen = {"lr": lr, "weight_decay": weight_decay}
-    return Fit(scores.numpy(), chosen, {"val_top1": details})
+    return Fit(scores.numpy(), {"lr": lr, "weight_decay": weight_decay}, {"val_top1": details})
 
 
 def _val_top1(
@@ -248,17 +247,14 @@ def linear_svm(
     Squared hinge loss, l2 penalty and weight 2 for positives, on features of length 1 (Goyal et al.
     2019; VISSL). The C of a class has the best mean average precision over stratified folds of
     train, the smallest of equals; then all its rows are fitted. A class with fewer rows than folds
-    uses as many folds as rows, and C = 1 with a single row.
+    uses as many folds as rows, and C = 1 with a single row. A class without positives, or without
+    negatives, ranks below all others, and its C in `chosen["c"]` is None.
 
     Args:
         train: y are marks (N, K): 1, -1, or 0 for rows that a class excludes.
         cs: candidates for C > 0.
         max_iters: limit of liblinear for one fit.
         seed: of the folds.
-
-    Returns:
-        A class without positives, or without negatives, ranks below all others, and its C in
-        `chosen["c"]` is None.
 
     Raises:
         ValueError: no class has both positives and negatives.

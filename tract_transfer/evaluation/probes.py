@@ -194,7 +194,7 @@ def knn_predict(
     of test images.
 
     Raises:
-        ValueError: `ks` is empty or not in 1..len(train.x).
+        ValueError: `ks` are not in 1..len(train.x).
     """
     check_ks(ks, len(train.x))
     train_unit, test_unit = unit_rows(train.x), unit_rows(test_x)
@@ -218,8 +218,8 @@ def knn_predict(
 
 
 def check_ks(ks: Sequence[int], num_train: int) -> None:
-    """Raise ValueError if `ks` is empty or contains a k that is not in 1..num_train."""
-    if len(ks) == 0 or not all(1 <= k <= num_train for k in ks):
+    """Raise ValueError if `ks` contains a k that is not in 1..num_train."""
+    if not all(1 <= k <= num_train for k in ks):
         raise ValueError(
             f"evaluation.knn.ks must be in 1..{num_train}, the number of training images; got "
             f"{list(ks)}. Remove larger values, or use more training images."

@@ -7,7 +7,7 @@ details; a VocProtocol names them.
 # N detections, M objects, K classes, T IoU thresholds, P pairs of boxes
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -111,11 +111,8 @@ class VocProtocol:
 _KIT = VocProtocol(
     "voc2007_devkit", "as defined by VOCevaldet.m of the VOC 2007 development kit", "11point"
 )
-_AREA = replace(
-    _KIT,
-    name="area",
-    reproduces="as defined by VOCevaldet.m of the development kits since VOC 2010",
-    method="area",
+_AREA = VocProtocol(
+    "area", "as defined by VOCevaldet.m of the development kits since VOC 2010", "area"
 )
 _DETECTRON2 = VocProtocol(
     "detectron2",
@@ -172,9 +169,7 @@ def voc_ap(
     return ClassResults(ap, npos, curves)
 
 
-def count_objects(
-    detections: Detections, ground_truth: GroundTruth, num_classes: int
-) -> NDArray[np.int64]:
+def count_objects(detections: Detections, ground_truth: GroundTruth, num_classes: int) -> Ints:
     """Return (K,) the number of objects of each class that are not difficult.
 
     Raises:
@@ -207,16 +202,14 @@ def average_precision(recall: Floats, precision: Floats, method: Method) -> floa
     return float(interpolated_precision(recall, precision, _RECALLS[method]).sum() / 11)
 
 
-def interpolated_precision(
-    recall: Floats, precision: Floats, at_recalls: Floats
-) -> NDArray[np.float64]:
-    """Return the best precision at any recall >= r for each r of `at_recalls`, 0 if there is none.
+def interpolated_precision(recall: Floats, precision: Floats, at: Floats) -> NDArray[np.float64]:
+    """Return the best precision at any recall >= r for each r of `at`, 0 if there is none.
 
     `recall` (n,), non-decreasing, and `precision` (n,) are the values after each detection that
     counts, best score first.
     """
     best = np.maximum.accumulate(precision[::-1])[::-1]
-    reached: NDArray[np.float64] = np.append(best, 0.0)[np.searchsorted(recall, at_recalls)]
+    reached: NDArray[np.float64] = np.append(best, 0.0)[np.searchsorted(recall, at)]
     return reached
 
 
