@@ -13,6 +13,7 @@ from tract_transfer.tract import TrAct
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("detectron2")
+    from detectron2 import model_zoo
     from detectron2.config import get_cfg
     from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.modeling import build_model
@@ -40,31 +41,21 @@ OURS = {
     "MODEL.BACKBONE.NAME": "build_tract_transfer_fpn_backbone",
     "MODEL.TRACT_BACKBONE.NAME": "timm/test_resnet",
 }
-LEVELS = ["res2", "res3", "res4", "res5"]
-# detectron2's own ResNet-18 in an FPN, small, on a CPU.
+# Of detectron2's Base-RCNN-FPN: a small ResNet-18 on a CPU.
 SMALL = {
     "MODEL.DEVICE": "cpu",
-    "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
     "MODEL.BACKBONE.FREEZE_AT": 0,
     "MODEL.RESNETS.DEPTH": 18,
     "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-    "MODEL.RESNETS.OUT_FEATURES": LEVELS,
     "MODEL.RESNETS.NORM": "BN",
-    "MODEL.FPN.IN_FEATURES": LEVELS,
     "MODEL.FPN.OUT_CHANNELS": 16,
     "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [48], [64], [96]],
-    "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
     "MODEL.RPN.POST_NMS_TOPK_TRAIN": 50,
     "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
-    "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
-    "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
     "MODEL.ROI_HEADS.NUM_CLASSES": 2,
     "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
     "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
-    "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
-    "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
-    "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
     "INPUT.MIN_SIZE_TRAIN": (64,),
     "INPUT.MIN_SIZE_TEST": 64,
     "DATASETS.TRAIN": (NAME,),
@@ -80,6 +71,7 @@ SMALL = {
 def config(folder, **changes):
     cfg = get_cfg()
     add_tract_config(cfg)
+    cfg.merge_from_file(model_zoo.get_config_file("Base-RCNN-FPN.yaml"))
     cfg.OUTPUT_DIR = str(folder)
     cfg.merge_from_list([word for pair in {**SMALL, **changes}.items() for word in pair])
     return cfg
@@ -186,7 +178,7 @@ def test_our_backbone_gets_the_images_it_was_trained_on(tmp_path):
         ours = model.backbone.bottom_up(model.preprocess_image([{"image": image}]).tensor)
         expected = backbone.eval().maps(image[None] / 255, list(backbone.pyramid()))
     by_stride = {info.stride: name for name, info in backbone.pyramid().items()}
-    assert list(ours) == ["res1", *LEVELS]
+    assert list(ours) == ["res1", "res2", "res3", "res4", "res5"]
     for name, shape in model.backbone.bottom_up.output_shape().items():
         feature_map = expected[by_stride[shape.stride]]
         torch.testing.assert_close(ours[name], feature_map, rtol=1e-4, atol=1e-5)
