@@ -53,11 +53,7 @@ def test_cross_entropy_is_torchs(scale):
     np.testing.assert_allclose(cross_entropy(logits, LABELS), expected, atol=1e-10)
 
 
-def test_ties_rank_by_class_index_so_constant_output_scores_one_class():
-    logits = RNG.integers(0, 3, (300, 7)).astype(float)
-    ranked = np.argsort(-logits, axis=1, kind="stable")
-    expected = (ranked == LABELS[:, None]).argmax(1)
-    np.testing.assert_array_equal(label_ranks(logits, LABELS), expected)
+def test_a_model_with_constant_output_scores_one_class():
     metrics, _ = evaluate(np.zeros((70, 7)), np.arange(70) % 7)
     assert (metrics["top1"], metrics["top5"]) == pytest.approx((1 / 7, 5 / 7))
 
@@ -124,14 +120,6 @@ def test_average_precision_is_the_definition(method):
     for k in range(3):
         expected = average_precision_by_definition(SCORES[:, k], MARKS[:, k], method)
         assert ours[k] == pytest.approx(expected)
-
-
-def test_the_area_is_an_upper_bound_of_scikit_learns_which_does_not_interpolate():
-    ours = class_average_precision(SCORES, MARKS, "area")
-    for k in range(3):
-        used = MARKS[:, k] != 0
-        plain = sk.average_precision_score(MARKS[used, k] == 1, SCORES[used, k])
-        assert plain <= ours[k] <= plain + 0.1
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -13,7 +13,7 @@ from random_detections import NAMES, images, rows
 
 from tract_transfer.evaluation import EVALUATORS, PROTOCOLS, VocEvaluator
 from tract_transfer.evaluation.detection import coco_metrics
-from tract_transfer.evaluation.voc import COCO_IOUS, Detections, GroundTruth, voc_ap
+from tract_transfer.evaluation.voc import Detections, GroundTruth
 
 AREA = PROTOCOLS["area"]
 every_protocol = pytest.mark.parametrize("protocol", [name for name, _ in EVALUATORS])
@@ -73,6 +73,7 @@ def test_absent_classes_are_named_and_excluded(protocol):
     assert all(len(curve) == 101 for curve in details["pr_curves"].values())
     assert metrics["ap50"] == pytest.approx(np.mean(list(details["per_class"].values())))
     assert metrics["ap"] == pytest.approx(np.mean(list(details["per_class_ap"].values())))
+    assert 0 < metrics["ap75"] < metrics["ap50"] < 1
     assert metrics == pytest.approx(evaluate(made, protocol, NAMES[:3])[0])
     assert np.isnan(evaluator.result.ap[3]).all()
     assert json.loads(json.dumps(details, allow_nan=False)) == details
@@ -85,15 +86,6 @@ def test_absent_classes_of_detectron2_are_named_and_count_as_zero():
     details = evaluator.details()
     assert metrics["ap50"] == pytest.approx(sum(details["per_class"].values()) / 4)
     assert details["absent_classes"] == ["emu"]
-
-
-def test_metrics_are_means_over_classes_and_thresholds():
-    made = images(seed=5)
-    metrics, _ = evaluate(made, "area")
-    ap = voc_ap(*rows(made), NAMES, AREA, COCO_IOUS).ap[:3]
-    assert (metrics["ap50"], metrics["ap75"]) == (ap[:, 0].mean(), ap[:, 5].mean())
-    assert metrics["ap"] == pytest.approx(ap.mean())
-    assert 0 < metrics["ap75"] < metrics["ap50"] < 1
 
 
 def test_a_protocol_can_be_defined_by_the_user():

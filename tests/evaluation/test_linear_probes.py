@@ -158,12 +158,6 @@ def test_test_images_do_not_influence_the_selection(probe):
     assert (other.chosen, other.details) == (result.chosen, result.details)
 
 
-def test_units_of_features_do_not_matter():
-    scale = np.float32(2.0) ** np.arange(6)
-    moved = logistic(Rows(TRAIN.x * scale + 1, TRAIN.y), TEST.x * scale + 1)
-    np.testing.assert_allclose(moved.scores, logistic().scores, atol=1e-3)
-
-
 @pytest.mark.parametrize("present", [(1, 3), (0, 2, 5)])
 def test_absent_classes_have_a_column_that_never_wins(present):
     y = np.array(present)[np.arange(len(TRAIN.x)) % len(present)]

@@ -51,14 +51,6 @@ def test_ap_is_the_definition(monkeypatch, seed, max_pairs):
     assert all(kind.any() for kind in counted)  # the data reach every branch
 
 
-def test_boxes_with_exclusive_ends_overlap_as_inclusive_pixels_of_the_kit():
-    corners = np.random.default_rng(0).integers(0, 20, (2, 500, 2))
-    sides = np.random.default_rng(1).integers(1, 20, (2, 500, 2))
-    a, b = np.concatenate([corners, corners + sides], axis=2)
-    inclusive = [0, 0, -1, -1]
-    np.testing.assert_array_equal(paired_iou(a, b, 0), paired_iou(a + inclusive, b + inclusive, 1))
-
-
 def test_empty_boxes_overlap_nothing():
     a = np.array([[0, 0, 0, 0], [5, 5, 2, 2], [0, 0, 4, 4]])
     assert paired_iou(a, np.array([[0, 0, 0, 0]] * 3), 0).tolist() == [0, 0, 0]
