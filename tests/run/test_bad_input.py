@@ -94,7 +94,7 @@ TABLE = {
     "metric of a probe left out": (P, told("evaluation.logistic_regression=null"), ConfigError,
         ["evaluation.metric is logistic_top1, and its probe is left out"]),
     "top 5 of 3 classes": (C, told("evaluation.metric=top5"), ConfigError,
-        ["evaluation.metric: top5 needs more than 5 classes, got 3. Set top1."]),
+        ["evaluation.metric: top5 needs more than 5 classes, and there are 3. Use top1."]),
     "warm-up too long": (C, told("solver.warmup_iters=6"), ConfigError,
         ["solver: warmup_iters must be less than max_iters", "6 is not less than 6",
          "solver.warmup_iters: null"]),
