@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from tract_transfer.config.schema import ProbeConfig
-from tract_transfer.config.data import FewShotConfig
+from tract_transfer.config.sections import FewShotConfig
 from tract_transfer.evaluation.probes import (Fit, Rows, Scores, Selection, hold_out_selection)
 from tract_transfer.evaluation.linear_probes import (classifier, draws)
 from tract_transfer.evaluation.probes import knn_predict
