@@ -41,5 +41,5 @@ def test_it_is_another_run_than_that_of_the_loader(tmp_path, load_tiny, kill_at)
 )
 def test_what_is_not_done_in_batches_is_refused(tmp_path, load_tiny, word, named):
     words = ("data.cache=device", "data.transforms.pad_px=null", word)
-    with pytest.raises(ValueError, match=f"cache: device knows crop: .* not its {named}. Set"):
+    with pytest.raises(ValueError, match=f"cache: device supports crop: .* not its {named}. Set"):
         load_tiny(tmp_path, *words)

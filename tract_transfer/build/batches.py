@@ -42,7 +42,10 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
     assert not isinstance(train, DetectionTransformsConfig)
     augment = None
     if train.augment is not None:
-        entry = AUGMENTATIONS.get(train.augment)
+        try:
+            entry = AUGMENTATIONS.get(train.augment)
+        except KeyError as error:
+            raise config.error("data.transforms.augment", str(error.args[0])) from None
         key = "data.transforms.augment_args"
         augment = call_checked(entry, train.augment, train.augment_args, key, config)
     training = transforms.classification_train(
