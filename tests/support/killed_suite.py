@@ -1,6 +1,6 @@
 """Kill a suite with SIGKILL at random moments, and compare what comes out with an undisturbed one.
 
-python tests/support/killed_suite.py --config-file configs/suites/cpu_demo.yaml --kills 3 \\
+python tests/support/killed_suite.py --config-file benchmarks/configs/suites/cpu_demo.yaml --kills 3 \\
     --undisturbed output/cpu_demo --killed output/cpu_demo_killed
 python tests/support/killed_suite.py --undisturbed output/cpu_demo --killed output/cpu_demo_killed
 
