@@ -148,9 +148,9 @@ def test_what_cannot_be_exported_says_why(finished, load_tiny, call, tmp_path):
     run(load_tiny(tmp_path, f"output_dir={tmp_path}/probe", task="probe"))
     (tmp_path / "there").mkdir()
     for words, message in {
-        ("--run", tmp_path / "run", "--output", tmp_path / "x"): "holds a detector, which is made",
+        ("--run", tmp_path / "run", "--output", tmp_path / "x"): "contains a detector",
         ("--run", tmp_path / "probe", "--output", tmp_path / "x"): "a probe trains nothing",
-        ("--run", tmp_path, "--output", tmp_path / "x"): "it is no finished run",
+        ("--run", tmp_path, "--output", tmp_path / "x"): "it is not a finished run",
         ("--run", finished("own"), "--output", tmp_path / "there"): "exists. Name another --output",
     }.items():
         said = call("export_model.py", *words)

@@ -139,9 +139,9 @@ def test_a_licence_is_what_is_told(finished, call, tmp_path):
     said = call("export_model.py", *words, tmp_path / "out", "--license", "apache-2.0")
     assert said.returncode == 0, said.stderr
     assert "license" not in front_matter(tmp_path / "none")
-    assert "No licence is stated" in (tmp_path / "none/README.md").read_text()
+    assert "No license is stated" in (tmp_path / "none/README.md").read_text()
     assert front_matter(tmp_path / "out")["license"] == "apache-2.0"
-    assert "No licence is stated" not in (tmp_path / "out/README.md").read_text()
+    assert "No license is stated" not in (tmp_path / "out/README.md").read_text()
 
 
 def test_training_images_among_the_reported_are_told(finished, tmp_path):
@@ -151,14 +151,14 @@ def test_training_images_among_the_reported_are_told(finished, tmp_path):
     (folder / "results.json").write_text(json.dumps(results))
     export_run(folder, tmp_path / "out")
     text = (tmp_path / "out/README.md").read_text()
-    assert "- 7 images of train are among those the numbers are of." in text
+    assert "- 7 images of train are also among the images that the numbers are of." in text
 
 
 def test_a_mirrored_evaluation_exports_one_view(load_tiny, tmp_path):
     run(load_tiny(tmp_path, "solver.max_iters=1", "evaluation.flip=true"))
     export_run(tmp_path / "run", tmp_path / "out")
     text = (tmp_path / "out/README.md").read_text()
-    assert "average each image and its mirror image; the model looks once" in text
+    assert "average each image and its mirror image; the model sees one of them" in text
 
 
 class Hub:
