@@ -58,6 +58,9 @@ BAD_LINES = {
     f"train_net.py {PRETRAIN} solver.lrr=1": "solver.lrr: unknown. Did you mean solver.lr?",
     f"train_net.py {PRETRAIN} data.batch_size=5000": "data.batch_size",
     f"check_data.py {PRETRAIN} data.trian=1": "data.trian: unknown. Did you mean data.train?",
+    f"run_suite.py {QUICK_SUITE} output_dir=./nowhere methods.tract.downstream={{slover:}}": (
+        "slover: unknown"
+    ),
     f"run_suite.py {QUICK_SUITE} baseline=tarct": "'tarct' is none of methods ['vanilla',",
     f"visualize_data.py {PRETRAIN} data.train.classes=[12]": "data.train.classes",
 }

@@ -204,14 +204,6 @@ def test_a_suite_prints_its_own_lines_and_each_warning_once():
     assert [show(own, logging.INFO, "moved") for _ in range(2)] == [True, True]
 
 
-def test_a_suite_with_a_wrong_config_starts_no_run(suite, call, tmp_path):
-    _, words, _ = suite
-    said = call(*words, f"output_dir={tmp_path / 'none'}", "methods.tract.downstream={slover: 1}")
-    assert said.returncode == 2
-    assert "slover: unknown" in said.stderr
-    assert not (tmp_path / "none").exists()
-
-
 def test_a_report_is_written_from_run_folders(suite, call, tmp_path):
     folder, _, _ = suite
     folders = sorted((folder / "suite").glob("*/*/seed0"))

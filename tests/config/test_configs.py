@@ -27,13 +27,10 @@ def name_of(path):
     return str(path.relative_to(ROOT))
 
 
-# Instead of a ViT that takes one image size, a small one of its kind.
-SMALL_VITS = {
-    "cifar/vit": "{name: cifar/vit, args: {depth: 1, width: 48, num_heads: 3}}",
-    "timm/vit": "{name: timm/test_vit, args: {img_size: 32}}",
-    "timm/deit3": "{name: timm/deit3_small_patch16_224, args: {img_size: 32, patch_size: 8, "
-    "depth: 2, embed_dim: 48, num_heads: 3}}",
-}
+SMALL_VIT = (
+    "model.backbone={name: timm/deit3_small_patch16_224, args: {img_size: 32, patch_size: 8, "
+    "depth: 2, embed_dim: 48, num_heads: 3}}"
+)
 
 
 def small_net(config):
@@ -41,8 +38,8 @@ def small_net(config):
     name = config.model.backbone.name or ""
     if name in ("torchvision/resnet34", "torchvision/resnet50"):  # too deep for images of 16 px
         return ["model.backbone={name: cifar/resnet18, args: {width: 8}}"]
-    vits = [vit for prefix, vit in SMALL_VITS.items() if name.startswith(prefix)]
-    return [f"model.backbone={vits[0]}", "data.transforms.size_px=32"] if vits else []
+    is_vit = name.startswith(("cifar/vit", "timm/vit", "timm/deit3"))
+    return [SMALL_VIT, "data.transforms.size_px=32"] if is_vit else []
 
 
 def without_weights(config):
