@@ -210,7 +210,7 @@ CONFLICTS = [
     ("classification", ["model.backbone.name=null"], "model.backbone.name is needed"),
     ("classification", ["model.weights=a", "model.backbone={name: null, stem: cifar}"],
      "stem and args need model.backbone.name"),
-    ("classification", ["model.adapt_stem=true"], "it is for model.weights: a file or folder"),
+    ("classification", ["model.adapt_stem=true"], "ignore_missing and adapt_stem are for model.weights"),
     ("classification", ["engine.max_skipped=3"], "it is for engine.non_finite: skip"),
     ("probe", ["solver.lr=1"], "solver: not a key of a probe config"),
     ("probe", ["evaluation.logistic_regression=null"],

@@ -89,9 +89,9 @@ class FeatureModelConfig(Section):
     adapt_stem: bool = False
 
     def uses(self) -> Iterator[tuple[str, bool, str]]:
+        reason = "ignore_missing and adapt_stem are for model.weights: a file or folder"
         for key in ("ignore_missing", "adapt_stem"):
-            has_file = self.weights not in (None, "pretrained")
-            yield key, has_file, "it is for model.weights: a file or folder"
+            yield key, self.weights not in (None, "pretrained"), reason
 
     @model_validator(mode="after")
     def _backbone_has_a_name(self) -> "FeatureModelConfig":
