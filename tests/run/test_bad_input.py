@@ -63,10 +63,6 @@ TABLE = {
     "missing key": (C, told("solver={optimizer: sgd, lr: null}"), ConfigError, ["solver.lr"]),
     "key without a value": (C, told("solver.lr"), ConfigError,
         ["solver.lr: given without a value"]),
-    "login in an address": (C, told("output_dir=s3://me:word@host/x"), ConfigError,
-        ["output_dir: holds a login or a secret", "Give it by the environment"]),
-    "token in a value": (C, told(f"model.backbone.args={{a: [hf_{'x' * 34}]}}"), ConfigError,
-        ["model.backbone.args.a.0: holds a login or a secret", "HF_TOKEN"]),
     # keys that do not go together
     "two lengths": (C, told("solver.max_epochs=3"), ConfigError,
         ["give one of solver.max_epochs and solver.max_iters, and null unsets what a base gives:",

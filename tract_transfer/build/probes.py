@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tract_transfer.config.data import FewShotConfig
 from tract_transfer.config.schema import ProbeConfig
+from tract_transfer.config.sections import FewShotConfig
 from tract_transfer.evaluation.linear_probes import (
     classifier,
     draws,
