@@ -12,7 +12,7 @@ Each gets the number of data workers of `--workers` that is best for it, found f
 persistent. Then they take turns, each training in a process of its own, timed after its first
 iterations. The median of the paired ratios is printed.
 
-    python benchmarks/finetune_speed.py --data ../shared/data/cifar100 [--turns 5] [--iters 60]
+    python benchmarks/finetune_speed.py --data data/samples/cifar100 [--turns 5] [--iters 60]
 """
 
 import argparse

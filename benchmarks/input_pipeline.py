@@ -8,7 +8,7 @@ CIFAR's recipe (pad 4, crop, flip), or fine-tuning's (random resized crop, flip)
   PIL images as torchvision.datasets.CIFAR10 does.
 All take turns; the median of the paired ratios is printed, the least and the largest beside it.
 
-    python benchmarks/input_pipeline.py [--data ../shared/data/cifar10] [--threads 2]
+    python benchmarks/input_pipeline.py [--data data/samples/cifar10] [--threads 2]
         [--workers 0 2] [--turns 7] [--crops pad random_resized]
 """
 

@@ -3,7 +3,7 @@
 Backbones begin at random weights, so the whole detector must learn. A detector with a wrong target,
 box, or gradient cannot tell 20 photographs by heart.
 
-    python benchmarks/overfit_detectors.py --voc ../shared/data/voc [--kinds c4] [--precision bf16]
+    python benchmarks/overfit_detectors.py --voc data/samples/voc [--kinds c4] [--precision bf16]
 
 A plain ViT at random weights has no locality built in: it needs more iterations than the others.
 """

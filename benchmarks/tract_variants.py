@@ -4,7 +4,7 @@ A ResNet-18 of half the width learns 4,000 CIFAR-10 images for three epochs, onc
 one seed share initial weights, order and augmentation. `--output` keeps the runs done, and a later
 call goes on from there.
 
-    python benchmarks/tract_variants.py --data ../shared/data/cifar10 [--variants inputs layers]
+    python benchmarks/tract_variants.py --data data/samples/cifar10 [--variants inputs layers]
 
 The folder holds parquet files of the columns img and label, such as those of uoft-cs/cifar10.
 """
@@ -167,7 +167,7 @@ def row(variant: Variant, found: dict[str, dict[int, float]]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="../shared/data/cifar10", help="a folder of parquet")
+    parser.add_argument("--data", default="data/samples/cifar10", help="a folder of parquet")
     parser.add_argument("--variants", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--images", type=int, default=4000, help="training images")
     parser.add_argument("--epochs", type=float, default=3.0)

@@ -16,6 +16,7 @@ from tract_transfer.run.suite import Suite, list_plan
 from tract_transfer.run.suite_plan import plan_suite
 
 ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared/data"
 BENCHMARKS = ROOT / "benchmarks/configs"
 ALL = sorted([*ROOT.glob("configs/**/*.yaml"), *BENCHMARKS.glob("**/*.yaml")])
 SUITES = [path for path in ALL if path.parent.name == "suites"]
@@ -162,12 +163,19 @@ def test_a_config_runs(path, tmp_path, scenes):
     assert (tmp_path / "run/results.json").is_file()
 
 
+def go_to_samples(folder, monkeypatch):
+    """Change to a folder with data/samples, as the configs of the results need it."""
+    if not SHARED.is_dir():
+        pytest.skip("no ../shared/data")
+    (folder / "data").mkdir()
+    (folder / "data/samples").symlink_to(SHARED)
+    monkeypatch.chdir(folder)
+
+
 @pytest.mark.parametrize("path", SAMPLES, ids=name_of)
 def test_the_samples_have_the_images_that_the_configs_name(path, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    if not (ROOT / "../shared/data").is_dir():
-        pytest.skip("no ../shared/data")
-    monkeypatch.chdir(ROOT)
+    go_to_samples(tmp_path, monkeypatch)
     data = build_data(load_config(path, ["data.cache=none"]))
     name, reported = data.report
     assert name == "test"
@@ -198,10 +206,8 @@ def test_a_suites_dry_run_lists_every_run(path, monkeypatch, tmp_path):
     if path.is_relative_to(BENCHMARKS):
         if path.stem == "voc_engines":
             pytest.importorskip("detectron2")
-        if not (ROOT / "../shared/data").is_dir():
-            pytest.skip("no ../shared/data")
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        monkeypatch.chdir(ROOT)
+        go_to_samples(tmp_path, monkeypatch)
     else:
         monkeypatch.chdir(tmp_path)
         write_voc(tmp_path / "data", [("dog", (1, 2, 30, 20))])
