@@ -111,7 +111,7 @@ def accuracy(config: ClassificationConfig, data: Data, inputs: str) -> float:
     trainer.state_parts()  # raises what TrAct has to tell
     evaluator = build_evaluator(config, data.class_names)
     test = data.report[1]
-    batches = build_eval_loader(config, test, rank=0, world_size=1, pin_memory=False)
+    batches = build_eval_loader(config, test)
     model, device = trainer.evaluated_model, trainer.accelerator.device
     evaluate(model, batches, evaluator, device=device, precision=trainer.precision)
     return float(evaluator.compute()["top1"])

@@ -149,7 +149,7 @@ def test_the_images_are_those_of_the_training_from_an_iteration_on(write_tiny, t
     config = load_config(write_tiny(tmp_path, "detection"), ["engine.accumulate=2"])
     train = build_data(config).train
     drawn = list(islice(samples(config, train, start_iter=1), 4))
-    make = build_train_batches(config, train, rank=0, world_size=1, pin_memory=False)
+    make = build_train_batches(config, train)
     batches = make(1)
     expected = [image for _ in range(2) for image in next(batches).images]
     assert len(expected) == 4

@@ -111,7 +111,7 @@ def test_without_tract_it_is_the_plain_pytorch_loop(tmp_path, load_tiny, momentu
 
     model = build_model(config, 3).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3)
-    batches = build_train_batches(config, data.train, rank=0, world_size=1, pin_memory=False)(0)
+    batches = build_train_batches(config, data.train)(0)
     for iteration in range(6):
         for group in optimizer.param_groups:
             group["lr"] = 0.05 * 0.5 * (1 + math.cos(math.pi * iteration / 6))

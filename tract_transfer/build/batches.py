@@ -1,6 +1,7 @@
 """From splits to batches: transforms, epoch order, mixing and loaders."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -8,9 +9,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tract_transfer.build.data import Dataset
-from tract_transfer.build.weights import call_checked
-from tract_transfer.config.data import ClassificationTransformsConfig, DetectionTransformsConfig
-from tract_transfer.config.schema import Config, ProbeConfig, TrainedConfig
+from tract_transfer.build.weights import call_checked, errors_at
+from tract_transfer.config.data import (
+    ClassificationData,
+    ClassificationTransformsConfig,
+    DetectionTransformsConfig,
+)
+from tract_transfer.config.schema import Config, TrainedTask
 from tract_transfer.data import sampling, transforms
 from tract_transfer.data.augment import AUGMENTATIONS, BatchMix
 from tract_transfer.data.detection import DetectionDataset
@@ -40,22 +45,18 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
     evaluation = transforms.classification_eval(
         section.size_px, section.crop_ratio, section.interpolation, section.resize
     )
-    if isinstance(config, ProbeConfig):
+    if not isinstance(section, ClassificationTransformsConfig):  # a probe's
         return evaluation, evaluation
-    train = cast(ClassificationTransformsConfig, section)
-    augment = None
-    if train.augment is not None:
-        try:
-            entry = AUGMENTATIONS.get(train.augment)
-        except KeyError as error:
-            raise config.error("data.transforms.augment", str(error.args[0])) from None
-        key = "data.transforms.augment_args"
-        augment = call_checked(entry, train.augment, train.augment_args, key, config)
+    augment, key = None, "data.transforms.augment"
+    if section.augment is not None:
+        with errors_at(config, key, KeyError):
+            entry = AUGMENTATIONS.get(section.augment)
+        augment = call_checked(entry, section.augment, section.augment_args, f"{key}_args", config)
     training = transforms.classification_train(
-        **_crop_arguments(train),
-        rotation_deg=train.rotation_deg,
+        **_crop_arguments(section),
+        rotation_deg=section.rotation_deg,
         augment=augment,
-        color_jitter=train.color_jitter,
+        color_jitter=section.color_jitter,
     )
     return training, evaluation
 
@@ -70,13 +71,13 @@ def _crop_arguments(section: ClassificationTransformsConfig) -> dict[str, Any]:
     }
 
 
-def build_epoch_order(config: TrainedConfig, train: Dataset) -> sampling.EpochOrder | StreamOrder:
+def build_epoch_order(config: TrainedTask, train: Dataset) -> sampling.EpochOrder | StreamOrder:
     """Return the batches of every epoch; `iters_per_epoch` is their number.
 
     Raises:
         ValueError: the batch size does not fit the data.
     """
-    section = cast(Any, config).data
+    section: Any = config.data
     if isinstance(train, Stream):
         return StreamOrder(
             train.groups.counts,
@@ -103,14 +104,14 @@ def build_epoch_order(config: TrainedConfig, train: Dataset) -> sampling.EpochOr
     )
 
 
-def build_mix(config: TrainedConfig, num_classes: int, num_parts: int) -> BatchMix | None:
+def build_mix(config: TrainedTask, num_classes: int, num_parts: int) -> BatchMix | None:
     """Return what mixes the images of a batch that is split into `num_parts`, or None.
 
     Raises:
         ConfigError: the parts are single images.
     """
-    section = cast(Any, config).data
-    if getattr(section, "mixup", None) is None:
+    section = config.data
+    if not isinstance(section, ClassificationData) or section.mixup is None:
         return None
     if section.batch_size // num_parts < 2:
         raise config.error(
@@ -121,12 +122,12 @@ def build_mix(config: TrainedConfig, num_classes: int, num_parts: int) -> BatchM
     return BatchMix(num_classes, config.seed, **section.mixup.model_dump())
 
 
-def whitening_images(config: TrainedConfig, train: Dataset) -> Iterator[Tensor]:
+def whitening_images(config: TrainedTask, train: Dataset) -> Iterator[Tensor]:
     """Yield batches of random training images by the seed, with the evaluation transforms."""
-    _, transform = build_transforms(cast(Config, config))
+    _, transform = build_transforms(config)
     generator = torch.Generator().manual_seed(config.seed)
     indices = torch.randperm(len(train), generator=generator)[:NUM_WHITENING_IMAGES]
-    dataset = SampledDataset(train, transform, 0, cast(Any, config).data.undecodable)
+    dataset = SampledDataset(train, transform, 0, config.data.undecodable)
     for part in indices.split(100):
         images = [dataset[index].image for index in part.tolist()]
         decoded = [image for image in images if image is not None]
@@ -135,12 +136,11 @@ def whitening_images(config: TrainedConfig, train: Dataset) -> Iterator[Tensor]:
 
 
 def build_train_batches(
-    config: TrainedConfig,
+    config: TrainedTask,
     train: Dataset,
     *,
-    rank: int,
-    world_size: int,
-    pin_memory: bool,
+    rank: int = 0,
+    world_size: int = 1,
     device: torch.device = CPU,
 ) -> Callable[[int], Iterator[Batch]]:
     """Return a function from a first iteration to this process's micro-batches from there on.
@@ -153,62 +153,41 @@ def build_train_batches(
     Raises:
         ValueError: the batch size does not fit the data, the processes or the micro-batches.
     """
-    section = cast(Any, config).data
+    section, seed = config.data, config.seed
     order = build_epoch_order(config, train)
     place = (rank, world_size, config.engine.accumulate)
-    make: Callable[[Any], Iterator[Batch]]
-    if isinstance(order, StreamOrder):
-        assert isinstance(train, Stream)
-        streams, stream_order = train, order
 
-        def sampler(start_iter: int) -> StreamBatches | sampling.TrainBatchSampler:
-            return StreamBatches(streams, stream_order, start_iter, *place)
-    else:
-        epoch_order = order
-
-        def sampler(start_iter: int) -> StreamBatches | sampling.TrainBatchSampler:
-            return sampling.TrainBatchSampler(epoch_order, start_iter, *place)
+    def sampler(start_iter: int) -> Any:
+        if isinstance(order, StreamOrder):
+            return StreamBatches(cast(Stream, train), order, start_iter, *place)
+        return sampling.TrainBatchSampler(order, start_iter, *place)
 
     sampler(0)  # raises now rather than at the first step
-    if section.cache == "device":
-        make = _cached_batches(section, train, config.seed, device)
+    if isinstance(section, ClassificationData) and section.cache == "device":
+        augment = BatchAugment(**_crop_arguments(section.transforms))
+        images = DeviceCache(
+            train,
+            None if augment.takes_native_size else section.transforms.size_px,
+            device,
+            interpolation=section.transforms.interpolation,
+            undecodable=section.undecodable,
+        )
+        return lambda start: cached_batches(images, sampler(start), seed=seed, augment=augment)
+    transform, _ = build_transforms(config)
+    workers = _workers(config)
+    if isinstance(train, Stream):
+        load: Any = partial(stream_loader, train.title, transform, max_pixels=train.max_pixels)
     else:
-        transform, _ = build_transforms(cast(Config, config))
-        workers = {**_workers(section, pin_memory), "seed": config.seed}
-
-        def make(batches: Any) -> Iterator[Batch]:
-            if isinstance(train, Stream):
-                limit = train.max_pixels
-                loader = stream_loader(train.title, transform, batches, max_pixels=limit, **workers)
-            else:
-                loader = train_loader(train, transform, batches, **workers)
-            return iter(loader)
-
-    return lambda start_iter: make(sampler(start_iter))
-
-
-def _cached_batches(
-    section: Any, train: Dataset, seed: int, device: torch.device
-) -> Callable[[Any], Iterator[Batch]]:
-    """Keep the images on the device and augment whole batches there."""
-    augment = BatchAugment(**_crop_arguments(section.transforms))
-    images = DeviceCache(
-        train,
-        None if augment.takes_native_size else section.transforms.size_px,
-        device,
-        interpolation=section.transforms.interpolation,
-        undecodable=section.undecodable,
-    )
-    return lambda batches: cached_batches(images, batches, seed=seed, augment=augment)
+        load = partial(train_loader, train, transform)
+    return lambda start_iter: iter(load(sampler(start_iter), seed=seed, **workers))
 
 
 def build_eval_loader(
-    config: Config, dataset: Dataset, *, rank: int, world_size: int, pin_memory: bool
+    config: Config, dataset: Dataset, *, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Batch]:
     """Return one pass over a process's share of `dataset`, each image once."""
     _, transform = build_transforms(config)
-    batch_size = max(1, config.data.batch_size // world_size)
-    workers = _workers(config.data, pin_memory)
+    batch_size, workers = max(1, config.data.batch_size // world_size), _workers(config)
     if isinstance(dataset, Stream):
         batches, limit = (
             StreamEvalBatches(dataset, batch_size, rank, world_size),
@@ -220,9 +199,9 @@ def build_eval_loader(
     )
 
 
-def _workers(section: Any, pin_memory: bool) -> dict[str, Any]:
+def _workers(config: Config) -> dict[str, Any]:
     return {
-        "num_workers": section.num_workers,
-        "undecodable": section.undecodable,
-        "pin_memory": pin_memory,
+        "num_workers": config.data.num_workers,
+        "undecodable": config.data.undecodable,
+        "pin_memory": config.engine.device != "cpu" and torch.cuda.is_available(),
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from tract_transfer.build.weights import errors_at
 from tract_transfer.config.data import (
     CocoSource,
     DigitScenesSource,
@@ -117,28 +118,22 @@ def build_data(config: Config) -> Data:
 
 
 def _check_streams(config: Config, data: Data) -> None:
-    """Refuse what needs random access to a stream, and options of streams elsewhere."""
-    sections: Any = config.data
-    is_streamed = isinstance(data.train, Stream)
-    for key in ("shuffle_rows", "readers"):
-        if not is_streamed and getattr(sections, key, None) is not None:
-            message = "is for data.train.streaming: true; other data are shuffled as a whole."
-            raise config.error(f"data.{key}", f"{message} Leave it out.")
+    """Refuse what needs random access to a split that is streamed."""
+    cache, is_whitened = config.data.cache, config.model.backbone.stem == "whitened"
     for name in (name for name, split in data.splits.items() if isinstance(split, Stream)):
-        if isinstance(config, ProbeConfig):
-            message = "a probe needs random access. Set it to false; data.cache: none keeps none."
-            raise config.error(f"data.{name}.streaming", message)
-        if sections.cache != "none":
-            message = f"{sections.cache} keeps all images, and data.{name} is streamed. Set none."
-            raise config.error("data.cache", message)
-    if not is_streamed:
-        return
-    if getattr(sections, "repeats", 1) > 1:
-        message = "needs random access to data.train, which is streamed. Set it to 1."
-        raise config.error("data.repeats", message)
-    if config.model.backbone.stem == "whitened":
-        message = "whitened needs a random sample of data.train, which is streamed. Set another."
-        raise config.error("model.backbone.stem", message)
+        in_train = f"data.{name}, which is streamed"
+        for is_refused, key, message in (
+            (isinstance(config, ProbeConfig), f"data.{name}.streaming",
+             "a probe needs random access. Set it to false; data.cache: none keeps none."),
+            (cache != "none", "data.cache",
+             f"{cache} keeps all images, and data.{name} is streamed. Set none."),
+            (name == "train" and getattr(config.data, "repeats", 1) > 1, "data.repeats",
+             f"needs random access to {in_train}. Set it to 1."),
+            (name == "train" and is_whitened, "model.backbone.stem",
+             f"whitened needs a random sample of {in_train}. Set another."),
+        ):  # fmt: skip
+            if is_refused:
+                raise config.error(key, message)
 
 
 def check_disjoint(splits: Mapping[str, Dataset]) -> None:
@@ -167,10 +162,8 @@ def _check_classes(config: Config, data: Data) -> None:
             f"{[data.class_names[k] for k in sorted(shown)]}. Classification needs two classes or "
             "more.",
         )
-    try:
+    with errors_at(config, "evaluation.metric"):
         check_metric(config.evaluation.metric, count)
-    except ValueError as error:
-        raise config.error("evaluation.metric", str(error)) from error
 
 
 def _warn(data: Data) -> None:

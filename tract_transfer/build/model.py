@@ -1,14 +1,23 @@
 """From a config to models and evaluators."""
 
-import re
 from typing import Any, cast
 
 from torch import nn
 
 import tract_transfer.detectron2  # noqa: F401 - registers its detector
-from tract_transfer.build.weights import build_with_weights, call_checked, check_backbone
-from tract_transfer.config.file import ConfigError
-from tract_transfer.config.schema import ClassificationConfig, Config, DetectionConfig, ProbeConfig
+from tract_transfer.build.weights import (
+    build_with_weights,
+    call_checked,
+    check_backbone,
+    errors_at,
+)
+from tract_transfer.config.schema import (
+    ClassificationConfig,
+    Config,
+    DetectionConfig,
+    ProbeConfig,
+    TrainedTask,
+)
 from tract_transfer.config.sections import ComponentConfig, FeatureModelConfig
 from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.hooks import Evaluator
@@ -19,8 +28,6 @@ from tract_transfer.models.detection.options import BoxOptions
 from tract_transfer.models.freeze import freeze_stages, set_drop_path, set_norm
 from tract_transfer.registry import Registry
 
-TrainedTask = ClassificationConfig | DetectionConfig
-
 
 def preflight(config: Config) -> None:
     """Refuse what the config alone shows to be wrong, before data are read or models built.
@@ -30,7 +37,8 @@ def preflight(config: Config) -> None:
     """
     check_backbone(config)
     if isinstance(config, DetectionConfig):
-        _entry(EVALUATORS, config.evaluation.protocol, "evaluation.protocol", config)
+        with errors_at(config, "evaluation.protocol", KeyError):
+            EVALUATORS.get(config.evaluation.protocol)
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
@@ -42,10 +50,8 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     seed_all(config.seed, 0, 0)
     backbone = build_features(config)
     if isinstance(config, DetectionConfig):
-        try:
+        with errors_at(config, "model", prefix=r"model\.\w+"):
             freeze_stages(set_norm(backbone, config.model.norm), config.model.freeze_at)
-        except ValueError as error:
-            raise with_place(config, str(error)) from error
         section, positional = config.model.detector, (backbone, num_classes)
         return cast(nn.Module, _construct(DETECTORS, section, "model.detector", config, positional))
     if isinstance(config, ProbeConfig):
@@ -64,10 +70,9 @@ def build_features(config: Config) -> Backbone:
     """
     backbone = build_with_weights(config)
     if (drop_path := config.model.backbone.drop_path) is not None:
-        try:
+        key = "model.backbone.drop_path"
+        with errors_at(config, key, prefix=key):
             set_drop_path(backbone.model, drop_path.rate, drop_path.mode)
-        except ValueError as error:
-            raise with_place(config, str(error)) from error
     if needs_whitening(config) and not isinstance(config, ClassificationConfig):
         raise config.error(
             "model.backbone.stem",
@@ -117,20 +122,6 @@ def _construct(
     positional: tuple[Any, ...],
 ) -> Any:
     """Call a registry's entry with a section's args, checked against its signature."""
-    entry = _entry(registry, section.name, f"{key}.name", config)
+    with errors_at(config, f"{key}.name", KeyError):
+        entry = registry.get(section.name)
     return call_checked(entry, section.name, section.args, f"{key}.args", config, positional)
-
-
-def _entry(registry: Registry, name: str, key: str, config: Config) -> Any:
-    try:
-        return registry.get(name)
-    except KeyError as error:
-        raise config.error(key, str(error.args[0])) from error
-
-
-def with_place(config: Config, message: str) -> ConfigError:
-    """Return an error at the key a message starts with, as `data.batch_size must be ...`."""
-    start = re.match(r"((?:solver|data|model)[.\w]*):? ", message)
-    if start is None:
-        return config.error("solver", message)
-    return config.error(start[1], message[start.end() :])

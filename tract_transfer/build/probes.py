@@ -29,7 +29,6 @@ from tract_transfer.evaluation.probes import (
 Measure = Callable[[Scores], tuple[dict[str, float], dict[str, Any]]]
 _VAL_FRACTION, _TEMPERATURE, _FOLDS = 0.1, 0.07, 3
 _FEW_SHOT_CS = (0.01, 0.1, 1.0, 10.0, 100.0)
-_NOTHING = "nothing: there is nothing to select"
 
 
 class Probed(NamedTuple):
@@ -123,22 +122,14 @@ def _fits(
             yield f"knn{k}", "nothing: every k is reported", Fit(scores, {"k": k})
     if evaluation.selects:
         selection, selected_on = _selection(config, rows)
+        common: dict[str, Any] = {"selection": selection, "num_classes": num_classes}
     if logistic := evaluation.logistic_regression:
-        arguments = logistic.model_dump()
-        yield (
-            "logistic",
-            selected_on,
-            logistic_regression(
-                train, test_x, selection=selection, **arguments, num_classes=num_classes
-            ),
-        )
+        fit = logistic_regression(train, test_x, **logistic.model_dump(), **common)
+        yield "logistic", selected_on, fit
     if linear := evaluation.linear:
-        arguments = {**linear.model_dump(), "seed": config.seed, "num_classes": num_classes}
-        yield (
-            "linear",
-            selected_on,
-            linear_probe(train, test_x, selection=selection, **arguments, device=device),
-        )
+        common |= {"seed": config.seed, "device": device}
+        fit = linear_probe(train, test_x, **linear.model_dump(), **common)
+        yield "linear", selected_on, fit
     if svm := evaluation.svm:
         marks = train.y if config.data.has_many_labels else one_hot_marks(train.y, num_classes)
         fit = linear_svm(Rows(train.x, marks), test_x, **svm.model_dump(), seed=config.seed)
@@ -176,21 +167,22 @@ def _few_shot(
         for sampling, drawn in enumerate(draws(rows["train"], k, section.samplings, config.seed))
     ]
     measured = [measure(one.scores)[0] for one in fits]
-    metrics = {name: mean(one[name] for one in measured) for name in measured[0]}
+    columns = {name: [one[name] for one in measured] for name in measured[0]}
+    metrics = {name: mean(values) for name, values in columns.items()}
     if section.samplings > 1:
-        spread = {f"{name}_std": stdev(one[name] for one in measured) for name in metrics}
-    else:
-        spread = {}
+        metrics |= {f"{name}_std": stdev(values) for name, values in columns.items()}
     uses_folds = section.classifier != "knn" and k > 1
     about = {
-        "metrics": {**metrics, **spread},
+        "metrics": metrics,
         "samplings": measured,
         "chosen": [one.chosen for one in fits],
-        "selected_on": "folds of the drawn images" if uses_folds else _NOTHING,
+        "selected_on": (
+            "folds of the drawn images" if uses_folds else "nothing: there is nothing to select"
+        ),
         "protocol": _few_shot_protocol(section),
         "details": [one.details for one in fits],
     }
-    return Probed({**metrics, **spread}, about, {})
+    return Probed(metrics, about, {})
 
 
 def _val_fraction(config: ProbeConfig) -> float:

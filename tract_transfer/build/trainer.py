@@ -1,5 +1,6 @@
 """From a config to a Trainer: model, TrAct, optimizer, schedule, batches."""
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -16,9 +17,9 @@ from tract_transfer.build.batches import (
     whitening_images,
 )
 from tract_transfer.build.data import Data, Dataset
-from tract_transfer.build.model import TrainedTask, build_model, needs_whitening, with_place
-from tract_transfer.config.file import ConfigError
-from tract_transfer.config.schema import Config, DetectionConfig
+from tract_transfer.build.model import build_model, needs_whitening
+from tract_transfer.build.weights import errors_at
+from tract_transfer.config.schema import Config, DetectionConfig, TrainedTask
 from tract_transfer.engine.non_finite import StepGuard
 from tract_transfer.engine.solver import (
     JoinedOptimizer,
@@ -54,10 +55,8 @@ def train_length(config: TrainedTask, train: Dataset) -> TrainLength:
     """
     solver, evaluation = config.solver, config.evaluation
     checkpoint = config.engine.checkpoint
-    try:
+    with _errors_at_named_key(config):
         per_epoch = build_epoch_order(config, train).iters_per_epoch
-    except ValueError as error:
-        raise with_place(config, str(error)) from error
 
     def count(epochs: float | None, iters: int | None) -> int | None:
         return max(1, round(epochs * per_epoch)) if epochs else iters
@@ -113,7 +112,7 @@ def build_trainer(
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = _build_ema(config, model, length.max_iters, accelerator.device)
     tract = build_tract(config, model)
-    try:
+    with _errors_at_named_key(config):
         optimizer = _build_optimizer(config, model)
         schedule = _build_schedule(config, length)
         batches = build_train_batches(
@@ -121,13 +120,8 @@ def build_trainer(
             data.train,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
-            pin_memory=accelerator.device.type == "cuda",
             device=accelerator.device,
         )
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise with_place(config, str(error)) from error
     mix = build_mix(config, len(data.class_names), accelerator.num_processes * engine.accumulate)
     return Trainer(
         accelerator=accelerator,
@@ -156,7 +150,7 @@ def build_tract(config: TrainedTask, model: nn.Module) -> TrAct:
         ConfigError: the layer is frozen or not supported.
     """
     section = config.tract
-    try:
+    with errors_at(config, "tract.layers" if section.layers else "tract"):
         return TrAct(
             model,
             section.lam,
@@ -164,8 +158,10 @@ def build_tract(config: TrainedTask, model: nn.Module) -> TrAct:
             layers=section.layers if section.enabled else [],
             update_every=section.update_every,
         )
-    except ValueError as error:
-        raise config.error("tract.layers" if section.layers else "tract", str(error)) from error
+
+
+def _errors_at_named_key(config: Config) -> AbstractContextManager[None]:
+    return errors_at(config, "solver", prefix=r"(?:solver|data|model)[.\w]*")
 
 
 def _build_ema(
@@ -197,12 +193,9 @@ def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
     rest = build_optimizer(model, **solver.model_dump(include=keys))
     if solver.first_layer is None:
         return rest
-    try:
+    with errors_at(config, "solver.first_layer"):
         first = build_optimizer(model, **solver.first_layer.model_dump())
         names = config.tract.layers or find_first_layers(model)
-    except ValueError as error:
-        message = str(error).removeprefix("solver.")
-        raise config.error("solver.first_layer", message) from error
     of_first = {parameter for name in names for parameter in model.get_submodule(name).parameters()}
     keep_parameters(first, of_first)
     if not first.param_groups:
@@ -213,11 +206,7 @@ def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
 
 
 def _build_schedule(config: TrainedTask, length: TrainLength) -> ParamScheduler:
+    lengths = length._asdict()
+    del lengths["evaluate_every"], lengths["checkpoint_every"]
     keys = {"schedule", "warmup_start", "step_factor", "end_factor"}
-    return build_schedule(
-        max_iters=length.max_iters,
-        warmup_iters=length.warmup_iters,
-        steps_iters=length.steps_iters,
-        iters_per_epoch=length.iters_per_epoch,
-        **config.solver.model_dump(include=keys),
-    )
+    return build_schedule(**lengths, **config.solver.model_dump(include=keys))

@@ -1,8 +1,10 @@
 """From a config to a backbone: its name, its arguments, and what `model.weights` loads into it."""
 
+import contextlib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +21,6 @@ from tract_transfer.engine.checkpoint import is_checkpoint, verified
 from tract_transfer.models import BACKBONES, ZOO, Backbone, build_backbone
 from tract_transfer.models.backbones import check_backbone_name
 from tract_transfer.models.weights import (
-    WeightsError,
     build_from_metadata,
     has_metadata,
     load_weights,
@@ -34,6 +35,7 @@ FREE_ARGS = {
     "attn_drop_rate",
 }  # fmt: skip
 CONFIGS = Path(__file__).parents[2] / "configs"
+_Kinds = type[Exception] | tuple[type[Exception], ...]
 
 
 def check_backbone(config: Config) -> None:
@@ -46,18 +48,14 @@ def check_backbone(config: Config) -> None:
     backbone, weights = section.backbone, section.weights
     if weights not in (None, "pretrained"):
         path = Path(str(weights))
-        try:
+        with errors_at(config, "model.weights"):
             check_weights_exist(path, backbone.name)
             if backbone.name is None:
                 read_metadata(path)
             weights_file(path)
-        except (FileNotFoundError, ValueError) as error:
-            raise config.error("model.weights", str(error)) from error
     if backbone.name is not None:
-        try:
+        with errors_at(config, "model.backbone", KeyError):
             check_backbone_name(backbone.name)
-        except KeyError as error:
-            raise _backbone_error(config, error) from error
         if backbone.name in BACKBONES:  # libraries check the arguments of their own models
             signature = inspect.signature(BACKBONES.get(backbone.name))
             parameters = list(signature.parameters.values())
@@ -73,54 +71,41 @@ def build_with_weights(config: Config) -> Backbone:
         ConfigError: no such backbone, or weights that do not fit it; if a file was compared, the
             cause is a WeightsError with the report.
     """
-    section = config.model
+    section, metadata = config.model, None
     wanted, path = section.backbone, Path(section.weights or "")
     is_pretrained = section.weights == "pretrained"
     is_file = section.weights is not None and not is_pretrained
-    try:
+    with errors_at(config, "model.weights"):
         if is_file:
             check_weights_exist(path, wanted.name)
-        metadata = read_metadata(path) if wanted.name is None else None
-        if is_file and wanted.name is not None and has_metadata(path):
+        if wanted.name is None:
+            metadata = read_metadata(path)
+        elif is_file and has_metadata(path):
             _check_origin(read_metadata(path), wanted)
-    except (FileNotFoundError, ValueError) as error:
-        raise config.error("model.weights", str(error)) from error
-    try:
-        if metadata is not None:
-            backbone = build_from_metadata(metadata)
-        else:
-            assert wanted.name is not None
-            arguments = wanted.model_dump(include={"stem", "args"})
-            backbone = build_backbone(wanted.name, pretrained=is_pretrained, **arguments)
-    except (KeyError, ValueError) as error:
-        raise _backbone_error(config, error) from error
+    with errors_at(config, "model.backbone", (KeyError, ValueError)):
+        try:
+            if wanted.name is None:
+                backbone = build_from_metadata(cast(dict[str, Any], metadata))
+            else:
+                arguments = wanted.model_dump(include={"stem", "args"})
+                backbone = build_backbone(wanted.name, pretrained=is_pretrained, **arguments)
+        except ValueError as error:
+            if wrong := wrong_argument(wanted.name, wanted.args, str(error.__cause__)):
+                raise config.error(f"model.backbone.args.{wrong[0]}", wrong[1]) from error
+            raise
     if is_file:
         options = section.model_dump(include={"ignore_missing", "adapt_stem"})
-        try:
+        with errors_at(config, "model.weights", prefix=r"model\.ignore_missing"):
             if path.is_file() and is_checkpoint(path.parent):
                 verified(path.parent)
             load_weights(backbone, path, **options)
-        except (FileNotFoundError, ValueError) as error:
-            key, message = "model.weights", str(error)
-            if not isinstance(error, WeightsError) and message.startswith("model.ignore_missing: "):
-                key, _, message = message.partition(": ")
-            raise config.error(key, message) from error
     backbone.set_normalization(wanted.mean, wanted.std)
     return backbone
 
 
-def _backbone_error(config: Config, error: KeyError | ValueError) -> ConfigError:
-    """Return the error of a backbone that is not built, at the argument that causes it."""
-    wanted, message = config.model.backbone, str(error.args[0])
-    name, args = wanted.name, wanted.args
-    if name and args and (wrong := wrong_argument(name, args, str(error.__cause__))):
-        return config.error(f"model.backbone.args.{wrong[0]}", wrong[1])
-    return config.error("model.backbone", message)
-
-
 def _check_origin(metadata: Mapping[str, Any], wanted: BackboneConfig) -> None:
     """Refuse a backbone that the metadata of its weights contradict, even if shapes fit."""
-    origin = {"name": metadata["name"], "stem": metadata["stem"], "args": metadata["args"]}
+    origin = {key: metadata[key] for key in ("name", "stem", "args")}
     given = wanted.model_dump(include=set(origin))
 
     def fixed(backbone: Mapping[str, Any]) -> dict[str, Any]:
@@ -135,7 +120,29 @@ def _check_origin(metadata: Mapping[str, Any], wanted: BackboneConfig) -> None:
         )
 
 
-# Arguments of registry entries, checked against the entry's signature.
+# Errors at the key of a config, and arguments checked against the signature of a registry's entry.
+
+
+@contextlib.contextmanager
+def errors_at(
+    config: Config, key: str, kinds: _Kinds = (ValueError, FileNotFoundError), prefix: str = ""
+) -> Iterator[None]:
+    """Convert errors of `kinds` to ConfigErrors at `key`.
+
+    Args:
+        prefix: a pattern of keys. A message that starts with one, as `data.batch_size must be ...`,
+            becomes an error at that key.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except kinds as error:
+        message = str(error.args[0]) if isinstance(error, KeyError) else str(error)
+        start = re.match(rf"({prefix}):? ", message) if prefix else None
+        if start:
+            key, message = start[1], message[start.end() :]
+        raise config.error(key, message) from error
 
 
 def call_checked(
@@ -172,10 +179,7 @@ def _check_args(
     config: Config,
 ) -> None:
     fields = {
-        p.name: (
-            Any if p.annotation is p.empty else p.annotation,
-            ... if p.default is p.empty else p.default,
-        )
+        p.name: (_type_of(p), ... if p.default is p.empty else p.default)
         for p in parameters
         if p.kind is not p.VAR_POSITIONAL
     }
@@ -194,14 +198,20 @@ def _check_args(
         raise config.error(f"{key}.{wrong}", message) from error
 
 
-def wrong_argument(name: str, args: Mapping[str, Any], refusal: str) -> tuple[str, str] | None:
+def _type_of(parameter: inspect.Parameter) -> Any:
+    return Any if parameter.annotation is parameter.empty else parameter.annotation
+
+
+def wrong_argument(
+    name: str | None, args: Mapping[str, Any], refusal: str
+) -> tuple[str, str] | None:
     """Return the argument that a library's constructor refused, and why, if that is clear.
 
     Args:
         refusal: the constructor's message. A function between name and class may take more than
             the class, so an argument unknown to the class must be named in it.
     """
-    types = _constructor_types(name)
+    types = _constructor_types(name) if name and args else {}
     for argument, value in args.items():
         if argument not in types:
             if types and f"'{argument}'" in refusal:
@@ -231,11 +241,9 @@ def _constructor_types(name: str) -> dict[str, Any]:
             model = torchvision.models.get_model(model_name)
         else:
             return {}
-    return {
-        p.name: Any if p.annotation is p.empty else p.annotation
-        for p in inspect.signature(type(model)).parameters.values()
-        if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    }
+    parameters = inspect.signature(type(model)).parameters.values()
+    excluded = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    return {p.name: _type_of(p) for p in parameters if p.kind not in excluded}
 
 
 # Weights that do not exist: where they would come from.

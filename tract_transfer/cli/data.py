@@ -149,9 +149,9 @@ def samples(
 
     batches: Iterable[Batch]
     if config.task == "probe":
-        batches = build_eval_loader(config, train, rank=0, world_size=1, pin_memory=False)
+        batches = build_eval_loader(config, train)
     else:
-        make = build_train_batches(config, train, rank=0, world_size=1, pin_memory=False)
+        make = build_train_batches(config, train)
         batches = make(start_iter)
     for batch in batches:
         for image, target, index in zip(batch.images, batch.targets, batch.indices, strict=True):

@@ -143,7 +143,8 @@ class ProbeConfig(BaseConfig):
         return self
 
 
-Config = ClassificationConfig | DetectionConfig | ProbeConfig
+TrainedTask = ClassificationConfig | DetectionConfig
+Config = TrainedTask | ProbeConfig
 TASKS: Mapping[str, type[Config]] = {
     "classification": ClassificationConfig,
     "detection": DetectionConfig,

@@ -16,14 +16,19 @@ from torch.utils.data import DataLoader
 from tract_transfer.build.batches import build_eval_loader, build_transforms
 from tract_transfer.build.data import Dataset, build_data
 from tract_transfer.build.model import (
-    TrainedTask,
     build_evaluated,
     build_evaluator,
     build_model,
     preflight,
 )
 from tract_transfer.build.trainer import PRECISIONS, build_accelerator, build_trainer, train_length
-from tract_transfer.config.schema import Config, DetectionConfig, ProbeConfig, load_config
+from tract_transfer.config.schema import (
+    Config,
+    DetectionConfig,
+    ProbeConfig,
+    TrainedTask,
+    load_config,
+)
 from tract_transfer.config.sections import BackboneConfig
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.checkpoint import Checkpointer
@@ -65,13 +70,8 @@ def measure(
 
 def eval_batches(config: Config, dataset: Dataset, accelerator: Accelerator) -> DataLoader[Batch]:
     """Return one pass over a process's share of `dataset`."""
-    return build_eval_loader(
-        config,
-        dataset,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    return build_eval_loader(config, dataset, rank=rank, world_size=world_size)
 
 
 def evaluate_run(config: Config) -> dict[str, float]:

@@ -161,8 +161,7 @@ def _extract(
     skipped: list[str] = []
 
     def batches() -> Iterator[Batch]:
-        pin = device.type == "cuda"
-        for batch in build_eval_loader(config, dataset, rank=0, world_size=1, pin_memory=pin):
+        for batch in build_eval_loader(config, dataset):
             skipped.extend(batch.skipped)
             if len(batch.images):
                 yield batch

@@ -9,9 +9,9 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from tract_transfer.build.data import Data
-from tract_transfer.build.model import TrainedTask, build_evaluated
+from tract_transfer.build.model import build_evaluated
 from tract_transfer.build.trainer import TrainLength
-from tract_transfer.config.schema import Config, DetectionConfig, ProbeConfig
+from tract_transfer.config.schema import Config, DetectionConfig, ProbeConfig, TrainedTask
 from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.findings import size_checks
 from tract_transfer.data.images import content_hashes, estimated_bytes

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from tract_transfer.build.data import Data, build_data
-from tract_transfer.build.model import TrainedTask, preflight
+from tract_transfer.build.model import preflight
 from tract_transfer.build.trainer import TrainLength, build_accelerator, build_trainer, train_length
-from tract_transfer.config.schema import Config, ProbeConfig
+from tract_transfer.config.schema import Config, ProbeConfig, TrainedTask
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.debug_batch import keep_debug_batch
