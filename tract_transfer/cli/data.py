@@ -4,9 +4,9 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tract_transfer.cli.main import add_config, make_parser, number, reports_errors
+from tract_transfer.cli.main import add_config, make_parser, number, read_config, reports_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,10 +45,7 @@ def check() -> int:
     add_config(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the whole report")
     arguments = parser.parse_intermixed_args()
-
-    from tract_transfer.config.schema import load_config
-
-    config = load_config(arguments.config_file, arguments.overrides)
+    config = read_config(arguments)
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {arguments.json}: the folder does not exist. Create it.")
     from tract_transfer.run.check_data import check_data
@@ -78,19 +75,15 @@ def lines_of(report: "DataReport") -> list[str]:
         statistics = dict(split.statistics or {})
         classes = statistics.pop("classes", {})
         rows = {**statistics, **({"classes": len(classes)} if classes else {}), **classes}
-        lines += [f"  {what:>22}  {format_value(value)}" for what, value in rows.items()]
+        for what, value in rows.items():
+            if isinstance(value, dict):  # counts, or a spread
+                value = ", ".join(f"{key} {number:g}" for key, number in value.items())
+            lines.append(f"  {what:>22}  {'none' if value is None else value}")
         lines += titled(f"broken in {name}", split.problems)
     lines += titled("broken between the splits", report.problems)
     lines += titled("worth a look", report.warnings)
     count = sum(len(split.problems) for split in report.splits.values()) + len(report.problems)
     return [*lines, f"{count} problems, {len(report.warnings)} warnings"]
-
-
-def format_value(value: Any) -> str:
-    """Return counts and spreads on one line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {number:g}" for name, number in value.items())
-    return "none" if value is None else str(value)
 
 
 def titled(title: str, lines: Sequence[str]) -> list[str]:
@@ -112,14 +105,10 @@ def visualize() -> int:
     parser.add_argument("--start-iter", type=start, default=0, metavar="I", help="default 0")
     parser.add_argument("--output", type=Path, default=Path("data.png"), metavar="FILE")
     arguments = parser.parse_intermixed_args()
-
-    from tract_transfer.config.schema import load_config
-
-    words = [*arguments.overrides, "data.num_workers=0"]
-    config = load_config(arguments.config_file, words)
-    if config.data.cache == "ram":
+    words = ["data.num_workers=0"]
+    if read_config(arguments).data.cache == "ram":
         words.append("data.cache=none")
-        config = load_config(arguments.config_file, words)
+    config = read_config(arguments, *words)
 
     from tract_transfer.build.data import build_data
     from tract_transfer.visualize import draw_samples, figure_pixels, save_pixels
@@ -128,10 +117,9 @@ def visualize() -> int:
     if config.task != "probe" and config.data.batch_size > len(train):
         # A training would have no batch, but its images can be drawn.
         words += [f"data.batch_size={len(train)}", "engine.accumulate=1"]
-        config = load_config(arguments.config_file, words)
+        config = read_config(arguments, *words)
     drawn = islice(samples(config, train, arguments.start_iter), arguments.num_images)
-    images, captions, targets = zip(*drawn, strict=True)
-    figure = draw_samples(images, captions, targets)
+    figure = draw_samples(*zip(*drawn, strict=True))
     width_px = round(PX_PER_INCH * figure.get_figwidth())
     save_pixels(figure_pixels(figure, width_px), arguments.output)
     print(arguments.output)
@@ -151,8 +139,7 @@ def samples(
     if config.task == "probe":
         batches = build_eval_loader(config, train)
     else:
-        make = build_train_batches(config, train)
-        batches = make(start_iter)
+        batches = build_train_batches(config, train)(start_iter)
     for batch in batches:
         for image, target, index in zip(batch.images, batch.targets, batch.indices, strict=True):
             size = f"{image.shape[2]} x {image.shape[1]}"

@@ -1,6 +1,5 @@
 """Write a run's model for other tools: `main` for timm or torchvision, `convert` for detectron2."""
 
-import argparse
 from pathlib import Path
 
 from tract_transfer.cli.main import make_parser, reports_errors
@@ -31,14 +30,12 @@ def main() -> int:
     parser = make_parser(EXPORT)
     parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="a run folder")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
-    parser.add_argument(
-        "--onnx", action="store_true", help="also write model.onnx, checked against torch's outputs"
-    )
+    text = "also write model.onnx, checked against torch's outputs"
+    parser.add_argument("--onnx", action="store_true", help=text)
     parser.add_argument("--push-to-hub", metavar="ID", help="upload it as owner/name")
     parser.add_argument("--private", action="store_true", help="with --push-to-hub: not public")
-    parser.add_argument(
-        "--license", metavar="ID", help="license in the model card, such as apache-2.0"
-    )
+    text = "license in the model card, such as apache-2.0"
+    parser.add_argument("--license", metavar="ID", help=text)
     arguments = parser.parse_args()
     hub_id = arguments.push_to_hub
     if arguments.private and not hub_id:
@@ -48,13 +45,8 @@ def main() -> int:
 
     if hub_id:
         check_hub(hub_id)
-    exported = export_run(
-        arguments.run,
-        arguments.output,
-        onnx=arguments.onnx,
-        hub_id=hub_id,
-        license_id=arguments.license,
-    )
+    options = {"onnx": arguments.onnx, "hub_id": hub_id, "license_id": arguments.license}
+    exported = export_run(arguments.run, arguments.output, **options)
     print(f"{arguments.output}: {exported.library} {exported.name}")
     if exported.reason:
         print(f"It loads with tract_transfer alone: {exported.reason}")
@@ -69,52 +61,36 @@ def convert() -> int:
     parser = make_parser(CONVERT)
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--to", choices=["detectron2"], help="IN is a run folder, OUT a file")
-    direction.add_argument(
-        "--from", choices=["detectron2"], dest="source", help="IN is a file, OUT a run folder"
-    )
+    text = "IN is a file, OUT a run folder"
+    direction.add_argument("--from", choices=["detectron2"], dest="source", help=text)
     parser.add_argument("input", metavar="IN", type=Path, help="run folder, or .pkl or .pth file")
     parser.add_argument("output", metavar="OUT", type=Path, help=".pkl or .pth file, or new folder")
-    parser.add_argument(
-        "--config-file",
-        metavar="YAML",
-        type=Path,
-        help="with --from: detectron2's config of the weights (default: the YAML beside them)",
-    )
-    parser.add_argument(
-        "--method",
-        help="with --from: the method that reports name (default: that of the file, or vanilla)",
-    )
+    text = "with --from: detectron2's config of the weights (default: the YAML beside them)"
+    parser.add_argument("--config-file", metavar="YAML", type=Path, help=text)
+    text = "with --from: the method that reports name (default: that of the file, or vanilla)"
+    parser.add_argument("--method", help=text)
     arguments = parser.parse_args()
     if arguments.to and (arguments.config_file or arguments.method):
         parser.error("--config-file and --method go with --from: a run folder has its own.")
-    print("\n".join((to_detectron2 if arguments.to else from_detectron2)(arguments)))
-    return 0
+    from tract_transfer.models import weights
+    from tract_transfer.models.weights_detectron2 import load_detectron2, save_detectron2
 
-
-def to_detectron2(arguments: argparse.Namespace) -> list[str]:
-    """Write a run folder's backbone in detectron2's format; return the files."""
-    from tract_transfer.models.weights import build_from_metadata, load_weights, read_metadata
-    from tract_transfer.models.weights_detectron2 import save_detectron2
-
-    metadata = read_metadata(arguments.input)
-    backbone = build_from_metadata(metadata)
-    load_weights(backbone, arguments.input)
-    return [str(arguments.output), str(save_detectron2(arguments.output, backbone, metadata))]
-
-
-def from_detectron2(arguments: argparse.Namespace) -> list[str]:
-    """Write detectron2's ResNet as a run folder for model.weights; return the lines to print."""
-    from tract_transfer.models.weights import has_metadata, save_backbone
-    from tract_transfer.models.weights_detectron2 import load_detectron2
-
-    output = arguments.output
-    if has_metadata(output):
+    source, output = arguments.input, arguments.output
+    if arguments.to:
+        metadata = weights.read_metadata(source)
+        backbone = weights.build_from_metadata(metadata)
+        weights.load_weights(backbone, source)
+        print(output, save_detectron2(output, backbone, metadata), sep="\n")
+        return 0
+    if weights.has_metadata(output):
         raise ValueError(f"{output} already contains a backbone. Name another folder.")
-    backbone, metadata, unused = load_detectron2(arguments.input, arguments.config_file)
-    metadata = {**metadata, "converted_from": str(arguments.input)}
+    backbone, metadata, unused = load_detectron2(source, arguments.config_file)
+    metadata = {**metadata, "converted_from": str(source)}
     if arguments.method:
         metadata["method"] = arguments.method
     output.mkdir(parents=True, exist_ok=True)
-    save_backbone(output, backbone, metadata)
-    names = f"not converted: {', '.join(unused[:4])}{' ...' if len(unused) > 4 else ''}"
-    return [f"{output}: {backbone.origin['name']}", *([names] if unused else [])]
+    weights.save_backbone(output, backbone, metadata)
+    print(f"{output}: {backbone.origin['name']}")
+    if unused:
+        print(f"not converted: {', '.join(unused[:4])}{' ...' if len(unused) > 4 else ''}")
+    return 0

@@ -11,7 +11,10 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tract_transfer.config.schema import Config
 
 INTERRUPTED = 130
 # Name -> module of this package and its function.
@@ -95,6 +98,13 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     """Add overrides of a config's keys."""
     override = "or key value: overrides the file's key"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=override)
+
+
+def read_config(arguments: argparse.Namespace, *more: str) -> "Config":
+    """Return the config of --config-file with its overrides, and `more` of them."""
+    from tract_transfer.config.schema import load_config
+
+    return load_config(arguments.config_file, [*arguments.overrides, *more])
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:

@@ -9,7 +9,7 @@ video as MP4. Videos need PyAV (pip install av).
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +32,12 @@ def parse() -> argparse.Namespace:
     which.add_argument("--config-file", metavar="FILE", help="YAML whose output_dir is the run")
     parser.add_argument("inputs", nargs="+", type=Path, help="images, folders of images, videos")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace earlier predictions in --output"
-    )
-    boxes, classes = (
-        "a detector's boxes to draw (default 0.5)",
-        "a classifier's classes (default 5)",
-    )
-    parser.add_argument("--min-score", type=number(float, 0, 1), help=boxes)
-    parser.add_argument("--top-k", type=number(int, 1), help=classes)
+    text = "replace earlier predictions in --output"
+    parser.add_argument("--overwrite", action="store_true", help=text)
+    text = "a detector's boxes to draw (default 0.5)"
+    parser.add_argument("--min-score", type=number(float, 0, 1), help=text)
+    text = "a classifier's classes (default 5)"
+    parser.add_argument("--top-k", type=number(int, 1), help=text)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     return parser.parse_args()
 
@@ -60,12 +57,17 @@ def main() -> int:
     from tract_transfer.run.evaluate import load_trained
 
     trained = load_trained(run, [f"engine.device={arguments.device}"])
-    set_defaults(arguments, detects=trained.detects)
+    if trained.detects and arguments.top_k is not None:
+        raise ValueError("--top-k is for classifiers, and the run is a detector's. Leave it out.")
+    if not trained.detects and arguments.min_score is not None:
+        raise ValueError("--min-score is for detectors, and the run is a classifier's: --top-k.")
     arguments.output.mkdir(parents=True, exist_ok=True)
+    top_k = arguments.top_k or 5
+    min_score = 0.5 if arguments.min_score is None else arguments.min_score
     entries, code = [], 0
     for file, name in files:
         try:
-            entries += predict_file(trained, file, name, arguments)
+            entries += predict_file(trained, file, arguments.output / name, top_k, min_score)
         except (ValueError, OSError, ImportError) as error:  # noqa: PERF203 - once a file
             if isinstance(error, UndecodableImage):  # the config's policy is for training data
                 error = ValueError(f"{error.item} cannot be decoded: {error.reason}.")
@@ -75,16 +77,6 @@ def main() -> int:
     path.write_text(json.dumps({**about, "predictions": entries}, indent=1) + "\n")
     print(path)
     return code
-
-
-def set_defaults(arguments: argparse.Namespace, *, detects: bool) -> None:
-    """Set the defaults of options; refuse the option that this kind of model ignores."""
-    if detects and arguments.top_k is not None:
-        raise ValueError("--top-k is for classifiers, and the run is a detector's. Leave it out.")
-    if not detects and arguments.min_score is not None:
-        raise ValueError("--min-score is for detectors, and the run is a classifier's: --top-k.")
-    arguments.top_k = 5 if arguments.top_k is None else arguments.top_k
-    arguments.min_score = 0.5 if arguments.min_score is None else arguments.min_score
 
 
 def files_of(given: Path) -> Iterator[tuple[Path, Path]]:
@@ -109,14 +101,14 @@ def files_of(given: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def predict_file(
-    trained: "Trained", file: Path, name: Path, arguments: argparse.Namespace
+    trained: "Trained", file: Path, output: Path, top_k: int, min_score: float
 ) -> list[dict[str, Any]]:
-    """Return the predictions for an image, or for every frame of a video; draw them if boxes."""
+    """Return the predictions of an image, or of every frame of a video; draw boxes to `output`."""
     from tract_transfer.data.images import frame_rate, write_video
-    from tract_transfer.visualize import save_pixels
+    from tract_transfer.visualize import draw_detections, figure_pixels, save_pixels
 
     entries: list[dict[str, Any]] = []
-    predictions = predict(trained, file, arguments.top_k)
+    predictions = predict(trained, file, top_k)
     if not trained.detects:
         for _, entry in predictions:
             entries.append(entry)
@@ -128,25 +120,22 @@ def predict_file(
     def pictures() -> Iterator["np.ndarray"]:
         for image, entry in predictions:
             entries.append(entry)
-            yield draw(image, entry, arguments.min_score)
+            kept = [i for i, score in enumerate(entry["scores"]) if score >= min_score]
+            columns = ([entry[key][i] for i in kept] for key in ("boxes", "labels", "scores"))
+            width_px = max(entry["width"], MIN_WIDTH_PX)
+            yield figure_pixels(draw_detections(image, *columns), width_px)
 
-    path = arguments.output / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     if is_video(file):
-        write_video(path.with_name(f"{name.name}.mp4"), pictures(), frame_rate(file))
+        write_video(output.with_name(f"{output.name}.mp4"), pictures(), frame_rate(file))
     else:
-        save_pixels(next(pictures()), path.with_name(f"{name.name}.png"))
+        save_pixels(next(pictures()), output.with_name(f"{output.name}.png"))
     scores = [score for entry in entries for score in entry["scores"]]
-    print(summary(file, scores, len(entries), arguments.min_score))
-    return entries
-
-
-def summary(file: Path, scores: Sequence[float], num_frames: int, min_score: float) -> str:
-    """Return how many boxes of an image or a video are drawn, and the best score."""
-    drawn = sum(score >= min_score for score in scores)
-    frames = f" in {num_frames} frames" if is_video(file) else ""
+    drawn = f"{sum(score >= min_score for score in scores)} of {len(scores)} boxes"
+    frames = f" in {len(entries)} frames" if is_video(file) else ""
     best = f", the best {max(scores):.3f}" if scores else ""
-    return f"{file}  {drawn} of {len(scores)} boxes{frames} score {min_score:g} or more{best}"
+    print(f"{file}  {drawn}{frames} score {min_score:g} or more{best}")
+    return entries
 
 
 def predict(
@@ -156,11 +145,10 @@ def predict(
     from tract_transfer.data.images import decode_image, read_video
 
     limit = trained.config.data.max_pixels
-    frames = (
-        read_video(file, limit)
-        if is_video(file)
-        else iter([decode_image(file, str(file), max_pixels=limit)])
-    )
+    if is_video(file):
+        frames = read_video(file, limit)
+    else:
+        frames = iter([decode_image(file, str(file), max_pixels=limit)])
     for index, image in enumerate(frames):
         (prediction,) = trained.predict([image])
         count = None if trained.detects else top_k
@@ -177,12 +165,3 @@ def is_video(file: Path) -> bool:
     from tract_transfer.data.images import VIDEO_SUFFIXES
 
     return file.suffix.lower() in VIDEO_SUFFIXES
-
-
-def draw(image: "Tensor", entry: dict[str, Any], min_score: float) -> "np.ndarray":
-    """Return an image with its boxes of `min_score` and above, (H, W, 3) uint8."""
-    from tract_transfer.visualize import draw_detections, figure_pixels
-
-    kept = [i for i, score in enumerate(entry["scores"]) if score >= min_score]
-    columns = ([entry[key][i] for i in kept] for key in ("boxes", "labels", "scores"))
-    return figure_pixels(draw_detections(image, *columns), max(entry["width"], MIN_WIDTH_PX))

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tract_transfer.cli.main import add_config, make_parser, number, reports_errors
+from tract_transfer.cli.main import add_config, make_parser, number, read_config, reports_errors
 
 if TYPE_CHECKING:
     from tract_transfer.config.schema import Config
@@ -24,24 +24,14 @@ def parse() -> argparse.Namespace:
     add_config(parser)
     parser.add_argument("--resume", action="store_true", help="resume the run in output_dir")
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--eval-only", action="store_true", help="evaluate the checkpoint in output_dir"
-    )
-    instead.add_argument(
-        "--dry-run", action="store_true", help="build everything, run two steps, print the cost"
-    )
-    instead.add_argument(
-        "--debug-batch",
-        type=Path,
-        metavar="FILE",
-        help="repeat the step at which a training was not finite, and print where it starts",
-    )
-    parser.add_argument(
-        "--num-gpus",
-        type=number(int, 1),
-        metavar="N",
-        help="start N processes on this machine's GPUs",
-    )
+    text = "evaluate the checkpoint in output_dir"
+    instead.add_argument("--eval-only", action="store_true", help=text)
+    text = "build everything, run two steps, print the cost"
+    instead.add_argument("--dry-run", action="store_true", help=text)
+    text = "repeat the step at which a training was not finite, and print where it starts"
+    instead.add_argument("--debug-batch", type=Path, metavar="FILE", help=text)
+    text = "start N processes on this machine's GPUs"
+    parser.add_argument("--num-gpus", type=number(int, 1), metavar="N", help=text)
     arguments = parser.parse_intermixed_args()
     if arguments.resume and (arguments.eval_only or arguments.debug_batch):
         parser.error("--resume continues a training: leave out --eval-only or --debug-batch.")
@@ -54,10 +44,7 @@ def main() -> int:
     arguments = parse()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("tract_transfer").setLevel(logging.INFO)
-
-    from tract_transfer.config.schema import load_config
-
-    config = load_config(arguments.config_file, arguments.overrides)
+    config = read_config(arguments)
     if arguments.num_gpus is not None and "RANK" not in os.environ:
         return launch(arguments.num_gpus)
 

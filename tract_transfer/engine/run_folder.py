@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -20,19 +21,14 @@ import psutil
 import torch
 import yaml
 from accelerate import Accelerator
-from torch import nn
-from torchvision.io import write_png
 
 from tract_transfer import __version__
 from tract_transfer.config.schema import Config, dump_config, load_config
-from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.engine.group import main_first
-from tract_transfer.engine.hooks import evaluating
 from tract_transfer.files import (
     CONFIG_NAME,
     ENVIRONMENT_NAME,
     RESULTS_NAME,
-    atomic_path,
     make_folder,
     remove_temporary_files,
     without_secrets,
@@ -78,11 +74,11 @@ class RunFolder:
             now = environment(fingerprints(), weights, self.accelerator.num_processes)
             changes: list[str] = []
             if self.is_resumed:
-                then, problem = _read_environment(self.path)
-                if problem:
+                then = _mapping((self.path / ENVIRONMENT_NAME).read_text)
+                if not then:
                     logger.warning(
-                        "%s cannot be read (%s), so the data cannot be compared with those the run "
-                        "started with.", self.path / ENVIRONMENT_NAME, problem,
+                        "%s cannot be read, so the data cannot be compared with those the run "
+                        "started with.", self.path / ENVIRONMENT_NAME,
                     )  # fmt: skip
                 now, changes = continue_environment(now, then)
             else:
@@ -162,7 +158,7 @@ def check_run_folder(config: Config, *, resume: bool) -> bool:
             f"{file}, or set another output_dir.{schedule if is_longer else ''}"
         )
     weights = weights_sha256(config.model.weights)
-    _check_inputs({}, weights, _read_environment(folder)[0])
+    _check_inputs({}, weights, _mapping((folder / ENVIRONMENT_NAME).read_text))
     return True
 
 
@@ -178,65 +174,25 @@ def weights_metadata(weights: str | None) -> dict[str, Any]:
 
 def weights_sha256(weights: str | None) -> str | None:
     """Return the hash of `model.weights` from their metadata: it identifies their training."""
-    metadata = weights_metadata(weights)
-    return str(metadata.get("sha256")) if metadata else None
+    return weights_metadata(weights).get("sha256")
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether the run in `folder` has written its results."""
+def _mapping(read: Callable[[], str]) -> dict[str, Any]:
+    """Return the mapping in a json text; {} if it is missing, truncated or no mapping."""
     try:
-        return isinstance(json.loads((folder / RESULTS_NAME).read_bytes()), dict)
+        content = json.loads(read())
     except (OSError, ValueError):
-        return False
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def resume_hint(folder: Path) -> str:
     """Return what to do about the run in `folder` after it was stopped."""
-    if is_finished(folder):
+    if _mapping((folder / RESULTS_NAME).read_text):
         return f"the run is finished (output_dir {folder})."
     if any(folder.glob("checkpoints/iter_*")):
         return f"checkpoint written. Resume with --resume (output_dir {folder})."
     return f"no checkpoint yet. Give the same command again (output_dir {folder})."
-
-
-def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Write results.json, which finishes the run; warn of images that were skipped."""
-    write_json(folder / RESULTS_NAME, results)
-    if skipped := results.get("skipped"):
-        logger.warning(
-            "%d images that cannot be decoded were skipped (data.undecodable: skip), the first: "
-            "%s. %s lists them.", len(skipped), skipped[0], folder / RESULTS_NAME,
-        )  # fmt: skip
-
-
-def save_detections(
-    folder: Path, model: nn.Module, dataset: DetectionDataset, count: int, device: torch.device
-) -> None:
-    """Write the first `count` images as PNG, and detections.json with detections and truth."""
-    entries = []
-    names = dataset.class_names
-    make_folder(folder / "detections")
-    for index in range(min(count, len(dataset))):
-        try:
-            image, target = dataset.image(index), dataset.target(index)
-        except ValueError:  # undecodable
-            continue
-        with evaluating(model):
-            (detections,) = model([image.to(device)])
-        path = f"detections/{index:04d}.png"
-        with atomic_path(folder / path) as temporary:
-            write_png(image, str(temporary))
-        entries.append(
-            {
-                "image": path,
-                "boxes": detections["boxes"].tolist(),
-                "scores": detections["scores"].tolist(),
-                "labels": [names[label] for label in detections["labels"].tolist()],
-                "truth_boxes": target["boxes"].tolist(),
-                "truth_labels": [names[label] for label in target["labels"].tolist()],
-            }
-        )
-    write_json(folder / "detections.json", entries)
 
 
 # Which keys of a config decide a run's numbers, and which may differ when it is resumed.
@@ -254,11 +210,8 @@ def changed_keys(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def deciding_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return dotted keys and values of a config without its labels and what may differ."""
-    return {
-        key: value
-        for key, value in flatten(config).items()
-        if key not in LABELS and not _may_differ(key, value, value)
-    }
+    items = flatten(config).items()
+    return {k: v for k, v in items if k not in LABELS and not _may_differ(k, v, v)}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -273,9 +226,9 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _may_differ(key: str, old: Any, new: Any) -> bool:
-    if key == "data.cache" and "device" in (old, new):
-        return False  # it augments with other random numbers
-    return key.startswith(SAFE_ON_RESUME)
+    # A device cache augments with other random numbers.
+    is_device_cache = key == "data.cache" and "device" in (old, new)
+    return key.startswith(SAFE_ON_RESUME) and not is_device_cache
 
 
 # Where a run takes place: versions, hardware, git, data; and what changed before a resume.
@@ -318,15 +271,14 @@ def continue_environment(
         ValueError: a split or the initial weights changed.
     """
     _check_inputs(now["data"], now["weights"], then)
-    before = {key: then.get(key) for key in ("versions", "hardware", "git", "command")}
     earlier = list(then.get("earlier") or [])
-    if then and any(before[key] != now[key] for key in ("versions", "hardware", "git")):
-        earlier.append(before)
-    deciding = _deciding(now)
+    if then and any(then.get(key) != now[key] for key in ("versions", "hardware", "git")):
+        earlier.append({key: then.get(key) for key in ("versions", "hardware", "git", "command")})
+    old, new = _deciding(then), _deciding(now)
     changes = [
-        f"{name} {old} then, {deciding.get(name)} now"
-        for name, old in _deciding(then).items()
-        if old != deciding.get(name)
+        f"{name} {old[name]} then, {new.get(name)} now"
+        for name in old
+        if old[name] != new.get(name)
     ]
     return {**now, "earlier": earlier} if earlier else dict(now), changes
 
@@ -347,13 +299,10 @@ def _check_inputs(
 
 def _deciding(environment: Mapping[str, Any]) -> dict[str, Any]:
     """Return what decides the bits: code, packages, processor, GPUs, threads and processes."""
-    hardware, git = environment.get("hardware") or {}, environment.get("git") or {}
-    kinds = ("processor", "threads", "processes", "gpus")
-    return {
-        **({"commit": git["commit"]} if "commit" in git else {}),
-        **(environment.get("versions") or {}),
-        **{kind: hardware[kind] for kind in kinds if kind in hardware},
-    }
+    facts = {**(environment.get("hardware") or {}), **(environment.get("git") or {})}
+    keys = ("commit", "processor", "threads", "processes", "gpus")
+    chosen = {key: facts[key] for key in keys if key in facts}
+    return {**chosen, **(environment.get("versions") or {})}
 
 
 def _git_state() -> dict[str, str]:
@@ -371,21 +320,9 @@ def _git_state() -> dict[str, str]:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
-
-
-def _read_environment(folder: Path) -> tuple[dict[str, Any], str]:
-    """Return what environment.json holds and ""; or {} and why it cannot be read."""
-    try:
-        then = json.loads((folder / ENVIRONMENT_NAME).read_text())
-    except (OSError, ValueError) as problem:
-        return {}, str(problem)
-    return (then, "") if isinstance(then, dict) else ({}, f"{type(then).__name__} is no mapping")
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*: (.*\S)", info.read_text(), re.M) if info.exists() else None
+    return name[1] if name else platform.processor()
 
 
 # The lock of a run folder.
@@ -408,53 +345,41 @@ def lock_folder(folder: Path) -> Iterator[None]:
         FolderInUseError: another process holds it, or one of another host may.
     """
     with (folder / LOCK_NAME).open("a+", encoding="utf-8") as file:
+        is_held = False
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in _HELD:
-                raise _in_use(folder, _read_owner(file)) from None
-            if error.errno not in _UNSUPPORTED:
+            is_held = error.errno in _HELD
+            if not is_held and error.errno not in _UNSUPPORTED:
                 raise
-            logger.warning(
-                "The file system of %s does not support locks: a second run that starts at the "
-                "same moment would go unnoticed.", folder,
-            )  # fmt: skip
-        owner = _read_owner(file)
-        _check_has_ended(folder, owner)
+            if not is_held:
+                logger.warning(
+                    "The file system of %s does not support locks: a second run that starts at "
+                    "the same moment would go unnoticed.", folder,
+                )  # fmt: skip
+        file.seek(0)  # opened again and closed, the file would lose its lock
+        owner, here = _mapping(file.read), socket.gethostname()
+        name = "process {} on {} since {}".format(*map(owner.get, ("pid", "host", "since")))
+        if is_held or (owner and owner.get("host") == here and _is_alive(owner)):
+            raise FolderInUseError(
+                f"{folder} is in use by {name if owner else 'another process'}. Wait for it or end "
+                "it, or set another output_dir."
+            )
+        if owner and owner.get("host") != here:
+            raise FolderInUseError(
+                f"{folder} is held by {name}, and {here} cannot tell whether that process still "
+                f"runs. If it does not, remove {folder / LOCK_NAME} and start again."
+            )
         if owner:
-            logger.info("%s was held by %s, which has ended.", folder, _name(owner))
+            logger.info("%s was held by %s, which has ended.", folder, name)
         started = psutil.Process().create_time()
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        identity = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        _write_owner(file, {**identity, "started": started})
+        identity = {"pid": os.getpid(), "host": here, "since": since, "started": started}
+        _write(file, json.dumps(identity))
         try:
             yield
         finally:
-            _write_owner(file, {})
-
-
-def _check_has_ended(folder: Path, owner: dict[str, Any]) -> None:
-    """Refuse an owner that is alive, or on another host, where its state is unknown."""
-    here = socket.gethostname()
-    if owner and owner.get("host") != here:
-        raise FolderInUseError(
-            f"{folder} is held by {_name(owner)}, and {here} cannot tell whether that process "
-            f"still runs. If it does not, remove {folder / LOCK_NAME} and start again."
-        )
-    if owner and _is_alive(owner):
-        raise _in_use(folder, owner)
-
-
-def _in_use(folder: Path, owner: dict[str, Any]) -> FolderInUseError:
-    return FolderInUseError(
-        f"{folder} is in use by {_name(owner)}. Wait for it or end it, or set another output_dir."
-    )
-
-
-def _name(owner: dict[str, Any]) -> str:
-    if not owner:
-        return "another process"
-    return "process {} on {} since {}".format(*map(owner.get, ("pid", "host", "since")))
+            _write(file, "")
 
 
 def _is_alive(owner: dict[str, Any]) -> bool:
@@ -468,35 +393,21 @@ def _is_alive(owner: dict[str, Any]) -> bool:
         return False
 
 
-def _read_owner(file: TextIO) -> dict[str, Any]:
-    """Return the content of the lock file, which a kill may have truncated."""
-    file.seek(0)
-    try:
-        owner = json.loads(file.read())
-    except ValueError:
-        return {}
-    return owner if isinstance(owner, dict) else {}
-
-
-def _write_owner(file: TextIO, owner: dict[str, Any]) -> None:
+def _write(file: TextIO, text: str) -> None:
     file.seek(0)
     file.truncate()
-    if owner:
-        json.dump(owner, file)
+    file.write(text)
     file.flush()
     os.fsync(file.fileno())
 
 
 def _make_output_dir(folder: Path) -> None:
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    place = f"output_dir {folder}: {parent}"
     if not parent.is_dir():
-        raise NotADirectoryError(
-            f"output_dir {folder}: {parent} is a file. Set another output_dir."
-        )
+        raise NotADirectoryError(f"{place} is a file. Set another output_dir.")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"output_dir {folder}: {parent} is not writable. Set another output_dir."
-        )
+        raise PermissionError(f"{place} is not writable. Set another output_dir.")
     make_folder(folder)
 
 
@@ -514,9 +425,8 @@ def _logging_to(folder: Path) -> Iterator[None]:
     if path.exists() and not path.read_bytes().endswith(b"\n"):
         with path.open("a") as file:  # truncated by a kill
             file.write("\n")
-    handler = logging.FileHandler(path)
+    handler, package = logging.FileHandler(path), logging.getLogger("tract_transfer")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    package = logging.getLogger("tract_transfer")
     package.addHandler(handler)
     if package.getEffectiveLevel() > logging.INFO:
         package.setLevel(logging.INFO)

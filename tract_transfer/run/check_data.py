@@ -17,7 +17,7 @@ class SplitReport:
 
     name: str
     problems: list[str]
-    statistics: dict[str, Any] | None
+    statistics: dict[str, Any] | None = None
 
 
 @dataclass
@@ -57,15 +57,12 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
         try:
             dataset = load_split(section, f"data.{name}", findings, config.data.max_pixels)
         except (ValueError, OSError) as error:
-            report.splits[name] = SplitReport(name, [*findings.problems, str(error)], None)
+            report.splits[name] = SplitReport(name, [*findings.problems, str(error)])
             continue
         loaded[name] = dataset
         images = check_images(dataset, progress)
-        report.splits[name] = SplitReport(
-            dataset.name,
-            [*findings.problems, *images.problems],
-            statistics(dataset, images.sizes),
-        )
+        problems = [*findings.problems, *images.problems]
+        report.splits[name] = SplitReport(dataset.name, problems, statistics(dataset, images.sizes))
         report.warnings += [f"{name}: {text}" for text in images.turned]
         for first, again in images.repeated:
             report.warnings.append(f"{name}: {again} shows the same as {first}")
@@ -73,13 +70,8 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
             other = item_of.setdefault(digest, f"{name}: {item}")
             if other != f"{name}: {item}":
                 report.warnings.append(f"{name}: {item} shows the same as {other}")
-    if loaded:
-        _check_between(loaded, report)
-    return report
-
-
-def _check_between(loaded: dict[str, Loaded], report: DataReport) -> None:
-    """Add problems and warnings about several splits to the report."""
+    if not loaded:
+        return report
     checks = size_checks(loaded)
     report.warnings += [f"{n}: {check.text}" for n, check in checks.items() if check.differs]
     try:
@@ -91,3 +83,4 @@ def _check_between(loaded: dict[str, Loaded], report: DataReport) -> None:
         check_disjoint(loaded)
     except (ValueError, OSError) as error:
         report.problems.append(str(error))
+    return report

@@ -86,7 +86,8 @@ def evaluate_run(config: Config) -> dict[str, float]:
     preflight(config)
     folder = Path(config.output_dir)
     path, parts = reported_checkpoint(config)
-    trainer, data = _build(config)
+    data = build_data(config)
+    trainer = build_trainer(config, data, build_accelerator(config))
     try:
         trainer.load_weights(parts)
     except (RuntimeError, KeyError) as error:  # of load_state_dict, or no average in it
@@ -148,7 +149,7 @@ def replay_debug_batch(config: Config, file: Path) -> list[str]:
     preflight(config)
     kept = load_debug_batch(file)
     with deterministic(config.engine.deterministic):
-        trainer, _ = _build(config)
+        trainer = build_trainer(config, build_data(config), build_accelerator(config))
         try:
             trainer.accelerator.unwrap_model(trainer.model).load_state_dict(kept.model)
         except RuntimeError as error:
@@ -162,12 +163,6 @@ def replay_debug_batch(config: Config, file: Path) -> list[str]:
             f"Iteration {kept.iteration + 1}. {describe_images([kept.about])}",
             *replay(trainer, kept, batches),
         ]
-
-
-def _build(config: TrainedTask) -> tuple[Trainer, Any]:
-    """Return trainer and data of a config, for what needs no run folder."""
-    data = build_data(config)
-    return build_trainer(config, data, build_accelerator(config)), data
 
 
 @dataclass
@@ -193,12 +188,9 @@ class Trained:
             scores (n,) descending, labels (n,). A classifier: scores (K,), probabilities
             descending, and their labels (K,).
         """
-        precision = PRECISIONS[self.config.engine.precision]
-        device = self.device
-        with (
-            evaluating(self.model),
-            torch.autocast(device.type, precision, enabled=precision is not None),
-        ):
+        precision, device = PRECISIONS[self.config.engine.precision], self.device
+        autocast = torch.autocast(device.type, precision, enabled=precision is not None)
+        with evaluating(self.model), autocast:
             if self.detects:
                 detections = self.model([image.to(device) for image in images])
                 return [{key: rows.cpu() for key, rows in one.items()} for one in detections]
@@ -242,7 +234,11 @@ def load_trained(folder: Path, overrides: Sequence[str] = ()) -> Trained:
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains no model. Give another run.")
     checkpoint, parts = reported_checkpoint(config)
-    class_names = _class_names(config, folder)
+    try:
+        results = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
+        class_names = [str(name) for name in results["details"]["class_names"]]
+    except OSError:  # not finished
+        class_names = build_data(config).class_names
     model = build_model(_without_weights(config, folder), len(class_names))
     try:
         model.load_state_dict(parts.get("ema", parts["model"]))
@@ -253,15 +249,6 @@ def load_trained(folder: Path, overrides: Sequence[str] = ()) -> Trained:
     device = build_accelerator(config).device
     model = build_evaluated(config, model.to(device))
     return Trained(config, model, class_names, checkpoint, device)
-
-
-def _class_names(config: TrainedTask, folder: Path) -> list[str]:
-    """Return the class names of the results or, before there are any, of the data."""
-    try:
-        results = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
-    except OSError:
-        return build_data(config).class_names
-    return [str(name) for name in results["details"]["class_names"]]
 
 
 def _without_weights(config: TrainedTask, folder: Path) -> TrainedTask:

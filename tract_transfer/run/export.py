@@ -61,10 +61,27 @@ def export_run(
         raise FileExistsError(f"{output} exists. Name another --output.")
     if onnx:
         require_onnx()
-    results = _read(run / RESULTS_NAME)
-    config, classifier, label_names = _load_classifier(run)
+    written = {}
+    for name, file in (("results", RESULTS_NAME), ("environment", ENVIRONMENT_NAME)):
+        if not (run / file).is_file():
+            message = "it is not a finished run. Give another folder, or resume it."
+            raise FileNotFoundError(f"No {run / file}: {message}")
+        written[name] = json.loads((run / file).read_text(encoding="utf-8"))
+    trained = load_trained(run, ["engine.device=cpu"])
+    config, label_names = trained.config, trained.class_names
+    if not isinstance(config, ClassificationConfig):
+        raise ValueError(
+            f"{run} contains a detector, whose parts no other library has. Use it with "
+            "tools/predict.py --run, or its backbone with model.weights: <run folder>."
+        )
+    is_flipped = isinstance(trained.model, FlipClassifier)
+    classifier = trained.model.get_submodule("classifier") if is_flipped else trained.model
+    assert isinstance(classifier, Classifier)
     size_px = config.data.transforms.size_px
     portable = to_library(classifier, size_px)
+    data = (read_metadata(run) if has_metadata(run) else {}).get("data", {})
+    hub_ids = list(dict.fromkeys(data.get("hub_ids", {}).values()))
+    given = {"hub_id": hub_id, "onnx": onnx, "license_id": license_id}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export") as parent:
         folder = Path(parent) / "complete"
@@ -72,45 +89,10 @@ def export_run(
         save_portable(folder, portable, _metadata(config, classifier, label_names, portable))
         if onnx:
             export_onnx(classifier, size_px, folder / ONNX_NAME)
-        data = (read_metadata(run) if has_metadata(run) else {}).get("data", {})
-        text = model_card(
-            config,
-            results,
-            _read(run / ENVIRONMENT_NAME),
-            portable,
-            classifier.backbone,
-            hub_ids=list(dict.fromkeys(data.get("hub_ids", {}).values())),
-            hub_id=hub_id,
-            onnx=onnx,
-            license_id=license_id,
-        )
+        text = _model_card(config, written, portable, classifier.backbone, hub_ids, given)
         (folder / "README.md").write_text(text, encoding="utf-8")
         folder.rename(output)
     return portable
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"No {file}: it is not a finished run. Give another folder, or resume it."
-        ) from error
-    return content
-
-
-def _load_classifier(run: Path) -> tuple[ClassificationConfig, Classifier, list[str]]:
-    """Return a run's config, its classifier of one view, and its label names."""
-    trained = load_trained(run, ["engine.device=cpu"])
-    if not isinstance(trained.config, ClassificationConfig):
-        raise ValueError(
-            f"{run} contains a detector, whose parts no other library has. Use it with "
-            "tools/predict.py --run, or its backbone with model.weights: <run folder>."
-        )
-    model = trained.model
-    classifier = model.classifier if isinstance(model, FlipClassifier) else model
-    assert isinstance(classifier, Classifier)
-    return trained.config, classifier, trained.class_names
 
 
 def _metadata(
@@ -151,26 +133,22 @@ def _metadata(
 # ------------------------------------------------------------------------------------- model card
 
 
-def model_card(
+def _model_card(
     config: ClassificationConfig,
-    results: dict[str, Any],
-    environment: dict[str, Any],
+    run: dict[str, dict[str, Any]],
     portable: Portable,
     backbone: Backbone,
-    *,
     hub_ids: list[str],
-    hub_id: str | None,
-    onnx: bool,
-    license_id: str | None,
+    given: dict[str, Any],
 ) -> str:
     """Return the model card: Markdown with YAML front matter (see model_card.md.jinja).
 
     Args:
-        results, environment: the run's results.json and environment.json.
+        run: `results` and `environment`, as the run wrote them.
         hub_ids: the data sets of the hub that the run used.
-        hub_id, onnx, license_id: as in `export_run`.
+        given: `hub_id`, `onnx` and `license_id`, as in `export_run`.
     """
-    transforms, library = config.data.transforms, portable.library
+    transforms, library, results = config.data.transforms, portable.library, run["results"]
     is_timms_own = library == "timm" and not portable.edits
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -182,14 +160,13 @@ def model_card(
     templates.filters.update(md=escape, py=repr)
     title = config.name or Path(config.output_dir).name
     return templates.get_template(TEMPLATE).render(
-        front_matter=_front_matter(config, results, portable, hub_ids, onnx, license_id, title),
+        **run,
+        **given,
+        front_matter=_front_matter(config, results, portable, hub_ids, given, title),
         title=title,
         portable=portable,
         names=results["details"]["class_names"],
-        results=results,
-        environment=environment,
         protocol=_without_folders(results["protocol"], config, hub_ids),
-        hub_id=hub_id,
         has_state_dict=library != "tract_transfer" and not is_timms_own,
         create="timm.create_model" if library == "timm" else "torchvision.models.get_model",
         metadata_name="config.json" if is_timms_own else "model.json",
@@ -197,9 +174,7 @@ def model_card(
         resize_px=round(transforms.size_px / transforms.crop_ratio),
         mean=backbone.mean.flatten().tolist(),
         std=backbone.std.flatten().tolist(),
-        onnx=onnx,
         opset=OPSET,
-        license_id=license_id,
         flip=config.evaluation.flip,
     )
 
@@ -214,8 +189,7 @@ def _front_matter(
     results: dict[str, Any],
     portable: Portable,
     hub_ids: list[str],
-    onnx: bool,
-    license_id: str | None,
+    given: dict[str, Any],
     title: str,
 ) -> str:
     """Return what the hub reads: library, task, license, data, and the results as model-index."""
@@ -248,10 +222,10 @@ def _front_matter(
     data = ModelCardData(
         library_name=portable.library,
         pipeline_tag="image-classification",
-        tags=list(dict.fromkeys([*tags, *(["onnx"] if onnx else [])])),
+        tags=list(dict.fromkeys([*tags, *(["onnx"] if given["onnx"] else [])])),
         datasets=hub_ids or None,
         metrics=["accuracy"],
-        license=license_id,
+        license=given["license_id"],
         model_name=title,
         eval_results=eval_results,
     )
@@ -264,13 +238,10 @@ def _without_folders(
     """Return the protocol with the names of local data instead of their paths."""
     sections = (config.data.train, config.data.val, config.data.test)
     paths = {str(getattr(section, "path", "")) for section in sections} - set(hub_ids)
-    named = {path: Path(path).name for path in sorted(paths, key=len, reverse=True)}
-    texts = {}
-    for key, text in protocol.items():
-        for path, name in named.items():
-            text = text.replace(path, name) if name else text  # `.` is in every number
-        texts[key] = text
-    return texts
+    for path in sorted(paths, key=len, reverse=True):
+        if name := Path(path).name:  # not for `.`, which is in every number
+            protocol = {key: text.replace(path, name) for key, text in protocol.items()}
+    return protocol
 
 
 # -------------------------------------------------------------------------------- Hugging Face hub

@@ -24,7 +24,7 @@ from tract_transfer.data.loader import Batch
 from tract_transfer.data.streaming import Stream
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.hooks import evaluating, format_metrics
-from tract_transfer.engine.run_folder import RunFolder, write_results
+from tract_transfer.engine.run_folder import RunFolder
 from tract_transfer.evaluation.classification import multilabel_metrics
 from tract_transfer.evaluation.linear_probes import check_shots
 from tract_transfer.evaluation.probes import (
@@ -38,7 +38,7 @@ from tract_transfer.evaluation.probes import (
     feature_key,
 )
 from tract_transfer.models import Backbone
-from tract_transfer.run.results import log_weights, overlap, protocol, run_info
+from tract_transfer.run.results import log_weights, overlap, protocol, run_info, write_results
 
 logger = logging.getLogger(__name__)
 

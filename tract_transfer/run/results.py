@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torchvision.io import write_png
 
 from tract_transfer.build.data import Data
 from tract_transfer.build.model import build_evaluated
@@ -16,9 +18,17 @@ from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.findings import size_checks
 from tract_transfer.data.images import content_hashes, estimated_bytes
 from tract_transfer.data.streaming import Stream
-from tract_transfer.engine.run_folder import save_detections, weights_metadata, weights_sha256
+from tract_transfer.engine.hooks import evaluating
+from tract_transfer.engine.run_folder import weights_metadata
 from tract_transfer.engine.trainer import Trainer
-from tract_transfer.files import RESULTS_FORMAT, as_yaml
+from tract_transfer.files import (
+    RESULTS_FORMAT,
+    RESULTS_NAME,
+    as_yaml,
+    atomic_path,
+    make_folder,
+    write_json,
+)
 from tract_transfer.models import Backbone
 from tract_transfer.models.weights import save_backbone
 from tract_transfer.models.weights_match import MatchReport
@@ -51,6 +61,10 @@ def training_results(
     measured: Measured,
 ) -> dict[str, Any]:
     """Return the results of a training; `measured` are those of the reported checkpoint."""
+    early_stop = None
+    if trainer.stopped_early and trainer.best is not None:  # by patience
+        best = {f"best_{key}": trainer.best[key] for key in ("iteration", "value")}
+        early_stop = {"iteration": trainer.iteration, **best}
     return {
         **run_info(config),
         "metrics": measured.metrics,
@@ -59,7 +73,7 @@ def training_results(
         "iterations": trainer.iteration,
         "reported_iteration": reported_iteration,
         "epochs": trainer.iteration / length.iters_per_epoch,
-        "early_stop": _early_stop(trainer),
+        "early_stop": early_stop,
         "train_seconds": trainer.seconds,
         "images_per_second": trainer.seen_images / max(trainer.seconds, 1e-9),
         "protocol": protocol(config, data, measured.details),
@@ -69,29 +83,70 @@ def training_results(
     }
 
 
+def write_results(folder: Path, results: Mapping[str, Any]) -> None:
+    """Write results.json, which finishes the run; warn of images that were skipped."""
+    write_json(folder / RESULTS_NAME, results)
+    if skipped := results.get("skipped"):
+        logger.warning(
+            "%d images that cannot be decoded were skipped (data.undecodable: skip), the first: "
+            "%s. %s lists them.", len(skipped), skipped[0], folder / RESULTS_NAME,
+        )  # fmt: skip
+
+
 def save_model(
     config: TrainedTask, data: Data, trainer: Trainer, folder: Path, results: dict[str, Any]
 ) -> None:
     """Save the backbone with its metadata, and a detector's detections in the first images."""
-    backbone = trainer.evaluated_model.get_submodule("backbone")
+    backbone, tract = trainer.evaluated_model.get_submodule("backbone"), config.tract
     assert isinstance(backbone, Backbone)
-    save_backbone(folder, backbone, _metadata(config, data, results))
+    hub_ids = {name: dataset.origin.hub_id for name, dataset in data.splits.items()}
+    metadata = {
+        "method": results["method"],
+        "lam": tract.lam if tract.enabled else None,
+        "lam_mode": tract.lam_mode if tract.enabled else None,
+        "task": config.task,
+        "seed": config.seed,
+        "iterations": results["reported_iteration"],
+        "data": {
+            "train": data.train.name,
+            "classes": data.class_names,
+            "hub_ids": {name: hub_id for name, hub_id in hub_ids.items() if hub_id},
+        },
+    }
+    save_backbone(folder, backbone, metadata)
     _, dataset = data.report
     if isinstance(config, DetectionConfig) and isinstance(dataset, DetectionDataset):
         model = build_evaluated(config, trainer.evaluated_model)
         count, device = config.evaluation.save_detections, trainer.accelerator.device
-        save_detections(folder, model, dataset, count, device)
+        _save_detections(folder, model, dataset, count, device)
 
 
-def _early_stop(trainer: Trainer) -> dict[str, float] | None:
-    """Return where patience ended the training, and the best value on val before."""
-    if not trainer.stopped_early or trainer.best is None:
-        return None
-    return {
-        "iteration": trainer.iteration,
-        "best_iteration": trainer.best["iteration"],
-        "best_value": trainer.best["value"],
-    }
+def _save_detections(
+    folder: Path, model: nn.Module, dataset: DetectionDataset, count: int, device: torch.device
+) -> None:
+    """Write the first `count` images as PNG, and detections.json with detections and truth."""
+    entries = []
+    make_folder(folder / "detections")
+    for index in range(min(count, len(dataset))):
+        try:
+            image, target = dataset.image(index), dataset.target(index)
+        except ValueError:  # undecodable
+            continue
+        with evaluating(model):
+            (found,) = model([image.to(device)])
+        path = f"detections/{index:04d}.png"
+        with atomic_path(folder / path) as temporary:
+            write_png(image, str(temporary))
+        entry = {
+            "image": path,
+            "boxes": found["boxes"].tolist(),
+            "scores": found["scores"].tolist(),
+        }
+        entry["labels"] = [dataset.class_names[label] for label in found["labels"].tolist()]
+        entry["truth_boxes"] = target["boxes"].tolist()
+        entry["truth_labels"] = [dataset.class_names[k] for k in target["labels"].tolist()]
+        entries.append(entry)
+    write_json(folder / "detections.json", entries)
 
 
 def run_info(config: Config) -> dict[str, Any]:
@@ -99,20 +154,19 @@ def run_info(config: Config) -> dict[str, Any]:
 
     The method is the config's, or `tract` if TrAct trains or pre-trained the first layer.
     """
-    weights, sha256 = config.model.weights, weights_sha256(config.model.weights)
-    tract = None
+    weights, tract = config.model.weights, None
+    metadata = weights_metadata(weights)
     if not isinstance(config, ProbeConfig) and config.tract.enabled:
         tract = config.tract.model_dump()
-    pretrained_by = weights_metadata(weights).get("method", "vanilla")
     return {
         "format": RESULTS_FORMAT,
         "task": config.task,
         "name": config.name or config.task,
-        "method": config.method or ("tract" if tract else str(pretrained_by)),
+        "method": config.method or ("tract" if tract else metadata.get("method", "vanilla")),
         "role": "downstream" if weights else "pretrain",
         "seed": config.seed,
         "weights": weights,
-        "weights_sha256": sha256,
+        "weights_sha256": metadata.get("sha256"),
         "tract": tract,
     }
 
@@ -183,38 +237,17 @@ def _training_protocol(config: TrainedTask) -> dict[str, str]:
     return lines
 
 
-def _metadata(config: TrainedTask, data: Data, results: dict[str, Any]) -> dict[str, Any]:
-    """Return what the metadata of a saved backbone says of its training."""
-    tract = config.tract
-    return {
-        "method": results["method"],
-        "lam": tract.lam if tract.enabled else None,
-        "lam_mode": tract.lam_mode if tract.enabled else None,
-        "task": config.task,
-        "seed": config.seed,
-        "iterations": results["reported_iteration"],
-        "data": {
-            "train": data.train.name,
-            "classes": data.class_names,
-            "hub_ids": hub_ids(data),
-        },
-    }
-
-
-def hub_ids(data: Data) -> dict[str, str]:
-    """Return the Hugging Face ids of the splits that came from the hub."""
-    ids = {split: dataset.origin.hub_id for split, dataset in data.splits.items()}
-    return {split: hub_id for split, hub_id in ids.items() if hub_id}
-
-
 def find_overlap(data: Data) -> dict[str, dict[str, Any]] | None:
     """Return `overlap` of all images; None if they are streamed or too many to read first."""
     splits = {name: split for name, split in data.splits.items() if not isinstance(split, Stream)}
-    if len(splits) < len(data.splits) or _takes_long(splits):
-        logger.info(
-            "Train/test overlap is not checked: %s. tools/check_data.py checks it.",
-            "data are streamed" if len(splits) < len(data.splits) else "too many images",
-        )
+    reason = "data are streamed" if len(splits) < len(data.splits) else None
+    if sum(map(len, splits.values())) > MAX_COMPARED_IMAGES or (
+        sum(estimated_bytes(split.encoded, len(split)) for split in splits.values())
+        > MAX_COMPARED_BYTES
+    ):
+        reason = reason or "too many images"
+    if reason:
+        logger.info("Train/test overlap is not checked: %s. tools/check_data.py checks it.", reason)
         return None
     hashes = {name: content_hashes(split.encoded, len(split)) for name, split in splits.items()}
     return overlap(data, hashes, {name: range(len(of)) for name, of in hashes.items()})
@@ -252,10 +285,3 @@ def overlap(
                 len(shared), len(rows[name]), name, reported, *pairs[0],
             )  # fmt: skip
     return counts
-
-
-def _takes_long(splits: Mapping[str, Any]) -> bool:
-    if sum(len(split) for split in splits.values()) > MAX_COMPARED_IMAGES:
-        return True
-    sizes = [estimated_bytes(split.encoded, len(split)) for split in splits.values()]
-    return sum(sizes) > MAX_COMPARED_BYTES

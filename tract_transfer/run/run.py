@@ -1,7 +1,4 @@
-"""One run, from a config to results: preflight, data, model, training, results.
-
-`run` trains or probes. What `--eval-only`, `--dry-run` and `--debug-batch` do is in evaluate.py.
-"""
+"""One run, from a config to results: preflight, data, model, training, results."""
 
 import contextlib
 import logging
@@ -18,7 +15,6 @@ from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.debug_batch import keep_debug_batch
 from tract_transfer.engine.determinism import deterministic
 from tract_transfer.engine.group import (
-    StopRequest,
     check_same,
     main_first,
     reports_lost_processes,
@@ -31,16 +27,17 @@ from tract_transfer.engine.hooks import (
     SaveCheckpoints,
     format_metrics,
 )
-from tract_transfer.engine.run_folder import (
-    RunFolder,
-    open_run_folder,
-    resume_hint,
-    write_results,
-)
+from tract_transfer.engine.run_folder import open_run_folder, resume_hint
 from tract_transfer.engine.trainer import Hook, Trainer
 from tract_transfer.run.evaluate import measure
 from tract_transfer.run.probe import run_probe
-from tract_transfer.run.results import find_overlap, log_weights, save_model, training_results
+from tract_transfer.run.results import (
+    find_overlap,
+    log_weights,
+    save_model,
+    training_results,
+    write_results,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,23 +53,20 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
         Stopped: a signal ended the run; the message says how to resume.
     """
     preflight(config)
-    with (
-        deterministic(config.engine.deterministic),
-        stop_on_signals(partial(resume_hint, Path(config.output_dir))) as stop,
-    ):
+    hint = partial(resume_hint, Path(config.output_dir))
+    with deterministic(config.engine.deterministic), stop_on_signals(hint) as stop:
         accelerator = build_accelerator(config)
         cost = CostMeter(accelerator.device)
-        with (
-            reports_lost_processes(accelerator),
-            open_run_folder(config, accelerator, resume=resume) as run_folder,
-        ):
+        opened = open_run_folder(config, accelerator, resume=resume)
+        with reports_lost_processes(accelerator), opened as run_folder:
             data = build_data(config)
             if isinstance(config, ProbeConfig):
                 return run_probe(config, data, run_folder, cost)
             length = train_length(config, data.train)
             trainer = build_trainer(config, data, accelerator, length)
+            trainer.stop = stop
             run_folder.begin(data.fingerprints)
-            return train(config, data, length, trainer, run_folder, stop, cost)
+            return train(config, data, length, trainer, run_folder.path, cost)
 
 
 def train(
@@ -80,43 +74,39 @@ def train(
     data: Data,
     length: TrainLength,
     trainer: Trainer,
-    run_folder: RunFolder,
-    stop: StopRequest,
+    folder: Path,
     cost: CostMeter,
 ) -> dict[str, Any]:
     """Train, from the newest checkpoint if there is one; write and return the results."""
-    accelerator, folder = trainer.accelerator, run_folder.path
-    is_main = accelerator.is_main_process
+    accelerator, stop = trainer.accelerator, trainer.stop
+    is_main, (split, dataset) = accelerator.is_main_process, data.report
     checkpointer = Checkpointer(folder / "checkpoints", config.engine.checkpoint.keep)
     metrics_file = MetricsFile(folder, tensorboard=config.engine.log.tensorboard and is_main)
     with contextlib.closing(metrics_file):
         weights_match = log_weights(trainer.evaluated_model.get_submodule("backbone"))
         load_newest(trainer, checkpointer)
-        is_new = trainer.iteration == 0
+        is_new, overlap = trainer.iteration == 0, None
         if is_main:
             metrics_file.cut_after(trainer.iteration)
-        overlap = find_overlap(data) if is_main else None
+            overlap = find_overlap(data)
         trainer.hooks = build_hooks(config, data, length, trainer, checkpointer, metrics_file)
-        trainer.stop = stop
         with stop.waits(), keep_debug_batch(trainer, folder):
             trainer.train()
             stop.check(accelerator)
             accelerator.wait_for_everyone()  # the main process may be writing the best checkpoint
             reported = load_reported(config, trainer, checkpointer)
-            split, dataset = data.report
             measured = measure(config, trainer, dataset, data.class_names)
             results = {
                 **training_results(config, data, length, trainer, reported, measured),
                 "weights_match": weights_match,
                 "leaks": overlap,
+                "cost": cost.read(whole=is_new),
             }
             if is_main:
                 metrics_file.write(trainer.iteration, results["epochs"], split, measured.metrics)
                 save_model(config, data, trainer, folder, results)
-            results["cost"] = cost.read(whole=is_new)
-            if is_main:
                 write_results(folder, results)
-    logger.info("%s %s", data.report[0], format_metrics(results["metrics"]))
+    logger.info("%s %s", split, format_metrics(results["metrics"]))
     accelerator.wait_for_everyone()
     return results
 
@@ -142,9 +132,8 @@ def load_newest(trainer: Trainer, checkpointer: Checkpointer) -> None:
     elif broken := sorted(checkpointer.folder.glob("broken-*")):
         logger.warning("No checkpoint but %s: training starts from scratch.", broken[-1].name)
     check_same(trainer.iteration, "iterations to resume from")
-    main_first(
-        trainer.accelerator, lambda: checkpointer.repair_best(trainer.best, trainer.iteration)
-    )
+    repair_best = partial(checkpointer.repair_best, trainer.best, trainer.iteration)
+    main_first(trainer.accelerator, repair_best)
 
 
 def load_reported(config: TrainedTask, trainer: Trainer, checkpointer: Checkpointer) -> int:
@@ -176,24 +165,19 @@ def build_hooks(
 ) -> list[Hook]:
     """Return what watches a training: its log, then its checkpoints, then its evaluations."""
     watched = "val" if data.val is not None else data.report[0]
-    selects = config.evaluation.report == "best"
+    selects, per_epoch = config.evaluation.report == "best", length.iters_per_epoch
+    log_every, evaluate_every = config.engine.log.every_iters, length.evaluate_every
     return [
-        LogProgress(
-            metrics_file,
-            every_iters=config.engine.log.every_iters,
-            iters_per_epoch=length.iters_per_epoch,
-        ),
-        SaveCheckpoints(
-            checkpointer, [length.checkpoint_every, length.evaluate_every], metrics_file
-        ),
+        LogProgress(metrics_file, every_iters=log_every, iters_per_epoch=per_epoch),
+        SaveCheckpoints(checkpointer, [length.checkpoint_every, evaluate_every], metrics_file),
         PeriodicEvaluation(
             lambda: measure(config, trainer, data.splits[watched], data.class_names)[0],
-            every_iters=length.evaluate_every,
+            every_iters=evaluate_every,
             at_end=watched != data.report[0] or selects,
             split=watched,
             metric=config.evaluation.metric,
             metrics=metrics_file,
-            iters_per_epoch=length.iters_per_epoch,
+            iters_per_epoch=per_epoch,
             checkpointer=checkpointer if selects else None,
             selects=config.evaluation.patience is not None,
         ),
