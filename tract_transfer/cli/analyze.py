@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tract_transfer.cli.main import add_overrides, make_parser, number, reports_errors
+from tract_transfer.cli.main import add_overrides, make_parser, number, read_config, reports_errors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -59,28 +59,23 @@ def main() -> int:
     arguments = parse()
     if arguments.weights is not None:
         return compare_weights(arguments)
-    model, size_px = build(arguments)
+    from tract_transfer.build.model import build_model
+
+    model: nn.Module
+    if arguments.backbone is not None:
+        model = backbone = build_named(arguments)
+        size_px = backbone.image_size_px or 224
+    else:
+        config = read_config(arguments)
+        if config.model.backbone.name is not None:
+            without_weights = config.model.model_copy(update={"weights": None})
+            config = config.model_copy(update={"model": without_weights})
+        section: Any = config.data.transforms
+        size_px = max(section.short_sides_px) if config.task == "detection" else section.size_px
+        model = build_model(config, arguments.num_classes)
     costs = analyze(model, arguments.size_px or size_px, arguments.depth)
     print(json.dumps(costs, indent=1) if arguments.json else "\n".join(lines_of(costs)))
     return 0
-
-
-def build(arguments: argparse.Namespace) -> tuple["nn.Module", int]:
-    """Return the model with random weights, and the side of its images."""
-    if arguments.backbone is not None:
-        backbone = build_named(arguments)
-        return backbone, backbone.image_size_px or 224
-
-    from tract_transfer.build.model import build_model
-    from tract_transfer.config.schema import load_config
-
-    config = load_config(arguments.config_file, arguments.overrides)
-    if config.model.backbone.name is not None:
-        without_weights = config.model.model_copy(update={"weights": None})
-        config = config.model_copy(update={"model": without_weights})
-    transforms: Any = config.data.transforms
-    size_px = transforms.size_px if config.task != "detection" else max(transforms.short_sides_px)
-    return build_model(config, arguments.num_classes), size_px
 
 
 def build_named(arguments: argparse.Namespace) -> "Backbone":
@@ -106,25 +101,24 @@ def compare_weights(arguments: argparse.Namespace) -> int:
         if not isinstance(reason, WeightsError):
             raise  # there was nothing to compare
         report = reason.report
-    if report is not None:
-        as_json = arguments.json
-        print(json.dumps(report.summary(), indent=1) if as_json else "\n".join(report.lines()))
+    if report is not None and arguments.json:
+        print(json.dumps(report.summary(), indent=1))
+    elif report is not None:
+        print("\n".join(report.lines()))
     if refusal is not None:
         print(f"refused: {refusal}", file=sys.stderr)
-        return 1
-    return 0
+    return 0 if refusal is None else 1
 
 
 def load_weights(arguments: argparse.Namespace) -> "Backbone":
     """Return the backbone with --weights loaded, as the config says if there is one."""
     from tract_transfer.build.weights import build_with_weights, check_weights_exist
-    from tract_transfer.config.schema import load_config
     from tract_transfer.models import weights
 
-    path = Path(arguments.weights)
     if arguments.config_file is not None:
-        words = [*arguments.overrides, f"model.weights={json.dumps(arguments.weights)}"]
-        return build_with_weights(load_config(arguments.config_file, words))
+        word = f"model.weights={json.dumps(arguments.weights)}"
+        return build_with_weights(read_config(arguments, word))
+    path = Path(arguments.weights)
     check_weights_exist(path)
     if arguments.backbone is not None:
         backbone = build_named(arguments)
@@ -148,15 +142,13 @@ def analyze(model: "nn.Module", size_px: int, depth: int) -> dict[str, Any]:
     if isinstance(model, Backbone):
         run, train = (lambda: model.pooled(images[:1])), (lambda: model.pooled(images))
     elif isinstance(model, Classifier):
-        targets = torch.zeros(NUM_IMAGES, dtype=torch.long)
-        run, train = (lambda: model(images[:1])), (lambda: model(images, targets))
+        classes = torch.zeros(NUM_IMAGES, dtype=torch.long)
+        run, train = (lambda: model(images[:1])), (lambda: model(images, classes))
     else:
-        flag = torch.zeros(1, dtype=torch.bool)
         target = {
             "boxes": torch.tensor([[0.25, 0.25, 0.75, 0.75]]) * size_px,
             "labels": torch.zeros(1, dtype=torch.long),
-            "difficult": flag,
-            "crowd": flag,
+            **dict.fromkeys(("difficult", "crowd"), torch.zeros(1, dtype=torch.bool)),
             "area": torch.tensor([size_px**2 / 4]),
         }
         run, train = (lambda: model([images[0]])), (lambda: model([*images], [target, target]))
@@ -181,22 +173,19 @@ def analyze(model: "nn.Module", size_px: int, depth: int) -> dict[str, Any]:
 
 def lines_of(costs: dict[str, Any]) -> list[str]:
     """Return the measurements as lines of text."""
-    total = {"name": "all", "kind": "", **costs}
     rows = [block for block in costs["blocks"] if block["parameters"] or block["flops"]]
     width = max(len(block["name"]) for block in costs["blocks"])
     lines = [f"{'block':<{width}}  {'kind':<24} {'parameters':>12} {'GFLOPs':>9}"]
-    lines += [
-        f"{row['name']:<{width}}  {row['kind']:<24} {row['parameters']:>12,} "
-        f"{row['flops'] / 1e9:>9.3f}"
-        for row in [*rows, total]
-    ]
+    for row in [*rows, {"name": "all", "kind": "", **costs}]:
+        name, gflops = f"{row['name']:<{width}}  {row['kind']:<24}", row["flops"] / 1e9
+        lines.append(f"{name} {row['parameters']:>12,} {gflops:>9.3f}")
     lines.append("")
     for layer in costs["first_layers"]:
-        lines.append(
+        lines += [
             f"first layer   {layer['name']} ({layer['kind']}): {layer['outputs']} outputs, "
-            f"{layer['rows']:,} rows an image of n = {layer['inputs']} inputs"
-        )
-        lines.append("TrAct         inverts an n x n matrix at every step")
+            f"{layer['rows']:,} rows an image of n = {layer['inputs']} inputs",
+            "TrAct         inverts an n x n matrix at every step",
+        ]
     maps = [f"{n} {m['channels']} / {m['stride']}" for n, m in costs["maps"].items()]
     if len(maps) > MAX_MAPS:  # those of a plain ViT have one stride
         maps = [*maps[:2], f"{len(maps) - 3} more", maps[-1]]

@@ -6,7 +6,7 @@ Fields become arguments of the same names (see tract_transfer.build.data and bui
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tract_transfer.config.sections import (
     Count,
@@ -196,11 +196,9 @@ class MixupConfig(Section):
         reason = "it chooses between mixup_alpha and cutmix_alpha, and one of them is 0"
         yield "switch_prob", mixes_both, reason
 
-    @model_validator(mode="after")
-    def _something_is_mixed(self) -> "MixupConfig":
-        if not (self.mixup_alpha or self.cutmix_alpha):
-            raise ValueError("give mixup_alpha or cutmix_alpha, or set data.mixup: null")
-        return self
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        is_mixed = bool(self.mixup_alpha or self.cutmix_alpha)
+        yield is_mixed, "give mixup_alpha or cutmix_alpha, or set data.mixup: null"
 
 
 class ClassificationData(LoadingConfig):
@@ -227,17 +225,15 @@ class ClassificationData(LoadingConfig):
         for key in ("shuffle_rows", "readers"):
             yield key, is_streamed, "it is for data.train.streaming: true"
 
-    @model_validator(mode="after")
-    def _device_augments_whole_batches(self) -> "ClassificationData":
+    def rules(self) -> Iterator[tuple[bool, str]]:
         section = self.transforms
         others = [k for k in ("rotation_deg", "augment", "color_jitter") if getattr(section, k)]
         others += ["crop"] if section.crop == "resize_random" else []
-        if self.cache == "device" and others:
-            raise ValueError(
-                "cache: device supports crop: pad, random_resized or none, flip_prob and "
-                f"erase_prob of data.transforms, and not its {', '.join(others)}. Set cache: ram"
-            )
-        return self
+        yield (
+            self.cache != "device" or not others,
+            "cache: device supports crop: pad, random_resized or none, flip_prob and "
+            f"erase_prob of data.transforms, and not its {', '.join(others)}. Set cache: ram",
+        )
 
 
 class DetectionData(LoadingConfig):
@@ -281,11 +277,9 @@ class ProbeData(LoadingConfig):
         """Whether an image may show several classes: those of its objects."""
         return isinstance(self.train, VocSource | DigitScenesSource)
 
-    @model_validator(mode="after")
-    def _labels_are_of_one_kind(self) -> "ProbeData":
-        if self.has_many_labels != isinstance(self.test, VocSource | DigitScenesSource):
-            raise ValueError(
-                f"data.train is {self.train.source} and data.test {self.test.source}: one has "
-                "several labels an image, the other has one. Use two of the same kind"
-            )
-        return self
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        yield (
+            self.has_many_labels == isinstance(self.test, VocSource | DigitScenesSource),
+            f"data.train is {self.train.source} and data.test {self.test.source}: one has several "
+            "labels an image, the other has one. Use two of the same kind",
+        )

@@ -298,15 +298,9 @@ def _unknown(key: str, tree: Any, known: Mapping[str, Sequence[str]]) -> str:
     if others := [other for other, theirs in known.items() if key in theirs]:
         return f"not a key of a {task} config (of {' and '.join(others)})."
 
-    def leaf_of(name: str) -> str:
-        return name.rpartition(".")[2]
-
     siblings = [name for name in keys if name.rpartition(".")[0] == parent]
-    leaves = {leaf_of(name): name for name in siblings}
-    near = [leaves[name] for name in get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
-    near = near or [name for name in keys if leaf_of(name) == leaf]
-    if siblings:
-        near = near or [name for name in keys if get_close_matches(leaf, [leaf_of(name)], 1, 0.75)]
-    if not (siblings and parent):
-        near = near or get_close_matches(key, keys, n=1, cutoff=0.6)
-    return f"unknown. Did you mean {near[0]}?" if near else f"unknown. Known: {siblings}."
+    for names, cutoff in ((siblings, 0.6), (keys, 0.75)):
+        leaves = {name.rpartition(".")[2]: name for name in reversed(names)}
+        for near in get_close_matches(leaf, leaves, n=1, cutoff=cutoff):
+            return f"unknown. Did you mean {leaves[near]}?"
+    return f"unknown. Known: {siblings}."

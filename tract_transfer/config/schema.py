@@ -3,11 +3,11 @@
 Each task has its own Config, so that a key which a task would ignore is an error.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError
 
 from tract_transfer.config.data import ClassificationData, DetectionData, ProbeData
 from tract_transfer.config.file import (
@@ -69,23 +69,20 @@ class TrainedConfig(BaseConfig):
         data: Any
         evaluation: Any
 
-    @model_validator(mode="after")
-    def _selection_has_its_own_split(self) -> "TrainedConfig":
-        data, evaluation = self.data, self.evaluation
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        evaluation, has_val, has_test = self.evaluation, bool(self.data.val), bool(self.data.test)
         example = "such as data.val: {source: train, fraction: 0.1}"
-        if evaluation.report == "best" and data.val is None:
-            raise ValueError(
-                "evaluation.report: best selects a checkpoint, and needs data.val to select on: "
-                f"never data.test. Set it, {example}"
-            )
-        if evaluation.patience and None in (data.val, data.test):
-            raise ValueError(
-                "evaluation.patience chooses by data.val when to end, and needs data.test beside "
-                f"it to report: never the same split. Set both, {example}"
-            )
-        if data.val is None and data.test is None:
-            raise ValueError("data.test or data.val is needed: nothing would be measured")
-        return self
+        yield (
+            has_val or evaluation.report != "best",
+            "evaluation.report: best selects a checkpoint, and needs data.val to select on: never "
+            f"data.test. Set it, {example}",
+        )
+        yield (
+            not evaluation.patience or (has_val and has_test),
+            "evaluation.patience chooses by data.val when to end, and needs data.test beside it to "
+            f"report: never the same split. Set both, {example}",
+        )
+        yield has_val or has_test, "data.test or data.val is needed: nothing would be measured"
 
 
 class ClassificationConfig(TrainedConfig):
@@ -109,38 +106,30 @@ class ProbeConfig(BaseConfig):
     evaluation: ProbeEvaluation = ProbeEvaluation()
     engine: DeviceConfig = DeviceConfig()
 
-    @model_validator(mode="after")
-    def _keys_have_an_effect(self) -> "ProbeConfig":
-        if self.data.val is not None and not self.evaluation.selects:
-            raise ValueError(f"data.val has no use here: {SELECTION_ONLY}")
-        if self.data.val is not None and self.evaluation.val_fraction is not None:
-            raise ValueError("give one of data.val and evaluation.val_fraction to select on")
-        if self.model.backbone.drop_path is not None:
-            raise ValueError("model.backbone.drop_path has no use here: a probe trains no backbone")
-        return self
-
-    @model_validator(mode="after")
-    def _probes_fit_the_labels(self) -> "ProbeConfig":
-        data, evaluation = self.data, self.evaluation
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        data, evaluation, few_shot = self.data, self.evaluation, self.evaluation.few_shot
+        no_val, drop_path = data.val is None, self.model.backbone.drop_path
+        yield no_val or evaluation.selects, f"data.val has no use here: {SELECTION_ONLY}"
+        one = "give one of data.val and evaluation.val_fraction to select on"
+        yield no_val or evaluation.val_fraction is None, one
+        no_use = "model.backbone.drop_path has no use here: a probe trains no backbone"
+        yield drop_path is None, no_use
         kinds: tuple[str, ...] = ("top1", "top5", "mean_per_class")
         if data.has_many_labels:
             kinds = ("map_11point", "map_area")
             has = f"data.train: {data.train.source} has several labels an image"
             for name in ("knn", "logistic_regression", "linear"):
-                if getattr(evaluation, name) is not None:
-                    raise ValueError(
-                        f"{has}, and evaluation.{name} takes one. Set evaluation.{name}: null, and "
-                        "evaluation.svm"
-                    )
-            if evaluation.few_shot is not None and evaluation.few_shot.classifier != "svm":
-                raise ValueError(f"{has}. Set evaluation.few_shot.classifier: svm")
+                fix = f"Set evaluation.{name}: null, and evaluation.svm"
+                message = f"{has}, and evaluation.{name} takes one. {fix}"
+                yield getattr(evaluation, name) is None, message
+            is_svm = few_shot is None or few_shot.classifier == "svm"
+            yield is_svm, f"{has}. Set evaluation.few_shot.classifier: svm"
         metrics = [f"{probe}_{kind}" for probe in evaluation.probes() for kind in kinds]
-        if evaluation.metric not in metrics:
-            raise ValueError(
-                f"evaluation.metric is {evaluation.metric}, and its probe is left out; measured "
-                f"are: {', '.join(metrics) or 'none: every probe is null'}"
-            )
-        return self
+        yield (
+            evaluation.metric in metrics,
+            f"evaluation.metric is {evaluation.metric}, and its probe is left out; measured are: "
+            f"{', '.join(metrics) or 'none: every probe is null'}",
+        )
 
 
 TrainedTask = ClassificationConfig | DetectionConfig

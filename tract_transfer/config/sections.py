@@ -32,12 +32,19 @@ class Section(BaseModel):
         """
         yield from ()
 
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        """Yield what must hold between keys, and the message if it does not."""
+        yield from ()
+
     @model_validator(mode="after")
-    def _every_key_has_an_effect(self) -> "Section":
+    def _keys_fit(self) -> "Section":
         fields = type(self).model_fields
         for key, has_effect, reason in self.uses():
             if not has_effect and getattr(self, key) != fields[key].default:
                 raise PydanticCustomError("unused_key", "{reason}", {"key": key, "reason": reason})
+        for holds, message in self.rules():
+            if not holds:
+                raise ValueError(message)
         return self
 
 
@@ -93,16 +100,17 @@ class FeatureModelConfig(Section):
         for key in ("ignore_missing", "adapt_stem"):
             yield key, self.weights not in (None, "pretrained"), reason
 
-    @model_validator(mode="after")
-    def _backbone_has_a_name(self) -> "FeatureModelConfig":
-        if self.backbone.name is None and self.weights in (None, "pretrained"):
-            raise ValueError("model.backbone.name is needed: model.weights names no run folder")
-        if self.backbone.name is None and (self.backbone.args or self.backbone.stem != "default"):
-            raise ValueError(
-                "model.backbone.stem and args need model.backbone.name; without it they come from "
-                "model.weights"
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        if self.backbone.name is None:
+            yield (
+                self.weights not in (None, "pretrained"),
+                "model.backbone.name is needed: model.weights names no run folder",
             )
-        return self
+            yield (
+                not self.backbone.args and self.backbone.stem == "default",
+                "model.backbone.stem and args need model.backbone.name; without it they come from "
+                "model.weights",
+            )
 
 
 class ClassifierConfig(FeatureModelConfig):
@@ -380,39 +388,29 @@ class SolverConfig(Section):
         yield "warmup_start", has_warmup, "there is no warm-up"
         yield "ema_warmup", self.ema_decay is not None, "it is for the average that ema_decay sets"
 
-    @model_validator(mode="after")
-    def _lengths_have_one_unit(self) -> "SolverConfig":
+    def rules(self) -> Iterator[tuple[bool, str]]:
         for what in ("max", "warmup", "steps"):
-            given = [getattr(self, f"{what}_{unit}") is not None for unit in ("epochs", "iters")]
+            given = sum(getattr(self, f"{what}_{unit}") is not None for unit in ("epochs", "iters"))
             one = f"give one of solver.{what}_epochs and solver.{what}_iters"
-            if all(given):
-                raise ValueError(
-                    f"{one}, and null unsets what a base gives: solver.{what}_epochs: null"
-                )
-            if what == "max" and not any(given):
-                raise ValueError(one)
-        if (self.schedule == "multistep") != bool(self.steps_epochs or self.steps_iters):
-            raise ValueError(
-                "solver.schedule: multistep and solver.steps_epochs (or steps_iters) go together"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _parts_are_shorter_than_the_training(self) -> "SolverConfig":
-        """Compare lengths of the same unit; build_schedule compares others, in iterations."""
+            yield given < 2, f"{one}, and null unsets what a base gives: solver.{what}_epochs: null"
+            yield given > 0 or what != "max", one
+        yield (
+            (self.schedule == "multistep") == bool(self.steps_epochs or self.steps_iters),
+            "solver.schedule: multistep and solver.steps_epochs (or steps_iters) go together",
+        )
+        # Lengths of the same unit; build_schedule compares others, in iterations.
         for unit in ("epochs", "iters"):
             length = getattr(self, f"max_{unit}") or float("inf")
             warmup = getattr(self, f"warmup_{unit}") or 0
             last_step = max(getattr(self, f"steps_{unit}") or [0])
-            if warmup >= length:
-                raise ValueError(
-                    f"warmup_{unit} must be less than max_{unit}, and {warmup:g} is not less than "
-                    f"{length:g}. Shorten it, or set solver.warmup_{unit}: null"
-                )
-            if last_step >= length:
-                raise ValueError(
-                    f"steps_{unit} must lie before max_{unit}, and {last_step:g} is not before "
-                    f"{length:g}. Move them, or set solver.schedule: constant and "
-                    f"solver.steps_{unit}: null"
-                )
-        return self
+            yield (
+                warmup < length,
+                f"warmup_{unit} must be less than max_{unit}, and {warmup:g} is not less than "
+                f"{length:g}. Shorten it, or set solver.warmup_{unit}: null",
+            )
+            yield (
+                last_step < length,
+                f"steps_{unit} must lie before max_{unit}, and {last_step:g} is not before "
+                f"{length:g}. Move them, or set solver.schedule: constant and "
+                f"solver.steps_{unit}: null",
+            )
