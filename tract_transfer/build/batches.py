@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from tract_transfer.build.data import Dataset
-from tract_transfer.build.weights import call_checked, errors_at
+from tract_transfer.build.weights import call_entry
 from tract_transfer.config.data import (
     ClassificationData,
     ClassificationTransformsConfig,
@@ -34,11 +34,7 @@ NUM_WHITENING_IMAGES = 5000  # as airbench
 
 
 def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Return the transforms of training and of evaluation images.
-
-    Raises:
-        ConfigError: the augmentation does not take its arguments.
-    """
+    """Return the transforms of training and of evaluation images."""
     section = config.data.transforms
     if isinstance(section, DetectionTransformsConfig):
         return transforms.detection_train(**section.model_dump()), transforms.detection_eval()
@@ -49,9 +45,8 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
         return evaluation, evaluation
     augment, key = None, "data.transforms.augment"
     if section.augment is not None:
-        with errors_at(config, key, KeyError):
-            entry = AUGMENTATIONS.get(section.augment)
-        augment = call_checked(entry, section.augment, section.augment_args, f"{key}_args", config)
+        name, args = (key, section.augment), (f"{key}_args", section.augment_args)
+        augment = call_entry(config, AUGMENTATIONS, name, args)
     training = transforms.classification_train(
         **_crop_arguments(section),
         rotation_deg=section.rotation_deg,
@@ -72,11 +67,7 @@ def _crop_arguments(section: ClassificationTransformsConfig) -> dict[str, Any]:
 
 
 def build_epoch_order(config: TrainedTask, train: Dataset) -> sampling.EpochOrder | StreamOrder:
-    """Return the batches of every epoch; `iters_per_epoch` is their number.
-
-    Raises:
-        ValueError: the batch size does not fit the data.
-    """
+    """Return the batches of every epoch; `iters_per_epoch` is their number."""
     section: Any = config.data
     if isinstance(train, Stream):
         return StreamOrder(
@@ -105,11 +96,7 @@ def build_epoch_order(config: TrainedTask, train: Dataset) -> sampling.EpochOrde
 
 
 def build_mix(config: TrainedTask, num_classes: int, num_parts: int) -> BatchMix | None:
-    """Return what mixes the images of a batch that is split into `num_parts`, or None.
-
-    Raises:
-        ConfigError: the parts are single images.
-    """
+    """Return what mixes the images of a batch that is split into `num_parts`, or None."""
     section = config.data
     if not isinstance(section, ClassificationData) or section.mixup is None:
         return None
@@ -149,9 +136,6 @@ def build_train_batches(
 
     Args:
         device: where `data.cache: device` keeps the images; batches of loaders are on the CPU.
-
-    Raises:
-        ValueError: the batch size does not fit the data, the processes or the micro-batches.
     """
     section, seed = config.data, config.seed
     order = build_epoch_order(config, train)

@@ -108,7 +108,14 @@ def build_data(config: Config) -> Data:
     join_integer_classes(data.splits)
     check_disjoint(data.splits)
     _check_classes(config, data)
-    _warn(data)
+    for warning in check_same_classes(cast(Any, data.splits)):
+        logger.warning(warning)
+    for name, check in size_checks(data.splits).items():
+        if check.differs:
+            logger.warning("data.%s: %s", name, check.text)
+    if boxes := data.clipped_boxes:
+        message = "%d invalid boxes were clipped or dropped, the first: %s"
+        logger.warning(message, len(boxes), boxes[0])
     for name, dataset in data.splits.items():
         keeps = sections.cache == "ram" or (sections.cache == "device" and dataset is not train)
         if keeps and not isinstance(dataset, Stream):
@@ -164,17 +171,6 @@ def _check_classes(config: Config, data: Data) -> None:
         )
     with errors_at(config, "evaluation.metric"):
         check_metric(config.evaluation.metric, count)
-
-
-def _warn(data: Data) -> None:
-    for warning in check_same_classes(cast(Any, data.splits)):
-        logger.warning(warning)
-    for name, check in size_checks(data.splits).items():
-        if check.differs:
-            logger.warning("data.%s: %s", name, check.text)
-    if data.clipped_boxes:
-        first, count = data.clipped_boxes[0], len(data.clipped_boxes)
-        logger.warning("%d invalid boxes were clipped or dropped, the first: %s", count, first)
 
 
 def load_split(section: Section, key: str, findings: Findings, max_pixels: int) -> Loaded:

@@ -1,13 +1,13 @@
 """From a config to models and evaluators."""
 
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
 import tract_transfer.detectron2  # noqa: F401 - registers its detector
 from tract_transfer.build.weights import (
     build_with_weights,
-    call_checked,
+    call_entry,
     check_backbone,
     errors_at,
 )
@@ -18,7 +18,7 @@ from tract_transfer.config.schema import (
     ProbeConfig,
     TrainedTask,
 )
-from tract_transfer.config.sections import ComponentConfig, FeatureModelConfig
+from tract_transfer.config.sections import FeatureModelConfig
 from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.hooks import Evaluator
 from tract_transfer.evaluation import EVALUATORS, ClassificationEvaluator
@@ -26,15 +26,10 @@ from tract_transfer.models import DETECTORS, HEADS, Backbone, Classifier
 from tract_transfer.models.classifier import FlipClassifier, FlipDetector
 from tract_transfer.models.detection.options import BoxOptions
 from tract_transfer.models.freeze import freeze_stages, set_drop_path, set_norm
-from tract_transfer.registry import Registry
 
 
 def preflight(config: Config) -> None:
-    """Refuse what the config alone shows to be wrong, before data are read or models built.
-
-    Raises:
-        ConfigError: backbone, its arguments, its weights or the evaluation protocol do not exist.
-    """
+    """Refuse what the config alone shows to be wrong, before data are read or models built."""
     check_backbone(config)
     if isinstance(config, DetectionConfig):
         with errors_at(config, "evaluation.protocol", KeyError):
@@ -42,32 +37,26 @@ def preflight(config: Config) -> None:
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
-    """Build the model of a task, with random weights by `seed`, or loaded ones.
-
-    Raises:
-        ConfigError: a name or argument is unknown, or the parts do not fit.
-    """
+    """Build the model of a task, with random weights by `seed`, or loaded ones."""
     seed_all(config.seed, 0, 0)
     backbone = build_features(config)
     if isinstance(config, DetectionConfig):
         with errors_at(config, "model", prefix=r"model\.\w+"):
             freeze_stages(set_norm(backbone, config.model.norm), config.model.freeze_at)
-        section, positional = config.model.detector, (backbone, num_classes)
-        return cast(nn.Module, _construct(DETECTORS, section, "model.detector", config, positional))
+        section = config.model.detector
+        name, args = ("model.detector.name", section.name), ("model.detector.args", section.args)
+        return cast(nn.Module, call_entry(config, DETECTORS, name, args, backbone, num_classes))
     if isinstance(config, ProbeConfig):
         return backbone
-    positional_head = (backbone.feature_dim, num_classes)
-    head = _construct(HEADS, config.model.head, "model.head", config, positional_head)
+    section = config.model.head
+    name, args = ("model.head.name", section.name), ("model.head.args", section.args)
+    head = call_entry(config, HEADS, name, args, backbone.feature_dim, num_classes)
     losses = config.model.model_dump(include={"label_smoothing", "loss", "bce_target_threshold"})
     return Classifier(backbone, head, **losses)
 
 
 def build_features(config: Config) -> Backbone:
-    """Build the backbone of a config, with its weights.
-
-    Raises:
-        ConfigError: no such backbone, or its weights, stem or image size do not fit.
-    """
+    """Build the backbone of a config, with its weights."""
     backbone = build_with_weights(config)
     if (drop_path := config.model.backbone.drop_path) is not None:
         key = "model.backbone.drop_path"
@@ -112,16 +101,3 @@ def build_evaluated(config: TrainedTask, model: nn.Module) -> nn.Module:
     # Views are joined as the detector joins its own boxes, if it has options for that.
     box = getattr(getattr(model, "roi_heads", None), "options", BoxOptions())
     return FlipDetector(model, box.nms_iou, box.max_detections)
-
-
-def _construct(
-    registry: Registry,
-    section: ComponentConfig,
-    key: str,
-    config: Config,
-    positional: tuple[Any, ...],
-) -> Any:
-    """Call a registry's entry with a section's args, checked against its signature."""
-    with errors_at(config, f"{key}.name", KeyError):
-        entry = registry.get(section.name)
-    return call_checked(entry, section.name, section.args, f"{key}.args", config, positional)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from fvcore.common.param_scheduler import ParamScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
@@ -48,11 +47,7 @@ class TrainLength(NamedTuple):
 
 
 def train_length(config: TrainedTask, train: Dataset) -> TrainLength:
-    """Convert what a config gives in epochs to iterations; an epoch drops its incomplete batch.
-
-    Raises:
-        ConfigError: the batch size does not fit the data.
-    """
+    """Convert what a config gives in epochs to iterations; an epoch drops its incomplete batch."""
     solver, evaluation = config.solver, config.evaluation
     checkpoint = config.engine.checkpoint
     with _errors_at_named_key(config):
@@ -75,11 +70,7 @@ def train_length(config: TrainedTask, train: Dataset) -> TrainLength:
 
 
 def build_accelerator(config: Config) -> Accelerator:
-    """Join the process group this process was launched in, or run alone.
-
-    Raises:
-        ConfigError: a GPU is asked for and there is none.
-    """
+    """Join the process group this process was launched in, or run alone."""
     device = config.engine.device
     if device == "cuda" and not torch.cuda.is_available():
         raise config.error("engine.device", "torch finds no CUDA GPU. Set auto or cpu.")
@@ -99,9 +90,6 @@ def build_trainer(
 
     Args:
         length: as `train_length` returns it; None computes it.
-
-    Raises:
-        ConfigError: a part of the config does not fit another, or the data.
     """
     engine, patience = config.engine, config.evaluation.patience
     length = length or train_length(config, data.train)
@@ -114,7 +102,12 @@ def build_trainer(
     tract = build_tract(config, model)
     with _errors_at_named_key(config):
         optimizer = _build_optimizer(config, model)
-        schedule = _build_schedule(config, length)
+        schedule = build_schedule(
+            **{key: value for key, value in length._asdict().items() if "_every" not in key},
+            **config.solver.model_dump(
+                include={"schedule", "warmup_start", "step_factor", "end_factor"}
+            ),
+        )
         batches = build_train_batches(
             config,
             data.train,
@@ -144,11 +137,7 @@ def build_trainer(
 
 
 def build_tract(config: TrainedTask, model: nn.Module) -> TrAct:
-    """Build TrAct; if it is not enabled, one without layers.
-
-    Raises:
-        ConfigError: the layer is frozen or not supported.
-    """
+    """Build TrAct; if it is not enabled, one without layers."""
     section = config.tract
     with errors_at(config, "tract.layers" if section.layers else "tract"):
         return TrAct(
@@ -203,10 +192,3 @@ def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
         raise config.error("solver.first_layer", message)
     keep_parameters(rest, [p for p in model.parameters() if p not in of_first])
     return JoinedOptimizer([first, rest])
-
-
-def _build_schedule(config: TrainedTask, length: TrainLength) -> ParamScheduler:
-    lengths = length._asdict()
-    del lengths["evaluate_every"], lengths["checkpoint_every"]
-    keys = {"schedule", "warmup_start", "step_factor", "end_factor"}
-    return build_schedule(**lengths, **config.solver.model_dump(include=keys))

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +27,7 @@ from tract_transfer.models.weights import (
     read_metadata,
     weights_file,
 )
-from tract_transfer.registry import did_you_mean
+from tract_transfer.registry import Registry, did_you_mean
 
 # Arguments that change neither names nor what a weight computes at the size it was trained at.
 FREE_ARGS = {
@@ -39,11 +39,7 @@ _Kinds = type[Exception] | tuple[type[Exception], ...]
 
 
 def check_backbone(config: Config) -> None:
-    """Refuse a backbone that does not exist, its arguments, or weights that do not exist.
-
-    Raises:
-        ConfigError: at the key that is wrong.
-    """
+    """Refuse a backbone that does not exist, its arguments, or weights that do not exist."""
     section = config.model
     backbone, weights = section.backbone, section.weights
     if weights not in (None, "pretrained"):
@@ -145,24 +141,26 @@ def errors_at(
         raise config.error(key, message) from error
 
 
-def call_checked(
-    entry: Callable[..., Any],
-    name: str,
-    args: Mapping[str, Any],
-    key: str,
+def call_entry(
     config: Config,
-    positional: tuple[Any, ...] = (),
+    registry: Registry,
+    name: tuple[str, str],
+    args: tuple[str, Mapping[str, Any]],
+    *positional: Any,
 ) -> Any:
-    """Call `entry` with the args at `key`, checked against its keyword-only arguments.
+    """Call a registry's entry with args that are checked against its keyword-only arguments.
 
-    Raises:
-        ConfigError: an argument is unknown, of another type or out of range.
+    Args:
+        name, args: each the key of the config and its value.
     """
+    with errors_at(config, name[0], KeyError):
+        entry = registry.get(name[1])
+    key, arguments = args
     parameters = inspect.signature(entry).parameters.values()
     keywords = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    _check_args(keywords, name, args, key, config)
+    _check_args(keywords, name[1], arguments, key, config)
     try:
-        return entry(*positional, **args)
+        return entry(*positional, **arguments)
     except (ValueError, ImportError) as error:
         argument, colon, message = str(error).partition(": ")
         names = [keyword.name for keyword in keywords]

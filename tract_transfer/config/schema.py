@@ -152,11 +152,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def check_config(tree: dict[str, Any], origins: Origins) -> Config:
-    """Return the Config of a tree that `read_config_file` or `override` returned.
-
-    Raises:
-        ConfigError: as `load_config`.
-    """
+    """Return the Config of a tree that `read_config_file` or `override` returned."""
     try:
         config = _ADAPTER.validate_python(tree)
     except ValidationError as error:

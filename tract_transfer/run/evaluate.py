@@ -1,8 +1,9 @@
 """What is done with a model besides training it: measure, predict, preview, replay a step."""
 
+import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,7 @@ logger = logging.getLogger(__name__)
 def measure(
     config: TrainedTask, trainer: Trainer, dataset: Dataset, class_names: list[str]
 ) -> Measured:
-    """Evaluate the trainer's model on `dataset`.
-
-    Raises:
-        Stopped: a signal came during the evaluation.
-    """
+    """Evaluate the trainer's model on `dataset`; a signal raises Stopped."""
     evaluator = build_evaluator(config, class_names)
     share_buffers(trainer.evaluated_model, trainer.accelerator)
     skipped = evaluate(
@@ -78,8 +75,7 @@ def evaluate_run(config: Config) -> dict[str, float]:
     """Measure the reported checkpoint in `output_dir` again, and write evaluation.json.
 
     Raises:
-        FileNotFoundError: there is no complete checkpoint.
-        ValueError: it holds another model than the config's.
+        ValueError, FileNotFoundError: the checkpoint is of another model, or missing.
     """
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains no model that --eval-only could measure again.")
@@ -88,13 +84,8 @@ def evaluate_run(config: Config) -> dict[str, float]:
     path, parts = reported_checkpoint(config)
     data = build_data(config)
     trainer = build_trainer(config, data, build_accelerator(config))
-    try:
+    with _fits(path, f"Use {folder / CONFIG_NAME}, and data of the same classes."):
         trainer.load_weights(parts)
-    except (RuntimeError, KeyError) as error:  # of load_state_dict, or no average in it
-        raise ValueError(
-            f"{path} holds another model than this config, or one with other classes. Use "
-            f"{folder / CONFIG_NAME}. ({error})"
-        ) from error
     split, dataset = data.report
     with deterministic(config.engine.deterministic):
         metrics, details, skipped = measure(config, trainer, dataset, data.class_names)
@@ -140,9 +131,7 @@ def replay_debug_batch(config: Config, file: Path) -> list[str]:
     """Run the step in `file` again with its weights; return lines on where it is not finite.
 
     Raises:
-        ConfigError: the config is a probe's, which trains nothing.
-        FileNotFoundError: there is no such file.
-        ValueError: it is no debug batch, or of another model than the config's.
+        ValueError, FileNotFoundError: the batch is of another model, broken or missing.
     """
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains nothing and keeps no batch.")
@@ -150,13 +139,8 @@ def replay_debug_batch(config: Config, file: Path) -> list[str]:
     kept = load_debug_batch(file)
     with deterministic(config.engine.deterministic):
         trainer = build_trainer(config, build_data(config), build_accelerator(config))
-        try:
+        with _fits(file, f"Use the {CONFIG_NAME} beside it."):
             trainer.accelerator.unwrap_model(trainer.model).load_state_dict(kept.model)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{file} is of another model than this config's. Use the config.yaml beside it. "
-                f"({error})"
-            ) from error
         device = trainer.accelerator.device
         batches = [Batch(**send_to_device(batch, device), skipped=[]) for batch in kept.batches]
         return [
@@ -201,11 +185,7 @@ class Trained:
 
 
 def reported_checkpoint(config: TrainedTask) -> tuple[Path, dict[str, Any]]:
-    """Return path and tensors of the checkpoint that a run in `output_dir` reports.
-
-    Raises:
-        FileNotFoundError: there is no complete checkpoint.
-    """
+    """Return path and tensors of the checkpoint that a run in `output_dir` reports."""
     checkpointer = Checkpointer(Path(config.output_dir) / "checkpoints")
     path = checkpointer.best() if config.evaluation.report == "best" else checkpointer.newest()
     if path is None:
@@ -240,15 +220,20 @@ def load_trained(folder: Path, overrides: Sequence[str] = ()) -> Trained:
     except OSError:  # not finished
         class_names = build_data(config).class_names
     model = build_model(_without_weights(config, folder), len(class_names))
-    try:
+    with _fits(checkpoint, f"Put back the {CONFIG_NAME} that the run wrote."):
         model.load_state_dict(parts.get("ema", parts["model"]))
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(
-            f"{checkpoint} holds another model than {folder / CONFIG_NAME}: {error}"
-        ) from error
     device = build_accelerator(config).device
     model = build_evaluated(config, model.to(device))
     return Trained(config, model, class_names, checkpoint, device)
+
+
+@contextlib.contextmanager
+def _fits(file: Path, fix: str) -> Iterator[None]:
+    """Explain an error of load_state_dict, or that there is no average to load."""
+    try:
+        yield
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"{file} holds another model than this config. {fix} ({error})") from error
 
 
 def _without_weights(config: TrainedTask, folder: Path) -> TrainedTask:

@@ -46,11 +46,7 @@ logger = logging.getLogger(__name__)
 def run_probe(
     config: ProbeConfig, data: Data, run_folder: RunFolder, cost: CostMeter
 ) -> dict[str, Any]:
-    """Probe a backbone; write and return the results.
-
-    Raises:
-        ConfigError, ValueError: the weights do not fit, or the data do not suit the probes.
-    """
+    """Probe a backbone; write and return the results."""
     backbone = build_probed(config, data)
     run_folder.begin(data.fingerprints)
     accelerator, started = run_folder.accelerator, time.perf_counter()
@@ -88,11 +84,7 @@ def run_probe(
 
 
 def build_probed(config: ProbeConfig, data: Data) -> Backbone:
-    """Return the backbone to probe.
-
-    Raises:
-        ConfigError, ValueError: its weights do not fit it, or the labels do not suit the probes.
-    """
+    """Return the backbone to probe."""
     labels = _labels(data.train)
     if knn := config.evaluation.knn:
         check_ks(knn.ks, len(data.train))
