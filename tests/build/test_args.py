@@ -1,4 +1,4 @@
-"""The args of entries that a config names, against the entries' signatures."""
+"""Arguments of registry entries are checked against the entries' signatures."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def a_net(*sizes, depths: tuple[int, ...], free=1):
-    """An entry of somebody else's, with all that a signature can have."""
+    """A third-party entry with every kind of parameter."""
     return nn.Identity(), sizes, depths, free
 
 
@@ -32,12 +32,12 @@ def check(monkeypatch):
     return run
 
 
-def test_args_of_any_signature_are_checked(check):
+def test_args_fit_any_signature(check):
     assert check("{depths: [1, 2], free: anything}").model.backbone.args["depths"] == [1, 2]
 
 
 @pytest.mark.parametrize(
-    ("args", "says"),
+    ("args", "message"),
     [
         ("{depths: [1, two]}", r"args\.depths\.1: .*valid integer.*'two'"),
         ("{depths: 3}", r"args\.depths: Input should be a list, got 3"),
@@ -45,20 +45,20 @@ def test_args_of_any_signature_are_checked(check):
         ("{depth: [1], depths: [1]}", r"args\.depth: unknown.*depths"),
     ],
 )
-def test_wrong_args_are_told_at_their_key(check, args, says):
-    with pytest.raises(ConfigError, match=says):
+def test_wrong_args_are_refused_at_their_key(check, args, message):
+    with pytest.raises(ConfigError, match=message):
         check(args)
 
 
-def test_telling_a_wrong_argument_takes_no_memory_for_a_model(monkeypatch):
+def test_naming_a_wrong_argument_allocates_no_model(monkeypatch):
     devices = []
-    made = nn.Parameter.__new__
+    new = nn.Parameter.__new__
 
-    def seen(cls, data=None, *rest, **named):
+    def record(cls, data=None, *rest, **named):
         devices.append(data.device.type if isinstance(data, torch.Tensor) else "cpu")
-        return made(cls, data, *rest, **named)
+        return new(cls, data, *rest, **named)
 
-    monkeypatch.setattr(nn.Parameter, "__new__", seen)
+    monkeypatch.setattr(nn.Parameter, "__new__", record)
     key, message = wrong_argument("timm/resnet18", {"depth": 3}, "unexpected keyword 'depth'")
     assert key == "depth"
     assert "unknown" in message

@@ -1,4 +1,4 @@
-"""The keys of model.weights, its errors at their place, and its report in the run folder."""
+"""The keys of model.weights, its errors, and its report in the run folder."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def file(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", ["classification", "probe"])
-def test_a_run_says_what_became_of_its_weights(file, load_tiny, tmp_path, task):
+def test_a_run_reports_how_its_weights_matched(file, load_tiny, tmp_path, task):
     config = load_tiny(tmp_path, SMALL, f"model.weights={file}", task=task)
     results = run(config)
     match = json.loads((tmp_path / "run/results.json").read_text())["weights_match"]
@@ -50,37 +50,27 @@ def flip_a_byte(file):
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("task", ["classification", "probe"])
-def test_a_run_s_damaged_weights_are_refused_and_come_back(load_tiny, tmp_path, task):
-    """As a backbone, as a checkpoint's file; and the run's own folder mends them."""
+def test_damaged_weights_are_refused_until_the_run_restores_them(load_tiny, tmp_path):
+    """The backbone of a run, and the file of a checkpoint."""
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-    config = load_tiny(tmp_path / "first")
+    config = load_tiny(tmp_path / "first", "solver.max_iters=1")
     run(config)
     file = tmp_path / "first/run/model.safetensors"
-    whole = file.read_bytes()
+    intact = file.read_bytes()
     flip_a_byte(file)
     words = ["model.backbone={name: null}", f"model.weights={file.parent}"]
-    downstream = load_tiny(tmp_path / "second", *words, task=task)
+    downstream = load_tiny(tmp_path / "second", *words, task="probe")
     with pytest.raises(ConfigError, match=r"model\.weights: .* is not what was written, by the"):
         run(downstream)
     (file.parent / "results.json").unlink()
     run(config, resume=True)
-    assert file.read_bytes() == whole
+    assert file.read_bytes() == intact
     run(downstream)
-
-
-def test_a_checkpoint_s_damaged_file_is_refused_by_its_path(load_tiny, tmp_path):
-    (tmp_path / "first").mkdir()
-    run(load_tiny(tmp_path / "first"))
     (file,) = (tmp_path / "first/run/checkpoints").glob("iter_*/model.safetensors")
     flip_a_byte(file)
     with pytest.raises(ConfigError, match=r"model\.weights: Checkpoint .* is broken: model\.safet"):
         build_model(load_tiny(tmp_path, f"model.weights={file}"), 3)
-
-
-def test_a_run_from_nothing_says_so(load_tiny, tmp_path):
-    assert run(load_tiny(tmp_path))["weights_match"] is None
 
 
 def test_ignore_missing_and_its_refusals(load_tiny, tmp_path):
@@ -94,13 +84,6 @@ def test_ignore_missing_and_its_refusals(load_tiny, tmp_path):
         build_model(load_tiny(tmp_path, *words, "model.ignore_missing=[layer5.*]"), 3)
     model = build_model(load_tiny(tmp_path, *words, "model.ignore_missing=[layer4.*]"), 3)
     assert torch.equal(model.backbone.model.conv1[0].weight, state["conv1.0.weight"])
-
-
-@pytest.mark.parametrize("key", ["ignore_missing=[a]", "adapt_stem=true"])
-@pytest.mark.parametrize("weights", ["null", "pretrained"])
-def test_keys_without_a_file_are_refused(load_tiny, tmp_path, key, weights):
-    with pytest.raises(ConfigError, match=r"adapt_stem are for model\.weights: a file"):
-        load_tiny(tmp_path, SMALL, f"model.weights={weights}", f"model.{key}")
 
 
 def test_adapt_stem_resamples_patches(load_tiny, tmp_path):
@@ -118,7 +101,7 @@ def test_adapt_stem_resamples_patches(load_tiny, tmp_path):
     assert "patch_embed.proj.weight" in model.backbone.loaded.resized
 
 
-def test_missing_weights_name_the_command_that_makes_them(load_tiny, tmp_path):
+def test_missing_weights_name_the_command_that_writes_them(load_tiny, tmp_path):
     folder = "output/pretrain/cifar10_resnet18"
     assert _config_that_writes(Path(folder)) == (
         "configs/pretrain/cifar10_resnet18.yaml",
@@ -126,12 +109,12 @@ def test_missing_weights_name_the_command_that_makes_them(load_tiny, tmp_path):
     )
     assert _config_that_writes(Path("output/none")) is None
     config = load_tiny(tmp_path, "model.backbone={name: null}", f"model.weights=./{folder}")
-    says = (
+    message = (
         r"No weights at output/pretrain/cifar10_resnet18: there is no such file or folder\. "
         r"python tools/train_net\.py --config-file configs/pretrain/cifar10_resnet18\.yaml makes"
     )
     if not Path(folder).exists():
-        with pytest.raises(ConfigError, match=says):
+        with pytest.raises(ConfigError, match=message):
             build_model(config, 3)
     assert load_config(ROOT / _config_that_writes(Path(folder))[0]).output_dir == folder
 
@@ -148,7 +131,7 @@ def test_missing_weights_name_the_command_that_makes_them(load_tiny, tmp_path):
         (None, None),
     ],
 )
-def test_published_weights_are_of_what_is_asked_for(name, published):
+def test_published_weights_are_offered_for_the_same_model(name, published):
     assert _published_name(name) == published
     with pytest.raises(FileNotFoundError, match="No weights at nowhere: there is no") as caught:
         check_weights_exist(Path("nowhere"), name)
@@ -157,8 +140,7 @@ def test_published_weights_are_of_what_is_asked_for(name, published):
     assert ("pretrained" in str(caught.value)) == (published is not None)
 
 
-def test_a_config_that_makes_the_weights_tells_their_backbone(monkeypatch, tmp_path):
-    """And published ones are offered of that backbone alone."""
+def test_published_weights_are_offered_for_the_backbone_of_the_config(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for folder, offered in (
         ("pretrain/cifar10_resnet18", "timm/resnet18"),
@@ -172,26 +154,36 @@ def test_a_config_that_makes_the_weights_tells_their_backbone(monkeypatch, tmp_p
         assert ("model.backbone.name=" in str(caught.value)) == bool(offered)
 
 
-@pytest.mark.parametrize("task", ["classification", "probe"])
 @pytest.mark.parametrize(
-    ("backbone", "said"),
+    ("word", "message"),
     [
-        ("{name: cifar/resnet81}", "Did you mean 'cifar/resnet18'"),
-        ("{name: timm/resnet19}", "timm has no model 'resnet19'"),
-        ("{name: torchvision/resnet19}", "torchvision has no classification model"),
-        ("{name: cifar/resnet18, args: {witdh: 8}}", "model.backbone.args.witdh"),
+        ("model.backbone={name: cifar/resnet81}", "Did you mean 'cifar/resnet18'"),
+        ("model.backbone={name: cifar/resnet18, args: {witdh: 8}}", "model.backbone.args.witdh"),
+        ("model.weights=./nowhere", r"model\.weights: No weights at nowhere"),
+        ("model.weights=./tests", r"model\.weights: No weights at .*model\.safetensors"),
     ],
 )
-def test_a_backbone_is_known_before_data_are_read(
-    load_tiny, tmp_path, monkeypatch, task, backbone, said
+@pytest.mark.parametrize("start", [run, preview, evaluate_run])
+def test_backbone_and_weights_are_checked_before_data_are_read(
+    load_tiny, tmp_path, start, word, message
 ):
-    monkeypatch.setattr("tract_transfer.run.run.build_data", lambda _: pytest.fail("data read"))
-    for begin in (run, preview):
-        with pytest.raises(ConfigError, match=said):
-            begin(load_tiny(tmp_path, f"model.backbone={backbone}", task=task))
+    data = f"data.train={{source: voc, root: {tmp_path / 'nowhere'}, sets: [2007/train]}}"
+    with pytest.raises(ConfigError, match=message):
+        start(load_tiny(tmp_path, word, data, task="detection"))
 
 
-def test_weights_that_a_suite_made_are_offered(tmp_path):
+def test_position_embeddings_of_another_size_are_resized_and_reported(load_tiny, tmp_path):
+    args = {"patch_size": 4, "depth": 1, "embed_dim": 24, "num_heads": 3}
+    name = "timm/vit_tiny_patch16_224"
+    source = build_backbone(name, args={**args, "img_size": 32})
+    torch.save(source.model.state_dict(), tmp_path / "w.pth")
+    words = [f"model.weights={tmp_path / 'w.pth'}", "solver.max_iters=1"]
+    words += [f"model.backbone={{name: {name}, args: {json.dumps({**args, 'img_size': 16})}}}"]
+    match = run(load_tiny(tmp_path, *words))["weights_match"]
+    assert match["resized"] == {"pos_embed": "(1, 65, 24) -> (1, 17, 24)"}
+
+
+def test_weights_of_a_suite_are_offered(tmp_path):
     for name in ("tract/pretrain/seed0", "vanilla/pretrain/seed1", "vanilla/pretrain/seed0"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "model.json").write_text("{}")
@@ -200,18 +192,7 @@ def test_weights_that_a_suite_made_are_offered(tmp_path):
         check_weights_exist(tmp_path / "pretrain")
 
 
-def test_weights_are_looked_for_before_data_are_read(load_tiny, tmp_path):
-    nowhere = f"{{source: voc, root: {tmp_path / 'nowhere'}, sets: [2007/train]}}"
-    (tmp_path / "folder").mkdir()
-    words = [f"model.weights={tmp_path / 'folder'}", f"data.train={nowhere}"]
-    for begin in (run, preview, evaluate_run):
-        with pytest.raises(
-            ConfigError, match=r"model\.weights: No weights at .*model\.safetensors"
-        ):
-            begin(load_tiny(tmp_path, *words, task="detection"))
-
-
-def test_image_size_and_drop_rates_may_differ_from_the_card_s(load_tiny, tmp_path):
+def test_image_size_and_drop_rates_may_differ_from_the_metadata(load_tiny, tmp_path):
     args = {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 4}
     name = "timm/vit_tiny_patch16_224"
     save_backbone(tmp_path, build_backbone(name, args={**args, "img_size": 32}), {})

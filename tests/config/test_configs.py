@@ -72,38 +72,25 @@ def small_detector(config):
     words = [*words, "short_side_px=64", "max_side_px=64"]
     if name != "detectron2":
         words += ["box.rois_per_image=16", "rpn.post_nms_train=50", "rpn.post_nms_test=20"]
-    return [f"model.backbone={{name: {backbone}}}"] + [
-        f"model.detector.args.{word}" for word in words
-    ]
+    words = [f"model.detector.args.{word}" for word in words]
+    return [f"model.backbone={{name: {backbone}}}", *words]
 
 
 def shortened(config, scenes):
     """Overrides that keep the kind of a config and make it two steps on embedded data."""
-    words = [
-        *without_weights(config),
-        "data.batch_size=2",
-        "data.num_workers=0",
-        "engine.device=cpu",
-    ]
+    words = ["data.batch_size=2", "data.num_workers=0", "engine.device=cpu"]
+    words += without_weights(config)
     detects = isinstance(config, DetectionConfig)
     probes = isinstance(config, ProbeConfig)
     has_boxes = detects or (probes and config.data.has_many_labels)
-    for split in ("train", "val", "test"):
-        if getattr(config.data, split, None) is None:
-            continue
-        if split == "val" and probes:
-            words.append("data.val=null")
-            continue
-        if split == "val":
-            words.append("data.val={source: train, fraction: 0.3}")
-            continue
-        embedded = "train" if split == "train" else "test"
-        source = (
-            f"digit_scenes, root: {scenes}, num_train: 12, num_test: 6, size_px: 64"
-            if has_boxes
-            else "digits, classes: [0, 1]"
-        )
-        words.append(f"data.{split}={{source: {source}, split: {embedded}}}")
+    source = "digits, classes: [0, 1]"
+    if has_boxes:
+        source = f"digit_scenes, root: {scenes}, num_train: 12, num_test: 6, size_px: 64"
+    for split in ("train", "test"):
+        if getattr(config.data, split) is not None:
+            words.append(f"data.{split}={{source: {source}, split: {split}}}")
+    if config.data.val is not None:
+        words.append(f"data.val={'null' if probes else '{source: train, fraction: 0.3}'}")
     if detects:
         sizes = "{short_sides_px: [64], max_side_px: 64}"
         words += [f"data.transforms={sizes}", *small_detector(config)]
