@@ -48,7 +48,7 @@ BAD_LINES = {
     f"train_net.py {PRETRAIN} --eval-only output_dir=./nowhere": "checkpoint in",
     f"train_net.py {PRETRAIN} --debug-batch nowhere.safetensors": "No debug batch at nowhere",
     "report.py ./nowhere": "nowhere: the folder does not exist",
-    "predict.py --run ./nowhere setup.cfg": "No config.yaml in nowhere",
+    "predict.py --run ./nowhere setup.cfg": "nowhere is not a run folder: it contains no",
     "predict.py --run ./nowhere nowhere.jpg": "nowhere.jpg is neither a file nor a folder",
     "analyze_model.py --weights nowhere.pth": "No weights at nowhere.pth",
     "export_model.py --run ./nowhere --output ./nowhere/x": "nowhere",

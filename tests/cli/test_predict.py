@@ -35,7 +35,7 @@ def entries_of(folder):
     return json.loads((folder / "predictions.json").read_text())["predictions"]
 
 
-def test_the_images_of_a_folder_are_predicted(trained, photos, call, tmp_path):
+def test_images_of_a_folder_are_predicted(trained, photos, call, tmp_path):
     model = load_trained(trained)
     options = {True: ("--min-score", 0), False: ("--top-k", 2)}
     words = ("--run", trained, photos, "--output", tmp_path / "out")
@@ -81,7 +81,7 @@ def test_unreadable_inputs_are_reported_and_the_others_predicted(trained, photos
     assert "broken.png cannot be decoded" in said.stderr
     assert len(entries_of(tmp_path / "out")) == 2
     for words, wanted in {
-        ("--run", photos, photos): "No config.yaml",
+        ("--run", photos, photos): "it contains no config.yaml",
         ("--run", trained, photos / "none.png"): "neither a file nor a folder",
     }.items():
         said = call("predict.py", *words, "--output", tmp_path / "other")

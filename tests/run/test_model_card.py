@@ -1,4 +1,4 @@
-"""A model card has what the run recorded, for people and for the hub; and its upload."""
+"""The model card of an export states what the run recorded; uploading it to the hub."""
 
 import json
 import shutil
@@ -51,7 +51,7 @@ def front_matter(text):
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_the_card_has_the_facts_of_the_run(card, finished):
+def test_card_has_the_facts_of_the_run(card, finished):
     text = card()
     body = text.split("---\n", 2)[2]
     front = front_matter(text)
@@ -88,13 +88,13 @@ def test_local_paths_are_shortened_and_markdown_is_escaped(card):
     assert r"0 a\|b\*, 1 \<script\>x\</script\>, 2 multi \# line" in text
 
 
-def test_data_in_the_working_folder_keep_the_points_of_numbers(card):
+def test_a_data_path_of_one_dot_leaves_numbers_unchanged(card):
     text = card({"path": "."}, protocol={"test images": "crop ratio 0.875"})
     assert "| crop ratio 0.875 |" in text
     assert front_matter(text)["model-index"][0]["results"][0]["dataset"]["name"] == "."
 
 
-def test_the_hub_reads_results_with_data_and_split(card, finished):
+def test_hub_reads_results_with_data_and_split(card, finished):
     path = "owner/pets"
     source = {"path": path, "split": "test[:50%]", "config_name": "large", "revision": "v2"}
     text = card(source, hub_ids=[path])
@@ -125,15 +125,13 @@ def test_a_run_without_test_reports_its_val_and_one_view(load_tiny, tmp_path):
 
 
 def test_a_license_is_stated_only_when_given(finished, call, tmp_path):
-    words = ("--run", finished, "--output")
-    assert call("export_model.py", *words, tmp_path / "none").returncode == 0
-    said = call("export_model.py", *words, tmp_path / "out", "--license", "apache-2.0")
-    assert said.returncode == 0, said.stderr
-    without, text = ((tmp_path / name / "README.md").read_text() for name in ("none", "out"))
-    assert "license" not in front_matter(without)
-    assert "No license is stated" in without
-    assert front_matter(text)["license"] == "apache-2.0"
-    assert "No license is stated" not in text
+    for number, given in enumerate((None, "apache-2.0")):
+        words = ("--run", finished, "--output", tmp_path / str(number))
+        said = call("export_model.py", *words, *(["--license", given] if given else []))
+        assert said.returncode == 0, said.stderr
+        text = (tmp_path / f"{number}/README.md").read_text()
+        assert front_matter(text).get("license") == given
+        assert ("No license is stated" in text) == (given is None)
 
 
 def test_overlaps_and_skipped_images_are_limits(card):
@@ -160,21 +158,23 @@ class Hub:
         self.calls.append(("upload", repo_id, files))
 
 
-@pytest.mark.parametrize("private", [False, True])
-def test_a_model_is_uploaded_only_when_asked(private, finished, call, tmp_path, monkeypatch):
+def test_a_model_is_uploaded_only_when_asked(finished, call, tmp_path, monkeypatch):
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
     words = ("--run", finished, "--output")
     assert call("export_model.py", *words, tmp_path / "quiet").returncode == 0
     assert hub.calls == []
-    more = ("--push-to-hub", "me/model", *(["--private"] if private else []))
-    said = call("export_model.py", *words, tmp_path / "out", *more)
-    assert said.returncode == 0, said.stderr
-    files = ["README.md", "config.json", "model.safetensors"]
-    assert hub.calls == [("create", "me/model", private, True), ("upload", "me/model", files)]
-    assert said.stdout.splitlines()[-1] == "https://hub/me/model"
-    assert "snapshot_download('me/model')" in (tmp_path / "out/README.md").read_text()
+    more = ("--push-to-hub", "me/model")
+    for name, private in (("public", []), ("private", ["--private"])):
+        said = call("export_model.py", *words, tmp_path / name, *more, *private)
+        assert said.returncode == 0, said.stderr
+        create, upload = hub.calls
+        assert create == ("create", "me/model", bool(private), True)
+        assert upload == ("upload", "me/model", ["README.md", "config.json", "model.safetensors"])
+        assert said.stdout.splitlines()[-1] == "https://hub/me/model"
+        assert "snapshot_download('me/model')" in (tmp_path / name / "README.md").read_text()
+        hub.calls.clear()
 
 
 def test_an_upload_that_would_fail_is_refused(finished, call, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""A probe's run: every probe on the embedded digits, what it selects on, and what it reports."""
+"""A run of probes on digits: what they select on, and what they report."""
 
 import json
 import logging
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tract_transfer.build.data import build_data
-from tract_transfer.config.file import ConfigError
 from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.evaluation import probes as probes_cache
 from tract_transfer.models.backbone import Backbone
@@ -37,17 +36,24 @@ def everything(tmp_path_factory, call, write_tiny):
 
 
 @pytest.fixture
-def run_tiny(tmp_path, load_tiny):
-    """Run the tiny probe in a folder of its own."""
+def run_tiny(tmp_path, load_tiny, monkeypatch):
+    """Run the tiny probe in a folder of its own, on data changed by `edit`."""
 
-    def start(*words, name="run"):
-        return run(load_tiny(tmp_path, *words, f"output_dir={tmp_path / name}", task="probe"))
+    def start(*words, name="run", edit=lambda data: None):
+        def edited(config):
+            data = build_data(config)
+            edit(data)
+            return data
+
+        with monkeypatch.context() as patch:
+            patch.setattr("tract_transfer.run.run.build_data", edited)
+            return run(load_tiny(tmp_path, *words, f"output_dir={tmp_path / name}", task="probe"))
 
     return start
 
 
-def test_every_probe_reports_and_says_how(everything):
-    results, _ = everything
+def test_every_probe_reports_its_metrics_choices_and_protocol(everything):
+    results, folder = everything
     assert list(results["probes"]) == [
         "knn1", "knn5", "logistic", "linear", "svm", "shot1", "shot4",
     ]  # fmt: skip
@@ -63,16 +69,18 @@ def test_every_probe_reports_and_says_how(everything):
     assert chosen["shot1"] == [{"c": 1.0}] * 3
     assert results["primary_metric"] in results["metrics"]
     assert results["rows"] == {"train": 431, "test": 106}
+    assert results["leaks"] == {"train": {"images_in_test": 0, "first": []}}
+    assert len(list((folder / "features").glob("*.safetensors"))) == 2
     assert "C of 2 values in 0.1..1" in results["protocol"]["logistic"]
 
 
-def test_the_headlines_confusion_matrix_alone_is_kept(everything):
+def test_only_the_primary_metric_keeps_its_confusion_matrix(everything):
     details = everything[0]["details"]
     assert {name for name in details if "confusion_matrix" in details[name]} == {"logistic"}
-    assert all("per_class" in own for own in details.values())
+    assert all("per_class" in of_probe for of_probe in details.values())
 
 
-def test_selection_is_on_train_and_says_on_how_many(everything):
+def test_probes_select_on_train_without_data_val(everything):
     probes = everything[0]["probes"]
     assert probes["logistic"]["selected_on"] == "10% of train, 43 images"
     assert probes["linear"]["selected_on"] == "10% of train, 43 images"
@@ -95,48 +103,38 @@ def test_one_sampling_has_no_deviation(run_tiny):
     assert "top1_std" not in results["probes"]["shot1"]["metrics"]
 
 
-def test_selection_never_touches_the_reported_split(run_tiny, monkeypatch):
-    """With other labels on the test images, all that is chosen stays and the metrics change."""
-    one = run_tiny(*ALL, name="one")
-    true = build_data
+def test_selection_does_not_depend_on_the_reported_split(everything, run_tiny):
+    """With other labels of the test images, the choices stay and the metrics change."""
 
-    def mislabelled(config):
-        data = true(config)
+    def mislabel(data):
         data.test.labels = (data.test.labels + 1) % 3
-        return data
 
-    monkeypatch.setattr("tract_transfer.run.run.build_data", mislabelled)
-    two = run_tiny(*ALL, name="two")
-    for name, about in one["probes"].items():
+    two = run_tiny(*ALL, edit=mislabel)
+    for name, about in everything[0]["probes"].items():
         other = two["probes"][name]
         assert (about["chosen"], about.get("val_top1")) == (other["chosen"], other.get("val_top1"))
         assert about["metrics"] != other["metrics"]
 
 
-def test_data_val_is_selected_on_where_it_is_given(run_tiny, monkeypatch):
-    true = build_data
+def test_probes_select_on_data_val(run_tiny, monkeypatch):
+    def halve(data):
+        rows = np.arange(len(data.test))
+        data.val = data.test.select(rows[::2], "first half")
+        data.test = data.test.select(rows[1::2], "second half")
 
-    def with_own_val(config):
-        data = true(config)
-        half = np.arange(len(data.test)) % 2 == 0
-        data.val = data.test.select(np.flatnonzero(half), "first half")
-        data.test = data.test.select(np.flatnonzero(~half), "second half")
-        return data
-
-    monkeypatch.setattr("tract_transfer.run.run.build_data", with_own_val)
     monkeypatch.setattr("tract_transfer.build.data.check_disjoint", lambda splits: None)
-    results = run_tiny("data.val={source: digits, split: test, classes: [0, 1, 2]}")
+    words = ("data.val={source: digits, split: test, classes: [0, 1, 2]}",)
+    results = run_tiny(*words, edit=halve)
     assert results["probes"]["logistic"]["selected_on"] == "data.val, 53 images"
     assert results["rows"] == {"train": 431, "test": 53, "val": 53}
     assert set(results["leaks"]) == {"train", "val"}
 
 
-def test_features_are_kept_and_read_again(tmp_path, run_tiny, monkeypatch, caplog):
+def test_features_are_cached(tmp_path, run_tiny, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="tract_transfer")
     cache = f"data.feature_cache={tmp_path / 'features'}"
     one = run_tiny(cache, name="one")
     assert len(list((tmp_path / "features").iterdir())) == 2
-    forward = Backbone.pooled
 
     def refuse(self, images):
         raise AssertionError("extracted again")
@@ -151,15 +149,9 @@ def test_features_are_kept_and_read_again(tmp_path, run_tiny, monkeypatch, caplo
     for changed in ("seed=3", "data.transforms.size_px=20", "data.transforms.resize=whole"):
         with pytest.raises(AssertionError, match="extracted again"):
             run_tiny(cache, changed, name=changed)
-    monkeypatch.setattr(Backbone, "pooled", forward)
 
 
-def test_by_default_features_are_kept_in_the_run_folder(everything):
-    _, folder = everything
-    assert len(list((folder / "features").glob("*.safetensors"))) == 2
-
-
-def test_a_changed_image_misses(tmp_path, run_tiny, monkeypatch):
+def test_a_changed_image_misses_the_cache_of_its_split(tmp_path, run_tiny, monkeypatch):
     cache = f"data.feature_cache={tmp_path / 'features'}"
     run_tiny(cache, name="one")
     extracted = []
@@ -174,25 +166,19 @@ def test_a_changed_image_misses(tmp_path, run_tiny, monkeypatch):
 
     def changed(self, index):
         stored = true(self, index)
-        is_it = index == 7 and "train" in self.item(index)
-        return stored[:-1] + bytes([stored[-1] ^ 1]) if is_it else stored
+        is_changed = index == 7 and "train" in self.item(index)
+        return stored[:-1] + bytes([stored[-1] ^ 1]) if is_changed else stored
 
     monkeypatch.setattr(ClassificationDataset, "encoded", changed)
     run_tiny(cache, name="two")
     assert len(extracted) == 1  # of train, not of test
 
 
-def test_training_images_in_test_are_counted_and_stay(run_tiny, monkeypatch, caplog):
-    true = build_data
+def test_training_images_in_test_are_counted_and_kept(run_tiny, caplog):
+    def overlap(data):
+        data.test = data.train.select(np.tile(np.arange(20), 2), "some of train")
 
-    def leaking(config):
-        data = true(config)
-        mixed = np.concatenate([np.arange(20), np.arange(20)])
-        data.test = data.train.select(mixed, "some of train")
-        return data
-
-    monkeypatch.setattr("tract_transfer.run.run.build_data", leaking)
-    results = run_tiny()
+    results = run_tiny(edit=overlap)
     assert results["leaks"]["train"]["images_in_test"] == 20
     assert results["leaks"]["train"]["first"][0] == ["digits split train row 0"] * 2
     assert len(results["leaks"]["train"]["first"]) == 10
@@ -200,30 +186,19 @@ def test_training_images_in_test_are_counted_and_stay(run_tiny, monkeypatch, cap
     assert "20 of the 431 images of train are in test too, the first: digits" in caplog.text
 
 
-def test_no_leak_is_reported_as_none(everything):
-    assert everything[0]["leaks"] == {"train": {"images_in_test": 0, "first": []}}
-
-
-def test_classes_that_train_lacks_are_reported(run_tiny, monkeypatch):
-    true = build_data
-
-    def without_twos(config):
-        data = true(config)
+def test_classes_that_train_lacks_are_reported(run_tiny):
+    def drop_twos(data):
         data.train = data.train.select(np.flatnonzero(data.train.labels != 2), "train")
-        return data
 
-    monkeypatch.setattr("tract_transfer.run.run.build_data", without_twos)
-    results = run_tiny(*ALL)
+    results = run_tiny(*ALL, edit=drop_twos)
     assert results["test_classes_without_training_images"] == ["two"]
     assert results["details"]["logistic"]["per_class"]["two"] == 0
 
 
 def test_several_labels_an_image(run_tiny, scenes):
-    def source(split):
-        made = "num_train: 40, num_test: 12, size_px: 64"
-        return f"{{source: digit_scenes, split: {split}, root: {scenes}_many, {made}}}"
-
-    results = run_tiny(*MANY, f"data.train={source('train')}", f"data.test={source('test')}")
+    source = f"source: digit_scenes, root: {scenes}_many, num_train: 40, num_test: 12, size_px: 64"
+    splits = [f"data.{split}={{{source}, split: {split}}}" for split in ("train", "test")]
+    results = run_tiny(*MANY, *splits)
     assert set(results["metrics"]) == {
         f"{probe}_map_{method}{end}"
         for probe, ends in (("svm", [""]), ("shot1", ["", "_std"]), ("shot2", ["", "_std"]))
@@ -236,23 +211,23 @@ def test_several_labels_an_image(run_tiny, scenes):
 
 
 @pytest.mark.parametrize(
-    ("words", "error", "says"),
+    ("words", "message"),
     [
-        (("data.train.classes=[0]", "data.test.classes=[0]"), ConfigError,
+        (["data.train.classes=[0]", "data.test.classes=[0]"],
          r"data\.train: its 143 images show only the class \['zero'\]"),
-        (("evaluation.metric=logistic_top5",), ConfigError,
+        (["evaluation.metric=logistic_top5"],
          r"evaluation\.metric: logistic_top5 needs more than 5 classes, and there are 3"),
-        (("evaluation.knn={ks: [432]}", "evaluation.metric=logistic_top1"), ValueError,
+        (["evaluation.knn={ks: [432]}", "evaluation.metric=logistic_top1"],
          r"evaluation\.knn\.ks must be in 1\.\.431"),
-        (("evaluation.few_shot={ks: [1, 145]}",), ValueError,
+        (["evaluation.few_shot={ks: [1, 145]}"],
          r"few_shot\.ks: class 'two' has 142 training images, fewer than k = 145"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_before_features_are_extracted(
-    run_tiny, monkeypatch, words, error, says
+def test_bad_inputs_are_refused_before_features_are_extracted(
+    run_tiny, monkeypatch, words, message
 ):
     monkeypatch.setattr("tract_transfer.run.probe._extract", lambda *arguments: 1 / 0)
-    with pytest.raises(error, match=says):
+    with pytest.raises(ValueError, match=message):
         run_tiny(*words)
 
 

@@ -1,20 +1,21 @@
-"""A run that is not finite keeps its step, and the command it gives replays it."""
+"""A run that is not finite saves its step, and the command in its error replays the step."""
 
-import json
 import re
 import shlex
 
 import pytest
 import torch
+from run_folders import lines_of
 
 from tract_transfer.engine.non_finite import NonFiniteError
+from tract_transfer.engine.trainer import Trainer
 from tract_transfer.run.run import run
 
 DIVERGES = ("solver={lr: 1e+30, momentum: 0.0, schedule: constant}",)
 
 
 @pytest.mark.parametrize("task", ["classification", "detection"])
-def test_the_command_in_the_error_tells_where_it_begins(tmp_path, load_tiny, call, task, recwarn):
+def test_the_command_in_the_error_replays_the_step(tmp_path, load_tiny, call, task, recwarn):
     config = load_tiny(tmp_path, *DIVERGES, "solver.optimizer=sgd", task=task)
     with pytest.raises(NonFiniteError, match=r"in iteration \d.* Images: ") as caught:
         run(config)
@@ -27,7 +28,7 @@ def test_the_command_in_the_error_tells_where_it_begins(tmp_path, load_tiny, cal
     lines = said.stdout.splitlines()
     backward = [number for number, line in enumerate(lines) if line.startswith("Backward: ")]
     assert backward or task == "detection"
-    if backward:  # torch tells the calls that made the loss
+    if backward:  # torch names the calls of the forward
         (calls,) = (n for n, line in enumerate(lines) if line == "The calls of its forward:")
         assert backward[0] < calls
         assert "engine/trainer.py" in lines[calls + 1]
@@ -36,24 +37,20 @@ def test_the_command_in_the_error_tells_where_it_begins(tmp_path, load_tiny, cal
     assert not any("Traceback" in str(warning.message) for warning in recwarn)
 
 
-def test_steps_passed_over_are_in_metrics_and_results(tmp_path, load_tiny, monkeypatch):
-    from tract_transfer.engine.trainer import Trainer
-
+def test_skipped_steps_are_in_metrics_and_results(tmp_path, load_tiny, monkeypatch):
     losses = Trainer.losses
 
     def broken(self, batch):
-        found = losses(self, batch)
-        if self.iteration == 2:
-            found = {name: loss * torch.nan for name, loss in found.items()}
-        return found
+        factor = torch.nan if self.iteration == 2 else 1
+        return {name: loss * factor for name, loss in losses(self, batch).items()}
 
     monkeypatch.setattr(Trainer, "losses", broken)
     results = run(load_tiny(tmp_path, "engine.non_finite=skip", "tract.enabled=true"))
     (step,) = results["skipped_steps"]
     assert step["iteration"] == 3
     assert len(step["processes"][0]["images"]) == 32
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    counts = [line["skipped_steps"] for line in lines if line["split"] == "train"]
+    lines = [line for line in lines_of(tmp_path / "run") if line["split"] == "train"]
+    counts = [line["skipped_steps"] for line in lines]
     assert counts == [0, 1, 1]
 
 
@@ -68,9 +65,7 @@ def test_a_deterministic_run_gives_the_same_bits_again(tmp_path, load_tiny, task
     assert weights[0] == weights[1]
 
 
-def test_a_deterministic_run_refuses_what_has_no_such_algorithm(tmp_path, load_tiny, monkeypatch):
-    from tract_transfer.engine.trainer import Trainer
-
+def test_a_deterministic_run_refuses_nondeterministic_operations(tmp_path, load_tiny, monkeypatch):
     def step(self, batches):
         torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]), accumulate=False)
 

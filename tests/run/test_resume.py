@@ -1,4 +1,4 @@
-"""Exact resume, signals and process groups: however a run is cut, its numbers are the same."""
+"""Exact resume, signals and process groups: an interrupted run gives the same numbers."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ from tract_transfer.run.evaluate import evaluate_run
 from tract_transfer.run.run import run
 
 ROOT = Path(__file__).parents[2]
-# Everything that has a state or draws random numbers.
+# Everything that has state or draws random numbers.
 STATEFUL = (
     "model.backbone={name: timm/resnet18, stem: cifar, "
     "args: {channels: [8, 16, 32, 64], drop_path_rate: 0.2}}",
@@ -38,80 +38,60 @@ STATEFUL = (
     "evaluation.every_iters=4",
     "tract={enabled: true, update_every: 2}",
 )
-# Its step walks through memory, where weights lie otherwise than what a checkpoint brings back.
-BY_CHANNELS = "{optimizer: adamw, momentum: null, optimizer_args: {fused: true}}"
+CACHED = ("data.cache=device", "data.transforms.flip_prob=0.5", "engine.accumulate=2")
+ERASED = "data.transforms={crop: random_resized, pad_px: null, erase_prob: 0.5}"
+EVERY_2 = "engine.checkpoint.every_iters=2"
+# Name -> task, overrides, workers of the killed run (the resumed one has none), killed at.
+CASES = {
+    "sgd": ("classification", [*STATEFUL, *CARVED], 0, [1, 5, 7]),
+    "adamw, workers": ("classification",
+        ["solver={optimizer: adamw, momentum: null}", *STATEFUL, *CARVED], 2, [1, 5, 7]),
+    "first layer by sgd": ("classification",
+        ["solver={optimizer: adam, momentum: null, first_layer: {optimizer: sgd, lr: 0.1}}",
+         *STATEFUL, *CARVED], 0, [5]),
+    # Its step walks through memory, whose layout differs from that of a loaded checkpoint.
+    "fused, channels last": ("classification",
+        ["solver={optimizer: adamw, momentum: null, optimizer_args: {fused: true}}",
+         "engine.channels_last=true", *STATEFUL, *CARVED], 0, [1, 5, 7]),
+    "detection": ("detection", [EVERY_2, "evaluation.every_iters=2"], 0, [3]),
+    "detection, workers": ("detection", [EVERY_2, "evaluation.every_iters=2"], 1, [3]),
+    "device cache": ("classification", [*CACHED, "engine.checkpoint.every_iters=1"], 0, [1]),
+    "device cache, erasing": ("classification", [*CACHED, ERASED, EVERY_2], 0, [3]),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "num_workers"),
-    [
-        ("{optimizer: sgd, momentum: 0.9}", 0),
-        ("{optimizer: adamw, momentum: null}", 2),
-        ("{optimizer: adam, momentum: null, first_layer: {optimizer: sgd, lr: 0.1}}", 0),
-        (BY_CHANNELS, 0),
-    ],
-    ids=["sgd", "adamw, workers", "first layer by sgd", "fused, channels last"],
+    ("name", "killed_at"), [(name, at) for name, case in CASES.items() for at in case[-1]]
 )
-@pytest.mark.parametrize("killed_at", [1, 5, 7])
-def test_a_killed_run_resumes_to_the_same_bits(
-    tmp_path, load_tiny, kill_at, optimizer, num_workers, killed_at
-):
-    def config(name, workers):
-        return load_tiny(
-            tmp_path, f"solver={optimizer}", *STATEFUL, *CARVED,
-            f"output_dir={tmp_path / name}", f"data.num_workers={workers}",
-            f"engine.channels_last={'true' if optimizer == BY_CHANNELS else 'false'}",
-        )  # fmt: skip
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, load_tiny, kill_at, name, killed_at):
+    task, words, num_workers, _ = CASES[name]
+
+    def config(folder, workers):
+        more = (f"output_dir={tmp_path / folder}", f"data.num_workers={workers}")
+        return load_tiny(tmp_path, *words, *more, task=task)
 
     killed, resumed = config("killed", num_workers), config("killed", 0)
     assert_resumes_exactly(kill_at, killed_at, config("whole", 0), killed, resumed)
 
 
-def test_a_run_whose_checkpoints_are_all_broken_starts_from_scratch(tmp_path, load_tiny, caplog):
-    config = load_tiny(tmp_path, "engine.checkpoint.every_iters=2")
-    whole = run(config)
+def test_a_device_cache_is_not_resumed_with_another_cache(tmp_path, load_tiny):
+    run(load_tiny(tmp_path, *CACHED, "solver.max_iters=1"))
+    with pytest.raises(ValueError, match=r"'device' then, 'ram' now"):  # other random numbers
+        run(load_tiny(tmp_path, *CACHED[1:], "solver.max_iters=1", "data.cache=ram"), resume=True)
+
+
+def test_a_run_with_broken_checkpoints_starts_from_scratch(tmp_path, load_tiny, caplog):
+    config = load_tiny(tmp_path, EVERY_2)
+    metrics = run(config)["metrics"]
     folder = Path(config.output_dir)
     for weights in folder.glob("checkpoints/iter_*/model.safetensors"):
         weights.write_bytes(b"no tensors")
-    assert run(config, resume=True)["metrics"] == whole["metrics"]
+    assert run(config, resume=True)["metrics"] == metrics
     assert "No checkpoint but broken-iter_" in caplog.text
     assert "training starts from scratch" in caplog.text
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_killed_detector_resumes_to_the_same_bits(tmp_path, load_tiny, kill_at, num_workers):
-    def config(name):
-        return load_tiny(
-            tmp_path, f"output_dir={tmp_path / name}", f"data.num_workers={num_workers}",
-            "engine.checkpoint.every_iters=2", "evaluation.every_iters=2", task="detection",
-        )  # fmt: skip
-
-    assert_resumes_exactly(kill_at, 3, config("whole"), config("killed"))
-
-
-CACHED = ("data.cache=device", "data.transforms.flip_prob=0.5", "engine.accumulate=2")
-ERASED = (
-    "data.transforms.crop=random_resized", "data.transforms.pad_px=null",
-    "data.transforms.erase_prob=0.5",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("killed_at, more", [(1, ()), (3, ERASED)])
-def test_a_killed_run_with_a_device_cache_resumes_to_the_same_bits(
-    tmp_path, load_tiny, kill_at, killed_at, more
-):
-    def config(name, *words):
-        place = f"output_dir={tmp_path / name}"
-        return load_tiny(tmp_path, *words, place, "engine.checkpoint.every_iters=1")
-
-    killed = config("killed", *CACHED, *more)
-    assert_resumes_exactly(kill_at, killed_at, config("whole", *CACHED, *more), killed)
-    changed = config("killed", *CACHED[1:], *more, "data.cache=ram" if not more else "seed=1")
-    with pytest.raises(ValueError, match=r"'device' then, '(ram|none)' now"):
-        run(changed, resume=True)  # other random numbers
-
-
-def test_a_checkpoint_that_broke_costs_time_alone(tmp_path, load_tiny, kill_at, caplog):
+def test_a_broken_checkpoint_costs_only_time(tmp_path, load_tiny, kill_at, caplog):
     words = (*STATEFUL, "engine.checkpoint={every_iters: 2, keep: 2}")
     config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
     (tmp_path / "run/checkpoints/iter_0000004/model.safetensors").write_bytes(b"")
@@ -122,7 +102,7 @@ def test_a_checkpoint_that_broke_costs_time_alone(tmp_path, load_tiny, kill_at, 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
-def test_a_signal_to_all_processes_ends_a_run_that_then_goes_on(tmp_path, write_tiny, number):
+def test_a_run_ended_by_a_signal_resumes(tmp_path, write_tiny, number):
     words = ["solver.max_iters=60", "engine.log.every_iters=1", "data.num_workers=1"]
     path = write_tiny(tmp_path)
     command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", str(path), *words]
@@ -135,8 +115,8 @@ def test_a_signal_to_all_processes_ends_a_run_that_then_goes_on(tmp_path, write_
     os.killpg(process.pid, number)  # schedulers and Ctrl-C reach the workers too
     _, errors = process.communicate()
     assert process.returncode == 128 + number
-    go_on = f"checkpoint written. Resume with --resume (output_dir {tmp_path}/run)"
-    assert f"{number.name}: {go_on}" in errors
+    hint = f"checkpoint written. Resume with --resume (output_dir {tmp_path}/run)"
+    assert f"{number.name}: {hint}" in errors
     assert "Traceback" not in errors
     _, _, iteration = last_parts(tmp_path / "run")
     assert 0 < iteration < 60
@@ -146,7 +126,7 @@ def test_a_signal_to_all_processes_ends_a_run_that_then_goes_on(tmp_path, write_
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_signal_handlers_are_given_back(tmp_path, load_tiny):
+def test_signal_handlers_are_restored(tmp_path, load_tiny):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     run(load_tiny(tmp_path, "solver.max_iters=1"))
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
@@ -175,7 +155,7 @@ for name, words in (("vit", {VIT}), ("batch_norm", {BATCH_NORM})):
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory, write_tiny, tool):
-    """A config and the folder with what two processes made of it: vit/, batch_norm/."""
+    """A config, and the folder of the runs of two processes: vit/, batch_norm/."""
     folder = tmp_path_factory.mktemp("group")
     (folder / "both.py").write_text(BOTH)
     path = write_tiny(folder)
@@ -185,7 +165,7 @@ def group(tmp_path_factory, write_tiny, tool):
     return path, folder
 
 
-def test_two_processes_are_one_larger_one(group, tmp_path):
+def test_two_processes_give_the_results_of_one(group, tmp_path):
     path, folder = group
     run(load_config(path, [*VIT, f"output_dir={tmp_path}"]))
     (parts, _, _), (alone, _, _) = last_parts(folder / "vit"), last_parts(tmp_path)
@@ -199,7 +179,7 @@ def test_two_processes_are_one_larger_one(group, tmp_path):
 
 
 def test_two_processes_evaluate_what_they_save(group):
-    """Batch-norm statistics differ between processes; the main one's count, in all of them."""
+    """Batch-norm statistics differ between processes: all use those of the main process."""
     path, folder = group
     metrics = evaluate_run(load_config(path, [*BATCH_NORM, f"output_dir={folder / 'batch_norm'}"]))
     assert metrics == pytest.approx(results_of(folder / "batch_norm")["metrics"], rel=1e-6)
