@@ -209,39 +209,30 @@ def wrong_argument(
         refusal: the constructor's message. A function between name and class may take more than
             the class, so an argument unknown to the class must be named in it.
     """
-    types = _constructor_types(name) if name and args else {}
-    for argument, value in args.items():
-        if argument not in types:
-            if types and f"'{argument}'" in refusal:
-                hint = did_you_mean(argument, types) or f" Known: {list(types)}."
-                return argument, f"unknown.{hint}"
-            continue
-        try:
-            adapter = TypeAdapter(types[argument], config=ConfigDict(arbitrary_types_allowed=True))
-            adapter.validate_python(value)
-        except ValidationError:
-            wanted = inspect.formatannotation(types[argument])
-            return argument, f"{name} takes {wanted}, got {value!r}."
-        except PydanticUserError:  # an annotation that is not a type
-            continue
-    return None
-
-
-def _constructor_types(name: str) -> dict[str, Any]:
-    """Return the arguments of a library's model class, with their annotations; {} if none."""
-    library, _, model_name = name.partition("/")
+    library, _, model_name = (name or "").partition("/")
     if library == "cifar" and model_name in ZOO:
         library, _, model_name = ZOO[model_name].source.partition("/")
     with torch.device("meta"):  # for its class only, without memory
-        if library == "timm" and timm.is_model(model_name):
+        if args and library == "timm" and timm.is_model(model_name):
             model = timm.create_model(model_name)
-        elif library == "torchvision" and model_name in torchvision.models.list_models():
+        elif args and library == "torchvision" and model_name in torchvision.models.list_models():
             model = torchvision.models.get_model(model_name)
         else:
-            return {}
-    parameters = inspect.signature(type(model)).parameters.values()
-    excluded = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {p.name: _type_of(p) for p in parameters if p.kind not in excluded}
+            return None
+    types = {p.name: _type_of(p) for p in inspect.signature(type(model)).parameters.values()}
+    for argument, value in args.items():
+        if argument not in types and f"'{argument}'" in refusal:
+            hint = did_you_mean(argument, types) or f" Known: {list(types)}."
+            return argument, f"unknown.{hint}"
+        wanted = types.get(argument, Any)
+        try:
+            adapter = TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True))
+            adapter.validate_python(value)
+        except ValidationError:
+            return argument, f"{name} takes {inspect.formatannotation(wanted)}, got {value!r}."
+        except PydanticUserError:  # an annotation that is not a type
+            continue
+    return None
 
 
 # Weights that do not exist: where they would come from.
@@ -259,7 +250,9 @@ def check_weights_exist(path: Path, backbone_name: str | None = None) -> None:
     if maker := _config_that_writes(path):
         file, backbone_name = maker
         fixes = [f"python tools/train_net.py --config-file {file} makes it."]
-    if run := _run_of_suite(path):
+    runs = [file.parent for file in path.parent.glob(f"*/{path.name}/seed*/model.json")]
+    if runs:  # of a suite, preferably of vanilla
+        run = min(runs, key=lambda run: ("vanilla" not in run.parts, str(run)))
         fixes.append(f"A suite has made its own: set model.weights={run}, for example.")
     if published := _published_name(backbone_name):
         fixes.append(
@@ -278,12 +271,6 @@ def _published_name(name: str | None) -> str | None:
     if library == "torchvision" and model in torchvision.models.list_models(torchvision.models):
         return name
     return None
-
-
-def _run_of_suite(path: Path) -> Path | None:
-    """Return a run that a suite made in place of the one at `path`, preferably vanilla's."""
-    runs = [file.parent for file in path.parent.glob(f"*/{path.name}/seed*/model.json")]
-    return min(runs, key=lambda run: ("vanilla" not in run.parts, str(run)), default=None)
 
 
 def _config_that_writes(output_dir: Path) -> tuple[str, str | None] | None:

@@ -218,12 +218,9 @@ def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
 # ---------------------------------------------------------------------------------------- errors
 
 
-def explain(key: str, message: str, origins: Origins) -> str:
-    """Return `key: message (file line n)`, with the line of the nearest section that has one."""
-    return _line(key, message, _place_of(key, origins))
-
-
-def _line(key: str, message: str, place: str) -> str:
+def explain(key: str, message: str, origins: Origins, place: str | None = None) -> str:
+    """Return `key: message (place)`, by default the line of the nearest section that has one."""
+    place = _place_of(key, origins) if place is None else place
     return (f"{key}: " if key else "") + message + (f" ({place})" if place else "")
 
 
@@ -267,7 +264,7 @@ def explain_all(
                 place = "; ".join(places) or place
             case _:
                 message = f"{message}, got {problem['input']!r}."
-        lines[_line(key, message, place)] = None
+        lines[explain(key, message, origins, place)] = None
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from tract_transfer.build.batches import build_eval_loader
 from tract_transfer.build.data import Data, Dataset
 from tract_transfer.build.model import build_evaluator, build_model
-from tract_transfer.build.probes import Measure, probe_protocol, run_probes
+from tract_transfer.build.probes import probe_protocol, run_probes
 from tract_transfer.build.trainer import PRECISIONS
 from tract_transfer.config.schema import ProbeConfig
 from tract_transfer.data.detection import ImageLabels
@@ -102,7 +102,7 @@ def _probe(
     metrics: dict[str, float] = {}
     details: dict[str, Any] = {}
     probes: dict[str, Any] = {}
-    measure = _measure(config, class_names, rows["test"].y, accelerator)
+    measure = partial(_measure, config, class_names, rows["test"].y, accelerator)
     for name, probed in run_probes(config, rows, len(class_names), measure, accelerator.device):
         metrics.update({f"{name}_{metric}": value for metric, value in probed.metrics.items()})
         probes[name] = probed.about
@@ -164,22 +164,21 @@ def _extract(
 
 
 def _measure(
-    config: ProbeConfig, class_names: list[str], truth: Labels, accelerator: Accelerator
-) -> Measure:
-    """Return a function that measures scores (N, K) of the test images with labels `truth`."""
-
-    def one_label(scores: Scores) -> tuple[dict[str, float], dict[str, Any]]:
-        evaluator = build_evaluator(config, class_names)
-        if accelerator.is_main_process:  # every process has all of them
-            evaluator.update(torch.from_numpy(scores), torch.from_numpy(truth))
-        metrics = evaluator.compute()
-        metrics.pop("loss")  # votes and distances are not probabilities
-        return metrics, evaluator.details()
-
-    def many_labels(scores: Scores) -> tuple[dict[str, float], dict[str, Any]]:
+    config: ProbeConfig,
+    class_names: list[str],
+    truth: Labels,
+    accelerator: Accelerator,
+    scores: Scores,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Return metrics and details of scores (N, K) of the test images with labels `truth`."""
+    if config.data.has_many_labels:
         return multilabel_metrics(scores, truth, class_names)
-
-    return many_labels if config.data.has_many_labels else one_label
+    evaluator = build_evaluator(config, class_names)
+    if accelerator.is_main_process:  # every process has all of them
+        evaluator.update(torch.from_numpy(scores), torch.from_numpy(truth))
+    metrics = evaluator.compute()
+    metrics.pop("loss")  # votes and distances are not probabilities
+    return metrics, evaluator.details()
 
 
 def _untrained(data: Data, labels: dict[str, Labels]) -> list[str]:
