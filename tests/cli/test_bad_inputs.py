@@ -1,4 +1,4 @@
-"""A bad command line exits with 2 and a message, and every error is a line and an exit code."""
+"""A bad command line exits with 2 and a message; every error is one line and an exit code."""
 
 from pathlib import Path
 
@@ -82,11 +82,7 @@ ENDS = {
     "a missing package": (ImportError("Install x."), 2, "error: Install x.\n"),
     "a full disk": (DiskFullError("full"), 1, "failed: DiskFullError: full\n"),
     "a failure": (RuntimeError("lost"), 1, "failed: RuntimeError: lost\n"),
-    "a loss that is not finite": (
-        FloatingPointError("nan"),
-        1,
-        "failed: FloatingPointError: nan\n",
-    ),
+    "a NaN": (FloatingPointError("nan"), 1, "failed: FloatingPointError: nan\n"),
     "Ctrl-C": (KeyboardInterrupt(), 130, "SIGINT: ended.\n"),
 }
 

@@ -1,4 +1,4 @@
-"""check_data.py lists everything broken; visualize_data.py draws what the training gets."""
+"""check_data.py lists everything broken; visualize_data.py draws the images of the training."""
 
 import json
 from itertools import islice
@@ -17,7 +17,7 @@ from tract_transfer.config.schema import load_config
 
 @pytest.fixture
 def check(call, offline_cache, tmp_path):
-    """Run check_data.py; return its exit code, what it printed, and its json."""
+    """Run check_data.py; return its exit code, its output and its report."""
 
     def run(config_file, *overrides):
         path = tmp_path / "report.json"
@@ -108,13 +108,13 @@ def test_classes_that_differ_between_splits_are_broken(check, boxes):
 
 
 def test_every_unlabelled_row_is_listed(check, write_tiny, tmp_path):
-    rows = datasets.Dataset.from_dict(
-        {"image": [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(4)], "label": [0, -1, 1, 5]},
-        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
-    ).cast_column("label", datasets.Value("int64"))
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
-    )
+    columns = {
+        "image": [Image.new("RGB", (8, 8), (n, 0, 0)) for n in range(4)],
+        "label": [0, -1, 1, 5],
+    }
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = datasets.Dataset.from_dict(columns, features=features)
+    features["label"] = datasets.ClassLabel(names=["a", "b"])
     table = rows.data.table.cast(features.arrow_schema)
     datasets.Dataset(table).to_parquet(tmp_path / "train.parquet")
     source = f"{{source: huggingface, path: {tmp_path / 'train.parquet'}, split: train}}"
@@ -145,20 +145,19 @@ def test_the_grid_depends_on_config_and_seed_alone(call, write_tiny, tmp_path, t
     assert np.array_equal(drawn[0], drawn[2]) == (task == "probe")
 
 
-def test_the_images_are_those_of_the_training_from_an_iteration_on(write_tiny, tmp_path):
+def test_images_are_those_of_the_training_from_start_iter_on(write_tiny, tmp_path):
     config = load_config(write_tiny(tmp_path, "detection"), ["engine.accumulate=2"])
     train = build_data(config).train
     drawn = list(islice(samples(config, train, start_iter=1), 4))
-    make = build_train_batches(config, train)
-    batches = make(1)
+    batches = build_train_batches(config, train)(1)
     expected = [image for _ in range(2) for image in next(batches).images]
     assert len(expected) == 4
-    for (image, _, boxes), wanted in zip(drawn, expected, strict=True):
-        assert image.equal(wanted)
+    for (image, _, boxes), of_training in zip(drawn, expected, strict=True):
+        assert image.equal(of_training)
         assert all(name in train.class_names for _, name, _ in boxes)
 
 
-def test_images_fewer_than_a_batch_are_drawn(call, write_tiny, tmp_path):
+def test_fewer_images_than_a_batch_are_drawn(call, write_tiny, tmp_path):
     words = ("--config-file", write_tiny(tmp_path), "--output", tmp_path / "a.png")
     said = call("visualize_data.py", *words, "data.batch_size=99999", "engine.accumulate=3")
     assert said.returncode == 0, said.stderr

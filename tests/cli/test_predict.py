@@ -37,12 +37,14 @@ def entries_of(folder):
 
 def test_images_of_a_folder_are_predicted(trained, photos, call, tmp_path):
     model = load_trained(trained)
-    options = {True: ("--min-score", 0), False: ("--top-k", 2)}
+    right, wrong = ("--min-score", 0), ("--top-k", 2)
+    if not model.detects:
+        right, wrong = wrong, right
     words = ("--run", trained, photos, "--output", tmp_path / "out")
-    said = call("predict.py", *words, *options[not model.detects])
+    said = call("predict.py", *words, *wrong)
     assert said.returncode == 2
-    assert f"{options[not model.detects][0]} is for " in said.stderr
-    said = call("predict.py", *words, *options[model.detects])
+    assert f"{wrong[0]} is for " in said.stderr
+    said = call("predict.py", *words, *right)
     assert said.returncode == 0, said.stderr
     entries = entries_of(tmp_path / "out")
     assert [entry["file"] for entry in entries] == [str(photos / n) for n in ("a.png", "b.jpg")]
@@ -80,14 +82,6 @@ def test_unreadable_inputs_are_reported_and_the_others_predicted(trained, photos
     assert said.returncode == 1
     assert "broken.png cannot be decoded" in said.stderr
     assert len(entries_of(tmp_path / "out")) == 2
-    for words, wanted in {
-        ("--run", photos, photos): "it contains no config.yaml",
-        ("--run", trained, photos / "none.png"): "neither a file nor a folder",
-    }.items():
-        said = call("predict.py", *words, "--output", tmp_path / "other")
-        assert said.returncode == 2
-        assert said.stderr.startswith("error: ")
-        assert wanted in said.stderr
 
 
 def test_earlier_predictions_are_replaced_only_when_asked(trained, photos, call, tmp_path):

@@ -1,4 +1,4 @@
-"""A run folder: what may be resumed in it, what is refused before data are read, its records."""
+"""A run folder: what may be resumed in it, what is refused before data are read, its files."""
 
 import json
 import shutil
@@ -68,40 +68,27 @@ def contents(folder):
     return {path: path.stat().st_mtime_ns for path in files}
 
 
-def nothing(folder):
-    pass
-
-
-def lose_config(folder):
-    (folder / "config.yaml").unlink()
-
-
-def truncate_config(folder):
-    file = folder / "config.yaml"
+def truncate(file):
     file.write_text(file.read_text()[:200])
 
 
-def from_another_version(folder):
-    change(folder / "config.yaml", lambda tree: tree.update(old=1))
-
-
-def without_flip(folder):
-    change(folder / "config.yaml", lambda tree: tree["evaluation"].pop("flip"))
-
-
+# Name -> what happens to config.yaml, overrides, resume, error, parts of the message.
 REFUSALS = {
-    "an output_dir that holds a run": (nothing, [], False, FileExistsError,
+    "an output_dir that holds a run": (None, [], False, FileExistsError,
         ["run already contains a run. Resume it with --resume, or set another output_dir"]),
-    "--resume with another config": (nothing, ["solver.lr=0.5", "data.batch_size=16"], True,
+    "--resume with another config": (None, ["solver.lr=0.5", "data.batch_size=16"], True,
         ValueError, ["another config: data.batch_size: 32 then, 16 now; solver.lr: 0.05 then, 0.5",
          "run/config.yaml, or set another output_dir"]),
-    "--resume without config.yaml": (lose_config, [], True, ValueError,
+    "--resume without config.yaml": (Path.unlink, [], True, ValueError,
         ["contains a run but no config.yaml", "or set another output_dir"]),
-    "--resume with a truncated config.yaml": (truncate_config, [], True, ValueError,
+    "--resume with a truncated config.yaml": (truncate, [], True, ValueError,
         ["config.yaml is not a valid config of this version", "or set another output_dir"]),
-    "--resume with a config.yaml of another version": (from_another_version, [], True, ValueError,
+    "--resume with a config.yaml of another version": (
+        lambda file: change(file, lambda tree: tree.update(old=1)), [], True, ValueError,
         ["old: unknown", "or set another output_dir"]),
-    "--resume with a key that the run did not know": (without_flip, ["evaluation.flip=true"], True,
+    "--resume with a key that the run did not know": (
+        lambda file: change(file, lambda tree: tree["evaluation"].pop("flip")),
+        ["evaluation.flip=true"], True,
         ValueError, ["evaluation.flip: False then, True now"]),
 }  # fmt: skip
 
@@ -112,7 +99,8 @@ def test_a_folder_is_refused_before_data_are_read_and_not_changed(
 ):
     spoil, words, resume, error, expected = REFUSALS[name]
     _, folder = finished
-    spoil(folder)
+    if spoil is not None:
+        spoil(folder / "config.yaml")
     before = contents(folder)
     with refused(name, error) as caught:
         run(load_tiny(folder.parent, "solver.max_iters=2", *words), resume=resume)
@@ -247,7 +235,7 @@ def test_another_environment_is_warned_of_and_recorded(finished, caplog):
     assert [one["versions"]["torch"] for one in earlier] == ["1.0"]
 
 
-def test_what_decides_the_bits_is_compared():
+def test_versions_hardware_and_commit_are_compared():
     now = environment({"train": "a"}, num_processes=2)
     assert continue_environment(now, now) == (now, [])
     then = json.loads(json.dumps(now))
@@ -279,7 +267,7 @@ def test_a_truncated_log_line_stays_a_line_and_temporary_files_are_removed(finis
     assert entries(folder / "checkpoints") == ["iter_0000002"]
 
 
-def test_a_lost_best_is_not_silently_the_last(tmp_path, load_tiny, kill_at):
+def test_a_lost_best_checkpoint_is_not_replaced_by_the_last(tmp_path, load_tiny, kill_at):
     words = (*CARVED, "evaluation.every_iters=2", "engine.checkpoint.keep=9")
     config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
     (tmp_path / "run/checkpoints/best.json").write_text("{")
@@ -291,7 +279,7 @@ def test_a_lost_best_is_not_silently_the_last(tmp_path, load_tiny, kill_at):
         run(config, resume=True)
 
 
-def test_a_damaged_best_that_comes_again_is_no_obstacle(tmp_path, load_tiny, kill_at):
+def test_a_damaged_best_checkpoint_is_written_again(tmp_path, load_tiny, kill_at):
     """The newest checkpoint often is the best: training resumes from the one before it."""
     words = (*CARVED, "evaluation.every_iters=2", "engine.checkpoint={every_iters: 2, keep: 9}")
     config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
