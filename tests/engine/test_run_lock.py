@@ -1,4 +1,4 @@
-"""Two runs in one folder: the second is refused; what a dead one left is taken over."""
+"""Two runs in one folder: the second is refused; the lock of a dead process is replaced."""
 
 import errno
 import fcntl
@@ -30,7 +30,7 @@ with lock_folder(Path(sys.argv[1])):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the folder, with a child of its own."""
+    """Another process that holds the folder and has a child."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )
@@ -40,54 +40,50 @@ def holder(tmp_path):
     process.wait()
 
 
-def facts(folder):
+def owner_of(folder):
     return json.loads((folder / ".lock").read_text() or "{}")
 
 
-def write_facts(folder, **changed):
+def write_owner(folder, **changed):
     with lock_folder(folder):
-        own = facts(folder)
-    (folder / ".lock").write_text(json.dumps({**own, **changed}))
+        owner = owner_of(folder)
+    (folder / ".lock").write_text(json.dumps({**owner, **changed}))
 
 
-def test_the_second_is_refused_and_told_who_the_first_is(tmp_path, holder, refused):
-    with (
-        refused("a second run in the same folder", FolderInUseError) as caught,
-        lock_folder(tmp_path),
-    ):
+def test_second_run_is_refused_and_the_owner_named(tmp_path, holder, refused):
+    refusal = refused("a second run in the same folder", FolderInUseError)
+    with refusal as caught, lock_folder(tmp_path):
         pass
     message = str(caught.value)
     assert f"{tmp_path} is in use by process {holder.pid} on {socket.gethostname()}" in message
     assert f"since {time.strftime('%Y-', time.gmtime())}" in message
     assert "Wait for it or end it, or set another output_dir." in message
-    assert facts(tmp_path)["pid"] == holder.pid
+    assert owner_of(tmp_path)["pid"] == holder.pid
 
 
-def test_a_killed_one_is_succeeded_while_its_workers_still_live(tmp_path, holder, caplog):
+def test_lock_of_a_killed_process_is_free_while_its_workers_live(tmp_path, holder, caplog):
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    assert facts(tmp_path)["pid"] == holder.pid
+    assert owner_of(tmp_path)["pid"] == holder.pid
     with caplog.at_level(logging.INFO, "tract_transfer"), lock_folder(tmp_path):
-        assert facts(tmp_path)["pid"] == os.getpid()
+        assert owner_of(tmp_path)["pid"] == os.getpid()
     assert f"was held by process {holder.pid}" in caplog.text
     assert "which has ended" in caplog.text
 
 
-def test_it_is_let_go_at_every_end(tmp_path):
+def test_lock_is_released_after_any_exception(tmp_path):
     for end in (ValueError, KeyboardInterrupt, SystemExit):
         with pytest.raises(end), lock_folder(tmp_path):
             raise end
-        assert facts(tmp_path) == {}
+        assert owner_of(tmp_path) == {}
     with lock_folder(tmp_path):
         pass
 
 
-def test_another_host_is_refused_with_what_to_do(tmp_path, refused):
-    write_facts(tmp_path, host="node17", pid=7)
-    with (
-        refused("a run folder that another host holds", FolderInUseError) as caught,
-        lock_folder(tmp_path),
-    ):
+def test_owner_on_another_host_is_refused(tmp_path, refused):
+    write_owner(tmp_path, host="node17", pid=7)
+    refusal = refused("a run folder that another host holds", FolderInUseError)
+    with refusal as caught, lock_folder(tmp_path):
         pass
     message = str(caught.value)
     assert "is held by process 7 on node17" in message
@@ -97,20 +93,20 @@ def test_another_host_is_refused_with_what_to_do(tmp_path, refused):
         pass
 
 
-def test_a_process_id_given_again_is_another_process(tmp_path):
-    write_facts(tmp_path, started=12345.0)  # this process id, but of an earlier process
+def test_a_reused_process_id_is_another_process(tmp_path):
+    write_owner(tmp_path, started=12345.0)  # this process id, but of an earlier process
     with lock_folder(tmp_path):
-        assert facts(tmp_path)["started"] > 12345.0
+        assert owner_of(tmp_path)["started"] > 12345.0
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "", '{"host": 3}'])
-def test_a_lock_file_cut_off_is_no_owner(tmp_path, text):
+def test_a_truncated_lock_file_names_no_owner(tmp_path, text):
     (tmp_path / ".lock").write_text(text.replace("3", json.dumps(socket.gethostname())))
     with lock_folder(tmp_path):
-        assert facts(tmp_path)["pid"] == os.getpid()
+        assert owner_of(tmp_path)["pid"] == os.getpid()
 
 
-def test_without_the_kernel_s_locks_the_words_count(tmp_path, monkeypatch, caplog):
+def test_without_kernel_locks_the_lock_file_decides(tmp_path, monkeypatch, caplog):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -1,4 +1,4 @@
-"""A group that loses one of its processes: it ends, says why, and goes on from its checkpoint."""
+"""A group that loses a process ends with the reason and resumes from its checkpoint."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
-    # Else a group that torchrun starts again may read where the one before it was to be met.
+    # Otherwise a restarted group may read the rendezvous of the group before it.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
 }
 WORDS = ("solver.max_iters=24", "engine.checkpoint.every_iters=2", "engine.log.every_iters=1")
@@ -35,7 +35,7 @@ def start(config, folder, *options):
 
 
 def process_of(launcher, rank):
-    """The launcher's process of that rank."""
+    """Return the launcher's process of a rank."""
     for child in psutil.Process(launcher.pid).children():
         if child.environ().get("RANK") == str(rank):
             return child
@@ -49,7 +49,7 @@ def wait_for_checkpoint(folder, launcher):
 
 
 @pytest.mark.slow
-def test_a_group_that_loses_a_process_ends_and_goes_on(tmp_path, write_tiny):
+def test_a_group_that_loses_a_process_ends_and_resumes(tmp_path, write_tiny):
     config, folder = write_tiny(tmp_path), tmp_path / "killed"
     launcher = start(config, folder, "--max-restarts=1")
     wait_for_checkpoint(folder, launcher)
@@ -60,18 +60,18 @@ def test_a_group_that_loses_a_process_ends_and_goes_on(tmp_path, write_tiny):
     log = folder / "log.txt"
     while "Resumed from" not in log.read_text() and launcher.poll() is None:
         time.sleep(0.01)
-    assert time.monotonic() - killed_at < 60  # the group has ended, and begun again
-    _, said = launcher.communicate()
-    assert launcher.returncode == 0, said
-    # Which comes first to the other process: the lost connection, or the launcher's signal.
+    assert time.monotonic() - killed_at < 60  # ended and restarted
+    _, errors = launcher.communicate()
+    assert launcher.returncode == 0, errors
+    # The other process sees either the lost connection or the launcher's signal first.
     reasons = (
         "Process 0 ends because another of the 2 processes of the group has ended",
         "SIGTERM: ",
     )
-    assert any(reason in said for reason in reasons), said
-    assert "--resume" in said
-    assert f"was held by process {owner['pid']}" not in log.read_text()  # it let the folder go
+    assert any(reason in errors for reason in reasons), errors
+    assert "--resume" in errors
+    assert f"was held by process {owner['pid']}" not in log.read_text()  # it released the folder
     whole = start(config, tmp_path / "whole")
-    _, said = whole.communicate()
-    assert whole.returncode == 0, said
+    _, errors = whole.communicate()
+    assert whole.returncode == 0, errors
     assert_same_run(tmp_path / "whole", folder)

@@ -1,4 +1,4 @@
-"""A modern recipe with every option resumes to the same bits and runs on several processes."""
+"""A modern recipe with every option resumes to the same bits, also on several processes."""
 
 import pytest
 from run_folders import CARVED, assert_resumes_exactly, results_of
@@ -26,7 +26,7 @@ RECIPE = (
 STILL = (*RECIPE, "solver.lr=1e-30")
 
 
-@pytest.mark.parametrize("killed_at", [1, 3, 5])
+@pytest.mark.parametrize("killed_at", [1, 5])
 @pytest.mark.parametrize(
     ("optimizer", "num_workers"),
     [
@@ -45,11 +45,11 @@ def test_a_killed_recipe_resumes_to_the_same_bits(
         )  # fmt: skip
 
     killed, resumed = config("killed", num_workers), config("killed", 0)
-    full = assert_resumes_exactly(kill_at, killed_at, config("whole", 0), killed, resumed)
-    assert killed_at < full["iterations"] < 40  # patience ended a schedule of 40
-    assert full["early_stop"]["iteration"] == full["iterations"]
-    assert full["protocol"]["stochastic depth"] == "rate 0.1, constant"
-    assert "mixup_alpha: 0.8" in full["protocol"]["mixing"]
+    results = assert_resumes_exactly(kill_at, killed_at, config("whole", 0), killed, resumed)
+    assert killed_at < results["iterations"] < 40  # patience ended a schedule of 40
+    assert results["early_stop"]["iteration"] == results["iterations"]
+    assert results["protocol"]["stochastic depth"] == "rate 0.1, constant"
+    assert "mixup_alpha: 0.8" in results["protocol"]["mixing"]
 
 
 def test_a_group_of_processes_ends_together(tmp_path, write_tiny, tool):

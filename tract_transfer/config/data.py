@@ -222,8 +222,7 @@ class ClassificationData(LoadingConfig):
 
     def uses(self) -> Iterator[tuple[str, bool, str]]:
         is_streamed = isinstance(self.train, HuggingFaceSource) and self.train.streaming
-        for key in ("shuffle_rows", "readers"):
-            yield key, is_streamed, "it is for data.train.streaming: true"
+        yield "shuffle_rows readers", is_streamed, "it is for data.train.streaming: true"
 
     def rules(self) -> Iterator[tuple[bool, str]]:
         section = self.transforms

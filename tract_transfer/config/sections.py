@@ -26,7 +26,7 @@ class Section(BaseModel):
     )
 
     def uses(self) -> Iterator[tuple[str, bool, str]]:
-        """Yield keys, whether they have an effect beside the others, and why not.
+        """Yield keys (`a b`), whether they have an effect beside the others, and why not.
 
         A key that has none and is not at its default is an error.
         """
@@ -39,8 +39,9 @@ class Section(BaseModel):
     @model_validator(mode="after")
     def _keys_fit(self) -> "Section":
         fields = type(self).model_fields
-        for key, has_effect, reason in self.uses():
-            if not has_effect and getattr(self, key) != fields[key].default:
+        unused = ((keys, reason) for keys, has_effect, reason in self.uses() if not has_effect)
+        for key, reason in ((key, reason) for keys, reason in unused for key in keys.split()):
+            if getattr(self, key) != fields[key].default:
                 raise PydanticCustomError("unused_key", "{reason}", {"key": key, "reason": reason})
         for holds, message in self.rules():
             if not holds:
@@ -97,8 +98,7 @@ class FeatureModelConfig(Section):
 
     def uses(self) -> Iterator[tuple[str, bool, str]]:
         reason = "ignore_missing and adapt_stem are for model.weights: a file or folder"
-        for key in ("ignore_missing", "adapt_stem"):
-            yield key, self.weights not in (None, "pretrained"), reason
+        yield "ignore_missing adapt_stem", self.weights not in (None, "pretrained"), reason
 
     def rules(self) -> Iterator[tuple[bool, str]]:
         if self.backbone.name is None:
@@ -150,8 +150,7 @@ class TractConfig(Section):
 
     def uses(self) -> Iterator[tuple[str, bool, str]]:
         reason = "tract.lam, lam_mode, layers and update_every are for tract.enabled: true"
-        for key in ("lam", "lam_mode", "layers", "update_every"):
-            yield key, self.enabled, reason
+        yield "lam lam_mode layers update_every", self.enabled, reason
 
 
 # ------------------------------------------------------------------------------------- evaluation
@@ -251,9 +250,9 @@ class FewShotConfig(Section):
     temperature: Positive | None = None
 
     def uses(self) -> Iterator[tuple[str, bool, str]]:
-        is_knn = self.classifier == "knn"
-        for key, has_effect in (("cs", not is_knn), ("folds", not is_knn), ("temperature", is_knn)):
-            yield key, has_effect, f"it is not for classifier: {self.classifier}"
+        reason = f"it is not for classifier: {self.classifier}"
+        yield "cs folds", self.classifier != "knn", reason
+        yield "temperature", self.classifier == "knn", reason
 
 
 SELECTION_ONLY = (
