@@ -239,11 +239,7 @@ def wrong_argument(
 
 
 def check_weights_exist(path: Path, backbone_name: str | None = None) -> None:
-    """Refuse a path without weights, and say what would make them, if that is known.
-
-    Raises:
-        FileNotFoundError: neither file nor folder.
-    """
+    """Refuse a path without weights, and say what would make them, if that is known."""
     if path.exists():
         return
     fixes = ["Set model.weights to a file or run folder."]

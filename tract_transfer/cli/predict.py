@@ -80,11 +80,7 @@ def main() -> int:
 
 
 def files_of(given: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield the files of an input, each with its path below --output.
-
-    Raises:
-        FileNotFoundError: the input does not exist, or is a folder without images and videos.
-    """
+    """Yield the files of an input, each with its path below --output."""
     from PIL import Image
 
     if given.is_file():

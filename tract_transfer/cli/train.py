@@ -82,11 +82,7 @@ def carry_out(arguments: argparse.Namespace, config: "Config") -> list[str]:
 
 
 def launch(num_gpus: int) -> int:
-    """Replace this process by a group of `num_gpus` processes.
-
-    Raises:
-        ValueError: there are fewer GPUs.
-    """
+    """Replace this process by a group of `num_gpus` processes."""
     import torch
 
     count = torch.cuda.device_count()

@@ -1,1 +1,1 @@
-"""Schemas of configs, and reading them from YAML with `_BASE_` and overrides."""
+"""Schemas of configs, and reading them from YAML; what cannot be used raises ConfigError."""

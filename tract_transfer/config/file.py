@@ -34,11 +34,7 @@ class Override(NamedTuple):
 def read_config_file(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origins]:
     """Return the merged tree of a file, its bases and the overrides, and where each key was set.
 
-    A file overrides its `_BASE_` (a path relative to it, or a list of them) key by key; see
-    `merge`.
-
-    Raises:
-        ConfigError: a file is missing, is not a YAML mapping, repeats a key or includes itself.
+    A file overrides its `_BASE_` (a relative path, or a list of them) key by key; see `merge`.
     """
     tree, origins = override(*_read(path, ()), parse_words(overrides))
     origins[""] = str(path)
@@ -106,11 +102,7 @@ def merge(base: dict[str, Any], over: dict[str, Any], path: str = "") -> dict[st
 
 
 def parse_words(words: Sequence[str]) -> list[Override]:
-    """Parse the overrides of a command line: `key=value` or `key value`, where values are YAML.
-
-    Raises:
-        ConfigError: a word is not an override, or its value is not YAML.
-    """
+    """Parse the overrides of a command line: `key=value` or `key value`, where values are YAML."""
     overrides = []
     rest = iter(words)
     for word in rest:
@@ -191,11 +183,7 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
 
 
 def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
-    """Return the nodes of a YAML text, which know their lines, and its value.
-
-    Raises:
-        NOT_YAML: it is not YAML, or not safe YAML, or its aliases expand to too many values.
-    """
+    """Return the nodes of a YAML text, which know their lines, and its value, or raise NOT_YAML."""
     node = yaml.compose(text, _Loader)
     if node is not None and _count_values(node, {}) > _MAX_VALUES:
         raise ValueError(f"its aliases expand to more than {_MAX_VALUES} values. Write fewer")

@@ -64,9 +64,6 @@ class RunFolder:
 
         Args:
             fingerprints: returns split -> fingerprint of its data; called on the main process.
-
-        Raises:
-            ValueError: a resumed run has other data or weights.
         """
 
         def write() -> None:
@@ -266,9 +263,6 @@ def continue_environment(
     """Return the environment of a resumed run, and what changed that decides its bits.
 
     Its `earlier` lists the environments before, without their inputs.
-
-    Raises:
-        ValueError: a split or the initial weights changed.
     """
     _check_inputs(now["data"], now["weights"], then)
     earlier = list(then.get("earlier") or [])

@@ -72,11 +72,7 @@ def eval_batches(config: Config, dataset: Dataset, accelerator: Accelerator) -> 
 
 
 def evaluate_run(config: Config) -> dict[str, float]:
-    """Measure the reported checkpoint in `output_dir` again, and write evaluation.json.
-
-    Raises:
-        ValueError, FileNotFoundError: the checkpoint is of another model, or missing.
-    """
+    """Measure the reported checkpoint in `output_dir` again, and write evaluation.json."""
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains no model that --eval-only could measure again.")
     preflight(config)
@@ -128,11 +124,7 @@ def preview(config: Config, *, resume: bool = False) -> dict[str, str]:
 
 
 def replay_debug_batch(config: Config, file: Path) -> list[str]:
-    """Run the step in `file` again with its weights; return lines on where it is not finite.
-
-    Raises:
-        ValueError, FileNotFoundError: the batch is of another model, broken or missing.
-    """
+    """Run the step in `file` again with its weights; return lines on where it is not finite."""
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains nothing and keeps no batch.")
     preflight(config)

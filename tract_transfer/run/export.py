@@ -248,11 +248,7 @@ def _without_folders(
 
 
 def check_hub(hub_id: str) -> None:
-    """Check that `hub_id` and the account allow an upload.
-
-    Raises:
-        ValueError: the id is not `owner/name`, or there is no token.
-    """
+    """Check that `hub_id` and the account allow an upload."""
     import huggingface_hub
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", hub_id):

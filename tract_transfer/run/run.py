@@ -112,11 +112,7 @@ def train(
 
 
 def load_newest(trainer: Trainer, checkpointer: Checkpointer) -> None:
-    """Load the newest checkpoint, if there is one; the same on every process.
-
-    Raises:
-        ValueError: it is of another model, or the processes see different ones.
-    """
+    """Load the newest checkpoint, if there is one; the same on every process."""
     main_first(trainer.accelerator, checkpointer.tidy)
     newest = checkpointer.newest()
     if newest is not None:
@@ -137,11 +133,7 @@ def load_newest(trainer: Trainer, checkpointer: Checkpointer) -> None:
 
 
 def load_reported(config: TrainedTask, trainer: Trainer, checkpointer: Checkpointer) -> int:
-    """Load the weights of the best checkpoint if it is reported; return the reported iteration.
-
-    Raises:
-        ValueError: the best checkpoint is missing.
-    """
+    """Load the weights of the best checkpoint if it is reported; return the reported iteration."""
     if config.evaluation.report != "best":
         return trainer.iteration
     best = checkpointer.best()
