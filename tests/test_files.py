@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from tract_transfer.files import (
     DiskFullError,
     atomic_path,
-    check_space,
     make_folder,
     remove_temporary_files,
     temporary_path,
@@ -59,12 +58,6 @@ def test_a_full_disk_is_recognized_in_the_error_of_safetensors(small_disk):
     ):
         save_file(tensors, temporary)
     assert entries(small_disk) == []
-
-
-def test_a_file_that_cannot_fit_is_refused_before_the_first_byte(small_disk):
-    check_space(small_disk, "a", 1 << 19)
-    with pytest.raises(DiskFullError, match="a needs 2,097,152 bytes"):
-        check_space(small_disk, "a", 1 << 21)
 
 
 def test_only_temporary_files_are_removed(tmp_path):

@@ -119,13 +119,6 @@ def reports_full_disk(folder: Path, name: str, needed_bytes: int | None = None) 
         ) from error
 
 
-def check_space(folder: Path, name: str, needed_bytes: int) -> None:
-    """Raise DiskFullError if the disk of `folder` has fewer than `needed_bytes` free."""
-    with reports_full_disk(folder, name, needed_bytes):
-        if shutil.disk_usage(folder).free < needed_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 # Secrets.
 
 HIDDEN = "***"

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tract_transfer.files import (
-    check_space,
     make_folder,
     remove_temporary_files,
     reports_full_disk,
@@ -77,7 +76,6 @@ class Checkpointer:
         make_folder(self.folder)
         temporary = self.folder / f".{final.name}"
         shutil.rmtree(temporary, ignore_errors=True)
-        check_space(self.folder, final.name, needed)
         content: dict[str, Any] = {"iteration": iteration, "state": dict(state), "parts": {}}
         try:
             with reports_full_disk(self.folder, final.name, needed):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from fvcore.nn import parameter_count
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -151,7 +150,7 @@ def measure_blocks(model: nn.Module, run: Callable[[], object], depth: int = 1) 
     Args:
         depth: how many levels of modules to open; `backbone` and `model` are not levels.
     """
-    counts, parameters = count_flops(model, run), parameter_count(model)
+    counts = count_flops(model, run)
 
     def flops(name: str, module: nn.Module) -> int:
         if name in counts:
@@ -159,14 +158,12 @@ def measure_blocks(model: nn.Module, run: Callable[[], object], depth: int = 1) 
         return sum(flops(f"{name}.{child}", part) for child, part in module.named_children())
 
     blocks = [
-        Block(name, type(part).__name__, parameters[name], flops(name, part))
+        Block(name, type(part).__name__, _num_parameters(part), flops(name, part))
         for name, part in _blocks(model, depth)
     ]
-    rest_parameters = parameters[""] - sum(block.parameters for block in blocks)
-    rest_flops = counts[""] - sum(block.flops for block in blocks)
-    if rest_parameters or rest_flops:
-        blocks.append(Block(ELSEWHERE, "", rest_parameters, rest_flops))
-    return blocks
+    parameters = _num_parameters(model) - sum(block.parameters for block in blocks)
+    rest = counts[""] - sum(block.flops for block in blocks)
+    return blocks + ([Block(ELSEWHERE, "", parameters, rest)] if rest or parameters else [])
 
 
 def _blocks(model: nn.Module, depth: int, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -250,10 +247,9 @@ def dry_run(
         peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES
-    parameters = list(trainer.model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return {
-        "parameters": f"{sum(p.numel() for p in parameters):,} ({trained:,} trained)",
+        "parameters": f"{_num_parameters(trainer.model):,} ({trained:,} trained)",
         "FLOPs of a forward": _giga_flops(model, lambda: model(image)),
         "peak memory": f"{peak / 2**30:.2f} GiB",
         "loss after two steps": f"{loss:.4f}",
@@ -272,7 +268,7 @@ def dry_run_features(
         pooled(images).sum().item()  # waits for the device
     seconds = (time.perf_counter() - started) * num_images / len(images)
     return {
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,} (frozen)",
+        "parameters": f"{_num_parameters(model):,} (frozen)",
         "FLOPs of a forward": _giga_flops(model, lambda: pooled(images[:1])),
         "features": f"about {seconds:.0f} s for {num_images} images",
     }
@@ -280,3 +276,7 @@ def dry_run_features(
 
 def _giga_flops(model: nn.Module, run: Callable[[], object]) -> str:
     return f"{count_flops(model, run)[''] / 1e9:.3f} G an image"
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

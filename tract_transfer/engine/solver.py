@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fvcore.common.param_scheduler import (
@@ -256,18 +257,18 @@ def _check_schedule(
         )
 
 
+@dataclass
 class _ByEpoch(ParamScheduler):  # type: ignore[misc]
     """A schedule that is constant in each epoch, at its value at the start of the epoch."""
 
-    def __init__(self, schedule: ParamScheduler, max_iters: int, iters_per_epoch: int) -> None:
-        self._schedule = schedule
-        self._max_iters = max_iters
-        self._iters_per_epoch = iters_per_epoch
+    schedule: ParamScheduler
+    max_iters: int
+    iters_per_epoch: int
 
     def __call__(self, where: float) -> float:
-        iteration = round(where * self._max_iters)
-        start = iteration - iteration % self._iters_per_epoch
-        return float(self._schedule(start / self._max_iters))
+        iteration = round(where * self.max_iters)
+        start = iteration - iteration % self.iters_per_epoch
+        return float(self.schedule(start / self.max_iters))
 
 
 class JoinedOptimizer(Optimizer):
