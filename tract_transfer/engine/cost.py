@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.hooks import Evaluator, evaluate, evaluating
@@ -121,7 +121,10 @@ def count_flops(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
     Args:
         run: calls the model, or a method of it.
     """
-    counter = FlopCounterMode(display=False)
+    # torch does not count the fused attention of CPUs.
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    count = {on_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    counter = FlopCounterMode(display=False, custom_mapping=count)
     with evaluating(model), counter:
         _Call(model, run)()
     # torch names modules relative to the first one that is called: `_Call.model`.
