@@ -1,13 +1,11 @@
 """Secrets are not written, and nothing executes, unpacks or serves untrusted input."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from tract_transfer.engine.run_folder import Inputs, environment
-from tract_transfer.files import redact
+from tract_transfer.files import redact, without_secrets
 
 SOURCES = sorted(Path("tract_transfer").rglob("*.py")) + sorted(Path("tools").glob("*.py"))
 FORBIDDEN = re.compile(
@@ -28,10 +26,9 @@ FORBIDDEN = re.compile(
         (["--key", "7", "data.path=/sets/hunter2-hunter2/x"], "--key 7 data.path=/sets/***/x"),
     ],
 )  # fmt: skip
-def test_secrets_of_the_command_line_are_not_stored(words, shown, monkeypatch):
+def test_secrets_of_a_command_line_are_redacted(words, shown, monkeypatch):
     monkeypatch.setenv("DATABASE_PASSWORD", "hunter2-hunter2")
-    monkeypatch.setattr(sys, "argv", ["x.py", *words])
-    assert environment(Inputs({}))["command"] == f"x.py {shown}"
+    assert " ".join(without_secrets(["x.py", *words])) == f"x.py {shown}"
 
 
 @pytest.mark.parametrize(

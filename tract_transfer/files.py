@@ -20,6 +20,10 @@ from typing import Any
 
 import yaml
 
+# Names of a run folder's files, and the format of results.json.
+CONFIG_NAME, RESULTS_NAME, ENVIRONMENT_NAME = "config.yaml", "results.json", "environment.json"
+METRICS_NAME = "metrics.jsonl"
+RESULTS_FORMAT = 1
 # Exit codes of commands and runs; after a signal it is 128 + its number.
 FAILED, REFUSED = 1, 2
 _TEMPORARY = ".part"

@@ -19,7 +19,7 @@ from tract_transfer.engine.checkpoint import put_tensors, reports_damage, take_t
 from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.non_finite import NonFiniteError
 from tract_transfer.engine.trainer import Trainer
-from tract_transfer.files import atomic_path
+from tract_transfer.files import CONFIG_NAME, atomic_path
 
 DEBUG_NAME = "debug_batch.safetensors"
 
@@ -60,7 +60,7 @@ def keep_debug_batch(trainer: Trainer, folder: Path) -> Iterator[None]:
             save_debug_batch(file, trainer, about)
             message = (
                 f"To find the layer, run: python tools/train_net.py --config-file "
-                f"{folder / 'config.yaml'} --debug-batch {file}"
+                f"{folder / CONFIG_NAME} --debug-batch {file}"
             )
         except Exception as problem:  # must not hide the error that ended the training
             message = f"The step could not be saved: {problem}"

@@ -20,9 +20,8 @@ from torch import nn
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.trainer import Hook, Trainer
-from tract_transfer.files import reports_full_disk, sync, write_text
+from tract_transfer.files import METRICS_NAME, reports_full_disk, sync, write_text
 
-METRICS_NAME = "metrics.jsonl"
 SECONDS_PER_LINE = 5.0  # on a screen without a progress bar
 logger = logging.getLogger(__name__)
 
