@@ -243,6 +243,7 @@ def replayed(folder, trainer):
     return replay(trainer, kept, [Batch(**batch, skipped=[]) for batch in kept.batches])
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in")
 def test_a_replay_names_the_first_layer(tmp_path):
     class Root(nn.Module):
         def forward(self, values):
@@ -265,6 +266,7 @@ def test_a_replay_names_the_input_or_the_weight(tmp_path):
     assert replayed(tmp_path, trainer)[0] == "body.3.bias is not finite before the step"
 
 
+@pytest.mark.filterwarnings("ignore:Error detected in")
 def test_a_replay_names_the_operation_or_the_weight_of_a_gradient(tmp_path):
     lines = replayed(tmp_path, make(Net(gradient=True), broken=[0], value=60.0))
     assert any("SqrtBackward0" in line or "MulBackward0" in line for line in lines), lines

@@ -62,8 +62,7 @@ def build_optimizer(
             `fallback_list` names parameters, by patterns, that muon leaves to AdamW.
 
     Raises:
-        ValueError: unknown optimizer, an argument that it does not take, or options that exclude
-            each other.
+        ValueError: unknown optimizer, argument that it does not take, or options in conflict.
     """
     arguments = dict(optimizer_args or {})
     fallback = {key: arguments.pop(key) for key in FALLBACK if key in arguments}
@@ -84,19 +83,21 @@ def build_optimizer(
         arguments["fused"] = True
     name = "momentum" if optimizer == "sgd" and not nesterov else optimizer  # timm's plain SGD
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            built: Optimizer = create_optimizer_v2(
-                groups, opt=name, lr=lr, weight_decay=weight_decay, **arguments
-            )
+        return _create(name, groups, lr=lr, weight_decay=weight_decay, **arguments)
     except (TypeError, AssertionError) as error:  # timm asserts that APEX's have a GPU
         raise ValueError(
             f"solver.optimizer {optimizer} with optimizer_args {optimizer_args}: {error}"
         ) from error
-    for group in built.param_groups:
+
+
+def _create(name: str, groups: list[dict[str, Any]], **arguments: Any) -> Optimizer:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        optimizer: Optimizer = create_optimizer_v2(groups, opt=name, **arguments)
+    for group in optimizer.param_groups:
         group["lr"] *= group.get("lr_scale", 1.0)
         group["base_lr"] = group["lr"]
-    return built
+    return optimizer
 
 
 def _check_optimizer(
