@@ -23,6 +23,7 @@ from tract_transfer.engine.non_finite import NonFiniteError, StepGuard, gradient
 from tract_transfer.engine.trainer import Trainer
 from tract_transfer.tract import TrAct
 
+pytestmark = pytest.mark.filterwarnings("ignore:Error detected in")
 BROKEN = 3  # the iteration that has a NaN
 
 
@@ -243,7 +244,6 @@ def replayed(folder, trainer):
     return replay(trainer, kept, [Batch(**batch, skipped=[]) for batch in kept.batches])
 
 
-@pytest.mark.filterwarnings("ignore:Error detected in")
 def test_a_replay_names_the_first_layer(tmp_path):
     class Root(nn.Module):
         def forward(self, values):
@@ -266,7 +266,6 @@ def test_a_replay_names_the_input_or_the_weight(tmp_path):
     assert replayed(tmp_path, trainer)[0] == "body.3.bias is not finite before the step"
 
 
-@pytest.mark.filterwarnings("ignore:Error detected in")
 def test_a_replay_names_the_operation_or_the_weight_of_a_gradient(tmp_path):
     lines = replayed(tmp_path, make(Net(gradient=True), broken=[0], value=60.0))
     assert any("SqrtBackward0" in line or "MulBackward0" in line for line in lines), lines

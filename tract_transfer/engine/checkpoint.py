@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +46,15 @@ def reports_damage(file: str, advice: str = "") -> Iterator[None]:
         raise ValueError(f"{file} is broken: {error}.{advice}") from error
 
 
+@dataclass
 class Checkpointer:
     """Writes and reads the checkpoints of a run; keeps the last `keep` and the best.
 
     Only the process that holds the run folder may call the methods that write.
     """
 
-    def __init__(self, folder: Path, keep: int = 1) -> None:
-        self.folder = folder
-        self.keep = keep
+    folder: Path
+    keep: int = 1
 
     def save(self, iteration: int, parts: Mapping[str, Tree], state: Mapping[str, Any]) -> Path:
         """Write a checkpoint and return its path; an intact one of this iteration is kept.

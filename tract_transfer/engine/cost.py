@@ -125,24 +125,16 @@ def count_flops(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     count = {on_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
     counter = FlopCounterMode(display=False, custom_mapping=count)
+    # torch names modules relative to the first one that is called, which must hold the model.
+    root = nn.Module()
+    root.model, root.forward = model, run
     with evaluating(model), counter:
-        _Call(model, run)()
-    # torch names modules relative to the first one that is called: `_Call.model`.
-    counts = {str(name): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    flops = {name.removeprefix("_Call.model."): count for name, count in counts.items()}
+        root()
+    flops = {
+        str(name).removeprefix("Module.model."): sum(by_operator.values())
+        for name, by_operator in counter.get_flop_counts().items()
+    }
     return {**flops, "": counter.get_total_flops()}
-
-
-class _Call(nn.Module):
-    """Turns a call of any method of a model into a module's, so that all parts have names."""
-
-    def __init__(self, model: nn.Module, run: Callable[[], object]) -> None:
-        super().__init__()
-        self.model = model
-        self.run = run
-
-    def forward(self) -> object:
-        return self.run()
 
 
 def measure_blocks(model: nn.Module, run: Callable[[], object], depth: int = 1) -> list[Block]:

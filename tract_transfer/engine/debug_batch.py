@@ -25,21 +25,13 @@ DEBUG_NAME = "debug_batch.safetensors"
 
 
 class DebugBatch(NamedTuple):
-    """A step that is not finite.
+    """A step that is not finite."""
 
-    Attributes:
-        iteration: number of steps before it.
-        process: rank of the process whose images these are.
-        about: its losses and image names, an entry of `NonFiniteError.steps`.
-        model: state dict before the step.
-        batches: `images`, `targets` and `indices` of each micro-batch.
-    """
-
-    iteration: int
-    process: int
-    about: dict[str, Any]
-    model: dict[str, Tensor]
-    batches: list[dict[str, Any]]
+    iteration: int  # steps before it
+    process: int  # rank of the process whose images these are
+    about: dict[str, Any]  # its losses and image names, an entry of `NonFiniteError.steps`
+    model: dict[str, Tensor]  # state dict before the step
+    batches: list[dict[str, Any]]  # `images`, `targets` and `indices` of each micro-batch
 
 
 @contextlib.contextmanager
@@ -127,7 +119,7 @@ def replay(trainer: Trainer, kept: DebugBatch, batches: Sequence[Batch]) -> list
             with _watch_outputs(model) as outputs, trainer.autocast():
                 losses = trainer.losses(batch)
                 loss = torch.stack(list(losses.values())).sum()
-            values = ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
+            values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in losses.items())
             lines += [f"The losses{of}: {values}", *(f"{output}{of}" for output in outputs[:1])]
             try:
                 loss.backward()

@@ -37,7 +37,7 @@ class MetricsFile:
     def __init__(self, folder: Path, *, tensorboard: bool) -> None:
         self.path = folder / METRICS_NAME
         self._board_folder = folder / "tensorboard" if tensorboard else None
-        self._board = self._open_board()
+        self._board: Any = None
 
     def write(self, iteration: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
         """Append a line of the training, or of an evaluation on `split`.
@@ -69,31 +69,29 @@ class MetricsFile:
         ]
         if self.path.exists():
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        if self._board_folder is None:
-            return
-        self.close()
-        for file in self._board_folder.glob("events.out.tfevents.*"):
-            file.unlink()
-        self._board = self._open_board()
-        for line in kept:
-            self._add_to_board(line)
+        if self._board_folder is not None:
+            self.close()
+            for file in self._board_folder.glob("events.out.tfevents.*"):
+                file.unlink()
+            for line in kept:
+                self._add_to_board(line)
 
     def close(self) -> None:
         """Close TensorBoard's file."""
         if self._board is not None:
             self._board.close()
-
-    def _open_board(self) -> Any:
-        if self._board_folder is None:
-            return None
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
-        # An open TensorBoard drops what it has read from the earlier files.
-        return SummaryWriter(self._board_folder, purge_step=0)  # type: ignore[no-untyped-call]
+            self._board = None
 
     def _add_to_board(self, line: Mapping[str, Any]) -> None:
+        if self._board_folder is None:
+            return
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+            # An open TensorBoard drops what it has read from the earlier files.
+            self._board = SummaryWriter(self._board_folder, purge_step=0)
         for name, value in line.items():
-            if self._board is not None and name not in ("iteration", "epoch", "split"):
+            if name not in ("iteration", "epoch", "split"):
                 self._board.add_scalar(f"{line['split']}/{name}", value, line["iteration"])
 
     def _read(self) -> list[dict[str, Any]]:
