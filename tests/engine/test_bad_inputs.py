@@ -70,8 +70,8 @@ SOLVER = {
     "negative warm-up": (schedule(warmup_iters=-1), "warm-up of -1"),
     "descending steps": (multistep(5, 3), "must ascend"),
     "equal steps": (multistep(5, 5), "must ascend"),
-    "step at the end": (multistep(10), "end of the run 10"),
-    "step in the warm-up": (multistep(3, warmup_iters=3), "end of the warm-up 3"),
+    "step at the end": (multistep(10), "run's end 10"),
+    "step in the warm-up": (multistep(3, warmup_iters=3), "warm-up's end 3"),
     "unknown schedule": (
         schedule(schedule="linear"),
         "no 'linear'. Known: cosine, cosine_epochs, multistep, constant",

@@ -119,7 +119,9 @@ def replay(trainer: Trainer, kept: DebugBatch, batches: Sequence[Batch]) -> list
             with _watch_outputs(model) as outputs, trainer.autocast():
                 losses = trainer.losses(batch)
                 loss = torch.stack(list(losses.values())).sum()
-            values = ", ".join(f"{name} {float(value.detach()):g}" for name, value in losses.items())
+            values = ", ".join(
+                f"{name} {float(value.detach()):g}" for name, value in losses.items()
+            )
             lines += [f"The losses{of}: {values}", *(f"{output}{of}" for output in outputs[:1])]
             try:
                 loss.backward()

@@ -253,8 +253,8 @@ def _check_schedule(
     inside = all(warmup_iters < step < max_iters for step in steps)
     if schedule == "multistep" and not (inside and steps == sorted(set(steps))):
         raise ValueError(
-            f"solver: the steps {steps} must ascend between the end of the warm-up {warmup_iters} "
-            f"and the end of the run {max_iters} (in iterations)."
+            f"solver: the steps {steps} must ascend between the warm-up's end {warmup_iters} and "
+            f"the run's end {max_iters} (in iterations)."
         )
 
 
