@@ -119,10 +119,9 @@ def replay(trainer: Trainer, kept: DebugBatch, batches: Sequence[Batch]) -> list
             with _watch_outputs(model) as outputs, trainer.autocast():
                 losses = trainer.losses(batch)
                 loss = torch.stack(list(losses.values())).sum()
-            values = ", ".join(
-                f"{name} {float(value.detach()):g}" for name, value in losses.items()
-            )
-            lines += [f"The losses{of}: {values}", *(f"{output}{of}" for output in outputs[:1])]
+            values = [f"{name} {float(value.detach()):g}" for name, value in losses.items()]
+            lines.append(f"The losses{of}: {', '.join(values)}")
+            lines += [f"{output}{of}" for output in outputs[:1]]
             try:
                 loss.backward()
             except RuntimeError as error:
@@ -144,12 +143,10 @@ def _watch_outputs(model: nn.Module) -> Iterator[list[str]]:
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if not all(map(_is_finite, tree_leaves(output))):
             layer = f"{name or 'the model'} ({type(module).__name__})"
-            is_first = all(map(_is_finite, tree_leaves(inputs)))
-            output_of, input_of = (
-                "The first output that is not finite: ",
-                "Not finite: the input of ",
-            )
-            found.append(f"{output_of if is_first else input_of}{layer}")
+            if all(map(_is_finite, tree_leaves(inputs))):
+                found.append(f"The first output that is not finite: {layer}")
+            else:
+                found.append(f"Not finite: the input of {layer}")
 
     with contextlib.ExitStack() as handles:
         for name, module in model.named_modules():
