@@ -356,6 +356,8 @@ def test_a_joined_optimizer_steps_like_its_parts():
     assert set(optimizer.state[joined[0].weight]) == {"momentum_buffer"}
     assert {"exp_avg", "exp_avg_sq"} <= set(optimizer.state[joined[3].weight])
     assert len(optimizer.state) == 4
+    copied = copy.deepcopy(optimizer)
+    assert copied.param_groups[1] is copied.optimizers[1].param_groups[0]
     with pytest.raises(ValueError, match=r"to one of \.optimizers"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
 

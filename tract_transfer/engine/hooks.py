@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -118,11 +118,11 @@ class LogProgress(Hook):
     metrics: MetricsFile
     every_iters: int
     iters_per_epoch: int
+    _bar: Progress | None = field(default=None, init=False)
 
     def before_train(self, trainer: Trainer) -> None:
         self._started, self._first = time.perf_counter(), trainer.iteration
         self._line_at = 0.0
-        self._bar: Progress | None = None
         if sys.stderr.isatty() and trainer.accelerator.is_main_process:
             columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             self._bar = Progress(*columns, transient=True)

@@ -299,6 +299,9 @@ class JoinedOptimizer(Optimizer):
     def state(self, _: Any) -> None:
         """Ignore the empty state that torch sets at creation."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self).copy()  # torch's keeps no `optimizers` for a copy
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse a group after creation: none of the optimizers would step it."""
         if "optimizers" in vars(self):
