@@ -127,7 +127,7 @@ def reports_full_disk(folder: Path, name: str, needed_bytes: int | None = None) 
 
 HIDDEN = "***"
 _NAME = (
-    r"-*(?:[\w.-]*(?:token|secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|private)_?key)"
+    r"(?:[\w.-]*(?:token|secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|private)_?key)"
     r"|(?:[\w.-]*[._-])?(?:key|auth))"
 )
 _SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
