@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent / "support"
+SCRIPT = Path(__file__).parent / "support/torture.py"
 
 
 @pytest.mark.slow
@@ -19,9 +19,9 @@ HERE = Path(__file__).parent / "support"
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_runs_ended_anywhere_go_on_to_the_same_bits(signal, tasks):
-    command = [sys.executable, str(HERE / "torture.py"), "--kills", "2", "--signal", signal]
-    ran = subprocess.run([*command, "--tasks", *tasks], capture_output=True, text=True, check=False)
+def test_killed_runs_resume_to_the_same_bits(signal, tasks):
+    command = [sys.executable, SCRIPT, "--kills", "2", "--signal", signal, "--tasks", *tasks]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     assert {line.split()[0] for line in lines} == set(tasks)

@@ -98,7 +98,7 @@ TABLE = {
         told("solver={max_iters: null, max_epochs: 1, warmup_epochs: 5}"), ConfigError,
         ["solver: warmup_epochs must be less than max_epochs", "5 is not less than 1"]),
     "warm-up too long in another unit": (C, told("solver.warmup_epochs=2"), ConfigError,
-        ["solver: the warm-up of 26 iterations outlasts 6"]),
+        ["solver: the warm-up of 26 iterations is longer than the run of 6"]),
     "step after the end": (C,
         told("solver.schedule=multistep", "solver.steps_iters=[9]"), ConfigError,
         ["solver: steps_iters must lie before max_iters", "9 is not before 6",
@@ -186,7 +186,7 @@ TABLE = {
     "unknown optimizer argument": (C, told("solver.optimizer_args={beta: 1}"), ConfigError,
         ["solver.optimizer: ", "beta"]),
     "momentum where there is none": (C, told("solver.optimizer=adamw"), ConfigError,
-        ["solver.momentum: is not adamw's. Set solver.optimizer_args.betas instead"]),
+        ["solver.momentum: adamw has none. Set solver.optimizer_args.betas instead"]),
     # weights
     "weights of another architecture": (C, other_weights, ConfigError,
         ["model.weights: ", "other.safetensors does not fit TimmBackbone", "another architecture",
