@@ -91,12 +91,12 @@ pixels = st.tuples(start, start, length, length).map(
 @given(box=corners, size=st.tuples(st.integers(1, 99), st.integers(1, 99)))
 def test_a_clipped_box_is_what_lies_in_the_image_and_stays_so(box, size):
     height, width = size
-    found = Findings("clip").box(box, size, "x", "y")
+    found = Findings("clip").check_box(box, size, "x", "y")
     x1, x2 = max(box[0], 0), min(box[2], width)
     y1, y2 = max(box[1], 0), min(box[3], height)
     assert found == ((x1, y1, x2, y2) if min(x2 - x1, y2 - y1) >= 0.01 else None)
     if found is not None:
-        assert Findings().box(found, size, "x", "y") == found
+        assert Findings().check_box(found, size, "x", "y") == found
 
 
 @fuzzed

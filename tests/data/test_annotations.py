@@ -65,9 +65,9 @@ def test_a_wrong_box_is_named_or_mended_and_listed(source, kind, tmp_path, refus
     findings = Findings("clip")
     boxes = load(findings=findings).target(0)["boxes"].tolist()
     assert boxes == [[4, 5, 5, 7.5], *([clipped] if clipped else []), [0, 0, 40, 30]]
-    (mended,) = findings.mended
+    (mended,) = findings.fixed
     assert place(source, 2, "cat") in mended
-    assert mended.endswith("cut at the border" if clipped else "left out")
+    assert mended.endswith("clipped" if clipped else "dropped")
 
 
 @pytest.mark.parametrize("source", WRITERS)
@@ -77,7 +77,7 @@ def test_less_than_a_pixel_outside_is_a_rounding(source, overhang, tmp_path):
     findings = Findings()
     dataset = WRITERS[source](tmp_path / "data", [("cat", box)])(findings=findings)
     assert dataset.target(0)["boxes"].tolist() == [[0, 3, 40, 30]]
-    assert findings.mended == []
+    assert findings.fixed == []
 
 
 @pytest.mark.parametrize("source", WRITERS)

@@ -98,7 +98,7 @@ TABLE = {
     "malformed split file": (listed("000001 1 1\n"), ValueError,
         [".txt line 1 must be an id, or an id and 1, 0 or -1, not '000001 1 1'"]),
     "image id twice": (listed("000001\n000003\n000001\n"), ValueError,
-        [".txt line 3 repeats '000001', already in", ".txt line 1. Take one out."]),
+        [".txt line 3 repeats '000001', already in", ".txt line 1. Remove one."]),
     "no annotation": (without("Annotations/000003.xml"), FileNotFoundError,
         [".txt line 4 needs", "000003.xml, which does not exist"]),
     "no image": (without("JPEGImages/000003.jpg"), FileNotFoundError,
@@ -176,7 +176,7 @@ def test_a_box_that_is_cut_is_listed(split, bad, tmp_path, load_tiny):
     words = bad(annotated(corners=(5, 6, 80, 30)), split, "data.invalid_boxes=clip")
     (mended,) = run(load_tiny(tmp_path, *words, task="detection"))["mended_boxes"]
     assert "000003.xml object 1 (dog)" in mended
-    assert mended.endswith("cut at the border")
+    assert mended.endswith("clipped")
 
 
 @pytest.mark.parametrize("split", ["train", "test"])

@@ -10,8 +10,8 @@ from tract_transfer.data.classification import (
     ClassificationDataset,
     check_same_classes,
     hold_out,
-    load_huggingface,
 )
+from tract_transfer.data.huggingface import load_huggingface
 from tract_transfer.data.images import UndecodableImage
 
 datasets = pytest.importorskip("datasets")

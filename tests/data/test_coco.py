@@ -43,8 +43,8 @@ def set_entry(part, number, **values):
 
 
 MISTAKES = {
-    "repeated image id": (set_entry("images", 1, id=30), "images[1] id 30: the id or the file"),
-    "repeated file": (set_entry("images", 1, file_name="0.png"), "the file 0.png is another"),
+    "repeated image id": (set_entry("images", 1, id=30), "images[1] id 30: the id is already used"),
+    "repeated file": (set_entry("images", 1, file_name="0.png"), "the file 0.png is already used"),
     "missing file": (set_entry("images", 1, file_name="x.png"), "x.png does not exist. Add it, or"),
     "no file name": (set_entry("images", 1, file_name=None), "images[1] id 29: file_name must be"),
     "repeated annotation id": (set_entry("annotations", 1, id=100), "annotations[1] id 100: the"),
@@ -58,7 +58,7 @@ MISTAKES = {
     "strange crowd": (set_entry("annotations", 1, iscrowd=2), "iscrowd and ignore must be 0 or 1"),
     "no id": (lambda tree: tree["annotations"][1].pop("id"), "annotations[1] must be a mapping"),
     "repeated category": (set_entry("categories", 1, name="dog"), "categories[1] id 3: name 'dog'"),
-    "no category name": (lambda tree: tree["categories"][0].pop("name"), "name None and id must"),
+    "no category name": (lambda tree: tree["categories"][0].pop("name"), "name None must be given"),
 }
 
 

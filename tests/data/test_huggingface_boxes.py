@@ -6,7 +6,7 @@ from box_data import NAMES, picture, write_rows
 from PIL import Image
 
 from tract_transfer.data.findings import Findings
-from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
+from tract_transfer.data.huggingface import load_huggingface_boxes
 from tract_transfer.data.images import UndecodableImage
 
 OBJECTS = [("dog", (4, 5, 5, 7.5)), ("cat", (0, 0, 40, 30))]

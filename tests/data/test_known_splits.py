@@ -10,10 +10,11 @@ from box_data import write_coco, write_rows, write_voc
 from PIL import Image
 
 from tract_transfer.build.data import build_data
-from tract_transfer.data.classification import hold_out, load_huggingface
+from tract_transfer.data.classification import hold_out
+from tract_transfer.data.huggingface import load_huggingface
 from tract_transfer.data.coco import load_coco
 from tract_transfer.data.findings import KNOWN, check_coco_file, check_size, check_voc_sets
-from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
+from tract_transfer.data.huggingface import load_huggingface_boxes
 from tract_transfer.data.voc import load_voc
 from tract_transfer.run.check_data import check_data
 from tract_transfer.run.run import run

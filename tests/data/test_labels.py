@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from tract_transfer.build.data import build_data
-from tract_transfer.data.classification import load_huggingface
+from tract_transfer.data.huggingface import load_huggingface
 from tract_transfer.run.check_data import check_data
 
 pytestmark = pytest.mark.usefixtures("offline_cache")

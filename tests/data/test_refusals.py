@@ -11,7 +11,7 @@ from box_data import NAMES, coco_tree, picture, write_voc
 from PIL import Image
 
 from tract_transfer.config.schema import ConfigError, load_config
-from tract_transfer.data.classification import load_huggingface
+from tract_transfer.data.huggingface import load_huggingface
 from tract_transfer.data.coco import load_coco
 from tract_transfer.data.findings import is_below
 from tract_transfer.data.images import UndecodableImage, decode_image

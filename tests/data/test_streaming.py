@@ -8,8 +8,8 @@ import pytest
 import torch
 from stream_rows import CROP, NAMES, indices_of, make_rows, order_of
 
-from tract_transfer.data.classification import load_huggingface
-from tract_transfer.data.huggingface_streaming import stream_huggingface
+from tract_transfer.data.huggingface import load_huggingface
+from tract_transfer.data.streaming import stream_huggingface
 from tract_transfer.data.loader import eval_loader, stream_loader
 from tract_transfer.data.streaming import StreamBatches, StreamEvalBatches, StreamOrder
 

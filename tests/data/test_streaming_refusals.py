@@ -5,8 +5,9 @@ import pytest
 import torch
 from stream_rows import CROP, NAMES, indices_of, make_rows, order_of, write_shards
 
-from tract_transfer.data.classification import ClassificationDataset, load_huggingface
-from tract_transfer.data.huggingface_streaming import stream_huggingface
+from tract_transfer.data.classification import ClassificationDataset
+from tract_transfer.data.huggingface import load_huggingface
+from tract_transfer.data.streaming import stream_huggingface
 from tract_transfer.data.loader import stream_loader
 from tract_transfer.data.streaming import StreamBatches, StreamEvalBatches, StreamOrder
 

@@ -12,7 +12,7 @@ import datasets
 from PIL import Image
 
 from tract_transfer.data.coco import load_coco
-from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
+from tract_transfer.data.huggingface import load_huggingface_boxes
 from tract_transfer.data.voc import load_voc
 
 NAMES = ["cat", "dog"]

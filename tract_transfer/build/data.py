@@ -3,20 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 from tract_transfer.config.schema import (Config, ProbeConfig)
-from tract_transfer.data.streaming import Stream
+from tract_transfer.data.streaming import Stream, stream_huggingface
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 from tract_transfer.config.schema import (Config, DetectionConfig, ProbeConfig)
 from tract_transfer.config.data import (HeldOutSource, CocoSource, DigitScenesSource, DigitsSource, HuggingFaceBoxesSource, HuggingFaceSource, VocSource)
-from tract_transfer.data.classification import (ClassificationDataset, hold_out, check_same_classes, load_huggingface)
+from tract_transfer.data.classification import (ClassificationDataset, hold_out, check_same_classes)
 from tract_transfer.data.coco import load_coco
 from tract_transfer.data.detection import DetectionDataset
-from tract_transfer.data.digits import (DIGIT_NAMES, load_digits, write_digit_scenes)
+from tract_transfer.data.digits import (load_digits, load_digit_scenes)
 from tract_transfer.data.findings import Findings
-from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
-from tract_transfer.data.huggingface_streaming import stream_huggingface
+from tract_transfer.data.huggingface import load_huggingface, load_huggingface_boxes
 from tract_transfer.data.detection import ImageLabels
 from tract_transfer.data.findings import size_checks
 from tract_transfer.data.classification import (join_integer_classes, shown_classes)
@@ -118,7 +116,7 @@ def build_data(config: Config) -> Data:
         train = train.with_objects()
     if isinstance(config, ProbeConfig) and config.data.has_many_labels:
         train, test = ImageLabels(train), ImageLabels(test)
-    data = Data(train, val, test, findings.mended)
+    data = Data(train, val, test, findings.fixed)
     check_streams(config, data.splits)
     join_integer_classes(data.splits)
     check_disjoint(data.splits)
@@ -186,13 +184,6 @@ def load_split(section: Any, key: str, findings: Findings, max_pixels: int) -> L
     if isinstance(section, VocSource):
         return load_voc(**arguments)
     if isinstance(section, DigitsSource):
-        try:
-            return load_digits(section.split, section.classes)
-        except ValueError as error:
-            raise ValueError(f"{key}.{error}") from error
+        return load_digits(section.split, section.classes, key=key)
     assert isinstance(section, DigitScenesSource)
-    made = section.model_dump(include={"num_train", "num_test", "size_px"})
-    folder = "_".join(["digit_scenes", *map(str, made.values())])
-    root = Path(section.root or f"output/data/{folder}")
-    write_digit_scenes(root, **made)
-    return load_voc(root, [f"2007/{section.split}"], DIGIT_NAMES, **common)  # type: ignore[arg-type]
+    return load_digit_scenes(**arguments)
