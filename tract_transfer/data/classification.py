@@ -25,11 +25,10 @@ class ClassificationDataset(IndexedImages):
         class_names: Sequence[str],
         labels: np.ndarray,
         source: ImageSource,
-        rows: np.ndarray | None = None,
+        rows: Sequence[int] | np.ndarray | None = None,
         origin: Origin | None = None,
     ) -> None:
-        rows = np.arange(len(labels)) if rows is None else rows
-        super().__init__(name, class_names, source, rows, origin)
+        super().__init__(name, class_names, source, len(labels), rows, origin)
         self.labels = np.asarray(labels, dtype=np.int64)
 
     @property

@@ -7,19 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tract_transfer.data.detection import (
-    UNKNOWN_SIZE,
+    BoxReader,
     DetectionDataset,
     ImageFiles,
-    ObjectRow,
     annotated_size,
-    flatten,
     is_numbers,
-    label_map,
-    object_row,
     stored_size,
-    unknown_class,
 )
-from tract_transfer.data.findings import Findings, Origin, Size, check_coco_file, is_below
+from tract_transfer.data.findings import Findings, Origin, check_coco_file, is_below
 from tract_transfer.data.images import MAX_PIXELS
 
 Entry = Mapping[str, Any]
@@ -61,34 +56,20 @@ def load_coco(
     names = list(name_of.values()) if classes is None else list(classes)
     if not names and classes is None:
         raise ValueError(f"{path} names no category. Set {key}.annotations to a file with some.")
-    label_of = label_map(names, key)
-    size_of, row_of = _read_images(tree, path, folder, key, findings)
-    files, sizes = list(size_of), list(size_of.values())
+    reader = BoxReader(names, key, findings)
+    files, index_of = _read_images(tree, path, folder, reader)
     if not files:
         raise ValueError(f"{path} has no image to use. Set {key}.annotations to a file with some.")
-    objects: list[list[ObjectRow]] = [[] for _ in files]
     for entry, item in _entries(tree, "annotations", path, findings):
-        row, name = row_of.get(_id(entry, "image_id")), name_of.get(_id(entry, "category_id"))
-        for field, value, what in (("image_id", row, "image"), ("category_id", name, "category")):
-            if value is None:
-                message = f"{item}: {field} {entry.get(field)!r} is no {what}'s. Correct it."
-                findings.report(ValueError(message))
-                break
-        if row is None or name is None:
-            continue
-        if name not in label_of:
-            findings.report(unknown_class(f"{item} ({name})", name, label_of, key))
-        elif sizes[row] != UNKNOWN_SIZE:
-            item = f"{item} ({name})"
-            objects[row] += _read_object(entry, item, sizes[row], label_of[name], findings)
-    return DetectionDataset(
-        f"coco {path.name}",
-        names,
-        ImageFiles(files, max_pixels),
-        sizes,
-        flatten(objects),
-        origin=Origin(size_check=check_coco_file(path, len(files))),
-    )
+        image, name = index_of.get(_id(entry, "image_id")), name_of.get(_id(entry, "category_id"))
+        if image is None or name is None:
+            field = "image_id" if image is None else "category_id"
+            what = f"{field} {entry.get(field)!r} is no {field.removesuffix('_id')}'s"
+            findings.report(ValueError(f"{item}: {what}. Correct it."))
+        else:
+            _read_object(image, f"{item} ({name})", name, entry, reader)
+    origin = Origin(size_check=check_coco_file(path, len(files)))
+    return reader.dataset(f"coco {path.name}", ImageFiles(files, max_pixels), origin=origin)
 
 
 def _read(path: Path, key: str) -> Entry:
@@ -146,42 +127,51 @@ def _category_names(tree: Entry, path: Path, findings: Findings) -> dict[int | s
 
 
 def _read_images(
-    tree: Entry, path: Path, folder: Path, key: str, findings: Findings
-) -> tuple[dict[str, Size], dict[int | str | None, int]]:
-    """Return the size of each file, and the row of each image id."""
-    size_of: dict[str, Size] = {}
-    row_of: dict[int | str | None, int] = {}
-    for entry, item in _entries(tree, "images", path, findings):
+    tree: Entry, path: Path, folder: Path, reader: BoxReader
+) -> tuple[list[str], dict[int | str | None, int]]:
+    """Add all images; return their files, and the index of each image id."""
+    files: dict[str, int] = {}
+    index_of: dict[int | str | None, int] = {}
+    for entry, item in _entries(tree, "images", path, reader.findings):
         name = entry.get("file_name")
-        if not isinstance(name, str) or not is_below(folder, name):
-            message = f"{item}: file_name must be a path below {folder}, not {name!r}. Correct it."
-            findings.report(ValueError(message))
-        elif str(file := folder / name) in size_of:
-            findings.report(ValueError(f"{item}: the file {name} is already used. Correct it."))
-        elif not file.is_file():
-            message = f"{item}: {file} does not exist. Add it, or set {key}.images."
-            findings.report(FileNotFoundError(message))
-        else:
-            row_of[entry["id"]] = len(size_of)
-            size_of[str(file)] = annotated_size(entry) or stored_size(file)
-    return size_of, row_of
+        try:
+            if not isinstance(name, str) or not is_below(folder, name):
+                raise ValueError(
+                    f"{item}: file_name must be a path below {folder}, not {name!r}. Correct it."
+                )
+            if str(file := folder / name) in files:
+                raise ValueError(f"{item}: the file {name} is already used. Correct it.")
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{item}: {file} does not exist. Add it, or set {reader.key}.images."
+                )
+        except (ValueError, FileNotFoundError) as error:
+            reader.findings.report(error)
+            continue
+        size = annotated_size(entry.get("height"), entry.get("width")) or stored_size(file)
+        files[str(file)] = index_of[entry["id"]] = reader.add_image(size)
+    return list(files), index_of
 
 
-def _read_object(
-    entry: Entry, item: str, size: Size, label: int, findings: Findings
-) -> list[ObjectRow]:
+def _read_object(image: int, item: str, name: str, entry: Entry, reader: BoxReader) -> None:
     written = entry.get("bbox")
     if not is_numbers(written):
-        findings.report_box(f"{item}: bbox must be four numbers, not {reprlib.repr(written)}")
-        return []
-    x, y, width, height = map(float, written)
-    box = findings.check_box((x, y, x + width, y + height), size, item, f"x, y, w, h {written}")
-    if box is None:
-        return []
-    crowd, ignore = (entry.get(name) or 0 for name in ("iscrowd", "ignore"))
+        message = f"bbox must be four numbers, not {reprlib.repr(written)}"
+        reader.add_object(image, item, name, None, message)
+        return
+    crowd, ignore = (entry.get(field) or 0 for field in ("iscrowd", "ignore"))
     if crowd not in (0, 1) or ignore not in (0, 1):
-        findings.report(ValueError(f"{item}: iscrowd and ignore must be 0 or 1. Correct it."))
-        return []
-    return [
-        object_row(box, label, difficult=bool(ignore), crowd=bool(crowd), area=entry.get("area"))
-    ]
+        message = f"{item}: iscrowd and ignore must be 0 or 1. Correct it."
+        reader.findings.report(ValueError(message))
+        return
+    x, y, width, height = map(float, written)
+    reader.add_object(
+        image,
+        item,
+        name,
+        (x, y, x + width, y + height),
+        f"x, y, w, h {written}",
+        difficult=bool(ignore),
+        crowd=bool(crowd),
+        area=entry.get("area"),
+    )

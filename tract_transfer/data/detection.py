@@ -3,7 +3,7 @@
 # N images, M objects, K classes
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tract_transfer.data import images
-from tract_transfer.data.findings import Box, Origin, Size
+from tract_transfer.data.findings import Box, Findings, Origin, Size
 from tract_transfer.data.images import ImageSource, IndexedImages, read_header, upright_size
 from tract_transfer.registry import did_you_mean
 
@@ -21,39 +21,16 @@ UNKNOWN_SIZE: Size = (0, 0)
 _MAX_SIDE_PX = 2**31  # larger than any image: such a size will not match what is stored
 
 
-class ObjectRow(NamedTuple):
-    """An annotated object.
-
-    `label` in 0..K-1. A `crowd` is a region of many objects and always `difficult`. `area` in
-    square pixels: of the mask if the annotation has one, else of the box.
-    """
-
-    box: Box
-    label: int
-    difficult: bool
-    crowd: bool
-    area: float
-
-
-def object_row(
-    box: Box, label: int, *, difficult: bool = False, crowd: bool = False, area: Any = None
-) -> ObjectRow:
-    """Return an object; `area` is the annotated one if it is a finite number."""
-    if not _is_number(area) or not math.isfinite(area):
-        area = (box[2] - box[0]) * (box[3] - box[1])
-    return ObjectRow(box, label, difficult or crowd, crowd, float(area))
-
-
 class Objects(NamedTuple):
     """The objects of N images in flat arrays; image i has the rows `first[i]:first[i + 1]`.
 
     Attributes:
         first: int64 (N + 1,).
-        boxes: float32 (M, 4).
+        boxes: float32 (M, 4) xyxy pixels, 0-based, x2 and y2 exclusive.
         labels: int64 (M,), in 0..K-1.
         difficult: bool (M,); true for every crowd.
-        crowd: bool (M,).
-        areas: float32 (M,), square pixels.
+        crowd: bool (M,), regions of many objects.
+        areas: float32 (M,), square pixels: of the mask if the annotation has one, else of the box.
     """
 
     first: np.ndarray
@@ -71,35 +48,93 @@ class Objects(NamedTuple):
         return Objects(first, *(array[rows] for array in self[1:]))
 
 
-def flatten(per_image: Sequence[Sequence[ObjectRow]]) -> Objects:
-    """Return the objects of all images in flat arrays."""
-    rows = [row for objects in per_image for row in objects]
-    return Objects(
-        np.cumsum([0, *(len(objects) for objects in per_image)], dtype=np.int64),
-        np.array([row.box for row in rows], dtype=np.float32).reshape(-1, 4),
-        np.array([row.label for row in rows], dtype=np.int64),
-        np.array([row.difficult for row in rows], dtype=bool),
-        np.array([row.crowd for row in rows], dtype=bool),
-        np.array([row.area for row in rows], dtype=np.float32),
-    )
+class BoxReader:
+    """Checks the annotations that a reader of any format finds, and makes a data set of them.
 
+    Args:
+        class_names: in label order; different names.
+        key: the config section that errors name.
+    """
 
-def label_map(classes: Sequence[str], key: str) -> dict[str, int]:
-    """Return the label of each class name. Raises ValueError: no name, or a repeated one."""
-    label_of = {name: label for label, name in enumerate(classes)}
-    if not classes or len(label_of) < len(classes):
-        repeated = sorted({name for name in classes if list(classes).count(name) > 1})
-        given = f"{repeated} more than once" if repeated else "none"
-        raise ValueError(f"{key}.classes must be different names, got {given}.")
-    return label_of
+    def __init__(self, class_names: Sequence[str], key: str, findings: Findings) -> None:
+        if not class_names or len(set(class_names)) < len(class_names):
+            repeated = sorted({n for n in class_names if list(class_names).count(n) > 1})
+            given = f"{repeated} more than once" if repeated else "none"
+            raise ValueError(f"{key}.classes must be different names, got {given}.")
+        self.class_names = list(class_names)
+        self.label_of = {name: label for label, name in enumerate(class_names)}
+        self.key = key
+        self.findings = findings
+        self._sizes: list[Size] = []
+        self._objects: list[list[tuple[Box, int, bool, bool, float]]] = []
 
+    def __len__(self) -> int:
+        return len(self._sizes)
 
-def unknown_class(item: str, name: str, label_of: Mapping[str, int], key: str) -> ValueError:
-    """Return the error for an object of an unknown class."""
-    return ValueError(
-        f"{item}: unknown class.{did_you_mean(name, label_of)} Classes: {', '.join(label_of)}. "
-        f"Correct the name, or set {key}.classes."
-    )
+    def add_image(self, size: Size) -> int:
+        """Add an image of (height, width) and return its index."""
+        self._sizes.append(size)
+        self._objects.append([])
+        return len(self._sizes) - 1
+
+    def add_object(
+        self,
+        image: int,
+        item: str,
+        name: str,
+        box: Box | None,
+        written: str,
+        *,
+        difficult: bool = False,
+        crowd: bool = False,
+        area: Any = None,
+    ) -> None:
+        """Check an object of an image and add it; a wrong one is reported to the findings.
+
+        Args:
+            item: the object's name in messages.
+            name: its class.
+            box: xyxy pixels, 0-based, x2 and y2 exclusive; None if it cannot be read.
+            written: the box as the annotation states it, or why it cannot be read.
+            crowd: a region of many objects, which is always difficult.
+            area: used if it is a finite number, else the area of the box.
+        """
+        size = self._sizes[image]
+        if size == UNKNOWN_SIZE:
+            return
+        if name not in self.label_of:
+            hint, known = did_you_mean(name, self.label_of), ", ".join(self.label_of)
+            message = f"{item}: unknown class.{hint} Classes: {known}. Correct the name, or set"
+            self.findings.report(ValueError(f"{message} {self.key}.classes."))
+        elif box is None:
+            self.findings.report_box(f"{item}: {written}")
+        elif clipped := self.findings.check_box(box, size, item, written):
+            if not _is_number(area) or not math.isfinite(area):
+                area = (clipped[2] - clipped[0]) * (clipped[3] - clipped[1])
+            row = (clipped, self.label_of[name], difficult or crowd, crowd, float(area))
+            self._objects[image].append(row)
+
+    def dataset(
+        self,
+        name: str,
+        source: ImageSource,
+        rows: Sequence[int] | None = None,
+        *,
+        upright: bool = False,
+        origin: Origin | None = None,
+    ) -> "DetectionDataset":
+        """Return the data set; `rows` are those of the source, by default all."""
+        flat = [row for objects in self._objects for row in objects]
+        columns = list(zip(*flat, strict=True)) or [()] * 5
+        objects = Objects(
+            np.cumsum([0, *map(len, self._objects)], dtype=np.int64),
+            np.array(columns[0], dtype=np.float32).reshape(-1, 4),
+            *map(np.array, columns[1:], (np.int64, bool, bool, np.float32)),
+        )
+        sizes = np.array(self._sizes, dtype=np.int64).reshape(-1, 2)
+        return DetectionDataset(
+            name, self.class_names, source, sizes, objects, rows, upright=upright, origin=origin
+        )
 
 
 def stored_size(stored: bytes | Path, *, exif: bool = False) -> Size:
@@ -114,9 +149,8 @@ def stored_size(stored: bytes | Path, *, exif: bool = False) -> Size:
     return upright_size(size, orientation) if exif else size
 
 
-def annotated_size(entry: Mapping[str, Any]) -> Size | None:
-    """Return the (height, width) that an entry states, or None."""
-    height, width = entry.get("height"), entry.get("width")
+def annotated_size(height: Any, width: Any) -> Size | None:
+    """Return an annotated (height, width), or None if it is none."""
     if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
         return min(height, _MAX_SIDE_PX), min(width, _MAX_SIDE_PX)
     return None
@@ -161,17 +195,16 @@ class DetectionDataset(IndexedImages):
         name: str,
         class_names: Sequence[str],
         source: ImageSource,
-        sizes: Sequence[Size],
+        sizes: np.ndarray,
         objects: Objects,
-        rows: np.ndarray | None = None,
+        rows: Sequence[int] | None = None,
         *,
         upright: bool = False,
         origin: Origin | None = None,
     ) -> None:
-        rows = np.arange(len(sizes)) if rows is None else rows
-        super().__init__(name, class_names, source, rows, origin)
+        super().__init__(name, class_names, source, len(sizes), rows, origin)
         self.upright = upright
-        self.sizes = np.asarray(sizes, dtype=np.int64).reshape(-1, 2)
+        self.sizes = sizes
         self.objects = objects
 
     @property

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +11,11 @@ from torch import Tensor
 
 from tract_transfer.data.classification import RENUMBER, ClassificationDataset
 from tract_transfer.data.detection import (
-    UNKNOWN_SIZE,
+    BoxReader,
     DetectionDataset,
-    ObjectRow,
     annotated_size,
-    flatten,
     is_numbers,
-    label_map,
-    object_row,
     stored_size,
-    unknown_class,
 )
 from tract_transfer.data.findings import Box, Findings, Origin, Size, check_size, is_below
 from tract_transfer.data.images import MAX_PIXELS, ImageSource, decode_image
@@ -489,38 +483,57 @@ def load_huggingface_boxes(
             f"{key}.classes is needed, the class names in label order: "
             f"{column.name}.{column.fields['classes']} is no ClassLabel."
         )
-    reader = _BoxReader(column, names, label_map(names, key), key, findings, box_format, box_unit)
-    kept, sizes, objects = [], [], []
-    for row, cell, size in _rows_once(rows, column.name, source, findings):
-        kept.append(row)
-        sizes.append(size)
-        objects.append(list(reader.read(cell, source.item(row), size)))
-    return DetectionDataset(
-        path,
-        names,
-        source,
-        sizes,
-        flatten(objects),
-        np.array(kept, dtype=np.int64),
-        upright=True,
-        origin=at.origin(rows.info.dataset_name, len(rows)),
-    )
+    reader = BoxReader(names, key, findings)
+    kept = _read_rows(rows, source, column, reader, box_format, box_unit)
+    origin = at.origin(rows.info.dataset_name, len(rows))
+    return reader.dataset(path, source, kept, upright=True, origin=origin)
 
 
-def _rows_once(
-    rows: Any, objects: str, source: RowImages, findings: Findings
-) -> Iterator[tuple[int, Any, Size]]:
-    """Yield (row, cell of the column `objects`, image size) of each row, once per image_id."""
+def _read_rows(
+    rows: Any,
+    source: RowImages,
+    column: "_ObjectsColumn",
+    reader: BoxReader,
+    box_format: str,
+    box_unit: str,
+) -> list[int]:
+    """Add the images and objects of all rows; return the rows, each image_id once."""
+    kept: list[int] = []
     first_with: dict[Any, int] = {}
-    columns = {objects, "image_id", "height", "width"} & set(rows.features)
+    columns = {column.name, "image_id", "height", "width"} & set(rows.features)
     for number, row in enumerate(rows.select_columns(sorted(columns))):
-        image_id = row.get("image_id")
+        item, image_id = source.item(number), row.get("image_id")
         if image_id is not None and (other := first_with.setdefault(image_id, number)) != number:
-            message = f"{source.item(number)} repeats image_id {image_id!r} of row {other}."
-            findings.report(ValueError(f"{message} Remove one of them."))
+            message = f"{item} repeats image_id {image_id!r} of row {other}. Remove one of them."
+            reader.findings.report(ValueError(message))
             continue
-        size = annotated_size(row) or stored_size(source.stored(number), exif=True)
-        yield number, row[objects], size
+        size = annotated_size(row.get("height"), row.get("width"))
+        size = size or stored_size(source.stored(number), exif=True)
+        kept.append(number)
+        image = reader.add_image(size)
+        try:
+            entries = _entries(row[column.name], column, item)
+        except ValueError as error:
+            reader.findings.report(error)
+            continue
+        unit = size if box_unit == "relative" else (1, 1)
+        for count, entry in enumerate(entries, start=1):
+            name = _class_name(entry["classes"], column.class_names or reader.class_names)
+            box, written = None, f"the box must be four numbers, not {entry['boxes']!r}"
+            if is_numbers(entry["boxes"]):
+                box = _to_xyxy(entry["boxes"], box_format, unit)
+                written = f"{box_format} {entry['boxes']}"
+            reader.add_object(
+                image,
+                f"{item} object {count} ({name})",
+                name,
+                box,
+                written,
+                difficult=bool(entry.get("difficult")),
+                crowd=bool(entry.get("crowd")),
+                area=entry.get("area") if box_unit == "pixel" else None,
+            )
+    return kept
 
 
 class _ObjectsColumn(NamedTuple):
@@ -557,66 +570,23 @@ def _find_objects(features: Mapping[str, Any], name: str | None, key: str) -> _O
     return columns[name]
 
 
-@dataclass
-class _BoxReader:
-    """Turns the objects of a row into `ObjectRow`s; `names` are the classes without ClassLabel."""
+def _entries(cell: Any, column: _ObjectsColumn, item: str) -> list[dict[str, Any]]:
+    """Return the objects of a row, each a mapping from boxes, classes, ... to its values."""
+    fields = column.fields
+    if not isinstance(cell, dict):
+        return [{what: entry.get(fields[what]) for what in fields} for entry in cell or []]
+    lists = {what: cell[fields[what]] for what in fields if cell.get(fields[what]) is not None}
+    counts = {fields[what]: len(values) for what, values in lists.items()}
+    if len(set(counts.values())) > 1 or ("boxes" in lists) != ("classes" in lists):
+        raise ValueError(f"{item}: the fields of its objects differ in length: {counts}.")
+    rows = zip(*lists.values(), strict=True)
+    return [dict(zip(lists, values, strict=True)) for values in rows]
 
-    column: _ObjectsColumn
-    names: Sequence[str]
-    label_of: Mapping[str, int]
-    key: str
-    findings: Findings
-    box_format: str
-    box_unit: str
 
-    def read(self, cell: Any, item: str, size: Size) -> Iterator[ObjectRow]:
-        """Yield the objects of one row, whose image has `size` (height, width)."""
-        try:
-            objects = self._objects(cell, item)
-        except ValueError as error:
-            self.findings.report(error)
-            return
-        if size == UNKNOWN_SIZE:
-            return
-        unit = size if self.box_unit == "relative" else (1, 1)
-        for count, entry in enumerate(objects, start=1):
-            name, written = self._class_name(entry["classes"]), entry["boxes"]
-            place = f"{item} object {count} ({name})"
-            if name not in self.label_of:
-                self.findings.report(unknown_class(place, name, self.label_of, self.key))
-            elif not is_numbers(written):
-                self.findings.report_box(f"{place}: the box must be four numbers, not {written!r}")
-            elif box := self.findings.check_box(
-                _to_xyxy(written, self.box_format, unit),
-                size,
-                place,
-                f"{self.box_format} {written}",
-            ):
-                yield object_row(
-                    box,
-                    self.label_of[name],
-                    difficult=bool(entry.get("difficult")),
-                    crowd=bool(entry.get("crowd")),
-                    area=entry.get("area") if unit == (1, 1) else None,
-                )
-
-    def _objects(self, cell: Any, item: str) -> list[dict[str, Any]]:
-        """Return the objects of a row, each a mapping from boxes, classes, ... to its values."""
-        fields = self.column.fields
-        if not isinstance(cell, dict):
-            return [{what: entry.get(fields[what]) for what in fields} for entry in cell or []]
-        lists = {what: cell[fields[what]] for what in fields if cell.get(fields[what]) is not None}
-        counts = {fields[what]: len(values) for what, values in lists.items()}
-        if len(set(counts.values())) > 1 or ("boxes" in lists) != ("classes" in lists):
-            raise ValueError(f"{item}: the fields of its objects differ in length: {counts}.")
-        rows = zip(*lists.values(), strict=True)
-        return [dict(zip(lists, values, strict=True)) for values in rows]
-
-    def _class_name(self, value: Any) -> str:
-        names = self.column.class_names or self.names
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
-            return names[value]
-        return str(value)
+def _class_name(value: Any, names: Sequence[str]) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+        return names[value]
+    return str(value)
 
 
 def _to_xyxy(written: Sequence[float], box_format: str, unit: Size) -> Box:

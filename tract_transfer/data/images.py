@@ -6,6 +6,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from fractions import Fraction
 from functools import cache
@@ -182,14 +183,15 @@ class IndexedImages:
         name: str,
         class_names: Sequence[str],
         source: ImageSource,
-        rows: np.ndarray,
+        length: int,
+        rows: Sequence[int] | np.ndarray | None,
         origin: Origin | None,
     ) -> None:
         self.name = name
         self.class_names = list(class_names)
         self.origin = origin or Origin()
         self._source = source
-        self._rows = rows
+        self._rows = np.arange(length) if rows is None else np.asarray(rows, dtype=np.int64)
         self._cache: list[Tensor | None] | None = None
 
     def __len__(self) -> int:
@@ -282,28 +284,31 @@ def read_video(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Tensor]:
         ImportError: PyAV is not installed.
         ValueError: the file is no video, is truncated, or has frames of more than `max_pixels`.
     """
-    av = _pyav()
-    try:
-        with _open_video(av, path) as container:
-            stream = container.streams.video[0]
-            if stream.width * stream.height > max_pixels:
-                raise ValueError(
-                    f"{path} has frames of {stream.width}x{stream.height} pixels, more than "
-                    f"data.max_pixels {max_pixels}."
-                )
-            for frame in container.decode(video=0):
-                pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-                yield pixels.permute(2, 0, 1).contiguous()
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read as a video: {error}.") from error
+    with _open_video(path) as (container, stream):
+        if stream.width * stream.height > max_pixels:
+            raise ValueError(
+                f"{path} has frames of {stream.width}x{stream.height} pixels, more than "
+                f"data.max_pixels {max_pixels}."
+            )
+        for frame in container.decode(video=0):
+            pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+            yield pixels.permute(2, 0, 1).contiguous()
 
 
 def frame_rate(path: Path) -> float:
     """Return a video's frames per second. Raises as `read_video`."""
+    with _open_video(path) as (_, stream):
+        return float(stream.average_rate)
+
+
+@contextmanager
+def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a video and its first stream, but no format that names other files, as playlists do."""
     av = _pyav()
+    options = {"protocol_whitelist": "file", "format_whitelist": _VIDEO_FORMATS}
     try:
-        with _open_video(av, path) as container:
-            return float(container.streams.video[0].average_rate)
+        with av.open(str(path.absolute()), options=options) as container:
+            yield container, container.streams.video[0]
     except (av.FFmpegError, IndexError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as a video: {error}.") from error
 
@@ -331,12 +336,6 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], frames_per_seco
             pixels = np.ascontiguousarray(frame[:height, :width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-
-
-def _open_video(av: Any, path: Path) -> Any:
-    """Open a video, but no format that names other files or addresses, as playlists do."""
-    options = {"protocol_whitelist": "file", "format_whitelist": _VIDEO_FORMATS}
-    return av.open(str(path.absolute()), options=options)
 
 
 def _pyav() -> Any:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -81,38 +82,6 @@ class _Loaded(NamedTuple):
     skipped: str
 
 
-class _Transformer:
-    """Applies the transform with torch's CPU generator seeded for each sample."""
-
-    def __init__(self, transform: Callable[..., Any], seed: int, undecodable: str) -> None:
-        if undecodable not in ("error", "skip"):
-            raise ValueError(f"data.undecodable must be error or skip, got {undecodable!r}.")
-        self._transform = transform
-        self._seed = seed
-        self._skip = undecodable == "skip"
-
-    def __call__(
-        self, sample: Sample, image_of: Callable[[int], Tensor], target_of: Callable[[int], Any]
-    ) -> _Loaded:
-        epoch, index, copy = sample
-        try:
-            image = image_of(index)
-        except UndecodableImage as error:
-            if not self._skip:
-                raise
-            return _Loaded(index, None, None, f"{error.item}: {error.reason}")
-        target = target_of(index)
-        with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed the accelerators too.
-            parts = (epoch, index, copy) if copy else (epoch, index)
-            torch.default_generator.manual_seed(mix(self._seed, *parts))
-            if isinstance(target, dict):
-                image, target = self._transform(image, target)
-            else:
-                image = self._transform(image)
-        return _Loaded(index, image, target, "")
-
-
 class SampledDataset(Dataset[_Loaded]):
     """A data set and its transform, with its own random state for every sample.
 
@@ -131,45 +100,64 @@ class SampledDataset(Dataset[_Loaded]):
         seed: int,
         undecodable: str = "error",
     ) -> None:
+        if undecodable not in ("error", "skip"):
+            raise ValueError(f"data.undecodable must be error or skip, got {undecodable!r}.")
         self._dataset = dataset
-        self._transformer = _Transformer(transform, seed, undecodable)
+        self._transform = transform
+        self._seed = seed
+        self._skip = undecodable == "skip"
+
+    def __getitem__(self, sample: Any) -> _Loaded:
+        sample = sample if isinstance(sample, Sample) else Sample(0, sample)
+        return self._loaded(sample, self._dataset)
+
+    def _loaded(self, sample: Sample, dataset: ImageDataset) -> _Loaded:
+        epoch, index, copy = sample
+        try:
+            image = dataset.image(index)
+        except UndecodableImage as error:
+            if not self._skip:
+                raise
+            return _Loaded(index, None, None, f"{error.item}: {error.reason}")
+        target = dataset.target(index)
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would seed the accelerators too.
+            parts = (epoch, index, copy) if copy else (epoch, index)
+            torch.default_generator.manual_seed(mix(self._seed, *parts))
+            if isinstance(target, dict):
+                image, target = self._transform(image, target)
+            else:
+                image = self._transform(image)
+        return _Loaded(index, image, target, "")
+
+
+@dataclass
+class _StreamedImage:
+    """The data set of one streamed sample, which a worker decodes."""
+
+    title: str
+    max_pixels: int
+    stored: bytes | Path = b""
+    label: int = -1
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return 1
 
-    def __getitem__(self, sample: Sample | int) -> _Loaded:
-        sample = sample if isinstance(sample, Sample) else Sample(0, sample)
-        return self._transformer(sample, self._dataset.image, self._dataset.target)
+    def image(self, index: int) -> Tensor:
+        item = f"{self.title} row {index}"
+        return decode_image(self.stored, item, max_pixels=self.max_pixels)
+
+    def target(self, index: int) -> int:
+        return self.label
 
 
-class StreamedImages(Dataset[_Loaded]):
-    """Decodes the samples of a stream and transforms them as SampledDataset does.
+class _StreamedImages(SampledDataset):
+    """Transforms the samples of a stream, which carry their images."""
 
-    Args:
-        title: the split's name in errors.
-        max_pixels: larger images are not decoded.
-    """
+    _dataset: _StreamedImage
 
-    def __init__(
-        self,
-        title: str,
-        transform: Callable[..., Any],
-        seed: int,
-        undecodable: str = "error",
-        max_pixels: int = MAX_PIXELS,
-    ) -> None:
-        self._title = title
-        self._max_pixels = max_pixels
-        self._transformer = _Transformer(transform, seed, undecodable)
-
-    def __getitem__(self, streamed: StreamedSample) -> _Loaded:
-        sample, (stored, label) = streamed
-
-        def image(index: int) -> Tensor:
-            item = f"{self._title} row {index}"
-            return decode_image(stored, item, max_pixels=self._max_pixels)
-
-        return self._transformer(sample, image, lambda _: label)
+    def __getitem__(self, sample: StreamedSample) -> _Loaded:
+        return self._loaded(sample.sample, replace(self._dataset, **sample.row._asdict()))
 
 
 def train_loader(
@@ -223,7 +211,7 @@ def stream_loader(
 
     So neither the rows that are read nor their order depends on the number of workers.
     """
-    samples = StreamedImages(title, transform, seed, undecodable, max_pixels)
+    samples = _StreamedImages(_StreamedImage(title, max_pixels), transform, seed, undecodable)
     return _loader(samples, batches, num_workers=num_workers, pin_memory=pin_memory)
 
 

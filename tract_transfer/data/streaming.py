@@ -9,17 +9,15 @@ cannot be used: its buffer is lost on resume, and its order depends on the numbe
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from tract_transfer.data import images
@@ -32,14 +30,14 @@ from tract_transfer.data.huggingface import (
     find_label_column,
     hub_errors,
     is_saved,
+    load_huggingface,
     named_classes,
     open_saved,
     parquet_files,
     split_files,
-    split_folders,
     wrong_label,
 )
-from tract_transfer.data.images import MAX_PIXELS, ImageSource
+from tract_transfer.data.images import MAX_PIXELS
 from tract_transfer.data.sampling import Sample, check_batch_size, check_divides, mix
 
 DEFAULT_READERS = 8
@@ -60,24 +58,15 @@ class Row(NamedTuple):
     label: int
 
 
-class RowGroups(Protocol):
-    """Where rows are stored. `counts` are the rows of each group, int64 (G,)."""
-
-    counts: np.ndarray
-
-    def rows(self, group: int, first: int = 0) -> Iterator[Row]:
-        """Read a group from its row `first`."""
-
-    def labels(self) -> Iterator[np.ndarray]:
-        """Read all labels in order, int64, without the images."""
-
-
 class ParquetGroups:
     """The row groups of parquet files, read a few rows at a time.
 
     Args:
         files: paths or URLs of any file system that fsspec knows, such as `hf://`.
         image_column, label_column: structs of `bytes` and `path`, and integers.
+
+    Attributes:
+        counts: the rows of each group, int64 (G,).
     """
 
     def __init__(self, files: Sequence[str], image_column: str, label_column: str) -> None:
@@ -188,7 +177,7 @@ class Stream:
 
     name: str
     class_names: Sequence[str]
-    groups: RowGroups
+    groups: ParquetGroups | SavedGroups
     title: str
     key: str
     label_column: str
@@ -290,12 +279,11 @@ def stream_huggingface(
     """Open one split of an image classification data set without loading it.
 
     Of parquet and saved rows, only the sizes of the groups and, if they are local, the labels are
-    read. An image folder is a `ClassificationDataset` whose files are listed here.
+    read. An image folder, whose files are only listed, is loaded by `load_huggingface`.
 
     Args:
         path, split, config_name, revision, image_column, label_column, key, max_pixels: as of
-            `huggingface.load_huggingface`. Only saved rows can be sliced, and data sets of the hub
-            must be parquet.
+            `load_huggingface`. Parquet cannot be sliced, and data sets of the hub must be parquet.
         num_classes: of a label column of integers without names: "0", "1", ...
 
     Raises:
@@ -305,23 +293,24 @@ def stream_huggingface(
     """
     at = Location(path, split, config_name, revision, key)
     files: list[str] = []
-    declared = version = None
+    version = declared = None
     if not at.is_hub and is_saved(at.folder()):
         rows = open_saved(at)
         features, declared = rows.features, rows.info.dataset_name
-    elif "[" in split:
-        raise ValueError(
-            f"{key}.split: {split} is a slice, and streamed files are read completely. Name whole "
-            f"splits, or set {key}.streaming: false."
-        )
-    elif at.is_hub:
-        files, features = _hub_files(at)
-        version = "\n".join(files)
-    elif at.folder().is_file() or parquet_files(at.folder()):
-        files = [str(file) for group in split_files(at).values() for file in group]
-        features = _features(files)
+    elif at.is_hub or at.folder().is_file() or parquet_files(at.folder()):
+        if "[" in split:
+            raise ValueError(
+                f"{key}.split: {split} is a slice, and streamed files are read completely. Name "
+                f"whole splits, or set {key}.streaming: false."
+            )
+        files, features = _hub_files(at) if at.is_hub else _local_files(at)
+        version = "\n".join(files) if at.is_hub else None
     else:
-        return _image_folder(at, num_classes, max_pixels)
+        if num_classes is not None:
+            raise ValueError(
+                f"{key}.num_classes: the folders of {path} are its classes. Remove it."
+            )
+        return load_huggingface(path, split, key=key, max_pixels=max_pixels)
     columns = (
         find_image_column(features, image_column, key),
         find_label_column(features, label_column, key),
@@ -371,6 +360,11 @@ def _hub_files(at: Location) -> tuple[list[str], Any]:
         return files, builder.info.features or _features(files[:1])
 
 
+def _local_files(at: Location) -> tuple[list[str], Any]:
+    files = [str(file) for group in split_files(at).values() for file in group]
+    return files, _features(files)
+
+
 def _features(files: list[str]) -> Any:
     """Return the features of parquet files; refuse files that differ."""
     import datasets
@@ -385,79 +379,6 @@ def _features(files: list[str]) -> Any:
                 f"others than {files[0]}. Write them again from one dataset."
             )
     return first
-
-
-class FolderImages(ImageSource):
-    """The images at `<folder>/<class>/<name>`, ordered by class and name; only names are kept.
-
-    Attributes:
-        class_names: those with an image in any of `all_folders`.
-        labels: int64 (N,).
-
-    Raises:
-        ValueError: the folder of a class contains a folder.
-    """
-
-    def __init__(
-        self, folder: Path, all_folders: list[Path], title: str, max_pixels: int = MAX_PIXELS
-    ) -> None:
-        super().__init__(max_pixels)
-        self._folder = folder
-        self._title = title
-        entries = [entry for path in all_folders for entry in os.scandir(path) if entry.is_dir()]
-        self.class_names = sorted({e.name for e in entries if any(_image_names(Path(e.path)))})
-        # Arrays of bytes, which worker processes share.
-        self._names = [
-            np.array(sorted(_image_names(folder / name)), dtype="S") for name in self.class_names
-        ]
-        counts = [len(names) for names in self._names]
-        self._begins = np.cumsum([0, *counts])
-        self.labels = np.repeat(np.arange(len(counts)), counts)
-
-    def stored(self, row: int) -> Path:
-        """Return a row's file."""
-        label = int(self.labels[row])
-        name = os.fsdecode(bytes(self._names[label][row - int(self._begins[label])]))
-        return self._folder / self.class_names[label] / name
-
-    def item(self, row: int) -> str:
-        """Return a row's name in messages, with its file."""
-        return f"{self._title} row {row} ({self.stored(row)})"
-
-
-def _image_names(folder: Path) -> Iterator[bytes]:
-    if not folder.is_dir():
-        return
-    suffixes = Image.registered_extensions()
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                raise ValueError(
-                    f"{entry.path} is a folder in the folder of a class. Streaming only reads "
-                    "<class>/<image>: move its images up, or set streaming: false."
-                )
-            if Path(entry.name).suffix.lower() in suffixes:
-                yield os.fsencode(entry.name)
-
-
-def _image_folder(at: Location, num_classes: int | None, max_pixels: int) -> ClassificationDataset:
-    if num_classes is not None:
-        raise ValueError(
-            f"{at.key}.num_classes: the folders of {at.path} are its classes. Remove it."
-        )
-    folders = split_folders(at.folder())
-    name, *others = at.check_split(list(folders))
-    if others:
-        raise ValueError(f"{at.key}.split: a streamed image folder is one split, not {at.split}.")
-    source = FolderImages(folders[name], list(folders.values()), at.title, max_pixels)
-    labels, names = source.labels, source.class_names
-    if len(labels) == 0 or len(names) < 2:
-        raise ValueError(
-            f"{folders[name]} has {len(labels)} images in {len(names)} classes, as "
-            f"<class>/<image>; 2 classes are needed. Set {at.key}.path."
-        )
-    origin = at.origin(None, len(labels))
-    return ClassificationDataset(at.path, names, labels, source, origin=origin)
 
 
 # Which rows an iteration sees.

@@ -1,23 +1,18 @@
 """Reading a PASCAL VOC devkit: split files and annotations."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree.ElementTree import Element, ParseError
 
 from tract_transfer.data.detection import (
-    UNKNOWN_SIZE,
+    BoxReader,
     DetectionDataset,
     ImageFiles,
-    ObjectRow,
     annotated_size,
-    flatten,
-    label_map,
-    object_row,
     stored_size,
-    unknown_class,
 )
-from tract_transfer.data.findings import Box, Findings, Origin, Size, check_voc_sets, is_below
+from tract_transfer.data.findings import Findings, Origin, Size, check_voc_sets, is_below
 from tract_transfer.data.images import MAX_PIXELS
 from tract_transfer.registry import did_you_mean
 
@@ -56,52 +51,41 @@ def load_voc(
         FileNotFoundError: a folder, a split file, an annotation or an image is missing.
         ValueError: a line or an object is wrong; the message names its file and number.
     """
-    names = list(VOC_CLASSES if classes is None else classes)
-    label_of = label_map(names, key)
+    reader = BoxReader(VOC_CLASSES if classes is None else classes, key, findings or Findings())
     if not sets:
         raise ValueError(f"{key}.sets must name at least one set, such as 2007/trainval.")
-    findings = findings or Findings()
     files: list[str] = []
-    sizes: list[Size] = []
-    objects: list[list[ObjectRow]] = []
-    for annotation, xml, image in _annotations(Path(root).expanduser(), sets, key, findings):
-        size = _read_size(annotation) or stored_size(image)
+    for annotation, xml, image in _annotations(Path(root).expanduser(), sets, reader):
         files.append(str(image))
-        sizes.append(size)
-        objects.append(list(_read_objects(annotation, xml, size, label_of, key, findings)))
+        index = reader.add_image(_read_size(annotation) or stored_size(image))
+        for number, element in enumerate(annotation.findall("object"), start=1):
+            _read_object(index, f"{xml} object {number}", element, reader)
     size_check = check_voc_sets(sets, len(files)) if classes is None else None
-    return DetectionDataset(
-        f"voc {'+'.join(sets)}",
-        names,
-        ImageFiles(files, max_pixels),
-        sizes,
-        flatten(objects),
-        origin=Origin(size_check=size_check),
-    )
+    source = ImageFiles(files, max_pixels)
+    return reader.dataset(f"voc {'+'.join(sets)}", source, origin=Origin(size_check=size_check))
 
 
 def _annotations(
-    root: Path, sets: Sequence[str], key: str, findings: Findings
+    root: Path, sets: Sequence[str], reader: BoxReader
 ) -> Iterator[tuple[Element, Path, Path]]:
     """Yield (annotation, its XML file, image file) of each image of the sets, once."""
     line_of: dict[Path, str] = {}
     for voc_set in sets:
-        for line, xml, image in _read_split(root, voc_set, key, findings):
+        for line, xml, image in _read_split(root, voc_set, reader):
             try:
                 if (first := line_of.setdefault(xml, line)) != line:
                     message = f"{line} repeats {xml.stem!r}, already in {first}. Remove one."
                     raise ValueError(message)
                 annotation = _parse(xml)
             except ValueError as error:
-                findings.report(error)
+                reader.findings.report(error)
                 continue
             yield annotation, xml, image
 
 
-def _read_split(
-    root: Path, voc_set: str, key: str, findings: Findings
-) -> Iterator[tuple[str, Path, Path]]:
+def _read_split(root: Path, voc_set: str, reader: BoxReader) -> Iterator[tuple[str, Path, Path]]:
     """Yield (split file and line, XML file, image file) of each image of a set."""
+    key = reader.key
     year, slash, split = voc_set.partition("/")
     if not (year and slash and split):
         raise ValueError(f"{key}.sets: {voc_set!r} must be <year>/<split>, as 2007/trainval.")
@@ -123,7 +107,7 @@ def _read_split(
         try:
             xml, image = _find_files(devkit, item, fields)
         except (ValueError, FileNotFoundError) as error:
-            findings.report(error)
+            reader.findings.report(error)
             continue
         yield item, xml, image
     if count == 0:
@@ -177,33 +161,18 @@ def _read_size(annotation: Element) -> Size | None:
         width = int(annotation.findtext("size/width") or 0)
     except ValueError:
         return None
-    return annotated_size({"height": height, "width": width})
+    return annotated_size(height, width)
 
 
-def _read_objects(
-    annotation: Element,
-    xml: Path,
-    size: Size,
-    label_of: Mapping[str, int],
-    key: str,
-    findings: Findings,
-) -> Iterator[ObjectRow]:
-    if size == UNKNOWN_SIZE:
+def _read_object(image: int, item: str, element: Element, reader: BoxReader) -> None:
+    """Add an object; VOC's boxes are 1-based and inclusive."""
+    name = (element.findtext("name") or "").strip()
+    item = f"{item} ({name or 'no name'})"
+    difficult = (element.findtext("difficult") or "0").strip()
+    if difficult not in ("0", "1"):
+        message = f"{item}: <difficult> must be 0 or 1, not {difficult!r}."
+        reader.findings.report(ValueError(message))
         return
-    for number, element in enumerate(annotation.findall("object"), start=1):
-        name = (element.findtext("name") or "").strip()
-        item = f"{xml} object {number} ({name or 'no name'})"
-        difficult = (element.findtext("difficult") or "0").strip()
-        if name not in label_of:
-            findings.report(unknown_class(item, name, label_of, key))
-        elif difficult not in ("0", "1"):
-            findings.report(ValueError(f"{item}: <difficult> must be 0 or 1, not {difficult!r}."))
-        elif box := _read_box(element, size, item, findings):
-            yield object_row(box, label_of[name], difficult=difficult == "1")
-
-
-def _read_box(element: Element, size: Size, item: str, findings: Findings) -> Box | None:
-    """Return the box, 0-based and exclusive; VOC's own boxes are 1-based and inclusive."""
     corners = []
     for side in ("xmin", "ymin", "xmax", "ymax"):
         text = element.findtext(f"bndbox/{side}")
@@ -212,8 +181,10 @@ def _read_box(element: Element, size: Size, item: str, findings: Findings) -> Bo
         except ValueError:
             corners.append(math.nan)
         if not math.isfinite(corners[-1]):
-            findings.report_box(f"{item}: <{side}> must be a finite number, not {text!r}")
-            return None
+            wrong = f"<{side}> must be a finite number, not {text!r}"
+            reader.add_object(image, item, name, None, wrong)
+            return
     xmin, ymin, xmax, ymax = corners
     written = f"xmin {xmin:g}, ymin {ymin:g}, xmax {xmax:g}, ymax {ymax:g} (from 1, inclusive)"
-    return findings.check_box((xmin - 1, ymin - 1, xmax, ymax), size, item, written)
+    box = (xmin - 1, ymin - 1, xmax, ymax)
+    reader.add_object(image, item, name, box, written, difficult=difficult == "1")
