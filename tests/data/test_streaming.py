@@ -9,9 +9,13 @@ import torch
 from stream_rows import CROP, NAMES, indices_of, make_rows, order_of
 
 from tract_transfer.data.huggingface import load_huggingface
-from tract_transfer.data.streaming import stream_huggingface
 from tract_transfer.data.loader import eval_loader, stream_loader
-from tract_transfer.data.streaming import StreamBatches, StreamEvalBatches, StreamOrder
+from tract_transfer.data.streaming import (
+    StreamBatches,
+    StreamEvalBatches,
+    StreamOrder,
+    stream_huggingface,
+)
 
 pytestmark = pytest.mark.usefixtures("offline_cache")
 

@@ -1,7 +1,7 @@
-"""The same small detection data in every format: three 40x30 images, the last one empty.
+"""The same small detection data in every format: three 40x30 images, the last one without objects.
 
 A writer takes a folder and the first image's objects, (class, box xyxy pixels, 0-based and
-exclusive), and returns what loads the data: `load(**arguments) -> DetectionDataset`.
+exclusive), and returns the loader: `load(**arguments) -> DetectionDataset`.
 """
 
 import json
@@ -41,7 +41,7 @@ def write_voc(folder, objects):
         (devkit / f"Annotations/{number}.xml").write_text(text)
         picture(number).save(devkit / f"JPEGImages/{number}.jpg")
     (devkit / "ImageSets/Main/train.txt").write_text("0\n1\n2\n")
-    return partial(load_voc, folder, ["2007/train"], classes=NAMES)
+    return partial(load_voc, folder, sets=["2007/train"], classes=NAMES)
 
 
 def xywh(box):
@@ -49,7 +49,7 @@ def xywh(box):
 
 
 def coco_tree(objects):
-    """COCO's json of the data, with ids that are neither 0-based nor in order."""
+    """Return COCO's json of the data, with ids that are neither 0-based nor in order."""
     rows = [(number, *each) for number, found in enumerate([objects, *OTHERS]) for each in found]
     known = [*NAMES, "eel"]
     return {
@@ -90,9 +90,9 @@ def encoded(photo, exif):
 
 
 def write_rows(folder, objects, feature=None, key="bbox", box=xywh, more=None, first=None):
-    """Write train.parquet; `feature` makes the column of objects from that of their fields.
+    """Write train.parquet; `feature` makes the feature of objects from those of their fields.
 
-    `first` is the first picture and its EXIF, where it is another.
+    `first` replaces the first picture and its EXIF.
     """
     fields = {"bbox": datasets.List(datasets.Value("float64"))}
     fields["category"] = datasets.ClassLabel(names=[*NAMES, "eel"])
@@ -122,7 +122,7 @@ def write_rows(folder, objects, feature=None, key="bbox", box=xywh, more=None, f
 
 
 WRITERS = {"voc": write_voc, "coco": write_coco, "huggingface": write_rows}
-# What each calls the first image's objects, numbered from 1.
+# The name of the first image's objects in each format, numbered from 1.
 PLACES = {
     "voc": "0.xml object {} ({})",
     "coco": "boxes.json annotations[{0}] id 10{0} ({1})",
@@ -131,5 +131,5 @@ PLACES = {
 
 
 def place(source, number, name):
-    """How an error names the first image's object `number`, from 1."""
+    """Return how an error names object `number` of the first image, from 1."""
     return PLACES[source].format(number - (source == "coco"), name)

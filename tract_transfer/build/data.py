@@ -116,7 +116,7 @@ def build_data(config: Config) -> Data:
         train = train.with_objects()
     if isinstance(config, ProbeConfig) and config.data.has_many_labels:
         train, test = ImageLabels(train), ImageLabels(test)
-    data = Data(train, val, test, findings.fixed)
+    data = Data(train, val, test, findings.clipped_boxes)
     check_streams(config, data.splits)
     join_integer_classes(data.splits)
     check_disjoint(data.splits)

@@ -18,7 +18,7 @@ class Findings:
 
     Args:
         invalid_boxes: `error`, or `clip`: a box is clipped to its image, and dropped if nothing
-            remains or its numbers are not finite. `fixed` lists every such box.
+            remains or its numbers are not finite. `clipped_boxes` lists every such box.
         collect: append every problem to `problems` and skip the item that has it.
 
     An overhang below one pixel is a rounding error: the box is clipped and not reported.
@@ -28,7 +28,7 @@ class Findings:
         if invalid_boxes not in ("error", "clip"):
             raise ValueError(f"data.invalid_boxes must be error or clip, got {invalid_boxes!r}.")
         self.problems: list[str] = []
-        self.fixed: list[str] = []
+        self.clipped_boxes: list[str] = []
         self._clip = invalid_boxes == "clip"
         self._collect = collect
 
@@ -41,7 +41,7 @@ class Findings:
     def report_box(self, message: str) -> None:
         """Report an invalid box, or note that it is dropped under `clip`."""
         if self._clip:
-            self.fixed.append(f"{message}: dropped")
+            self.clipped_boxes.append(f"{message}: dropped")
         else:
             hint = "Correct it, or set data.invalid_boxes: clip."
             self.report(ValueError(f"{message}. {hint}"))
@@ -73,7 +73,7 @@ class Findings:
             if not (self._clip and remains):
                 self.report_box(message)
                 return None
-            self.fixed.append(f"{message}: clipped")
+            self.clipped_boxes.append(f"{message}: clipped")
         return clipped
 
 
