@@ -16,7 +16,7 @@ from tract_transfer.data.findings import Box, Findings, Origin, Size
 from tract_transfer.data.images import ImageSource, IndexedImages, read_header, upright_size
 from tract_transfer.registry import did_you_mean
 
-# No size is annotated and the image has no readable header, so it will not decode either.
+# Of an image without annotated size and readable header: it raises when it is accessed.
 UNKNOWN_SIZE: Size = (0, 0)
 _MAX_SIDE_PX = 2**31  # larger than any image: such a size will not match what is stored
 
@@ -67,9 +67,6 @@ class BoxReader:
         self.findings = findings
         self._sizes: list[Size] = []
         self._objects: list[list[tuple[Box, int, bool, bool, float]]] = []
-
-    def __len__(self) -> int:
-        return len(self._sizes)
 
     def add_image(self, size: Size) -> int:
         """Add an image of (height, width) and return its index."""
@@ -138,10 +135,7 @@ class BoxReader:
 
 
 def stored_size(stored: bytes | Path, *, exif: bool = False) -> Size:
-    """Return (height, width) from an image's header, or UNKNOWN_SIZE if it is unreadable.
-
-    An unreadable image raises when it is accessed, and data.undecodable decides what follows.
-    """
+    """Return (height, width) from an image's header, or UNKNOWN_SIZE if it is unreadable."""
     try:
         size, orientation = read_header(stored)
     except images.UndecodableImage:
@@ -218,12 +212,7 @@ class DetectionDataset(IndexedImages):
         return np.bincount(self.labels, minlength=len(self.class_names))
 
     def _decode(self, index: int) -> Tensor:
-        """Decode an image of the annotated size, by its EXIF orientation if only that fits.
-
-        Raises:
-            UndecodableImage: the image is broken.
-            ValueError: it has another size.
-        """
+        """Decode an image to the annotated size, by its EXIF orientation if only that fits."""
         size, row = self.size(index), int(self._rows[index])
         for exif in (self.upright, not self.upright):
             image = self._source.image(row, exif)
@@ -259,11 +248,7 @@ class DetectionDataset(IndexedImages):
         return height, width
 
     def unfollowed_orientation(self, index: int) -> int:
-        """Return the EXIF orientation of an image that is used as stored and may be turned, else 1.
-
-        Raises:
-            UndecodableImage: its header is unreadable.
-        """
+        """Return the EXIF orientation that an image may need but is not given, else 1."""
         size, orientation = read_header(self._source.stored(int(self._rows[index])))
         is_unclear = not self.upright and upright_size(size, orientation) == size
         return orientation if is_unclear else 1

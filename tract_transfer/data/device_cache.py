@@ -254,9 +254,6 @@ def resized_crops(images: Tensor, boxes: Boxes, size_px: int, interpolation: str
     """Crop `boxes` and resize them: uint8 (B, 3, P, P) -> uint8 (B, 3, S, S).
 
     The filters are those of torch's antialiased resizing, as one matrix per side.
-
-    Raises:
-        ValueError: the interpolation is none of nearest, bilinear and bicubic.
     """
     count, channels, side, _ = images.shape
     top, left, height, width = torch.from_numpy(boxes).to(images.device).unbind(1)

@@ -78,11 +78,7 @@ class Findings:
 
 
 def is_below(folder: Path, file: str | Path) -> bool:
-    """Whether `file`, relative to `folder`, is a path below it.
-
-    Only the text of the path counts: a link inside the folder may point elsewhere, as its owner
-    put it there.
-    """
+    """Whether `file`, relative to `folder`, is a path below it. Links in it may lead out of it."""
     for top, path in (
         (folder.absolute(), folder.absolute() / file),
         (folder.resolve(), folder / file),  # the folder itself may be reached through a link
@@ -117,13 +113,9 @@ class Origin(NamedTuple):
 
 
 class KnownDataset(NamedTuple):
-    """The official splits of a data set.
+    """The official number of images by split of a data set, and a copy that differs (`trap`).
 
-    Attributes:
-        title: its name in messages.
-        names: hub ids, and names of folders and saved data sets: see `_normalized`.
-        images: the number of images by split.
-        trap: a copy that is known to differ, and how.
+    `names` are hub ids, and names of folders and saved data sets: see `_normalized`.
     """
 
     title: str

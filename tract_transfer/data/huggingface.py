@@ -65,18 +65,6 @@ class Location(NamedTuple):
             )
         return folder
 
-    def image_folders(self) -> list[Path]:
-        """Return where image files may lie: in the data set's folder, or in the hub's caches."""
-        import datasets
-        import huggingface_hub
-
-        if not self.is_hub:
-            folder = Path(self.path).expanduser()
-            return [folder if folder.is_dir() else folder.parent]
-        config, hub = datasets.config, huggingface_hub.constants
-        caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, hub.HF_HUB_CACHE)
-        return [Path(cache) for cache in caches]
-
     def check_split(self, known: Sequence[str]) -> list[str]:
         """Return the names in a split such as `train[:10%]+test`; refuse unknown ones."""
         names = [re.split(r"[\[(]", part)[0].strip() for part in self.split.split("+")]
@@ -97,27 +85,26 @@ class Location(NamedTuple):
 class RowImages(ImageSource):
     """One image column of rows, kept encoded and memory-mapped.
 
-    A file that a row names must be in one of `folders`.
+    An image file must be in the data set's folder, or in the caches of the hub.
     """
 
-    def __init__(
-        self, rows: Any, column: str, title: str, folders: Sequence[Path], max_pixels: int
-    ) -> None:
+    def __init__(self, rows: Any, column: str, at: Location, max_pixels: int) -> None:
         import datasets
+        import huggingface_hub
 
         super().__init__(max_pixels)
         undecoded = rows.select_columns([column])
         self._rows = undecoded.cast_column(column, datasets.Image(decode=False))
         self._column = column
-        self._title = title
-        self._folders = folders
+        self._title = at.title
+        folder, config = Path(at.path).expanduser(), datasets.config
+        hub_cache = huggingface_hub.constants.HF_HUB_CACHE
+        caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, hub_cache)
+        local = folder if folder.is_dir() else folder.parent
+        self._folders = [Path(cache) for cache in caches] if at.is_hub else [local]
 
     def stored(self, row: int) -> bytes | Path:
-        """Return a row's encoded image, or its file; an empty cell has no bytes.
-
-        Raises:
-            ValueError: the file is outside the data set's folder.
-        """
+        """Return a row's encoded image, or its file. Raises ValueError: it is in another folder."""
         cell = self._rows[row][self._column]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             return b""
@@ -161,7 +148,8 @@ def open_rows(at: Location) -> Any:
             at, "parquet", {k: list(map(str, v)) for k, v in split_files(at).items()}
         )
     else:
-        folders = split_folders(folder)
+        splits = [name for name in _SPLIT_NAMES if (folder / name).is_dir()]
+        folders = {name: folder / name for name in splits} or {_own_split(folder): folder}
         at.check_split(list(folders))
         # All splits at once, so that the classes are those of their union.
         rows = _open_files(at, "imagefolder", {k: str(v / "**") for k, v in folders.items()})
@@ -172,13 +160,7 @@ def open_rows(at: Location) -> Any:
 
 @contextmanager
 def hub_errors(at: Location) -> Iterator[None]:
-    """Say how to fix a data set of the hub that does not load.
-
-    Raises:
-        ConnectionError: the hub does not answer.
-        FileNotFoundError: it has no such data set.
-        ValueError: the split or the configuration does not fit.
-    """
+    """Turn the errors of the hub into the three of `load_huggingface`, and say how to fix them."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
@@ -233,11 +215,7 @@ def parquet_files(folder: Path) -> list[Path]:
 
 
 def split_files(at: Location) -> dict[str, list[Path]]:
-    """Return the parquet files of each split that `at.split` names.
-
-    Raises:
-        ValueError: another kind of file, an unknown split, or shards of which one is missing.
-    """
+    """Return the parquet files of each split that `at.split` names; refuse an incomplete copy."""
     path, groups = at.folder(), dict[str, list[Path]]()
     if path.is_file():
         if path.suffix != ".parquet":
@@ -255,17 +233,8 @@ def split_files(at: Location) -> dict[str, list[Path]]:
     return {name: groups[name] for name in at.check_split(list(groups))}
 
 
-def split_folders(folder: Path) -> dict[str, Path]:
-    """Return the folders of an image folder's splits, or the folder itself if it has none."""
-    splits = [name for name in _SPLIT_NAMES if (folder / name).is_dir()]
-    return {name: folder / name for name in splits} or {_own_split(folder): folder}
-
-
 def _own_split(path: Path) -> str:
-    """Return the split that a file or folder is: the one it is named after, or train.
-
-    With any other rule, one folder could silently be both train and test.
-    """
+    """Return the split that a path is named after, or train: one path is never two splits."""
     return path.stem if path.stem in _SPLIT_NAMES else "train"
 
 
@@ -341,11 +310,7 @@ def _find_column(features: Mapping[str, Any], column: str | None, feature: type,
 
 
 def named_classes(feature: Any, column: str, at: Location) -> list[str] | None:
-    """Return the class names of a label column, or None for integers without names.
-
-    Raises:
-        ValueError: there is one class.
-    """
+    """Return the class names of a label column, or None for integers. Refuse a single class."""
     import datasets
 
     if not isinstance(feature, datasets.ClassLabel):
@@ -427,7 +392,7 @@ def load_huggingface(
                 f"{RENUMBER}"
             )
         names = [str(label) for label in range(largest + 1)]
-    source = RowImages(rows, image_column, at.title, at.image_folders(), max_pixels)
+    source = RowImages(rows, image_column, at, max_pixels)
     is_wrong = (labels < 0) | (labels >= len(names))
     for row in np.flatnonzero(is_wrong).tolist():
         findings.report(wrong_label(source.item(row), labels[row], column, len(names), key))
@@ -475,7 +440,7 @@ def load_huggingface_boxes(
     findings = findings or Findings()
     rows = open_rows(at)
     image_column = find_image_column(rows.features, image_column, key)
-    source = RowImages(rows, image_column, at.title, at.image_folders(), max_pixels)
+    source = RowImages(rows, image_column, at, max_pixels)
     column = _find_objects(rows.features, objects_column, key)
     names = column.class_names if classes is None else list(classes)
     if names is None:

@@ -94,11 +94,7 @@ def decode_image(
 
 
 def read_header(stored: bytes | Path) -> tuple[Size, int]:
-    """Return (height, width) as stored, and the EXIF orientation: 1..8, 1 if there is none.
-
-    Raises:
-        UndecodableImage: PIL does not know the header.
-    """
+    """Return (height, width) as stored and the EXIF orientation, 1..8. Raises UndecodableImage."""
     try:
         stream = stored if isinstance(stored, Path) else BytesIO(stored)
         with Image.open(stream, formats=_formats()) as header:
@@ -170,13 +166,7 @@ Self = TypeVar("Self", bound="IndexedImages")
 
 
 class IndexedImages:
-    """The images of a data set by index, decoded at each access unless `cache_images` is called.
-
-    Attributes:
-        name: the data set's name.
-        class_names: K names, in label order.
-        origin: where the data come from.
-    """
+    """The images of a data set by index, decoded at each access unless `cache_images` is called."""
 
     def __init__(
         self,
@@ -278,7 +268,7 @@ _BITS_PER_SECOND = 8_000_000
 
 
 def read_video(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Tensor]:
-    """Yield the frames of a video's first stream, uint8 RGB (3, H, W), one at a time.
+    """Yield the frames of a video, uint8 RGB (3, H, W), one at a time.
 
     Raises:
         ImportError: PyAV is not installed.
@@ -316,11 +306,8 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
 def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], frames_per_second: float) -> None:
     """Write RGB frames (H, W, 3) of one size as MPEG-4.
 
-    The format needs even sides: an odd side loses its last row or column.
-
-    Raises:
-        ImportError: PyAV is not installed.
-        ValueError: there is no frame.
+    The format needs even sides: an odd side loses its last row or column. Raises ImportError if
+    PyAV is not installed, and ValueError if there is no frame.
     """
     av, frames = _pyav(), iter(frames)
     first = next(frames, None)

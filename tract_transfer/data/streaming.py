@@ -61,12 +61,8 @@ class Row(NamedTuple):
 class ParquetGroups:
     """The row groups of parquet files, read a few rows at a time.
 
-    Args:
-        files: paths or URLs of any file system that fsspec knows, such as `hf://`.
-        image_column, label_column: structs of `bytes` and `path`, and integers.
-
-    Attributes:
-        counts: the rows of each group, int64 (G,).
+    `files` are paths or URLs of any file system that fsspec knows, such as `hf://`. `counts` are
+    the rows of each group, int64 (G,).
     """
 
     def __init__(self, files: Sequence[str], image_column: str, label_column: str) -> None:
@@ -158,10 +154,10 @@ def _rows_of_table(table: Any, image_column: str, label_column: str) -> Iterator
 
 @dataclass
 class Stream:
-    """Images and their classes in groups of rows.
+    """Images and their classes in groups of rows; the index of an image is the number of its row.
 
-    The index of an image is the number of its row. Reading one opens its group, so only reading in
-    order is fast. Memory does not grow with the number of images.
+    Reading an image opens its group, so only reading in order is fast. Memory does not grow with
+    the number of images.
 
     Attributes:
         title: the split's name in errors.
@@ -195,11 +191,7 @@ class Stream:
         return int(self._begins[-1])
 
     def read(self, group: int, first: int = 0) -> Iterator[tuple[int, Row]]:
-        """Read a group from its row `first`: indices of images, and rows.
-
-        Raises:
-            ValueError: a label is not one of the classes.
-        """
+        """Read a group from its row `first`: indices of images, and rows. Checks their labels."""
         begin = int(self._begins[group])
         for index, row in enumerate(self.groups.rows(group, first), begin + first):
             self._check_label(index, row.label)
@@ -292,53 +284,54 @@ def stream_huggingface(
         ValueError: the split, a column or a label does not fit, or the format cannot be streamed.
     """
     at = Location(path, split, config_name, revision, key)
-    files: list[str] = []
-    version = declared = None
-    if not at.is_hub and is_saved(at.folder()):
-        rows = open_saved(at)
-        features, declared = rows.features, rows.info.dataset_name
-    elif at.is_hub or at.folder().is_file() or parquet_files(at.folder()):
-        if "[" in split:
-            raise ValueError(
-                f"{key}.split: {split} is a slice, and streamed files are read completely. Name "
-                f"whole splits, or set {key}.streaming: false."
-            )
-        files, features = _hub_files(at) if at.is_hub else _local_files(at)
-        version = "\n".join(files) if at.is_hub else None
-    else:
+    opened = _open_rows(at)
+    if opened is None:
         if num_classes is not None:
-            raise ValueError(
-                f"{key}.num_classes: the folders of {path} are its classes. Remove it."
-            )
+            message = f"{key}.num_classes: the folders of {path} are its classes. Remove it."
+            raise ValueError(message)
         return load_huggingface(path, split, key=key, max_pixels=max_pixels)
+    rows, files, features = opened
     columns = (
         find_image_column(features, image_column, key),
         find_label_column(features, label_column, key),
     )
     names = named_classes(features[columns[1]], columns[1], at)
     label_key = f"{key}.label_column" if names is None else None
-    names = _check_num_classes(names, num_classes, columns[1], key)
+    if names is not None and num_classes is not None:
+        raise ValueError(f"{key}.num_classes: {columns[1]!r} has its own classes. Remove it.")
+    if names is None:
+        if num_classes is None or num_classes < 2:
+            raise ValueError(
+                f"{key}.num_classes: {columns[1]!r} holds integers without names, and only reading "
+                f"all of them would show how many classes there are: set 2 or more, got "
+                f"{num_classes}."
+            )
+        names = [str(label) for label in range(num_classes)]
     groups = ParquetGroups(files, *columns) if files else SavedGroups(rows, *columns)
     count = int(groups.counts.sum())
     if count == 0:
         raise ValueError(f"{at.title} has no rows. Set {key}.split to a split that has some.")
-    origin = at.origin(declared, count, label_key)
+    origin = at.origin(None if rows is None else rows.info.dataset_name, count, label_key)
+    version = "\n".join(files) if at.is_hub else None
     return Stream(path, names, groups, at.title, key, columns[1], origin, version, max_pixels)
 
 
-def _check_num_classes(
-    names: list[str] | None, num_classes: int | None, column: str, key: str
-) -> list[str]:
-    if names is not None:
-        if num_classes is not None:
-            raise ValueError(f"{key}.num_classes: {column!r} has its own classes. Remove it.")
-        return names
-    if num_classes is None or num_classes < 2:
+def _open_rows(at: Location) -> tuple[Any, list[str], Any] | None:
+    """Return saved rows or parquet files, and their features; None for an image folder."""
+    if not at.is_hub and is_saved(at.folder()):
+        rows = open_saved(at)
+        return rows, [], rows.features
+    if not at.is_hub and not at.folder().is_file() and not parquet_files(at.folder()):
+        return None
+    if "[" in at.split:
         raise ValueError(
-            f"{key}.num_classes: {column!r} holds integers without names, and only reading all of "
-            f"them would show how many classes there are: set 2 or more, got {num_classes}."
+            f"{at.key}.split: {at.split} is a slice, and streamed files are read completely. Name "
+            f"whole splits, or set {at.key}.streaming: false."
         )
-    return [str(label) for label in range(num_classes)]
+    if at.is_hub:
+        return None, *_hub_files(at)
+    files = [str(file) for group in split_files(at).values() for file in group]
+    return None, files, _features(files)
 
 
 def _hub_files(at: Location) -> tuple[list[str], Any]:
@@ -358,11 +351,6 @@ def _hub_files(at: Location) -> tuple[list[str], Any]:
         )
     with hub_errors(at):
         return files, builder.info.features or _features(files[:1])
-
-
-def _local_files(at: Location) -> tuple[list[str], Any]:
-    files = [str(file) for group in split_files(at).values() for file in group]
-    return files, _features(files)
 
 
 def _features(files: list[str]) -> Any:
