@@ -1,3 +1,5 @@
+"""Checks of a whole data set report every broken or repeated image and count the rest."""
+
 import datasets
 import numpy as np
 import pytest

@@ -1,3 +1,5 @@
+"""The built-in digits: complete splits, and scenes that depend on their arguments alone."""
+
 import json
 
 import numpy as np
@@ -71,7 +73,7 @@ def test_scenes_are_reused(tmp_path):
     assert dataset.fingerprint() == load_voc(root, ["2007/train"], DIGIT_NAMES).fingerprint()
 
 
-def test_an_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_call_leaves_no_files(tmp_path, monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt
 

@@ -1,3 +1,5 @@
+"""Every kind of image becomes uint8 RGB."""
+
 import pickle
 from io import BytesIO
 

@@ -1,3 +1,5 @@
+"""The order of images is a function of seed and epoch, for every kind of sampling."""
+
 from collections import Counter
 from itertools import islice
 
@@ -62,7 +64,7 @@ def test_no_batch_mixes_shapes_and_none_is_seen_twice():
         assert all(len({TALL[sample.index] for sample in batch}) == 1 for batch in batches)
         assert len({sample.index for batch in batches for sample in batch}) == 28
         shapes.append(tuple(TALL[batch[0].index] for batch in batches))
-    assert len(set(shapes)) > 5  # the shapes come mixed, not one after the other
+    assert len(set(shapes)) > 5  # shapes alternate at random
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -86,7 +88,7 @@ def test_factors_of_one_change_nothing_but_the_order():
 
 
 @pytest.mark.parametrize("kind", ["repeated", "both"])
-def test_each_showing_of_an_image_has_its_own_number(kind):
+def test_repetitions_of_an_image_are_numbered(kind):
     order = EpochOrder(30, 1, seed=0, **KINDS[kind])
     samples = epoch(order, 0)
     assert len(set(samples)) == len(samples)
@@ -119,7 +121,7 @@ def test_repeat_factors_are_the_papers():
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(30, 6), (29, 6), (14, 12)])
-def test_a_repeated_image_is_in_its_batch_so_often_and_nowhere_else(count, batch_size):
+def test_all_copies_of_an_image_are_in_one_batch(count, batch_size):
     order = EpochOrder(count, batch_size, 1, repeats=3)
     assert order.iters_per_epoch == count // batch_size  # an epoch shows as many images
     for number in range(5):
@@ -134,7 +136,7 @@ def test_a_repeated_image_is_in_its_batch_so_often_and_nowhere_else(count, batch
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(30, 7), (41, 10), (100, 16)])
-def test_a_batch_that_is_no_multiple_shares_its_ends_with_its_neighbours(count, batch_size):
+def test_a_batch_that_is_no_multiple_of_the_copies_shares_its_ends(count, batch_size):
     order = EpochOrder(count, batch_size, 1, repeats=3)
     samples = epoch(order, 0)
     assert len(set(samples)) == len(samples) == count // batch_size * batch_size
@@ -148,7 +150,7 @@ def test_a_batch_that_is_no_multiple_shares_its_ends_with_its_neighbours(count, 
 
 
 @pytest.mark.parametrize("batch_size", [6, 7, 12, 20])
-def test_neighbours_and_processes_have_other_images(batch_size):
+def test_neighbors_and_processes_have_different_images(batch_size):
     order = EpochOrder(60, batch_size, 1, repeats=3)
     for batch in order.batches(0):
         indices = [sample.index for sample in batch]
@@ -160,8 +162,3 @@ def test_neighbours_and_processes_have_other_images(batch_size):
     ]
     for micro in (batch for part in parts for batch in part):
         assert len({sample.index for sample in micro}) == len(micro)
-
-
-def test_one_repeat_changes_nothing():
-    repeated, plain = EpochOrder(30, 5, 1, repeats=1), EpochOrder(30, 5, 1)
-    assert list(repeated.batches(2)) == list(plain.batches(2))

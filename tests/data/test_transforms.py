@@ -1,3 +1,5 @@
+"""Transforms keep shape and type, and move boxes with their image."""
+
 import pytest
 import torch
 
