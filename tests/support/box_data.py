@@ -35,8 +35,8 @@ def write_voc(folder, objects):
     devkit = folder / "VOC2007"
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (devkit / name).mkdir(parents=True)
-    for number, found in enumerate([objects, *OTHERS]):
-        inside = "".join(voc_object(*each) for each in found)
+    for number, of_image in enumerate([objects, *OTHERS]):
+        inside = "".join(voc_object(name, box) for name, box in of_image)
         text = f"<annotation>{SIZE}{inside}</annotation>"
         (devkit / f"Annotations/{number}.xml").write_text(text)
         picture(number).save(devkit / f"JPEGImages/{number}.jpg")
@@ -50,7 +50,8 @@ def xywh(box):
 
 def coco_tree(objects):
     """Return COCO's json of the data, with ids that are neither 0-based nor in order."""
-    rows = [(number, *each) for number, found in enumerate([objects, *OTHERS]) for each in found]
+    images = enumerate([objects, *OTHERS])
+    rows = [(number, *entry) for number, of_image in images for entry in of_image]
     known = [*NAMES, "eel"]
     return {
         "images": [
@@ -99,8 +100,8 @@ def write_rows(folder, objects, feature=None, key="bbox", box=xywh, more=None, f
     column = datasets.List(fields) if feature is None else feature(fields)
     known = [*NAMES, "eel"]
     cells = []
-    for found in [objects, *OTHERS]:
-        things = [{"bbox": box(each), "category": known.index(name)} for name, each in found]
+    for of_image in [objects, *OTHERS]:
+        things = [{"bbox": box(b), "category": known.index(name)} for name, b in of_image]
         if not isinstance(column, datasets.List):
             things = {key: [thing[key] for thing in things] for key in ("bbox", "category")}
         cells.append(things)

@@ -80,7 +80,7 @@ def hold_out(
 
 
 def shown_classes(dataset: Any) -> set[int] | None:
-    """Return the classes that have an image; None if only reading a whole stream would tell."""
+    """Return the classes that have an image; None for a stream that is not read."""
     counts = dataset.class_counts
     return None if counts is None else set(np.flatnonzero(counts).tolist())
 
