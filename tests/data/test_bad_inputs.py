@@ -646,7 +646,7 @@ def test_undecodable_rows_are_skipped_and_listed(task, more, pets, tmp_path, loa
     results = run(load_tiny(tmp_path, *pets, "data.undecodable=skip", *more, task=task))
     for split, text in zip(("test", "train"), sorted(results["skipped"]), strict=True):
         assert f"split {split} row 5: its 8 bytes are no image of" in text
-    assert "cannot be decoded (data.undecodable: skip): 2. " in caplog.text
+    assert "data.undecodable: skip" in caplog.text
 
 
 def test_bad_rows_are_refused_before_a_run_writes_anything(tmp_path, load_tiny):
