@@ -26,8 +26,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from tract_transfer.data.classification import ClassificationDataset, load_huggingface
+from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.data.device_cache import BatchAugment, DeviceCache, cached_batches
+from tract_transfer.data.huggingface import load_huggingface
 from tract_transfer.data.images import decode_image
 from tract_transfer.data.loader import train_loader
 from tract_transfer.data.sampling import EpochOrder, TrainBatchSampler

@@ -208,7 +208,7 @@ def test_ctrl_c_prints_no_traceback_if_nothing_trains(
     def interrupted(_config, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module, sending, interrupted)
+    monkeypatch.setattr(evaluate_module, sending, interrupted)
     ended = call("train_net.py", "--config-file", write_tiny(tmp_path), option)
     assert (ended.returncode, ended.stderr) == (130, "SIGINT: ended.\n")
     assert not Path(tmp_path / "run").exists()
