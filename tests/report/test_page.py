@@ -1,0 +1,133 @@
+"""The page shows the numbers of the run folders; it runs and fetches nothing."""
+
+import re
+from pathlib import Path
+
+from report_runs import (
+    TRACT,
+    VANILLA,
+    edit_json,
+    load_runs,
+    page_text,
+    visible_text,
+    write_detections,
+    write_filters,
+    write_pair,
+    write_run,
+)
+
+from tract_transfer.report.content import read_report
+from tract_transfer.report.statistics import paired_difference, summarize
+from tract_transfer.report.write import text_table, to_html
+
+
+def test_tables_have_the_statistics_of_the_values(tmp_path: Path) -> None:
+    folders = write_pair(tmp_path)
+    text, table = page_text(folders), text_table(load_runs(folders))
+    difference = paired_difference(TRACT, VANILLA)
+    interval = f"[+{100 * (difference.low or 0):.2f}, +{100 * (difference.high or 0):.2f}]"
+    assert "+-" not in interval
+    for values in (VANILLA, TRACT):
+        summary = summarize(list(values.values()))
+        mean = f"{100 * summary.mean:.2f} ± {100 * (summary.std or 0):.2f}"
+        assert mean in text
+        assert mean in table
+        assert " ".join(f"{100 * value:.2f}" for value in values.values()) in text
+    assert f"+{100 * difference.mean:.2f} {interval} 3 pairs" in text
+    assert f"+{100 * difference.mean:.2f} {interval}, 3" in table
+
+
+def test_names_are_shown_and_never_run(tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script>"
+    folders = write_pair(tmp_path, treated="<b>tract")
+    for folder in folders:
+        edit_json(
+            folder / "results.json",
+            details={"per_class": {evil: 0.5}},
+            protocol={"test": evil},
+            name="fine<i>tune",
+        )
+        write_detections(folder, label=evil)
+    html = to_html(read_report(folders))
+    assert not re.search(r"<(script|b>tract|i>tune)", html)
+    text = visible_text(html)
+    assert text.count(evil) >= 4, "as a class, in a protocol, and on an image of each method"
+    assert "<b>tract − vanilla" in text
+    assert "fine<i>tune" in text
+
+
+def test_page_fetches_nothing_and_is_deterministic(tmp_path: Path) -> None:
+    folders = write_pair(tmp_path)
+    for folder in folders:
+        write_detections(folder)
+        write_filters(folder)
+    html = to_html(read_report(folders))
+    assert html == to_html(read_report(folders))
+    assert "default-src 'none'; img-src data:" in html
+    assert not re.search("<(script|iframe)", html)
+    assert re.findall("<link[^>]*>", html) == ['<link rel="icon" href="data:,">']
+    targets = re.findall(r"""(?:src|href)=["']([^"']+)""", html)
+    assert all(target.startswith(("data:", "#")) for target in targets)
+    assert html.count("http") == html.count("http-equiv") + html.count('xmlns="http://www.w3.org')
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_methods_stand_beside_the_baseline_in_an_aligned_table(tmp_path: Path) -> None:
+    folders = write_pair(tmp_path)
+    folders.insert(0, write_run(tmp_path, "other", "a-longer-name", 1, {"top1": 0.8}))
+    folders.append(write_run(tmp_path, "vanilla", "a-longer-name", 1, {"top1": 0.8}))
+    table = text_table(load_runs(folders)).splitlines()
+    heads = [head.strip() for head in table[0].split("|")[1:-1]]
+    assert heads[:5] == ["task", "metric", "vanilla", "other", "tract"]
+    assert heads[5:] == ["other − vanilla [95 %], pairs", "tract − vanilla [95 %], pairs"]
+    assert "a-longer-name: vanilla and other have no result for seeds 0, 2" in table[-1]
+    assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in table[:4]}) == 1
+    text = page_text(folders)
+    assert "other − vanilla tract − vanilla" in text
+    assert "On a-longer-name, other is level with vanilla" in text
+    assert "On finetune, tract is 2.83 points ahead of vanilla" in text
+    assert text.count("1 task has no pair yet") == 2
+
+
+def test_all_metrics_are_shown(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path, method, "finetune", 0, {"ap50": value, "ap": 0.3}, per_class={"cat": v})
+        for method, value, v in (("vanilla", 0.5, 0.25), ("tract", 0.6, 0.375))
+    ]
+    text = page_text(folders)
+    assert "AP 50:95, %" in text
+    assert "cat 25.00 37.50 +12.50" in text
+
+
+def test_classes_have_their_names_beside_their_bars(tmp_path: Path) -> None:
+    """All of few classes; of many, those that gain and lose most, the largest change first."""
+
+    def page_of(count: int) -> str:
+        classes = {f"class{k:03}": (k - count // 2) / 1000 for k in range(count)}
+        folders = [
+            write_run(
+                tmp_path / str(count), method, "finetune", seed, {"top1": 0.5},
+                per_class={name: 0.5 + sign * change for name, change in classes.items()},
+            )
+            for method, sign in (("vanilla", 0), ("tract", 1))
+            for seed in (0, 1)
+        ]  # fmt: skip
+        return to_html(read_report(folders))
+
+    def names(html: str) -> list[list[str]]:
+        lists = re.findall(r'<ul class="changes[^>]*>(.*?)</ul>', html, re.DOTALL)
+        return [re.findall(r'<span class="name"[^>]*>([^<]*)', text) for text in lists]
+
+    few, many = page_of(20), page_of(41)
+    assert names(few) == [[f"class{k:03}" for k in range(19, -1, -1)]]
+    assert few.count('<i style="left') == 19, "none for the class that does not change"
+    assert '<svg class="bars"' not in few
+    gains, losses = names(many)
+    assert gains == [f"class{k:03}" for k in range(40, 30, -1)]
+    assert losses == [f"class{k:03}" for k in range(10)]
+    assert many.count("<rect") >= 41
+    text = visible_text(many)
+    assert "The 10 that gain most class040 +2.00" in text
+    assert "The 10 that lose most class000 −2.00" in text
+    assert "tract − vanilla, percentage points" in text
