@@ -4,9 +4,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
-
-import pandas as pd
 
 from tract_transfer.report.curves import Evaluations, SpeedUpRow, evaluations_of, speed_ups
 from tract_transfer.report.paper import PaperRow, compare_with_paper
@@ -19,6 +18,7 @@ from tract_transfer.report.statistics import (
     interval,
     is_loss,
     paired_difference,
+    pairs,
     seed_list,
     summarize,
 )
@@ -33,6 +33,7 @@ _COSTS = {  # name -> unit, in the order of the report
 }
 _LABELS = ("seed", "output_dir", "name", "method")  # config keys that identify a run
 _FEW_PAIRS = 5
+Values = dict[str, dict[int, float]]  # method -> seed -> value
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Row:
     task: str
     role: str
     metric: str
-    values: dict[str, dict[int, float]]
+    values: Values
     missing: dict[str, list[Run]]
     summaries: dict[str, Summary]
     differences: dict[str, PairedDifference]
@@ -208,32 +209,25 @@ def by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _measured(
     runs: Sequence[Run], methods: Sequence[str], values_of: Callable[[Run], Mapping[str, Any]]
-) -> dict[str, pd.DataFrame]:
-    """Return name -> frame of seeds x methods, NaN where a method lacks a finite value."""
-    values: dict[str, dict[str, dict[int | None, float]]] = {}
+) -> dict[str, Values]:
+    """Return name -> method -> seed -> finite value; every method has an entry."""
+    measured: dict[str, Values] = {}
     for run in runs:
         for name, value in values_of(run).items():
-            if is_finite(value):
-                of_method = values.setdefault(str(name), {}).setdefault(run.method, {})
-                of_method[run.seed] = float(value)
-    return {name: pd.DataFrame(v, columns=methods, dtype=float) for name, v in values.items()}
-
-
-def _paired(frame: pd.DataFrame, baseline: str) -> dict[str, pd.DataFrame]:
-    """Return method -> frame of the method and the baseline, over the seeds that both have."""
-    others = [method for method in frame if method != baseline and baseline in frame]
-    pairs = {method: frame[[method, baseline]].dropna() for method in others}
-    return {method: both for method, both in pairs.items() if len(both)}
+            if is_finite(value) and run.seed is not None:
+                by_method = measured.setdefault(str(name), {method: {} for method in methods})
+                by_method[run.method][run.seed] = float(value)
+    return measured
 
 
 def _statistics(
-    frame: pd.DataFrame, baseline: str, *, resample: bool = True
+    values: Values, baseline: str, *, resample: bool = True
 ) -> tuple[dict[str, Summary], dict[str, PairedDifference]]:
-    """Return summaries, and differences to the baseline, by method."""
-    summaries = {m: summarize(frame[m].dropna().tolist()) for m in frame if frame[m].count()}
+    """Return method -> summary, and method -> difference to the baseline."""
+    summaries = {m: summarize(list(by_seed.values())) for m, by_seed in values.items() if by_seed}
     differences = {
-        method: paired_difference(*(both[m].to_dict() for m in both), resample=resample)
-        for method, both in _paired(frame, baseline).items()
+        method: paired_difference(*both, resample=resample)
+        for method, both in pairs(values, baseline).items()
     }
     return summaries, differences
 
@@ -249,16 +243,15 @@ def compare(runs: Sequence[Run], baseline: str, every_metric: bool = False) -> l
     for task in dict.fromkeys(run.task for run in runs if run.task):
         of_task = [run for run in runs if run.task == task]
         finished = [run for run in of_task if not run.failure]
-        frames = _measured(finished, methods, lambda run: run.metrics)
+        measured = _measured(finished, methods, lambda run: run.metrics)
         primary = finished[0].primary_metric if finished else ""
-        for metric in frames if every_metric else [primary]:
-            frame = frames.get(metric, pd.DataFrame(columns=methods, dtype=float))
-            values = {method: frame[method].dropna().to_dict() for method in methods}
+        for metric in measured if every_metric else [primary]:
+            values = measured.get(metric, {method: {} for method in methods})
             absent = [run for run in of_task if run.failure or metric not in run.metrics]
             missing = {m: [run for run in absent if run.method == m] for m in methods}
             notes = [*_absent(values, seeds), *_shared(of_task), *_inconsistent(finished)]
             role = (finished or of_task)[0].role
-            statistics = _statistics(frame, baseline)
+            statistics = _statistics(values, baseline)
             rows.append(Row(task, role, metric, values, missing, *statistics, notes, seeds))
     rows.sort(key=lambda row: row.role == "pretrain")
     if not every_metric:
@@ -283,7 +276,7 @@ def _correct(rows: list[Row]) -> None:
 # Notes on a row: reasons for care when comparing its values.
 
 
-def _absent(values: Mapping[str, Mapping[int, float]], seeds: Sequence[int]) -> list[str]:
+def _absent(values: Values, seeds: Sequence[int]) -> list[str]:
     """Name the seeds that some methods have no result for."""
     methods: dict[tuple[int, ...], list[str]] = {}
     for method, of_method in values.items():
@@ -337,8 +330,8 @@ def _inconsistent(runs: Sequence[Run]) -> list[str]:
 
 def _classes(runs: Sequence[Run], methods: Sequence[str], baseline: str) -> list[ClassRow]:
     rows = [
-        ClassRow(name, *_statistics(frame, baseline, resample=False))
-        for name, frame in _measured(runs, methods, _per_class).items()
+        ClassRow(name, *_statistics(values, baseline, resample=False))
+        for name, values in _measured(runs, methods, _per_class).items()
     ]
 
     def largest_change(row: ClassRow) -> float:
@@ -356,23 +349,18 @@ def _per_class(run: Run) -> dict[str, Any]:
 
 
 def _costs(runs: Sequence[Run], methods: Sequence[str], baseline: str) -> list[CostRow]:
-    frames = _measured(runs, methods, _costs_of)
-    return [
-        CostRow(
-            runs[0].task,
-            quantity,
-            unit,
-            means=frame.mean().dropna().to_dict(),
-            counts={method: int(count) for method, count in frame.count().items() if count},
-            ratios={
-                method: float(both[method].sum() / both[baseline].sum())
-                for method, both in _paired(frame, baseline).items()
-                if both[baseline].sum()
-            },
-        )
-        for quantity, unit in _COSTS.items()
-        if (frame := frames.get(quantity)) is not None
-    ]
+    measured, rows = _measured(runs, methods, _costs_of), []
+    for quantity in (quantity for quantity in _COSTS if quantity in measured):
+        values = measured[quantity]
+        counts = {method: len(by_seed) for method, by_seed in values.items() if by_seed}
+        means = {method: sum(values[method].values()) / n for method, n in counts.items()}
+        totals = {
+            method: [sum(by_seed.values()) for by_seed in both]
+            for method, both in pairs(values, baseline).items()
+        }
+        ratios = {method: ours / theirs for method, (ours, theirs) in totals.items() if theirs}
+        rows.append(CostRow(runs[0].task, quantity, _COSTS[quantity], means, counts, ratios))
+    return rows
 
 
 def _costs_of(run: Run) -> dict[str, Any]:
@@ -459,16 +447,13 @@ def mean_over_tasks(rows: Sequence[Row], method: str, baseline: str) -> PairedDi
     downstream = [row for row in rows if row.role == "downstream"]
     if not downstream or any(is_loss(row.metric) for row in downstream):
         return None
-    means = {
-        m: pd.DataFrame({row.task: row.values.get(m, {}) for row in downstream}).mean(
-            axis=1, skipna=False
-        )
-        for m in (method, baseline)
-    }
-    both = pd.DataFrame(means).dropna()
-    return (
-        paired_difference(both[method].to_dict(), both[baseline].to_dict()) if len(both) else None
-    )
+    both = (method, baseline)
+    seeds = set.intersection(*(set(row.values.get(m, {})) for row in downstream for m in both))
+    means = [
+        {seed: fmean(row.values[m][seed] for row in downstream) for seed in sorted(seeds)}
+        for m in both
+    ]
+    return paired_difference(*means) if seeds else None
 
 
 def _sentence(method: str, rows: Sequence[Row], baseline: str) -> str:
@@ -493,14 +478,14 @@ def _averaged(method: str, rows: Sequence[Row], baseline: str, overall: PairedDi
     text = f"On {tasks}, {method} is "
     text += f"{points} points {side} {baseline}" if overall.mean else f"level with {baseline}"
     seeds = len(rows[0].seeds)
-    pairs = f"{count_of(overall.n, seeds)} paired seed{'s' * (max(overall.n, seeds) > 1)}"
+    over = f"{count_of(overall.n, seeds)} paired seed{'s' * (max(overall.n, seeds) > 1)}"
     if len(rows) > 1 and overall.n < seeds:
-        pairs += ", those that all tasks have"
+        over += ", those that all tasks have"
     if overall.n == 1:
-        return f"{text} ({pairs}); this may be chance: one pair has no interval"
+        return f"{text} ({over}); this may be chance: one pair has no interval"
     if overall.p_value is None:
-        return f"{text} with each of {pairs}: without spread there is no test"
-    text += f", 95 % interval {interval(overall, '')} over {pairs}"
+        return f"{text} with each of {over}: without spread there is no test"
+    text += f", 95 % interval {interval(overall, '')} over {over}"
     if overall.excludes_zero:
         return f"{text}: significant"
     few = "; so few seeds can hardly show a difference" if overall.n < _FEW_PAIRS else ""

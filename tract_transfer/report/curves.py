@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tract_transfer.report.runs import Run, is_finite
-from tract_transfer.report.statistics import is_loss, paired_difference, seed_list
+from tract_transfer.report.statistics import is_loss, paired_difference, pairs, seed_list
 
 Curve = tuple[Sequence[float], Sequence[float]]  # epochs in ascending order, and the value at each
 SHARES = (0.75, 0.9, 1.0)  # of the baseline's lowest final value
@@ -92,17 +92,13 @@ def speed_ups(
     """Return the speed-ups of every method on every task whose metric is not a loss."""
     rows = []
     for task in evaluations:
-        baseline_curves = task.curves.get(baseline, {})
-        for method, curves in task.curves.items():
-            shared = sorted(baseline_curves.keys() & curves.keys())
-            if method == baseline or not shared or is_loss(task.metric):
-                continue
-            treated = {seed: curves[seed] for seed in shared}
-            untreated = {seed: baseline_curves[seed] for seed in shared}
-            end = lowest_end(untreated)
+        if is_loss(task.metric):
+            continue
+        for method, (treated, untreated) in pairs(task.curves, baseline).items():
+            end, n = lowest_end(untreated), len(untreated)
             rows += [
                 SpeedUpRow(
-                    task.task, task.metric, task.split, method, share, len(shared), expected_seeds,
+                    task.task, task.metric, task.split, method, share, n, expected_seeds,
                     speed_up(treated, untreated, share * end),
                 )
                 for share in SHARES

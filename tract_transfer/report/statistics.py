@@ -6,12 +6,14 @@ All functions are pure; those that draw at random use a fixed seed.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from scipy import special, stats
 
 Floats = npt.NDArray[np.float64]
+Value = TypeVar("Value")
 LEVEL = 0.95
 # From 4 pairs on, the studentised bootstrap has the coverage it claims, but with 4 it is almost
 # twice as wide as the t interval (docs/report.md has the measurements).
@@ -126,6 +128,23 @@ def paired_difference(
     )
 
 
+def pairs(
+    values: Mapping[str, Mapping[int, Value]], baseline: str
+) -> dict[str, tuple[dict[int, Value], dict[int, Value]]]:
+    """Return method -> its values and the baseline's, by the seeds that both have.
+
+    Args:
+        values: method -> seed -> value; methods that share no seed with the baseline are omitted.
+    """
+    both = {}
+    for method, by_seed in values.items():
+        seeds = sorted(by_seed.keys() & values.get(baseline, {}).keys())
+        if method != baseline and seeds:
+            base = values[baseline]
+            both[method] = {s: by_seed[s] for s in seeds}, {s: base[s] for s in seeds}
+    return both
+
+
 def _paired(treated: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[Floats, float]:
     """Return treated - baseline (n,) in order of seeds, and the largest absolute value of both."""
     if treated.keys() != baseline.keys():
@@ -186,7 +205,8 @@ def sign_flip_test(differences: Floats) -> float:
 
     def absolute_mean(flipped: Floats, axis: int) -> Floats:
         # Rounded, so that means that differ only by rounding errors count as ties.
-        return np.round(np.abs(flipped.sum(axis=axis)) / scale, 12)
+        means: Floats = np.round(np.abs(flipped.sum(axis=axis)) / scale, 12)
+        return means
 
     test = stats.permutation_test(
         (differences,), absolute_mean, permutation_type="samples", alternative="greater",
@@ -201,11 +221,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
     Calling those below alpha significant makes any false claim with probability at most alpha,
     however the tests depend on each other.
     """
-    p = np.asarray(p_values, np.float64)
+    p = np.array(p_values, np.float64)
     order = np.argsort(p, kind="stable")
     factors = len(p) - np.arange(len(p))
     p[order] = np.maximum.accumulate(np.minimum(1, factors * p[order]))
-    return p.tolist()
+    return list(map(float, p))
 
 
 def _few_pairs(n: int) -> str:

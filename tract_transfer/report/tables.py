@@ -250,7 +250,8 @@ def _paper(report: Report) -> Table:
 
 def _protocol(report: Report, task: str) -> list[Table]:
     """Return two tables for each part of a protocol: what differs between runs, and the rest."""
-    tables, methods = [], report.methods
+    tables: list[Table] = []
+    methods = report.methods
     for part in report.protocol[task]:
         differing = [
             [key, *("; ".join(values.get(method, [DASH])) for method in methods)]
