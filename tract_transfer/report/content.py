@@ -38,28 +38,19 @@ Values = dict[str, dict[int, float]]  # method -> seed -> value
 
 @dataclass(frozen=True)
 class Row:
-    """One metric of one task, for every method.
-
-    Attributes:
-        metric: empty if no run of the task has finished.
-        values: method -> seed -> value; every method has an entry.
-        missing: method -> its runs without this metric.
-        seeds: all seeds that runs of any task have or were planned with.
-        differences: method -> its difference to the baseline, over the seeds they share.
-        corrected: method -> p-value of that difference, Holm-corrected for all comparisons of
-            downstream tasks; for primary metrics only, and only if there is a test.
-        notes: reasons for care when comparing the values.
-    """
+    """One metric of one task, for every method."""
 
     task: str
     role: str
-    metric: str
-    values: Values
-    missing: dict[str, list[Run]]
+    metric: str  # empty if no run of the task has finished
+    values: Values  # every method has an entry
+    missing: dict[str, list[Run]]  # method -> its runs without this metric
     summaries: dict[str, Summary]
-    differences: dict[str, PairedDifference]
-    notes: list[str]
-    seeds: list[int]
+    differences: dict[str, PairedDifference]  # to the baseline, over the seeds that both have
+    notes: list[str]  # reasons for care when comparing the values
+    seeds: list[int]  # all seeds that runs of any task have or were planned with
+    # Method -> p-value of its difference, Holm-corrected for all comparisons of downstream tasks;
+    # for primary metrics only.
     corrected: dict[str, float] = field(default_factory=dict)
 
 
@@ -95,32 +86,23 @@ class ProtocolPart:
 
 @dataclass(frozen=True)
 class Report:
-    """The content of a report.
-
-    Attributes:
-        methods: the baseline first.
-        answer: one sentence for each method except the baseline.
-        tasks: task -> its finished runs, downstream tasks first.
-        results, all_metrics: rows of the primary metrics, and of all.
-        classes: task -> its classes, largest change first.
-        problems: what could not be read, and what is excluded.
-    """
+    """The content of a report. All fields but `tasks` are also those of the JSON."""
 
     title: str
     baseline: str
-    methods: list[str]
-    answer: list[str]
+    methods: list[str]  # the baseline first
+    answer: list[str]  # one sentence for each method except the baseline
     runs: list[Run]
-    tasks: dict[str, list[Run]]
-    results: list[Row]
+    tasks: dict[str, list[Run]]  # finished runs, downstream tasks first
+    results: list[Row]  # of the primary metrics
     all_metrics: list[Row]
     curves: list[Evaluations]
     speed_ups: list[SpeedUpRow]
-    classes: dict[str, list[ClassRow]]
+    classes: dict[str, list[ClassRow]]  # by task, largest change first
     costs: list[CostRow]
     paper: list[PaperRow]
-    protocol: dict[str, list[ProtocolPart]]
-    problems: list[str]
+    protocol: dict[str, list[ProtocolPart]]  # by task
+    problems: list[str]  # what could not be read, and what is excluded
 
     @property
     def treated(self) -> list[str]:
@@ -310,16 +292,11 @@ def _inconsistent(runs: Sequence[Run]) -> list[str]:
         versions, git, data = (
             _mapping(run.environment.get(key)) for key in ("versions", "git", "data")
         )
-        records.append(
-            {
-                **run.results["protocol"],
-                **{key: run.results.get(key) for key in ("primary_metric", "iterations")},
-                **{f"the images of {split}": fingerprint for split, fingerprint in data.items()},
-                "the version of tract_transfer": versions.get("tract_transfer"),
-                "the version of torch": versions.get("torch"),
-                "the code's commit": git.get("commit"),
-            }
-        )
+        record = {**run.results["protocol"]}
+        record |= {key: run.results.get(key) for key in ("primary_metric", "iterations")}
+        record |= {f"the images of {split}": fingerprint for split, fingerprint in data.items()}
+        record |= {f"the version of {p}": versions.get(p) for p in ("tract_transfer", "torch")}
+        records.append(record | {"the code's commit": git.get("commit")})
     keys = dict.fromkeys(key for record in records for key in record)
     differing = [key for key in keys if len({repr(record.get(key)) for record in records}) > 1]
     return [f"The runs differ in {', '.join(differing)}: compare with care."] if differing else []

@@ -27,37 +27,29 @@ class Evaluations:
 class SpeedUp:
     """The baseline's epochs over a method's epochs until both reach `target`.
 
-    Attributes:
-        baseline, treated: seed -> epochs, interpolated between evaluations; infinite if the target
-            is never reached, None if the first evaluation exceeds it.
-        ratio: geometric mean over seeds; None unless every seed has a ratio.
-        low, high: its t interval, from the logarithms; None for one seed or without spread.
-        remark: why there is no ratio or no interval.
+    Epochs are interpolated between evaluations; infinite if the target is never reached, None if
+    the first evaluation exceeds it.
     """
 
     target: float
-    baseline: dict[int, float | None]
+    baseline: dict[int, float | None]  # seed -> epochs
     treated: dict[int, float | None]
-    ratio: float | None
-    low: float | None
+    ratio: float | None  # geometric mean over seeds; None unless every seed has a ratio
+    low: float | None  # t interval, from the logarithms; None for one seed or without spread
     high: float | None
-    remark: str
+    remark: str  # why there is no ratio or no interval
 
 
 @dataclass(frozen=True)
 class SpeedUpRow:
-    """The speed-up of a method on a task, to a share of the baseline's lowest final value.
-
-    Attributes:
-        pairs: number of seeds for which both methods have a curve, of `seeds` in the report.
-    """
+    """The speed-up of a method on a task, to a share of the baseline's lowest final value."""
 
     task: str
     metric: str
     split: str
     method: str
     share: float
-    pairs: int
+    pairs: int  # seeds for which both methods have a curve, of `seeds` in the report
     seeds: int
     result: SpeedUp
 

@@ -23,25 +23,16 @@ _ROWS_BY_BACKBONE = ("t1", "t2")  # these tables have a row for each backbone an
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A row of the paper and a task's runs.
-
-    Attributes:
-        title: display name of the row.
-        metric: a key of our metrics.
-        paper: "vanilla", "tract" -> mean and standard deviation over the paper's seeds, in percent;
-            None for numbers the paper does not have.
-        ours: method -> summary over its seeds, a fraction.
-        sides: method -> "tract" if TrAct trained its first layer in these runs, else "vanilla".
-        differing: differences in setup, one text for each.
-    """
+    """A row of the paper and a task's runs."""
 
     task: str
     title: str
     metric: str
+    # "vanilla", "tract" -> mean and standard deviation, in percent; None if not in the paper
     paper: dict[str, tuple[float | None, float | None]]
-    ours: dict[str, Summary]
-    sides: dict[str, str]
-    differing: list[str]
+    ours: dict[str, Summary]  # method -> summary, a fraction
+    sides: dict[str, str]  # method -> "tract" if TrAct trained its first layer, else "vanilla"
+    differing: list[str]  # differences in setup
 
 
 def compare_with_paper(tasks: Mapping[str, Sequence[Run]]) -> tuple[list[PaperRow], list[str]]:

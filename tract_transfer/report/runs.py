@@ -28,59 +28,37 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten
 
 @dataclass
 class RunFolders:
-    """The run folders of a report.
-
-    Attributes:
-        planned: folder -> its entry in the `runs` of a suite.json.
-        baseline, title: of the first suite, empty without one.
-        problems: what the report excludes, and why.
-    """
+    """The run folders of a report; `baseline` and `title` are those of the first suite."""
 
     folders: list[Path] = field(default_factory=list)
-    planned: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    planned: dict[Path, dict[str, Any]] = field(default_factory=dict)  # entries of a suite.json
     baseline: str = ""
     title: str = ""
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # what the report excludes, and why
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder.
-
-    Attributes:
-        folder: as given.
-        failure: why the run does not count as finished; empty for a finished run.
-        state: "finished", "failed", "blocked" (the run it needs failed), "running", "waiting",
-            "missing" (no folder), "unreadable" or "unfinished".
-        task: the suite's name of the task ("finetune"); like `method`, empty if unknown.
-        method: label of the method ("vanilla").
-        seed: None if unknown; a finished run has one.
-        role: "pretrain" or "downstream".
-        backbone: its name ("cifar/resnet18"), empty if unknown.
-        metrics: name -> finite value; fractions in [0, 1], or losses.
-        primary_metric: the key of `metrics` by which the task is judged.
-        results: contents of results.json; `details` and `protocol` are dicts.
-        history: lines of metrics.jsonl.
-        detections: entries of detections.json, empty without one.
-        problems: one sentence for each file or value that cannot be read.
-    """
+    """One run folder. Texts are empty if unknown."""
 
     folder: Path
-    failure: str = ""
+    failure: str = ""  # why the run does not count as finished; empty for a finished run
+    # One of finished, failed, blocked (the run it needs failed), running, waiting, missing (no
+    # folder), unreadable, unfinished.
     state: str = "finished"
-    task: str = ""
-    method: str = ""
-    seed: int | None = None
-    role: str = "downstream"
-    backbone: str = ""
-    metrics: dict[str, float] = field(default_factory=dict)
+    task: str = ""  # the suite's name of the task ("finetune")
+    method: str = ""  # label of the method ("vanilla")
+    seed: int | None = None  # a finished run has one
+    role: str = "downstream"  # or "pretrain"
+    backbone: str = ""  # "cifar/resnet18"
+    metrics: dict[str, float] = field(default_factory=dict)  # finite; fractions, or losses
     primary_metric: str = ""
-    results: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)  # `details` and `protocol` are dicts
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    detections: list[dict[str, Any]] = field(default_factory=list)
-    problems: tuple[str, ...] = ()
+    history: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl
+    detections: list[dict[str, Any]] = field(default_factory=list)  # entries of detections.json
+    problems: tuple[str, ...] = ()  # one for each file or value that cannot be read
 
 
 def find_runs(paths: Sequence[Path]) -> RunFolders:

@@ -38,30 +38,21 @@ class Summary:
 class PairedDifference:
     """Mean of treated - baseline over `n` seeds, with its uncertainty.
 
-    Attributes:
-        low, high: t interval of the mean at confidence `level`; None for one seed, equal to the
-            mean if all differences are equal.
-        p_value: two-sided paired t-test; None in both of those cases.
-        std: standard deviation of the differences; None for one seed.
-        effect_size: Hedges's g; None below 3 pairs or without spread.
-        bootstrap: studentised bootstrap interval; None below `MIN_PAIRS_BOOTSTRAP` pairs, without
-            spread, or if equal differences leave it unbounded.
-        permutation_p: two-sided sign-flip test; None below `MIN_PAIRS_FLIPPED` pairs or without
-            spread.
-        remark: what `n` is too small to show; empty if nothing.
+    There is no test without spread, that is for one seed or if all differences are equal.
     """
 
     mean: float
-    low: float | None
+    low: float | None  # t interval; None for one seed, the mean if all differences are equal
     high: float | None
-    p_value: float | None
+    p_value: float | None  # two-sided paired t-test; None without spread
     n: int
     level: float = LEVEL
-    std: float | None = None
-    effect_size: float | None = None
+    std: float | None = None  # of the differences; None for one seed
+    effect_size: float | None = None  # Hedges's g; None below 3 pairs or without spread
+    # None below `MIN_PAIRS_BOOTSTRAP` pairs, without spread, or if equal differences unbound it
     bootstrap: tuple[float, float] | None = None
-    permutation_p: float | None = None
-    remark: str = ""
+    permutation_p: float | None = None  # None below `MIN_PAIRS_FLIPPED` pairs or without spread
+    remark: str = ""  # what `n` is too small to show
 
     @property
     def excludes_zero(self) -> bool:
@@ -149,12 +140,10 @@ def _paired(treated: Mapping[int, float], baseline: Mapping[int, float]) -> tupl
     """Return treated - baseline (n,) in order of seeds, and the largest absolute value of both."""
     if treated.keys() != baseline.keys():
         raise ValueError(
-            "Both methods must have the same seeds: only treated has "
-            f"{sorted(treated.keys() - baseline.keys())}, only baseline has "
-            f"{sorted(baseline.keys() - treated.keys())}. Run the missing ones."
+            "Both methods must have the same seeds: treated has "
+            f"{sorted(treated)}, baseline has {sorted(baseline)}."
         )
-    seeds = sorted(treated)
-    a, b = ([values[seed] for seed in seeds] for values in (treated, baseline))
+    a, b = ([values[seed] for seed in sorted(treated)] for values in (treated, baseline))
     _check_finite("treated", a)
     _check_finite("baseline", b)
     return np.subtract(a, b), float(np.abs([a, b]).max())

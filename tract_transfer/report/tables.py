@@ -47,23 +47,15 @@ _CAPTIONS = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text.
+    """A table of text, with a cell for each column of `head` in each of `rows`."""
 
-    Attributes:
-        name: kind of table, of letters and hyphens; unique but for tables of a `task`.
-        rows: each with one cell per column of `head`; the first `words` columns hold words, the
-            others numbers.
-        heading: of its section; empty if it continues the section of the table before.
-        notes: sentences that belong below the table.
-    """
-
-    name: str
+    name: str  # of letters and hyphens; unique, except for tables of a `task`
     caption: str
     head: list[str]
     rows: list[list[str]]
-    words: int = 1
-    heading: str = ""
-    notes: list[str] = field(default_factory=list)
+    words: int = 1  # the first columns hold words, the others numbers
+    heading: str = ""  # of its section; empty if it belongs to that of the table before
+    notes: list[str] = field(default_factory=list)  # sentences below the table
     task: str = ""
 
 
