@@ -97,14 +97,15 @@ def test_answer_states_no_more_than_the_numbers_show(
 
 
 def test_lower_loss_is_ahead_and_enters_no_mean(tmp_path: Path) -> None:
+    losses = {"vanilla": 0.5, "tract": 0.4}
     folders = [
-        write_run(tmp_path, method, "finetune", 0, {"loss": loss})
-        for method, loss in (("vanilla", 0.5), ("tract", 0.4))
+        write_run(tmp_path, method, "a", 0, {"loss": loss}) for method, loss in losses.items()
     ]
     assert sentence_of(folders) == (
         "tract is ahead on 1 of 1 task; no task has enough pairs, or spread, for a test."
     )
     assert "−0.1000 [one pair, no interval], 1" in text_table(load_runs(folders))
+    assert read_report(folders).speed_ups == []
 
 
 def test_answer_names_methods_without_a_pair(tmp_path: Path) -> None:
@@ -125,16 +126,12 @@ def test_holm_counts_every_comparison_of_downstream_tasks(tmp_path: Path) -> Non
     assert pre.corrected == {}
 
 
-def test_pairs_are_matched_by_seed_and_others_are_named(tmp_path: Path) -> None:
+def test_means_are_over_all_seeds_and_differences_over_shared_ones(tmp_path: Path) -> None:
     folders = write_pair(tmp_path)[1:]
     folders.append(write_run(tmp_path, "tract", "finetune", 7, {"top1": 0.9}))
     (row,) = compare_runs(folders)
-    assert row.differences["tract"].n == 2
-    assert row.summaries["tract"].n == 4
-    (note,) = row.notes
-    assert note.startswith("vanilla has no result for seeds 0, 7: means are over the seeds that a")
-    assert note in page_text(folders)
-    assert note in text_table(load_runs(folders))
+    assert (row.differences["tract"].n, row.summaries["tract"].n) == (2, 4)
+    assert row.notes == ["vanilla has no result for seeds 0, 7."]
 
 
 @pytest.mark.parametrize("methods", [("adamw",), ("vanilla", "tract")])
@@ -148,7 +145,7 @@ def test_every_format_counts_the_seeds_that_a_task_lacks(
     texts = {**render(report), ".txt": text_table(report.runs, report.baseline)}
     (note,) = report.results[0].notes
     verb = "have" if len(methods) > 1 else "has"
-    assert note.startswith(f"{' and '.join(methods)} {verb} no result for seed 1: ")
+    assert note == f"{' and '.join(methods)} {verb} no result for seed 1."
     assert texts[".html"].count("95.00 95.00 1 of 2 seeds") == len(methods)
     assert note in texts[".html"]
     assert ("1 of 2 pairs" in texts[".html"]) == (len(methods) > 1)
@@ -160,13 +157,6 @@ def test_every_format_counts_the_seeds_that_a_task_lacks(
     assert [summary["n"] for summary in row["summaries"].values()] == [1] * len(methods)
     assert other["notes"] == []
     assert "2 of 2" not in "".join(texts.values())
-
-
-def test_unfinished_run_is_counted(tmp_path: Path) -> None:
-    folders = write_two_seeds(tmp_path, ("vanilla",), ("finetune", "other"))
-    (folders[1] / "results.json").unlink()
-    assert "95.00 95.00 1 of 2 seeds seed 1 did not finish" in page_text(folders)
-    assert "95.00 (1 of 2)" in text_table(load_runs(folders))
 
 
 def test_differences_between_runs_of_a_task_are_noted(tmp_path: Path) -> None:
@@ -219,6 +209,20 @@ def test_probe_has_its_classes_in_the_details_of_its_name(tmp_path: Path) -> Non
     details = {"linear": {"per_class": {"cat": 0.1}}, "knn20": {"per_class": {"dog": 0.2}}}
     edit_json(folder / "results.json", details=details)
     assert [row.name for row in read_report([folder]).classes["probe"]] == ["dog"]
+
+
+def test_classes_that_change_beyond_chance_are_counted(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path, method, "a", seed, {"top1": 0.5}, per_class={"cat": cat, "dog": dog})
+        for method, values in (
+            ("vanilla", [(0.5, 0.5)] * 3), ("tract", [(0.7, 0.4), (0.71, 0.6), (0.72, 0.5)]),
+        )
+        for seed, (cat, dog) in enumerate(values)
+    ]  # fmt: skip
+    note = "2 classes have an interval. It excludes zero for 1 that gain and 0 that lose; chance"
+    texts = render(folders)
+    assert note in texts[".html"]
+    assert note in texts[".md"]
 
 
 def test_report_of_one_method_has_no_differences(tmp_path: Path) -> None:

@@ -8,9 +8,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from report_runs import edit_json, load_runs, render, write_pair, write_report, write_run
+from report_runs import (
+    TRACT,
+    VANILLA,
+    edit_json,
+    load_runs,
+    render,
+    write_pair,
+    write_report,
+    write_run,
+)
 
 from tract_transfer.report.content import read_report
+from tract_transfer.report.statistics import paired_difference
 from tract_transfer.report.write import (
     escape_latex,
     escape_markdown,
@@ -49,16 +59,20 @@ def evil(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def test_every_format_has_the_answer_and_the_numbers(folders: list[Path]) -> None:
     report = read_report(folders)
-    texts = render(report)
+    texts = {**render(report), ".txt": text_table(report.runs)}
     (answer,) = report.answer
     assert answer in texts[".tex"]
     assert answer in texts[".html"].replace("\xa0", " ")
     assert escape_markdown(answer) in texts[".md"]
     assert json.loads(texts[".json"])["answer"] == [answer]
-    for number in ("81.00 ± 1.00", "83.83 ± 0.76", "+2.83"):
-        assert number in texts[".html"]
-        assert number in texts[".md"]
-        assert number.replace("±", r"$\pm$") in texts[".tex"]
+    difference = paired_difference(TRACT, VANILLA)
+    interval = f"+{100 * (difference.low or 0):.2f}, +{100 * (difference.high or 0):.2f}"
+    numbers = ["81.00 ± 1.00", "83.83 ± 0.76", "+2.83", interval]
+    for suffix in (".html", ".md", ".tex", ".txt"):
+        text = texts[suffix].replace(r"$\pm$", "±")
+        assert all(number in text for number in numbers)
+    assert f"+2.83 [{interval}] 3 pairs" in texts[".html"]
+    assert "80.00 82.00 81.00" in texts[".html"], "the value of each seed"
 
 
 def test_json_has_unrounded_numbers_and_a_version(folders: list[Path], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from tract_transfer.report.curves import Evaluations, SpeedUpRow, evaluations_of, speed_ups
 from tract_transfer.report.paper import PaperRow, compare_with_paper
-from tract_transfer.report.runs import Run, find_runs, is_finite, read_runs
+from tract_transfer.report.runs import Run, as_dict, find_runs, is_finite, read_runs
 from tract_transfer.report.statistics import (
     PairedDifference,
     Summary,
@@ -92,8 +92,6 @@ class Report:
     baseline: str
     methods: list[str]  # the baseline first
     answer: list[str]  # one sentence for each method except the baseline
-    runs: list[Run]
-    tasks: dict[str, list[Run]]  # finished runs, downstream tasks first
     results: list[Row]  # of the primary metrics
     all_metrics: list[Row]
     curves: list[Evaluations]
@@ -102,7 +100,9 @@ class Report:
     costs: list[CostRow]
     paper: list[PaperRow]
     protocol: dict[str, list[ProtocolPart]]  # by task
+    runs: list[Run]
     problems: list[str]  # what could not be read, and what is excluded
+    tasks: dict[str, list[Run]]  # finished runs, downstream tasks first
 
     @property
     def treated(self) -> list[str]:
@@ -146,8 +146,6 @@ def read_report(
         baseline=baseline,
         methods=methods,
         answer=answer(rows, baseline),
-        runs=runs,
-        tasks=tasks,
         results=rows,
         all_metrics=compare(runs, baseline, every_metric=True),
         curves=curves,
@@ -156,7 +154,9 @@ def read_report(
         costs=[row for of_task in tasks.values() for row in _costs(of_task, methods, baseline)],
         paper=paper,
         protocol={task: _protocol(of_task) for task, of_task in tasks.items()},
+        runs=runs,
         problems=[*found.problems, *unmatched, *(text for run in runs for text in run.problems)],
+        tasks=tasks,
     )
 
 
@@ -267,8 +267,7 @@ def _absent(values: Values, seeds: Sequence[int]) -> list[str]:
             methods.setdefault(absent, []).append(method)
     return [
         f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} no result for "
-        f"{seed_list(absent)}: means are over the seeds that a method has, differences over those "
-        "that both have."
+        f"{seed_list(absent)}."
         for absent, names in methods.items()
     ]
 
@@ -290,7 +289,7 @@ def _inconsistent(runs: Sequence[Run]) -> list[str]:
     records: list[dict[str, Any]] = []
     for run in runs:
         versions, git, data = (
-            _mapping(run.environment.get(key)) for key in ("versions", "git", "data")
+            as_dict(run.environment.get(key)) for key in ("versions", "git", "data")
         )
         record = {**run.results["protocol"]}
         record |= {key: run.results.get(key) for key in ("primary_metric", "iterations")}
@@ -322,7 +321,7 @@ def _per_class(run: Run) -> dict[str, Any]:
     details = run.results["details"]
     probes = [part for name, part in details.items() if run.primary_metric.startswith(f"{name}_")]
     parts = [part for part in (details, *probes) if isinstance(part, dict) and "per_class" in part]
-    return _mapping(parts[0]["per_class"]) if parts else {}
+    return as_dict(parts[0]["per_class"]) if parts else {}
 
 
 def _costs(runs: Sequence[Run], methods: Sequence[str], baseline: str) -> list[CostRow]:
@@ -342,8 +341,8 @@ def _costs(runs: Sequence[Run], methods: Sequence[str], baseline: str) -> list[C
 
 def _costs_of(run: Run) -> dict[str, Any]:
     """Return the costs of a run in the units of `_COSTS`; some may be missing or no number."""
-    cost = _mapping(run.results.get("cost"))
-    memory, joules = _mapping(cost.get("peak_memory_bytes")), _mapping(cost.get("energy_joules"))
+    cost = as_dict(run.results.get("cost"))
+    memory, joules = as_dict(cost.get("peak_memory_bytes")), as_dict(cost.get("energy_joules"))
     peaks = {key: value / 2**20 for key, value in memory.items() if is_finite(value)}
     has_energy = joules and all(map(is_finite, joules.values()))
     return {
@@ -392,10 +391,6 @@ def _flatten(value: Any, key: str = "") -> dict[str, str]:
         return {key: json.dumps(value, default=str)}
     except TypeError:  # keys that JSON lacks, such as YAML's dates
         return {key: str(value)}
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 # The answer: what the downstream tasks show for each method, and no more than that.

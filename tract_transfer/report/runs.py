@@ -8,7 +8,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -16,6 +16,7 @@ from typing import Any, TypeGuard
 import yaml
 
 SUITE_NAME, SUITE_FORMAT = "suite.json", 1
+_RUN_FILES = ("results.json", "config.yaml")  # a folder with either is a run folder
 RESULTS_FORMAT = 1
 _SUITE_RUN_FIELDS = {"method": str, "task": str, "seed": int, "folder": str, "state": str}
 _RESULTS_FIELDS = {
@@ -73,12 +74,12 @@ def find_runs(paths: Sequence[Path]) -> RunFolders:
         raise ValueError("No run folders: give at least one folder with a results.json.")
     found = RunFolders()
     for path in map(Path, paths):
-        if not path.is_dir() or _is_run(path):
+        if not path.is_dir() or _has_any(path, *_RUN_FILES):
             found.folders.append(path)
             continue
         count = len(found.folders)
-        for folder in _outermost(path, lambda folder: _is_suite(folder) or _is_run(folder)):
-            if _is_suite(folder):
+        for folder in _outermost(path, SUITE_NAME, *_RUN_FILES):
+            if _has_any(folder, SUITE_NAME):
                 _add_suite(folder, found)
             else:
                 found.folders.append(folder)
@@ -91,21 +92,17 @@ def find_runs(paths: Sequence[Path]) -> RunFolders:
     return found
 
 
-def _outermost(folder: Path, is_wanted: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yield the wanted folders at or below `folder` in order of names, and none inside another."""
-    for path, names, _ in os.walk(folder):
-        if is_wanted(Path(path)):
-            names.clear()
+def _outermost(folder: Path, *names: str) -> Iterator[Path]:
+    """Yield the folders with one of these files in order of names, and none inside another."""
+    for path, subfolders, _ in os.walk(folder):
+        if _has_any(Path(path), *names):
+            subfolders.clear()
             yield Path(path)
-        names.sort()
+        subfolders.sort()
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "results.json").is_file() or (folder / "config.yaml").is_file()
-
-
-def _is_suite(folder: Path) -> bool:
-    return (folder / SUITE_NAME).is_file()
+def _has_any(folder: Path, *names: str) -> bool:
+    return any((folder / name).is_file() for name in names)
 
 
 def _add_suite(folder: Path, found: RunFolders) -> None:
@@ -118,7 +115,7 @@ def _add_suite(folder: Path, found: RunFolders) -> None:
     resolved = {path.resolve() for path in planned}
     found.problems += [
         f"{path} is a run that {folder / SUITE_NAME} does not plan: excluded"
-        for path in _outermost(folder, _is_run)
+        for path in _outermost(folder, *_RUN_FILES)
         if path.resolve() not in resolved
     ]
 
@@ -134,7 +131,7 @@ def read_suite(path: Path) -> dict[str, Any]:
         suite = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}. {advice}.") from error
-    suite_format = _mapping(suite).get("format")
+    suite_format = as_dict(suite).get("format")
     if suite_format != SUITE_FORMAT:
         raise ValueError(
             f"{path} must have format {SUITE_FORMAT}, got {suite_format!r}. Use the version of "
@@ -142,7 +139,7 @@ def read_suite(path: Path) -> dict[str, Any]:
         )
     runs = suite.get("runs")
     for number, run in enumerate(runs if isinstance(runs, list) else [None]):
-        if fields := _unusable(_mapping(run), _SUITE_RUN_FIELDS):
+        if fields := _unusable(as_dict(run), _SUITE_RUN_FIELDS):
             raise ValueError(f"{path}: runs[{number}] lacks a usable {fields}. {advice}.")
     return suite  # type: ignore[no-any-return]
 
@@ -209,19 +206,19 @@ def _load_run(folder: Path) -> Run:
         return Run(folder, failure="the folder does not exist", state="missing")
     problems: list[str] = []
     history = _read_lines(folder / "metrics.jsonl", problems)
-    config = _mapping(_read(folder / "config.yaml", problems))
+    config = as_dict(_read(folder / "config.yaml", problems))
     results = _read(folder / "results.json", problems)
     seed = config.get("seed")
     run = Run(
         folder,
         seed=seed if isinstance(seed, int) else None,
         config=config,
-        environment=_mapping(_read(folder / "environment.json", problems)),
+        environment=as_dict(_read(folder / "environment.json", problems)),
         history=history,
         problems=tuple(problems),
     )
     if results is not None:
-        return _with_results(run, _mapping(results))
+        return _with_results(run, as_dict(results))
     if (folder / "results.json").is_file():
         return replace(run, failure="results.json cannot be read", state="unreadable")
     iterations = [line["iteration"] for line in history if is_finite(line.get("iteration"))]
@@ -238,7 +235,7 @@ def _with_results(run: Run, results: dict[str, Any]) -> Run:
     if fields := _unusable(results, _RESULTS_FIELDS):
         failure = f"results.json lacks a usable {fields}"
         return replace(run, failure=failure, state="unreadable")
-    results = {**results, **{k: _mapping(results.get(k)) for k in ("details", "protocol")}}
+    results = {**results, **{k: as_dict(results.get(k)) for k in ("details", "protocol")}}
     metrics = {k: float(v) for k, v in results["metrics"].items() if is_finite(v)}
     problems = [
         f"{run.folder / 'results.json'}: {key} is {value!r}, not a finite number"
@@ -246,8 +243,8 @@ def _with_results(run: Run, results: dict[str, Any]) -> Run:
         if key not in metrics
     ]
     detections = _read(run.folder / "detections.json", problems)
-    metadata = _mapping(_read(run.folder / "model.json", problems))
-    backbone = _mapping(_mapping(run.config.get("model")).get("backbone"))
+    metadata = as_dict(_read(run.folder / "model.json", problems))
+    backbone = as_dict(as_dict(run.config.get("model")).get("backbone"))
     primary = results["primary_metric"]
     return replace(
         run,
@@ -261,7 +258,7 @@ def _with_results(run: Run, results: dict[str, Any]) -> Run:
         metrics=metrics,
         primary_metric=primary,
         results=results,
-        detections=[_mapping(d) for d in detections] if isinstance(detections, list) else [],
+        detections=[as_dict(d) for d in detections] if isinstance(detections, list) else [],
         problems=(*run.problems, *problems),
     )
 
@@ -333,11 +330,12 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             problems.append(f"{path}, line {number}: {error}")
             continue
-        lines.append(_mapping(line))
+        lines.append(as_dict(line))
     return lines
 
 
-def _mapping(value: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> dict[str, Any]:
+    """Return a value read from a file if it is a dict, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 

@@ -18,7 +18,7 @@ from tract_transfer.report.statistics import (
     spread,
 )
 
-_MEANS = "Mean ± standard deviation over all seeds of the report, or over fewer: (1 of 2)."
+_MEANS = "Mean ± standard deviation over all seeds; (1 of 2) marks a mean over fewer."
 _CAPTIONS = {
     "means": _MEANS,
     "results": f"{_MEANS} Differences pair runs with the same seed and are in percentage points "
@@ -35,8 +35,8 @@ _CAPTIONS = {
     "shorter one.",
     "classes": "Change of each class in percentage points; the intervals are not corrected for the "
     "number of classes.",
-    "cost": "Mean over all seeds, or over fewer: (1 of 2). × is relative to the baseline, over "
-    "shared seeds. Time, memory and energy are comparable only between runs on the same "
+    "cost": "Mean over all seeds; (1 of 2) marks a mean over fewer. × is relative to the baseline, "
+    "over shared seeds. Time, memory and energy are comparable only between runs on the same "
     "machine with nothing else running. Memory excludes data workers; energy includes the whole "
     "machine.",
     "paper": "In percent. The paper's numbers are from arXiv 2410.23970; differences in setup are "
@@ -149,8 +149,8 @@ def _speed_ups(report: Report) -> Table:
     rows = [
         [
             row.task,
-            f"{100 * row.result.target:.2f} % {metric_name(row.metric)} on {row.split}, "
-            f"{row.share:.0%} of the baseline's end",
+            f"{100 * row.result.target:.2f} % {metric_name(row.metric)} on {row.split} "
+            f"({row.share:.0%} of the end)",
             row.method,
             _epochs(row.result.baseline),
             _epochs(row.result.treated),
@@ -251,11 +251,11 @@ def _protocol(report: Report, task: str) -> list[Table]:
         ]
         shared = [list(item) for item in part.shared.items()]
         for state, head, rows in (
-            ("where runs differ", ["differs", *methods], differing),
-            ("the same in every run", ["the same in every run", "value"], shared),
+            ("where runs differ", ["key", *methods], differing),
+            ("the same in every run", ["key", "value"], shared),
         ):
             heading = "" if any(table.rows for table in tables) else f"Protocol of {task}"
-            caption = f"{part.heading}, {state}:"
+            caption = f"{part.heading}, {state}"
             tables.append(Table("protocol", caption, head, rows, len(head), heading, task=task))
     return tables
 

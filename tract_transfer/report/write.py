@@ -20,10 +20,6 @@ from tract_transfer.report.runs import Run
 from tract_transfer.report.tables import Table, results_table, tables_of
 
 SCHEMA, SCHEMA_VERSION = "tract_transfer.report", 1
-_JSON_FIELDS = (  # of a report
-    "title", "baseline", "methods", "answer", "results", "all_metrics", "curves", "speed_ups",
-    "classes", "costs", "paper", "protocol", "runs", "problems",
-)  # fmt: skip
 _JSON_RUN_FIELDS = ("folder", "task", "method", "seed", "state", "failure", "metrics")
 _LIMITS = {
     "filters": pictures.MAX_FILTERS, "score": pictures.MIN_SCORE, "best": pictures.BEST_DRAWN,
@@ -104,12 +100,9 @@ def to_html(report: Report) -> str:
 
 def to_json(report: Report) -> str:
     """Return a report as JSON; numbers are unrounded, fractions in [0, 1]."""
-    content = {
-        "schema": SCHEMA,
-        "schema_version": SCHEMA_VERSION,
-        "tract_transfer": __version__,
-        **{name: getattr(report, name) for name in _JSON_FIELDS},
-    }
+    head = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "tract_transfer": __version__}
+    content = {**head, **vars(report)}
+    del content["tasks"]
     return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
