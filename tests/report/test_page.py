@@ -1,8 +1,10 @@
 """The page shows the numbers of the run folders; it runs and fetches nothing."""
 
+import json
 import re
 from pathlib import Path
 
+import pytest
 from report_runs import (
     edit_json,
     load_runs,
@@ -15,26 +17,32 @@ from report_runs import (
 )
 
 from tract_transfer.report.content import read_report
-from tract_transfer.report.write import text_table, to_html
+from tract_transfer.report.write import FORMATS, text_table, to_html
 
 
-def test_names_are_shown_and_never_run(tmp_path: Path) -> None:
-    evil = "<script>alert('x')</script>"
-    folders = write_pair(tmp_path, treated="<b>tract")
+@pytest.mark.filterwarnings("ignore:Glyph")
+@pytest.mark.parametrize("odd", ["<script>alert('x')</script>", "\x01", "\ud800", "\uffff", "$x^$"])
+def test_every_name_is_shown_and_none_is_run(tmp_path: Path, odd: str) -> None:
+    """Names in JSON may contain markup, and characters that XML and UTF-8 lack."""
+    folders = write_pair(tmp_path)
     for folder in folders:
+        method = json.loads((folder / "results.json").read_text())["method"]
         edit_json(
-            folder / "results.json",
-            details={"per_class": {evil: 0.5}},
-            protocol={"test": evil},
-            name="fine<i>tune",
-        )
-        write_detections(folder, label=evil)
-    html = to_html(read_report(folders))
-    assert not re.search(r"<(script|b>tract|i>tune)", html)
+            folder / "results.json", name=f"task{odd}", protocol={"test": odd},
+            details={"per_class": {f"cat{odd}": 0.5, "dog": 0.1}},
+            method=method if method == "vanilla" else f"tract{odd}",
+        )  # fmt: skip
+        write_detections(folder, label=f"car{odd}")
+    report = read_report(folders)
+    for write in FORMATS.values():
+        write(report).encode("utf-8")
+    html = to_html(report)
+    assert "<script" not in html
     text = visible_text(html)
-    assert text.count(evil) >= 4, "as a class, in a protocol, and on an image of each method"
-    assert "<b>tract − vanilla" in text
-    assert "fine<i>tune" in text
+    assert "unreadable" not in text
+    if odd.isprintable():
+        assert all(f"{name}{odd}" in text for name in ("task", "cat", "tract"))
+        assert text.count(f"car{odd} 0.90") == 2, "on an image of each method"
 
 
 def test_page_fetches_nothing_and_is_deterministic(tmp_path: Path) -> None:

@@ -12,15 +12,13 @@ from report_runs import (
     load_runs,
     page_text,
     render,
-    visible_text,
-    write_detections,
     write_pair,
     write_run,
 )
 
 from tract_transfer.report.content import read_report
 from tract_transfer.report.runs import find_runs
-from tract_transfer.report.write import FORMATS, text_table
+from tract_transfer.report.write import text_table
 
 
 def write_suite(root: Path, changes: dict[tuple[str, int], dict[str, Any]] | None = None) -> Path:
@@ -177,25 +175,3 @@ def test_no_content_of_a_run_makes_a_report_fail(tmp_path: Path, name: str, text
     page = render(folders)[".html"]
     assert "80.00" in page
     assert ("more than 100,000 values" in page) == ("&a" in text)
-
-
-@pytest.mark.filterwarnings("ignore:Glyph")
-@pytest.mark.parametrize("odd", ["\x01", "\ud800", "\uffff", "$x^$"])
-def test_no_name_makes_a_report_fail(tmp_path: Path, odd: str) -> None:
-    """Names in JSON may contain characters that XML and UTF-8 lack."""
-    folders = write_pair(tmp_path)
-    for folder in folders:
-        method = json.loads((folder / "results.json").read_text())["method"]
-        edit_json(
-            folder / "results.json",
-            details={"per_class": {f"cat{odd}": 0.5, "dog": 0.1}},
-            name=f"finetune{odd}",
-            method="vanilla" if method == "vanilla" else f"tract{odd}",
-        )
-        write_detections(folder, label=f"car{odd}")
-    report = read_report(folders)
-    for write in FORMATS.values():
-        write(report).encode("utf-8")
-    text = visible_text(FORMATS[".html"](report))
-    assert "car" in text
-    assert "unreadable" not in text
