@@ -134,15 +134,15 @@ def read_report(
         ValueError: no run, an unusable suite.json, two runs with the same task, method and seed, no
             run of the baseline, or no method to take as the baseline.
     """
-    found = find_runs(paths)
-    runs = read_runs(found)
-    baseline = _baseline(runs, baseline or found.baseline)
+    run_folders = find_runs(paths)
+    runs = read_runs(run_folders)
+    baseline = _baseline(runs, baseline or run_folders.baseline)
     methods = methods_of(runs, baseline)
     rows, tasks = compare(runs, baseline), by_task(runs)
     curves = [evaluations_of(of_task) for of_task in tasks.values()]
     paper, unmatched = compare_with_paper(tasks)
     return Report(
-        title=title or found.title or TITLE,
+        title=title or run_folders.title or TITLE,
         baseline=baseline,
         methods=methods,
         answer=answer(rows, baseline),
@@ -155,7 +155,11 @@ def read_report(
         paper=paper,
         protocol={task: _protocol(of_task) for task, of_task in tasks.items()},
         runs=runs,
-        problems=[*found.problems, *unmatched, *(text for run in runs for text in run.problems)],
+        problems=[
+            *run_folders.problems,
+            *unmatched,
+            *(text for run in runs for text in run.problems),
+        ],
         tasks=tasks,
     )
 

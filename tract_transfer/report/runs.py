@@ -72,24 +72,24 @@ def find_runs(paths: Sequence[Path]) -> RunFolders:
     """
     if not paths:
         raise ValueError("No run folders: give at least one folder with a results.json.")
-    found = RunFolders()
+    run_folders = RunFolders()
     for path in map(Path, paths):
         if not path.is_dir() or _has_any(path, *_RUN_FILES):
-            found.folders.append(path)
+            run_folders.folders.append(path)
             continue
-        count = len(found.folders)
+        count = len(run_folders.folders)
         for folder in _outermost(path, SUITE_NAME, *_RUN_FILES):
             if _has_any(folder, SUITE_NAME):
-                _add_suite(folder, found)
+                _add_suite(folder, run_folders)
             else:
-                found.folders.append(folder)
-        if len(found.folders) == count:
+                run_folders.folders.append(folder)
+        if len(run_folders.folders) == count:
             raise ValueError(
                 f"No run in {path} or below. A run folder has a config.yaml or results.json, a "
                 f"suite folder a {SUITE_NAME}."
             )
-    found.folders = list(dict.fromkeys(found.folders))
-    return found
+    run_folders.folders = list(dict.fromkeys(run_folders.folders))
+    return run_folders
 
 
 def _outermost(folder: Path, *names: str) -> Iterator[Path]:
@@ -105,15 +105,15 @@ def _has_any(folder: Path, *names: str) -> bool:
     return any((folder / name).is_file() for name in names)
 
 
-def _add_suite(folder: Path, found: RunFolders) -> None:
+def _add_suite(folder: Path, run_folders: RunFolders) -> None:
     suite = read_suite(folder / SUITE_NAME)
     planned = {folder / run["folder"]: run for run in suite["runs"]}
-    found.folders += planned
-    found.planned |= planned
-    found.baseline = found.baseline or str(suite.get("baseline") or "")
-    found.title = found.title or str(suite.get("title") or "")
+    run_folders.folders += planned
+    run_folders.planned |= planned
+    run_folders.baseline = run_folders.baseline or str(suite.get("baseline") or "")
+    run_folders.title = run_folders.title or str(suite.get("title") or "")
     resolved = {path.resolve() for path in planned}
-    found.problems += [
+    run_folders.problems += [
         f"{path} is a run that {folder / SUITE_NAME} does not plan: excluded"
         for path in _outermost(folder, *_RUN_FILES)
         if path.resolve() not in resolved
@@ -144,7 +144,7 @@ def read_suite(path: Path) -> dict[str, Any]:
     return suite  # type: ignore[no-any-return]
 
 
-def read_runs(found: RunFolders) -> list[Run]:
+def read_runs(run_folders: RunFolders) -> list[Run]:
     """Read run folders, in their order.
 
     An unfinished run takes method, task and seed from its suite's plan, or else from its path:
@@ -155,9 +155,9 @@ def read_runs(found: RunFolders) -> list[Run]:
         ValueError: two finished runs share method, task and seed.
     """
     runs = []
-    for folder in found.folders:
+    for folder in run_folders.folders:
         run = _load_run(folder)
-        if planned := found.planned.get(folder):
+        if planned := run_folders.planned.get(folder):
             run = _as_planned(run, planned)
             methods = [run.method, *map(str, planned.get("also") or ())]
             runs += [replace(run, method=method) for method in methods]
