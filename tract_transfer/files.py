@@ -24,6 +24,7 @@ import yaml
 CONFIG_NAME, RESULTS_NAME, ENVIRONMENT_NAME = "config.yaml", "results.json", "environment.json"
 METRICS_NAME = "metrics.jsonl"
 RESULTS_FORMAT = 1
+SUITE_NAME, SUITE_FORMAT = "suite.json", 1  # a suite's state
 # Exit codes of commands and runs; after a signal it is 128 + its number.
 FAILED, REFUSED = 1, 2
 _TEMPORARY = ".part"

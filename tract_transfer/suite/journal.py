@@ -13,8 +13,7 @@ from typing import Any, Literal
 import filelock
 import yaml
 
-from tract_transfer.files import make_folder, remove_temporary_files, write_json
-from tract_transfer.report.runs import RESULTS_FORMAT
+from tract_transfer.files import RESULTS_FORMAT, make_folder, remove_temporary_files, write_json
 from tract_transfer.suite.plan import PRETRAIN, PlannedRun
 
 SUITE_NAME, KEPT_NAME = "suite.json", ".plan.json"
