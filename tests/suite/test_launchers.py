@@ -1,21 +1,26 @@
 """Attempts as processes of this machine: who may start, what each is given, how each ends."""
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
-from attempts import COUNTS, ENDS, run_of, wait, wait_for
+from suites import COUNTS, ENDS, attempt_in, run_of, wait, wait_for
 
-from tract_transfer.suite import launchers as attempts
+from tract_transfer.suite import launchers
 from tract_transfer.suite.launchers import (
-    Attempt,
     LocalLauncher,
+    RayLauncher,
+    end_leftovers,
     find_gpus,
-    find_launcher,
     this_machine,
+    thread_variables,
+    why_it_ended,
 )
 
 
@@ -24,27 +29,108 @@ def make(workers=1, cores=4, gpus=(), memory_gb=8.0):
 
 
 @pytest.fixture
-def attempt(tmp_path):
-    """Make an attempt that runs some Python; what it prints goes to console.txt."""
+def log(tmp_path):
+    return tmp_path / "console.txt"
 
-    def build(script="pass"):
-        command = [sys.executable, "-S", "-c", script]
-        return Attempt(command, tmp_path / "console.txt", {}, tmp_path / "stop")
 
-    return build
+def begin(attempt):
+    """Call an attempt in a thread, wait until it is ready; return the thread and its exit codes."""
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(attempt()))
+    thread.start()
+    wait_for("ready", attempt.log)
+    return thread, codes
+
+
+def test_attempt_returns_its_exit_code_and_appends_to_its_log(tmp_path, log):
+    script = "import os, sys; print(os.environ['A']); print('why', file=sys.stderr); sys.exit(4)"
+    assert [attempt_in(tmp_path, script, A=word)() for word in ("one", "two")] == [4, 4]
+    assert sorted(log.read_text().split()) == ["one", "two", "why", "why"]
+
+
+def test_stop_file_stops_an_attempt_and_keeps_a_queued_one_from_starting(tmp_path, log):
+    attempt = attempt_in(tmp_path, ENDS)
+    thread, codes = begin(attempt)
+    attempt.stop(signal.SIGTERM)
+    thread.join(60)
+    assert codes == [7]
+    log.unlink()
+    assert attempt() == 128 + signal.SIGTERM
+    assert not log.exists()
+
+
+def test_stopped_attempt_gets_no_second_signal_when_slurm_takes_the_machine(tmp_path, log):
+    """It would end the run before its checkpoint is written."""
+    pytest.importorskip("submitit")
+    attempt = attempt_in(tmp_path, COUNTS)
+    thread, codes = begin(attempt)
+    attempt.stop(signal.SIGTERM)
+    wait_for("ending", log)
+    requeued = attempt.checkpoint().function
+    thread.join(60)
+    assert codes == [21]
+    assert requeued() == 128 + signal.SIGTERM  # it was stopped, so it does not start again
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's own signal")
+def test_attempt_gets_one_signal_when_the_suite_is_killed(tmp_path, log):
+    script = (
+        "import sys, time; from pathlib import Path; from suites import COUNTS, attempt_in\n"
+        "print(attempt_in(Path(sys.argv[1]), COUNTS).start().pid, flush=True); time.sleep(60)"
+    )
+    paths = os.pathsep.join([*map(str, Path(__file__).parents[1:3]), *sys.path])
+    paths = f"{Path(__file__).parents[1] / 'support'}{os.pathsep}{paths}"
+    suite = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path)],
+        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    with suite:
+        process = psutil.Process(int(suite.stdout.readline()))
+        handle = {"pid": process.pid, "started": process.create_time()}
+        wait_for("ready", log)
+        suite.kill()
+    end_leftovers(make(), {"run": handle})
+    assert log.read_text().split() == ["ready", "ending"]
 
 
 @pytest.mark.parametrize(
-    ("resources", "says"),
+    ("code", "text", "why"),
     [
-        ({"cpus": 5}, r"resources\.cpus: voc asks for 5, and this machine has 4"),
-        ({"gpus": 1}, r"resources\.gpus: voc asks for 1, and this machine has 0"),
-        ({"memory_gb": 9}, r"resources\.memory_gb: voc asks for 9, and this machine has 8"),
+        (-9, "iter 3\n", "ended by SIGKILL, as when memory runs out; see {log}"),
+        (-11, "iter 3\n", "ended by SIGSEGV; see {log}"),
+        (-200, "", "ended by signal 200; see {log}"),
+        (1, None, "exit code 1 (see {log})"),
+        (1, "", "exit code 1 (see {log})"),
+        (1, "a\nNoRoomError: /x\nMake room.\n", "NoRoomError: /x Make room. (see {log})"),
+        (2, "first\nlast\n", "last (see {log})"),
+        (2, "iter 3\nerror: No x.\nSet y.\n", "No x. Set y. (see {log})"),
+        (1, "failed: NonFiniteError: x\n", "NonFiniteError: x (see {log})"),
     ],
 )
-def test_what_the_machine_lacks_is_refused_before_anything_runs(resources, says):
+def test_failure_is_explained_by_the_last_error(log, code, text, why):
+    if text is not None:
+        log.write_text(text)
+    assert why_it_ended(code, log) == why.format(log=log)
+
+
+def test_only_the_end_of_a_long_log_is_read_and_long_errors_are_cut(log):
+    log.write_text("OldError: x\n" + "line\n" * 5000 + "ValueError: " + "long " * 500)
+    why = why_it_ended(1, log)
+    assert why.startswith("ValueError: long")
+    assert len(why) < 1400
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({"cpus": 5}, r"resources\.cpus: voc needs 5, and this machine has 4"),
+        ({"gpus": 1}, r"resources\.gpus: voc needs 1, and this machine has 0"),
+        ({"memory_gb": 9}, r"resources\.memory_gb: voc needs 9, and this machine has 8"),
+    ],
+)
+def test_runs_that_need_more_than_the_machine_has_are_refused(resources, message):
     make().check([run_of(cpus=4, memory_gb=8.0)])
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         make().check([run_of(), run_of(**resources)])
 
 
@@ -59,138 +145,109 @@ def test_what_the_machine_lacks_is_refused_before_anything_runs(resources, says)
         (make(workers=2), {"memory_gb": 5}, {"memory_gb": 4}, False),
         (make(workers=2, gpus=("0",)), {"gpus": 0.5}, {"gpus": 0.5}, True),
         (make(workers=2, gpus=("0",)), {"gpus": 0.5}, {"gpus": 0.6}, False),
-        (make(workers=2, gpus=("0",)), {}, {}, False),  # one each, where there are any
+        (make(workers=2, gpus=("0",)), {}, {}, False),  # one each, if there are any
         (make(workers=2, gpus=("0",)), {}, {"gpus": 0}, True),
     ],
 )
-def test_a_run_waits_for_what_it_asks_for(launcher, first, second, fits, attempt):
+def test_run_waits_for_its_resources(launcher, first, second, fits, tmp_path):
     one, two = run_of("one", **first), run_of("two", **second)
     assert launcher.has_room(one)
-    launcher.start(one, attempt())
+    launcher.start(one, attempt_in(tmp_path))
     assert launcher.has_room(two) is fits
     assert wait(launcher) == [(one, 0)]
+    assert launcher.ended() == []
     assert launcher.has_room(two)
 
 
-def test_gpus_are_given_back(attempt):
+def test_runs_get_their_gpus_and_threads_and_give_them_back(tmp_path, log, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script = (
+        "import os; print(os.environ['CUDA_VISIBLE_DEVICES'] or '-', os.environ['OMP_NUM_THREADS'])"
+    )
     launcher = make(workers=2, gpus=("4", "7"))
-    script = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
-    for gpus in (2, 2, 1, 0):
-        launcher.start(run_of(gpus=gpus), attempt(script))
+    for resources in ({"gpus": 2}, {"gpus": 2, "cpus": 4}, {"gpus": 1}, {"gpus": 0, "cpus": 3}):
+        launcher.start(run_of(**resources), attempt_in(tmp_path, script))
         wait(launcher)
-    log = attempt().log.read_text()
-    assert log.splitlines() == ["4,7", "4,7", "4", ""]
-
-
-def test_a_worker_has_its_share_of_the_cores(attempt, monkeypatch):
-    script = "import os; print(os.environ['OMP_NUM_THREADS'])"
-    launcher = make(workers=2)
-    for told in (None, "1", "9"):
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        if told:
-            monkeypatch.setenv("OMP_NUM_THREADS", told)
-        launcher.start(run_of(), attempt(script))
+    for limit in ("1", "9"):
+        monkeypatch.setenv("OMP_NUM_THREADS", limit)
+        launcher.start(run_of(gpus=0), attempt_in(tmp_path, script))
         wait(launcher)
-    launcher.start(run_of(cpus=3), attempt(script))
-    wait(launcher)
-    assert attempt().log.read_text().split() == ["2", "1", "2", "3"]
+    assert log.read_text().splitlines() == ["4,7 1", "4,7 2", "4 2", "- 3", "- 1", "- 2"]
+    assert set(thread_variables(3).values()) == {"3"}
 
 
-@pytest.mark.parametrize(
-    ("script", "code"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
-)
-def test_an_end_is_told_once(attempt, script, code):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 7), (signal.SIGKILL, -9)])
+def test_stop_lets_a_run_end_by_itself_and_a_kill_does_not(tmp_path, log, number, code):
     launcher, run = make(), run_of()
-    launcher.start(run, attempt(script))
+    launcher.start(run, attempt_in(tmp_path, ENDS))
+    wait_for("ready", log)
+    launcher.stop(number)
     assert wait(launcher) == [(run, code)]
-    assert launcher.ended() == []
 
 
-def test_a_stop_lets_a_run_end_by_itself_and_a_kill_does_not(attempt):
-    launcher, run = make(), run_of()
-    for number, code in ((signal.SIGTERM, 7), (signal.SIGKILL, -9)):
-        attempt().log.unlink(missing_ok=True)
-        launcher.start(run, attempt(ENDS))
-        wait_for("ready", attempt().log)
-        launcher.stop(number)
-        assert wait(launcher) == [(run, code)]
-
-
-def test_what_a_failed_run_has_started_ends_with_it(attempt):
-    """A data worker, say, that nobody would end."""
+def test_processes_of_a_failed_run_end_with_it(tmp_path, log):
+    """A data worker, say."""
     script = (
         "import subprocess, sys\n"
-        "child = subprocess.Popen(['sleep', '60'])\n"
-        "print(child.pid, flush=True)\n"
+        "print(subprocess.Popen(['sleep', '60']).pid, flush=True)\n"
         "sys.exit(1)"
     )
-    launcher = make()
-    launcher.start(run_of(), attempt(script))
-    wait(launcher)
-    child = int(attempt().log.read_text())
+    launcher, run = make(), run_of()
+    launcher.start(run, attempt_in(tmp_path, script))
+    assert wait(launcher) == [(run, 1)]
+    child = int(log.read_text())
     end = time.monotonic() + 10
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-def end_leftovers(handles):
-    """As a suite does that comes after a killed one."""
-    launcher = make()
-    launcher.ask_leftovers(handles)
-    launcher.end_leftovers(handles)
-
-
-def test_leftovers_are_let_end_and_others_are_left_alone(attempt):
+def test_leftovers_are_awaited_and_other_processes_left_alone(tmp_path, log):
     killed = make()
-    handle = killed.start(run_of(), attempt(ENDS))
-    assert find_launcher(handle) == LocalLauncher.name
-    wait_for("ready", attempt().log)
+    handle = killed.start(run_of(), attempt_in(tmp_path, COUNTS))
+    wait_for("ready", log)
+    killed.stop(signal.SIGTERM)  # as the kernel does
     bystander = subprocess.Popen(["sleep", "60"])
     try:
-        # The same number, but of a process that began at another time.
+        # The same process id, but of a process that was started at another time.
         reused = {"pid": bystander.pid, "started": psutil.Process(bystander.pid).create_time() - 9}
-        end_leftovers([handle, reused, {"pid": 2**22 + 1, "started": 0.0}, {}])
-        assert wait(killed)[0][1] == 7
+        broken = [{}, {"pid": "x", "started": None}, {"pid": 2**22 + 1, "started": 0.0}]
+        end_leftovers(make(), dict(enumerate([handle, reused, *broken])))
+        assert wait(killed)[0][1] == 21
         assert bystander.poll() is None
     finally:
         bystander.kill()
         bystander.wait()
 
 
-@pytest.mark.parametrize("asked", [False, True])
-def test_a_leftover_that_ends_already_is_sent_no_second_signal(attempt, asked):
-    """Which would end it before its checkpoint is written."""
+def test_leftover_that_does_not_end_is_killed(tmp_path, log, monkeypatch, caplog):
+    assert launchers.ENDING_SECONDS >= 300, "a checkpoint on a slow disk"
+    monkeypatch.setattr(launchers, "ENDING_SECONDS", 0.1)
     killed = make()
-    handle = killed.start(run_of(), attempt(COUNTS))
-    wait_for("ready", attempt().log)
-    if asked:
-        killed.stop(signal.SIGTERM)
-        wait_for("ending", attempt().log)
-        handle["asked"] = int(signal.SIGTERM)
-    end_leftovers([handle])
-    assert wait(killed)[0][1] == 21
-
-
-def test_a_leftover_has_its_time_and_is_then_killed(attempt, monkeypatch, caplog):
-    assert attempts.ENDING_SECONDS >= 300, "a checkpoint on a slow disk"
-    monkeypatch.setattr(attempts, "ENDING_SECONDS", 0.3)
-    killed = make()
-    handle = killed.start(run_of(), attempt(COUNTS.replace("0.5", "60")))
-    wait_for("ready", attempt().log)
+    handle = killed.start(run_of(), attempt_in(tmp_path, ENDS))
+    wait_for("ready", log)
     with caplog.at_level("INFO"):
-        end_leftovers([handle])
+        end_leftovers(make(), {"run": handle})
     assert wait(killed)[0][1] == -9
-    said = [record.message for record in caplog.records]
-    assert said[0].startswith("Still at work for the suite that was here before: 1. Each writes")
-    assert said[1].startswith(f"Process {handle['pid']} did not end: it is killed")
+    messages = [record.message for record in caplog.records]
+    assert messages[0].startswith("1 runs of a suite that was killed may still be running. Waiting")
+    assert messages[1] == f"Process {handle['pid']} did not end and is killed."
 
 
-def test_gpus_are_those_that_are_visible():
+def test_jobs_of_slurm_are_refused_by_other_launchers(refused):
+    """They would run beside the same runs, started again."""
+    job = {"job": "7", "stop_file": "plan/a.stop"}
+    left = {"out/vanilla/voc/seed0": job, "out/tract/voc/seed0": job}
+    for launcher in (make(), object.__new__(RayLauncher)):
+        message = r"out/vanilla/voc/seed0 and 1 more: .* Use --launcher slurm, which lets them"
+        with refused("leftovers of another launcher", FileExistsError, match=message):
+            end_leftovers(launcher, left)
+
+
+def test_visible_gpus_are_found():
     assert find_gpus({"CUDA_VISIBLE_DEVICES": "0, GPU-5f,"}) == ["0", "GPU-5f"]
-    assert (
-        find_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == find_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
-    )
+    for none in ("-1", ""):
+        assert find_gpus({"CUDA_VISIBLE_DEVICES": none}) == []
 
 
 def test_this_machine_is_measured(monkeypatch):

@@ -1,29 +1,25 @@
-"""Attempts as jobs of submitit, on this machine in place of Slurm."""
+"""Attempts as jobs of submitit, on this machine instead of Slurm."""
 
 import contextlib
 import os
 import shutil
 import signal
-import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
+from suites import attempt_in, run_of, wait, wait_for
 
-from tract_transfer.suite import cluster as launch_slurm
-from tract_transfer.suite import launchers as attempt_module
-from tract_transfer.suite.cluster import SlurmLauncher
-from tract_transfer.suite.launchers import Attempt, find_launcher
-from tract_transfer.suite.plan import PlannedRun, Resources
+from tract_transfer.suite import launchers
+from tract_transfer.suite.launchers import SlurmLauncher, end_leftovers
 
 pytest.importorskip("submitit")
 
-# Ends by SIGTERM as a run does, and goes on from what it left then.
+# Ends by SIGTERM as a run does, and resumes from what it left then.
 RUN = """
 import os, signal, sys, time
 if os.path.exists("checkpoint"):
-    print("went on", flush=True)
+    print("resumed", flush=True)
     sys.exit(0)
 def end(*_):
     open("checkpoint", "w").close()
@@ -34,115 +30,93 @@ time.sleep(60)
 """
 
 
-def run_of(**resources):
-    return PlannedRun("a", "vanilla", "voc", 0, {}, Path("a"), resources=Resources(**resources))
-
-
-def wait(launcher, seconds=60):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if done := launcher.ended():
-            return done
-        time.sleep(0.1)
-    raise AssertionError("the job did not end")
+@pytest.fixture
+def launcher(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return SlurmLauncher(tmp_path / "slurm", 1, cluster="local")
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_job_says_how_it_ended_and_leaves_its_log(tmp_path, code):
-    launcher = SlurmLauncher(tmp_path / "slurm", 1, cluster="local")
+def test_job_returns_its_exit_code_and_writes_its_log(launcher, tmp_path, code):
     run = run_of(hours=0.1)
     script = f"import os; print('threads', os.environ['OMP_NUM_THREADS']); raise SystemExit({code})"
-    log = tmp_path / "console.txt"
-    attempt = Attempt([sys.executable, "-c", script], log, {}, tmp_path / "stop")
-    launcher.start(run, attempt)
+    launcher.start(run, attempt_in(tmp_path, script))
     assert not launcher.has_room(run)
     assert wait(launcher) == [(run, code)]
     assert launcher.has_room(run)
-    assert log.read_text().strip() == "threads 1"
+    assert (tmp_path / "console.txt").read_text().strip() == "threads 1"
 
 
-def test_what_slurm_cannot_give_is_refused_first(tmp_path, refused):
-    launcher = SlurmLauncher(tmp_path, 1, cluster="local")
+def test_runs_that_slurm_cannot_take_are_refused(launcher, refused):
     launcher.check([run_of(hours=1)])
     with refused("a Slurm run without hours", ValueError, match=r"resources\.hours: voc has none"):
         launcher.check([run_of()])
-    with refused("half a GPU on Slurm", ValueError, match=r"resources\.gpus: voc asks for 0\.5"):
+    with refused("half a GPU on Slurm", ValueError, match=r"resources\.gpus: voc needs 0\.5"):
         launcher.check([run_of(hours=1, gpus=0.5)])
 
 
-def test_a_machine_without_slurm_is_told(tmp_path, monkeypatch, refused):
+def test_machine_without_slurm_is_refused(tmp_path, monkeypatch, refused):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with refused("--launcher slurm without Slurm", ValueError, match="no sbatch"):
         SlurmLauncher(tmp_path, 1)
 
 
 @pytest.fixture
-def begun(tmp_path, monkeypatch):
-    """A launcher with a run under way, the run, its handle and its log."""
-    launcher = SlurmLauncher(tmp_path / "slurm", 1, cluster="local")
-    log, run = tmp_path / "console.txt", run_of(hours=0.1)
-    monkeypatch.chdir(tmp_path)
-    attempt = Attempt([sys.executable, "-S", "-c", RUN], log, {}, tmp_path / "stop")
+def begun(launcher, tmp_path):
+    """A run that is running, and its handle."""
+    run, attempt = run_of(hours=0.1), attempt_in(tmp_path, RUN)
     handle = launcher.start(run, attempt)
-    end = time.monotonic() + 60
-    while not log.exists() or "ready" not in log.read_text():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    yield launcher, run, handle, log
+    wait_for("ready", attempt.log)
+    yield run, handle
     for process in processes_in(tmp_path):
         process.kill()
 
 
 def processes_in(folder):
-    """The runs that are at work in a folder."""
-    found = []
+    """Return the runs that are running in a folder."""
+    running = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if RUN in process.cmdline() and process.cwd() == str(folder):
-                found.append(process)
-    return found
+                running.append(process)
+    return running
 
 
-def test_a_stop_lets_a_job_write_its_checkpoint(begun, tmp_path):
-    launcher, run, _, _ = begun
+def test_stop_lets_a_job_write_its_checkpoint(launcher, begun, tmp_path):
     launcher.stop(signal.SIGTERM)
-    assert wait(launcher) == [(run, 143)]
+    assert wait(launcher) == [(begun[0], 143)]
     assert (tmp_path / "checkpoint").exists()
 
 
-@pytest.mark.slow  # submitit gives a lost result 15 seconds to show
-def test_a_kill_takes_the_job_and_its_run(begun, tmp_path):
-    launcher, run, _, _ = begun
+def test_kill_ends_a_job_and_its_run(launcher, begun, tmp_path, monkeypatch):
+    """submitit gives a lost result 15 seconds to appear."""
+    monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0.1)
     launcher.stop(signal.SIGKILL)
-    assert wait(launcher) == [(run, -9)]
+    assert wait(launcher) == [(begun[0], -9)]
     end = time.monotonic() + 60
     while processes_in(tmp_path):
         assert time.monotonic() < end
         time.sleep(0.05)
 
 
-def test_a_job_that_is_preempted_queues_again_and_goes_on(begun, tmp_path):
-    launcher, run, handle, log = begun
+def test_preempted_job_is_queued_again_and_resumes(launcher, begun, tmp_path):
+    run, handle = begun
     for task in psutil.Process(int(handle["job"])).children():
         task.send_signal(signal.SIGUSR2)  # as Slurm does
     assert wait(launcher) == [(run, 0)]
-    assert log.read_text().split("\n") == ["ready", "went on", ""]
+    assert (tmp_path / "console.txt").read_text().split() == ["ready", "resumed"]
 
 
-def test_the_job_of_a_suite_that_was_killed_ends_before_the_next_begins(begun, tmp_path):
-    _, _, handle, _ = begun
-    assert find_launcher(handle) == SlurmLauncher.name
+def test_job_of_a_killed_suite_ends_before_the_next_suite_starts(begun, tmp_path):
     later = SlurmLauncher(tmp_path / "slurm", 1, cluster="local")
-    later.ask_leftovers([handle, {}])
-    later.end_leftovers([handle, {}])
-    assert handle["asked"] == signal.SIGTERM
+    end_leftovers(later, {"run": begun[1], "broken": {}})
     assert (tmp_path / "checkpoint").exists()
     assert not processes_in(tmp_path)
 
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Commands in Slurm's place, which write down how they are called."""
+    """Commands in place of Slurm's, which write down their arguments."""
     (tmp_path / "bin").mkdir()
 
     def command(name, script):
@@ -154,45 +128,33 @@ def slurm(tmp_path, monkeypatch):
     command("sbatch", "echo 'error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1")
     command("srun", "")
     command("scancel", "")
-    command("sacct", "exit 1")  # nobody knows anything
+    command("sacct", "exit 1")  # reports no job
     return SlurmLauncher(tmp_path / "slurm", None)
 
 
-def test_what_slurm_does_not_take_is_that_run_s_failure(slurm, tmp_path):
-    attempt = Attempt(["true"], tmp_path / "log", {}, tmp_path / "stop")
-    with pytest.raises(OSError, match=r"voc.*QOSMaxSubmitJobPerUserLimit.* workers") as caught:
-        slurm.start(run_of(hours=1), attempt)
-    assert "seed 0" in str(caught.value)
+def cancelled(folder):
+    lines = (folder / "called").read_text().splitlines()
+    return [line for line in lines if line.startswith("scancel")]
 
 
-def test_a_job_of_which_nothing_is_known_is_not_cancelled_while_it_may_run(
-    slurm, tmp_path, monkeypatch
-):
-    """It may be writing its checkpoint; Slurm itself knows whether it still queues."""
-    called = tmp_path / "called"
+def test_job_that_slurm_refuses_is_a_failure_of_its_run(slurm, tmp_path):
+    with pytest.raises(OSError, match=r"seed 0  voc.*QOSMaxSubmitJobPerUserLimit.* workers"):
+        slurm.start(run_of(hours=1), attempt_in(tmp_path))
+
+
+def test_leftover_job_is_cancelled_only_while_it_is_queued(slurm, tmp_path, monkeypatch):
+    """It may be writing its checkpoint; Slurm knows whether it is still queued."""
     result = tmp_path / "slurm/7_0_result.pkl"
     (tmp_path / "slurm").mkdir()
-
-    def later(seconds):
-        assert "scancel" in called.read_text()
-        result.touch()
-
-    monkeypatch.setattr(attempt_module.time, "sleep", later)
-    handles = [{"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}]
-    slurm.ask_leftovers(handles)
-    slurm.end_leftovers(handles)
+    monkeypatch.setattr(launchers.time, "sleep", lambda seconds: result.touch())
+    end_leftovers(slurm, {"run": {"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}})
     assert (tmp_path / "plan/a.stop").read_text() == "15"
-    cancelled = [line for line in called.read_text().splitlines() if line.startswith("scancel")]
-    assert cancelled == ["scancel --state=PENDING 7"]
+    assert cancelled(tmp_path) == ["scancel --state=PENDING 7"]
 
 
-def test_a_job_that_does_not_end_is_cancelled_in_the_end(slurm, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(attempt_module, "ENDING_SECONDS", 0.2)
-    monkeypatch.setattr(launch_slurm, "_CANCEL_SECONDS", 0.2)
-    handles = [{"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}]
-    slurm.ask_leftovers(handles)
-    slurm.end_leftovers(handles)
-    lines = (tmp_path / "called").read_text().splitlines()
-    cancelled = [line for line in lines if line.startswith("scancel")]
-    assert cancelled == ["scancel --state=PENDING 7", "scancel 7"]
-    assert "Job 7 did not end: it is cancelled" in caplog.text
+def test_leftover_job_that_does_not_end_is_cancelled(slurm, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(launchers, "ENDING_SECONDS", 0.1)
+    monkeypatch.setattr(launchers, "_CANCEL_SECONDS", 0.1)
+    end_leftovers(slurm, {"run": {"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}})
+    assert cancelled(tmp_path) == ["scancel --state=PENDING 7", "scancel 7"]
+    assert "Job 7 did not end and is cancelled" in caplog.text
