@@ -19,7 +19,7 @@ from tract_transfer.files import (
     write_json,
     write_text,
 )
-from tract_transfer.suite.journal import SuiteLock
+from tract_transfer.suite.state import SuiteLock
 
 
 def fail_with(number):

@@ -118,7 +118,7 @@ BAD_LINES = {
     f"train_net.py {FINETUNE} model.weights=./nowhere": (2, "model.weights: No weights at"),
     f"train_net.py {PRETRAIN} --eval-only output_dir=./nowhere": (2, "No whole checkpoint in"),
     "run_suite.py --config-file nowhere.yaml": (2, "No config can be read at nowhere.yaml"),
-    f"run_suite.py {QUICK_SUITE} baseline=tarct": (2, "'tarct' is none of methods ['vanilla',"),
+    f"run_suite.py {QUICK_SUITE} baseline=tarct": (2, "'tarct' is not one of the methods ['vanilla',"),
     "report.py": (2, "folders"),
     "report.py ./nowhere": (2, "nowhere: the folder does not exist"),
     f"train_net.py {PRETRAIN} data.batch_size=5000": (2, "data.batch_size"),

@@ -6,9 +6,8 @@ from run_folders import entries
 
 from tract_transfer.config.schema import ConfigError
 from tract_transfer.config.suite import load_suite
-from tract_transfer.run.suite import Suite
-from tract_transfer.run.suite_plan import Inspector
-from tract_transfer.suite.journal import SuiteLock
+from tract_transfer.run.suite import Inspector, open_suite
+from tract_transfer.suite.state import SuiteLock
 
 
 @pytest.fixture
@@ -21,7 +20,7 @@ def load_tiny_suite(tmp_path, write_tiny, monkeypatch):
     (tmp_path / "suite.yaml").write_text(
         yaml.safe_dump({**tree, "methods": methods, "pretrain": pretrain})
     )
-    return lambda: Suite(load_suite(tmp_path / "suite.yaml"), remember=True, refuse=True)
+    return lambda: open_suite(load_suite(tmp_path / "suite.yaml"), remember=True, refuse=True)
 
 
 def test_a_suite_refuses_another_runs_folder_before_data_are_read(tmp_path, load_tiny_suite):
@@ -29,7 +28,7 @@ def test_a_suite_refuses_another_runs_folder_before_data_are_read(tmp_path, load
     folder.mkdir(parents=True)
     (folder / "results.json").write_text('{"metrics": {"top1": 1}, "primary_metric": "top1"}')
     (folder / "config.yaml").write_text("seed: 5\n")
-    with pytest.raises(ConfigError, match=rf"{folder} holds another run: [\s\S]*--set-aside moves"):
+    with pytest.raises(ConfigError, match=rf"{folder} contains another run: [\s\S]*--set-aside"):
         load_tiny_suite()
     assert entries(tmp_path / "suite") == ["tract"]
 
@@ -38,6 +37,6 @@ def test_a_suite_at_work_is_told_before_data_are_read(tmp_path, load_tiny_suite)
     lock = SuiteLock(tmp_path / "suite")
     (tmp_path / "suite").mkdir()
     lock.acquire()
-    with pytest.raises(FileExistsError, match="another run_suite is at work here"):
+    with pytest.raises(FileExistsError, match="is in use by another run_suite"):
         load_tiny_suite()
     lock.release()

@@ -215,9 +215,9 @@ def _overrides(
 
 def _draft(suite: SuiteConfig, config: Config, task: str, needed: Draft | None) -> Draft:
     if needed is None and config.model.weights not in (None, "pretrained"):
-        from tract_transfer.build.weights import check_weights_are_there
+        from tract_transfer.build.weights import check_backbone
 
-        check_weights_are_there(config)
+        check_backbone(config)
     run = PlannedRun(
         id=_id(config, needed.run.id if needed else None, None),
         method=str(config.method),

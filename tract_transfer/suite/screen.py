@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from tract_transfer.files import METRICS_NAME
 from tract_transfer.suite.state import Job
 
 _TAIL_BYTES = 8192
@@ -103,7 +104,7 @@ class Screen:
 def fraction_done(job: Job) -> float | None:
     """Return how much of its training a run has done, in [0, 1]; None if metrics.jsonl lacks it."""
     solver = job.run.config.get("solver")
-    last = _last_line(job.run.folder / "metrics.jsonl")
+    last = _last_line(job.run.folder / METRICS_NAME)
     if not isinstance(solver, Mapping) or last is None:
         return None
     for key, length in (("iteration", "max_iters"), ("epoch", "max_epochs")):

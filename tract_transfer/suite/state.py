@@ -15,14 +15,16 @@ import filelock
 import yaml
 
 from tract_transfer.config.suite import PRETRAIN, SuiteConfig
-from tract_transfer.engine.run_folder import (
+from tract_transfer.engine.run_folder import changed_keys
+from tract_transfer.files import (
     CONFIG_NAME,
     ENVIRONMENT_NAME,
     RESULTS_FORMAT,
     RESULTS_NAME,
-    changed_keys,
+    make_folder,
+    remove_temporary_files,
+    write_json,
 )
-from tract_transfer.files import make_folder, remove_temporary_files, write_json
 from tract_transfer.report.runs import SUITE_FORMAT, SUITE_NAME
 from tract_transfer.suite.plan import PlannedRun
 
