@@ -1,5 +1,7 @@
 """Executing a suite with a launcher that decides how its attempts end."""
 
+import contextlib
+import functools
 import io
 import json
 import logging
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+from run_folders import held
 from suites import cut_off, finish, make_suite
 
 from tract_transfer.config.file import ConfigError
@@ -19,7 +22,7 @@ from tract_transfer.suite.launchers import Launcher
 from tract_transfer.suite.screen import Screen
 from tract_transfer.suite.state import Suite, SuiteLock
 
-LEFT = {"a": {"pid": 2**22 + 1, "started": 0.0}}
+JOB = {"job": "7", "stop_file": "plan/a.stop"}
 
 
 def name_of(run):
@@ -46,7 +49,7 @@ class Fake(Launcher):
         self.most = max(self.most, len(self._running))
         if self.signal is not None:
             os.kill(os.getpid(), self.signal)
-        return dict(LEFT["a"])
+        return JOB
 
     def _exit_code(self, run):
         if self.signal is not None:
@@ -59,6 +62,9 @@ class Fake(Launcher):
 
     def stop(self, number):
         self.stops.append(number)
+
+    def end_jobs(self, left):
+        pass
 
     @property
     def started(self):
@@ -226,34 +232,54 @@ def test_second_signal_kills_the_runs(run):
     assert launcher.stops == [signal.SIGKILL]
 
 
-def test_running_attempts_are_recorded_and_outlive_an_error(suite, run):
+def test_running_jobs_are_recorded_until_they_have_ended(suite, run):
+    """Even if the suite fails, or the next one is killed while it ends them."""
     launcher = Fake()
     launcher.ended = lambda: 1 / (not launcher.started) and []
     with pytest.raises(ZeroDivisionError):
         run(launcher)
-    owner = json.loads((suite.folder / ".owner.json").read_text())
-    assert owner["jobs"] == {str(suite.runs[0].folder): LEFT["a"]}
+    left = {str(suite.runs[0].folder): JOB}
+    assert json.loads((suite.folder / ".owner.json").read_text())["jobs"] == left
+    seen = []
+    launcher = Fake()
+
+    def interrupted(jobs):
+        seen.append(jobs)
+        raise KeyboardInterrupt
+
+    launcher.end_jobs = interrupted
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(launcher, suite=again(suite))
+    assert seen == [left, left]
     run(suite=again(suite))
     assert not (suite.folder / ".owner.json").exists()
 
 
-def test_leftovers_are_remembered_until_they_have_ended(suite, run, monkeypatch):
-    left = {**LEFT, "b": {"pid": 1, "started": 1.0, "asked": 15}}  # earlier versions wrote `asked`
-    (suite.folder / ".owner.json").write_text(json.dumps({"jobs": left}))
-    waited = []
+def test_jobs_of_slurm_are_refused_by_other_launchers(suite, run, refused):
+    """They would run beside the same runs, started again."""
+    jobs = {"out/vanilla/voc/seed0": JOB, "out/tract/voc/seed0": JOB, "a": {"pid": 1}}
+    (suite.folder / ".owner.json").write_text(json.dumps({"jobs": jobs}))
+    launcher = Fake()
+    launcher.end_jobs = functools.partial(Launcher.end_jobs, launcher)
+    message = r"out/vanilla/voc/seed0, out/tract/voc/seed0: .* Use --launcher slurm, which lets"
+    with refused("leftovers of another launcher", FileExistsError, match=message):
+        run(launcher)
+    assert launcher.started == []
 
-    def interrupted(launcher, left):
-        waited.append(left)
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr("tract_transfer.suite.execute.end_leftovers", interrupted)
-        for _ in range(2):
-            with pytest.raises(KeyboardInterrupt):
-                run()
-    assert waited == [left, left]
-    run()
-    assert set(states(suite).values()) == {"finished"}
+def test_run_of_a_killed_suite_is_awaited(suite, run, monkeypatch, caplog):
+    """It holds the lock of its folder, and is not started beside itself."""
+    suite.jobs[0].state = "running"
+    suite.write()
+    suite.runs[0].folder.mkdir(parents=True)
+    with contextlib.ExitStack() as stack, caplog.at_level("INFO"):
+        pid = stack.enter_context(held(suite.runs[0].folder))
+        monkeypatch.setattr("tract_transfer.suite.execute.time.sleep", lambda _: stack.close())
+        launcher = run(suite=again(suite))
+    assert len(launcher.started) == 6
+    assert f"is in use by process {pid} " in caplog.text
+    assert "Waiting for it to end" in caplog.text
 
 
 def test_full_disk_fails_runs_that_cannot_start_and_ends_no_others(suite, run, monkeypatch, caplog):

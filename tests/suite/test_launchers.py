@@ -12,11 +12,8 @@ import psutil
 import pytest
 from suites import COUNTS, ENDS, attempt_in, run_of, wait, wait_for
 
-from tract_transfer.suite import launchers
 from tract_transfer.suite.launchers import (
     LocalLauncher,
-    RayLauncher,
-    end_leftovers,
     find_gpus,
     this_machine,
     thread_variables,
@@ -76,21 +73,16 @@ def test_stopped_attempt_gets_no_second_signal_when_slurm_takes_the_machine(tmp_
 def test_attempt_gets_one_signal_when_the_suite_is_killed(tmp_path, log):
     script = (
         "import sys, time; from pathlib import Path; from suites import COUNTS, attempt_in\n"
-        "print(attempt_in(Path(sys.argv[1]), COUNTS).start().pid, flush=True); time.sleep(60)"
+        "attempt_in(Path(sys.argv[1]), COUNTS).start(); time.sleep(60)"
     )
     paths = os.pathsep.join([*map(str, Path(__file__).parents[1:3]), *sys.path])
     paths = f"{Path(__file__).parents[1] / 'support'}{os.pathsep}{paths}"
-    suite = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    suite = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths})
     with suite:
-        process = psutil.Process(int(suite.stdout.readline()))
-        handle = {"pid": process.pid, "started": process.create_time()}
         wait_for("ready", log)
         suite.kill()
-    end_leftovers(make(), {"run": handle})
-    assert log.read_text().split() == ["ready", "ending"]
+    wait_for("ended by 1", log)
 
 
 @pytest.mark.parametrize(
@@ -200,48 +192,6 @@ def test_processes_of_a_failed_run_end_with_it(tmp_path, log):
     while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < end
         time.sleep(0.02)
-
-
-def test_leftovers_are_awaited_and_other_processes_left_alone(tmp_path, log):
-    killed = make()
-    handle = killed.start(run_of(), attempt_in(tmp_path, COUNTS))
-    wait_for("ready", log)
-    killed.stop(signal.SIGTERM)  # as the kernel does
-    bystander = subprocess.Popen(["sleep", "60"])
-    try:
-        # The same process id, but of a process that was started at another time.
-        reused = {"pid": bystander.pid, "started": psutil.Process(bystander.pid).create_time() - 9}
-        broken = [{}, {"pid": "x", "started": None}, {"pid": 2**22 + 1, "started": 0.0}]
-        end_leftovers(make(), dict(enumerate([handle, reused, *broken])))
-        assert wait(killed)[0][1] == 21
-        assert bystander.poll() is None
-    finally:
-        bystander.kill()
-        bystander.wait()
-
-
-def test_leftover_that_does_not_end_is_killed(tmp_path, log, monkeypatch, caplog):
-    assert launchers.ENDING_SECONDS >= 300, "a checkpoint on a slow disk"
-    monkeypatch.setattr(launchers, "ENDING_SECONDS", 0.1)
-    killed = make()
-    handle = killed.start(run_of(), attempt_in(tmp_path, ENDS))
-    wait_for("ready", log)
-    with caplog.at_level("INFO"):
-        end_leftovers(make(), {"run": handle})
-    assert wait(killed)[0][1] == -9
-    messages = [record.message for record in caplog.records]
-    assert messages[0].startswith("1 runs of a suite that was killed may still be running. Waiting")
-    assert messages[1] == f"Process {handle['pid']} did not end and is killed."
-
-
-def test_jobs_of_slurm_are_refused_by_other_launchers(refused):
-    """They would run beside the same runs, started again."""
-    job = {"job": "7", "stop_file": "plan/a.stop"}
-    left = {"out/vanilla/voc/seed0": job, "out/tract/voc/seed0": job}
-    for launcher in (make(), object.__new__(RayLauncher)):
-        message = r"out/vanilla/voc/seed0 and 1 more: .* Use --launcher slurm, which lets them"
-        with refused("leftovers of another launcher", FileExistsError, match=message):
-            end_leftovers(launcher, left)
 
 
 def test_visible_gpus_are_found():

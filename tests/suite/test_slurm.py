@@ -11,7 +11,7 @@ import pytest
 from suites import attempt_in, run_of, wait, wait_for
 
 from tract_transfer.suite import launchers
-from tract_transfer.suite.launchers import SlurmLauncher, end_leftovers
+from tract_transfer.suite.launchers import SlurmLauncher
 
 pytest.importorskip("submitit")
 
@@ -109,7 +109,7 @@ def test_preempted_job_is_queued_again_and_resumes(launcher, begun, tmp_path):
 
 def test_job_of_a_killed_suite_ends_before_the_next_suite_starts(begun, tmp_path):
     later = SlurmLauncher(tmp_path / "slurm", 1, cluster="local")
-    end_leftovers(later, {"run": begun[1], "broken": {}})
+    later.end_jobs({"run": begun[1]})
     assert (tmp_path / "checkpoint").exists()
     assert not processes_in(tmp_path)
 
@@ -147,7 +147,7 @@ def test_leftover_job_is_cancelled_only_while_it_is_queued(slurm, tmp_path, monk
     result = tmp_path / "slurm/7_0_result.pkl"
     (tmp_path / "slurm").mkdir()
     monkeypatch.setattr(launchers.time, "sleep", lambda seconds: result.touch())
-    end_leftovers(slurm, {"run": {"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}})
+    slurm.end_jobs({"run": {"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}})
     assert (tmp_path / "plan/a.stop").read_text() == "15"
     assert cancelled(tmp_path) == ["scancel --state=PENDING 7"]
 
@@ -155,6 +155,6 @@ def test_leftover_job_is_cancelled_only_while_it_is_queued(slurm, tmp_path, monk
 def test_leftover_job_that_does_not_end_is_cancelled(slurm, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(launchers, "ENDING_SECONDS", 0.1)
     monkeypatch.setattr(launchers, "_CANCEL_SECONDS", 0.1)
-    end_leftovers(slurm, {"run": {"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}})
+    slurm.end_jobs({"run": {"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}})
     assert cancelled(tmp_path) == ["scancel --state=PENDING 7", "scancel 7"]
     assert "Job 7 did not end and is cancelled" in caplog.text

@@ -187,7 +187,7 @@ def test_suite_can_be_moved(run):
     assert inspect(run, output_dir="y", model={"weights": "b/pretrain"}) == ("finished", "")
     assert inspect(run, None, model={"weights": "b/pretrain"})[0] == "other"
     assert inspect(run, "w2") == ("other", "its backbone has been retrained since")
-    assert inspect_folder(run, weights_known=False).state == "finished"
+    assert inspect_folder(run, backbone_known=False).state == "finished"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])

@@ -29,6 +29,7 @@ while not signals:
     time.sleep(0.01)
 print("ending", flush=True)
 time.sleep(0.5)
+print("ended by", len(signals), flush=True)
 sys.exit(20 + len(signals))
 """
 

@@ -60,7 +60,7 @@ def open_suite(config: SuiteConfig, *, remember: bool, refuse: bool = False) -> 
     drafts = draft_runs(config)
     with Inspector(folder / INSPECTIONS_NAME) as inspector:
         if refuse and not all(inspector.knows(draft.config, draft.needed) for draft in drafts):
-            states = [inspect_folder(draft.run, weights_known=False) for draft in drafts]
+            states = [inspect_folder(draft.run, backbone_known=False) for draft in drafts]
             jobs = [Job(draft.run) for draft in drafts]
             pairs = zip(jobs, states, strict=True)
             refuse_others([(job, found) for job, found in pairs if found.state == "other"])

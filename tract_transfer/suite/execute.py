@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,28 +15,30 @@ from types import FrameType
 from typing import Any
 
 from tract_transfer.config.file import ConfigError, dump_yaml
+from tract_transfer.engine.run_folder import FolderInUseError, lock_folder
 from tract_transfer.files import REFUSED, make_folder, remove_temporary_files, write_text
 from tract_transfer.suite.launchers import (
+    ENDING_SECONDS,
     LOG_NAME,
     Attempt,
+    Handle,
     Launcher,
-    end_leftovers,
     why_it_ended,
 )
 from tract_transfer.suite.screen import Screen, result_line
 from tract_transfer.suite.state import (
     FolderState,
-    Handle,
     Job,
     Suite,
     SuiteLock,
+    backbone_sha256,
     resume_note,
-    weights_sha256,
 )
 
 PLAN_NAME = "plan"  # folder of the runs' configs
 _TRAIN = (sys.executable, "-m", "tract_transfer.cli.train")
 _SHOWN_CONFLICTS = 5
+_POLL_SECONDS = 0.2
 logger = logging.getLogger(__name__)
 
 
@@ -57,7 +59,7 @@ def execute(
     left = lock.acquire()
     try:
         remove_temporary_files(suite.folder / PLAN_NAME)
-        end_leftovers(launcher, left)
+        _end_leftovers(suite, launcher, left)
         lock.record({})
         others = suite.take_stock()
         if not set_aside:
@@ -90,10 +92,37 @@ def refuse_others(others: Sequence[tuple[Job, FolderState]]) -> None:
     )
 
 
+def _end_leftovers(suite: Suite, launcher: Launcher, left: Mapping[str, Handle]) -> None:
+    """Wait until the runs that a killed suite left running have ended.
+
+    They got SIGTERM when it ended (see `Attempt.start`), and hold the locks of their folders while
+    they write a checkpoint. Jobs of Slurm are asked to end.
+    """
+    jobs = {run: handle for run, handle in left.items() if "job" in handle}
+    launcher.end_jobs(jobs)
+    end = time.monotonic() + ENDING_SECONDS
+    for folder in [run.folder for run in suite.interrupted if str(run.folder) not in jobs]:
+        if holder := _holder(folder):
+            logger.info("%s Waiting for it to end: a suite that was killed left it.", holder)
+        while _holder(folder) and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+
+
+def _holder(run_folder: Path) -> str:
+    """Return the message about who holds the lock of a run folder; "" if it is free."""
+    try:
+        with lock_folder(run_folder):
+            return ""
+    except FolderInUseError as error:
+        return str(error)
+    except FileNotFoundError:
+        return ""
+
+
 @dataclass
 class _Running:
     attempt: Attempt
-    handle: Handle
+    handle: Handle | None
     started: float
 
 
@@ -115,7 +144,7 @@ class Execution:
         self._running: dict[Path, _Running] = {}
         self._failures: dict[Path, int] = {}
 
-    def run(self, poll_seconds: float = 0.2) -> None:
+    def run(self, poll_seconds: float = _POLL_SECONDS) -> None:
         """Execute the jobs; return when none is left, or all have stopped."""
         self._block()
         self._record()
@@ -174,7 +203,7 @@ class Execution:
     def _prepare(self, job: Job) -> Attempt:
         """Write the run's complete config; return the attempt that runs it."""
         run = job.run
-        job.begun_with = weights_sha256(run)
+        job.begun_with = backbone_sha256(run)
         plan = self.suite.folder / PLAN_NAME
         config_file = plan / f"{run.id}.yaml"
         make_folder(plan)
@@ -233,7 +262,8 @@ class Execution:
     def _record(self) -> None:
         """Write the state of the jobs, and which attempts are running."""
         try:
-            self.lock.record({str(path): each.handle for path, each in self._running.items()})
+            running = self._running.items()
+            self.lock.record({str(path): each.handle for path, each in running if each.handle})
             self.suite.write()
         except OSError as error:  # a full disk must not end runs that can still write
             logger.error("The suite's state cannot be written: %s", error)

@@ -18,7 +18,6 @@ from typing import Any
 import psutil
 
 from tract_transfer.suite.plan import PlannedRun
-from tract_transfer.suite.state import Handle
 
 LOG_NAME = "console.txt"
 INSTALL_SUBMITIT = (
@@ -38,6 +37,8 @@ _ERROR = re.compile(r"^(?:error|failed|[^:\n]*Error)(?=:|$)", re.MULTILINE)
 _SHOWN_CHARACTERS = 1200  # of an error
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 logger = logging.getLogger(__name__)
+# Plain values by which another process finds an attempt that outlives this one: a job of Slurm.
+Handle = dict[str, Any]
 
 
 @dataclass
@@ -137,8 +138,8 @@ class Launcher:
         """Return whether a run can start now."""
         return self.workers is None or len(self._running) < self.workers
 
-    def start(self, run: PlannedRun, attempt: Attempt) -> Handle:
-        """Start an attempt at a run.
+    def start(self, run: PlannedRun, attempt: Attempt) -> Handle | None:
+        """Start an attempt at a run; return a handle if it can outlive this process.
 
         Raises:
             OSError: it cannot be started.
@@ -156,6 +157,19 @@ class Launcher:
     def stop(self, number: int) -> None:
         """Ask all runs to write a checkpoint and end; SIGKILL ends them at once."""
         raise NotImplementedError
+
+    def end_jobs(self, left: Mapping[str, Handle]) -> None:
+        """End the jobs that a killed suite left, by run folder, each with a checkpoint.
+
+        Raises:
+            FileExistsError: this launcher cannot end them.
+        """
+        if left:
+            raise FileExistsError(
+                f"{', '.join(left)}: started with --launcher slurm by a suite that was killed, and "
+                "may still be running. Nothing was started. Use --launcher slurm, which lets them "
+                "write a checkpoint. If they have ended, remove .owner.json in the suite's folder."
+            )
 
     def close(self) -> None:
         """Release what the launcher holds."""
@@ -204,7 +218,7 @@ class LocalLauncher(Launcher):
         memory_gb = sum(each.resources.memory_gb or 0 for each in runs)
         return not self._running or (cpus <= self.cores and memory_gb <= self.memory_gb)
 
-    def start(self, run: PlannedRun, attempt: Attempt) -> Handle:
+    def start(self, run: PlannedRun, attempt: Attempt) -> Handle | None:
         """Start a process with its own threads and GPUs."""
         shares = self._choose_gpus(run)
         assert shares is not None
@@ -216,7 +230,7 @@ class LocalLauncher(Launcher):
         for gpu, share in shares.items():
             self._free[gpu] -= share
         self._running[run] = (process, shares)
-        return {"pid": process.pid, "started": psutil.Process(process.pid).create_time()}
+        return None
 
     def stop(self, number: int) -> None:
         """Send every process a signal."""
@@ -314,7 +328,7 @@ class RayLauncher(Launcher):
                     "all of it. Ask for less, or add a machine."
                 )
 
-    def start(self, run: PlannedRun, attempt: Attempt) -> Handle:
+    def start(self, run: PlannedRun, attempt: Attempt) -> Handle | None:
         """Submit an attempt as a task; Ray sets CUDA_VISIBLE_DEVICES."""
         needed = _ray_resources(run)
         attempt.environment = {**attempt.environment, **thread_variables(run.threads)}
@@ -330,7 +344,7 @@ class RayLauncher(Launcher):
         except self._ray.exceptions.RayError as error:
             raise OSError(f"Ray refused {run.title}: {error}") from error
         self._running[run] = (reference, attempt)
-        return {}  # Ray ends the tasks of a driver that died
+        return None
 
     def stop(self, number: int) -> None:
         """Stop the attempts; those that Ray has not started yet never start."""
@@ -415,7 +429,7 @@ class SlurmLauncher(Launcher):
                     "whole GPUs. Ask for 1."
                 )
 
-    def start(self, run: PlannedRun, attempt: Attempt) -> Handle:
+    def start(self, run: PlannedRun, attempt: Attempt) -> Handle | None:
         """Submit an attempt as a job."""
         needed = run.resources
         executor = self._submitit.AutoExecutor(
@@ -453,17 +467,26 @@ class SlurmLauncher(Launcher):
             else:
                 self._cancel_if_queued(job)
 
-    def end_jobs(self, handles: Sequence[Handle]) -> None:
-        """End the jobs of a killed suite: let them write a checkpoint, cancel what does not end."""
-        jobs = [self._submitit.SlurmJob(self.folder, handle["job"]) for handle in handles]
-        for job, handle in zip(jobs, handles, strict=True):
+    def end_jobs(self, left: Mapping[str, Handle]) -> None:
+        """Let jobs write a checkpoint and end; cancel those that do not end in time."""
+        jobs = [self._submitit.SlurmJob(self.folder, handle["job"]) for handle in left.values()]
+        for job, handle in zip(jobs, left.values(), strict=True):
             _write_stop_file(Path(handle["stop_file"]), signal.SIGTERM)
             self._cancel_if_queued(job)
-        late = _wait(jobs, self._has_ended, ENDING_SECONDS)
+        late = self._wait(jobs, ENDING_SECONDS)
         for job in late:
             logger.warning("Job %s did not end and is cancelled.", job.job_id)
             job.cancel(check=False)
-        _wait(late, self._has_ended, _CANCEL_SECONDS)
+        self._wait(late, _CANCEL_SECONDS)
+
+    def _wait(self, jobs: Sequence[Any], seconds: float) -> Sequence[Any]:
+        """Wait until jobs have ended; return those that have not in time."""
+        end = time.monotonic() + seconds
+        while (
+            jobs := [job for job in jobs if not self._has_ended(job)]
+        ) and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+        return jobs
 
     def _exit_code(self, run: PlannedRun) -> int | None:
         """Return the exit code; a job without a result counts as killed."""
@@ -487,44 +510,6 @@ class SlurmLauncher(Launcher):
     def _has_ended(self, job: Any) -> bool:
         has_result: bool = job.paths.result_pickle.exists()
         return has_result or (self.cluster == "slurm" and bool(job.done()))
-
-
-def end_leftovers(launcher: Launcher, left: Mapping[str, Handle]) -> None:
-    """End the attempts that a killed suite left running, each with a checkpoint.
-
-    Local processes were sent SIGTERM by the kernel when the suite ended (see `Attempt.start`). What
-    does not end in `ENDING_SECONDS` is killed; its run resumes from the checkpoint before.
-
-    Args:
-        left: run folder -> how to find its attempt.
-
-    Raises:
-        FileExistsError: jobs of Slurm, and this is another launcher, which cannot end them.
-    """
-    jobs = {run: handle for run, handle in left.items() if "job" in handle}
-    if jobs and not isinstance(launcher, SlurmLauncher):
-        more = f" and {len(jobs) - 1} more" if len(jobs) > 1 else ""
-        raise FileExistsError(
-            f"{next(iter(jobs))}{more}: started with --launcher slurm by a suite that was killed, "
-            "and may still be running. Nothing was started. Use --launcher slurm, which lets them "
-            "write a checkpoint. If they have ended, remove .owner.json from the suite's folder."
-        )
-    processes = [handle for handle in left.values() if _is_alive(handle)]
-    if processes or jobs:
-        logger.info(
-            "%d runs of a suite that was killed may still be running. Waiting up to %.0f s for "
-            "them to write a checkpoint and end.", len(processes) + len(jobs), ENDING_SECONDS,
-        )  # fmt: skip
-    if not sys.platform.startswith("linux"):
-        for handle in processes:
-            os.kill(handle["pid"], signal.SIGTERM)
-    late = _wait(processes, lambda handle: not _is_alive(handle), ENDING_SECONDS)
-    for handle in late:
-        logger.warning("Process %d did not end and is killed.", handle["pid"])
-    for handle in processes:  # with what it started
-        _kill_group(handle["pid"])
-    if isinstance(launcher, SlurmLauncher):
-        launcher.end_jobs(list(jobs.values()))
 
 
 def thread_variables(count: int) -> dict[str, str]:
@@ -567,16 +552,6 @@ def _end_with_parent() -> Callable[[], object] | None:
     return lambda: prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
-def _wait(left: Sequence[Any], has_ended: Callable[[Any], bool], seconds: float) -> list[Any]:
-    """Wait until all have ended, up to `seconds`; return those that have not."""
-    end = time.monotonic() + seconds
-    while left := [each for each in left if not has_ended(each)]:
-        if time.monotonic() >= end:
-            break
-        time.sleep(0.1)
-    return list(left)
-
-
 def _read_number(file: Path) -> int | None:
     try:
         return int(file.read_text())
@@ -587,16 +562,6 @@ def _read_number(file: Path) -> int | None:
 def _write_stop_file(path: Path, number: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(str(int(number)))
-
-
-def _is_alive(handle: Handle) -> bool:
-    """Return whether a handle's process runs, and is not a later one with the same id."""
-    try:
-        process = psutil.Process(handle["pid"])
-        same = abs(process.create_time() - handle["started"]) < 1.0
-        return same and process.status() != psutil.STATUS_ZOMBIE
-    except (psutil.Error, KeyError, TypeError):
-        return False
 
 
 def _kill_group(pid: int) -> None:

@@ -26,11 +26,10 @@ from tract_transfer.files import (
     write_json,
 )
 from tract_transfer.report.runs import SUITE_FORMAT, SUITE_NAME
+from tract_transfer.suite.launchers import Handle
 from tract_transfer.suite.plan import PlannedRun
 
 _SHOWN_KEYS = 5  # of a config that differs
-# Plain values by which another process finds an attempt: a process or a job of Slurm.
-Handle = dict[str, Any]
 
 
 @dataclass
@@ -83,11 +82,13 @@ class Suite:
 
     Attributes:
         jobs: one for each run, in the same order, with the history that suite.json has of it.
+        interrupted: runs that suite.json has as running: it was not stopped, but killed.
     """
 
     def __init__(self, config: SuiteConfig, runs: Sequence[PlannedRun]) -> None:
         self.config, self.runs = config, list(runs)
         self.folder = Path(config.output_dir)
+        self.interrupted: list[PlannedRun] = []
         self.jobs = self._recall()
         self._by_folder = {job.run.folder: job for job in self.jobs}
 
@@ -107,9 +108,9 @@ class Suite:
     def inspect(self, job: Job) -> FolderState:
         """Return what a job's run folder contains."""
         known = self.can_start(job)
-        weights = weights_sha256(job.run) if known else None
+        weights = backbone_sha256(job.run) if known else None
         found = inspect_folder(
-            job.run, weights, weights_known=known, known_config_sha256=job.config_sha256
+            job.run, weights, backbone_known=known, known_config_sha256=job.config_sha256
         )
         if found.state == "begun" and known and job.begun_with not in (None, weights):
             return FolderState("other", "its backbone has been retrained since it started")
@@ -184,6 +185,8 @@ class Suite:
         jobs = []
         for run in self.runs:
             entry = history.get((os.path.relpath(run.folder, self.folder), run.id), {})
+            if entry.get("state") == "running":
+                self.interrupted.append(run)
             jobs.append(
                 Job(
                     run,
@@ -200,8 +203,8 @@ class Suite:
 class SuiteLock:
     """Keeps other processes out of a suite's folder; the system frees it when this process ends.
 
-    `.owner.json` names the holder and its running attempts, so that the next process can end what a
-    killed one left running.
+    `.owner.json` names the holder and its jobs of Slurm, for the next process to end those that a
+    killed one left.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -210,7 +213,7 @@ class SuiteLock:
         self._handles: dict[str, Handle] = {}
 
     def acquire(self) -> dict[str, Handle]:
-        """Take the folder; return the attempts that a killed process left, by run folder.
+        """Take the folder; return the jobs that a killed process left, by run folder.
 
         They stay in the file until `record` replaces them: this process may be killed, too.
 
@@ -230,14 +233,14 @@ class SuiteLock:
             self._lock.release()
 
     def record(self, handles: Mapping[str, Handle]) -> None:
-        """Write which attempts are running."""
+        """Write which jobs are running."""
         self._handles = dict(handles)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         write_json(self._owner_file, {**owner, "jobs": self._handles})
 
     def release(self) -> None:
-        """Free the folder; the owner file stays if attempts may still be running."""
+        """Free the folder; the owner file stays if jobs may still be running."""
         if not self._handles:
             self._owner_file.unlink(missing_ok=True)
         self._lock.release()
@@ -256,16 +259,16 @@ class SuiteLock:
 
 def inspect_folder(
     run: PlannedRun,
-    weights_sha256: str | None = None,
+    backbone: str | None = None,
     *,
-    weights_known: bool = True,
+    backbone_known: bool = True,
     known_config_sha256: str = "",
 ) -> FolderState:
     """Return what a run's folder contains.
 
     Args:
-        weights_sha256: of the backbone that the run takes; None if its metadata has no hash.
-        weights_known: False while that backbone is not trained yet.
+        backbone: sha256 of the backbone that the run takes; None if its metadata has none.
+        backbone_known: False while that backbone is not trained yet.
         known_config_sha256: of a config.yaml that need not be compared again.
     """
     folder = run.folder
@@ -281,14 +284,14 @@ def inspect_folder(
         return FolderState("other", f"{CONFIG_NAME} cannot be read ({error.strerror})")
     sha256 = hashlib.sha256(text).hexdigest()
     # A suite can be moved: if a hash identifies the backbone, its path does not matter.
-    by_hash = results is not None and (weights_sha256 is not None or not weights_known)
+    by_hash = results is not None and (backbone is not None or not backbone_known)
     if sha256 != known_config_sha256 and (why := _config_changes(text, run, by_hash)):
         return FolderState("other", why)
     if why := _data_changes(run):
         return FolderState("other", why)
     if results is None:
         return FolderState("begun", broken, sha256)
-    if weights_known and results.get("weights_sha256") != weights_sha256:
+    if backbone_known and results.get("weights_sha256") != backbone:
         return FolderState("other", "its backbone has been retrained since")
     return FolderState("finished", "", sha256, results)
 
@@ -300,7 +303,7 @@ def resume_note(run: PlannedRun, found: FolderState) -> str:
     return f"resumes from {newest}{f': {found.why}' if found.why else ''}"
 
 
-def weights_sha256(run: PlannedRun) -> str | None:
+def backbone_sha256(run: PlannedRun) -> str | None:
     """Return the sha256 in the metadata of the backbone that a run takes; None without one."""
     weights = run.config["model"]["weights"]
     if weights in (None, "pretrained"):
