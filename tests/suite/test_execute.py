@@ -279,7 +279,7 @@ def test_run_of_a_killed_suite_is_awaited(suite, run, monkeypatch, caplog):
         launcher = run(suite=again(suite))
     assert len(launcher.started) == 6
     assert f"is in use by process {pid} " in caplog.text
-    assert "Waiting for it to end" in caplog.text
+    assert "waiting for it to end" in caplog.text
 
 
 def test_full_disk_fails_runs_that_cannot_start_and_ends_no_others(suite, run, monkeypatch, caplog):

@@ -42,9 +42,7 @@ _POLL_SECONDS = 0.2
 logger = logging.getLogger(__name__)
 
 
-def execute(
-    suite: Suite, launcher: Launcher, screen: Screen, *, set_aside: bool = False
-) -> int | None:
+def execute(suite: Suite, launcher: Launcher, screen: Screen, *, set_aside: bool) -> int | None:
     """Run what is not finished; return the number of the signal that stopped the suite, or None.
 
     Args:
@@ -101,9 +99,11 @@ def _end_leftovers(suite: Suite, launcher: Launcher, left: Mapping[str, Handle])
     jobs = {run: handle for run, handle in left.items() if "job" in handle}
     launcher.end_jobs(jobs)
     end = time.monotonic() + ENDING_SECONDS
-    for folder in [run.folder for run in suite.interrupted if str(run.folder) not in jobs]:
+    for folder in suite.interrupted:
+        if str(folder) in jobs:
+            continue
         if holder := _holder(folder):
-            logger.info("%s Waiting for it to end: a suite that was killed left it.", holder)
+            logger.info("%s A suite that was killed left it; waiting for it to end.", holder)
         while _holder(folder) and time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
 
@@ -144,13 +144,13 @@ class Execution:
         self._running: dict[Path, _Running] = {}
         self._failures: dict[Path, int] = {}
 
-    def run(self, poll_seconds: float = _POLL_SECONDS) -> None:
+    def run(self) -> None:
         """Execute the jobs; return when none is left, or all have stopped."""
         self._block()
         self._record()
         while self._step():
             self.screen.show(self.suite.jobs)
-            time.sleep(poll_seconds)
+            time.sleep(_POLL_SECONDS)
         self.screen.show(self.suite.jobs)
 
     def _step(self) -> bool:

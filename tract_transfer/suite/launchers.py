@@ -20,10 +20,7 @@ import psutil
 from tract_transfer.suite.plan import PlannedRun
 
 LOG_NAME = "console.txt"
-INSTALL_SUBMITIT = (
-    "submitit is not installed: pip install 'tract_transfer[slurm]', or use --launcher local."
-)
-INSTALL_RAY = "Ray is not installed: pip install 'tract_transfer[ray]', or use --launcher local."
+_INSTALL = "{0} is not installed: pip install 'tract_transfer[{1}]', or use --launcher local."
 KILLED = -int(signal.SIGKILL)
 # For a run to end after a signal: a step or a batch of an evaluation, and a checkpoint.
 ENDING_SECONDS = 600.0
@@ -311,7 +308,7 @@ class RayLauncher(Launcher):
         try:
             import ray
         except ImportError as error:
-            raise ImportError(INSTALL_RAY) from error
+            raise ImportError(_INSTALL.format("Ray", "ray")) from error
         self._ray: Any = ray
         local = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
         ray.init(address=address, log_to_driver=False, **local)
@@ -405,7 +402,7 @@ class SlurmLauncher(Launcher):
         try:
             import submitit
         except ImportError as error:
-            raise ImportError(INSTALL_SUBMITIT) from error
+            raise ImportError(_INSTALL.format("submitit", "slurm")) from error
         if cluster == "slurm" and shutil.which("sbatch") is None:
             raise ValueError(
                 "--launcher slurm: this machine has no sbatch. Start the suite where jobs are "
@@ -482,10 +479,9 @@ class SlurmLauncher(Launcher):
     def _wait(self, jobs: Sequence[Any], seconds: float) -> Sequence[Any]:
         """Wait until jobs have ended; return those that have not in time."""
         end = time.monotonic() + seconds
-        while (
-            jobs := [job for job in jobs if not self._has_ended(job)]
-        ) and time.monotonic() < end:
+        while jobs and time.monotonic() < end:
             time.sleep(_POLL_SECONDS)
+            jobs = [job for job in jobs if not self._has_ended(job)]
         return jobs
 
     def _exit_code(self, run: PlannedRun) -> int | None:

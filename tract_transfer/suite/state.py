@@ -82,13 +82,13 @@ class Suite:
 
     Attributes:
         jobs: one for each run, in the same order, with the history that suite.json has of it.
-        interrupted: runs that suite.json has as running: it was not stopped, but killed.
+        interrupted: folders of runs that suite.json has as running: the suite was killed.
     """
 
     def __init__(self, config: SuiteConfig, runs: Sequence[PlannedRun]) -> None:
         self.config, self.runs = config, list(runs)
         self.folder = Path(config.output_dir)
-        self.interrupted: list[PlannedRun] = []
+        self.interrupted: list[Path] = []
         self.jobs = self._recall()
         self._by_folder = {job.run.folder: job for job in self.jobs}
 
@@ -180,13 +180,13 @@ class Suite:
         try:
             entries = _read_json(self.folder / SUITE_NAME)["runs"]
             history = {(entry["folder"], entry["id"]): entry for entry in entries}
+            running = [entry["folder"] for entry in entries if entry.get("state") == "running"]
+            self.interrupted = [self.folder / folder for folder in running]
         except (LookupError, TypeError):
             history = {}
         jobs = []
         for run in self.runs:
             entry = history.get((os.path.relpath(run.folder, self.folder), run.id), {})
-            if entry.get("state") == "running":
-                self.interrupted.append(run)
             jobs.append(
                 Job(
                     run,
