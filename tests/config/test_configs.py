@@ -12,7 +12,7 @@ from tract_transfer.build.model import build_model
 from tract_transfer.config.schema import DetectionConfig, ProbeConfig, dump_config, load_config
 from tract_transfer.config.suite import load_suite
 from tract_transfer.run.run import run
-from tract_transfer.run.suite import list_plan, open_suite, plan_suite
+from tract_transfer.run.suite import draft_runs, inspect_runs, list_plan, open_suite
 
 ROOT = Path(__file__).parents[2]
 ALL = sorted(ROOT.glob("configs/**/*.yaml"))
@@ -175,7 +175,7 @@ def test_the_samples_are_there(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", SUITES, ids=name_of)
 def test_a_suites_runs_are_configs(path):
     suite = load_suite(path)
-    runs = plan_suite(suite, lambda config, needed: None)
+    runs = inspect_runs(suite, draft_runs(suite), lambda config, needed: None)
     stages = ([suite.pretrain] if suite.pretrain else []) + list(suite.tasks.values())
     seeds = [getattr(stage, "seeds", None) or suite.seeds for stage in stages]
     labels = [

@@ -157,7 +157,7 @@ def test_failure_stops_only_the_runs_that_need_it(suite, run):
         ([1, 1], 1, 2, "exit code 1"),
         ([-9, -9], 1, 2, "SIGKILL, as when memory"),
         ([2], 3, 1, "exit code 2"),  # config or data must be changed first
-        (["no results"], 0, 1, "it ended with exit code 0 but without results: new"),
+        (["no results"], 0, 1, "exit code 0, but no results (new)"),
     ],
 )
 def test_failure_is_retried_unless_it_is_a_refusal(tmp_path, run, codes, retries, attempts, error):

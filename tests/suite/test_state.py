@@ -176,7 +176,7 @@ def test_many_conflicts_are_counted(suite):
 
 def test_cut_off_run_with_other_data_is_another_run(run):
     cut_off(run)
-    assert inspect(run) == ("begun", "")
+    assert inspect(run) == ("begun", "resumes from iter_0000005")
     (run.folder / "environment.json").write_text('{"data": {}}')
     assert inspect(run)[0] == "other"
     assert inspect_folder(replace(run, fingerprints=None), "w1").state == "begun"

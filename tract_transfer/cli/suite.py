@@ -52,6 +52,8 @@ def main() -> int:
 
     from tract_transfer.config.suite import load_suite
     from tract_transfer.run.suite import list_plan, open_suite
+    from tract_transfer.suite.execute import execute
+    from tract_transfer.suite.screen import Screen
 
     config = load_suite(arguments.config_file, arguments.overrides)
     refuse = not (arguments.dry_run or arguments.set_aside)
@@ -61,9 +63,17 @@ def main() -> int:
         return 0
     launcher = make_launcher(arguments, config)
     try:
-        return run(suite, launcher, set_aside=arguments.set_aside)
+        launcher.check(suite.runs)
+        stop_signal = execute(
+            suite, launcher, Screen(len(suite.runs)), set_aside=arguments.set_aside
+        )
     finally:
         launcher.close()
+    if stop_signal is not None:
+        print("Stopped; the same command resumes from the checkpoints.", file=sys.stderr)
+        return 128 + stop_signal
+    write_reports(suite)
+    return 0 if all(job.state == "finished" for job in suite.jobs) else 1
 
 
 def make_filter() -> Callable[[logging.LogRecord], bool]:
@@ -91,20 +101,6 @@ def make_launcher(arguments: argparse.Namespace, config: "SuiteConfig") -> "Laun
     if arguments.launcher == "slurm":
         return SlurmLauncher(Path(config.output_dir) / "slurm", config.workers)
     return this_machine(config.workers or 1)
-
-
-def run(suite: "Suite", launcher: "Launcher", *, set_aside: bool) -> int:
-    """Execute the suite and write its reports; return the exit code."""
-    from tract_transfer.suite.execute import execute
-    from tract_transfer.suite.screen import Screen
-
-    launcher.check(suite.runs)
-    stop_signal = execute(suite, launcher, Screen(len(suite.runs)), set_aside=set_aside)
-    if stop_signal is not None:
-        print("Stopped; the same command resumes from the checkpoints.", file=sys.stderr)
-        return 128 + stop_signal
-    write_reports(suite)
-    return 0 if all(job.state == "finished" for job in suite.jobs) else 1
 
 
 def write_reports(suite: "Suite") -> None:

@@ -1,7 +1,7 @@
 """Config of a suite: methods x tasks x seeds, and the resources of each run."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,8 +113,12 @@ class SuiteConfig(Section):
             raise ValueError("there is nothing to run: set pretrain, tasks or both")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} contain a seed twice")
-        _check_names("methods", self.methods)
-        _check_names("tasks", self.tasks)
+        for name in (*self.methods, *self.tasks):
+            if not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"{name!r} names a folder, so it must consist of letters, digits and "
+                    "_ . + = -, and start with a letter or digit"
+                )
         return self
 
     def error(self, key: str, message: str) -> ConfigError:
@@ -128,13 +132,9 @@ class SuiteConfig(Section):
     def overrides(self, method: str, task: str) -> list[Override]:
         """Return what a method overrides in a task, each with its line in the suite's file."""
         section = self.methods[method]
+        parts = {"downstream": section.downstream, f"tasks.{task}": section.tasks.get(task, {})}
         if task == PRETRAIN:
             parts = {"pretrain": section.pretrain}
-        else:
-            parts = {
-                "downstream": section.downstream,
-                f"tasks.{task}": section.tasks.get(task, {}),
-            }
         return [
             Override(key, value, self._origin(f"methods.{method}.{part}.{key}"))
             for part, values in parts.items()
@@ -183,17 +183,3 @@ def _known_keys(tree: dict[str, Any]) -> list[str]:
         for name in named if isinstance(named, dict) else ():
             keys += known_keys(schema, f"{kind}.{name}.")
     return keys
-
-
-def _check_names(kind: str, names: Iterable[str]) -> None:
-    """Refuse names that cannot be folders, or are the same folder where case is ignored."""
-    seen: dict[str, str] = {}
-    for name in names:
-        if not _NAME.fullmatch(name):
-            raise ValueError(
-                f"{kind}.{name}: a name becomes a folder, so it must consist of letters, digits "
-                "and _ . + = -, and start with a letter or digit"
-            )
-        other = seen.setdefault(name.lower(), name)
-        if other != name:
-            raise ValueError(f"{kind}: {other} and {name} are the same folder on some disks")

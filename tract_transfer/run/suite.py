@@ -70,16 +70,6 @@ def open_suite(config: SuiteConfig, *, remember: bool, refuse: bool = False) -> 
     return Suite(config, runs)
 
 
-def plan_suite(suite: SuiteConfig, inspect: Inspect) -> list[PlannedRun]:
-    """Return the runs of a suite in an order they can run in, one seed after the other.
-
-    Raises:
-        ConfigError: lists the problems of all runs, one a line; problems of configs come before any
-            data are read.
-    """
-    return inspect_runs(suite, draft_runs(suite), inspect)
-
-
 def list_plan(suite: Suite, others: Sequence[tuple[Job, FolderState]]) -> list[str]:
     """Return a line for every run: its id, its folder and what would be done.
 

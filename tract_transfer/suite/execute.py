@@ -32,7 +32,6 @@ from tract_transfer.suite.state import (
     Suite,
     SuiteLock,
     backbone_sha256,
-    resume_note,
 )
 
 PLAN_NAME = "plan"  # folder of the runs' configs
@@ -192,7 +191,7 @@ class Execution:
         if found.state == "new" and folder not in self._failures:
             job.attempts, job.spent = 0, 0.0  # of earlier attempts nothing is left
         if found.state == "begun":
-            job.note = resume_note(job.run, found)
+            job.note = found.why
         elif job.note == "stopped" or folder in self._failures:
             job.note = ""
         job.state, job.error = "running", None
@@ -229,7 +228,9 @@ class Execution:
             return
         why = why_it_ended(code, ended.attempt.log)
         if code == 0:
-            why = f"it ended with exit code 0 but without results: {found.why or found.state}"
+            why = (
+                f"exit code 0, but no results ({found.why or found.state}); see {ended.attempt.log}"
+            )
         self._failures[folder] = self._failures.get(folder, 0) + 1
         if code == REFUSED or self._failures[folder] > self.suite.config.retries:
             self._fail(job, why)

@@ -67,7 +67,7 @@ class FolderState:
     Attributes:
         state: `new`; `begun` (a checkpoint to resume from); `finished`; or `other`, a run with
             another config, data, backbone or format.
-        why: what differs (`other`) or is broken (`begun`).
+        why: what differs (`other`), or where the run resumes (`begun`).
         config_sha256: of config.yaml, if it was compared.
     """
 
@@ -124,7 +124,7 @@ class Suite:
             if found.state == "other":
                 others.append((job, found))
             elif found.state == "begun":
-                job.note = resume_note(job.run, found)
+                job.note = found.why
             elif found.state == "finished" and self.can_start(job):
                 job.state, job.config_sha256 = "finished", found.config_sha256
             elif found.state == "finished":
@@ -276,7 +276,8 @@ def inspect_folder(
     if results is not None and (form := results.get("format", RESULTS_FORMAT)) != RESULTS_FORMAT:
         why = f"{RESULTS_NAME} has format {form!r}, and this version reads {RESULTS_FORMAT}"
         return FolderState("other", why)
-    if results is None and not broken and not any(folder.glob("checkpoints/iter_*")):
+    checkpoints = list(folder.glob("checkpoints/iter_*"))
+    if results is None and not broken and not checkpoints:
         return FolderState("new")
     try:
         text = (folder / CONFIG_NAME).read_bytes()
@@ -290,17 +291,11 @@ def inspect_folder(
     if why := _data_changes(run):
         return FolderState("other", why)
     if results is None:
-        return FolderState("begun", broken, sha256)
+        newest = max((path.name for path in checkpoints), default="the beginning")
+        return FolderState("begun", f"resumes from {newest}{broken and f': {broken}'}", sha256)
     if backbone_known and results.get("weights_sha256") != backbone:
         return FolderState("other", "its backbone has been retrained since")
     return FolderState("finished", "", sha256, results)
-
-
-def resume_note(run: PlannedRun, found: FolderState) -> str:
-    """Return where a run that has begun resumes from, and what is broken, if anything is."""
-    checkpoints = run.folder.glob("checkpoints/iter_*")
-    newest = max((path.name for path in checkpoints), default="the beginning")
-    return f"resumes from {newest}{f': {found.why}' if found.why else ''}"
 
 
 def backbone_sha256(run: PlannedRun) -> str | None:
