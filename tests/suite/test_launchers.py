@@ -1,6 +1,9 @@
-"""Attempts as processes of this machine: who may start, what each is given, how each ends."""
+"""Attempts, and launchers: processes of this machine, jobs of Slurm (by submitit's local executor),
+and tasks of a Ray cluster on this machine."""
 
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +15,29 @@ import psutil
 import pytest
 from suites import COUNTS, ENDS, attempt_in, run_of, wait, wait_for
 
+from tract_transfer.suite import launchers
 from tract_transfer.suite.launchers import (
     LocalLauncher,
+    RayLauncher,
+    SlurmLauncher,
     find_gpus,
     this_machine,
-    thread_variables,
     why_it_ended,
 )
+
+# Ends by SIGTERM as a run does, and resumes from what it left then.
+RUN = """
+import os, signal, sys, time
+if os.path.exists("checkpoint"):
+    print("resumed", flush=True)
+    sys.exit(0)
+def end(*_):
+    open("checkpoint", "w").close()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
 
 
 def make(workers=1, cores=4, gpus=(), memory_gb=8.0):
@@ -30,6 +49,29 @@ def log(tmp_path):
     return tmp_path / "console.txt"
 
 
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """submitit's executor on this machine."""
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    return SlurmLauncher(tmp_path / "slurm", 1, cluster="local")
+
+
+@pytest.fixture(scope="module")
+def ray_launcher():
+    pytest.importorskip("ray")
+    launcher = RayLauncher(None, 1, num_cpus=2)
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(params=["local", "slurm", pytest.param("ray", marks=pytest.mark.slow)])
+def launcher(request):
+    """Each launcher, with one worker."""
+    names = {"slurm": "slurm", "ray": "ray_launcher"}
+    return make() if request.param == "local" else request.getfixturevalue(names[request.param])
+
+
 def begin(attempt):
     """Call an attempt in a thread, wait until it is ready; return the thread and its exit codes."""
     codes = []
@@ -37,6 +79,9 @@ def begin(attempt):
     thread.start()
     wait_for("ready", attempt.log)
     return thread, codes
+
+
+# One attempt
 
 
 def test_attempt_returns_its_exit_code_and_appends_to_its_log(tmp_path, log):
@@ -71,15 +116,15 @@ def test_stopped_attempt_gets_no_second_signal_when_slurm_takes_the_machine(tmp_
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's own signal")
 def test_attempt_gets_one_signal_when_the_suite_is_killed(tmp_path, log):
+    """Importing launchers is cheap: Ray's and Slurm's machines do so beside every run."""
     script = (
-        "import sys, time; from pathlib import Path; from suites import COUNTS, attempt_in\n"
-        "attempt_in(Path(sys.argv[1]), COUNTS).start(); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from tract_transfer.suite.launchers import *\n"
+        "assert 'torch' not in sys.modules\n"
+        "command = [sys.executable, '-S', '-c', sys.argv[2]]\n"
+        "Attempt(command, Path(sys.argv[1]), Path('stop')).start(); time.sleep(60)"
     )
-    paths = os.pathsep.join([*map(str, Path(__file__).parents[1:3]), *sys.path])
-    paths = f"{Path(__file__).parents[1] / 'support'}{os.pathsep}{paths}"
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    suite = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths})
-    with suite:
+    command = [sys.executable, "-c", script, str(log), COUNTS]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as suite:
         wait_for("ready", log)
         suite.kill()
     wait_for("ended by 1", log)
@@ -112,18 +157,89 @@ def test_only_the_end_of_a_long_log_is_read_and_long_errors_are_cut(log):
     assert len(why) < 1400
 
 
+# Every launcher
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_run_ends_with_its_exit_code_and_writes_its_log(launcher, tmp_path, log, code):
+    script = f"import os; print('threads', os.environ['OMP_NUM_THREADS']); raise SystemExit({code})"
+    run = run_of(cpus=2, hours=0.1)
+    launcher.check([run])
+    assert launcher.has_room(run)
+    launcher.start(run, attempt_in(tmp_path, script))
+    assert not launcher.has_room(run_of("other", hours=0.1))
+    assert wait(launcher) == [(run, code)]
+    assert launcher.ended() == []
+    assert launcher.has_room(run)
+    assert log.read_text().strip() == "threads 2"
+
+
+def test_stop_lets_a_run_end_by_itself(launcher, tmp_path, log):
+    run = run_of(hours=0.1)
+    launcher.start(run, attempt_in(tmp_path, ENDS))
+    wait_for("ready", log)
+    launcher.stop(signal.SIGTERM)
+    assert wait(launcher) == [(run, 7)]
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm"], indirect=True)
+def test_kill_ends_a_run_with_all_its_processes(launcher, tmp_path, log, monkeypatch):
+    if isinstance(launcher, SlurmLauncher):  # submitit waits 15 seconds for a lost result
+        monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0.1)
+    run = run_of(hours=0.1)
+    launcher.start(run, attempt_in(tmp_path, f"import os; print(os.getpid()); {ENDS}"))
+    wait_for("ready", log)
+    launcher.stop(signal.SIGKILL)
+    assert wait(launcher) == [(run, -9)]
+    wait_for_end(int(log.read_text().split()[0]))
+
+
+def wait_for_end(pid):
+    end = time.monotonic() + 60
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+IMPOSSIBLE = {
+    "more cpus than the machine has": (
+        "local",
+        {"cpus": 5},
+        r"resources\.cpus: voc needs 5, and this machine has 4",
+    ),
+    "more GPUs than the machine has": (
+        "local",
+        {"gpus": 1},
+        r"resources\.gpus: voc needs 1, and this machine has 0",
+    ),
+    "more memory than the machine has": (
+        "local",
+        {"memory_gb": 9},
+        r"resources\.memory_gb: voc needs 9, and this machine",
+    ),
+    "a Slurm run without hours": ("slurm", {}, r"resources\.hours: voc has none"),
+    "half a GPU on Slurm": ("slurm", {"hours": 1, "gpus": 0.5}, r"resources\.gpus: voc needs 0\.5"),
+    "cpus of Ray": ("ray", {"cpus": 3}, "voc needs .*, and no machine of the Ray cluster"),
+    "gpus of Ray": ("ray", {"gpus": 1}, "voc needs .*, and no machine of the Ray cluster"),
+    "memory of Ray": ("ray", {"memory_gb": 1e6}, "voc needs .*, and no machine of the Ray cluster"),
+}
+
+
 @pytest.mark.parametrize(
-    ("resources", "message"),
-    [
-        ({"cpus": 5}, r"resources\.cpus: voc needs 5, and this machine has 4"),
-        ({"gpus": 1}, r"resources\.gpus: voc needs 1, and this machine has 0"),
-        ({"memory_gb": 9}, r"resources\.memory_gb: voc needs 9, and this machine has 8"),
-    ],
-)
-def test_runs_that_need_more_than_the_machine_has_are_refused(resources, message):
-    make().check([run_of(cpus=4, memory_gb=8.0)])
-    with pytest.raises(ValueError, match=message):
-        make().check([run_of(), run_of(**resources)])
+    ("launcher", "resources", "message", "name"),
+    [(*row, name) for name, row in IMPOSSIBLE.items()],
+    indirect=["launcher"], ids=IMPOSSIBLE,
+)  # fmt: skip
+def test_runs_that_can_never_start_are_refused(launcher, resources, message, name, refused):
+    catch = refused(name, ValueError, match=message)
+    if isinstance(launcher, RayLauncher):  # not in the page of errors: Ray is not always installed
+        catch = pytest.raises(ValueError, match=message)
+    with catch:
+        launcher.check([run_of(**resources)])
+
+
+# This machine
 
 
 @pytest.mark.parametrize(
@@ -147,14 +263,13 @@ def test_run_waits_for_its_resources(launcher, first, second, fits, tmp_path):
     launcher.start(one, attempt_in(tmp_path))
     assert launcher.has_room(two) is fits
     assert wait(launcher) == [(one, 0)]
-    assert launcher.ended() == []
     assert launcher.has_room(two)
 
 
 def test_runs_get_their_gpus_and_threads_and_give_them_back(tmp_path, log, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     script = (
-        "import os; print(os.environ['CUDA_VISIBLE_DEVICES'] or '-', os.environ['OMP_NUM_THREADS'])"
+        "import os; print(os.environ['CUDA_VISIBLE_DEVICES'] or '-', os.environ['MKL_NUM_THREADS'])"
     )
     launcher = make(workers=2, gpus=("4", "7"))
     for resources in ({"gpus": 2}, {"gpus": 2, "cpus": 4}, {"gpus": 1}, {"gpus": 0, "cpus": 3}):
@@ -165,16 +280,6 @@ def test_runs_get_their_gpus_and_threads_and_give_them_back(tmp_path, log, monke
         launcher.start(run_of(gpus=0), attempt_in(tmp_path, script))
         wait(launcher)
     assert log.read_text().splitlines() == ["4,7 1", "4,7 2", "4 2", "- 3", "- 1", "- 2"]
-    assert set(thread_variables(3).values()) == {"3"}
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 7), (signal.SIGKILL, -9)])
-def test_stop_lets_a_run_end_by_itself_and_a_kill_does_not(tmp_path, log, number, code):
-    launcher, run = make(), run_of()
-    launcher.start(run, attempt_in(tmp_path, ENDS))
-    wait_for("ready", log)
-    launcher.stop(number)
-    assert wait(launcher) == [(run, code)]
 
 
 def test_processes_of_a_failed_run_end_with_it(tmp_path, log):
@@ -184,26 +289,140 @@ def test_processes_of_a_failed_run_end_with_it(tmp_path, log):
         "print(subprocess.Popen(['sleep', '60']).pid, flush=True)\n"
         "sys.exit(1)"
     )
-    launcher, run = make(), run_of()
-    launcher.start(run, attempt_in(tmp_path, script))
-    assert wait(launcher) == [(run, 1)]
-    child = int(log.read_text())
-    end = time.monotonic() + 10
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def test_visible_gpus_are_found():
-    assert find_gpus({"CUDA_VISIBLE_DEVICES": "0, GPU-5f,"}) == ["0", "GPU-5f"]
-    for none in ("-1", ""):
-        assert find_gpus({"CUDA_VISIBLE_DEVICES": none}) == []
+    launcher = make()
+    launcher.start(run_of(), attempt_in(tmp_path, script))
+    wait(launcher)
+    wait_for_end(int(log.read_text()))
 
 
 def test_this_machine_is_measured(monkeypatch):
+    assert find_gpus({"CUDA_VISIBLE_DEVICES": "0, GPU-5f,"}) == ["0", "GPU-5f"]
+    assert (
+        find_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == find_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+    )
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     launcher = this_machine(5)
     assert launcher.workers == 5
     assert 1 <= launcher.cores <= psutil.cpu_count()
     assert launcher.memory_gb == pytest.approx(psutil.virtual_memory().total / 2**30)
     launcher.check([run_of(gpus=1)])
+
+
+# Ray
+
+
+@pytest.mark.slow
+class TestRay:
+    @pytest.fixture
+    def begun(self, ray_launcher, tmp_path, log):
+        run, script = run_of(), f"import os; print(os.getppid()); {ENDS}"
+        ray_launcher.start(run, attempt_in(tmp_path, script))
+        wait_for("ready", log)
+        return run
+
+    @pytest.fixture
+    def lost(self):
+        ray = pytest.importorskip("ray")
+
+        def lost(*_, **__):
+            raise ray.exceptions.RaySystemError("the cluster is gone")
+
+        return lost
+
+    def test_lost_worker_counts_as_a_kill_and_its_run_ends(self, ray_launcher, begun, log):
+        worker = psutil.Process(int(log.read_text().split()[0]))
+        left = worker.children()
+        worker.kill()
+        assert wait(ray_launcher) == [(begun, -9)]
+        assert len(left) == 1
+        assert psutil.wait_procs(left, timeout=60)[1] == []
+
+    def test_error_of_ray_fails_the_run(self, ray_launcher, lost, tmp_path, monkeypatch):
+        class Broken:
+            remote = staticmethod(lost)
+
+        monkeypatch.setattr("ray.remote", lambda **_: lambda function: Broken())
+        with pytest.raises(OSError, match=r"Ray refused seed 0  voc  vanilla: .*is gone"):
+            ray_launcher.start(run_of(), attempt_in(tmp_path))
+        monkeypatch.undo()
+        run = run_of()
+        ray_launcher.start(run, attempt_in(tmp_path))
+        for name in ("ray.wait", "ray.get"):
+            monkeypatch.setattr(name, lost)
+        assert ray_launcher.ended() == [(run, -9)]
+
+    def test_running_task_is_not_awaited_if_ray_cannot_report_it(
+        self, ray_launcher, begun, lost, monkeypatch
+    ):
+        monkeypatch.setattr("ray.wait", lost)
+        assert ray_launcher.ended() == []
+        monkeypatch.undo()
+        ray_launcher.stop(signal.SIGTERM)
+        assert wait(ray_launcher) == [(begun, 7)]
+
+
+# Slurm
+
+
+def test_machine_without_slurm_is_refused(tmp_path, monkeypatch, refused):
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with refused("--launcher slurm without Slurm", ValueError, match="no sbatch"):
+        SlurmLauncher(tmp_path, 1)
+
+
+def test_preempted_job_is_queued_again_and_resumes(slurm, tmp_path, log):
+    run = run_of(hours=0.1)
+    handle = slurm.start(run, attempt_in(tmp_path, RUN))
+    wait_for("ready", log)
+    for task in psutil.Process(int(handle["job"])).children():
+        task.send_signal(signal.SIGUSR2)  # as Slurm does
+    assert wait(slurm) == [(run, 0)]
+    assert log.read_text().split() == ["ready", "resumed"]
+
+
+def test_job_of_a_killed_suite_ends_before_the_next_suite_starts(slurm, tmp_path, log):
+    handle = slurm.start(run_of(hours=0.1), attempt_in(tmp_path, RUN))
+    wait_for("ready", log)
+    SlurmLauncher(tmp_path / "slurm", 1, cluster="local").end_jobs({"run": handle})
+    assert (tmp_path / "checkpoint").exists()
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """A launcher with commands in place of Slurm's, and the file of the commands called."""
+    pytest.importorskip("submitit")
+    (tmp_path / "bin").mkdir()
+    scripts = {"sbatch": "echo 'error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1", "srun": ""}
+    scripts |= {"scancel": "", "sacct": "exit 1"}  # sacct reports no job
+    for name, script in scripts.items():
+        file = tmp_path / "bin" / name
+        file.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/called\n{script}\n')
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return SlurmLauncher(tmp_path / "slurm", None), tmp_path / "called"
+
+
+def test_job_that_slurm_refuses_is_a_failure_of_its_run(commands, tmp_path):
+    with pytest.raises(OSError, match=r"seed 0  voc.*QOSMaxSubmitJobPerUserLimit.* workers"):
+        commands[0].start(run_of(hours=1), attempt_in(tmp_path))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_leftover_job_is_cancelled_only_while_it_is_queued_or_if_it_does_not_end(
+    commands, tmp_path, monkeypatch, caplog, ends
+):
+    """It may be writing its checkpoint; Slurm knows whether it is still queued."""
+    slurm, called = commands
+    result = tmp_path / "slurm/7_0_result.pkl"
+    (tmp_path / "slurm").mkdir()
+    if ends:
+        monkeypatch.setattr(launchers.time, "sleep", lambda seconds: result.touch())
+    else:
+        monkeypatch.setattr(launchers, "ENDING_SECONDS", 0.1)
+        monkeypatch.setattr(launchers, "_CANCEL_SECONDS", 0.1)
+    slurm.end_jobs({"run": {"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}})
+    assert (tmp_path / "plan/a.stop").read_text() == "15"
+    cancelled = [line for line in called.read_text().splitlines() if line.startswith("scancel")]
+    assert cancelled == ["scancel --state=PENDING 7", *([] if ends else ["scancel 7"])]
+    assert ("Job 7 did not end and is cancelled" in caplog.text) is not ends
