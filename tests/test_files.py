@@ -15,11 +15,9 @@ from tract_transfer.files import (
     check_space,
     make_folder,
     remove_temporary_files,
-    temporary_path,
     write_json,
     write_text,
 )
-from tract_transfer.suite.state import SuiteLock
 
 
 def fail_with(number):
@@ -78,15 +76,6 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
         (tmp_path / name).touch()
     remove_temporary_files(tmp_path)
     assert entries(tmp_path) == [".hidden", "b.part"]
-
-
-def test_a_suite_clears_what_a_kill_left_of_its_own_files(tmp_path):
-    for name in ("suite.json", ".plan.json", "report.html"):
-        temporary_path(tmp_path / name).write_text("half")
-    lock = SuiteLock(tmp_path)
-    lock.acquire()
-    lock.release()
-    assert not [name for name in entries(tmp_path) if name.endswith(".part")]
 
 
 def test_every_new_folder_is_synced(tmp_path, monkeypatch):

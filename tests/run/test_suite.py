@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 from box_data import write_voc
+from run_folders import entries
 from suites import finish
 
 from tract_transfer.config.file import ConfigError
 from tract_transfer.config.suite import load_suite
+from tract_transfer.engine.run_folder import FolderInUseError, lock_folder
 from tract_transfer.run.suite import (
     Inspector,
     draft_runs,
@@ -239,11 +241,18 @@ def test_plan_lists_what_would_be_done(write, monkeypatch):
     )
     assert "  contains another run: data.batch_size: None then, 32 now; " in lines[1]
     assert [line.rpartition("  ")[2] for line in lines[2:]] == ["run"] * 5
-    with pytest.raises(ConfigError, match="contains another run"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ConfigError, match=r"contains another run: [\s\S]*--set-aside"),
+    ):
+        patch.setattr(Inspector, "inspect", lambda *_: pytest.fail("data were inspected"))
         open_suite(config, remember=True, refuse=True)
+    assert entries(Path("out")) == ["tract", "vanilla"]
     suite = open_suite(config, remember=True)
     assert json.loads(Path("out/.plan.json").read_text()) == {}  # `inspect` is replaced
     assert len(suite.runs) == 7
+    with lock_folder(suite.folder), pytest.raises(FolderInUseError):
+        open_suite(config, remember=True)
 
 
 @pytest.fixture

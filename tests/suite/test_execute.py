@@ -17,10 +17,12 @@ from run_folders import held
 from suites import cut_off, finish, make_suite
 
 from tract_transfer.config.file import ConfigError
+from tract_transfer.engine.run_folder import FolderInUseError
+from tract_transfer.files import temporary_path
 from tract_transfer.suite.execute import execute
 from tract_transfer.suite.launchers import Launcher
 from tract_transfer.suite.screen import Screen
-from tract_transfer.suite.state import Suite, SuiteLock
+from tract_transfer.suite.state import Suite
 
 JOB = {"job": "7", "stop_file": "plan/a.stop"}
 
@@ -110,13 +112,15 @@ def states(suite):
 
 
 def test_suite_is_executed_in_order_and_then_skipped(suite, run):
+    temporary_path(suite.folder / "suite.json").write_text("half")  # left by a kill
     launcher = run()
     assert launcher.result is None
     assert launcher.started == [name_of(job.run) for job in suite.jobs]
     assert set(states(suite).values()) == {"finished"}
     assert [job.attempts for job in suite.jobs] == [1] * 6
     assert all(job.config_sha256 for job in suite.jobs)
-    assert not (suite.folder / ".owner.json").exists()
+    files = {path.name for path in suite.folder.iterdir() if path.is_file()}
+    assert files == {".lock", "suite.json"}
     launcher = run(suite=again(suite))
     assert launcher.started == []
     assert launcher.output.count("finished before") == 6
@@ -197,12 +201,11 @@ def test_folders_of_other_runs_are_refused_or_set_aside(suite, run):
 
 def test_finished_task_is_another_run_if_its_backbone_turns_out_different(suite, run):
     finish(suite.runs[2], sha256="w9")
-    run()
+    finish(suite.runs[3], sha256="w1")
+    assert run().started == ["vanilla/pretrain", "tract/pretrain", "vanilla/voc", "tract/voc"]
     assert states(suite)["vanilla/probe"] == "failed"
     assert "its backbone has been retrained since. Use --set-aside" in suite.jobs[2].error
-    finish(suite.runs[3], sha256="w1")
-    launcher = run(suite=again(suite), set_aside=True)
-    assert launcher.started == ["vanilla/probe"]
+    assert run(suite=again(suite), set_aside=True).started == ["vanilla/probe"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -268,9 +271,14 @@ def test_jobs_of_slurm_are_refused_by_other_launchers(suite, run, refused):
     assert launcher.started == []
 
 
+def test_second_suite_learns_who_holds_the_folder(suite, run):
+    with held(suite.folder) as pid, pytest.raises(FolderInUseError, match=f"process {pid} on"):
+        run()
+
+
 def test_run_of_a_killed_suite_is_awaited(suite, run, monkeypatch, caplog):
     """It holds the lock of its folder, and is not started beside itself."""
-    suite.jobs[0].state = "running"
+    suite.jobs[0].state = suite.jobs[1].state = "running"
     suite.write()
     suite.runs[0].folder.mkdir(parents=True)
     with contextlib.ExitStack() as stack, caplog.at_level("INFO"):
@@ -287,7 +295,7 @@ def test_full_disk_fails_runs_that_cannot_start_and_ends_no_others(suite, run, m
         raise OSError(28, "No space left on device", str(target))
 
     monkeypatch.setattr(Path, "replace", full)
-    monkeypatch.setattr(SuiteLock, "record", lambda self, handles: None)
+    monkeypatch.setattr(Suite, "write_slurm_jobs", lambda self, jobs: None)
     with caplog.at_level(logging.ERROR):
         assert run().result is None
     assert [job.state for job in suite.jobs] == ["failed"] * 2 + ["blocked"] * 4

@@ -1,11 +1,8 @@
-"""suite.json, the lock of a suite's folder, and what run folders contain."""
+"""suite.json, and what run folders contain."""
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from suites import cut_off, finish, make_suite
@@ -13,7 +10,7 @@ from suites import cut_off, finish, make_suite
 from tract_transfer.config.file import ConfigError
 from tract_transfer.report.runs import read_suite
 from tract_transfer.suite.execute import refuse_others
-from tract_transfer.suite.state import Suite, SuiteLock, inspect_folder
+from tract_transfer.suite.state import Suite, inspect_folder
 
 
 @pytest.fixture
@@ -210,43 +207,11 @@ def test_folders_are_set_aside_under_numbers(suite):
         assert not run.folder.exists()
 
 
-def test_second_suite_learns_who_holds_the_folder(tmp_path):
-    lock = SuiteLock(tmp_path)
-    assert lock.acquire() == {}
-    script = (
-        "import sys; from pathlib import Path\n"
-        "from tract_transfer.suite.state import SuiteLock\n"
-        "SuiteLock(Path(sys.argv[1])).acquire()"
-    )
-    command = [sys.executable, "-c", script, str(tmp_path)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
-    assert done.returncode == 1
-    assert f"is in use by another run_suite (process {os.getpid()} on " in done.stderr
-    lock.release()
-    assert subprocess.run(command, check=False, cwd=root).returncode == 0
-
-
-def test_attempts_of_a_killed_suite_are_remembered_until_they_have_ended(tmp_path):
-    left = {"vanilla/voc": {"pid": 5, "started": 1.0}}
-    lock = SuiteLock(tmp_path)
-    lock.acquire()
-    lock.record(left)
-    lock._lock.release()  # as the system does when the process is killed
-    for _ in range(2):  # so may be the next one, and the one after it
-        lock = SuiteLock(tmp_path)
-        assert lock.acquire() == left
-        lock.release()
-    assert lock.acquire() == left
-    lock.record({})
-    lock.release()
-    assert not (tmp_path / ".owner.json").exists()
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"jobs": []}'])
-def test_broken_owner_file_names_no_attempts(tmp_path, text):
-    (tmp_path / ".owner.json").write_text(text)
-    assert SuiteLock(tmp_path).acquire() == {}
+@pytest.mark.parametrize("text", ["{", "[]", '{"jobs": []}', '{"jobs": {"a": {"pid": 5}}}'])
+def test_file_without_slurm_jobs_names_none(suite, text):
+    """Earlier versions wrote the processes of this machine, too."""
+    (suite.folder / ".owner.json").write_text(text)
+    assert suite.read_slurm_jobs() == {}
 
 
 def test_data_known_only_to_the_run_are_not_compared(run):

@@ -14,11 +14,11 @@ from tract_transfer import __version__
 from tract_transfer.config.file import ConfigError, Override, override, read_config_file
 from tract_transfer.config.schema import Config, ProbeConfig, check_config
 from tract_transfer.config.suite import OWN_KEYS, PRETRAIN, SuiteConfig
-from tract_transfer.engine.run_folder import deciding_keys
+from tract_transfer.engine.run_folder import LOCK_NAME, deciding_keys, lock_folder
 from tract_transfer.files import make_folder, sha256_of, write_json
 from tract_transfer.suite.execute import refuse_others
 from tract_transfer.suite.plan import PlannedRun, order_tasks, run_id
-from tract_transfer.suite.state import FolderState, Job, Suite, SuiteLock, inspect_folder
+from tract_transfer.suite.state import FolderState, Job, Suite, inspect_folder
 
 INSPECTIONS_NAME = ".plan.json"
 # The keys of a source that contain local paths; `train` is a part of the training split.
@@ -52,11 +52,12 @@ def open_suite(config: SuiteConfig, *, remember: bool, refuse: bool = False) -> 
 
     Raises:
         ConfigError: runs cannot work; lists the problems of all, one a line.
-        FileExistsError: another process executes the suite.
+        FolderInUseError: another process executes the suite.
     """
     folder = Path(config.output_dir)
-    if remember:
-        SuiteLock(folder).check()
+    if remember and (folder / LOCK_NAME).exists():
+        with lock_folder(folder):
+            pass
     drafts = draft_runs(config)
     with Inspector(folder / INSPECTIONS_NAME) as inspector:
         if refuse and not all(inspector.knows(draft.config, draft.needed) for draft in drafts):

@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,6 @@ from tract_transfer.suite.state import (
     FolderState,
     Job,
     Suite,
-    SuiteLock,
     backbone_sha256,
 )
 
@@ -48,28 +47,25 @@ def execute(suite: Suite, launcher: Launcher, screen: Screen, *, set_aside: bool
         set_aside: move folders of other runs to set_aside/ instead of refusing them.
 
     Raises:
-        FileExistsError: another process executes the suite, or another launcher's jobs are left.
+        FolderInUseError: another process executes the suite.
+        FileExistsError: jobs of Slurm are left, and this is another launcher.
         ConfigError: folders contain other runs, and `set_aside` is off.
     """
-    suite.folder.mkdir(parents=True, exist_ok=True)
-    lock = SuiteLock(suite.folder)
-    left = lock.acquire()
-    try:
-        remove_temporary_files(suite.folder / PLAN_NAME)
-        _end_leftovers(suite, launcher, left)
-        lock.record({})
+    make_folder(suite.folder)
+    with lock_folder(suite.folder):
+        for folder in (suite.folder, suite.folder / PLAN_NAME):
+            remove_temporary_files(folder)
+        _end_leftovers(suite, launcher)
         others = suite.take_stock()
         if not set_aside:
             refuse_others(others)
-        execution = Execution(suite, launcher, screen, lock, set_aside=set_aside)
+        execution = Execution(suite, launcher, screen, set_aside=set_aside)
         with screen, _stops_on_signals(execution):
             for job in suite.jobs:
                 if job.state == "finished":
                     screen.skipped(job)
             execution.run()
-        return execution.stop_signals[0] if execution.stop_signals else None
-    finally:
-        lock.release()
+    return execution.stop_signals[0] if execution.stop_signals else None
 
 
 def refuse_others(others: Sequence[tuple[Job, FolderState]]) -> None:
@@ -89,14 +85,15 @@ def refuse_others(others: Sequence[tuple[Job, FolderState]]) -> None:
     )
 
 
-def _end_leftovers(suite: Suite, launcher: Launcher, left: Mapping[str, Handle]) -> None:
+def _end_leftovers(suite: Suite, launcher: Launcher) -> None:
     """Wait until the runs that a killed suite left running have ended.
 
     They got SIGTERM when it ended (see `Attempt.start`), and hold the locks of their folders while
     they write a checkpoint. Jobs of Slurm are asked to end.
     """
-    jobs = {run: handle for run, handle in left.items() if "job" in handle}
+    jobs = suite.read_slurm_jobs()
     launcher.end_jobs(jobs)
+    suite.write_slurm_jobs({})
     end = time.monotonic() + ENDING_SECONDS
     for folder in suite.interrupted:
         if str(folder) in jobs:
@@ -134,9 +131,9 @@ class Execution:
     """
 
     def __init__(
-        self, suite: Suite, launcher: Launcher, screen: Screen, lock: SuiteLock, *, set_aside: bool
+        self, suite: Suite, launcher: Launcher, screen: Screen, *, set_aside: bool
     ) -> None:
-        self.suite, self.launcher, self.screen, self.lock = suite, launcher, screen, lock
+        self.suite, self.launcher, self.screen = suite, launcher, screen
         self.set_aside = set_aside
         self.stop_signals: list[int] = []
         self._signals_sent = 0
@@ -264,7 +261,8 @@ class Execution:
         """Write the state of the jobs, and which attempts are running."""
         try:
             running = self._running.items()
-            self.lock.record({str(path): each.handle for path, each in running if each.handle})
+            jobs = {str(folder): each.handle for folder, each in running if each.handle}
+            self.suite.write_slurm_jobs(jobs)
             self.suite.write()
         except OSError as error:  # a full disk must not end runs that can still write
             logger.error("The suite's state cannot be written: %s", error)

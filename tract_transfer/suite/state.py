@@ -1,17 +1,14 @@
-"""The state of a suite: suite.json, the lock of its folder, and what its run folders contain."""
+"""The state of a suite: suite.json, and what its run folders contain."""
 
 import hashlib
 import json
 import os
 import shutil
-import socket
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import filelock
 import yaml
 
 from tract_transfer.config.suite import PRETRAIN, SuiteConfig
@@ -22,13 +19,13 @@ from tract_transfer.files import (
     RESULTS_FORMAT,
     RESULTS_NAME,
     make_folder,
-    remove_temporary_files,
     write_json,
 )
 from tract_transfer.report.runs import SUITE_FORMAT, SUITE_NAME
 from tract_transfer.suite.launchers import Handle
 from tract_transfer.suite.plan import PlannedRun
 
+_SLURM_JOBS_NAME = ".owner.json"
 _SHOWN_KEYS = 5  # of a config that differs
 
 
@@ -131,6 +128,20 @@ class Suite:
                 job.note = "finished, if its backbone turns out the same"
         return others
 
+    def read_slurm_jobs(self) -> dict[str, Handle]:
+        """Return the jobs of Slurm that may be running, by run folder."""
+        jobs = _read_json(self.folder / _SLURM_JOBS_NAME).get("jobs")
+        jobs = jobs if isinstance(jobs, dict) else {}
+        return {run: handle for run, handle in jobs.items() if "job" in handle}
+
+    def write_slurm_jobs(self, jobs: Mapping[str, Handle]) -> None:
+        """Write which jobs of Slurm are running, for the next process if this one is killed."""
+        path = self.folder / _SLURM_JOBS_NAME
+        if jobs:
+            write_json(path, {"jobs": dict(jobs)})
+        else:
+            path.unlink(missing_ok=True)
+
     def set_aside(self, run_folder: Path) -> Path:
         """Move another run's folder to set_aside/; return its new path."""
         path = self.folder / "set_aside" / run_folder.relative_to(self.folder)
@@ -198,63 +209,6 @@ class Suite:
                 )
             )
         return jobs
-
-
-class SuiteLock:
-    """Keeps other processes out of a suite's folder; the system frees it when this process ends.
-
-    `.owner.json` names the holder and its jobs of Slurm, for the next process to end those that a
-    killed one left.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._lock = filelock.FileLock(folder / ".lock")
-        self._owner_file = folder / ".owner.json"
-        self._handles: dict[str, Handle] = {}
-
-    def acquire(self) -> dict[str, Handle]:
-        """Take the folder; return the jobs that a killed process left, by run folder.
-
-        They stay in the file until `record` replaces them: this process may be killed, too.
-
-        Raises:
-            FileExistsError: another process holds it.
-        """
-        self._take()
-        remove_temporary_files(self._owner_file.parent)
-        left = _read_json(self._owner_file).get("jobs")
-        self.record(left if isinstance(left, dict) else {})
-        return self._handles
-
-    def check(self) -> None:
-        """Refuse a folder as `acquire` does, without taking it."""
-        if Path(self._lock.lock_file).exists():
-            self._take()
-            self._lock.release()
-
-    def record(self, handles: Mapping[str, Handle]) -> None:
-        """Write which jobs are running."""
-        self._handles = dict(handles)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        write_json(self._owner_file, {**owner, "jobs": self._handles})
-
-    def release(self) -> None:
-        """Free the folder; the owner file stays if jobs may still be running."""
-        if not self._handles:
-            self._owner_file.unlink(missing_ok=True)
-        self._lock.release()
-
-    def _take(self) -> None:
-        try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            owner = _read_json(self._owner_file)
-            raise FileExistsError(
-                f"{self._owner_file.parent} is in use by another run_suite (process "
-                f"{owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}). Wait for "
-                "it, stop it, or set another output_dir."
-            ) from None
 
 
 def inspect_folder(
