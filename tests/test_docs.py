@@ -52,7 +52,7 @@ def linked(page: str, heading: str, until: str = "\n## ") -> list[Path]:
 
 
 def imports_of(file: Path) -> set[str]:
-    """Modules of ours that a file imports; of a package's names, those that its __init__ imports."""
+    """Modules of ours that a file imports (of a package: its __init__ imports)."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tract_transfer"):

@@ -225,3 +225,13 @@ def test_image_size_and_drop_rates_may_differ_from_the_card_s(load_tiny, tmp_pat
     assert backbone.loaded.resized == {"pos_embed": "(1, 65, 24) -> (1, 17, 24)"}
     with pytest.raises(ConfigError, match="the weights are those of"):
         build(img_size=16, num_heads=2)
+
+
+@pytest.mark.parametrize("metadata", ["{", "[]", json.dumps({"name": "cifar/resnet18"})])
+def test_broken_metadata_are_refused(load_tiny, tmp_path, metadata):
+    save_backbone(tmp_path, build_backbone("cifar/resnet18", args={"width": 8}), {})
+    (tmp_path / "model.json").write_text(metadata)
+    with pytest.raises(ConfigError, match=r"model.weights: .*model.json"):
+        build_model(
+            load_tiny(tmp_path, "model.backbone={name: null}", f"model.weights={tmp_path}"), 3
+        )

@@ -1,4 +1,4 @@
-"""TrAct and our backbones in detectron2's own trainers."""
+"""TrAct, our backbones and our evaluators in detectron2's own trainers."""
 
 import warnings
 
@@ -13,15 +13,18 @@ from tract_transfer.tract import TrAct
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("detectron2")
+    from detectron2 import model_zoo
     from detectron2.config import get_cfg
+    from detectron2.data import DatasetCatalog, MetadataCatalog
     from detectron2.modeling import build_model
     from detectron2.solver import build_optimizer
-    from detectron2.structures import Boxes, Instances
+    from detectron2.structures import Boxes, BoxMode, Instances
     from detectron2.utils.events import EventStorage
     from detectron2_records import NAME, registered
 
     from tract_transfer.detectron2.plugin import (
         TractTrainer,
+        VocDatasetEvaluator,
         add_tract_config,
         attach_tract,
         set_normalization,
@@ -38,55 +41,46 @@ OURS = {
     "MODEL.BACKBONE.NAME": "build_tract_transfer_fpn_backbone",
     "MODEL.TRACT_BACKBONE.NAME": "timm/test_resnet",
 }
+# Of detectron2's Base-RCNN-FPN: a small ResNet-18 on a CPU.
+SMALL = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+    "MODEL.RESNETS.NORM": "BN",
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [48], [64], [96]],
+    "MODEL.RPN.POST_NMS_TOPK_TRAIN": 50,
+    "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
+    "MODEL.ROI_HEADS.NUM_CLASSES": 2,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
+    "INPUT.MIN_SIZE_TRAIN": (64,),
+    "INPUT.MIN_SIZE_TEST": 64,
+    "DATASETS.TRAIN": (NAME,),
+    "DATASETS.TEST": (NAME,),
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 2,
+    "SOLVER.STEPS": (),
+    "SOLVER.TRACT.ENABLED": True,
+}
 
 
-def config(tmp_path, **changes):
-    """detectron2's own ResNet-18 in an FPN, small, on a CPU."""
+def config(folder, **changes):
     cfg = get_cfg()
     add_tract_config(cfg)
-    cfg.OUTPUT_DIR = str(tmp_path)
-    settings = {
-        "MODEL.DEVICE": "cpu",
-        "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
-        "MODEL.BACKBONE.FREEZE_AT": 0,
-        "MODEL.RESNETS.DEPTH": 18,
-        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
-        "MODEL.RESNETS.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
-        "MODEL.RESNETS.NORM": "BN",
-        "MODEL.FPN.IN_FEATURES": ["res2", "res3", "res4", "res5"],
-        "MODEL.FPN.OUT_CHANNELS": 16,
-        "MODEL.ANCHOR_GENERATOR.SIZES": [[16], [32], [48], [64], [96]],
-        "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
-        "MODEL.RPN.POST_NMS_TOPK_TRAIN": 50,
-        "MODEL.RPN.POST_NMS_TOPK_TEST": 20,
-        "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
-        "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
-        "MODEL.ROI_HEADS.NUM_CLASSES": 2,
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 16,
-        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
-        "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
-        "MODEL.ROI_BOX_HEAD.NUM_FC": 1,
-        "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
-        "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
-        "INPUT.MIN_SIZE_TRAIN": (64,),
-        "INPUT.MIN_SIZE_TEST": 64,
-        "DATASETS.TRAIN": (NAME,),
-        "DATASETS.TEST": (NAME,),
-        "DATALOADER.NUM_WORKERS": 0,
-        "SOLVER.IMS_PER_BATCH": 2,
-        "SOLVER.MAX_ITER": 3,
-        "SOLVER.STEPS": (),
-        "SOLVER.TRACT.ENABLED": True,
-        **changes,
-    }
-    cfg.merge_from_list([word for pair in settings.items() for word in pair])
+    cfg.merge_from_file(model_zoo.get_config_file("Base-RCNN-FPN.yaml"))
+    cfg.OUTPUT_DIR = str(folder)
+    cfg.merge_from_list([word for pair in {**SMALL, **changes}.items() for word in pair])
     return cfg
 
 
-# ------------------------------------------------------------------------------------- TrAct
+# ------------------------------------------------------------------------------------ TrAct
 
 
-def test_its_trainer_trains_and_evaluates(dataset, tmp_path, monkeypatch):
+def test_its_trainer_trains_with_tract_and_evaluates(dataset, tmp_path, monkeypatch):
     steps = []
     step = TrAct.step
 
@@ -99,7 +93,7 @@ def test_its_trainer_trains_and_evaluates(dataset, tmp_path, monkeypatch):
     trainer = TractTrainer(config(tmp_path))
     before = trainer.model.backbone.bottom_up.stem.conv1.weight.detach().clone()
     trainer.train()
-    assert steps == [(["backbone.bottom_up.stem.conv1"], False)] * 3
+    assert steps == [(["backbone.bottom_up.stem.conv1"], False)] * 2
     assert not torch.equal(before, trainer.model.backbone.bottom_up.stem.conv1.weight)
     metrics = TractTrainer.test(trainer.cfg, trainer.model)["bbox"]
     assert {"AP", "AP50", "AP75"} <= metrics.keys()
@@ -107,7 +101,7 @@ def test_its_trainer_trains_and_evaluates(dataset, tmp_path, monkeypatch):
 
 
 def one_step(cfg):
-    """The image, the stem's plain gradient, and the negative step that was taken, over the lr."""
+    """Return the image, the stem's plain gradient, the negative step over the lr, and TrAct."""
     torch.manual_seed(0)
     model = build_model(cfg).train()
     layer = model.backbone.bottom_up.stem.conv1
@@ -121,17 +115,14 @@ def one_step(cfg):
         sum(model([{"image": image, "instances": objects}]).values()).backward()
     plain = layer.weight.grad.clone()
     optimizer.step()
-    lr = cfg.SOLVER.BASE_LR
-    return image, plain, (before - layer.weight.detach()) / lr, tract
+    return image, plain, (before - layer.weight.detach()) / cfg.SOLVER.BASE_LR, tract
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_the_step_is_tract_s_and_then_clipped(tmp_path, clip):
-    changes = {"SOLVER.WEIGHT_DECAY": 0.0, "SOLVER.BASE_LR": 1.0}
-    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # its step has hooks from here on
-    cfg = config(tmp_path, **changes)
-    if clip:
-        limit = 0.05
+@pytest.mark.parametrize("limit", [None, 0.05])
+def test_a_step_is_tracts_and_then_clipped(tmp_path, limit):
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))])  # installs the hooks of its step
+    cfg = config(tmp_path, **{"SOLVER.WEIGHT_DECAY": 0.0, "SOLVER.BASE_LR": 1.0})
+    if limit:
         cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
         cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = limit
         cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "norm"
@@ -143,16 +134,15 @@ def test_the_step_is_tract_s_and_then_clipped(tmp_path, clip):
     lam = cfg.SOLVER.TRACT.LAM * gram.trace() / len(gram)
     matrix = gram + lam * torch.eye(len(gram))
     expected = torch.linalg.solve(matrix, plain.flatten(1).double().T).T.reshape(plain.shape)
-    if clip:
+    if limit:
         assert expected.norm() != pytest.approx(limit, rel=0.1)
         expected *= min(1.0, limit / expected.norm())
-    torch.testing.assert_close(
-        stepped.double(), expected, rtol=1e-2, atol=1e-3 * expected.abs().max()
-    )
+    atol = 1e-3 * expected.abs().max()
+    torch.testing.assert_close(stepped.double(), expected, rtol=1e-2, atol=atol)
 
 
-def test_without_it_nothing_changes(tmp_path):
-    cfg = config(tmp_path, **{"SOLVER.TRACT.ENABLED": False, "SOLVER.WEIGHT_DECAY": 0.0})
+def test_disabled_tract_leaves_the_optimizer_unchanged(tmp_path):
+    cfg = config(tmp_path, **{"SOLVER.TRACT.ENABLED": False})
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
     assert attach_tract(cfg, model, optimizer) is None
@@ -169,31 +159,30 @@ def test_a_frozen_stem_is_refused(tmp_path, name):
         attach_tract(cfg, model, build_optimizer(cfg, model))
 
 
-# --------------------------------------------------------------------------------- backbones
+# -------------------------------------------------------------------------------- backbones
 
 
-def test_our_backbone_sees_what_it_was_trained_on(tmp_path):
+def test_our_backbone_gets_the_images_it_was_trained_on(tmp_path):
     torch.manual_seed(0)
     backbone = build_backbone("timm/test_resnet")
     backbone.set_normalization((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
     save_backbone(tmp_path, backbone, {})
-    changes = {**OURS, "MODEL.TRACT_BACKBONE.NAME": "", "SOLVER.TRACT.ENABLED": False}
-    cfg = config(tmp_path, **changes, **{"MODEL.TRACT_BACKBONE.WEIGHTS": str(tmp_path)})
+    of_run = {"MODEL.TRACT_BACKBONE.NAME": "", "MODEL.TRACT_BACKBONE.WEIGHTS": str(tmp_path)}
+    cfg = config(tmp_path, **{**OURS, **of_run})
     set_normalization(cfg)
     assert cfg.INPUT.FORMAT == "RGB"
     assert cfg.MODEL.PIXEL_MEAN == [102.0, 127.5, 153.0]
     model = build_model(cfg).eval()
     image = torch.randint(256, (3, 64, 96))
     with torch.no_grad():
-        seen = model.backbone.bottom_up(model.preprocess_image([{"image": image}]).tensor)
+        ours = model.backbone.bottom_up(model.preprocess_image([{"image": image}]).tensor)
         expected = backbone.eval().maps(image[None] / 255, list(backbone.pyramid()))
     by_stride = {info.stride: name for name, info in backbone.pyramid().items()}
-    assert list(seen) == ["res1", "res2", "res3", "res4", "res5"]
+    assert list(ours) == ["res1", "res2", "res3", "res4", "res5"]
     for name, shape in model.backbone.bottom_up.output_shape().items():
-        torch.testing.assert_close(
-            seen[name], expected[by_stride[shape.stride]], rtol=1e-4, atol=1e-5
-        )
-        assert seen[name].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
+        feature_map = expected[by_stride[shape.stride]]
+        torch.testing.assert_close(ours[name], feature_map, rtol=1e-4, atol=1e-5)
+        assert ours[name].shape == (1, shape.channels, 64 // shape.stride, 96 // shape.stride)
 
 
 def test_our_backbone_trains_with_tract_in_its_trainer(dataset, tmp_path):
@@ -201,27 +190,76 @@ def test_our_backbone_trains_with_tract_in_its_trainer(dataset, tmp_path):
     cfg.MODEL.TRACT_BACKBONE.ARGS.drop_path_rate = 0.1
     set_normalization(cfg)
     trainer = TractTrainer(cfg)
-    before = trainer.model.backbone.bottom_up.backbone.model.conv1[0].weight.detach().clone()
+    weight = trainer.model.backbone.bottom_up.backbone.model.conv1[0].weight
+    before = weight.detach().clone()
     trainer.train()
-    after = trainer.model.backbone.bottom_up.backbone.model.conv1[0].weight
-    assert after.isfinite().all()
-    assert not torch.equal(before, after)
+    assert weight.isfinite().all()
+    assert not torch.equal(before, weight)
 
 
 @pytest.mark.parametrize(
-    "changes, says",
+    "changes, message",
     [
-        ({}, r"INPUT.FORMAT.*RGB.*config says.*BGR.*set_normalization"),
-        ({"MODEL.BACKBONE.FREEZE_AT": 9}, "freeze_at 9 must be at most"),
+        ({}, r"needs .*RGB.* got .*BGR.*set_normalization"),
+        ({"MODEL.BACKBONE.FREEZE_AT": 9}, "freeze_at 9"),
         ({"MODEL.TRACT_BACKBONE.NAME": ""}, "WEIGHTS to a run folder"),
-        ({"MODEL.TRACT_BACKBONE.OUT_FEATURES": ("res9",)}, "has the maps"),
-        ({"MODEL.FPN.IN_FEATURES": ["res9"]}, r"IN_FEATURES must be of"),
+        ({"MODEL.TRACT_BACKBONE.OUT_FEATURES": ("res9",)}, "has the feature maps"),
+        ({"MODEL.FPN.IN_FEATURES": ["res9"]}, r"IN_FEATURES must be in"),
     ],
 )
-def test_what_does_not_fit_is_said(tmp_path, changes, says):
-    cfg = config(tmp_path, **OURS, **{"SOLVER.TRACT.ENABLED": False})
+def test_a_backbone_that_does_not_fit_is_refused(tmp_path, changes, message):
+    cfg = config(tmp_path, **OURS)
     if changes:
         set_normalization(cfg)
     cfg.merge_from_list([word for pair in changes.items() for word in pair])
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         build_model(cfg)
+
+
+# ------------------------------------------------------------------------------- evaluators
+
+
+def outputs_of(records, shift=0.0):
+    """Every object as a detection, shifted."""
+    inputs, outputs = [], []
+    for record in records:
+        boxes = torch.tensor([o["bbox"] for o in record["annotations"]]).float()
+        boxes[:, 2:] += boxes[:, :2]
+        instances = Instances((64, 96), pred_boxes=Boxes(boxes + shift))
+        instances.scores = torch.full((len(boxes),), 0.9)
+        instances.pred_classes = torch.tensor([o["category_id"] for o in record["annotations"]])
+        inputs.append({"image_id": record["image_id"]})
+        outputs.append({"instances": instances})
+    return inputs, outputs
+
+
+@pytest.mark.parametrize("protocol", ["voc2007_devkit", "detectron2", "area", "coco"])
+def test_metrics_are_percent_and_reset_discards_images(dataset, protocol):
+    evaluator = VocDatasetEvaluator(NAME, protocol)
+    evaluator.process(*outputs_of(dataset))
+    metrics = evaluator.evaluate()["bbox"]
+    assert metrics["AP"] == metrics["AP50"] == metrics["AP50-left"] == pytest.approx(100)
+    assert evaluator.details()["num_difficult"] == 1
+    evaluator.reset()
+    evaluator.process(*outputs_of(dataset, shift=30.0))
+    assert evaluator.evaluate()["bbox"]["AP50"] == 0
+
+
+def test_difficult_objects_of_a_voc_dataset_are_read_from_its_files(tmp_path):
+    xml = tmp_path / "Annotations" / "000001.xml"
+    xml.parent.mkdir()
+    flags = ("<object><difficult>1</difficult></object>", "<object/>")
+    xml.write_text(f"<annotation>{''.join(flags)}</annotation>")
+    box = {"bbox": [1, 2, 30, 40], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    name = f"{NAME}_voc"
+    DatasetCatalog.register(name, lambda: [{"image_id": "000001", "annotations": [box, box]}])
+    try:
+        metadata = MetadataCatalog.get(name)
+        metadata.set(thing_classes=["cat"], dirname=str(tmp_path), year=2007, split="test")
+        assert VocDatasetEvaluator(name)._targets["000001"]["difficult"].tolist() == [True, False]
+        xml.write_text("<annotation></annotation>")
+        with pytest.raises(ValueError, match="0 objects and the registered dataset 2"):
+            VocDatasetEvaluator(name)
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)

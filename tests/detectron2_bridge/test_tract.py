@@ -1,4 +1,4 @@
-"""The convolution that detectron2's models begin with: TrAct treats it as a plain one."""
+"""TrAct treats detectron2's convolution as a plain one, and steps before its clipping."""
 
 import copy
 
@@ -12,19 +12,18 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 wrappers = pytest.importorskip("detectron2.layers.wrappers")
 
 
-def test_its_norm_and_activation_come_after_what_is_treated():
+def test_its_norm_and_activation_do_not_change_the_treatment():
     torch.manual_seed(0)
     wrapped = wrappers.Conv2d(
         3, 4, 5, stride=2, padding=2, norm=nn.BatchNorm2d(4), activation=nn.ReLU()
     )
     plain = nn.Conv2d(3, 4, 5, stride=2, padding=2)
     plain.load_state_dict({n: p for n, p in wrapped.state_dict().items() if "norm" not in n})
-    models = (
+    images = torch.randn(2, 3, 16, 16)
+    for model in (
         nn.Sequential(wrapped),
         nn.Sequential(plain, copy.deepcopy(wrapped.norm), nn.ReLU()),
-    )
-    images = torch.randn(2, 3, 16, 16)
-    for model in models:
+    ):
         tract = TrAct(model)
         assert tract.layer_names == ["0"]
         model(images).square().mean().backward()
@@ -32,17 +31,17 @@ def test_its_norm_and_activation_come_after_what_is_treated():
     torch.testing.assert_close(wrapped.weight.grad, plain.weight.grad)
 
 
-def test_one_that_changes_its_weight_is_refused():
-    class Standardised(wrappers.Conv2d):
+def test_a_convolution_that_changes_its_weight_is_refused():
+    class Standardized(wrappers.Conv2d):
         def forward(self, x):
             return nn.functional.conv2d(x, self.weight - self.weight.mean())
 
     with pytest.raises(ValueError, match="changes its weight or its input"):
-        TrAct(nn.Sequential(Standardised(3, 4, 3)))
+        TrAct(nn.Sequential(Standardized(3, 4, 3)))
 
 
 def test_attach_works_on_its_clipping_optimizers():
-    """Their class is swapped, so that torch hooks the parent's step alone: after the clipping."""
+    """They replace the optimizer's class, so torch's hooks run after the clipping."""
     solver = pytest.importorskip("detectron2.solver")
     cfg = pytest.importorskip("detectron2.config").get_cfg()
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True

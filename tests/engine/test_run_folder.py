@@ -1,4 +1,4 @@
-"""A run folder: what may be resumed in it, what is refused before data are read, what it records."""
+"""A run folder: what may be resumed in it, what is refused before data are read, its records."""
 
 import json
 import shutil
@@ -147,7 +147,9 @@ def test_no_folder_is_made_below_a_file(tmp_path, load_tiny, no_data, refused):
         run(load_tiny(tmp_path, f"output_dir={tmp_path}/file/run"))
 
 
-def test_nothing_to_evaluate_is_reported_before_data_are_read(tmp_path, load_tiny, no_data, refused):
+def test_nothing_to_evaluate_is_reported_before_data_are_read(
+    tmp_path, load_tiny, no_data, refused
+):
     with refused(
         "--eval-only without a checkpoint",
         FileNotFoundError,

@@ -1,3 +1,7 @@
+"""Evaluators of detections: invariances of every protocol, and COCO's metrics by pycocotools."""
+
+import contextlib
+import io
 import json
 import tracemalloc
 from dataclasses import replace
@@ -8,10 +12,11 @@ import torch
 from random_detections import NAMES, images, rows
 
 from tract_transfer.evaluation import EVALUATORS, PROTOCOLS, VocEvaluator
-from tract_transfer.evaluation.voc import COCO_IOUS, voc_ap
+from tract_transfer.evaluation.detection import coco_metrics
+from tract_transfer.evaluation.voc import Detections, GroundTruth
 
 AREA = PROTOCOLS["area"]
-EVERY_PROTOCOL = [name for name, _ in EVALUATORS]
+every_protocol = pytest.mark.parametrize("protocol", [name for name, _ in EVALUATORS])
 
 
 def evaluate(made, protocol="voc2007_devkit", names=NAMES):
@@ -20,7 +25,7 @@ def evaluate(made, protocol="voc2007_devkit", names=NAMES):
     return evaluator.compute(), evaluator
 
 
-@pytest.mark.parametrize("protocol", EVERY_PROTOCOL)
+@every_protocol
 def test_perfect_detections_score_one_and_none_score_zero(protocol):
     made = images()
     perfect = [
@@ -35,7 +40,7 @@ def test_perfect_detections_score_one_and_none_score_zero(protocol):
     assert set(metrics.values()) == {0.0}
 
 
-@pytest.mark.parametrize("protocol", EVERY_PROTOCOL)
+@every_protocol
 def test_the_order_of_images_changes_nothing(protocol):
     made = images(seed=3)
     assert evaluate(made[::-1], protocol)[0] == evaluate(made, protocol)[0]
@@ -47,23 +52,18 @@ def test_the_scale_of_boxes_changes_nothing():
     assert evaluate(scaled)[0] == evaluate(made)[0]
 
 
-def test_false_positives_below_a_full_recall_leave_the_area():
-    def found(truth, noise):
-        far = truth["boxes"] + 50
-        scores = [torch.full((len(far),), 0.9), torch.full((len(far),), 0.1)]
-        return {
-            "boxes": torch.cat([truth["boxes"], far][: 1 + noise]),
-            "labels": truth["labels"].repeat(1 + noise),
-            "scores": torch.cat(scores[: 1 + noise]),
-        }
+def test_false_positives_below_full_recall_do_not_change_the_area():
+    def with_noise(truth):
+        boxes = torch.cat([truth["boxes"], truth["boxes"] + 50])
+        scores = torch.tensor([0.9, 0.1]).repeat_interleave(len(truth["boxes"]))
+        return {"boxes": boxes, "labels": truth["labels"].repeat(2), "scores": scores}
 
-    for noise in (False, True):
-        metrics, _ = evaluate([(found(t, noise), t) for _, t in images(seed=4)], "area")
-        assert metrics == pytest.approx({"ap50": 1, "ap75": 1, "ap": 1})
+    metrics, _ = evaluate([(with_noise(t), t) for _, t in images(seed=4)], "area")
+    assert metrics == pytest.approx({"ap50": 1, "ap75": 1, "ap": 1})
 
 
 @pytest.mark.parametrize("protocol", ["voc2007_devkit", "area", "coco"])
-def test_absent_classes_are_named_and_left_out(protocol):
+def test_absent_classes_are_named_and_excluded(protocol):
     made = images()
     metrics, evaluator = evaluate(made, protocol)
     details = evaluator.details()
@@ -73,6 +73,7 @@ def test_absent_classes_are_named_and_left_out(protocol):
     assert all(len(curve) == 101 for curve in details["pr_curves"].values())
     assert metrics["ap50"] == pytest.approx(np.mean(list(details["per_class"].values())))
     assert metrics["ap"] == pytest.approx(np.mean(list(details["per_class_ap"].values())))
+    assert 0 < metrics["ap75"] < metrics["ap50"] < 1
     assert metrics == pytest.approx(evaluate(made, protocol, NAMES[:3])[0])
     assert np.isnan(evaluator.result.ap[3]).all()
     assert json.loads(json.dumps(details, allow_nan=False)) == details
@@ -80,42 +81,14 @@ def test_absent_classes_are_named_and_left_out(protocol):
     assert details["num_detections"] == sum(len(d["scores"]) for d, _ in made)
 
 
-def test_metrics_are_the_means_over_classes_and_thresholds():
-    made = images(seed=5)
-    metrics, _ = evaluate(made, "area")
-    ap = voc_ap(*rows(made), NAMES, AREA, COCO_IOUS).ap[:3]
-    assert (metrics["ap50"], metrics["ap75"]) == (ap[:, 0].mean(), ap[:, 5].mean())
-    assert metrics["ap"] == pytest.approx(ap.mean())
-    assert 0 < metrics["ap75"] < metrics["ap50"] < 1
+def test_absent_classes_of_detectron2_are_named_and_count_as_zero():
+    metrics, evaluator = evaluate(images(), "detectron2")
+    details = evaluator.details()
+    assert metrics["ap50"] == pytest.approx(sum(details["per_class"].values()) / 4)
+    assert details["absent_classes"] == ["emu"]
 
 
-@pytest.mark.parametrize("protocol", EVERY_PROTOCOL)
-def test_what_cannot_be_scored_is_an_error(protocol):
-    made = images()
-    evaluator = EVALUATORS.get(protocol)(NAMES)
-    with pytest.raises(RuntimeError, match="compute"):
-        evaluator.details()
-    with pytest.raises(ValueError, match="No image"):
-        evaluator.compute()
-    for key in ("scores", "boxes"):
-        found = {k: v.clone() for k, v in made[0][0].items()}
-        found[key][0] = float("nan")
-        with pytest.raises(ValueError, match=f"image_id {made[0][1]['image_id']}"):
-            evaluator.update([found], [made[0][1]])
-    with pytest.raises(ValueError, match="2 predictions for 1"):
-        evaluator.update([made[0][0]] * 2, [made[0][1]])
-    with pytest.raises(ValueError, match=r"once: 1 came more often"):
-        evaluate([*made, made[2]], protocol)
-    with pytest.raises(ValueError, match=r"0\.\.1, got 0\.\.2.*background"):
-        evaluate(made, protocol, NAMES[:2])
-    with pytest.raises(ValueError, match="not difficult"):
-        hard = [(d, t | {"difficult": torch.ones_like(t["difficult"])}) for d, t in made]
-        evaluate(hard, protocol)
-
-
-def test_a_protocol_is_found_by_name_or_is_ones_own():
-    with pytest.raises(ValueError, match="Did you mean 'voc2007_devkit'"):
-        VocEvaluator(NAMES, "voc2007")
+def test_a_protocol_can_be_defined_by_the_user():
     made = images()
     evaluator = VocEvaluator(NAMES, replace(AREA, name="mine", iou_strict=True))
     evaluator.update([d for d, _ in made], [t for _, t in made])
@@ -124,20 +97,13 @@ def test_a_protocol_is_found_by_name_or_is_ones_own():
     assert "IoU > threshold" in evaluator.details()["protocol"]
 
 
-def test_detectron2s_absent_classes_count_as_zero_and_are_named():
-    metrics, evaluator = evaluate(images(), "detectron2")
-    details = evaluator.details()
-    assert metrics["ap50"] == pytest.approx(sum(details["per_class"].values()) / 4)
-    assert details["absent_classes"] == ["emu"]
-
-
-def test_bfloat16_predictions_are_welcome():
+def test_bfloat16_predictions_are_accepted():
     made = images()
     half = [({k: v.bfloat16() if k != "labels" else v for k, v in d.items()}, t) for d, t in made]
     assert evaluate(half)[0] == evaluate(made)[0]  # small integers and eighths are exact
 
 
-def test_memory_grows_with_the_detections_and_not_with_the_images():
+def test_memory_grows_with_the_detections_and_not_with_the_image_size():
     made = images(200)
     large = [(d | {"boxes": d["boxes"] * 100}, t | {"boxes": t["boxes"] * 100}) for d, t in made]
     twice = made + [(d, t | {"image_id": t["image_id"] + 10_000}) for d, t in made]
@@ -151,10 +117,73 @@ def test_memory_grows_with_the_detections_and_not_with_the_images():
     assert peaks[2] < 2.2 * peaks[0]
 
 
-def test_an_objects_own_area_decides_its_size():
-    made = images()
-    boxes = {"small": 1.0, "large": 1e5}
-    for size, area in boxes.items():
-        sized = [(d, t | {"area": torch.full((len(t["labels"]),), area)}) for d, t in made]
-        metrics, _ = evaluate(sized, "coco")
-        assert {name for name in metrics if "_" in name} == {f"ap_{size}", f"ar_{size}"}
+# ------------------------------------------------------------------------------------- COCO
+
+STATS = (
+    "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
+    "ar1", "ar10", "ar", "ar_small", "ar_medium", "ar_large",
+)  # fmt: skip
+
+
+def pycocotools_stats(detections, objects, num_classes):
+    """COCO json in, twelve numbers out; -1 if undefined."""
+    coco = pytest.importorskip("pycocotools.coco")
+    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+
+    def annotations(rows, **columns):
+        for i, (x1, y1, x2, y2) in enumerate(rows.boxes_xyxy.tolist()):
+            yield {
+                "id": i + 1,
+                "image_id": int(rows.image_ids[i]),
+                "category_id": int(rows.labels[i]),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                **{key: values[i].item() for key, values in columns.items()},
+            }
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = coco.COCO()
+        ids = {*objects.image_ids.tolist(), *detections.image_ids.tolist()}
+        truth.dataset = {
+            "images": [{"id": i} for i in ids],
+            "annotations": [*annotations(objects, iscrowd=objects.difficult, area=objects.areas)],
+            "categories": [{"id": k} for k in range(num_classes)],
+        }
+        truth.createIndex()
+        results = truth.loadRes([*annotations(detections, score=detections.scores)])
+        evaluation = cocoeval.COCOeval(truth, results, "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return dict(zip(STATS, evaluation.stats.tolist(), strict=True))
+
+
+# Scaled so that small, medium and large objects occur, or only small ones.
+@pytest.mark.parametrize(("seed", "scale"), [(0, 1), (1, 7), (2, 20), (3, 20)])
+def test_coco_metrics_are_pycocotools(seed, scale):
+    detections, objects = rows(images(60, seed=seed))
+    detections = detections._replace(boxes_xyxy=detections.boxes_xyxy * scale)
+    masks = np.random.default_rng(seed).uniform(0.5, 1, len(objects.areas))
+    objects = objects._replace(
+        boxes_xyxy=objects.boxes_xyxy * scale, areas=objects.areas * scale**2 * masks
+    )
+    expected = pycocotools_stats(detections, objects, 4)
+    metrics, result = coco_metrics(detections, objects, NAMES)
+    assert metrics == pytest.approx({k: v for k, v in expected.items() if v > -1}, abs=1e-12)
+    assert ("ap_large" in metrics) == (scale == 20)
+    assert result.ap[:3].mean() == pytest.approx(metrics["ap"])
+
+
+def test_a_crowd_is_neither_missed_nor_a_false_positive():
+    object_and_crowd = np.array([[0, 0, 10, 10], [50, 0, 100, 50]])
+    zeros = np.zeros(2, int)
+    truth = GroundTruth(zeros, zeros, object_and_crowd, np.array([False, True]), zeros)
+    boxes = np.array([*([60 + i, 10, 70 + i, 20] for i in range(5)), [0, 0, 10, 10]])
+    detections = Detections(np.zeros(6, int), np.zeros(6, int), boxes, np.linspace(1, 0.1, 6))
+    assert coco_metrics(detections, truth, ["a"])[0]["ap"] == 1
+
+
+@pytest.mark.parametrize(("size", "area"), [("small", 1.0), ("large", 1e5)])
+def test_the_area_of_the_object_decides_its_size(size, area):
+    sized = [(d, t | {"area": torch.full((len(t["labels"]),), area)}) for d, t in images()]
+    metrics, _ = evaluate(sized, "coco")
+    assert {name for name in metrics if "_" in name} == {f"ap_{size}", f"ar_{size}"}

@@ -1,8 +1,9 @@
-"""Under its own protocol, our VOC evaluator says what detectron2's says."""
+"""With its own protocol, our VOC evaluator computes detectron2's numbers."""
 
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from random_detections import NAMES, images, rows
@@ -22,51 +23,47 @@ OBJECT = (
 
 
 def write_devkit(root, made):
-    """The objects of `made` as a devkit: 1-based boxes with inclusive ends."""
+    """Write the objects of `made` as a devkit: 1-based boxes with inclusive ends."""
     (root / "Annotations").mkdir()
     (root / "ImageSets/Main").mkdir(parents=True)
-    for _, truth in made:
-        objects = zip(
-            truth["labels"], truth["difficult"], truth["boxes"] + torch.tensor([1, 1, 0, 0]),
-            strict=True,
-        )  # fmt: skip
-        text = "".join(OBJECT.format(NAMES[k], hard, *box) for k, hard, box in objects)
-        name = f"{truth['image_id']:06d}"
-        (root / f"Annotations/{name}.xml").write_text(f"<annotation>{text}</annotation>")
     ids = [f"{truth['image_id']:06d}" for _, truth in made]
+    for name, (_, truth) in zip(ids, made, strict=True):
+        columns = truth["labels"], truth["difficult"], truth["boxes"] + torch.tensor([1, 1, 0, 0])
+        objects = [OBJECT.format(NAMES[k], d, *box) for k, d, box in zip(*columns, strict=True)]
+        text = f"<annotation>{''.join(objects)}</annotation>"
+        (root / f"Annotations/{name}.xml").write_text(text)
     (root / "ImageSets/Main/val.txt").write_text("\n".join(ids))
 
 
 def blurred(made, seed=0):
-    """Uneven coordinates and scores of which many are equal once rounded to 3 decimals."""
+    """Add noise to coordinates and scores; many scores are equal when rounded to 3 decimals."""
     generator = torch.Generator().manual_seed(seed)
-    for found, truth in made:
-        n = len(found["scores"])
-        noise = 0.3 * torch.randn(n, 4, generator=generator)
-        scores = found["scores"] * 0.05 + 0.01 * torch.rand(n, generator=generator)
-        yield {**found, "boxes": found["boxes"] + noise, "scores": scores}, truth
+    for detections, truth in made:
+        n = len(detections["scores"])
+        boxes = detections["boxes"] + 0.3 * torch.randn(n, 4, generator=generator)
+        scores = detections["scores"] * 0.05 + 0.01 * torch.rand(n, generator=generator)
+        yield {**detections, "boxes": boxes, "scores": scores}, truth
 
 
-def by_detectron2(root, made, class_names, name_of, year):
+def by_detectron2(root, made, class_names, name_of):
     """Its evaluator from outputs to numbers, through its text files and rounding."""
     from detectron2.data import MetadataCatalog
     from detectron2.structures import Boxes, Instances
 
     meta = MetadataCatalog.get(f"tract_transfer {root}")
-    meta.set(dirname=str(root), split="val", year=year, thing_classes=list(class_names))
+    meta.set(dirname=str(root), split="val", year=2007, thing_classes=list(class_names))
     evaluator = theirs.PascalVOCDetectionEvaluator(meta.name)
     evaluator.reset()
-    for found, truth in made:
-        output = Instances((500, 500))
-        output.pred_boxes = Boxes(found["boxes"])
-        output.scores, output.pred_classes = found["scores"], found["labels"]
+    for detections, truth in made:
+        output = Instances((500, 500), pred_boxes=Boxes(detections["boxes"]))
+        output.scores, output.pred_classes = detections["scores"], detections["labels"]
         evaluator.process([{"image_id": name_of(truth)}], [{"instances": output}])
     return {name.lower(): value / 100 for name, value in evaluator.evaluate()["bbox"].items()}
 
 
 def ours(made, class_names, protocol):
     evaluator = VocEvaluator(class_names, protocol)
-    evaluator.update([found for found, _ in made], [truth for _, truth in made])
+    evaluator.update([detections for detections, _ in made], [truth for _, truth in made])
     return evaluator.compute()
 
 
@@ -74,29 +71,29 @@ def ours(made, class_names, protocol):
 def test_rounded_random_detections_score_the_same(tmp_path, seed):
     made = sorted(blurred(images(60, seed)), key=lambda pair: pair[1]["image_id"])
     write_devkit(tmp_path, made)
-    expected = by_detectron2(tmp_path, made, NAMES, lambda t: f"{t['image_id']:06d}", 2007)
-    found = ours(made, NAMES, "detectron2")
-    assert found == pytest.approx(expected, abs=1e-9)
-    assert found != pytest.approx(ours(made, NAMES, "voc2007_devkit"), abs=1e-3)
+    expected = by_detectron2(tmp_path, made, NAMES, lambda t: f"{t['image_id']:06d}")
+    metrics = ours(made, NAMES, "detectron2")
+    assert metrics == pytest.approx(expected, abs=1e-9)
+    assert metrics != pytest.approx(ours(made, NAMES, "voc2007_devkit"), abs=1e-3)
 
 
 @pytest.mark.parametrize("method", ["11point_float", "area"])
-@pytest.mark.parametrize("seed", range(2))
-def test_unrounded_random_detections_score_the_same(tmp_path, seed, method):
-    made = list(blurred(images(60, seed)))
+def test_unrounded_random_detections_score_the_same(tmp_path, method):
+    made = list(blurred(images(60)))
     write_devkit(tmp_path, made)
     detections, objects = rows(made)
     for label, name in enumerate(NAMES):
+        of_label = detections.labels == label
+        boxes = detections.boxes_xyxy[of_label].astype(float) + np.array([1, 1, 0, 0])
+        scores = detections.scores[of_label].astype(float)
         lines = [
-            f"{i:06d} {score!r} {x1 + 1!r} {y1 + 1!r} {x2!r} {y2!r}"
-            for i, k, (x1, y1, x2, y2), score in zip(
-                detections.image_ids.tolist(),
-                detections.labels.tolist(),
-                detections.boxes_xyxy.astype(float).tolist(),
-                detections.scores.astype(float).tolist(),
+            " ".join([f"{i:06d}", *map(repr, [score, *box])])
+            for i, score, box in zip(
+                detections.image_ids[of_label].tolist(),
+                scores.tolist(),
+                boxes.tolist(),
                 strict=True,
             )
-            if k == label
         ]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     result = voc_ap(detections, objects, NAMES, replace(UNROUNDED, method=method), COCO_IOUS)
@@ -124,29 +121,25 @@ def test_detections_on_real_images_score_the_same(rounded, tmp_path):
     (tmp_path / "Annotations").symlink_to(SAMPLES / "Annotations")
     names = [Path(dataset.item(i)).stem for i in range(100)]
     (tmp_path / "ImageSets/Main/val.txt").write_text("\n".join(names))
-    expected = by_detectron2(
-        tmp_path, made, dataset.class_names, lambda t: names[t["image_id"]], 2007
-    )
-    found = ours(made, dataset.class_names, "detectron2" if rounded else UNROUNDED)
-    assert found == pytest.approx(expected, abs=1e-9)
-    assert 0.2 < found["ap50"] < 0.9
+    expected = by_detectron2(tmp_path, made, dataset.class_names, lambda t: names[t["image_id"]])
+    metrics = ours(made, dataset.class_names, "detectron2" if rounded else UNROUNDED)
+    assert metrics == pytest.approx(expected, abs=1e-9)
+    assert 0.2 < metrics["ap50"] < 0.9
 
 
 def near(target, generator, rounded):
-    """Detections around an image's objects, of which some are far and some of another class.
+    """Detections around the objects of an image; some are far off, some of another class.
 
-    Without `rounded`, boxes and scores are such that rounding leaves them as they are.
+    Without `rounded`, rounding does not change boxes and scores.
     """
-    copies = torch.tensor([0.02, 0.02, 0.1, 0.1, 0.2, 0.2])  # by how far, of the box's sides
+    n = 6 * len(target["labels"])
     boxes, labels = target["boxes"].repeat(6, 1), target["labels"].repeat(6)
-    n = len(labels)
+    noise = torch.tensor([0.02, 0.02, 0.1, 0.1, 0.2, 0.2]).repeat_interleave(n // 6)[:, None]
     sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-    by = copies.repeat_interleave(n // 6)[:, None]
-    boxes = boxes + by * sides * torch.randn(n, 4, generator=generator)
+    boxes = boxes + noise * sides * torch.randn(n, 4, generator=generator)
     other = torch.randint(0, 20, (n,), generator=generator)
     labels = torch.where(torch.rand(n, generator=generator) < 0.2, other, labels)
     scores = torch.rand(n, generator=generator) ** 3
     if not rounded:
-        boxes, scores = boxes.round(), (1000 * scores).round() / 1000
-        scores = scores.double()
+        boxes, scores = boxes.round(), ((1000 * scores).round() / 1000).double()
     return {"boxes": boxes, "scores": scores, "labels": labels}

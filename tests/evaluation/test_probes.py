@@ -1,82 +1,24 @@
-from types import SimpleNamespace
+"""Features: extraction, the cache and the part to select on; k-NN is its definition."""
 
 import numpy as np
 import pytest
 import torch
-from probe_rows import TEST, TRAIN
+from probe_rows import TEST, TRAIN, batches
+from sklearn.neighbors import KNeighborsClassifier
 
+from tract_transfer.evaluation import probes
 from tract_transfer.evaluation.probes import (
+    Extracted,
     Rows,
-    accuracy,
-    check_probe,
+    cached_features,
     extract_features,
+    feature_key,
     hold_out_selection,
-    stratified_part,
+    knn_predict,
 )
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
-def test_stratified_part_takes_the_share_of_every_class(fraction):
-    labels = np.random.default_rng(0).choice(6, 500, p=[0.4, 0.3, 0.2, 0.07, 0.02, 0.01])
-    part = stratified_part(labels, fraction, seed=0)
-    sizes, taken = np.bincount(labels), np.bincount(labels[part], minlength=6)
-    assert (np.abs(taken - sizes * fraction) < 1).all()
-    assert abs(part.sum() - 500 * fraction) < 1
-    np.testing.assert_array_equal(part, stratified_part(labels, fraction, seed=0))
-    assert (part != stratified_part(labels, fraction, seed=1)).any()
-
-
-def test_a_selection_is_train_in_two():
-    fit, val = hold_out_selection(TRAIN, 0.25, seed=0)
-    assert (len(fit.y), len(val.y)) == (150, 50)
-    joined = np.concatenate([fit.x, val.x])
-    assert sorted(map(tuple, joined)) == sorted(map(tuple, TRAIN.x))
-
-
-def test_a_selection_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match=r"in \(0, 1\)"):
-        hold_out_selection(TRAIN, 1.0, seed=0)
-    few = Rows(TRAIN.x[:3], TRAIN.y[:3])
-    with pytest.raises(ValueError, match=r"2 classes to fit .* or set data\.val"):
-        hold_out_selection(few, 0.9, seed=0)
-
-
-def test_accuracy_is_the_share_of_hits():
-    assert accuracy(np.eye(4)[[0, 1, 2, 3]], np.array([0, 1, 2, 0])) == 0.75
-
-
-def test_what_no_probe_can_use_is_refused(refused):
-    with refused(
-        "labels beyond the classes (probe)", ValueError, match=r"must be in 0\.\.2, got 0\.\.3"
-    ):
-        check_probe(TRAIN, TEST.x, 3)
-    with refused(
-        "a probe whose training rows are of one class",
-        ValueError,
-        match="2 classes, and all 200 training rows are of class 1",
-    ):
-        check_probe(Rows(TRAIN.x, TRAIN.y * 0 + 1), TEST.x, 4)
-    with refused("features of other widths", ValueError, match="of one D"):
-        check_probe(TRAIN, TEST.x[:, :2], 4)
-    with refused("fewer labels than features", ValueError, match="Need a label a training row"):
-        check_probe(Rows(TRAIN.x, TRAIN.y[:5]), TEST.x, 4)
-    broken = TEST.x.copy()
-    broken[3, 1] = np.nan
-    with refused(
-        "features that are not finite",
-        ValueError,
-        match=r"1 of 80 test rows hold nan or inf \(images 3\)",
-    ):
-        check_probe(TRAIN, broken, 4)
-
-
-def batches(images, size):
-    for start in range(0, len(images), size):
-        part = images[start : start + size]
-        yield SimpleNamespace(images=part, indices=torch.arange(start, start + len(part)) + 100)
-
-
-def test_features_come_out_in_order_as_float32_without_a_graph():
+def test_features_are_in_order_as_float32_without_a_graph():
     images = torch.randint(0, 256, (10, 3, 4, 4), dtype=torch.uint8)
     weight = torch.nn.Parameter(torch.randn(48, 5))
 
@@ -91,12 +33,126 @@ def test_features_come_out_in_order_as_float32_without_a_graph():
     np.testing.assert_array_equal(indices, np.arange(10) + 100)
 
 
-def test_features_must_exist_and_be_finite():
-    with pytest.raises(ValueError, match="No batch"):
-        extract_features(lambda x: x, [], "cpu")
-    with pytest.raises(ValueError, match=r"6 of 6 extracted .*\(images 100, 101, 102, 103, 104, "):
-        extract_features(
-            lambda x: x.flatten(1).float() / 0, batches(torch.zeros(6, 3, 2, 2), 4), "cpu"
-        )
-    with pytest.raises(ValueError, match=r"must be \(B, D\)"):
-        extract_features(lambda x: x, batches(torch.zeros(4, 3, 2, 2), 4), "cpu")
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+def test_a_selection_holds_out_the_share_of_every_class(fraction):
+    labels = np.random.default_rng(0).choice(6, 500, p=[0.4, 0.3, 0.2, 0.07, 0.02, 0.01])
+    rows = Rows(np.arange(500, dtype=np.float32)[:, None], labels)
+    fit, val = hold_out_selection(rows, fraction, seed=0)
+    sizes, taken = np.bincount(labels), np.bincount(val.y, minlength=6)
+    assert (np.abs(taken - sizes * fraction) < 1).all()
+    assert abs(len(val.y) - 500 * fraction) < 1
+    assert sorted([*fit.x[:, 0], *val.x[:, 0]]) == list(range(500))
+    np.testing.assert_array_equal(val.x, hold_out_selection(rows, fraction, seed=0).val.x)
+    other = hold_out_selection(rows, fraction, seed=1).val.x
+    assert set(val.x[:, 0]) != set(other[:, 0])
+
+
+# ------------------------------------------------------------------------------------ cache
+
+STATE = {"conv": torch.arange(6.0).view(2, 3), "count": torch.tensor(3)}
+DESCRIBED = {"transforms": {"size_px": 32}, "precision": "fp32"}
+HASHES = ["a", "b"]
+KEY = feature_key(DESCRIBED, STATE, HASHES)
+
+
+def extract():
+    return Extracted(np.ones((2, 3), np.float32), np.array([0, 4]), ["row 1: broken"])
+
+
+def never():
+    raise AssertionError("extracted again")
+
+
+def test_the_key_is_a_function_of_its_content():
+    again = {name: tensor.clone() for name, tensor in reversed(STATE.items())}
+    assert feature_key(dict(reversed(DESCRIBED.items())), again, iter(HASHES)) == KEY
+
+
+@pytest.mark.parametrize(
+    ("described", "state", "hashes"),
+    [
+        ({"precision": "bf16"}, {}, HASHES),
+        ({"transforms": {"size_px": 64}}, {}, HASHES),
+        ({}, {"conv": STATE["conv"] + 1e-6 * (STATE["conv"] == 5)}, HASHES),
+        ({}, {"conv": STATE["conv"].view(3, 2)}, HASHES),
+        ({}, {"conv": STATE["conv"].bfloat16()}, HASHES),
+        ({}, {"count": torch.tensor(4)}, HASHES),
+        ({}, {}, ["a", "c"]),
+        ({}, {}, ["b", "a"]),
+        ({}, {}, ["a"]),
+    ],
+)
+def test_any_change_changes_the_key(described, state, hashes):
+    assert feature_key({**DESCRIBED, **described}, {**STATE, **state}, hashes) != KEY
+
+
+def test_stored_features_are_read_back_unchanged(tmp_path):
+    first = cached_features(tmp_path / "new", KEY, extract)
+    second = cached_features(tmp_path / "new", KEY, never)
+    for one, two in zip(first[:2], second[:2], strict=True):
+        assert one.dtype == two.dtype
+        np.testing.assert_array_equal(one, two)
+    assert second.skipped == ["row 1: broken"]
+    assert (first.was_kept, second.was_kept) == (False, True)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [f"{KEY}.safetensors"]
+
+
+@pytest.mark.parametrize("broken", [lambda data: data[:40], lambda _: b"", lambda _: b"x" * 99])
+def test_a_broken_file_is_logged_and_replaced(tmp_path, broken, caplog):
+    cached_features(tmp_path, KEY, extract)
+    path = tmp_path / f"{KEY}.safetensors"
+    intact = path.read_bytes()
+    path.write_bytes(broken(intact))
+    cached_features(tmp_path, KEY, extract)
+    assert f"{path} is not an intact feature file" in caplog.text
+    assert path.read_bytes() == intact
+
+
+def test_a_failed_extraction_leaves_no_file(tmp_path):
+    with pytest.raises(AssertionError):
+        cached_features(tmp_path, KEY, never)
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- k-NN
+
+KS = (1, 10, 200)
+
+
+def predict(train=TRAIN, test_x=TEST.x, ks=KS, temperature=0.07, num_classes=4):
+    return knn_predict(train, test_x, ks=ks, temperature=temperature, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("block", [1, 700, 2**24])
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_knn_is_the_definition_for_any_block_size(monkeypatch, temperature, block):
+    monkeypatch.setattr(probes, "_MAX_SIMILARITIES", block)
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (TEST.x, TRAIN.x)]
+    similarity = unit[0] @ unit[1].T
+    for k, scores in predict(temperature=temperature).items():
+        expected = np.zeros((80, 4))
+        for row, near in zip(expected, similarity, strict=True):
+            for j in sorted(range(200), key=lambda j: -near[j])[:k]:
+                row[TRAIN.y[j]] += np.exp(near[j] / temperature)
+        expected /= expected.sum(1, keepdims=True)
+        np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", KS)
+def test_knn_is_scikit_learns_with_these_weights_alone_or_among_other_ks(k):
+    oracle = KNeighborsClassifier(
+        k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(TRAIN.x, TRAIN.y)
+    np.testing.assert_allclose(predict()[k], oracle.predict_proba(TEST.x), atol=1e-3)
+    np.testing.assert_allclose(predict()[k], predict(ks=[k])[k], atol=1e-6)
+
+
+def test_knn_ignores_length_and_order_and_accepts_extreme_temperatures():
+    scores = predict(num_classes=5)[10]
+    order = np.random.default_rng(0).permutation(len(TRAIN.x))
+    shuffled = Rows(TRAIN.x[order] * 3, TRAIN.y[order])
+    np.testing.assert_allclose(predict(shuffled, TEST.x * 7, num_classes=5)[10], scores, atol=1e-4)
+    assert (scores[:, 4] == 0).all()  # a class without training rows
+    cold = predict(temperature=1e-9)
+    np.testing.assert_array_equal(cold[10].argmax(1), cold[1].argmax(1))
+    assert np.isfinite(predict(test_x=TEST.x * 0)[10]).all()

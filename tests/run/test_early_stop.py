@@ -1,9 +1,8 @@
 """Early stopping: by data.val alone, at the same iteration after a resume, and said in results."""
 
 import pytest
-from run_folders import CARVED, assert_resumes_exactly, lines_of
+from run_folders import assert_resumes_exactly, lines_of
 
-from tract_transfer.config.schema import ConfigError
 from tract_transfer.run.run import run
 
 # The learning rate is nothing: no evaluation is better than the first.
@@ -56,24 +55,6 @@ def test_a_run_that_ended_and_lost_its_results_trains_no_further(tmp_path, load_
     again = run(config, resume=True)
     assert again["metrics"] == whole["metrics"]
     assert again["early_stop"] == whole["early_stop"]
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["evaluation={patience: 2, every_iters: 1}"], "needs data.test beside it to report"),
-        (
-            [CARVED[0], "data.test=null", "evaluation={patience: 2, every_iters: 1}"],
-            "chooses by data.val when to end, and needs data.test",
-        ),
-        ([CARVED[0], "evaluation.patience=2"], "set evaluation.every_epochs or every_iters"),
-        ([CARVED[0], "evaluation.patience=0"], "evaluation.patience: "),
-    ],
-)
-def test_it_needs_evaluations_on_data_of_their_own(tmp_path, load_tiny, words, says):
-    with pytest.raises(ConfigError) as error:
-        load_tiny(tmp_path, *words)
-    assert says in str(error.value)
 
 
 def test_a_detector_ends_early_too(tmp_path, load_tiny):

@@ -67,9 +67,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert_resumes_exactly(kill_at, killed_at, config("whole", 0), killed, resumed)
 
 
-def test_a_run_whose_checkpoints_are_all_broken_says_that_it_starts_anew(
-    tmp_path, load_tiny, caplog
-):
+def test_a_run_whose_checkpoints_are_all_broken_starts_from_scratch(tmp_path, load_tiny, caplog):
     config = load_tiny(tmp_path, "engine.checkpoint.every_iters=2")
     whole = run(config)
     folder = Path(config.output_dir)
@@ -89,6 +87,28 @@ def test_a_killed_detector_resumes_to_the_same_bits(tmp_path, load_tiny, kill_at
         )  # fmt: skip
 
     assert_resumes_exactly(kill_at, 3, config("whole"), config("killed"))
+
+
+CACHED = ("data.cache=device", "data.transforms.flip_prob=0.5", "engine.accumulate=2")
+ERASED = (
+    "data.transforms.crop=random_resized", "data.transforms.pad_px=null",
+    "data.transforms.erase_prob=0.5",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("killed_at, more", [(1, ()), (3, ERASED)])
+def test_a_killed_run_with_a_device_cache_resumes_to_the_same_bits(
+    tmp_path, load_tiny, kill_at, killed_at, more
+):
+    def config(name, *words):
+        place = f"output_dir={tmp_path / name}"
+        return load_tiny(tmp_path, *words, place, "engine.checkpoint.every_iters=1")
+
+    killed = config("killed", *CACHED, *more)
+    assert_resumes_exactly(kill_at, killed_at, config("whole", *CACHED, *more), killed)
+    changed = config("killed", *CACHED[1:], *more, "data.cache=ram" if not more else "seed=1")
+    with pytest.raises(ValueError, match=r"'device' then, '(ram|none)' now"):
+        run(changed, resume=True)  # other random numbers
 
 
 def test_a_checkpoint_that_broke_costs_time_alone(tmp_path, load_tiny, kill_at, caplog):

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from run_folders import CARVED, Killed, assert_same_run, lines_of, results_of
 
 from tract_transfer.build.data import build_data
 from tract_transfer.build.trainer import build_accelerator, build_trainer
 from tract_transfer.config.schema import ConfigError, load_config
 from tract_transfer.engine.checkpoint import Checkpointer
+from tract_transfer.files import as_yaml
 from tract_transfer.models.weights import build_from_metadata, load_weights, read_metadata
 from tract_transfer.run.evaluate import evaluate_run, preview
 from tract_transfer.run.run import run
@@ -233,6 +235,11 @@ def test_the_average_warms_up_as_timm_s(tmp_path, load_tiny):
     torch.testing.assert_close(trainer.evaluated_model.state_dict()[name], expected)
 
 
-def test_a_warm_up_of_no_average_is_refused(tmp_path, load_tiny):
-    with pytest.raises(ConfigError, match=r"solver.ema_warmup has no use here: .* ema_decay"):
-        load_tiny(tmp_path, "solver.ema_warmup=true")
+def test_settings_on_a_line_are_yaml_without_braces():
+    assert as_yaml({"lr": 0.1, "clip": None, "steps": (2, 4)}) == (
+        "lr: 0.1, clip: null, steps: [2, 4]"
+    )
+    settings = {"head": {"name": "mlp"}, "note": "a: b, {c} 'd' \u00e9 " + "long " * 50}
+    text = as_yaml(settings)
+    assert "\n" not in text
+    assert yaml.safe_load(f"{{{text}}}") == settings

@@ -1,4 +1,4 @@
-"""Four images with an object each, registered as detectron2 wants them."""
+"""Four images with one object each, registered in detectron2's catalogs."""
 
 import copy
 import warnings
@@ -19,22 +19,21 @@ NAME = "tract_transfer_test"
 
 @contextmanager
 def registered(folder):
-    """Write the images; register and yield their records under NAME."""
+    """Write the images, register their records as NAME and yield them."""
     generator = torch.Generator().manual_seed(0)
     records = []
     for number in range(4):
+        file = folder / f"{number}.png"
         pixels = torch.randint(256, (64, 96, 3), generator=generator, dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
-        box = {"bbox": [8 * number, 10, 40, 30], "bbox_mode": BoxMode.XYWH_ABS}
-        records.append(
-            {
-                "file_name": str(folder / f"{number}.png"),
-                "image_id": f"picture {number}",
-                "height": 64,
-                "width": 96,
-                "annotations": [{**box, "category_id": number % 2, "iscrowd": int(number == 3)}],
-            }
-        )
+        Image.fromarray(pixels.numpy()).save(file)
+        annotation = {
+            "bbox": [8 * number, 10, 40, 30],
+            "bbox_mode": BoxMode.XYWH_ABS,
+            "category_id": number % 2,
+            "iscrowd": int(number == 3),
+        }
+        image = {"file_name": str(file), "image_id": f"picture {number}", "height": 64, "width": 96}
+        records.append({**image, "annotations": [annotation]})
     DatasetCatalog.register(NAME, lambda: copy.deepcopy(records))
     MetadataCatalog.get(NAME).thing_classes = ["left", "right"]
     try:

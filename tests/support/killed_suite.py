@@ -1,7 +1,7 @@
 """Kill a suite with SIGKILL at random moments, and compare what comes out with an undisturbed one.
 
-python tests/support/killed_suite.py --config-file configs/suites/cpu_demo.yaml --kills 3 \\
-    --undisturbed output/cpu_demo --killed output/cpu_demo_killed
+python tests/support/killed_suite.py --config-file benchmarks/configs/suites/cpu_demo.yaml \\
+    --kills 3 --undisturbed output/cpu_demo --killed output/cpu_demo_killed
 python tests/support/killed_suite.py --undisturbed output/cpu_demo --killed output/cpu_demo_killed
 
 Every second kill takes run_suite.py alone and leaves its runs to the next start; the others take

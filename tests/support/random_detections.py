@@ -1,4 +1,4 @@
-"""Random detections on which ties, exact thresholds and every outcome abound, and VOC by loops."""
+"""Random detections with many ties, exact thresholds and all outcomes, and VOC's AP by loops."""
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ NAMES = ["cat", "dog", "cow", "emu"]  # emu is absent
 
 
 def images(n=25, seed=0, num_classes=3):
-    """Small integer boxes and coarse scores: equal IoUs, exact thresholds and ties abound."""
+    """Small integer boxes and coarse scores: many equal IoUs, exact thresholds and ties."""
     rng = np.random.default_rng(seed)
 
     def boxes(count):
@@ -25,62 +25,56 @@ def images(n=25, seed=0, num_classes=3):
 
     made = []
     for image_id in rng.permutation(n) * 7:
-        objects, found = rng.integers(0, 5), rng.integers(0, 14)
+        objects, count = rng.integers(0, 5), rng.integers(0, 14)
         truth, truth_labels = boxes(objects), rng.integers(0, num_classes, objects)
-        guess, labels = boxes(found), rng.integers(0, num_classes, found)
+        guess, labels = boxes(count), rng.integers(0, num_classes, count)
         if objects:
-            of = rng.integers(0, objects, found)
-            near = rng.random(found) < 0.7
-            shift = rng.integers(-1, 2, (found, 4)) * (rng.random((found, 1)) < 0.6)
+            of = rng.integers(0, objects, count)
+            near = rng.random(count) < 0.7
+            shift = rng.integers(-1, 2, (count, 4)) * (rng.random((count, 1)) < 0.6)
             guess = np.where(near[:, None], truth[of] + shift, guess)
             labels = np.where(near, truth_labels[of], labels)
             guess[:, 2:] = np.maximum(guess[:, 2:], guess[:, :2] + 1)
-        made.append(
-            (
-                {
-                    "boxes": torch.tensor(guess).float(),
-                    "scores": torch.tensor(rng.integers(0, 8, found) / 8).float(),
-                    "labels": torch.tensor(labels),
-                },
-                {
-                    "boxes": torch.tensor(truth).float(),
-                    "labels": torch.tensor(truth_labels),
-                    "difficult": torch.tensor(rng.random(objects) < 0.25),
-                    "image_id": int(image_id),
-                },
-            )
-        )
+        detections = {
+            "boxes": torch.tensor(guess).float(),
+            "scores": torch.tensor(rng.integers(0, 8, count) / 8).float(),
+            "labels": torch.tensor(labels),
+        }
+        target = {
+            "boxes": torch.tensor(truth).float(),
+            "labels": torch.tensor(truth_labels),
+            "difficult": torch.tensor(rng.random(objects) < 0.25),
+            "image_id": int(image_id),
+        }
+        made.append((detections, target))
     return made
 
 
 def rows(made):
-    def column(side, key):
-        return np.concatenate([pair[side][key].numpy() for pair in made])
+    """All images as the arrays that metrics take."""
 
-    def ids(side):
-        return np.concatenate([np.full(len(p[side]["boxes"]), p[1]["image_id"]) for p in made])
+    def columns(side, *keys):
+        ids = [np.full(len(pair[side]["boxes"]), pair[1]["image_id"]) for pair in made]
+        return [
+            np.concatenate(parts)
+            for parts in (ids, *([pair[side][key].numpy() for pair in made] for key in keys))
+        ]
 
-    boxes = column(1, "boxes")
-    truth = GroundTruth(
-        ids(1), column(1, "labels"), boxes, column(1, "difficult"), box_areas(boxes)
-    )
+    truth = columns(1, "labels", "boxes", "difficult")
     return (
-        Detections(ids(0), column(0, "labels"), column(0, "boxes"), column(0, "scores")),
-        truth,
+        Detections(*columns(0, "labels", "boxes", "scores")),
+        GroundTruth(*truth, box_areas(truth[2])),
     )
 
 
 def loop_ap(made, label, protocol, threshold):
     """VOC's definition, one box at a time: (AP or None, npos, outcomes best score first)."""
     ranked, npos, taken, outcomes = [], 0, set(), []
-    for found, truth in made:
-        npos += sum(
-            int(c) == label and not d
-            for c, d in zip(truth["labels"], truth["difficult"], strict=True)
-        )
-        for i, score in enumerate(found["scores"].tolist()):
-            if found["labels"][i] == label:
-                ranked.append((-score, truth["image_id"], i, found["boxes"][i].tolist(), truth))
+    for detections, truth in made:
+        npos += int(((truth["labels"] == label) & ~truth["difficult"]).sum())
+        for i in torch.nonzero(detections["labels"] == label).flatten().tolist():
+            score, box = detections["scores"][i].item(), detections["boxes"][i].tolist()
+            ranked.append((-score, truth["image_id"], i, box, truth))
     for _, image_id, _, box, truth in sorted(ranked, key=lambda r: r[:3]):
         best, owner = -1.0, -1
         for j, other in enumerate(truth["boxes"].tolist()):

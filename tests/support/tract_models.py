@@ -20,6 +20,10 @@ def loss_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     return model(images).square().sum(1).mean()
 
 
+def backward(model: nn.Module, images: torch.Tensor) -> None:
+    loss_of(model, images).backward()
+
+
 def update_of(model: nn.Module, *batches: torch.Tensor, **options) -> torch.Tensor:
     """The treated gradient after a backward through the mean over all images."""
     tract = TrAct(model, **options)

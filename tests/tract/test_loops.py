@@ -1,8 +1,8 @@
-"""In every loop of docs/tract_loops.md the weights are those of the loop written by hand."""
+"""Every loop of docs/tract_loops.md gives the weights of the loop written by hand."""
 
 import re
 from collections.abc import Iterable
-from itertools import chain, combinations
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from tract_transfer.tract import TrAct
 
-PAGE = Path(__file__).parents[2] / "docs" / "tract_loops.md"
+PAGE = (Path(__file__).parents[2] / "docs" / "tract_loops.md").read_text(encoding="utf-8")
 MAX_NORM = 0.1  # of the page
 Batch = tuple[Tensor, Tensor]
 
@@ -33,18 +33,17 @@ def momentum(model: nn.Module) -> torch.optim.SGD:
 
 
 def batches(dtype: torch.dtype = torch.float64) -> list[Batch]:
-    """Four of four images, the later the larger: no two have one matrix."""
+    """Four batches of four images of growing scale, so that no two have the same matrix."""
     torch.manual_seed(1)
-    sizes = (1.0, 2.0, 3.0, 4.0)
-    return [(s * torch.randn(4, 3, 6, 6).to(dtype), torch.randint(3, (4,))) for s in sizes]
-
-
-def pairs(small: list[Batch]) -> list[Batch]:
-    """Two batches of eight: what accumulating over two equals."""
     return [
-        (torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]))
-        for first, second in zip(small[::2], small[1::2], strict=True)
+        (scale * torch.randn(4, 3, 6, 6).to(dtype), torch.randint(3, (4,))) for scale in range(1, 5)
     ]
+
+
+def pairs() -> list[Batch]:
+    """Two batches of eight: what accumulating over two batches equals."""
+    (a, b), (c, d), (e, f), (g, h) = batches()
+    return [(torch.cat([a, c]), torch.cat([b, d])), (torch.cat([e, g]), torch.cat([f, h]))]
 
 
 def by_hand(
@@ -66,74 +65,69 @@ def by_hand(
     return model
 
 
-def assert_same(model: nn.Module, other: nn.Module, tolerance: float = 1e-11) -> None:
-    for found, expected in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+def assert_same(model: nn.Module, expected: nn.Module, tolerance: float = 1e-11) -> None:
+    for weight, other in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(weight, other, rtol=tolerance, atol=tolerance)
 
 
 def blocks(heading: str) -> list[str]:
-    section = PAGE.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2]
-    return re.findall(r"^```python\n(.*?)^```", section.partition("\n## ")[0], re.M | re.S)
+    section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(r"^```python\n(.*?)^```", section, re.M | re.S)
 
 
 def names(model: nn.Module, **more: Any) -> dict[str, Any]:
-    """What a block finds."""
+    """The names that a block uses."""
     return {
         "torch": torch,
         "TrAct": TrAct,
         "cross_entropy": cross_entropy,
         "model": model,
         "optimizer": momentum(model),
+        "batches": batches(),
         "device": "cpu",
         **more,
     }
 
 
 def test_every_block_of_the_page_compiles():
-    headings = re.findall(r"^## (.+)$", PAGE.read_text(encoding="utf-8"), re.M)
-    assert all(blocks(heading) for heading in headings)
-    for block in chain.from_iterable(blocks(heading) for heading in headings):
-        compile(block, str(PAGE), "exec")
+    for heading in re.findall(r"^## (.+)$", PAGE, re.M):
+        assert blocks(heading)
+        for block in blocks(heading):
+            compile(block, heading, "exec")
 
 
 def test_the_loops_by_hand_all_differ():
-    """So that a loop of the page can equal only the one it is compared with."""
+    """So a loop of the page can equal only the one it is compared with."""
     data = batches()
     runs = [by_hand(data, clip) for clip in ("", "before", "after")]
     runs += [by_hand(data, clip, treated=False) for clip in ("", "before")]
-    runs += [by_hand(pairs(data)), by_hand(data, lam_mode="relative")]
+    runs += [by_hand(pairs()), by_hand(data, lam_mode="relative")]
     for run, other in combinations(runs, 2):
         assert (run[0].weight - other[0].weight).abs().max() > 1e-4
 
 
-def test_pytorch():
-    model = tiny()
-    exec(blocks("PyTorch")[0], names(model, batches=batches()))
-    assert_same(model, by_hand(batches(), "after"))
-
-
-def test_accumulation():
-    model = tiny()
-    exec(blocks("PyTorch")[1], names(model, batches=batches()))
-    assert_same(model, by_hand(pairs(batches()), "after"))
+@pytest.mark.parametrize("block, data", [(0, batches), (1, pairs)])
+def test_pytorch_and_accumulation(block, data):
+    exec(blocks("PyTorch")[block], space := names(tiny()))
+    assert_same(space["model"], by_hand(data(), "after"))
 
 
 def plain_loop() -> str:
-    """The page's first, without TrAct and clipping."""
+    """The first loop of the page, without TrAct and clipping."""
     return re.sub(r"^.*(tract|clip_grad).*\n", "", blocks("PyTorch")[0], flags=re.M)
 
 
-def test_all_that_it_has_leaves_the_model_as_it_was():
-    exec(blocks("PyTorch")[2] + plain_loop(), space := names(tiny(), batches=batches()))
+def test_the_whole_interface_leaves_the_model_unchanged():
+    exec(blocks("PyTorch")[2] + plain_loop(), space := names(tiny()))
     assert_same(space["model"], by_hand(batches(), treated=False))
 
 
 def test_several_processes(tmp_path):
-    """One runs the page's lines here; tests/tract/test_processes.py has more."""
+    """One process runs the page's lines; tests/tract/test_processes.py has more."""
     model = tiny()
     torch.distributed.init_process_group("gloo", f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
-        exec(blocks("Several processes")[0] + plain_loop(), names(model, batches=batches()))
+        exec(blocks("Several processes")[0] + plain_loop(), names(model))
     finally:
         torch.distributed.destroy_process_group()
     assert_same(model, by_hand(batches()))
@@ -141,7 +135,7 @@ def test_several_processes(tmp_path):
 
 @pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("overflow_at", [0, 2])
-def test_a_step_that_a_scaler_skips_leaves_nothing_behind(overflow_at, clips):
+def test_step_that_a_scaler_skips_has_no_effect(overflow_at, clips):
     data, overflow = batches(torch.float32), batches(torch.float32)
     overflow.insert(overflow_at, (1e6 * data[0][0], data[0][1]))  # inf in float16
     models = [tiny(torch.float32), tiny(torch.float32)]
@@ -169,21 +163,18 @@ def accelerate_on_cpu(monkeypatch):
 def test_accelerate(attach, accelerate_on_cpu):
     """It accumulates over two batches; TrAct steps with the optimizer, twice."""
     loop, line = blocks("accelerate")
-    model = tiny()
-    space = names(model, batches=batches())
     if attach:
         loop = loop.replace("    tract.step()", "    pass").replace("tract = TrAct(model)\n", "")
         loop = re.sub(r" *accelerator\.clip_grad_norm_.*\n", "", loop)
-        lines = loop.splitlines()
-        at = next(n for n, text in enumerate(lines) if "prepare(" in text)
-        lines.insert(at + (attach == "after prepare"), line)
-        loop = "\n".join(lines)
-    exec(loop, space)
-    assert_same(model, by_hand(pairs(batches()), "" if attach else "after"))
+        order = r"\g<0>" + line if attach == "after prepare" else line + r"\g<0>"
+        loop = re.sub(r"^.*prepare\(.*\n", order, loop, flags=re.M)
+    model = tiny()
+    exec(loop, names(model))
+    assert_same(model, by_hand(pairs(), "" if attach else "after"))
 
 
 class WithLoss(nn.Module):
-    """As the Hugging Face trainer calls models."""
+    """The Hugging Face trainer calls models like this."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -220,7 +211,7 @@ def test_hugging_face_trainer(clips, tmp_path, accelerate_on_cpu):
     space = names(WithLoss(model), arguments=arguments, dataset=dataset)
     exec(blocks("Hugging Face Trainer")[0], space)
     assert space["trainer"].state.global_step == 2
-    assert_same(model, by_hand(pairs(batches()), "before" if clips else ""))
+    assert_same(model, by_hand(pairs(), "before" if clips else ""))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -234,8 +225,7 @@ def test_lightning(way, clips, accumulate):
     module_block, callback_block = blocks("Lightning")
     if way == "callback":
         module_block = module_block.replace("TrAct(self.model).attach(optimizer)", "pass")
-    exec(module_block, space)
-    exec(callback_block, space)
+    exec(module_block + callback_block, space)
     trainer = space["lightning"].Trainer(
         accelerator="cpu",
         devices=1,
@@ -248,11 +238,9 @@ def test_lightning(way, clips, accumulate):
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    loader = DataLoader(batches(), batch_size=None)
-    trainer.fit(space["Classifier"](model), loader)
-    data = batches() if accumulate == 1 else pairs(batches())
+    trainer.fit(space["Classifier"](model), DataLoader(batches(), batch_size=None))
     clip = {"attach": "before", "callback": "after"}[way] if clips else ""
-    assert_same(model, by_hand(data, clip))
+    assert_same(model, by_hand(batches() if accumulate == 1 else pairs(), clip))
 
 
 @pytest.mark.parametrize("clips", [False, True])
@@ -264,36 +252,29 @@ def test_timm(clips, scales):
     exec(blocks("timm")[0], space)
     optimizer, clip_grad = space["optimizer"], MAX_NORM if clips else None
     scaler = timm.utils.NativeScaler(device="cpu") if scales else None
-    optimizer.zero_grad()
+    weights = list(model.parameters())
     for index, (images, labels) in enumerate(batches()):
         loss = cross_entropy(model(images), labels) / 2
-        need_update = index % 2 == 1
+        updates = index % 2 == 1
         if scaler is not None:
-            scaler(
-                loss,
-                optimizer,
-                clip_grad=clip_grad,
-                parameters=model.parameters(),
-                need_update=need_update,
-            )
+            options = {"clip_grad": clip_grad, "parameters": weights, "need_update": updates}
+            scaler(loss, optimizer, **options)
         else:
             loss.backward()
-            if need_update:
-                if clip_grad is not None:
-                    timm.utils.dispatch_clip_grad(model.parameters(), clip_grad, mode="norm")
+            if updates and clip_grad is not None:
+                timm.utils.dispatch_clip_grad(weights, clip_grad, mode="norm")
+            if updates:
                 optimizer.step()
-        if need_update:
+        if updates:
             optimizer.zero_grad()
-    assert_same(model, by_hand(pairs(batches()), "before" if clips else ""))
+    assert_same(model, by_hand(pairs(), "before" if clips else ""))
 
 
-def test_an_optimizer_that_calls_no_hooks_is_refused():
+def test_optimizer_inside_a_wrapper_without_hooks_can_be_attached_to():
     model = tiny()
-    inner = momentum(model)
-    with pytest.raises(ValueError, match=r"Lookahead calls no hooks\. Attach to the optimizer"):
-        TrAct(model).attach(Lookahead(inner))
-    tract = TrAct(model)
+    inner, tract = momentum(model), TrAct(model)
     tract.attach(inner)
-    cross_entropy(model(batches()[0][0]), batches()[0][1]).backward()
+    images, labels = batches()[0]
+    cross_entropy(model(images), labels).backward()
     Lookahead(inner).step()
     assert tract.num_steps == 1

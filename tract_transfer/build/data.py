@@ -33,6 +33,7 @@ from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
 from tract_transfer.data.huggingface_streaming import stream_huggingface
 from tract_transfer.data.streaming import Stream
 from tract_transfer.data.voc import load_voc
+from tract_transfer.evaluation import check_metric
 
 Loaded = ClassificationDataset | DetectionDataset | Stream
 Dataset = Loaded | ImageLabels
@@ -166,9 +167,10 @@ def _check_classes(config: Config, data: Data) -> None:
             f"{[data.class_names[k] for k in sorted(shown)]}. Classification needs two classes or "
             "more.",
         )
-    if config.evaluation.metric.endswith("top5") and count <= 5:
-        message = f"{config.evaluation.metric} needs more than 5 classes, got {count}. Set top1."
-        raise config.error("evaluation.metric", message)
+    try:
+        check_metric(config.evaluation.metric, count)
+    except ValueError as error:
+        raise config.error("evaluation.metric", str(error)) from error
 
 
 def _warn(data: Data) -> None:

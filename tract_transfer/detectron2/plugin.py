@@ -1,21 +1,16 @@
-"""TrAct, our backbones and our evaluators in detectron2's own trainers.
+"""TrAct, our backbones and our evaluators in detectron2's own trainers; see docs/detectron2.md.
 
-    from tract_transfer.detectron2_plugin import TractTrainer, add_tract_config
-
-    cfg = get_cfg()
-    add_tract_config(cfg)
-    cfg.merge_from_file("mine.yaml")    # SOLVER.TRACT.ENABLED: True, MODEL.BACKBONE.FREEZE_AT: 0
-    TractTrainer(cfg).train()
-
-Importing this imports detectron2, and registers our backbones there.
+Importing this module imports detectron2 and registers our backbones there.
 """
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -27,7 +22,7 @@ from detectron2.structures import BoxMode
 from torch import nn
 from torch.optim import Optimizer
 
-from tract_transfer.detectron2.detector import MapBackbone, pooled_top
+from tract_transfer.detectron2.detector import MapBackbone, as_dict, build_pyramid
 from tract_transfer.evaluation import EVALUATORS
 from tract_transfer.models import Backbone, build_backbone
 from tract_transfer.models.freeze import freeze_stages
@@ -38,11 +33,11 @@ from tract_transfer.tract import TrAct
 def add_tract_config(cfg: CfgNode) -> None:
     """Add our keys to a detectron2 config, all of them off.
 
-    SOLVER.TRACT: ENABLED; LAM and LAM_MODE, "relative" because detectron2's own pixels are 0..255
-    (see TrAct); LAYERS, dotted names, or () to find the first.
+    SOLVER.TRACT: ENABLED; LAM and LAM_MODE, "relative" because detectron2's pixels are 0..255 (see
+    TrAct); LAYERS, dotted names, or () to find the first layer.
     MODEL.TRACT_BACKBONE: what build_tract_transfer_backbone builds. NAME, STEM and ARGS are those
-    of `build_backbone`; WEIGHTS is a run folder, which needs no NAME, or a file, "pretrained", or
-    "". OUT_FEATURES are the maps it puts out, () for all; res4 is that of stride 2^4.
+    of `build_backbone`; WEIGHTS is a run folder (without NAME), a file, "pretrained", or "".
+    OUT_FEATURES names the feature maps it returns, () for all; res4 has stride 2^4.
     TEST.VOC_PROTOCOL: one of EVALUATORS.
     """
     cfg.SOLVER.TRACT = CfgNode({"ENABLED": False, "LAM": 0.1, "LAM_MODE": "relative", "LAYERS": ()})
@@ -53,21 +48,17 @@ def add_tract_config(cfg: CfgNode) -> None:
     cfg.TEST.VOC_PROTOCOL = "voc2007_devkit"
 
 
-# ------------------------------------------------------------------------------------- TrAct
-
-
 def attach_tract(cfg: CfgNode, model: nn.Module, optimizer: Optimizer) -> TrAct | None:
-    """Let every `optimizer.step()` begin with TrAct's, before detectron2 clips.
+    """Make every `optimizer.step()` start with TrAct's step, before detectron2 clips gradients.
 
-    Neither an `after_backward` hook, which DefaultTrainer never calls, nor an optimizer's step
-    pre-hook, which runs after detectron2's clipping, would do. So it is this optimizer's own
-    `step` that begins with TrAct's.
+    This replaces the optimizer's `step`. DefaultTrainer never calls an `after_backward` hook, and
+    an optimizer's step pre-hook runs after detectron2's clipping.
 
     Returns:
-        What was attached, or None where SOLVER.TRACT.ENABLED is False.
+        The TrAct, or None if SOLVER.TRACT.ENABLED is False.
 
     Raises:
-        ValueError: the layer cannot be found or treated, or is frozen (MODEL.BACKBONE.FREEZE_AT).
+        ValueError: the layer is missing, unsupported, or frozen (MODEL.BACKBONE.FREEZE_AT).
     """
     section = cfg.SOLVER.TRACT
     if not section.ENABLED:
@@ -79,7 +70,7 @@ def attach_tract(cfg: CfgNode, model: nn.Module, optimizer: Optimizer) -> TrAct 
     except ValueError as error:
         raise ValueError(
             f"{error} In a detectron2 config: MODEL.BACKBONE.FREEZE_AT 0 trains the stem, "
-            "SOLVER.TRACT.LAYERS names the layer, SOLVER.TRACT.ENABLED False leaves TrAct off."
+            "SOLVER.TRACT.LAYERS names the layer, SOLVER.TRACT.ENABLED False disables TrAct."
         ) from error
 
     def step(self: Optimizer, closure: Any = None) -> Any:
@@ -93,7 +84,7 @@ def attach_tract(cfg: CfgNode, model: nn.Module, optimizer: Optimizer) -> TrAct 
 class TractTrainer(DefaultTrainer):  # type: ignore[misc]
     """detectron2's DefaultTrainer with TrAct (SOLVER.TRACT) and our VOC evaluator.
 
-    A trainer of your own needs no more than `attach_tract` in its `build_optimizer`.
+    Your own trainer only needs to call `attach_tract` in its `build_optimizer`.
     """
 
     @classmethod
@@ -105,33 +96,34 @@ class TractTrainer(DefaultTrainer):  # type: ignore[misc]
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> "VocDatasetEvaluator":
-        """Return our evaluator under TEST.VOC_PROTOCOL."""
+        """Return our evaluator with TEST.VOC_PROTOCOL."""
         return VocDatasetEvaluator(dataset_name, cfg.TEST.VOC_PROTOCOL)
-
-
-# --------------------------------------------------------------------------------- backbones
 
 
 @BACKBONE_REGISTRY.register()  # type: ignore[untyped-decorator]
 def build_tract_transfer_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MapBackbone:
-    """Build the backbone of MODEL.TRACT_BACKBONE with its weights; detectron2 normalises.
+    """Build the backbone of MODEL.TRACT_BACKBONE with its weights; detectron2 normalizes images.
 
     MODEL.BACKBONE.FREEZE_AT counts its stages as those of a ResNet.
 
     Raises:
-        ValueError: the config's colours are not the backbone's, or the backbone does not fit.
+        ValueError: the config's normalization is not the backbone's, or the backbone does not fit.
     """
-    backbone = _features(cfg)
-    expected = _colours(backbone)
-    told = {
+    backbone = _build_weighted(cfg)
+    expected = _normalization(backbone)
+    actual = {
         "INPUT.FORMAT": cfg.INPUT.FORMAT,
         "MODEL.PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),
         "MODEL.PIXEL_STD": list(cfg.MODEL.PIXEL_STD),
     }
-    if not _same_colours(told, expected):
+    same = actual["INPUT.FORMAT"] == expected["INPUT.FORMAT"] and all(
+        len(actual[key]) == 3 and np.allclose(actual[key], expected[key], rtol=0, atol=0.01)
+        for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
+    )
+    if not same:
         raise ValueError(
-            f"{backbone.origin['name']} needs {json.dumps(expected)}, and the config says "
-            f"{json.dumps(told)}. set_normalization(cfg) sets them."
+            f"{backbone.origin['name']} needs {json.dumps(expected)}, got {json.dumps(actual)}. "
+            "Call set_normalization(cfg)."
         )
     backbone.set_normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     freeze_stages(backbone, cfg.MODEL.BACKBONE.FREEZE_AT)
@@ -140,52 +132,42 @@ def build_tract_transfer_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MapBa
 
 @BACKBONE_REGISTRY.register()  # type: ignore[untyped-decorator]
 def build_tract_transfer_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """Build the backbone of MODEL.TRACT_BACKBONE below a pyramid of MODEL.FPN."""
-    section = cfg.MODEL.FPN
+    """Build the backbone of MODEL.TRACT_BACKBONE below the pyramid MODEL.FPN."""
     bottom_up = build_tract_transfer_backbone(cfg, input_shape)
-    names = list(section.IN_FEATURES)
-    unknown = [name for name in names if name not in bottom_up.output_shape()]
-    if unknown or not names:
-        raise ValueError(
-            f"MODEL.FPN.IN_FEATURES must be of {list(bottom_up.output_shape())}, got {names}."
-        )
-    return FPN(
-        bottom_up,
-        names,
-        section.OUT_CHANNELS,
-        norm=section.NORM,
-        top_block=pooled_top(names),
-        fuse_type=section.FUSE_TYPE,
-    )
+    names, known = list(cfg.MODEL.FPN.IN_FEATURES), bottom_up.output_shape()
+    if not names or not set(names) <= known.keys():
+        raise ValueError(f"MODEL.FPN.IN_FEATURES must be in {list(known)}, got {names}.")
+    return build_pyramid(cfg, bottom_up, names)
 
 
 def set_normalization(cfg: CfgNode) -> None:
-    """Set INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD as MODEL.TRACT_BACKBONE needs them."""
-    for key, value in _colours(_features(cfg)).items():
+    """Set INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD to what MODEL.TRACT_BACKBONE needs."""
+    for key, value in _normalization(_build_weighted(cfg)).items():
         cfg.merge_from_list([key, value])
 
 
-def _features(cfg: CfgNode) -> Backbone:
-    """The backbone of MODEL.TRACT_BACKBONE, which normalises images in [0, 1]."""
+def _build_weighted(cfg: CfgNode) -> Backbone:
+    """Build the backbone of MODEL.TRACT_BACKBONE, which normalizes images in [0, 1]."""
     section = cfg.MODEL.TRACT_BACKBONE
-    published = section.WEIGHTS == "pretrained"
+    pretrained = section.WEIGHTS == "pretrained"
     if section.NAME:
         backbone = build_backbone(
-            section.NAME, stem=section.STEM, args=dict(section.ARGS), pretrained=published
+            section.NAME, stem=section.STEM, args=dict(section.ARGS), pretrained=pretrained
         )
-    elif section.WEIGHTS and not published:
+    elif section.WEIGHTS and not pretrained:
         backbone = build_from_metadata(read_metadata(Path(section.WEIGHTS)))
     else:
         raise ValueError(
-            "Set MODEL.TRACT_BACKBONE.WEIGHTS to a run folder, or NAME to a backbone's such as "
+            "Set MODEL.TRACT_BACKBONE.WEIGHTS to a run folder, or NAME to a backbone such as "
             "timm/resnet50."
         )
-    if section.WEIGHTS and not published:
+    if section.WEIGHTS and not pretrained:
         load_weights(backbone, Path(section.WEIGHTS))
     return backbone
 
 
-def _colours(backbone: Backbone) -> dict[str, Any]:
+def _normalization(backbone: Backbone) -> dict[str, Any]:
+    """Return the backbone's normalization as detectron2's keys, for pixels in 0..255."""
     mean, std = backbone.mean.flatten(), backbone.std.flatten()
     return {
         "INPUT.FORMAT": "RGB",
@@ -194,24 +176,11 @@ def _colours(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def _same_colours(told: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:
-    if told["INPUT.FORMAT"] != expected["INPUT.FORMAT"]:
-        return False
-    pairs = [(told[key], expected[key]) for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")]
-    return all(
-        len(a) == len(b) and all(abs(x - y) < 0.01 for x, y in zip(a, b, strict=True))
-        for a, b in pairs
-    )
-
-
-# -------------------------------------------------------------------------------- evaluation
-
-
 class VocDatasetEvaluator(DatasetEvaluator):  # type: ignore[misc]
     """Our evaluators for a dataset registered in detectron2's catalogs.
 
-    Difficult objects come from the XML files of a VOC dataset, where detectron2 leaves them out,
-    and from `iscrowd` of any other.
+    The difficult flags are read from the XML files of a VOC dataset, as detectron2 drops them, and
+    from `iscrowd` for other datasets.
 
     Args:
         dataset_name: registered, with `thing_classes`.
@@ -219,27 +188,22 @@ class VocDatasetEvaluator(DatasetEvaluator):  # type: ignore[misc]
     """
 
     def __init__(self, dataset_name: str, protocol: str = "voc2007_devkit") -> None:
-        self.protocol = protocol
-        self.class_names: list[str] = list(MetadataCatalog.get(dataset_name).thing_classes)
+        class_names = list(MetadataCatalog.get(dataset_name).thing_classes)
+        self._make_evaluator = partial(EVALUATORS.get(protocol), class_names)
         self._targets = _targets(dataset_name)
         self.reset()
 
     def reset(self) -> None:
-        """Start anew."""
-        self._evaluator = EVALUATORS.get(self.protocol)(self.class_names)
+        """Discard all images."""
+        self._evaluator = self._make_evaluator()
 
     def process(
         self, inputs: Sequence[Mapping[str, Any]], outputs: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Add images: `image_id` of each input, `instances` of each output, in its own pixels."""
-        found = [output["instances"] for output in outputs]
-        self._evaluator.update(
-            [
-                {"boxes": x.pred_boxes.tensor, "scores": x.scores, "labels": x.pred_classes}
-                for x in found
-            ],
-            [self._targets[each["image_id"]] for each in inputs],
-        )
+        """Add images: `image_id` of each input, `instances` of each output, in image pixels."""
+        predictions = [as_dict(output["instances"]) for output in outputs]
+        targets = [self._targets[record["image_id"]] for record in inputs]
+        self._evaluator.update(predictions, targets)
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         """Return {"bbox": {"AP": ..., "AP50": ..., "AP50-<class>": ...}} in percent."""
@@ -251,34 +215,34 @@ class VocDatasetEvaluator(DatasetEvaluator):  # type: ignore[misc]
         return {"bbox": {**metrics, **{f"AP50-{n}": 100 * ap for n, ap in by_class.items()}}}
 
     def details(self) -> dict[str, Any]:
-        """Return the protocol in words, counts and curves; after `evaluate`."""
+        """Return the protocol in words, counts and curves; call `evaluate` first."""
         details: dict[str, Any] = self._evaluator.details()
         return details
 
 
 def _targets(dataset_name: str) -> dict[Any, dict[str, Any]]:
-    """The ground truth by detectron2's image_id."""
+    """Return the ground truth by detectron2's image_id."""
     metadata = MetadataCatalog.get(dataset_name)
-    is_voc = metadata.get("dirname") and metadata.get("split")  # as register_pascal_voc sets them
-    folder = Path(metadata.dirname) / "Annotations" if is_voc else None
+    is_voc = metadata.get("dirname") and metadata.get("split")  # set by register_pascal_voc
     targets = {}
     for index, record in enumerate(DatasetCatalog.get(dataset_name)):
         objects = record["annotations"]
         boxes = [BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYXY_ABS) for o in objects]
-        difficult = [bool(each.get("iscrowd", 0)) for each in objects]
-        if folder is not None:
-            difficult = _difficult(folder / f"{record['image_id']}.xml", len(objects))
+        difficult = [bool(o.get("iscrowd", 0)) for o in objects]
+        if is_voc:
+            xml = Path(metadata.dirname) / "Annotations" / f"{record['image_id']}.xml"
+            difficult = _difficult_flags(xml, len(objects))
         targets[record["image_id"]] = {
             "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
-            "labels": torch.tensor([each["category_id"] for each in objects], dtype=torch.int64),
+            "labels": torch.tensor([o["category_id"] for o in objects], dtype=torch.int64),
             "difficult": torch.tensor(difficult, dtype=torch.bool),
-            "image_id": index,  # detectron2's own may be a name
+            "image_id": index,  # detectron2's can be a string
         }
     return targets
 
 
-def _difficult(xml: Path, count: int) -> list[bool]:
-    """The flags of an annotation file, in the order detectron2 reads its objects."""
+def _difficult_flags(xml: Path, count: int) -> list[bool]:
+    """Return the flags of an annotation file, in the order in which detectron2 reads objects."""
     import defusedxml.ElementTree
 
     objects = defusedxml.ElementTree.parse(xml).findall("object")
@@ -287,4 +251,4 @@ def _difficult(xml: Path, count: int) -> list[bool]:
             f"{xml} has {len(objects)} objects and the registered dataset {count}. Register the "
             "dataset from these files."
         )
-    return [(each.findtext("difficult") or "0").strip() == "1" for each in objects]
+    return [(element.findtext("difficult") or "0").strip() == "1" for element in objects]

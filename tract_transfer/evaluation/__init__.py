@@ -1,17 +1,16 @@
-"""Metrics as pure functions on arrays, and evaluators that only collect.
+"""Metrics as pure functions on arrays, and evaluators that collect their inputs.
 
-An evaluator serves one pass over one split: `update(predictions, targets)` a batch, then
+An evaluator serves one pass over one split: `update(predictions, targets)` for each batch, then
 `compute() -> dict[str, float]`, then `details()`, a JSON-able dict with the protocol in words.
-`compute` is a collective and is exact on any number of processes, provided that no process was
-given an image twice. Every metric but a loss is a fraction in [0, 1]; reports print percent.
+`compute` is a collective, and exact for any number of processes as long as no image is evaluated
+twice. All metrics but losses are fractions in [0, 1]; reports print percent.
 
-EVALUATORS holds those of detection: an entry is a protocol that a config names
-(`evaluation.protocol`), and makes an evaluator of the class names.
+EVALUATORS maps detection protocols (`evaluation.protocol`) to functions: class names -> evaluator.
 """
 
 from functools import partial
 
-from tract_transfer.evaluation.classification import ClassificationEvaluator
+from tract_transfer.evaluation.classification import ClassificationEvaluator, check_metric
 from tract_transfer.evaluation.detection import CocoEvaluator, VocEvaluator
 from tract_transfer.evaluation.voc import PROTOCOLS, VocProtocol
 from tract_transfer.registry import Registry
@@ -28,4 +27,5 @@ __all__ = [
     "CocoEvaluator",
     "VocEvaluator",
     "VocProtocol",
+    "check_metric",
 ]

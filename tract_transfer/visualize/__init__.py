@@ -1,18 +1,13 @@
-"""Pictures of boxes, filters and curves, as matplotlib figures that no global state touches.
+"""Draw boxes, filters and curves as matplotlib figures, without global state.
 
-Figures have no background. Their text and axes are drawn in `INK`, rims in `PAPER` and series in
-`PALETTE`; `figure_svg` turns these colours into `currentColor`, `var(--paper)` and
-`var(--series-0)` onwards, so that the page an SVG is put into decides how they look, in the light
-and in the dark. What lies on a photograph keeps its colours: so does the photograph.
+Figures have no background. Text and axes have the color `INK`, outlines `PAPER` and series
+`PALETTE`. `figure_svg` replaces these by `currentColor`, `var(--paper)` and `var(--series-0)`
+onwards, so that the page decides how an SVG looks in light and dark mode. What is drawn on a
+photograph keeps its colors.
 """
 
 from tract_transfer.visualize.boxes import draw_detections, draw_samples
 from tract_transfer.visualize.plots import (
-    BOX,
-    INK,
-    MARKERS,
-    PALETTE,
-    PAPER,
     Curve,
     array_png_data_uri,
     curves,
@@ -23,11 +18,6 @@ from tract_transfer.visualize.plots import (
 )
 
 __all__ = [
-    "BOX",
-    "INK",
-    "MARKERS",
-    "PALETTE",
-    "PAPER",
     "Curve",
     "array_png_data_uri",
     "curves",

@@ -1,146 +1,103 @@
-"""Boxes on images."""
-
-# H x W an image, n its boxes
+"""Draw images with their boxes."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor
 
-from tract_transfer.visualize.plots import BOX, STYLE
+from tract_transfer.visualize.plots import STYLE, ArrayLike
 
-ArrayLike = Tensor | npt.NDArray[np.generic]
+Box = Sequence[float]  # x1, y1, x2, y2 in pixels, x2 and y2 exclusive
 
-_CAPTION_IN = 0.24
+BOX = "#0a64a4"
+WIDTH_IN = 4.0  # of a figure of detections
+TILE_IN, CAPTION_IN = 2.2, 0.24  # width of a column, which is a row's largest height; a caption
 
 
 def draw_detections(
     image: ArrayLike,
-    boxes_xyxy: ArrayLike | Sequence[Sequence[float]],
+    boxes_xyxy: Sequence[Box],
     labels: Sequence[str],
-    scores: Sequence[float] | None = None,
+    scores: Sequence[float],
     *,
-    truth_boxes_xyxy: ArrayLike | Sequence[Sequence[float]] | None = None,
-    truth_labels: Sequence[str] | None = None,
-    color: str = BOX,
-    width_in: float = 4.0,
+    truth_boxes_xyxy: Sequence[Box] = (),
 ) -> Figure:
-    """Draw an image with its detections in full lines and the true boxes in dashes.
-
-    Args:
-        image: (3, H, W) uint8, RGB.
-        boxes_xyxy: (n, 4) in pixels, x2 and y2 exclusive, like `truth_boxes_xyxy` (m, 4).
-        labels: n class names.
-        scores: n scores in [0, 1], written after the names.
-        truth_labels: m class names, written below the true boxes.
-        width_in: width of the figure in inches; the height follows the image.
+    """Draw a (3, H, W) uint8 RGB image, n detections in solid lines, true boxes in dashed ones.
 
     Raises:
-        ValueError: the image is not (3, H, W) uint8, or boxes, labels and scores differ in number.
+        ValueError: the image is another array, or boxes, labels and scores differ in number.
     """
-    pixels = _pixels(image)
-    found, truth = _boxes(boxes_xyxy), _boxes([] if truth_boxes_xyxy is None else truth_boxes_xyxy)
-    names = [""] * len(truth) if truth_labels is None else list(truth_labels)
-    if len(found) != len(labels) or (scores is not None and len(scores) != len(labels)):
-        raise ValueError(
-            f"Every box needs one label and, if any, one score: {len(found)} boxes, {len(labels)} "
-            f"labels, {'no' if scores is None else len(scores)} scores."
-        )
-    if len(truth) != len(names):
-        raise ValueError(f"{len(truth)} true boxes came with {len(names)} labels.")
-    height, width = pixels.shape[1:]
+    pixels = _checked(image)
+    size_in = (WIDTH_IN, WIDTH_IN * pixels.shape[1] / pixels.shape[2])
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width_in, width_in * height / width))
+        figure = Figure(figsize=size_in)
         axes = figure.add_axes((0, 0, 1, 1))
-        axes.imshow(pixels.transpose(1, 2, 0), interpolation="none", extent=(0, width, height, 0))
-        axes.autoscale(False)
-        axes.set_axis_off()
-        for box, name in zip(truth, names, strict=True):
-            _draw_box(axes, box, name, "white", dashed=True)
-        for i, (box, label) in enumerate(zip(found, labels, strict=True)):
-            _draw_box(axes, box, label if scores is None else f"{label} {scores[i]:.2f}", color)
+        _draw_image(axes, pixels, interpolation="none")
+        for box in truth_boxes_xyxy:
+            _draw_box(axes, box, "", "white", dashed=True)
+        for box, label, score in zip(boxes_xyxy, labels, scores, strict=True):
+            _draw_box(axes, box, f"{label} {score:.2f}", BOX)
     return figure
 
 
 def draw_samples(
     images: Sequence[ArrayLike],
     captions: Sequence[str],
-    targets: Sequence[Sequence[tuple[Sequence[float], str, bool]]] | None = None,
-    *,
-    columns: int | None = None,
-    tile_in: float = 2.2,
+    targets: Sequence[Sequence[tuple[Box, str, bool]]],
 ) -> Figure:
-    """Draw images of any size in a grid, each with its boxes and its caption below.
+    """Draw (3, H, W) uint8 RGB images of any size in a grid that is about square.
 
     Args:
-        images: each (3, H, W) uint8, RGB.
-        captions: one an image, written below it.
-        targets: for each image its boxes: (x1, y1, x2, y2) in pixels, the class name, and whether
-            to draw it in dashes.
-        columns: images a row; None makes the grid about square.
-        tile_in: width of a column in inches, and the height that a row has at most.
-
-    Raises:
-        ValueError: no image, or one that is not (3, H, W) uint8.
+        captions: one for each image, written below it.
+        targets: for each image its boxes, each with its class name and whether it is dashed.
     """
-    if not images:
-        raise ValueError("draw_samples needs an image at least.")
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    sides = [_pixels(image).shape[1:] for image in images]
-    shapes = [min(1.0, height / width) for height, width in sides]
+    arrays = [_checked(image) for image in images]
+    columns = math.ceil(math.sqrt(len(images)))
+    shapes = [min(1.0, pixels.shape[1] / pixels.shape[2]) for pixels in arrays]
     rows_in = [
-        tile_in * max(shapes[i : i + columns]) + _CAPTION_IN for i in range(0, len(images), columns)
+        TILE_IN * max(shapes[i : i + columns]) + CAPTION_IN for i in range(0, len(images), columns)
     ]
     height_in = sum(rows_in)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(columns * tile_in, height_in))
-        for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        figure = Figure(figsize=(columns * TILE_IN, height_in))
+        for i, (pixels, caption, boxes) in enumerate(zip(arrays, captions, targets, strict=True)):
             left, row = i % columns / columns, i // columns
-            bottom = 1 - sum(rows_in[: row + 1]) / height_in + _CAPTION_IN / height_in
-            share = (rows_in[row] - _CAPTION_IN) / height_in
+            bottom = 1 - sum(rows_in[: row + 1]) / height_in + CAPTION_IN / height_in
+            share = (rows_in[row] - CAPTION_IN) / height_in
             axes = figure.add_axes((left, bottom, 0.98 / columns, 0.99 * share), anchor="S")
-            height, width = sides[i]
-            axes.imshow(_pixels(image).transpose(1, 2, 0), extent=(0, width, height, 0))
-            axes.autoscale(False)
-            axes.set_axis_off()
-            for box, name, dashed in targets[i] if targets is not None else []:
-                corners = np.asarray(box, np.float64)
-                _draw_box(axes, corners, name, "white" if dashed else BOX, dashed, font_pt=5.5)
+            _draw_image(axes, pixels)
+            for box, name, dashed in boxes:
+                _draw_box(axes, box, name, "white" if dashed else BOX, dashed, font_pt=5.5)
             middle, below = left + 0.49 / columns, bottom - 0.04 / height_in
             figure.text(middle, below, caption, ha="center", va="top", fontsize=7.0)
     return figure
 
 
-def _pixels(image: ArrayLike) -> npt.NDArray[np.generic]:
+def _checked(image: ArrayLike) -> npt.NDArray[Any]:
     pixels = np.asarray(image)
     if pixels.ndim != 3 or pixels.shape[0] != 3 or pixels.dtype != np.uint8:
         raise ValueError(f"image must be (3, H, W) uint8, not {pixels.shape} {pixels.dtype}.")
     return pixels
 
 
-def _boxes(boxes_xyxy: ArrayLike | Sequence[Sequence[float]]) -> npt.NDArray[np.float64]:
-    boxes = np.asarray(boxes_xyxy, dtype=np.float64)
-    if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
-        raise ValueError(f"boxes must be (n, 4) as x1, y1, x2, y2, not {boxes.shape}.")
-    return boxes.reshape(-1, 4)
+def _draw_image(axes: Axes, pixels: npt.NDArray[Any], interpolation: str | None = None) -> None:
+    extent = (0, pixels.shape[2], pixels.shape[1], 0)
+    axes.imshow(pixels.transpose(1, 2, 0), interpolation=interpolation, extent=extent)
+    axes.autoscale(False)
+    axes.set_axis_off()
 
 
 def _draw_box(
-    axes: Axes,
-    box: npt.NDArray[np.float64],
-    text: str,
-    color: str,
-    dashed: bool = False,
-    font_pt: float = 7.5,
+    axes: Axes, box: Box, text: str, color: str, dashed: bool = False, font_pt: float = 7.5
 ) -> None:
-    x1, y1, x2, y2 = (float(value) for value in box)
+    x1, y1, x2, y2 = map(float, box)
     width, height = axes.get_xlim()[1], axes.get_ylim()[0]
-    # A rim of the opposite tone keeps the line visible on any photograph.
+    # An outline in the opposite tone keeps the line visible on any photograph.
     outline, line = ("black", 0.15 * font_pt) if dashed else ("white", 0.21 * font_pt)
     corners = [x1, x2, x2, x1, x1], [y1, y1, y2, y2, y1]
     axes.plot(*corners, color=outline, linewidth=line + 0.19 * font_pt, alpha=0.75)
@@ -149,12 +106,9 @@ def _draw_box(
         return
     right = x1 > 0.6 * width
     x = min(x2, 0.995 * width) if right else max(x1, 0.005 * width)
-    if dashed:
-        y, place = (y2, "bottom") if y2 > 0.94 * height else (y2, "top")
-    else:
-        y, place = (y1, "top") if y1 < 0.06 * height else (y1, "bottom")
-    label_box = {"fc": color, "linewidth": 0, "pad": 0.16 * font_pt}
+    y, below = (y2, y2 <= 0.94 * height) if dashed else (y1, y1 < 0.06 * height)
     axes.text(
-        x, y, text, ha="right" if right else "left", va=place, fontsize=font_pt, clip_on=True,
-        color=outline if dashed else "white", bbox=label_box,
+        x, y, text, ha="right" if right else "left", va="top" if below else "bottom",
+        fontsize=font_pt, clip_on=True, color=outline if dashed else "white",
+        bbox={"fc": color, "linewidth": 0, "pad": 0.16 * font_pt},
     )  # fmt: skip
