@@ -14,11 +14,9 @@ from tract_transfer.files import (
     atomic_path,
     make_folder,
     remove_temporary_files,
-    temporary_path,
     write_json,
     write_text,
 )
-from tract_transfer.suite.journal import SuiteLock
 
 
 def fail_with(number):
@@ -65,15 +63,6 @@ def test_only_temporary_files_are_removed(tmp_path):
         (tmp_path / name).touch()
     remove_temporary_files(tmp_path)
     assert entries(tmp_path) == [".hidden", "b.part"]
-
-
-def test_a_suite_removes_temporary_files_of_a_killed_one(tmp_path):
-    for name in ("suite.json", ".plan.json", "report.html"):
-        temporary_path(tmp_path / name).write_text("half")
-    lock = SuiteLock(tmp_path)
-    lock.acquire()
-    lock.release()
-    assert not [name for name in entries(tmp_path) if name.endswith(".part")]
 
 
 def test_every_new_folder_is_synced(tmp_path, monkeypatch):
