@@ -5,7 +5,7 @@ import torchvision
 from torch import nn
 
 from tract_transfer.models import BACKBONES, Backbone, build_backbone
-from tract_transfer.models.backbones import CIFAR_MEAN, CIFAR_STD
+from tract_transfer.models.cifar import CIFAR_MEAN, CIFAR_STD
 
 SMALL = {
     "cifar/resnet18": {"width": 16},

@@ -43,7 +43,7 @@ def heads(num_classes: int = 3, **options) -> BoxHeads:
     torch.manual_seed(0)
     chosen = BoxOptions(**{"pool_size": 3, **options})
     box_head = nn.Sequential(nn.Flatten(), nn.Linear(3 * chosen.pool_size**2, 8), nn.Tanh())
-    model = BoxHeads(RoiPooler([4, 8], chosen), box_head, 8, num_classes, chosen)
+    model = BoxHeads([4, 8], box_head, 8, num_classes, chosen)
     nn.init.normal_(model.box_predictor.cls_score.weight)
     nn.init.normal_(model.box_predictor.bbox_pred.weight, std=0.5)
     return model

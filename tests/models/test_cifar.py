@@ -8,7 +8,6 @@ import torch
 
 from tract_transfer import TrAct
 from tract_transfer.models import ZOO, build_backbone
-from tract_transfer.models.cifar import OWN
 from tract_transfer.tract import find_first_layers
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +148,7 @@ def table(networks):
     """The rows of docs/models.md."""
     lines = []
     for name, backbone in networks.items():
-        source = "own" if name in OWN else ZOO[name].source if name in ZOO else "timm/resnet18"
+        source = ZOO[name].source if name in ZOO else "timm/resnet18"
         first = backbone.first_layers[0]
         layer = backbone.get_submodule(first)
         published = f"{PUBLISHED[name]} M" if name in PUBLISHED else ""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tract_transfer.models.classifier import FlipClassifier, FlipDetector
+from tract_transfer.models.flip import FlipClassifier, FlipDetector
 from tract_transfer.run.run import run
 
 

@@ -11,7 +11,7 @@ from torture import die_at
 
 from tract_transfer.models import Backbone, build_backbone
 from tract_transfer.models.weights import (
-    CARD_NAME,
+    METADATA_NAME,
     WEIGHTS_NAME,
     WeightsError,
     build_from_metadata,
@@ -65,7 +65,7 @@ def test_the_card_describes_the_backbone(folder):
     assert card["maps"] == {name: info._asdict() for name, info in backbone.map_info.items()}
     weights = (folder / WEIGHTS_NAME).read_bytes()
     assert card["sha256"] == hashlib.sha256(weights).hexdigest()
-    assert {path.name for path in folder.iterdir()} == {WEIGHTS_NAME, CARD_NAME}
+    assert {path.name for path in folder.iterdir()} == {WEIGHTS_NAME, METADATA_NAME}
 
 
 def test_saving_goes_over_what_is_there(tmp_path):
@@ -103,10 +103,10 @@ def test_weights_that_are_not_what_the_card_tells_are_refused(folder, tmp_path, 
 def test_weights_without_a_hash_load_and_it_is_said(folder, tmp_path, card, caplog):
     copy = shutil.copytree(folder, tmp_path / "run")
     told = read_metadata(copy)
-    (copy / CARD_NAME).unlink()
+    (copy / METADATA_NAME).unlink()
     if card != "none":
         del told["sha256"]
-        (copy / CARD_NAME).write_text(json.dumps(told))
+        (copy / METADATA_NAME).write_text(json.dumps(told))
     model = small(1)
     report = load_weights(model, copy)
     assert same(model.model, small().model)
@@ -142,7 +142,7 @@ def test_a_kill_never_leaves_a_pair_that_is_refused_or_mixed(folder, tmp_path, a
             (place / "run").mkdir(parents=True)
         finished = saved_until(number, place, new)
         has_weights, has_metadata = (
-            (place / "run" / n).exists() for n in (WEIGHTS_NAME, CARD_NAME)
+            (place / "run" / n).exists() for n in (WEIGHTS_NAME, METADATA_NAME)
         )
         assert has_weights or not has_metadata
         assert has_weights or again == "first"
@@ -261,7 +261,7 @@ def test_missing_files_are_named(tmp_path):
         load_weights(small(), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth\. Set model\.weights"):
         load_weights(small(), tmp_path / "nothing.pth")
-    with pytest.raises(FileNotFoundError, match=rf"No {CARD_NAME} at {tmp_path}"):
+    with pytest.raises(FileNotFoundError, match=rf"No {METADATA_NAME} at {tmp_path}"):
         read_metadata(tmp_path)
 
 
@@ -269,10 +269,10 @@ def test_missing_files_are_named(tmp_path):
     "text", ["{", "[]", "3", "{}", '{"name": "cifar/vit"}', "\udcff"], ids=repr
 )
 def test_a_broken_card_is_refused(tmp_path, text):
-    (tmp_path / CARD_NAME).write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ValueError, match=CARD_NAME):
+    (tmp_path / METADATA_NAME).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=METADATA_NAME):
         read_metadata(tmp_path)
 
 
 def test_the_card_is_plain_json(folder):
-    assert json.loads((folder / CARD_NAME).read_text()) == read_metadata(folder)
+    assert json.loads((folder / METADATA_NAME).read_text()) == read_metadata(folder)

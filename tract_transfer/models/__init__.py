@@ -1,4 +1,4 @@
-"""Backbones, heads, and the two models made of them: the classifier and the detectors."""
+"""Backbones, heads, and the two kinds of model built from them: classifiers and detectors."""
 
 from tract_transfer.models.backbone import Backbone
 from tract_transfer.models.backbones import BACKBONES, build_backbone
