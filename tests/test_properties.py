@@ -16,7 +16,7 @@ from tract_transfer.data.findings import Findings
 from tract_transfer.engine.run_folder import flatten
 from tract_transfer.evaluation.classification import label_ranks
 from tract_transfer.evaluation.voc import VocProtocol, average_precision, paired_iou, voc_ap
-from tract_transfer.models.classifier import _mirror
+from tract_transfer.models.flip import mirror
 
 # ------------------------------------------------------------------------- merging of configs
 
@@ -116,10 +116,10 @@ def test_the_overlap_is_that_of_counted_pixels(one, two):
 @given(box=pixels, width=st.integers(8, 99))
 def test_two_mirrors_are_none(box, width):
     found = {"boxes": torch.tensor([box]).float()}
-    once = _mirror(found, width)
+    once = mirror(found, width)
     (x1, _, x2, _) = once["boxes"][0].tolist()
     assert 0 <= x1 < x2 <= width
-    assert torch.equal(_mirror(once, width)["boxes"], found["boxes"])
+    assert torch.equal(mirror(once, width)["boxes"], found["boxes"])
 
 
 # ---------------------------------------------------------------------------------- evaluation
