@@ -99,7 +99,9 @@ def load_exported(folder: str | Path) -> Classifier:
     """
     metadata = read_metadata(Path(folder))
     if "head" not in metadata:
-        raise ValueError(f"{folder} holds no exported classifier. See its README.md to load it.")
+        raise ValueError(
+            f"{folder} holds no exported classifier. Its README.md says how to load it."
+        )
     backbone = build_from_metadata(metadata)
     head = metadata["head"]
     make_head, num_classes = HEADS.get(head["name"]), len(metadata["label_names"])
@@ -109,7 +111,9 @@ def load_exported(folder: str | Path) -> Classifier:
     try:
         classifier.load_state_dict(read_tensors(file))
     except RuntimeError as error:  # what load_state_dict raises
-        raise ValueError(f"{file} does not fit the {METADATA_NAME} beside it: {error}") from error
+        raise ValueError(
+            f"{file} is not what {METADATA_NAME} beside it describes: {error}"
+        ) from error
     return classifier.eval()
 
 
@@ -180,7 +184,7 @@ def _library_model(classifier: Classifier) -> Portable:
         linears = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
         last = linears[-1] if linears else None
     if not isinstance(last, str):
-        raise ValueError(f"{library}'s {name} does not classify with one matrix")
+        raise ValueError(f"{library}'s {name} does not classify by one matrix")
     edits = _edit_stem(model, backbone)
     shape = model.get_submodule(last).weight.shape  # some classify with a 1x1 convolution
     try:

@@ -121,7 +121,7 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
-                f"model.ignore_missing: {pattern!r} matches no name of the backbone, such as "
+                f"model.ignore_missing: {pattern!r} is none of the backbone's names, such as "
                 f"{few(names)}. Patterns are like those of file names: conv1.*, *.bias."
             )
 
