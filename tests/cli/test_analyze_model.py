@@ -92,7 +92,7 @@ def test_weights_that_would_be_refused_end_with_1(call, files, write_tiny, tmp_p
     ignored = "model.ignore_missing=[layer1.0.conv1.weight]"
     said = call("analyze_model.py", *words, *config, ignored)
     assert said.returncode == 0, said.stderr
-    assert "started anew layer1.0.conv1.weight" in said.stdout
+    assert "initialized  layer1.0.conv1.weight" in said.stdout
 
 
 def test_weights_alone_are_a_run_folder_s(call, files, tmp_path):

@@ -68,7 +68,7 @@ def test_what_is_wrong_is_said_in_a_line(convert, run_folder, tmp_path, capsys):
     assert convert("--to", "detectron2", tmp_path / "no", tmp_path / "r18.pkl") == 2
     assert "No model.json" in capsys.readouterr().err
     assert convert("--from", "detectron2", tmp_path / "no.pkl", tmp_path / "back") == 2
-    assert "nothing says in which order" in capsys.readouterr().err
+    assert "channel order and normalization" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         convert("--to", "detectron2", run_folder, tmp_path / "a.pkl", "--method", "mine")
     assert "go with --from" in capsys.readouterr().err
