@@ -218,7 +218,7 @@ class LayersHead(nn.Module):
     def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d], dropout: float) -> None:
         super().__init__()
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: must lie in [0, 1), got {dropout}.")
+            raise ValueError(f"dropout: must be in [0, 1), got {dropout}.")
         self._borrowed = tuple(layers)
         self.dropout = dropout
 
