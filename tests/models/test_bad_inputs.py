@@ -16,6 +16,10 @@ def backbone(name, **options):
         return build_backbone(name, **options)
 
 
+def built(name, **options):
+    return lambda: build_backbone(name, **options)
+
+
 def classifier(**options):
     return lambda: Classifier(backbone("timm/test_vit"), nn.Identity(), **options)
 
@@ -66,21 +70,12 @@ STEMS = [
 # What is refused: how it is made, and what the message says.
 BAD = {
     **{
-        f"{name} with the arguments {args}": (
-            lambda name=name, args=args: build_backbone(name, args=args),
-            f"{name} {BUILT}{match}",
-        )
+        f"{name} with the arguments {args}": (built(name, args=args), f"{name} {BUILT}{match}")
         for name, args, match in ARGS
     },
-    **{
-        f"{name} with the stem {stem}": (
-            lambda name=name, stem=stem: build_backbone(name, stem=stem),
-            match,
-        )
-        for name, stem, match in STEMS
-    },
+    **{f"{name} with the stem {stem}": (built(name, stem=stem), say) for name, stem, say in STEMS},
     "published weights for cifar/vit": (
-        lambda: build_backbone("cifar/vit", pretrained=True),
+        built("cifar/vit", pretrained=True),
         r"no published weights; set model\.weights",
     ),
     "an unknown loss": (classifier(loss="hinge"), "must be cross_entropy or bce, got 'hinge'"),

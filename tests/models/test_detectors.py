@@ -97,18 +97,6 @@ def test_autocast_computes_boxes_in_float32(eager):
     assert detections["boxes"].dtype == detections["scores"].dtype == torch.float32
 
 
-def test_difficult_objects_are_kept_dropped_or_ignored():
-    difficult = [target([[5, 5, 40, 50], [50, 10, 90, 60]], [0, 2], [False, True]), TARGETS[1]]
-    without = [target([[5, 5, 40, 50]], [0]), TARGETS[1]]
-    kept, dropped, ignored = (
-        losses_of(detector(difficult_in_training=policy), difficult)
-        for policy in ("keep", "drop", "ignore")
-    )
-    assert kept == losses_of(detector(), TARGETS)
-    assert dropped == losses_of(detector(), without)
-    assert ignored["loss_rpn_cls"] not in (kept["loss_rpn_cls"], dropped["loss_rpn_cls"])
-
-
 def test_options_and_classes_reach_both_stages(kind):
     model = detector(kind, rpn={"nms_iou": 0.61}, box={"nms_iou": 0.37})
     assert (model.rpn.options.nms_iou, model.roi_heads.options.nms_iou) == (0.61, 0.37)

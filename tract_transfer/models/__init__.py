@@ -6,12 +6,4 @@ from tract_transfer.models.cifar import ZOO
 from tract_transfer.models.classifier import HEADS, Classifier
 from tract_transfer.models.detection.detectors import DETECTORS
 
-__all__ = [
-    "BACKBONES",
-    "DETECTORS",
-    "HEADS",
-    "ZOO",
-    "Backbone",
-    "Classifier",
-    "build_backbone",
-]
+__all__ = ["BACKBONES", "DETECTORS", "HEADS", "ZOO", "Backbone", "Classifier", "build_backbone"]

@@ -5,6 +5,7 @@ SqueezeNet, ShuffleNet and NASNet are implemented here. docs/models.md lists all
 differ from the implementation behind table 1.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 import torchvision
 from timm.models.resnet import Bottleneck
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation as ConvNormAct
 
 from tract_transfer.models.backbone import Backbone
 from tract_transfer.models.backbones import (
@@ -174,26 +176,26 @@ for _name, _net in ZOO.items():
 @BACKBONES.register("cifar/squeezenet")
 def cifar_squeezenet() -> Backbone:
     """SqueezeNet 1.0 with bypass: 96 channels in the stem, 512 at the end."""
-    layers: list[nn.Module] = [conv_norm_act(3, 96, 3), nn.MaxPool2d(2)]
+    layers: list[nn.Module] = [ConvNormAct(3, 96, 3), nn.MaxPool2d(2)]
     inputs = 96
     for number, width in enumerate((128, 128, 256, 256, 384, 384, 512, 512), start=2):
         layers.append(Fire(inputs, width))
         if number in (4, 8):
             layers.append(nn.MaxPool2d(2))
         inputs = width
-    return _wrap(TorchvisionBackbone, Pooled(nn.Sequential(*layers)), inputs, "features.0.0")
+    return _wrap(TorchvisionBackbone, _pooled(layers), inputs, "features.0.0")
 
 
 @BACKBONES.register("cifar/shufflenet")
 def cifar_shufflenet() -> Backbone:
     """ShuffleNet 1x with 3 groups; each stage starts with a unit of stride 2."""
-    layers: list[nn.Module] = [conv_norm_act(3, 24, 3)]
+    layers: list[nn.Module] = [ConvNormAct(3, 24, 3)]
     inputs = 24
     for width, depth in ((240, 4), (480, 8), (960, 4)):
         for index in range(depth):
             layers.append(ShuffleUnit(inputs, width, groups=3, stride=1 if index else 2))
             inputs = width
-    return _wrap(TorchvisionBackbone, Pooled(nn.Sequential(*layers)), inputs, "features.0.0")
+    return _wrap(TorchvisionBackbone, _pooled(layers), inputs, "features.0.0")
 
 
 @BACKBONES.register("cifar/nasnet")
@@ -201,6 +203,12 @@ def cifar_nasnet(depth: int = 4, width: int = 44) -> Backbone:
     """NASNet-A with `depth` normal cells per stage."""
     model = Nasnet(depth, width)
     return _wrap(NasnetBackbone, model, model.feature_dim, "stem.0")
+
+
+def _pooled(layers: Sequence[nn.Module]) -> nn.Sequential:
+    """Return `layers` and the spatial mean of their output: (B, 3, H, W) -> (B, D)."""
+    features, pool = nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1)
+    return nn.Sequential(OrderedDict(features=features, pool=pool, flatten=nn.Flatten()))
 
 
 def _wrap(kind: type[Backbone], model: nn.Module, feature_dim: int, first_layer: str) -> Backbone:
@@ -215,36 +223,15 @@ def _wrap(kind: type[Backbone], model: nn.Module, feature_dim: int, first_layer:
     return backbone
 
 
-def conv_norm_act(
-    inputs: int, outputs: int, size: int, *, stride: int = 1, groups: int = 1, act: bool = True
-) -> nn.Sequential:
-    """A padded convolution, its BatchNorm, and ReLU if `act`."""
-    conv = nn.Conv2d(
-        inputs, outputs, size, stride=stride, padding=size // 2, groups=groups, bias=False
-    )
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), *([nn.ReLU()] if act else []))
-
-
-class Pooled(nn.Module):
-    """`features` and their spatial mean: (B, 3, H, W) -> (B, D)."""
-
-    def __init__(self, features: nn.Sequential) -> None:
-        super().__init__()
-        self.features = features
-
-    def forward(self, images: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(self.features(images), 1).flatten(1)
-
-
 class Fire(nn.Module):
     """SqueezeNet's block: 1x1 convolutions squeeze, 1x1 and 3x3 expand; a bypass at equal width."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         squeezed = outputs // 8
-        self.squeeze = conv_norm_act(inputs, squeezed, 1)
-        self.expand1 = conv_norm_act(squeezed, outputs // 2, 1)
-        self.expand3 = conv_norm_act(squeezed, outputs // 2, 3)
+        self.squeeze = ConvNormAct(inputs, squeezed, 1)
+        self.expand1 = ConvNormAct(squeezed, outputs // 2, 1)
+        self.expand3 = ConvNormAct(squeezed, outputs // 2, 3)
         self.bypass = inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
@@ -261,9 +248,11 @@ class ShuffleUnit(nn.Module):
         branch, middle = outputs - inputs if stride == 2 else outputs, outputs // 4
         self.groups = groups
         # The 24 channels of the stem are too few to group (section 3.2).
-        self.reduce = conv_norm_act(inputs, middle, 1, groups=1 if inputs == 24 else groups)
-        self.depthwise = conv_norm_act(middle, middle, 3, stride=stride, groups=middle, act=False)
-        self.expand = conv_norm_act(middle, branch, 1, groups=groups, act=False)
+        self.reduce = ConvNormAct(inputs, middle, 1, groups=1 if inputs == 24 else groups)
+        self.depthwise = ConvNormAct(
+            middle, middle, 3, stride=stride, groups=middle, activation_layer=None
+        )
+        self.expand = ConvNormAct(middle, branch, 1, groups=groups, activation_layer=None)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -362,7 +351,7 @@ class Nasnet(nn.Module):
 
     def __init__(self, depth: int = 4, width: int = 44) -> None:
         super().__init__()
-        self.stem = conv_norm_act(3, width, 3, act=False)
+        self.stem = ConvNormAct(3, width, 3, activation_layer=None)
         self.cells = nn.ModuleList()
         before = inputs = width
         halve = False

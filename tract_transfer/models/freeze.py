@@ -67,9 +67,6 @@ def set_norm(backbone: Backbone, norm: str) -> Backbone:
     `trained` leaves them as they are; `frozen` fixes statistics and weights (small batches, a
     pre-trained backbone); `synced` computes statistics over all processes. State dict names stay
     the same.
-
-    Raises:
-        ValueError: an unknown value, or no BatchNorm to freeze or synchronize.
     """
     if norm not in ("trained", "frozen", "synced"):
         raise ValueError(f"model.norm must be trained, frozen or synced, got {norm!r}.")

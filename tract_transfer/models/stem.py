@@ -41,11 +41,7 @@ def change_stem(backbone: Backbone, stem: str) -> None:
 
 
 def replace_stem(backbone: Backbone, *, keep_pool: bool = False) -> None:
-    """Replace the first convolution by a 3x3 one of stride 1, and remove its max-pool.
-
-    Raises:
-        ValueError: the backbone does not start with one convolution of overlapping windows.
-    """
+    """Replace the first convolution by a 3x3 one of stride 1, and remove its max-pool."""
     names = backbone.first_layers
     old = _first_convolution(backbone)
     if old is None or _reads_patches(old):

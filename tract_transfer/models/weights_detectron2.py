@@ -191,11 +191,7 @@ def _detectron2_name(name: str) -> str:
 
 
 def _resnets_section(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the keys of MODEL.RESNETS for this ResNet.
-
-    Raises:
-        ValueError: detectron2 has no ResNet with these blocks.
-    """
+    """Return the keys of MODEL.RESNETS for this ResNet."""
     bottleneck = "res2.0.conv3.weight" in tensors
     blocks = blocks_per_stage(tensors, r"res([2-5])\.(\d+)\.", first=2)
     depth = RESNET_DEPTHS.get((bottleneck, blocks))

@@ -1,7 +1,8 @@
 """Faster R-CNN on torchvision's parts, for any backbone whose feature maps fit.
 
 Each detector takes the argument groups `rpn` (RpnOptions) and `box` (BoxOptions) of options.py.
-`short_side_px`, `max_side_px` and `difficult_in_training` are those of TwoStageDetector.
+`short_side_px`, `max_side_px` and `difficult_in_training` are those of TwoStageDetector. A backbone
+that does not fit is a ValueError.
 """
 
 from collections.abc import Mapping
@@ -60,9 +61,6 @@ def torchvision_fpn(
             also reads a pooled level.
         fpn_channels: channels of each pyramid level.
         head_dim: width of the two-layer box head.
-
-    Raises:
-        ValueError: the backbone accepts only one image size, or has too few strides.
     """
     rpn_options = with_options(RpnOptions(), rpn, "rpn")
     box_options = with_options(BoxOptions(), box, "box")
@@ -107,13 +105,6 @@ def torchvision_vitdet(
     The pyramid has 1/4, 1/2, 1 and 2 times the patch size, and a pooled level. Position embeddings
     are resampled for each image; attention is global in every block. Both heads are those of
     `torchvision_fpn`.
-
-    Args:
-        fpn_channels: channels of each pyramid level.
-        head_dim: width of the two-layer box head.
-
-    Raises:
-        ValueError: the backbone is no plain timm ViT, or its patch size is no multiple of 4.
     """
     rpn_options = with_options(RpnOptions(), rpn, "rpn")
     box_options = with_options(BoxOptions(), box, "box")
@@ -227,12 +218,7 @@ def torchvision_c4(
 
     RoIAlign gives 14 x 14 cells, which the fourth stage halves; their mean is the feature. The
     stage remains part of the backbone, so that a saved backbone is complete.
-
-    Args:
-        extra_norm: a BatchNorm behind the last stage (MoCo), synchronized if the backbone's are.
-
-    Raises:
-        ValueError: the backbone is no ResNet with stages layer1 to layer4.
+    `extra_norm` adds a BatchNorm behind the last stage (MoCo), synchronized if the backbone's are.
     """
     rpn_options = with_options(ONE_MAP_RPN, rpn, "rpn")
     box_options = with_options(BoxOptions(pool_size=14), box, "box")
@@ -273,14 +259,8 @@ def torchvision_c5(
 ) -> TwoStageDetector:
     """Faster R-CNN on a VGG's conv5, without the last pool (Ren et al., NeurIPS 2015).
 
-    The box head is fc6 and fc7 of the classifier, with the backbone's weights. They remain part of
-    the backbone, so that a saved backbone is complete.
-
-    Args:
-        dropout: behind fc6 and fc7, in training.
-
-    Raises:
-        ValueError: the backbone is no VGG, or `box.pool_size` does not fit its fc6.
+    The box head is fc6 and fc7 of the classifier, with the backbone's weights, and `dropout` behind
+    each. They remain part of the backbone, so that a saved backbone is complete.
     """
     defaults = replace(ONE_MAP_RPN, anchor_scales=(8.0, 16.0, 32.0), post_nms_test=300)
     rpn_options = with_options(defaults, rpn, "rpn")

@@ -230,11 +230,7 @@ class LayersHead(nn.Module):
 
 
 def fully_connected(backbone: Backbone) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
-    """Return fc6 and fc7 of a torchvision or timm VGG.
-
-    Raises:
-        ValueError: the backbone is not a VGG.
-    """
+    """Return fc6 and fc7 of a torchvision or timm VGG; raise a ValueError for other backbones."""
     for fc6, fc7 in (("classifier.0", "classifier.3"), ("pre_logits.fc1", "pre_logits.fc2")):
         modules = dict(backbone.model.named_modules())
         layers = modules.get(fc6), modules.get(fc7)
