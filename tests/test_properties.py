@@ -16,7 +16,7 @@ from tract_transfer.data.findings import Findings
 from tract_transfer.engine.run_folder import flatten
 from tract_transfer.evaluation.classification import label_ranks
 from tract_transfer.evaluation.voc import VocProtocol, average_precision, paired_iou, voc_ap
-from tract_transfer.models.flip import mirror
+from tract_transfer.models.detection.two_stage import mirror
 
 # ------------------------------------------------------------------------- merging of configs
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from tract_transfer.models.flip import FlipClassifier, FlipDetector
+from tract_transfer.models.classifier import FlipClassifier
+from tract_transfer.models.detection.two_stage import FlipDetector
 from tract_transfer.run.run import run
 
 

@@ -1,7 +1,5 @@
 """The classifier: a backbone and a head."""
 
-# B images, H height and W width in pixels, D features, K classes
-
 from collections.abc import Callable
 
 import torch
@@ -17,7 +15,7 @@ _PREFIX = "backbone.model."
 
 
 class Classifier(nn.Module):
-    """Classifies images.
+    """Classifies images into K classes.
 
     In training `model(images, targets)` returns {"loss_cls": scalar}; in eval `model(images)`
     returns (B, K) logits. Images are (B, 3, H, W) RGB, uint8 or float in [0, 1]; targets are (B,)
@@ -29,9 +27,6 @@ class Classifier(nn.Module):
             classes (Wightman et al. 2021).
         bce_target_threshold: targets above it become 1, all others 0. With 0 (DeiT III) both
             classes of a mixed image are fully present. None keeps targets as they are.
-
-    Raises:
-        ValueError: an unknown loss, or a threshold with cross-entropy or smoothing.
     """
 
     def __init__(
@@ -48,8 +43,7 @@ class Classifier(nn.Module):
             raise ValueError(f"loss must be cross_entropy or bce, got {loss!r}.")
         if bce_target_threshold is not None and (loss != "bce" or label_smoothing):
             raise ValueError(
-                "bce_target_threshold needs loss: bce, and label_smoothing: 0, because it would "
-                "undo the smoothing."
+                "bce_target_threshold needs loss: bce and label_smoothing: 0, which it would undo."
             )
         self.backbone = backbone
         self.head = head
@@ -58,7 +52,6 @@ class Classifier(nn.Module):
         self.bce_target_threshold = bce_target_threshold
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Tensor] | Tensor:
-        """Return the loss in training, logits in eval; see the class."""
         features = self.backbone.pooled(images)
         with torch.autocast(features.device.type, enabled=False):  # rounding would tie scores
             logits: Tensor = self.head(features.float())
@@ -102,13 +95,25 @@ class Classifier(nn.Module):
         return lambda name: int(layers.get(name.removeprefix(_PREFIX), layers[head]))
 
 
+class FlipClassifier(nn.Module):
+    """Test-time flipping: in eval, the mean logits (B, K) of each image and its mirror image."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(images) + self.classifier(images.flip(-1))
+        return logits / 2
+
+
 @HEADS.register("linear")
 def linear(feature_dim: int, num_classes: int, *, zero_init: bool = False) -> nn.Module:
     """(B, D) -> (B, K) by one matrix; `zero_init` starts with all scores 0, as BiT does."""
     head = nn.Linear(feature_dim, num_classes)
     if zero_init:
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
+        for parameter in head.parameters():
+            nn.init.zeros_(parameter)
     return head
 
 
@@ -117,5 +122,5 @@ def mlp(
     feature_dim: int, num_classes: int, *, hidden_dim: int = 512, dropout: float = 0.0
 ) -> nn.Module:
     """(B, D) -> (B, K) with one hidden layer of `hidden_dim` and GELU."""
-    hidden = nn.Linear(feature_dim, hidden_dim)
-    return nn.Sequential(hidden, nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden_dim, num_classes))
+    hidden, output = nn.Linear(feature_dim, hidden_dim), nn.Linear(hidden_dim, num_classes)
+    return nn.Sequential(hidden, nn.GELU(), nn.Dropout(dropout), output)

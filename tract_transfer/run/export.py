@@ -10,7 +10,7 @@ from tract_transfer.config.data import HeldOutSource
 from tract_transfer.config.schema import ClassificationConfig
 from tract_transfer.engine.run_folder import ENVIRONMENT_NAME, RESULTS_NAME
 from tract_transfer.models import Backbone, Classifier
-from tract_transfer.models.flip import FlipClassifier
+from tract_transfer.models.classifier import FlipClassifier
 from tract_transfer.models.export import (
     ONNX_NAME,
     OPSET,

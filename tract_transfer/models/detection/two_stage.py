@@ -1,4 +1,4 @@
-"""Faster R-CNN as one module."""
+"""Faster R-CNN as one module, and its test-time flipping."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import batched_nms
 
 from tract_transfer.models.backbone import Backbone
 from tract_transfer.models.detection.rpn import Objects
@@ -130,3 +131,38 @@ def _to_pixels_of(
     ratio_y, ratio_x = image.shape[-2] / size[0], image.shape[-1] / size[1]
     scale = detections["boxes"].new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
     return {**detections, "boxes": detections["boxes"] * scale}
+
+
+class FlipDetector(nn.Module):
+    """Test-time flipping: in eval, merges the detections of each image and of its mirror image.
+
+    Per class, non-maximum suppression at `nms_iou` keeps the best of overlapping boxes; the
+    `max_detections` best boxes of an image remain. Inputs and outputs are the detector's.
+    """
+
+    def __init__(
+        self, detector: nn.Module, nms_iou: float = 0.5, max_detections: int = 100
+    ) -> None:
+        super().__init__()
+        self.detector = detector
+        self.nms_iou = nms_iou
+        self.max_detections = max_detections
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        plain = self.detector(images)
+        mirrored = self.detector([image.flip(-1) for image in images])
+        return [
+            self._merge(first, mirror(second, image.shape[-1]))
+            for image, first, second in zip(images, plain, mirrored, strict=True)
+        ]
+
+    def _merge(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+        both = {key: torch.cat([first[key], second[key]]) for key in ("boxes", "scores", "labels")}
+        kept = batched_nms(both["boxes"], both["scores"], both["labels"], self.nms_iou)
+        return {key: rows[kept[: self.max_detections]] for key, rows in both.items()}
+
+
+def mirror(detections: dict[str, Tensor], width_px: int) -> dict[str, Tensor]:
+    """Return the detections of an image from those of its mirror image; x2 is exclusive."""
+    x1, y1, x2, y2 = detections["boxes"].unbind(dim=1)
+    return {**detections, "boxes": torch.stack([width_px - x2, y1, width_px - x1, y2], dim=1)}
