@@ -79,8 +79,7 @@ class Classifier(nn.Module):
     def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
         """Return the function from parameter name to layer number that timm's layer decay uses.
 
-        Raises:
-            ValueError: the backbone does not define its layers; timm's do.
+        Backbones that do not define their layers raise a ValueError; timm's do.
         """
         trunk = self.backbone.model
         if not hasattr(trunk, "group_matcher"):

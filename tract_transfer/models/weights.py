@@ -37,7 +37,7 @@ from tract_transfer.models.weights_match import (
     from_transformers,
     looks_like,
     num_misfits,
-    split_tree,
+    split_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -161,15 +161,15 @@ def load_weights(
     if warning is not None:
         logger.warning("%s.", warning)
         report.notes.append(warning)
-    tree, dropped = split_tree(tensors, report.prefix, model_state, HEADS)
+    weights, dropped = split_weights(tensors, report.prefix, model_state, HEADS)
     report.dropped |= dropped
-    tree = _adapt(backbone, tree, model_state, report, adapt_stem)
-    tree, dropped = split_tree(tree, "", model_state, TRAINING_ONLY)
+    weights = _adapt(backbone, weights, model_state, report, adapt_stem)
+    weights, dropped = split_weights(weights, "", model_state, TRAINING_ONLY)
     report.dropped |= dropped
     parameters = {name for name, _ in backbone.model.named_parameters()}
-    fitting = fill(report, model_state, parameters, tree, ignore_missing)
+    fitting = fill(report, model_state, parameters, weights, ignore_missing)
     if not report.fits:
-        raise WeightsError(_refusal(report, backbone, tree), report)
+        raise WeightsError(_refusal(report, backbone, weights), report)
     backbone.model.load_state_dict(fitting, strict=False)
     if mean is not None and std is not None:
         backbone.set_normalization(mean.flatten().tolist(), std.flatten().tolist())
@@ -216,33 +216,33 @@ def _read(
 
 def _adapt(
     backbone: Backbone,
-    tree: dict[str, Tensor],
+    weights: dict[str, Tensor],
     model_state: Mapping[str, Tensor],
     report: MatchReport,
     adapt_stem: bool,
 ) -> dict[str, Tensor]:
-    """Convert `tree` with the library's own function for the model's family, if it fits better.
+    """Convert `weights` with the library's own function for the model's family, if it fits better.
 
     The patch embedding is resampled only if `adapt_stem` allows it.
     """
     convert = _conversion(backbone.model)
     try:
-        adapted = tree if convert is None else convert(dict(tree))
+        adapted = weights if convert is None else convert(dict(weights))
     except (KeyError, IndexError, RuntimeError, ValueError, AssertionError, AttributeError):
-        return tree  # the file has another architecture
-    if num_misfits(adapted, model_state) >= num_misfits(tree, model_state):
-        return tree
+        return weights  # the file has another architecture
+    if num_misfits(adapted, model_state) >= num_misfits(weights, model_state):
+        return weights
     if not adapt_stem:
-        kept = {tensor.data_ptr() for tensor in tree.values()}
-        stems = [name for name in _stem_weights(backbone) if name in tree and name in adapted]
-        adapted |= {name: tree[name] for name in stems if adapted[name].data_ptr() not in kept}
+        kept = {tensor.data_ptr() for tensor in weights.values()}
+        stems = [name for name in _stem_weights(backbone) if name in weights and name in adapted]
+        adapted |= {name: weights[name] for name in stems if adapted[name].data_ptr() not in kept}
     report.resized = {
-        name: f"{tuple(tree[name].shape)} -> {tuple(tensor.shape)}"
+        name: f"{tuple(weights[name].shape)} -> {tuple(tensor.shape)}"
         for name, tensor in adapted.items()
-        if name in tree and tree[name].shape != tensor.shape
+        if name in weights and weights[name].shape != tensor.shape
     }
     used = {tensor.data_ptr() for tensor in adapted.values()}
-    unused = [n for n, t in tree.items() if n not in adapted and t.data_ptr() not in used]
+    unused = [n for n, t in weights.items() if n not in adapted and t.data_ptr() not in used]
     if unused:
         report.dropped["by the conversion of the backbone's library"] = unused
     return adapted
@@ -263,7 +263,7 @@ def _stem_weights(backbone: Backbone) -> list[str]:
     return [f"{name.removeprefix('model.')}.weight" for name in backbone.first_layers]
 
 
-def _refusal(report: MatchReport, backbone: Backbone, tree: Mapping[str, Tensor]) -> str:
+def _refusal(report: MatchReport, backbone: Backbone, weights: Mapping[str, Tensor]) -> str:
     """Return why a file is refused, and what to do."""
     start = f"{report.file} does not fit {type(backbone).__name__}"
     misshapen = [name.partition(" ")[0] for name in report.misshapen]
@@ -283,6 +283,6 @@ def _refusal(report: MatchReport, backbone: Backbone, tree: Mapping[str, Tensor]
     return (
         f"{start}: its weights are another architecture's. Missing {few(report.missing)}; "
         f"unexpected {few(report.unexpected)}; of another shape {few(report.misshapen)}. "
-        f"{looks_like(tree)}Set model.backbone to the one the weights were trained with, or list "
-        "in model.ignore_missing what may be trained from scratch."
+        f"{looks_like(weights)}Set model.backbone to the one they were trained with, or list in "
+        "model.ignore_missing what may be trained from scratch."
     )

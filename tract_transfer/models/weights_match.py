@@ -147,7 +147,7 @@ def find_prefix(model_names: Iterable[str], file_names: Iterable[str]) -> str:
     return max(votes, key=rank, default="")
 
 
-def split_tree(
+def split_weights(
     tensors: Mapping[str, Tensor],
     prefix: str,
     model_state: Mapping[str, Tensor],
@@ -155,7 +155,7 @@ def split_tree(
 ) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
     """Return the tensors below `prefix` without it, and the dropped names by reason."""
     reason, pattern = superfluous
-    tree: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     dropped: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         inner = name.removeprefix(prefix)
@@ -164,13 +164,13 @@ def split_tree(
         elif inner not in model_state and pattern.match(inner):
             dropped.setdefault(reason, []).append(name)
         else:
-            tree[inner] = tensor
-    return tree, dropped
+            weights[inner] = tensor
+    return weights, dropped
 
 
-def num_misfits(tree: Mapping[str, Tensor], model_state: Mapping[str, Tensor]) -> int:
+def num_misfits(weights: Mapping[str, Tensor], model_state: Mapping[str, Tensor]) -> int:
     """Return how many names are missing, unexpected or of another shape."""
-    shapes = {name: tensor.shape for name, tensor in tree.items()}
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
     misfits = sum(shapes.get(name) != weight.shape for name, weight in model_state.items())
     return misfits + len(shapes.keys() - model_state.keys())
 
@@ -179,13 +179,13 @@ def fill(
     report: MatchReport,
     model_state: Mapping[str, Tensor],
     parameters: set[str],
-    tree: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
     ignore_missing: Sequence[str],
 ) -> dict[str, Tensor]:
     """Compare names, shapes and values into `report`; return the tensors to load."""
     fitting: dict[str, Tensor] = {}
     for name, weight in model_state.items():
-        tensor = tree.get(name)
+        tensor = weights.get(name)
         if name.endswith("num_batches_tracked") and tensor is None:  # older files lack it
             continue
         problem = "" if tensor is None else _difference(weight, tensor)
@@ -197,7 +197,7 @@ def fill(
             report.missing.append(name)
         else:
             report.misshapen.append(f"{name} {problem}")
-    report.unexpected += [name for name in tree if name not in model_state]
+    report.unexpected += [name for name in weights if name not in model_state]
     report.not_finite += [name for name, tensor in fitting.items() if not tensor.isfinite().all()]
     report.loaded += list(fitting)
     report.num_parameters = sum(model_state[name].numel() for name in parameters)
