@@ -160,18 +160,14 @@ def test_stems_that_a_task_cannot_use_are_refused(tmp_path, load_tiny):
             load_tiny(tmp_path, f"model.backbone={{{VIT}, {key}}}")
 
 
-@pytest.mark.parametrize(("std", "largest"), [("1.0", 1.0), ("0.00392156862745098", 255.0)])
-def test_normalization_can_leave_images_in_their_range(tmp_path, load_tiny, std, largest):
-    words = f"model.backbone={{{VIT}, mean: [0, 0, 0], std: [{std}, {std}, {std}]}}"
+@pytest.mark.parametrize(
+    ("std", "largest", "stem"),
+    [("1.0", 1.0, "patch_norm"), ("0.00392156862745098", 255.0, "dual_patch_norm")],
+)
+def test_vit_trains_with_tract_on_images_in_their_range(tmp_path, load_tiny, std, largest, stem):
+    words = f"model.backbone={{{VIT}, stem: {stem}, mean: [0, 0, 0], std: [{std}, {std}, {std}]}}"
     config = load_tiny(tmp_path, words, *SMALL, "tract.enabled=true")
     images = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 2, 2)
     normalized = build_features(config).normalize(images)[0, :, 0, 0]
     torch.testing.assert_close(normalized, torch.tensor([0, 100 / 255, 1.0]) * largest)
-    assert run(config)["iterations"] == 2
-
-
-@pytest.mark.parametrize("stem", ["patch_norm", "dual_patch_norm"])
-def test_vit_with_normed_patches_trains_with_tract(tmp_path, load_tiny, stem):
-    words = f"model.backbone={{{VIT}, stem: {stem}}}"
-    config = load_tiny(tmp_path, words, *SMALL, "tract.enabled=true")
     assert run(config)["iterations"] == 2
