@@ -19,7 +19,7 @@ from tract_transfer.data.streaming import StreamOrder
 from tract_transfer.engine.run_folder import flatten
 from tract_transfer.evaluation.classification import label_ranks
 from tract_transfer.evaluation.voc import VocProtocol, average_precision, paired_iou, voc_ap
-from tract_transfer.models.classifier import _mirror
+from tract_transfer.models.detection.two_stage import mirror
 
 # Merging of configs.
 
@@ -112,10 +112,10 @@ def test_the_overlap_is_that_of_counted_pixels(one, two):
 @given(box=pixels, width=st.integers(8, 99))
 def test_mirroring_twice_is_the_identity(box, width):
     detections = {"boxes": torch.tensor([box]).float()}
-    once = _mirror(detections, width)
+    once = mirror(detections, width)
     (x1, _, x2, _) = once["boxes"][0].tolist()
     assert 0 <= x1 < x2 <= width
-    assert torch.equal(_mirror(once, width)["boxes"], detections["boxes"])
+    assert torch.equal(mirror(once, width)["boxes"], detections["boxes"])
 
 
 # Evaluation.

@@ -180,7 +180,7 @@ TABLE = {
     "detector argument of a wrong type": (D, told("model.detector.args.num_levels=two"),
         ConfigError, ["model.detector.args.num_levels: ", "valid integer, got 'two'"]),
     "detector argument that does not fit": (D, told("model.detector.args.num_levels=9"),
-        ConfigError, ["model.detector: torchvision_fpn needs maps of num_levels = 9"]),
+        ConfigError, ["model.detector: torchvision_fpn needs feature maps of num_levels = 9"]),
     "backbone of one size in a detector": (D, told("model.backbone={name: cifar/vit}"),
         ConfigError, ["model.detector: torchvision_fpn needs a backbone for images of any size"]),
     "unknown optimizer argument": (C, told("solver.optimizer_args={beta: 1}"), ConfigError,
