@@ -167,7 +167,7 @@ def row(variant: Variant, accuracies: dict[str, dict[int, float]]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="../shared/data/cifar10", help="folder of parquet files")
+    parser.add_argument("--data", default="../shared/data/cifar10", help="a folder of parquet")
     parser.add_argument("--variants", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--images", type=int, default=4000, help="training images")
     parser.add_argument("--epochs", type=float, default=3.0)
