@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test torture fuzz errors lint clean
+.PHONY: quickstart test torture fuzz docs lint clean
 
 quickstart: $(VENV)/installed  ## the whole way on embedded data: a few minutes on two cores
 	$(BIN)/python tools/run_suite.py --config-file configs/suites/quickstart.yaml
@@ -19,8 +19,8 @@ torture: $(VENV)/installed  ## kill every kind of run 50 times and compare: abou
 fuzz: $(VENV)/installed  ## 10,000 wrong files for each reader, and as many cases of each law
 	FUZZ_INPUTS=10000 $(BIN)/python -m pytest tests/test_fuzz_*.py tests/test_properties*.py
 
-errors: $(VENV)/installed  ## write docs/errors.md anew from the tests
-	$(BIN)/python tests/support/errors_page.py
+docs: $(VENV)/installed  ## write the tables of docs/recipes.md and docs/errors.md
+	$(BIN)/python docs/generate.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

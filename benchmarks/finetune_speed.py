@@ -12,7 +12,7 @@ First finds the best number of data workers from `--workers` for each; workers a
 they take turns, each in a separate process, timed after a warm-up. Prints the median of the paired
 ratios.
 
-    python benchmarks/finetune_speed.py --data ../shared/data/cifar100 [--turns 5] [--iters 60]
+    python benchmarks/finetune_speed.py --data data/samples/cifar100 [--turns 5] [--iters 60]
 """
 
 import argparse

@@ -8,7 +8,7 @@ batches of 128 at 32 px, uint8. The alternatives are
   images, as torchvision.datasets.CIFAR10 does.
 They take turns. Prints the median, minimum and maximum of the paired ratios.
 
-    python benchmarks/input_pipeline.py [--data ../shared/data/cifar10] [--threads 2]
+    python benchmarks/input_pipeline.py [--data data/samples/cifar10] [--threads 2]
         [--workers 0 2] [--turns 7] [--crops pad random_resized]
 """
 
@@ -26,8 +26,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from tract_transfer.data.classification import ClassificationDataset, load_huggingface
+from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.data.device_cache import BatchAugment, DeviceCache, cached_batches
+from tract_transfer.data.huggingface import load_huggingface
 from tract_transfer.data.images import decode_image
 from tract_transfer.data.loader import train_loader
 from tract_transfer.data.sampling import EpochOrder, TrainBatchSampler

@@ -3,7 +3,7 @@
 Backbones start from random weights, so the whole detector must learn. A detector with a wrong
 target, box or gradient cannot overfit 20 images.
 
-    python benchmarks/overfit_detectors.py --voc ../shared/data/voc [--kinds c4] [--precision bf16]
+    python benchmarks/overfit_detectors.py --voc data/samples/voc [--kinds c4] [--precision bf16]
 
 A plain ViT has no locality built in, so from random weights it needs more iterations.
 """

@@ -4,7 +4,7 @@ A half-width ResNet-18 trains on 4,000 CIFAR-10 images for three epochs, once pe
 seed share initial weights, order and augmentation. `--output` stores finished runs, and a later
 call skips them.
 
-    python benchmarks/tract_variants.py --data ../shared/data/cifar10 [--variants inputs layers]
+    python benchmarks/tract_variants.py --data data/samples/cifar10 [--variants inputs layers]
 
 The folder contains parquet files with columns img and label, such as those of uoft-cs/cifar10.
 """
@@ -167,7 +167,7 @@ def row(variant: Variant, accuracies: dict[str, dict[int, float]]) -> str:
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="../shared/data/cifar10", help="a folder of parquet")
+    parser.add_argument("--data", default="data/samples/cifar10", help="a folder of parquet")
     parser.add_argument("--variants", nargs="+", choices=GROUPS, default=list(GROUPS))
     parser.add_argument("--images", type=int, default=4000, help="training images")
     parser.add_argument("--epochs", type=float, default=3.0)

@@ -1,4 +1,4 @@
-"""Every benchmark says how it is used, and those that a test can afford measure."""
+"""Every benchmark explains itself, and those that are fast enough run."""
 
 import importlib.util
 import runpy
@@ -12,11 +12,11 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Run a benchmark as a script in this process; return what it printed."""
+    """Run a benchmark as a script in this process; return its output."""
 
     def run(name, *words):
         monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-        monkeypatch.syspath_prepend(BENCHMARKS)  # as for a script: one may import another
+        monkeypatch.syspath_prepend(BENCHMARKS)  # as for a script
         runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
         return capsys.readouterr()
 
@@ -30,7 +30,7 @@ def table(text):
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in BENCHMARKS.glob("*.py")))
-def test_a_benchmark_says_how_it_is_used(name, call, capsys):
+def test_a_benchmark_explains_itself(name, call, capsys):
     with pytest.raises(SystemExit) as end:
         call(name, "--help")
     assert end.value.code == 0
@@ -39,7 +39,7 @@ def test_a_benchmark_says_how_it_is_used(name, call, capsys):
     assert f"`{name}`" in (BENCHMARKS / "README.md").read_text()
 
 
-def test_the_overhead_is_a_ratio_to_the_same_step(call):
+def test_tracts_overhead_is_a_ratio_to_the_plain_step(call):
     tiny = ("--cases", "resnet18", "--batch_size", 2, "--steps", 3, "--no_peaks")
     said = call("tract_overhead.py", *tiny)
     rows = table(said.out)
@@ -50,10 +50,10 @@ def test_the_overhead_is_a_ratio_to_the_same_step(call):
         assert float(row[7].strip("%")) > 0
 
 
-def test_a_peak_is_of_what_torch_allocated(call):
+def test_a_memory_peak_is_what_torch_allocated(call):
     tiny = ("--cases", "resnet18", "--precisions", "fp32", "--batch_size", 2)
     plain = float(call("tract_overhead.py", *tiny, "--peak_of", "plain").out)
-    weights_mib = 11.2e6 * 4 / 2**20  # of a ResNet-18, which have gradients and momentum
+    weights_mib = 11.2e6 * 4 / 2**20  # a ResNet-18; gradients and momentum have the same size
     assert 3 * weights_mib < plain < 5 * weights_mib
     ours = float(call("tract_overhead.py", *tiny, "--peak_of", "ours").out)
     assert plain <= ours < 1.02 * plain
@@ -61,7 +61,7 @@ def test_a_peak_is_of_what_torch_allocated(call):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Random images of ten classes, as CIFAR-10 comes."""
+    """Random images of ten classes in the layout of CIFAR-10."""
     spec = importlib.util.spec_from_file_location("memory", BENCHMARKS / "memory.py")
     memory = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(memory)
@@ -71,7 +71,7 @@ def images(tmp_path_factory):
     return folder
 
 
-def test_the_variants_are_paired_with_plain_training_and_kept(call, images, tmp_path):
+def test_variants_are_paired_with_plain_training_and_runs_are_reused(call, images, tmp_path):
     words = ("--data", images, "--quick", "--variants", "layers", "--output", tmp_path / "runs")
     said = call("tract_variants.py", *words)
     rows = table(said.out)
@@ -85,13 +85,13 @@ def test_the_variants_are_paired_with_plain_training_and_kept(call, images, tmp_
     assert "seed 0" not in again.err
 
 
-def test_the_variants_say_where_the_data_should_be(call, tmp_path, capsys):
+def test_variants_without_data_name_the_option(call, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call("tract_variants.py", "--data", tmp_path / "none")
     assert "Set --data" in capsys.readouterr().err
 
 
-def test_a_stream_s_memory_is_watched_as_it_trains(call):
+def test_the_memory_of_a_stream_is_measured_over_a_training(call):
     said = call("streaming_memory.py", "--rows", 300, "--iters", 40)
     (row,) = table(said.out)
     assert row[0] == "300"
@@ -100,7 +100,7 @@ def test_a_stream_s_memory_is_watched_as_it_trains(call):
     assert 100 < fifths[-1] < float(row[3])  # torch alone; libraries are resident too
 
 
-def test_fine_tunings_are_compared_by_the_same_clock(images):
+def test_fine_tunings_are_measured_by_the_same_clock(images):
     spec = importlib.util.spec_from_file_location("speed", BENCHMARKS / "finetune_speed.py")
     speed = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(speed)
@@ -116,7 +116,7 @@ def test_fine_tunings_are_compared_by_the_same_clock(images):
     assert speed.timm_loop(setup, 0) > 0
 
 
-def test_fine_tuning_speed_says_where_the_data_should_be(call, tmp_path, capsys):
+def test_fine_tuning_speed_without_data_names_the_option(call, tmp_path, capsys):
     with pytest.raises(SystemExit):
         call("finetune_speed.py", "--data", tmp_path / "none")
     assert "Set --data" in capsys.readouterr().err

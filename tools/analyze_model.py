@@ -1,4 +1,4 @@
-"""Tell what a model costs: parameters and FLOPs by block, the first layer, strides, memory."""
+"""Print what a model costs: parameters, FLOPs, the first layer, strides, memory."""
 
 import sys
 

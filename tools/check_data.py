@@ -1,8 +1,8 @@
-"""Check the data of a config: open every image, read every annotation, list all that is broken."""
+"""Check the data of a config: list everything that is broken."""
 
 import sys
 
-from tract_transfer.cli.check_data import main
+from tract_transfer.cli.data import check as main
 
 if __name__ == "__main__":
     sys.exit(main())

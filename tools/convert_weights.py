@@ -2,7 +2,7 @@
 
 import sys
 
-from tract_transfer.cli.convert import main
+from tract_transfer.cli.export import convert as main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Export a finished classification run as a folder that timm, torchvision or others load."""
+"""Export a finished classification run for timm, torchvision or others."""
 
 import sys
 

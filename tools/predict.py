@@ -1,4 +1,4 @@
-"""Let a trained model answer for images and videos: boxes drawn, or the likeliest classes."""
+"""Apply a trained model to images and videos."""
 
 import sys
 

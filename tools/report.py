@@ -1,4 +1,4 @@
-"""Write the report of any runs: run folders, a suite's folder, or folders that hold either."""
+"""Write the report of any runs: run folders, or folders that contain them."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Run methods x tasks x seeds and report on them; what is finished is skipped, so run it again."""
+"""Run methods x tasks x seeds and report on them; finished runs are skipped."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Draw what a model sees in training: images after the transforms, with classes or boxes."""
+"""Draw what a model sees in training."""
 
 import sys
 
-from tract_transfer.cli.visualize import main
+from tract_transfer.cli.data import visualize as main
 
 if __name__ == "__main__":
     sys.exit(main())

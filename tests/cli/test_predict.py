@@ -1,4 +1,4 @@
-"""tools/predict.py answers for files as the trained model does."""
+"""predict.py gives the predictions of the trained model for images and videos."""
 
 import json
 
@@ -21,7 +21,7 @@ def trained(request, load_tiny, tmp_path_factory):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two images of different size in a folder, one of them grey, beside a file of text."""
+    """Two images of different size in a folder, one of them gray, and a text file."""
     folder = tmp_path / "photos"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -35,7 +35,7 @@ def entries_of(folder):
     return json.loads((folder / "predictions.json").read_text())["predictions"]
 
 
-def test_a_folder_is_answered_image_by_image(trained, photos, call, tmp_path):
+def test_the_images_of_a_folder_are_predicted(trained, photos, call, tmp_path):
     model = load_trained(trained)
     options = {True: ("--min-score", 0), False: ("--top-k", 2)}
     words = ("--run", trained, photos, "--output", tmp_path / "out")
@@ -58,8 +58,7 @@ def test_a_folder_is_answered_image_by_image(trained, photos, call, tmp_path):
     assert drawn == (["a.png.png", "b.jpg.png"] if model.detects else [])
 
 
-def test_a_moved_run_answers_without_data_and_first_weights(trained, tmp_path, monkeypatch):
-    """Probabilities are those of the evaluation; nothing but the folder is looked at."""
+def test_a_moved_run_predicts_without_data_and_initial_weights(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("tract_transfer.run.evaluate.build_data", None)
     moved = tmp_path / "elsewhere"
     trained.rename(moved)
@@ -68,21 +67,21 @@ def test_a_moved_run_answers_without_data_and_first_weights(trained, tmp_path, m
     finally:
         moved.rename(trained)
     image = torch.zeros(3, 40, 60, dtype=torch.uint8)
-    (found,) = model.predict([image])
-    assert len(found["scores"]) == len(found["labels"])
-    assert (found["scores"].diff() <= 0).all()
+    (prediction,) = model.predict([image])
+    assert len(prediction["scores"]) == len(prediction["labels"])
+    assert (prediction["scores"].diff() <= 0).all()
     if not model.detects:
-        assert found["scores"].sum() == pytest.approx(1)
+        assert prediction["scores"].sum() == pytest.approx(1)
 
 
-def test_what_cannot_be_answered_is_told(trained, photos, call, tmp_path):
+def test_unreadable_inputs_are_reported_and_the_others_predicted(trained, photos, call, tmp_path):
     (photos / "broken.png").write_bytes(b"not an image")
     said = call("predict.py", "--run", trained, photos, "--output", tmp_path / "out")
     assert said.returncode == 1
     assert "broken.png cannot be decoded" in said.stderr
     assert len(entries_of(tmp_path / "out")) == 2
     for words, wanted in {
-        ("--run", photos, photos): "it is no run folder",
+        ("--run", photos, photos): "No config.yaml",
         ("--run", trained, photos / "none.png"): "neither a file nor a folder",
     }.items():
         said = call("predict.py", *words, "--output", tmp_path / "other")
@@ -91,7 +90,7 @@ def test_what_cannot_be_answered_is_told(trained, photos, call, tmp_path):
         assert wanted in said.stderr
 
 
-def test_earlier_answers_are_replaced_only_when_told(trained, photos, call, tmp_path):
+def test_earlier_predictions_are_replaced_only_when_asked(trained, photos, call, tmp_path):
     detects = load_trained(trained).detects
     options = ("--min-score", 1) if detects else ()
     words = ("--run", trained, "--output", tmp_path, *options, photos / "a.png")
@@ -108,7 +107,7 @@ def test_earlier_answers_are_replaced_only_when_told(trained, photos, call, tmp_
     assert [entry["file"] for entry in entries_of(tmp_path)] == [str(photos / "b.jpg")]
 
 
-def test_a_video_is_answered_frame_by_frame(trained, call, tmp_path):
+def test_the_frames_of_a_video_are_predicted(trained, call, tmp_path):
     pytest.importorskip("av")
     ramp = np.linspace(0, 255, 64, dtype=np.uint8)
     frames = [np.full((48, 64, 3), shade, np.uint8) + ramp[None, :, None] // 2 for shade in (0, 99)]
@@ -123,7 +122,7 @@ def test_a_video_is_answered_frame_by_frame(trained, call, tmp_path):
         assert len(list(read_video(tmp_path / "out/clip.mp4.mp4"))) == 2
 
 
-def test_without_pyav_a_video_says_what_to_install(trained, call, tmp_path, monkeypatch):
+def test_a_video_without_pyav_names_what_to_install(trained, call, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     (tmp_path / "clip.mp4").write_bytes(b"")
     said = call("predict.py", "--run", trained, tmp_path / "clip.mp4", "--output", tmp_path / "out")

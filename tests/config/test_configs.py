@@ -1,4 +1,4 @@
-"""Every config loads, builds its model and trains; every suite expands to configs that load."""
+"""Every config loads, builds its model and runs; every suite expands to configs that load."""
 
 from pathlib import Path
 
@@ -11,47 +11,45 @@ from tract_transfer.build.data import build_data
 from tract_transfer.build.model import build_model
 from tract_transfer.config.schema import DetectionConfig, ProbeConfig, dump_config, load_config
 from tract_transfer.config.suite import load_suite
-from tract_transfer.run.run import run
-from tract_transfer.run.suite import Suite, list_plan
-from tract_transfer.run.suite_plan import plan_suite
+from tract_transfer.run.run import run as run_config
+from tract_transfer.run.suite import draft_runs, inspect_runs, list_plan, open_suite
 
 ROOT = Path(__file__).parents[2]
-ALL = sorted(ROOT.glob("configs/**/*.yaml"))
+SHARED = ROOT.parent / "shared/data"
+BENCHMARKS = ROOT / "benchmarks/configs"
+ALL = sorted([*ROOT.glob("configs/**/*.yaml"), *BENCHMARKS.glob("**/*.yaml")])
 SUITES = [path for path in ALL if path.parent.name == "suites"]
 RUNS = [path for path in ALL if path.parent.name not in ("base", "suites")]
 SAMPLES = [path for path in RUNS if path.parent.name == "samples"]
 
 
 def name_of(path):
-    return str(path.relative_to(ROOT / "configs"))
+    return str(path.relative_to(ROOT))
 
 
-# Where the configs name a ViT: one of its kind that is small.
-SMALL_VITS = {
-    "cifar/vit": "{name: cifar/vit, args: {depth: 1, width: 48, num_heads: 3}}",
-    "timm/vit": "{name: timm/test_vit, args: {img_size: 32}}",
-    "timm/deit3": "{name: timm/deit3_small_patch16_224, args: {img_size: 32, patch_size: 8, "
-    "depth: 2, embed_dim: 48, num_heads: 3}}",
-}
+SMALL_VIT = (
+    "model.backbone={name: timm/deit3_small_patch16_224, args: {img_size: 32, patch_size: 8, "
+    "depth: 2, embed_dim: 48, num_heads: 3}}"
+)
 
 
 def small_net(config):
-    """Overrides of a ViT, which takes one image size, and of a deep ResNet; none for others."""
+    """Overrides of a ViT and of a deep ResNet; none for others."""
     name = config.model.backbone.name or ""
     if name in ("torchvision/resnet34", "torchvision/resnet50"):  # too deep for images of 16 px
         return ["model.backbone={name: cifar/resnet18, args: {width: 8}}"]
-    (found,) = [vit for begin, vit in SMALL_VITS.items() if name.startswith(begin)] or [None]
-    return [f"model.backbone={found}", "data.transforms.size_px=32"] if found else []
+    is_vit = name.startswith(("cifar/vit", "timm/vit", "timm/deit3"))
+    return [SMALL_VIT, "data.transforms.size_px=32"] if is_vit else []
 
 
-def own_backbone(config):
-    """Overrides that put a tiny backbone where a run folder is named that is not there."""
+def without_weights(config):
+    """Overrides that need no weights, with a tiny backbone instead of a run folder's."""
     if config.model.backbone.name is not None:
         return ["model.weights=null"]
     return ["model.weights=null", "model.backbone={name: cifar/resnet18, args: {width: 8}}"]
 
 
-# A tiny backbone for each kind of detector, and what else makes it small.
+# A tiny backbone for each kind of detector, and arguments that make it small.
 SMALL_DETECTORS = {
     "torchvision_fpn": ("cifar/resnet18, args: {width: 8}", ["head_dim=32", "fpn_channels=16"]),
     "torchvision_c4": ("cifar/resnet18, args: {width: 8}", []),
@@ -79,8 +77,13 @@ def small_detector(config):
 
 
 def shortened(config, scenes):
-    """Overrides that keep a config's kind and make it two steps on embedded data."""
-    words = [*own_backbone(config), "data.batch_size=2", "data.num_workers=0", "engine.device=cpu"]
+    """Overrides that keep the kind of a config and make it two steps on embedded data."""
+    words = [
+        *without_weights(config),
+        "data.batch_size=2",
+        "data.num_workers=0",
+        "engine.device=cpu",
+    ]
     detects = isinstance(config, DetectionConfig)
     probes = isinstance(config, ProbeConfig)
     has_boxes = detects or (probes and config.data.has_many_labels)
@@ -123,14 +126,14 @@ def shortened(config, scenes):
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name_of)
-def test_a_config_loads_and_reads_back(path, tmp_path):
+def test_a_dumped_config_reads_back(path, tmp_path):
     config = load_config(path)
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "config.yaml").model_dump() == config.model_dump()
 
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)
-def test_a_config_is_short_and_says_what_it_is(path):
+def test_a_config_is_short_and_starts_with_a_comment(path):
     lines = path.read_text().splitlines()
     assert lines[0].startswith("# ")
     assert len([line for line in lines if line.strip() and not line.startswith("#")]) <= 25
@@ -146,7 +149,7 @@ def test_every_run_has_a_folder_of_its_own():
 def test_a_config_builds_its_model(path):
     needs_detectron2(path)
     with torch.device("meta"):  # shapes alone: some have a hundred million weights
-        model = build_model(load_config(path, own_backbone(load_config(path))), num_classes=7)
+        model = build_model(load_config(path, without_weights(load_config(path))), num_classes=7)
     assert sum(parameter.numel() for parameter in model.parameters()) > 1000
 
 
@@ -154,17 +157,24 @@ def test_a_config_builds_its_model(path):
 def test_a_config_runs(path, tmp_path, scenes):
     needs_detectron2(path)
     words = shortened(load_config(path), scenes)
-    results = run(load_config(path, [*words, f"output_dir={tmp_path / 'run'}"]))
+    results = run_config(load_config(path, [*words, f"output_dir={tmp_path / 'run'}"]))
     assert results["primary_metric"] in results["metrics"]
     assert (tmp_path / "run/results.json").is_file()
 
 
-@pytest.mark.parametrize("path", SAMPLES, ids=name_of)
-def test_the_samples_are_there(path, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    if not (ROOT / "../shared/data").is_dir():
+def go_to_samples(folder, monkeypatch):
+    """Change to a folder with data/samples, as the configs of the results need it."""
+    if not SHARED.is_dir():
         pytest.skip("no ../shared/data")
-    monkeypatch.chdir(ROOT)
+    (folder / "data").mkdir()
+    (folder / "data/samples").symlink_to(SHARED)
+    monkeypatch.chdir(folder)
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=name_of)
+def test_the_samples_have_the_images_that_the_configs_name(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    go_to_samples(tmp_path, monkeypatch)
     data = build_data(load_config(path, ["data.cache=none"]))
     name, reported = data.report
     assert name == "test"
@@ -176,45 +186,40 @@ def test_the_samples_are_there(path, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", SUITES, ids=name_of)
 def test_a_suites_runs_are_configs(path):
     suite = load_suite(path)
-    runs = plan_suite(suite, lambda config, needed: None)
+    runs = inspect_runs(suite, draft_runs(suite), lambda config, needed: None)
     stages = ([suite.pretrain] if suite.pretrain else []) + list(suite.tasks.values())
     seeds = [getattr(stage, "seeds", None) or suite.seeds for stage in stages]
-    labels = [
-        (each.task, method, each.seed) for each in runs for method in (each.method, *each.also)
-    ]
+    labels = [(run.task, method, run.seed) for run in runs for method in (run.method, *run.also)]
     assert len(set(labels)) == len(labels) == len(suite.methods) * sum(map(len, seeds))
-    for each in runs:
-        assert each.config["output_dir"] == str(each.folder)
-        assert (each.config["method"], each.config["seed"], each.config["name"]) == (
-            each.method, each.seed, each.task,
-        )  # fmt: skip
+    for run in runs:
+        labels = {"name": run.task, "method": run.method, "seed": run.seed}
+        assert labels.items() | {("output_dir", str(run.folder))} <= {
+            (key, value) for key, value in run.config.items() if isinstance(value, str | int)
+        }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SUITES, ids=name_of)
-def test_a_suites_dry_run_tells_every_run(path, monkeypatch, tmp_path):
-    """With data of the hub unseen, and a VOC 2007 of three photographs where one is expected."""
-    if path.stem in ("samples", "cpu_demo", "voc_engines", "protocols_resnet", "protocols_vit"):
+def test_a_suites_dry_run_lists_every_run(path, monkeypatch, tmp_path):
+    """Without the hub's data, and with a VOC 2007 of three photographs."""
+    if path.is_relative_to(BENCHMARKS):
         if path.stem == "voc_engines":
             pytest.importorskip("detectron2")
-        if not (ROOT / "../shared/data").is_dir():
-            pytest.skip("no ../shared/data")
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        monkeypatch.chdir(ROOT)
+        go_to_samples(tmp_path, monkeypatch)
     else:
         monkeypatch.chdir(tmp_path)
         write_voc(tmp_path / "data", [("dog", (1, 2, 30, 20))])
         for name, numbers in (("trainval", "0\n2\n"), ("test", "1\n")):
             (tmp_path / f"data/VOC2007/ImageSets/Main/{name}.txt").write_text(numbers)
-    suite = Suite(load_suite(path, [f"output_dir={tmp_path}/suite"]), remember=False)
+    suite = open_suite(load_suite(path, [f"output_dir={tmp_path}/suite"]), remember=False)
     lines = list_plan(suite, suite.take_stock())
     assert len(lines) == len(suite.runs) >= len(suite.config.methods) * len(suite.config.seeds)
     assert all(line.endswith("  run") for line in lines)
     assert not (tmp_path / "suite").exists()
 
 
-def test_two_methods_differ_in_tract_alone():
-    """What a comparison rests on: the same config but for the method's own keys."""
+def test_methods_differ_in_the_keys_of_the_suite_alone():
     suite = load_suite(ROOT / "configs/suites/quickstart.yaml")
     one = load_config(suite.path("pretrain"))
     two = load_config(suite.path("pretrain"), ["tract.enabled=true"])

@@ -72,7 +72,7 @@ def test_a_config_s_rate_reaches_the_model(tmp_path, load_tiny):
             "drop_path: {rate: 0.1, mode: linear}}", "model.backbone.drop_path: is for timm's"),
         ("classification", "model.backbone={name: timm/vgg11, "
             "drop_path: {rate: 0.1, mode: linear}}", "model.backbone.drop_path: is for timm's"),
-        ("classification", VIT + ", drop_path: {rate: 0.1}}", "drop_path.mode: needed"),
+        ("classification", VIT + ", drop_path: {rate: 0.1}}", "drop_path.mode: required"),
         ("classification", VIT + ", drop_path: {rate: 1.0, mode: linear}}", "drop_path.rate: "),
         ("classification", "model.backbone={name: timm/resnet18, args: {drop_path_rate: 0.1}, "
             "drop_path: {rate: 0.1, mode: linear}}", "give one of model.backbone.drop_path and"),

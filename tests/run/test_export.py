@@ -1,4 +1,4 @@
-"""An exported model gives its run's logits in the library it is loaded with."""
+"""An exported model gives the logits of its run in the library that loads it."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from tract_transfer.run.run import run
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 BACKBONES = {
-    "timm": "{name: timm/resnet18}",
+    "timm": "{name: timm/test_resnet}",
     "cifar stem": "{name: timm/resnet18, stem: cifar}",
     "own": "{name: cifar/resnet18, args: {width: 8}}",
     "vit": "{name: cifar/vit, args: {depth: 1, width: 24, num_heads: 2, patch_size_px: 8}}",
@@ -45,18 +45,18 @@ def python_blocks(file):
 @pytest.fixture(scope="module")
 def finished(load_tiny, tmp_path_factory):
     """Return the run folder of a backbone, trained once."""
-    made = {}
+    folders = {}
 
     def train(kind):
-        if kind not in made:
+        if kind not in folders:
             folder = tmp_path_factory.mktemp("run")
             words = [f"model.backbone={BACKBONES[kind]}", "solver.max_iters=2"]
             words += ["data.transforms={size_px: 32, crop_ratio: 0.8, interpolation: bicubic}"]
             words += ["tract.enabled=true"] if kind != "torchvision" else []
             words += ["model.head={name: mlp, args: {hidden_dim: 8}}"] if kind == "mlp" else []
             run(load_tiny(folder, *words))
-            made[kind] = folder / "run"
-        return made[kind]
+            folders[kind] = folder / "run"
+        return folders[kind]
 
     return train
 
@@ -75,20 +75,21 @@ def logits_of(folder, photo):
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_the_cards_code_gives_the_runs_logits(kind, finished, photo, tmp_path, monkeypatch):
-    made = export_run(finished(kind), tmp_path / "out")
-    assert made.library == FORMS[kind]
-    assert (made.reason is None) == (kind != "mlp")
+def test_the_code_of_the_readme_gives_the_logits_of_the_run(
+    kind, finished, photo, tmp_path, monkeypatch
+):
+    exported = export_run(finished(kind), tmp_path / "out")
+    assert exported.library == FORMS[kind]
+    assert (exported.reason is None) == (kind != "mlp")
     assert not list(tmp_path.glob(".export*"))
     Image.fromarray(photo).save(tmp_path / "out/photo.jpg", format="PNG")  # without loss
     (code,) = python_blocks(tmp_path / "out/README.md")
-    found = {}
+    namespace = {}
     monkeypatch.chdir(tmp_path / "out")
-    exec(code, found)
-    torch.testing.assert_close(
-        found["logits"], logits_of(finished(kind), photo), atol=1e-6, rtol=1e-6
-    )
-    assert found["names"] == load_trained(finished(kind)).class_names
+    exec(code, namespace)
+    expected = logits_of(finished(kind), photo)
+    torch.testing.assert_close(namespace["logits"], expected, atol=1e-6, rtol=1e-6)
+    assert namespace["names"] == load_trained(finished(kind)).class_names
     assert (tmp_path / "out/config.json").exists() == (kind in ("timm", "vit"))
     assert (tmp_path / "out/model.json").exists() == (kind not in ("timm", "vit"))
 
@@ -98,19 +99,17 @@ def test_timm_builds_it_and_its_transform_from_the_folder(kind, finished, tmp_pa
     export_run(finished(kind), tmp_path / "out")
     state = load_file(tmp_path / "out/model.safetensors")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    assert {k: v.tolist() for k, v in model.state_dict().items()} == {
-        k: v.tolist() for k, v in state.items()
-    }
-    told = timm.data.resolve_model_data_config(model)
+    torch.testing.assert_close(dict(model.state_dict()), state, atol=0, rtol=0)
+    data = timm.data.resolve_model_data_config(model)
     trained = load_trained(finished(kind))
     backbone = trained.model.backbone
-    assert list(told["input_size"]) == [3, 32, 32]
-    assert (told["crop_pct"], told["interpolation"]) == (0.8, "bicubic")
-    assert torch.allclose(torch.tensor(told["mean"]), backbone.mean.flatten())
-    assert torch.allclose(torch.tensor(told["std"]), backbone.std.flatten())
+    assert list(data["input_size"]) == [3, 32, 32]
+    assert (data["crop_pct"], data["interpolation"]) == (0.8, "bicubic")
+    assert torch.allclose(torch.tensor(data["mean"]), backbone.mean.flatten())
+    assert torch.allclose(torch.tensor(data["std"]), backbone.std.flatten())
     assert list(model.pretrained_cfg["label_names"]) == trained.class_names
     images = torch.rand(2, 3, 32, 32)
-    mean, std = (torch.tensor(told[key]).view(3, 1, 1) for key in ("mean", "std"))
+    mean, std = (torch.tensor(data[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         expected = trained.model.eval().cpu()(images)
         torch.testing.assert_close(model((images - mean) / std), expected, atol=1e-6, rtol=1e-6)
@@ -120,75 +119,66 @@ def test_timm_builds_it_and_its_transform_from_the_folder(kind, finished, tmp_pa
     "name",
     ["mobilenetv3_small_050", "deit_tiny_patch16_224", "convnext_atto", "vit_tiny_patch16_224"],
 )
-def test_kinds_of_timm_models_keep_their_logits(name):
+def test_timm_models_keep_their_logits(name):
     torch.manual_seed(0)
     backbone = build_backbone(f"timm/{name}")
     classifier = Classifier(backbone, nn.Linear(backbone.feature_dim, 4)).eval()
-    made = to_library(classifier, backbone.image_size_px or 64)
-    assert (made.library, made.name, made.edits) == ("timm", name, [])
+    portable = to_library(classifier, backbone.image_size_px or 64)
+    assert (portable.library, portable.name, portable.edits) == ("timm", name, [])
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("timm/deit_tiny_distilled_patch16_224", "does not classify by one matrix"),
-        ("torchvision/squeezenet1_1", "does not classify by one matrix"),
-    ],
+    "name", ["timm/deit_tiny_distilled_patch16_224", "torchvision/squeezenet1_1"]
 )
-def test_what_no_library_has_stays_ours_and_says_why(name, message):
+def test_a_model_that_no_library_has_is_exported_as_it_is(name):
     backbone = build_backbone(name)
     classifier = Classifier(backbone, nn.Linear(backbone.feature_dim, 4))
-    made = to_library(classifier, 224)
-    assert (made.library, made.model) == ("tract_transfer", classifier)
-    assert message in made.reason
+    portable = to_library(classifier, 224)
+    assert (portable.library, portable.model) == ("tract_transfer", classifier)
+    assert "one matrix" in portable.reason
 
 
-def test_what_cannot_be_exported_says_why(finished, load_tiny, call, tmp_path):
+def test_a_folder_that_cannot_be_exported_is_refused(finished, load_tiny, call, tmp_path):
     run(load_tiny(tmp_path, "solver.max_iters=1", task="detection"))
     run(load_tiny(tmp_path, f"output_dir={tmp_path}/probe", task="probe"))
     (tmp_path / "there").mkdir()
     for words, message in {
-        ("--run", tmp_path / "run", "--output", tmp_path / "x"): "holds a detector, which is made",
+        ("--run", tmp_path / "run", "--output", tmp_path / "x"): "contains a detector",
         ("--run", tmp_path / "probe", "--output", tmp_path / "x"): "a probe trains nothing",
-        ("--run", tmp_path, "--output", tmp_path / "x"): "it is no finished run",
+        ("--run", tmp_path, "--output", tmp_path / "x"): "it is not a finished run",
         ("--run", finished("own"), "--output", tmp_path / "there"): "exists. Name another --output",
     }.items():
         said = call("export_model.py", *words)
         assert said.returncode == 2
         assert message in said.stderr
     assert not (tmp_path / "x").exists()
-    said = call("export_model.py", "--run", "a", "--output", "b", "--private")
-    assert said.returncode == 2
-    assert "--private goes with --push-to-hub" in said.stderr
-    with pytest.raises(ValueError, match=r"holds no exported classifier. Its README.md says how"):
+    with pytest.raises(ValueError, match=r"README.md"):
         load_exported(finished("own"))
 
 
-def test_weights_of_another_model_than_the_cards_are_refused(finished, tmp_path, refused):
+def test_weights_of_another_model_are_refused(finished, tmp_path, refused):
     folder = tmp_path / "out"
     export_run(finished("mlp"), folder)
     save_file({"head.weight": torch.zeros(2, 2)}, folder / "model.safetensors")
-    with pytest.raises(ValueError, match=r"is not what was written, by the sha256"):
+    with pytest.raises(ValueError, match=r"sha256"):
         load_exported(folder)
-    card = json.loads((folder / "model.json").read_text())
-    del card["sha256"]  # as of exports before there was one
-    (folder / "model.json").write_text(json.dumps(card))
+    metadata = json.loads((folder / "model.json").read_text())
+    del metadata["sha256"]  # as in old exports
+    (folder / "model.json").write_text(json.dumps(metadata))
     with refused(
-        "an export whose weights are another model's",
-        ValueError,
-        match=r"(?s)is not what model.json beside it describes: .*head",
+        "an export with another model's weights", ValueError, match=r"(?s)model.json.*head"
     ):
         load_exported(folder)
 
 
 @pytest.mark.parametrize("kind", ["timm", "vit", "torchvision"])
-def test_onnx_normalises_and_takes_any_batch(kind, finished, tmp_path, photo):
+def test_onnx_normalizes_and_takes_any_batch(kind, finished, tmp_path, photo):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     export_run(finished(kind), tmp_path / "out", onnx=True)
-    found = {"folder": str(tmp_path / "out")}
-    exec(python_blocks(tmp_path / "out/README.md")[1], found)
-    assert found["logits"].shape == (1, 3)
+    namespace = {"folder": str(tmp_path / "out")}
+    exec(python_blocks(tmp_path / "out/README.md")[1], namespace)
+    assert namespace["logits"].shape == (1, 3)
     session = onnxruntime.InferenceSession(tmp_path / "out/model.onnx")
     images = torch.rand(5, 3, 32, 32)
     (logits,) = session.run(None, {"images": images.numpy()})
@@ -201,18 +191,18 @@ def test_onnx_normalises_and_takes_any_batch(kind, finished, tmp_path, photo):
     assert opset == 18
 
 
-def test_an_onnx_file_that_differs_is_not_kept(monkeypatch, tmp_path):
+def test_an_onnx_file_with_other_logits_is_removed(monkeypatch, tmp_path):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     backbone = build_backbone("cifar/resnet18", args={"width": 8})
     classifier = Classifier(backbone, nn.Linear(backbone.feature_dim, 3))
     monkeypatch.setattr("tract_transfer.models.export.MAX_ONNX_DIFFERENCE", -1.0)
-    with pytest.raises(ValueError, match=r"differ by .*Leave --onnx out"):
+    with pytest.raises(ValueError, match=r"differ by"):
         export_onnx(classifier, 32, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 
-def test_without_its_packages_onnx_says_what_to_install(finished, call, tmp_path, monkeypatch):
+def test_onnx_without_its_packages_names_what_to_install(finished, call, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     words = ("--run", finished("own"), "--output", tmp_path / "out", "--onnx")
     said = call("export_model.py", *words)
@@ -221,11 +211,11 @@ def test_without_its_packages_onnx_says_what_to_install(finished, call, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_the_pages_code_runs(finished, tmp_path, monkeypatch):
+def test_the_code_of_the_docs_runs(finished, tmp_path, monkeypatch):
     export_run(finished("timm"), tmp_path / "exported" / "flowers102")
     export_run(finished("mlp"), tmp_path / "exported_own")
     monkeypatch.chdir(tmp_path)
-    found = {}
+    namespace = {}
     for block in python_blocks(PAGE):
-        exec(block, found)
-    assert found["model"](torch.rand(1, 3, 32, 32)).shape == (1, 3)
+        exec(block.replace('"resnet18"', '"test_resnet"'), namespace)
+    assert namespace["model"](torch.rand(1, 3, 32, 32)).shape == (1, 3)

@@ -1,6 +1,7 @@
-"""A model card tells what its run tells, in words and as the hub reads it; and its upload."""
+"""A model card has what the run recorded, for people and for the hub; and its upload."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,25 +23,38 @@ def finished(load_tiny, tmp_path_factory):
     return folder / "run"
 
 
-def copied(finished, folder):
-    """A copy of the run, to change."""
-    folder.mkdir()
-    for file in finished.rglob("*"):
-        target = folder / file.relative_to(finished)
-        target.mkdir(exist_ok=True) if file.is_dir() else target.write_bytes(file.read_bytes())
-    return folder
+@pytest.fixture
+def card(finished, tmp_path):
+    """Export a copy of the run with other data and results; return its README.md."""
+
+    def export(source=None, hub_ids=(), **results):
+        folder = tmp_path / "run"
+        shutil.copytree(finished, folder)
+        metadata = json.loads((folder / "model.json").read_text())
+        metadata["data"]["hub_ids"] = {str(k): hub_id for k, hub_id in enumerate(hub_ids)}
+        (folder / "model.json").write_text(json.dumps(metadata))
+        stored = json.loads((folder / "results.json").read_text())
+        for key, value in results.items():
+            stored[key] = {**stored[key], **value} if isinstance(stored.get(key), dict) else value
+        (folder / "results.json").write_text(json.dumps(stored))
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        for split in ("train", "test") if source else ():
+            config["data"][split] = {"source": "huggingface", "split": split, **source}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        export_run(folder, tmp_path / "out")
+        return (tmp_path / "out/README.md").read_text()
+
+    return export
 
 
-def front_matter(folder):
-    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+def front_matter(text):
+    return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_the_card_tells_what_the_run_tells(finished, tmp_path):
-    folder = finished
-    export_run(folder, tmp_path / "out")
-    text = (tmp_path / "out/README.md").read_text()
+def test_the_card_has_the_facts_of_the_run(card, finished):
+    text = card()
     body = text.split("---\n", 2)[2]
-    front = front_matter(tmp_path / "out")
+    front = front_matter(text)
     del front["model-index"]  # see below
     assert front == {
         "library_name": "timm",
@@ -48,8 +62,8 @@ def test_the_card_tells_what_the_run_tells(finished, tmp_path):
         "tags": ["image-classification", "timm", "tract_transfer", "tract"],
         "metrics": ["accuracy"],
     }
-    results = json.loads((folder / "results.json").read_text())
-    environment = json.loads((folder / "environment.json").read_text())
+    results = json.loads((finished / "results.json").read_text())
+    environment = json.loads((finished / "environment.json").read_text())
     for name, value in results["metrics"].items():
         assert f"| {escape(name)} | {value:.4f} |" in body
     for value in (*results["protocol"].values(), *environment["data"].values()):
@@ -57,112 +71,79 @@ def test_the_card_tells_what_the_run_tells(finished, tmp_path):
     for line in ("| seed | 0 |", "| TrAct in this training | lam 0.1, absolute |"):
         assert line in body
     assert escape(environment["versions"]["timm"]) in body
-    assert str(folder) not in text
+    assert str(finished) not in text
+    assert "\n\n\n" not in body
 
 
-def test_hub_ids_are_listed_and_local_paths_told_by_their_name(finished, tmp_path):
-    folder = copied(finished, tmp_path / "run")
-    card = json.loads((folder / "model.json").read_text())
-    card["data"]["hub_ids"] = {"train": "owner/a: b", "test": "owner/a: b"}
-    (folder / "model.json").write_text(json.dumps(card))
-    results = json.loads((folder / "results.json").read_text())
-    results["details"]["class_names"] = ["a|b*", "<script>x</script>", "multi\n# line"]
-    results["protocol"]["train"] = "/home/me/secret/pets: 3 images"
-    (folder / "results.json").write_text(json.dumps(results))
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    for split in ("train", "test"):
-        path = "/home/me/secret/pets"
-        config["data"][split] = {"source": "huggingface", "path": path, "split": split}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    export_run(folder, tmp_path / "out")
-    text = (tmp_path / "out/README.md").read_text()
-    assert front_matter(tmp_path / "out")["datasets"] == ["owner/a: b"]
+def test_local_paths_are_shortened_and_markdown_is_escaped(card):
+    text = card(
+        {"path": "/home/me/photos/pets"},
+        hub_ids=["owner/a: b", "owner/a: b"],
+        details={"class_names": ["a|b*", "<script>x</script>", "multi\n# line"]},
+        protocol={"train": "/home/me/photos/pets: 3 images"},
+    )
+    assert front_matter(text)["datasets"] == ["owner/a: b"]
     assert "| train | pets: 3 images |" in text
     assert "/home/me" not in text
     assert r"0 a\|b\*, 1 \<script\>x\</script\>, 2 multi \# line" in text
 
 
-def test_data_in_the_working_folder_take_no_point_from_a_number(finished, tmp_path):
-    folder = copied(finished, tmp_path / "run")
-    results = json.loads((folder / "results.json").read_text())
-    results["protocol"]["test images"] = "crop ratio 0.875"
-    (folder / "results.json").write_text(json.dumps(results))
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    for split in ("train", "test"):
-        config["data"][split] = {"source": "huggingface", "path": ".", "split": split}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    export_run(folder, tmp_path / "out")
-    assert "| crop ratio 0.875 |" in (tmp_path / "out/README.md").read_text()
-    assert front_matter(tmp_path / "out")["model-index"][0]["results"][0]["dataset"]["name"] == "."
+def test_data_in_the_working_folder_keep_the_points_of_numbers(card):
+    text = card({"path": "."}, protocol={"test images": "crop ratio 0.875"})
+    assert "| crop ratio 0.875 |" in text
+    assert front_matter(text)["model-index"][0]["results"][0]["dataset"]["name"] == "."
 
 
-def test_the_hub_reads_the_results_with_data_and_split(finished, tmp_path):
-    folder = copied(finished, tmp_path / "run")
-    card = json.loads((folder / "model.json").read_text())
-    card["data"]["hub_ids"] = {"train": "owner/pets", "test": "owner/pets"}
-    (folder / "model.json").write_text(json.dumps(card))
-    config = yaml.safe_load((folder / "config.yaml").read_text())
-    for split in ("train", "test"):
-        config["data"][split] = {
-            "source": "huggingface", "path": "owner/pets", "split": f"{split}[:50%]",
-            "config_name": "large", "revision": "v2",
-        }  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    export_run(folder, tmp_path / "out")
-    metrics = json.loads((folder / "results.json").read_text())["metrics"]
-    read = huggingface_hub.ModelCard.load(tmp_path / "out/README.md").data
+def test_the_hub_reads_results_with_data_and_split(card, finished):
+    path = "owner/pets"
+    source = {"path": path, "split": "test[:50%]", "config_name": "large", "revision": "v2"}
+    text = card(source, hub_ids=[path])
+    metrics = json.loads((finished / "results.json").read_text())["metrics"]
+    read = huggingface_hub.ModelCard(text).data
     assert read.model_name == "run"
-    assert "\n# run\n" in (tmp_path / "out/README.md").read_text()
-    assert {each.metric_name: each.metric_value for each in read.eval_results} == {
+    assert "\n# run\n" in text
+    assert {result.metric_name: result.metric_value for result in read.eval_results} == {
         "top-1 accuracy": metrics["top1"],
         "mean per-class accuracy": metrics["mean_per_class"],
     }
-    for each in read.eval_results:
-        assert (each.task_type, each.metric_type) == ("image-classification", "accuracy")
-        assert (each.dataset_type, each.dataset_split) == ("owner/pets", "test[:50%]")
-        assert (each.dataset_config, each.dataset_revision) == ("large", "v2")
-    name, again = model_index_to_eval_results(front_matter(tmp_path / "out")["model-index"])
+    for result in read.eval_results:
+        assert (result.task_type, result.metric_type) == ("image-classification", "accuracy")
+        assert (result.dataset_type, result.dataset_split) == (path, "test[:50%]")
+        assert (result.dataset_config, result.dataset_revision) == ("large", "v2")
+    name, again = model_index_to_eval_results(front_matter(text)["model-index"])
     assert (name, again) == (read.model_name, read.eval_results)
 
 
-def test_a_run_without_test_reports_its_val(load_tiny, tmp_path):
+def test_a_run_without_test_reports_its_val_and_one_view(load_tiny, tmp_path):
     words = ("data.val={source: train, fraction: 0.2}", "data.test=null", "solver.max_iters=1")
-    run(load_tiny(tmp_path, *words))
+    run(load_tiny(tmp_path, *words, "evaluation.flip=true"))
     export_run(tmp_path / "run", tmp_path / "out")
-    (result,) = front_matter(tmp_path / "out")["model-index"][0]["results"]
+    text = (tmp_path / "out/README.md").read_text()
+    (result,) = front_matter(text)["model-index"][0]["results"]
     assert result["dataset"] == {"name": "digits", "type": "digits", "split": "20% of train"}
+    assert "average each image and its mirror image; the model sees one of them" in text
 
 
-def test_a_licence_is_what_is_told(finished, call, tmp_path):
+def test_a_license_is_stated_only_when_given(finished, call, tmp_path):
     words = ("--run", finished, "--output")
     assert call("export_model.py", *words, tmp_path / "none").returncode == 0
     said = call("export_model.py", *words, tmp_path / "out", "--license", "apache-2.0")
     assert said.returncode == 0, said.stderr
-    assert "license" not in front_matter(tmp_path / "none")
-    assert "No licence is stated" in (tmp_path / "none/README.md").read_text()
-    assert front_matter(tmp_path / "out")["license"] == "apache-2.0"
-    assert "No licence is stated" not in (tmp_path / "out/README.md").read_text()
+    without, text = ((tmp_path / name / "README.md").read_text() for name in ("none", "out"))
+    assert "license" not in front_matter(without)
+    assert "No license is stated" in without
+    assert front_matter(text)["license"] == "apache-2.0"
+    assert "No license is stated" not in text
 
 
-def test_training_images_among_the_reported_are_told(finished, tmp_path):
-    folder = copied(finished, tmp_path / "run")
-    results = json.loads((folder / "results.json").read_text())
-    results["leaks"] = {"train": {"images_in_test": 7, "first": []}}
-    (folder / "results.json").write_text(json.dumps(results))
-    export_run(folder, tmp_path / "out")
-    text = (tmp_path / "out/README.md").read_text()
-    assert "- 7 images of train are among those the numbers are of." in text
-
-
-def test_a_mirrored_evaluation_exports_one_view(load_tiny, tmp_path):
-    run(load_tiny(tmp_path, "solver.max_iters=1", "evaluation.flip=true"))
-    export_run(tmp_path / "run", tmp_path / "out")
-    text = (tmp_path / "out/README.md").read_text()
-    assert "average each image and its mirror image; the model looks once" in text
+def test_overlaps_and_skipped_images_are_limits(card):
+    text = card(leaks={"train": {"images_in_test": 7, "first": []}}, skipped=["a.png"])
+    assert "- 7 images of train are also among the images that the numbers are of.\n" in text
+    assert "- 1 images could not be decoded and were skipped.\n" in text
 
 
 class Hub:
-    """What stands for the hub: notes what is asked of it."""
+    """A hub that records its calls."""
 
     def __init__(self, is_private=True):
         self.calls, self.is_private = [], is_private
@@ -180,7 +161,7 @@ class Hub:
 
 
 @pytest.mark.parametrize("private", [False, True])
-def test_it_is_uploaded_only_when_told(private, finished, call, tmp_path, monkeypatch):
+def test_a_model_is_uploaded_only_when_asked(private, finished, call, tmp_path, monkeypatch):
     hub = Hub()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
@@ -196,7 +177,7 @@ def test_it_is_uploaded_only_when_told(private, finished, call, tmp_path, monkey
     assert "snapshot_download('me/model')" in (tmp_path / "out/README.md").read_text()
 
 
-def test_an_upload_that_cannot_be_is_refused(finished, call, tmp_path, monkeypatch):
+def test_an_upload_that_would_fail_is_refused(finished, call, tmp_path, monkeypatch):
     hub = Hub(is_private=False)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)

@@ -241,7 +241,7 @@ def test_several_labels_an_image(run_tiny, scenes):
         (("data.train.classes=[0]", "data.test.classes=[0]"), ConfigError,
          r"data\.train: its 143 images show only the class \['zero'\]"),
         (("evaluation.metric=logistic_top5",), ConfigError,
-         r"evaluation\.metric: logistic_top5 needs more than 5 classes, got 3"),
+         r"evaluation\.metric: logistic_top5 needs more than 5 classes, and there are 3"),
         (("evaluation.knn={ks: [432]}", "evaluation.metric=logistic_top1"), ValueError,
          r"evaluation\.knn\.ks must be in 1\.\.431"),
         (("evaluation.few_shot={ks: [1, 145]}",), ValueError,

@@ -1,4 +1,4 @@
-"""A whole modern recipe at once: it resumes to the same bits, and runs on a group of processes."""
+"""A modern recipe with every option resumes to the same bits and runs on several processes."""
 
 import pytest
 from run_folders import CARVED, assert_resumes_exactly, results_of
@@ -22,7 +22,7 @@ RECIPE = (
     "evaluation={every_iters: 2, patience: 2}",
     "tract={enabled: true, update_every: 2}",
 )
-# What an evaluation sees does not change, so that patience ends the run.
+# The weights barely change, so that patience ends the run.
 STILL = (*RECIPE, "solver.lr=1e-30")
 
 
@@ -45,11 +45,11 @@ def test_a_killed_recipe_resumes_to_the_same_bits(
         )  # fmt: skip
 
     killed, resumed = config("killed", num_workers), config("killed", 0)
-    whole = assert_resumes_exactly(kill_at, killed_at, config("whole", 0), killed, resumed)
-    assert killed_at < whole["iterations"] < 40  # a schedule of 40, which patience ended
-    assert whole["early_stop"]["iteration"] == whole["iterations"]
-    assert whole["protocol"]["stochastic depth"] == "rate 0.1, constant"
-    assert "mixup_alpha: 0.8" in whole["protocol"]["mixing"]
+    full = assert_resumes_exactly(kill_at, killed_at, config("whole", 0), killed, resumed)
+    assert killed_at < full["iterations"] < 40  # patience ended a schedule of 40
+    assert full["early_stop"]["iteration"] == full["iterations"]
+    assert full["protocol"]["stochastic depth"] == "rate 0.1, constant"
+    assert "mixup_alpha: 0.8" in full["protocol"]["mixing"]
 
 
 def test_a_group_of_processes_ends_together(tmp_path, write_tiny, tool):

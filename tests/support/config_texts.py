@@ -1,10 +1,4 @@
-"""A config as its users write it, where tests put it, and what is said of one that must fail."""
-
-from pathlib import Path
-
-import pytest
-
-from tract_transfer.config.schema import ConfigError, load_config
+"""Configs of the three tasks, as users write them."""
 
 CLASSIFICATION = """\
 task: classification
@@ -20,26 +14,42 @@ solver:
   lr: 1e-3
   max_epochs: 2
 """
-
-
-def writer_to(folder: Path):
-    """Return what writes a config beside the others in `folder`, and returns its path."""
-
-    def write_file(text: str, name: str = "x.yaml") -> Path:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write_file
-
-
-def failing_in(write):
-    """Return what tells the message of a config that must fail."""
-
-    def message(text: str = CLASSIFICATION, *overrides: str) -> str:
-        with pytest.raises(ConfigError) as error:
-            load_config(write(text), overrides)
-        return str(error.value)
-
-    return message
+DETECTION = """\
+task: detection
+output_dir: out
+model: {weights: runs/a}
+data:
+  train: {source: voc, root: VOCdevkit, sets: [2007/trainval]}
+  test: {source: voc, root: VOCdevkit, sets: [2007/test]}
+  transforms: {short_sides_px: [600], max_side_px: 1000}
+  batch_size: 2
+solver: {optimizer: sgd, lr: 0.01, max_iters: 100, schedule: multistep, steps_iters: [80]}
+"""
+PROBE = """\
+task: probe
+output_dir: out
+model: {backbone: {name: timm/resnet18}, weights: pretrained}
+data:
+  train: {source: digits, split: train}
+  test: {source: digits, split: test}
+  transforms: {size_px: 32}
+  batch_size: 64
+"""
+# Several labels an image, which only an SVM takes.
+VOC_PROBE = """\
+task: probe
+output_dir: out
+model: {backbone: {name: timm/resnet18}}
+data:
+  train: {source: voc, root: here, sets: [2007/train]}
+  test: {source: voc, root: here, sets: [2007/val]}
+  transforms: {size_px: 32}
+  batch_size: 64
+evaluation: {knn: null, logistic_regression: null, svm: {}, metric: svm_map_11point}
+"""
+TEXTS = {
+    "classification": CLASSIFICATION,
+    "detection": DETECTION,
+    "probe": PROBE,
+    "voc probe": VOC_PROBE,
+}

@@ -45,7 +45,11 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
     train = cast(ClassificationTransformsConfig, section)
     augment = None
     if train.augment is not None:
-        entry, key = AUGMENTATIONS.get(train.augment), "data.transforms.augment_args"
+        try:
+            entry = AUGMENTATIONS.get(train.augment)
+        except KeyError as error:
+            raise config.error("data.transforms.augment", str(error.args[0])) from None
+        key = "data.transforms.augment_args"
         augment = call_checked(entry, train.augment, train.augment_args, key, config)
     training = transforms.classification_train(
         **_crop_arguments(train),

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 from tract_transfer.config.data import (
@@ -22,17 +21,16 @@ from tract_transfer.data.classification import (
     check_same_classes,
     hold_out,
     join_integer_classes,
-    load_huggingface,
     shown_classes,
 )
 from tract_transfer.data.coco import load_coco
 from tract_transfer.data.detection import DetectionDataset, ImageLabels
-from tract_transfer.data.digits import DIGIT_NAMES, load_digits, write_digit_scenes
+from tract_transfer.data.digits import load_digit_scenes, load_digits
 from tract_transfer.data.findings import Findings, size_checks
-from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
-from tract_transfer.data.huggingface_streaming import stream_huggingface
-from tract_transfer.data.streaming import Stream
+from tract_transfer.data.huggingface import load_huggingface, load_huggingface_boxes
+from tract_transfer.data.streaming import Stream, stream_huggingface
 from tract_transfer.data.voc import load_voc
+from tract_transfer.evaluation import check_metric
 
 Loaded = ClassificationDataset | DetectionDataset | Stream
 Dataset = Loaded | ImageLabels
@@ -101,7 +99,7 @@ def build_data(config: Config) -> Data:
         train = train.with_objects()
     if isinstance(config, ProbeConfig) and config.data.has_many_labels:
         train, test = ImageLabels(train), ImageLabels(test)
-    data = Data(train, val, test, findings.mended)
+    data = Data(train, val, test, findings.clipped_boxes)
     _check_streams(config, data)
     join_integer_classes(data.splits)
     check_disjoint(data.splits)
@@ -166,9 +164,10 @@ def _check_classes(config: Config, data: Data) -> None:
             f"{[data.class_names[k] for k in sorted(shown)]}. Classification needs two classes or "
             "more.",
         )
-    if config.evaluation.metric.endswith("top5") and count <= 5:
-        message = f"{config.evaluation.metric} needs more than 5 classes, got {count}. Set top1."
-        raise config.error("evaluation.metric", message)
+    try:
+        check_metric(config.evaluation.metric, count)
+    except ValueError as error:
+        raise config.error("evaluation.metric", str(error)) from error
 
 
 def _warn(data: Data) -> None:
@@ -208,18 +207,7 @@ def _load_huggingface(section: Any, common: dict[str, Any]) -> Loaded:
 
 
 def _load_digits(section: DigitsSource, common: dict[str, Any]) -> Loaded:
-    try:
-        return load_digits(section.split, section.classes)
-    except ValueError as error:
-        raise ValueError(f"{common['key']}.{error}") from error
-
-
-def _load_digit_scenes(section: DigitScenesSource, common: dict[str, Any]) -> Loaded:
-    sizes = section.model_dump(include={"num_train", "num_test", "size_px"})
-    folder = "_".join(["digit_scenes", *map(str, sizes.values())])
-    root = Path(section.root or f"output/data/{folder}")
-    write_digit_scenes(root, **sizes)
-    return load_voc(root, [f"2007/{section.split}"], DIGIT_NAMES, **common)
+    return load_digits(section.split, section.classes, key=common["key"])
 
 
 SOURCES: dict[type[Section], Callable[[Any, dict[str, Any]], Loaded]] = {
@@ -228,5 +216,5 @@ SOURCES: dict[type[Section], Callable[[Any, dict[str, Any]], Loaded]] = {
     VocSource: _from_fields(load_voc),
     CocoSource: _from_fields(load_coco),
     HuggingFaceBoxesSource: _from_fields(load_huggingface_boxes),
-    DigitScenesSource: _load_digit_scenes,
+    DigitScenesSource: _from_fields(load_digit_scenes),
 }

@@ -1,4 +1,4 @@
-"""The bridge: where a Config becomes probes of features, and their protocol in words."""
+"""From a config to the probes of frozen features, and their protocol in words."""
 
 from collections.abc import Callable, Iterator, Mapping
 from statistics import mean, stdev
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tract_transfer.config.data import FewShotConfig
 from tract_transfer.config.schema import ProbeConfig
+from tract_transfer.config.sections import FewShotConfig
 from tract_transfer.evaluation.linear_probes import (
     classifier,
     draws,
@@ -29,11 +29,11 @@ from tract_transfer.evaluation.probes import (
 Measure = Callable[[Scores], tuple[dict[str, float], dict[str, Any]]]
 _VAL_FRACTION, _TEMPERATURE, _FOLDS = 0.1, 0.07, 3
 _FEW_SHOT_CS = (0.01, 0.1, 1.0, 10.0, 100.0)
-_NOTHING = "nothing: there is nothing to choose"
+_NOTHING = "nothing: there is nothing to select"
 
 
 class Probed(NamedTuple):
-    """What one probe found: its metrics, what it says of itself, and the evaluator's details."""
+    """Metrics of a probe, its description for results.json, and the evaluator's details."""
 
     metrics: dict[str, float]
     about: dict[str, Any]
@@ -47,13 +47,13 @@ def run_probes(
     measure: Measure,
     device: torch.device,
 ) -> Iterator[tuple[str, Probed]]:
-    """Yield the name and the findings of every probe of the config.
+    """Fit and measure every probe of the config; yield its name and results.
 
     Args:
-        rows: features and labels of `train` and `test`, and of `val` where there is one. Of test
-            the probes see the features; its labels are `measure`'s.
-        measure: scores (N, K) of the test images to metrics and details.
-        device: where a linear probe trains.
+        rows: features and labels of `train` and `test`, and of `val` if there is one. Probes use
+            only the features of test; only `measure` knows its labels.
+        measure: converts scores (N, K) of the test images to metrics and details.
+        device: where the linear probe is trained.
     """
     protocol = probe_protocol(config)
     for name, selected_on, fit in _fits(config, rows, num_classes, device):
@@ -115,11 +115,11 @@ def _few_shot_protocol(section: FewShotConfig) -> str:
 def _fits(
     config: ProbeConfig, rows: Mapping[str, Rows], num_classes: int, device: torch.device
 ) -> Iterator[tuple[str, str, Fit]]:
-    """Yield name, what was selected on, and fit of each probe but few-shot."""
+    """Yield name, selection data and fit of each probe except few-shot."""
     evaluation, train, test_x = config.evaluation, rows["train"], rows["test"].x
     if knn := evaluation.knn:
-        found = knn_predict(train, test_x, **knn.model_dump(), num_classes=num_classes)
-        for k, scores in found.items():
+        scores_by_k = knn_predict(train, test_x, **knn.model_dump(), num_classes=num_classes)
+        for k, scores in scores_by_k.items():
             yield f"knn{k}", "nothing: every k is reported", Fit(scores, {"k": k})
     if evaluation.selects:
         selection, selected_on = _selection(config, rows)
@@ -162,7 +162,7 @@ def _few_shot(
     num_classes: int,
     measure: Measure,
 ) -> Probed:
-    """Return mean and standard deviation over the samplings, and each one's numbers."""
+    """Return mean and standard deviation over the samplings, and the numbers of each."""
     fit = classifier(
         section.classifier,
         cs=section.cs or _FEW_SHOT_CS,

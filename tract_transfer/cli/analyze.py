@@ -1,21 +1,20 @@
-"""Tell what a model costs: parameters and FLOPs by block, the first layer, strides, memory.
+"""Print what a model costs: parameters and FLOPs by block, the first layer, strides, memory.
 
 python tools/analyze_model.py --config-file configs/detection/r18_fpn_voc07.yaml
 python tools/analyze_model.py --backbone timm/resnet50 --size-px 224 --depth 2
 python tools/analyze_model.py --weights r50.pth --backbone timm/resnet50
 
-The first two need no data and no weights: what is pre-trained costs the same at random. The third
-tells what of a weights file fits, by name; it ends with 1 where a training would refuse them.
+The first two need no data and no weights: random weights cost the same. The third lists which
+weights of a file match by name; its exit code is 1 if a training would refuse them.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tract_transfer.cli.main import at_least, reports_errors
+from tract_transfer.cli.main import add_overrides, make_parser, number, reports_errors
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,65 +22,51 @@ if TYPE_CHECKING:
     from tract_transfer.models import Backbone
 
 MAX_MAPS = 8
-NUM_IMAGES = 2  # of a training step: batch normalisation refuses one
+NUM_IMAGES = 2  # of a training step: batch normalization refuses one
 
 
-def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--config-file", metavar="FILE", help="YAML, see configs/")
     which.add_argument("--backbone", metavar="NAME", help="such as timm/resnet50")
-    parser.add_argument(
-        "--weights",
-        metavar="FILE",
-        help="compare these weights instead, a run folder alone or any file with one of the above",
-    )
+    weights = "compare these weights instead: a run folder, or any file with one of the above"
+    parser.add_argument("--weights", metavar="FILE", help=weights)
     stems = ["default", "cifar", "patch_norm", "dual_patch_norm", "whitened"]
     parser.add_argument("--stem", choices=stems, default="default")
-    parser.add_argument("--args", default="{}", metavar="JSON", help="arguments of --backbone")
-    parser.add_argument(
-        "--size-px",
-        type=at_least(1),
-        metavar="N",
-        help="side of the images (default: the config's, 224)",
-    )
-    parser.add_argument(
-        "--num-classes", type=at_least(1), default=20, metavar="K", help="default 20"
-    )
-    parser.add_argument(
-        "--depth", type=at_least(1), default=1, help="levels of parts to list (default 1)"
-    )
+    parser.add_argument("--args", type=json.loads, default={}, metavar="JSON", help="of --backbone")
+    count = number(int, 1)
+    size = "side of the images (default: the config's, or 224)"
+    parser.add_argument("--size-px", type=count, metavar="N", help=size)
+    parser.add_argument("--num-classes", type=count, default=20, metavar="K", help="default 20")
+    parser.add_argument("--depth", type=count, default=1, help="levels of modules (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="or key value: over the file's keys"
-    )
-    arguments = parser.parse_intermixed_args(words)
+    add_overrides(parser)
+    arguments = parser.parse_intermixed_args()
     if not (arguments.config_file or arguments.backbone or arguments.weights):
-        parser.error("one of --config-file, --backbone and --weights is needed.")
-    if not arguments.backbone and (arguments.stem != "default" or arguments.args != "{}"):
+        parser.error("one of --config-file, --backbone and --weights is required.")
+    if not arguments.backbone and (arguments.stem != "default" or arguments.args):
         parser.error("--stem and --args go with --backbone: a config and a run folder have theirs.")
     if arguments.overrides and not arguments.config_file:
-        parser.error(f"{arguments.overrides} are of a config: give --config-file.")
+        parser.error(f"{arguments.overrides} override a config: give --config-file.")
     return arguments
 
 
 @reports_errors
 def main() -> int:
-    """Build the model the command line names, measure and print; return the exit code."""
+    """Analyze the model that the command line names, or its weights; return the exit code."""
     arguments = parse()
     if arguments.weights is not None:
-        return compare(arguments)
+        return compare_weights(arguments)
     model, size_px = build(arguments)
-    found = analyze(model, arguments.size_px or size_px, arguments.depth)
-    print(json.dumps(found, indent=1) if arguments.json else "\n".join(lines_of(found)))
+    costs = analyze(model, arguments.size_px or size_px, arguments.depth)
+    print(json.dumps(costs, indent=1) if arguments.json else "\n".join(lines_of(costs)))
     return 0
 
 
 def build(arguments: argparse.Namespace) -> tuple["nn.Module", int]:
-    """Return the model, its weights at random, and the side of its images."""
+    """Return the model with random weights, and the side of its images."""
     if arguments.backbone is not None:
         backbone = build_named(arguments)
         return backbone, backbone.image_size_px or 224
@@ -91,40 +76,36 @@ def build(arguments: argparse.Namespace) -> tuple["nn.Module", int]:
 
     config = load_config(arguments.config_file, arguments.overrides)
     if config.model.backbone.name is not None:
-        without = config.model.model_copy(update={"weights": None})
-        config = config.model_copy(update={"model": without})
+        without_weights = config.model.model_copy(update={"weights": None})
+        config = config.model_copy(update={"model": without_weights})
     transforms: Any = config.data.transforms
     size_px = transforms.size_px if config.task != "detection" else max(transforms.short_sides_px)
     return build_model(config, arguments.num_classes), size_px
 
 
 def build_named(arguments: argparse.Namespace) -> "Backbone":
-    """Return the backbone of --backbone, --stem and --args, its weights at random."""
+    """Return the backbone of --backbone, --stem and --args with random weights."""
     from tract_transfer.models import build_backbone
 
     try:
-        own = json.loads(arguments.args)
-    except ValueError as error:
-        raise ValueError(f'--args must be JSON, such as {{"width": 8}}: {error}') from error
-    try:
-        return build_backbone(arguments.backbone, stem=arguments.stem, args=own)
+        return build_backbone(arguments.backbone, stem=arguments.stem, args=arguments.args)
     except KeyError as error:
         raise ValueError(f"--backbone: {error.args[0]}") from error
 
 
-def compare(arguments: argparse.Namespace) -> int:
-    """Print what of --weights fits the model; return 0 where all of the model is there, else 1."""
+def compare_weights(arguments: argparse.Namespace) -> int:
+    """Print which of --weights match the model; return 0 if the whole model has weights, else 1."""
     from tract_transfer.models.weights import WeightsError
 
-    refusal, report = None, None
+    refusal = None
     try:
-        report = load(arguments).loaded
+        report = load_weights(arguments).loaded
     except (FileNotFoundError, ValueError) as error:
         refusal = error
-        known = error if isinstance(error, WeightsError) else error.__cause__
-        if not isinstance(known, WeightsError):
+        reason = error if isinstance(error, WeightsError) else error.__cause__
+        if not isinstance(reason, WeightsError):
             raise  # there was nothing to compare
-        report = known.report
+        report = reason.report
     if report is not None:
         as_json = arguments.json
         print(json.dumps(report.summary(), indent=1) if as_json else "\n".join(report.lines()))
@@ -134,20 +115,22 @@ def compare(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def load(arguments: argparse.Namespace) -> "Backbone":
-    """Return the backbone with --weights loaded, by the config's rules where one is given."""
+def load_weights(arguments: argparse.Namespace) -> "Backbone":
+    """Return the backbone with --weights loaded, as the config says if there is one."""
     from tract_transfer.build.weights import build_with_weights, check_weights_exist
     from tract_transfer.config.schema import load_config
-    from tract_transfer.models.weights import build_from_metadata, load_weights, read_metadata
+    from tract_transfer.models import weights
 
     path = Path(arguments.weights)
     if arguments.config_file is not None:
         words = [*arguments.overrides, f"model.weights={json.dumps(arguments.weights)}"]
         return build_with_weights(load_config(arguments.config_file, words))
     check_weights_exist(path)
-    named = arguments.backbone is not None
-    backbone = build_named(arguments) if named else build_from_metadata(read_metadata(path))
-    load_weights(backbone, path)
+    if arguments.backbone is not None:
+        backbone = build_named(arguments)
+    else:
+        backbone = weights.build_from_metadata(weights.read_metadata(path))
+    weights.load_weights(backbone, path)
     return backbone
 
 
@@ -168,8 +151,15 @@ def analyze(model: "nn.Module", size_px: int, depth: int) -> dict[str, Any]:
         targets = torch.zeros(NUM_IMAGES, dtype=torch.long)
         run, train = (lambda: model(images[:1])), (lambda: model(images, targets))
     else:
-        boxes = [box_in_the_middle(size_px) for _ in images]
-        run, train = (lambda: model([images[0]])), (lambda: model([*images], boxes))
+        flag = torch.zeros(1, dtype=torch.bool)
+        target = {
+            "boxes": torch.tensor([[0.25, 0.25, 0.75, 0.75]]) * size_px,
+            "labels": torch.zeros(1, dtype=torch.long),
+            "difficult": flag,
+            "crowd": flag,
+            "area": torch.tensor([size_px**2 / 4]),
+        }
+        run, train = (lambda: model([images[0]])), (lambda: model([*images], [target, target]))
     blocks = measure_blocks(model, run, depth)
     # At the size of training: a detector resizes its test images.
     layers = measure_first_layers(
@@ -189,48 +179,33 @@ def analyze(model: "nn.Module", size_px: int, depth: int) -> dict[str, Any]:
     }
 
 
-def box_in_the_middle(size_px: int) -> dict[str, Any]:
-    """Return the target of an image that shows one object."""
-    import torch
-
-    box = torch.tensor([[0.25, 0.25, 0.75, 0.75]]) * size_px
-    flag = torch.zeros(1, dtype=torch.bool)
-    area = torch.tensor([size_px**2 / 4])
-    label = torch.zeros(1, dtype=torch.long)
-    return {"boxes": box, "labels": label, "difficult": flag, "crowd": flag, "area": area}
-
-
-def lines_of(found: dict[str, Any]) -> list[str]:
+def lines_of(costs: dict[str, Any]) -> list[str]:
     """Return the measurements as lines of text."""
-    side = f"{found['size_px']} x {found['size_px']}"
-    width = max(len(block["name"]) for block in found["blocks"])
+    total = {"name": "all", "kind": "", **costs}
+    rows = [block for block in costs["blocks"] if block["parameters"] or block["flops"]]
+    width = max(len(block["name"]) for block in costs["blocks"])
     lines = [f"{'block':<{width}}  {'kind':<24} {'parameters':>12} {'GFLOPs':>9}"]
     lines += [
-        f"{block['name']:<{width}}  {block['kind']:<24} {block['parameters']:>12,} "
-        f"{block['flops'] / 1e9:>9.3f}"
-        for block in found["blocks"]
-        if block["parameters"] or block["flops"]
+        f"{row['name']:<{width}}  {row['kind']:<24} {row['parameters']:>12,} "
+        f"{row['flops'] / 1e9:>9.3f}"
+        for row in [*rows, total]
     ]
-    total = f"{'all':<{width}}  {'':<24} {found['parameters']:>12,} {found['flops'] / 1e9:>9.3f}"
-    lines += [total, ""]
-    maps = [f"{n} {m['channels']} / {m['stride']}" for n, m in found["maps"].items()]
-    if len(maps) > MAX_MAPS:  # a plain ViT's are all of one stride
-        maps = [*maps[:2], f"{len(maps) - 3} more", maps[-1]]
-    for layer in found["first_layers"]:
+    lines.append("")
+    for layer in costs["first_layers"]:
         lines.append(
             f"first layer   {layer['name']} ({layer['kind']}): {layer['outputs']} outputs, "
             f"{layer['rows']:,} rows an image of n = {layer['inputs']} inputs"
         )
         lines.append("TrAct         inverts an n x n matrix at every step")
+    maps = [f"{n} {m['channels']} / {m['stride']}" for n, m in costs["maps"].items()]
+    if len(maps) > MAX_MAPS:  # those of a plain ViT have one stride
+        maps = [*maps[:2], f"{len(maps) - 3} more", maps[-1]]
+    side = f"{costs['size_px']} x {costs['size_px']}"
     return [
         *lines,
-        f"maps          {', '.join(maps)} (channels / stride)",
-        f"trained       {found['trained_parameters']:,} parameters",
-        f"activations   {found['activation_bytes'] / 2**20:.1f} MiB an image of {side} in training",
-        f"FLOPs         of a square image of {found['flops_short_side_px']} px in evaluation, a "
+        f"feature maps  {', '.join(maps)} (channels / stride)",
+        f"trained       {costs['trained_parameters']:,} parameters",
+        f"activations   {costs['activation_bytes'] / 2**20:.1f} MiB an image of {side} in training",
+        f"FLOPs         of a square image of {costs['flops_short_side_px']} px in evaluation, a "
         "multiply-add counted as two",
     ]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,12 @@
-"""Export a finished classification run as a folder that timm, torchvision or others load.
+"""Write a run's model for other tools: `main` for timm or torchvision, `convert` for detectron2."""
+
+import argparse
+from pathlib import Path
+
+from tract_transfer.cli.main import make_parser, reports_errors
+
+EXPORT = """\
+Export a finished classification run as a folder that timm, torchvision or others load.
 
 python tools/export_model.py --run output/samples/flowers102 --output exported/flowers102
 python tools/export_model.py --run output/samples/flowers102 --output exported/flowers102 --onnx
@@ -6,58 +14,107 @@ python tools/export_model.py --run output/samples/flowers102 --output exported/f
 Writes model.safetensors, config.json or model.json, and README.md, a model card. Nothing is
 uploaded without --push-to-hub.
 """
+CONVERT = """\
+Convert a ResNet's weights to detectron2's names, or back.
 
-import argparse
-import sys
-from pathlib import Path
+python tools/convert_weights.py --to detectron2 output/pretrain/r50 r50.pkl
+python tools/convert_weights.py --from detectron2 model_final.pth output/from_detectron2
 
-from tract_transfer.cli.main import reports_errors
-
-
-def parse() -> argparse.Namespace:
-    """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="a run folder")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
-    parser.add_argument(
-        "--onnx", action="store_true", help="model.onnx too, checked against torch's outputs"
-    )
-    parser.add_argument("--push-to-hub", metavar="ID", help="upload it as owner/name")
-    parser.add_argument("--private", action="store_true", help="with --push-to-hub: not public")
-    parser.add_argument(
-        "--license", metavar="ID", help="what the card states, such as apache-2.0; else none"
-    )
-    arguments = parser.parse_args()
-    if arguments.private and not arguments.push_to_hub:
-        parser.error("--private goes with --push-to-hub.")
-    return arguments
+The first also writes r50.yaml: normalization mean and std, and the ResNet in detectron2's own keys.
+The second reads such a YAML, or the config.yaml that detectron2 writes into every OUTPUT_DIR.
+"""
 
 
 @reports_errors
 def main() -> int:
-    """Export, and upload where told; return the exit code."""
-    arguments = parse()
+    """Export a run, and upload it if asked; return the exit code."""
+    parser = make_parser(EXPORT)
+    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="a run folder")
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument(
+        "--onnx", action="store_true", help="also write model.onnx, checked against torch's outputs"
+    )
+    parser.add_argument("--push-to-hub", metavar="ID", help="upload it as owner/name")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: not public")
+    parser.add_argument(
+        "--license", metavar="ID", help="license in the model card, such as apache-2.0"
+    )
+    arguments = parser.parse_args()
+    hub_id = arguments.push_to_hub
+    if arguments.private and not hub_id:
+        parser.error("--private goes with --push-to-hub.")
+
     from tract_transfer.run.export import check_hub, export_run, push
 
-    hub_id = arguments.push_to_hub
     if hub_id:
         check_hub(hub_id)
-    made = export_run(
+    exported = export_run(
         arguments.run,
         arguments.output,
         onnx=arguments.onnx,
         hub_id=hub_id,
         license_id=arguments.license,
     )
-    print(f"{arguments.output}: {made.library} {made.name}")
-    if made.reason:
-        print(f"It loads with tract_transfer alone: {made.reason}")
+    print(f"{arguments.output}: {exported.library} {exported.name}")
+    if exported.reason:
+        print(f"It loads with tract_transfer alone: {exported.reason}")
     if hub_id:
         print(push(arguments.output, hub_id, private=arguments.private))
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+@reports_errors
+def convert() -> int:
+    """Convert weights to or from detectron2's names; return the exit code."""
+    parser = make_parser(CONVERT)
+    direction = parser.add_mutually_exclusive_group(required=True)
+    direction.add_argument("--to", choices=["detectron2"], help="IN is a run folder, OUT a file")
+    direction.add_argument(
+        "--from", choices=["detectron2"], dest="source", help="IN is a file, OUT a run folder"
+    )
+    parser.add_argument("input", metavar="IN", type=Path, help="run folder, or .pkl or .pth file")
+    parser.add_argument("output", metavar="OUT", type=Path, help=".pkl or .pth file, or new folder")
+    parser.add_argument(
+        "--config-file",
+        metavar="YAML",
+        type=Path,
+        help="with --from: detectron2's config of the weights (default: the YAML beside them)",
+    )
+    parser.add_argument(
+        "--method",
+        help="with --from: the method that reports name (default: that of the file, or vanilla)",
+    )
+    arguments = parser.parse_args()
+    if arguments.to and (arguments.config_file or arguments.method):
+        parser.error("--config-file and --method go with --from: a run folder has its own.")
+    print("\n".join((to_detectron2 if arguments.to else from_detectron2)(arguments)))
+    return 0
+
+
+def to_detectron2(arguments: argparse.Namespace) -> list[str]:
+    """Write a run folder's backbone in detectron2's format; return the files."""
+    from tract_transfer.models.weights import build_from_metadata, load_weights, read_metadata
+    from tract_transfer.models.weights_detectron2 import save_detectron2
+
+    metadata = read_metadata(arguments.input)
+    backbone = build_from_metadata(metadata)
+    load_weights(backbone, arguments.input)
+    return [str(arguments.output), str(save_detectron2(arguments.output, backbone, metadata))]
+
+
+def from_detectron2(arguments: argparse.Namespace) -> list[str]:
+    """Write detectron2's ResNet as a run folder for model.weights; return the lines to print."""
+    from tract_transfer.models.weights import has_metadata, save_backbone
+    from tract_transfer.models.weights_detectron2 import load_detectron2
+
+    output = arguments.output
+    if has_metadata(output):
+        raise ValueError(f"{output} already contains a backbone. Name another folder.")
+    backbone, metadata, unused = load_detectron2(arguments.input, arguments.config_file)
+    metadata = {**metadata, "converted_from": str(arguments.input)}
+    if arguments.method:
+        metadata["method"] = arguments.method
+    output.mkdir(parents=True, exist_ok=True)
+    save_backbone(output, backbone, metadata)
+    names = f"not converted: {', '.join(unused[:4])}{' ...' if len(unused) > 4 else ''}"
+    return [f"{output}: {backbone.origin['name']}", *([names] if unused else [])]

@@ -1,19 +1,32 @@
-"""How a tool ends that cannot do what it was asked: one line on stderr, and an exit code.
+"""What all commands share: a dispatcher, exit codes and the arguments of a command line.
 
-0 all was done; 1 it failed, or something was found wrong; 2 it was refused: command, config, data
-or folder have to be changed first; 128 + n it was ended by signal n.
+Exit codes: 0 success; 1 failure, or problems found; 2 refused, as command line, config, data or
+folder must be changed first; 128 + n ended by signal n.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
 from functools import wraps
-
-from tract_transfer.files import FAILED, REFUSED
+from importlib import import_module
+from typing import Any
 
 INTERRUPTED = 130
-# What another try would meet again, until somebody changes something.
+# Name -> module of this package and its function.
+COMMANDS = {
+    "train": ("train", "main"),
+    "suite": ("suite", "main"),
+    "report": ("report", "main"),
+    "predict": ("predict", "main"),
+    "analyze": ("analyze", "main"),
+    "check-data": ("data", "check"),
+    "visualize-data": ("data", "visualize"),
+    "export": ("export", "main"),
+    "convert": ("export", "convert"),
+}
+# Errors that repeat until the user changes something, and others that are not mistakes in the code.
 _REFUSALS = (
     ValueError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError,
     IsADirectoryError, PermissionError,
@@ -21,30 +34,43 @@ _REFUSALS = (
 _FAILURES = (RuntimeError, OSError, FloatingPointError)  # OSError: a full disk, a lost connection
 
 
-def reports_errors(main: Callable[[], int]) -> Callable[[], int]:
-    """Let a tool's `main` end as this module says, and not by a traceback.
+def main() -> int:
+    """Run the command that the first argument names: `python -m tract_transfer.cli.main train`."""
+    parser = argparse.ArgumentParser(prog="tract_transfer", add_help=False)
+    parser.add_argument("command", choices=COMMANDS)
+    name = parser.parse_args(sys.argv[1:2]).command
+    module, function = COMMANDS[name]
+    sys.argv = [f"tract_transfer {name}", *sys.argv[2:]]
+    code: int = getattr(import_module(f"tract_transfer.cli.{module}"), function)()
+    return code
 
-    Errors of other kinds are mistakes in the code, and keep theirs; so do all where the environment
-    has TRACT_TRANSFER_TRACEBACK.
+
+def reports_errors(command: Callable[[], int]) -> Callable[[], int]:
+    """Make a command report errors in one line on stderr and by its exit code.
+
+    Errors of other kinds are mistakes in the code and keep their traceback. So do all if the
+    environment has TRACT_TRANSFER_TRACEBACK.
     """
 
-    @wraps(main)
+    @wraps(command)
     def run() -> int:
         try:
-            return main()
+            return command()
         except KeyboardInterrupt:
             print("SIGINT: ended.", file=sys.stderr)
             return INTERRUPTED
         except (*_REFUSALS, *_FAILURES) as error:
             if os.environ.get("TRACT_TRANSFER_TRACEBACK"):
                 raise
-            return tell(error)
+            return print_error(error)
 
     return run
 
 
-def tell(error: Exception) -> int:
-    """Print an error as `error: why` or `failed: SomeError: why`; return the exit code."""
+def print_error(error: Exception) -> int:
+    """Print `error: why` or `failed: SomeError: why`; return the exit code."""
+    from tract_transfer.files import FAILED, REFUSED  # imports yaml
+
     if isinstance(error, _REFUSALS):
         print(f"error: {error}", file=sys.stderr)
         return REFUSED
@@ -52,30 +78,40 @@ def tell(error: Exception) -> int:
     return FAILED
 
 
-# --- Types of command-line arguments, for argparse: a value out of range is refused by its name
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser that prints its description as it is written."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Return what reads a whole number from `least` on."""
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add a config file and its overrides, for `parse_intermixed_args`."""
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML, see configs/")
+    add_overrides(parser)
 
-    def read(text: str) -> int:
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add overrides of a config's keys."""
+    override = "or key value: overrides the file's key"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=override)
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:
+    """Return the type of an argument that is an int or a float within limits."""
+
+    def read(text: str) -> Any:
         try:
-            number = int(text)
+            value = kind(text)
         except ValueError:
-            number = least - 1
-        if number < least:
-            raise argparse.ArgumentTypeError(f"a whole number, {least} at least; got {text}")
-        return number
+            value = math.nan
+        if not least <= value <= most:
+            limits = f">= {least}" if most == math.inf else f"in [{least}, {most}]"
+            raise argparse.ArgumentTypeError(f"must be {kind.__name__} {limits}, got {text}")
+        return value
 
     return read
 
 
-def fraction(text: str) -> float:
-    """Read a number between 0 and 1."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"a number between 0 and 1; got {text}")
-    return number
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,45 +9,42 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tract_transfer.cli.main import at_least, reports_errors
+from tract_transfer.cli.main import add_config, make_parser, number, reports_errors
 
 if TYPE_CHECKING:
     from tract_transfer.config.schema import Config
 
 
-def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML, see configs/")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in output_dir")
+    parser = make_parser(__doc__)
+    add_config(parser)
+    parser.add_argument("--resume", action="store_true", help="resume the run in output_dir")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
-        "--eval-only", action="store_true", help="measure the checkpoint in output_dir, no training"
+        "--eval-only", action="store_true", help="evaluate the checkpoint in output_dir"
     )
     instead.add_argument(
-        "--dry-run", action="store_true", help="build all, run two steps, print what it would cost"
+        "--dry-run", action="store_true", help="build everything, run two steps, print the cost"
     )
     instead.add_argument(
         "--debug-batch",
         type=Path,
         metavar="FILE",
-        help="run the step again at which a training was not finite, and tell where it begins",
+        help="repeat the step at which a training was not finite, and print where it starts",
     )
     parser.add_argument(
-        "--num-gpus", type=at_least(1), metavar="N", help="start N processes on this machine's GPUs"
+        "--num-gpus",
+        type=number(int, 1),
+        metavar="N",
+        help="start N processes on this machine's GPUs",
     )
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="or key value: over the file's keys"
-    )
-    arguments = parser.parse_intermixed_args(words)
+    arguments = parser.parse_intermixed_args()
     if arguments.resume and (arguments.eval_only or arguments.debug_batch):
-        parser.error("--resume goes on with a training: leave --eval-only or --debug-batch out.")
+        parser.error("--resume continues a training: leave out --eval-only or --debug-batch.")
     return arguments
 
 
@@ -80,18 +77,16 @@ def main() -> int:
 
 
 def carry_out(arguments: argparse.Namespace, config: "Config") -> list[str]:
-    """Do what the command line asks for; return what to say of it."""
+    """Do what the command line asks for; return the lines to print."""
     from tract_transfer.engine.hooks import format_metric
     from tract_transfer.run.evaluate import evaluate_run, preview, replay_debug_batch
     from tract_transfer.run.run import run
 
-    if arguments.dry_run:
-        return [
-            f"{what:>22}  {value}"
-            for what, value in preview(config, resume=arguments.resume).items()
-        ]
     if arguments.debug_batch is not None:
         return replay_debug_batch(config, arguments.debug_batch)
+    if arguments.dry_run:
+        costs = preview(config, resume=arguments.resume)
+        return [f"{what:>22}  {value}" for what, value in costs.items()]
     if arguments.eval_only:
         metrics = evaluate_run(config)
         return [f"{name:>22}  {format_metric(name, value)}" for name, value in metrics.items()]
@@ -100,25 +95,22 @@ def carry_out(arguments: argparse.Namespace, config: "Config") -> list[str]:
 
 
 def launch(num_gpus: int) -> int:
-    """Let `num_gpus` processes of one group take this one's place.
+    """Replace this process by a group of `num_gpus` processes.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are fewer GPUs.
     """
     import torch
 
-    there = torch.cuda.device_count()
-    if 1 <= num_gpus <= there:
-        group = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}"]
-        # Not as a child: a signal to this process must reach the group.
-        os.execv(
-            sys.executable,
-            [sys.executable, *group, "-m", "tract_transfer.cli.train", *sys.argv[1:]],
+    count = torch.cuda.device_count()
+    if num_gpus > count:
+        raise ValueError(
+            f"--num-gpus {num_gpus}: torch sees {count} GPUs. "
+            "For processes on a CPU: torchrun --nproc-per-node N tools/train_net.py ..."
         )
-    raise ValueError(
-        f"--num-gpus {num_gpus}: torch sees {there} GPUs. "
-        "For processes on a CPU: torchrun --nproc-per-node N tools/train_net.py ..."
-    )
+    group = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}"]
+    command = [sys.executable, *group, "-m", "tract_transfer.cli.train", *sys.argv[1:]]
+    os.execv(sys.executable, command)  # not a child: a signal to this process must reach the group
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""A config: what a task can be told, read from YAML and checked.
+"""The configs of the three tasks, and loading them.
 
 Each task has its own Config, so that a key which a task would ignore is an error.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError, model_validator
 
-from tract_transfer.config.data import ClassificationData, DetectionData, ProbeData, ProbeEvaluation
+from tract_transfer.config.data import ClassificationData, DetectionData, ProbeData
 from tract_transfer.config.file import (
     ConfigError,
     Origins,
@@ -19,6 +19,7 @@ from tract_transfer.config.file import (
     read_config_file,
 )
 from tract_transfer.config.sections import (
+    SELECTION_ONLY,
     ClassificationEvaluation,
     ClassifierConfig,
     DetectionEvaluation,
@@ -26,13 +27,14 @@ from tract_transfer.config.sections import (
     DeviceConfig,
     EngineConfig,
     FeatureModelConfig,
+    ProbeEvaluation,
     Section,
     SolverConfig,
     TractConfig,
 )
-from tract_transfer.files import has_secret
+from tract_transfer.files import redact
 
-# Rows of the paper's tables; those of t1 and t2 are found by the backbone's name and the epochs.
+# Rows of the paper's tables; t1 and t2 have one for each backbone and number of epochs.
 PaperRow = Literal[
     "t1", "t2", "t3_small_400", "t3_small_800", "t3_base_400",
     "t4_cifar10", "t4_cifar100", "t4_flowers102", "t4_stanford_cars", "t5",
@@ -40,9 +42,9 @@ PaperRow = Literal[
 
 
 class BaseConfig(Section):
-    """What all tasks share. `name` and `method` label the run in a report; null derives them.
+    """Keys of every task. `name` and `method` label the run in a report; null derives them.
 
-    `paper`: the row of the paper's tables that a report sets beside the run.
+    `paper`: the row of the paper's tables that a report compares the run with.
     """
 
     output_dir: str
@@ -53,32 +55,35 @@ class BaseConfig(Section):
     _origins: Origins = PrivateAttr(default_factory=dict)
 
     def error(self, key: str, message: str) -> ConfigError:
-        """Return an error about `key` that says where it was set."""
+        """Return an error about `key` that names the file and line that set it."""
         return ConfigError(explain(key, message, self._origins))
 
 
 class TrainedConfig(BaseConfig):
-    """A task that trains."""
+    """Keys of the tasks that train."""
 
     tract: TractConfig = TractConfig()
     solver: SolverConfig
     engine: EngineConfig = EngineConfig()
+    if TYPE_CHECKING:  # each task has its own
+        data: Any
+        evaluation: Any
 
     @model_validator(mode="after")
-    def _selection_has_its_own_data(self) -> "TrainedConfig":
-        data, evaluation = getattr(self, "data", None), getattr(self, "evaluation", None)
-        if evaluation and data and evaluation.report == "best" and data.val is None:
+    def _selection_has_its_own_split(self) -> "TrainedConfig":
+        data, evaluation = self.data, self.evaluation
+        example = "such as data.val: {source: train, fraction: 0.1}"
+        if evaluation.report == "best" and data.val is None:
             raise ValueError(
                 "evaluation.report: best selects a checkpoint, and needs data.val to select on: "
-                "never data.test. Set data.val, such as {source: train, fraction: 0.1}"
+                f"never data.test. Set it, {example}"
             )
-        if evaluation and data and evaluation.patience and None in (data.val, data.test):
+        if evaluation.patience and None in (data.val, data.test):
             raise ValueError(
                 "evaluation.patience chooses by data.val when to end, and needs data.test beside "
-                "it to report: never the same split. Set both, such as data.val: {source: train, "
-                "fraction: 0.1}"
+                f"it to report: never the same split. Set both, {example}"
             )
-        if data and data.val is None and data.test is None:
+        if data.val is None and data.test is None:
             raise ValueError("data.test or data.val is needed: nothing would be measured")
         return self
 
@@ -105,10 +110,36 @@ class ProbeConfig(BaseConfig):
     engine: DeviceConfig = DeviceConfig()
 
     @model_validator(mode="after")
-    def _probes_fit_the_data(self) -> "ProbeConfig":
-        self.evaluation.check(self.data)
+    def _keys_have_an_effect(self) -> "ProbeConfig":
+        if self.data.val is not None and not self.evaluation.selects:
+            raise ValueError(f"data.val has no use here: {SELECTION_ONLY}")
+        if self.data.val is not None and self.evaluation.val_fraction is not None:
+            raise ValueError("give one of data.val and evaluation.val_fraction to select on")
         if self.model.backbone.drop_path is not None:
             raise ValueError("model.backbone.drop_path has no use here: a probe trains no backbone")
+        return self
+
+    @model_validator(mode="after")
+    def _probes_fit_the_labels(self) -> "ProbeConfig":
+        data, evaluation = self.data, self.evaluation
+        kinds: tuple[str, ...] = ("top1", "top5", "mean_per_class")
+        if data.has_many_labels:
+            kinds = ("map_11point", "map_area")
+            has = f"data.train: {data.train.source} has several labels an image"
+            for name in ("knn", "logistic_regression", "linear"):
+                if getattr(evaluation, name) is not None:
+                    raise ValueError(
+                        f"{has}, and evaluation.{name} takes one. Set evaluation.{name}: null, and "
+                        "evaluation.svm"
+                    )
+            if evaluation.few_shot is not None and evaluation.few_shot.classifier != "svm":
+                raise ValueError(f"{has}. Set evaluation.few_shot.classifier: svm")
+        metrics = [f"{probe}_{kind}" for probe in evaluation.probes() for kind in kinds]
+        if evaluation.metric not in metrics:
+            raise ValueError(
+                f"evaluation.metric is {evaluation.metric}, and its probe is left out; measured "
+                f"are: {', '.join(metrics) or 'none: every probe is null'}"
+            )
         return self
 
 
@@ -122,21 +153,20 @@ _ADAPTER: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminato
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file with its `_BASE_`s, apply `key=value` or `key value` overrides, check all.
+    """Read a YAML file with its `_BASE_` files, apply `key=value` overrides, and check it.
 
     Raises:
-        ConfigError: what is wrong, one line a problem: key, problem, fix, file and line.
+        ConfigError: one line a problem: key, problem, fix, file and line.
     """
     return check_config(*read_config_file(Path(path), overrides))
 
 
 def check_config(tree: dict[str, Any], origins: Origins) -> Config:
-    """Make a Config of what `read_config_file` returned, `override`n or not.
+    """Return the Config of a tree that `read_config_file` or `override` returned.
 
     Raises:
         ConfigError: as `load_config`.
     """
-    _refuse_secrets(tree, origins)
     try:
         config = _ADAPTER.validate_python(tree)
     except ValidationError as error:
@@ -146,36 +176,13 @@ def check_config(tree: dict[str, Any], origins: Origins) -> Config:
     return config
 
 
-def _refuse_secrets(tree: Any, origins: Origins) -> None:
-    """Refuse what a run would write into its folder, whose readers it is not for."""
-    texts = dict(_texts(tree))
-    if not has_secret("\n".join(texts.values())):  # all at once: it is asked a thousand times
-        return
-    for key in [key for key, text in texts.items() if has_secret(text)]:
-        message = (
-            "holds a login or a secret, which a run's folder would keep. Give it by the "
-            "environment, such as HF_TOKEN, or by ~/.netrc. Where it is none, leave out the : or = "
-            "behind a word such as key."
-        )
-        raise ConfigError(explain(key, message, origins))
-
-
-def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted keys of a tree, places in lists included, whose values are texts."""
-    if isinstance(tree, str):
-        yield key, tree
-    elif isinstance(tree, dict | list):
-        for name, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _texts(part, f"{key}.{name}" if key else str(name))
-
-
 def dump_config(config: Config) -> str:
-    """Return the whole config as YAML, defaults included; `load_config` reads the same from it."""
-    return dump_yaml(config.model_dump())
+    """Return the whole config as YAML, defaults included and secrets hidden (`without_secrets`)."""
+    return dump_yaml(redact(config.model_dump()))
 
 
-def known_keys(schema: Any, prefix: str = "") -> list[str]:
-    """List the dotted keys of a section, those of its sections included."""
+def known_keys(schema: type[Section], prefix: str = "") -> list[str]:
+    """List the dotted keys of a section and of the sections in it."""
     keys = []
     for name, field in schema.model_fields.items():
         keys.append(prefix + name)
@@ -185,7 +192,7 @@ def known_keys(schema: Any, prefix: str = "") -> list[str]:
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
-    """The sections in a field's type, through unions and annotations."""
+    """Return the sections in a field's type, through unions and annotations."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
     return [section for part in get_args(annotation) for section in _sections(part)]

@@ -1,34 +1,53 @@
-"""The sections of a config: a section of a YAML file is a class, a key is a field.
+"""The sections of a config but its data: a section of a YAML file is a class, a key is a field.
 
-A section goes to a function as arguments of the same names (see build.py).
+Fields become arguments of the same names (see tract_transfer.build).
 """
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-Colour = Annotated[list[Positive], Field(min_length=3, max_length=3)]
-DarkColour = Annotated[list[Fraction], Field(min_length=3, max_length=3)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Channels = Field(min_length=3, max_length=3)
 
 
 class Section(BaseModel):
-    """A part of a config: unknown keys, wrong types and later changes are errors."""
+    """A part of a config: unknown keys, wrong types and assignments are errors."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
 
+    def uses(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield keys, whether they have an effect beside the others, and why not.
 
-# ------------------------------------------------------------------------------------- model
+        A key that has none and is not at its default is an error.
+        """
+        yield from ()
+
+    @model_validator(mode="after")
+    def _every_key_has_an_effect(self) -> "Section":
+        fields = type(self).model_fields
+        for key, has_effect, reason in self.uses():
+            if not has_effect and getattr(self, key) != fields[key].default:
+                raise PydanticCustomError("unused_key", "{reason}", {"key": key, "reason": reason})
+        return self
+
+
+# ------------------------------------------------------------------------------------------ model
 
 
 class DropPathConfig(Section):
     """Stochastic depth: `rate` for every block, or from 0 for the first to `rate` for the last."""
 
-    rate: Annotated[float, Field(gt=0, lt=1)]
+    rate: OpenFraction
     mode: Literal["constant", "linear"]
 
 
@@ -41,15 +60,13 @@ class BackboneConfig(Section):
     name: str | None = None
     stem: Literal["default", "cifar", "patch_norm", "dual_patch_norm", "whitened"] = "default"
     args: dict[str, Any] = {}
-    mean: DarkColour | None = None
-    std: Colour | None = None
+    mean: Annotated[list[Fraction], Channels] | None = None
+    std: Annotated[list[Positive], Channels] | None = None
     drop_path: DropPathConfig | None = None
 
-    @model_validator(mode="after")
-    def _depth_is_told_once(self) -> "BackboneConfig":
-        if self.drop_path is not None and "drop_path_rate" in self.args:
-            raise ValueError("give one of model.backbone.drop_path and args.drop_path_rate")
-        return self
+    def uses(self) -> Iterator[tuple[str, bool, str]]:
+        reason = "give one of model.backbone.drop_path and args.drop_path_rate"
+        yield "drop_path", "drop_path_rate" not in self.args, reason
 
 
 class ComponentConfig(Section):
@@ -60,7 +77,7 @@ class ComponentConfig(Section):
 
 
 class FeatureModelConfig(Section):
-    """A backbone. `weights`: null, `pretrained`, a run folder or a weights file.
+    """A backbone and its weights: null, `pretrained`, a run folder or a weights file.
 
     `ignore_missing`: patterns of names that the file may lack; `adapt_stem`: resample a ViT's
     patches to the backbone's size.
@@ -71,8 +88,13 @@ class FeatureModelConfig(Section):
     ignore_missing: list[str] = []
     adapt_stem: bool = False
 
+    def uses(self) -> Iterator[tuple[str, bool, str]]:
+        reason = "ignore_missing and adapt_stem are for model.weights: a file or folder"
+        for key in ("ignore_missing", "adapt_stem"):
+            yield key, self.weights not in (None, "pretrained"), reason
+
     @model_validator(mode="after")
-    def _backbone_is_known(self) -> "FeatureModelConfig":
+    def _backbone_has_a_name(self) -> "FeatureModelConfig":
         if self.backbone.name is None and self.weights in (None, "pretrained"):
             raise ValueError("model.backbone.name is needed: model.weights names no run folder")
         if self.backbone.name is None and (self.backbone.args or self.backbone.stem != "default"):
@@ -80,38 +102,29 @@ class FeatureModelConfig(Section):
                 "model.backbone.stem and args need model.backbone.name; without it they come from "
                 "model.weights"
             )
-        if self.weights in (None, "pretrained") and (self.ignore_missing or self.adapt_stem):
-            raise ValueError(
-                "model.ignore_missing and model.adapt_stem are for model.weights: a file or folder"
-            )
         return self
 
 
 class ClassifierConfig(FeatureModelConfig):
-    """`bce_target_threshold`: targets above it are 1, all others 0; null leaves them."""
+    """`bce_target_threshold`: targets above it become 1, all others 0; null keeps targets."""
 
     head: ComponentConfig = ComponentConfig(name="linear")
     label_smoothing: Fraction = 0.0
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     bce_target_threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
 
-    @model_validator(mode="after")
-    def _threshold_is_bce_s(self) -> "ClassifierConfig":
-        if self.bce_target_threshold is None:
-            return self
-        if self.loss != "bce":
-            raise ValueError("bce_target_threshold has no use here: it is for model.loss: bce")
-        if self.label_smoothing:
-            raise ValueError(
-                "bce_target_threshold makes of every smoothed target 0 or 1 again: set "
-                "model.label_smoothing: 0, or leave the threshold out"
-            )
-        return self
+    def uses(self) -> Iterator[tuple[str, bool, str]]:
+        yield from super().uses()
+        yield "bce_target_threshold", self.loss == "bce", "it is for model.loss: bce"
+        reason = "bce_target_threshold makes smoothed targets 0 or 1. Leave one of them out"
+        yield "label_smoothing", self.bce_target_threshold is None, reason
 
 
 class DetectorConfig(FeatureModelConfig):
-    """`freeze_at`: stages of the backbone that stay as they are, counted as in detectron2: 1 is the
-    stem. `norm`: whether its BatchNorms train."""
+    """`freeze_at`: number of frozen stages of the backbone, as in detectron2 (1 is the stem).
+
+    `norm`: whether the backbone's BatchNorms train.
+    """
 
     freeze_at: Annotated[int, Field(ge=0, le=5)] = 0
     norm: Literal["trained", "frozen", "synced"] = "trained"
@@ -127,47 +140,38 @@ class TractConfig(Section):
     layers: list[str] | None = None
     update_every: Count = 1
 
-    @model_validator(mode="after")
-    def _off_means_off(self) -> "TractConfig":
-        chosen = self.lam, self.lam_mode, self.layers, self.update_every
-        if not self.enabled and chosen != (0.1, "absolute", None, 1):
-            raise ValueError(
-                "tract.lam, lam_mode, layers and update_every are for tract.enabled: true"
-            )
-        return self
+    def uses(self) -> Iterator[tuple[str, bool, str]]:
+        reason = "tract.lam, lam_mode, layers and update_every are for tract.enabled: true"
+        for key in ("lam", "lam_mode", "layers", "update_every"):
+            yield key, self.enabled, reason
 
 
-# --------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------- evaluation
 
 
 class PeriodicConfig(Section):
-    """How often, in epochs or in iterations; neither is: at the end alone."""
+    """An interval in epochs or in iterations; with neither, only the end of the training."""
 
     every_epochs: Positive | None = None
     every_iters: Count | None = None
 
-    @model_validator(mode="after")
-    def _interval_is_one(self) -> "PeriodicConfig":
-        if None not in (self.every_epochs, self.every_iters):
-            raise ValueError("give one of every_epochs and every_iters")
-        return self
+    def uses(self) -> Iterator[tuple[str, bool, str]]:
+        yield "every_epochs", self.every_iters is None, "give one of every_epochs and every_iters"
 
 
 class SelectingEvaluation(PeriodicConfig):
-    """`report: best` reports the checkpoint that is best on data.val by `metric`; `patience` ends
-    the training after so many evaluations on data.val without a better one."""
+    """`report: best` reports the checkpoint that is best on data.val by `metric`.
+
+    `patience` ends the training after that many evaluations on data.val without an improvement.
+    """
 
     report: Literal["last", "best"] = "last"
     patience: Count | None = None
 
-    @model_validator(mode="after")
-    def _patience_has_evaluations(self) -> "SelectingEvaluation":
-        if self.patience is not None and not (self.every_epochs or self.every_iters):
-            raise ValueError(
-                "patience counts evaluations, and there are none before the end: set "
-                "evaluation.every_epochs or every_iters"
-            )
-        return self
+    def uses(self) -> Iterator[tuple[str, bool, str]]:
+        yield from super().uses()
+        reason = "no evaluation before the end: set evaluation.every_epochs or every_iters"
+        yield "patience", bool(self.every_epochs or self.every_iters), reason
 
 
 class ClassificationEvaluation(SelectingEvaluation):
@@ -178,19 +182,117 @@ class ClassificationEvaluation(SelectingEvaluation):
 
 
 class DetectionEvaluation(SelectingEvaluation):
-    """`protocol`: an entry of evaluation.EVALUATORS; `flip` adds what mirror images show."""
+    """`protocol`: an entry of EVALUATORS; `flip` adds the detections of the mirror image."""
 
     metric: Literal["ap50", "ap75", "ap"] = "ap50"
     protocol: str = "voc2007_devkit"
     flip: bool = False
-    save_detections: Annotated[int, Field(ge=0)] = 8
+    save_detections: CountOrZero = 8
 
 
-# ------------------------------------------------------------------------------------- engine
+class KnnConfig(Section):
+    """Weighted nearest neighbours (DINO); every k is reported."""
+
+    ks: Annotated[list[Count], Field(min_length=1)] = [10, 20, 100, 200]
+    temperature: Positive = 0.07
+
+
+Candidates = Annotated[list[Positive], Field(min_length=1)]
+
+
+class LogisticRegressionConfig(Section):
+    """L-BFGS; C is selected, then all of train is fitted. By default DINOv2's 45 values of C."""
+
+    cs: Candidates = [10 ** (-6 + 11 * i / 44) for i in range(45)]
+    max_iters: Count = 1000
+
+
+class LinearConfig(Section):
+    """SGD with a cosine; learning rate and weight decay are selected, then all of train is fitted.
+
+    `batch_size` counts rows of features.
+    """
+
+    lrs: Candidates = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
+    weight_decays: Annotated[list[NonNegative], Field(min_length=1)] = [0.0]
+    max_epochs: Count = 30
+    batch_size: Count = 256
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class SvmConfig(Section):
+    """A linear SVM for each class (VISSL); its C is selected by cross-validation on train."""
+
+    cs: Candidates = [0.01, 0.1, 1.0, 2.0, 5.0, 10.0, 15.0, 20.0, 50.0, 100.0, 1000.0]
+    folds: Annotated[int, Field(ge=2)] = 3
+    max_iters: Count = 2000
+
+
+class FewShotConfig(Section):
+    """k training images a class, `samplings` times each; mean and deviation are reported.
+
+    `cs` ([0.01, 0.1, 1, 10, 100]) and `folds` (3) are for logistic and svm, `temperature` (0.07)
+    is for knn.
+    """
+
+    ks: Annotated[list[Count], Field(min_length=1)] = [1, 2, 4, 8]
+    samplings: Count = 5
+    classifier: Literal["logistic", "svm", "knn"] = "logistic"
+    cs: Candidates | None = None
+    folds: Annotated[int, Field(ge=2)] | None = None
+    temperature: Positive | None = None
+
+    def uses(self) -> Iterator[tuple[str, bool, str]]:
+        is_knn = self.classifier == "knn"
+        for key, has_effect in (("cs", not is_knn), ("folds", not is_knn), ("temperature", is_knn)):
+            yield key, has_effect, f"it is not for classifier: {self.classifier}"
+
+
+SELECTION_ONLY = (
+    "it is for logistic_regression and linear to select on, and neither runs. Set it null"
+)
+
+
+class ProbeEvaluation(Section):
+    """The probes to run; null excludes one.
+
+    `val_fraction` (0.1) is the part of train that `logistic_regression` and `linear` select on
+    without data.val. `metric`: `knn<k>`, `logistic`, `linear`, `svm` or `shot<k>`, then `_top1`,
+    `_top5` or `_mean_per_class`, or for several labels an image `_map_11point` or `_map_area`.
+    """
+
+    knn: KnnConfig | None = KnnConfig()
+    logistic_regression: LogisticRegressionConfig | None = LogisticRegressionConfig()
+    linear: LinearConfig | None = None
+    svm: SvmConfig | None = None
+    few_shot: FewShotConfig | None = None
+    val_fraction: OpenFraction | None = None
+    metric: str = "logistic_top1"
+
+    def uses(self) -> Iterator[tuple[str, bool, str]]:
+        yield "val_fraction", self.selects, SELECTION_ONLY
+
+    @property
+    def selects(self) -> bool:
+        """Whether a probe selects on data.val, or on a part of train."""
+        return self.logistic_regression is not None or self.linear is not None
+
+    def probes(self) -> list[str]:
+        """Return the names that the metrics of the probes to run start with."""
+        return [
+            *(f"knn{k}" for k in (self.knn.ks if self.knn else ())),
+            *(["logistic"] if self.logistic_regression else []),
+            *(["linear"] if self.linear else []),
+            *(["svm"] if self.svm else []),
+            *(f"shot{k}" for k in (self.few_shot.ks if self.few_shot else ())),
+        ]
+
+
+# ----------------------------------------------------------------------------------------- engine
 
 
 class CheckpointConfig(PeriodicConfig):
-    """`keep` last checkpoints stay, and the best."""
+    """The last `keep` checkpoints are kept, and the best."""
 
     keep: Count = 1
 
@@ -201,8 +303,10 @@ class LogConfig(Section):
 
 
 class DeviceConfig(Section):
-    """`precision` is that of the forward (autocast); weights stay float32. `deterministic`: a run
-    gives the same bits again, or raises where torch cannot."""
+    """`precision` is that of the forward pass (autocast); weights stay float32.
+
+    `deterministic`: repeated runs give the same bits, or raise where torch cannot.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -210,9 +314,11 @@ class DeviceConfig(Section):
 
 
 class EngineConfig(DeviceConfig):
-    """`grad_clip`: the largest gradient norm; `accumulate`: micro-batches of a step; `non_finite`:
-    whether a loss or gradient that is no finite number ends the run, or its step is passed over,
-    as many as `max_skipped` times."""
+    """`grad_clip`: the largest gradient norm; `accumulate`: micro-batches in a step.
+
+    `non_finite`: whether a loss or gradient that is not finite ends the run, or its step is
+    skipped, at most `max_skipped` times.
+    """
 
     grad_clip: Positive | None = None
     accumulate: Count = 1
@@ -222,65 +328,60 @@ class EngineConfig(DeviceConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
-    @model_validator(mode="after")
-    def _stopping_skips_nothing(self) -> "EngineConfig":
-        if self.non_finite == "stop" and self.max_skipped != 10:
-            raise ValueError("engine.max_skipped has no use here: it is of non_finite: skip")
-        return self
+    def uses(self) -> Iterator[tuple[str, bool, str]]:
+        yield "max_skipped", self.non_finite == "skip", "it is for engine.non_finite: skip"
 
 
-# --- The solver's section of a config: optimizer, learning rate, schedule and lengths.
+# ----------------------------------------------------------------------------------------- solver
 
 
 class FirstLayerConfig(Section):
-    """Another optimizer for the first layer alone, on the same schedule."""
+    """Another optimizer for the first layer, on the same schedule."""
 
     optimizer: str
     lr: Positive
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegative = 0.0
     momentum: Fraction | None = None
     nesterov: bool = False
-    optimizer_args: dict[str, Any] = Field(default={})
-
-
-# What an option of the solver is for, said where it would be ignored.
-USES = {
-    "end_factor": "it is of schedule: cosine or cosine_epochs",
-    "step_factor": "it is of schedule: multistep",
-    "warmup_start": "it is of a warm-up, and there is none",
-    "ema_warmup": "it is of the average that ema_decay asks for",
-}
+    optimizer_args: dict[str, Any] = {}
 
 
 class SolverConfig(Section):
-    """Lengths are in epochs or in iterations: the one given counts."""
+    """Optimizer and schedule; lengths are in epochs or in iterations, of which one is given."""
 
     optimizer: str
     lr: Positive
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: NonNegative = 0.0
     momentum: Fraction | None = None
     nesterov: bool = False
     decay_all: bool = True
     bias_lr_factor: Positive = 1.0
-    bias_weight_decay: Annotated[float, Field(ge=0)] | None = None
+    bias_weight_decay: NonNegative | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    optimizer_args: dict[str, Any] = Field(default={})
+    optimizer_args: dict[str, Any] = {}
     max_epochs: Positive | None = None
     max_iters: Count | None = None
     schedule: Literal["cosine", "cosine_epochs", "multistep", "constant"] = "cosine"
     end_factor: Fraction = 0.0
-    warmup_epochs: Annotated[float, Field(ge=0)] | None = None
-    warmup_iters: Annotated[int, Field(ge=0)] | None = None
+    warmup_epochs: NonNegative | None = None
+    warmup_iters: CountOrZero | None = None
     warmup_start: Fraction = 0.0
     steps_epochs: list[Positive] | None = None
     steps_iters: list[Count] | None = None
-    step_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    step_factor: OpenFraction = 0.1
+    ema_decay: OpenFraction | None = None
     ema_warmup: bool = False
     first_layer: FirstLayerConfig | None = None
 
+    def uses(self) -> Iterator[tuple[str, bool, str]]:
+        has_warmup = bool(self.warmup_epochs or self.warmup_iters)
+        yield "end_factor", "cosine" in self.schedule, "it is for schedule: cosine or cosine_epochs"
+        yield "step_factor", self.schedule == "multistep", "it is for schedule: multistep"
+        yield "warmup_start", has_warmup, "there is no warm-up"
+        yield "ema_warmup", self.ema_decay is not None, "it is for the average that ema_decay sets"
+
     @model_validator(mode="after")
-    def _lengths_are_one(self) -> "SolverConfig":
+    def _lengths_have_one_unit(self) -> "SolverConfig":
         for what in ("max", "warmup", "steps"):
             given = [getattr(self, f"{what}_{unit}") is not None for unit in ("epochs", "iters")]
             one = f"give one of solver.{what}_epochs and solver.{what}_iters"
@@ -290,43 +391,28 @@ class SolverConfig(Section):
                 )
             if what == "max" and not any(given):
                 raise ValueError(one)
-        steps = self.steps_epochs or self.steps_iters
-        if (self.schedule == "multistep") != bool(steps):
+        if (self.schedule == "multistep") != bool(self.steps_epochs or self.steps_iters):
             raise ValueError(
                 "solver.schedule: multistep and solver.steps_epochs (or steps_iters) go together"
             )
         return self
 
     @model_validator(mode="after")
-    def _parts_end_before_the_whole(self) -> "SolverConfig":
-        """Compares what has one unit; build_schedule compares the rest, in iterations."""
+    def _parts_are_shorter_than_the_training(self) -> "SolverConfig":
+        """Compare lengths of the same unit; build_schedule compares others, in iterations."""
         for unit in ("epochs", "iters"):
-            length = getattr(self, f"max_{unit}")
-            warmup = getattr(self, f"warmup_{unit}")
-            steps = getattr(self, f"steps_{unit}")
-            if length and warmup and warmup >= length:
+            length = getattr(self, f"max_{unit}") or float("inf")
+            warmup = getattr(self, f"warmup_{unit}") or 0
+            last_step = max(getattr(self, f"steps_{unit}") or [0])
+            if warmup >= length:
                 raise ValueError(
                     f"warmup_{unit} must be less than max_{unit}, and {warmup:g} is not less than "
                     f"{length:g}. Shorten it, or set solver.warmup_{unit}: null"
                 )
-            if length and steps and max(steps) >= length:
+            if last_step >= length:
                 raise ValueError(
-                    f"steps_{unit} must lie before max_{unit}, and {max(steps):g} is not before "
+                    f"steps_{unit} must lie before max_{unit}, and {last_step:g} is not before "
                     f"{length:g}. Move them, or set solver.schedule: constant and "
                     f"solver.steps_{unit}: null"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _options_are_the_schedules(self) -> "SolverConfig":
-        ignored = {
-            "end_factor": "cosine" not in self.schedule and self.end_factor != 0,
-            "step_factor": self.schedule != "multistep" and self.step_factor != 0.1,
-            "ema_warmup": self.ema_decay is None and self.ema_warmup,
-            "warmup_start": not (self.warmup_epochs or self.warmup_iters)
-            and self.warmup_start != 0,
-        }
-        for key, is_ignored in ignored.items():
-            if is_ignored:
-                raise ValueError(f"solver.{key} has no use here: {USES[key]}")
         return self

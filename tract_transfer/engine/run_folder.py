@@ -34,6 +34,7 @@ from tract_transfer.files import (
     RESULTS_NAME,
     atomic_path,
     make_folder,
+    redact,
     remove_temporary_files,
     without_secrets,
     write_json,
@@ -201,7 +202,7 @@ def resume_hint(folder: Path) -> str:
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write results.json, which finishes the run; warn of images that were skipped."""
-    write_json(folder / RESULTS_NAME, results)
+    write_json(folder / RESULTS_NAME, redact(results))
     if skipped := results.get("skipped"):
         logger.warning(
             "%d images that cannot be decoded were skipped (data.undecodable: skip), the first: "
@@ -507,6 +508,11 @@ def _remove_if_unused(folder: Path) -> None:
         folder.rmdir()
 
 
+class _RedactingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return str(redact(super().format(record)))
+
+
 @contextlib.contextmanager
 def _logging_to(folder: Path) -> Iterator[None]:
     """Write the package's log, and the error that ends the run, to `folder/log.txt`."""
@@ -515,7 +521,7 @@ def _logging_to(folder: Path) -> Iterator[None]:
         with path.open("a") as file:  # truncated by a kill
             file.write("\n")
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     package = logging.getLogger("tract_transfer")
     package.addHandler(handler)
     if package.getEffectiveLevel() > logging.INFO:

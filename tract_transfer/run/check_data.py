@@ -1,4 +1,4 @@
-"""Checking all data of a config: everything that is broken, instead of the first."""
+"""Checking all data of a config: everything that is broken, instead of the first error."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
@@ -13,7 +13,7 @@ from tract_transfer.data.findings import Findings, size_checks
 
 @dataclass
 class SplitReport:
-    """A split's broken images and annotations, and what it holds."""
+    """The broken images and annotations of a split, and its statistics."""
 
     name: str
     problems: list[str]
@@ -22,9 +22,9 @@ class SplitReport:
 
 @dataclass
 class DataReport:
-    """What was found in the splits, by `train`, `val` and `test`, and between them.
+    """Reports of the splits (`train`, `val`, `test`), and what is wrong between them.
 
-    `problems` would stop a run or spoil it; `warnings` are worth a look.
+    `problems` stop a run or make its numbers wrong; `warnings` may be harmless.
     """
 
     splits: dict[str, SplitReport] = field(default_factory=dict)
@@ -44,15 +44,15 @@ class DataReport:
 def check_data(config: Config, progress: Progress | None = None) -> DataReport:
     """Open every image and read every annotation of a config's splits.
 
-    What `data.undecodable` and `data.invalid_boxes` would pass over counts as broken here.
+    Images and boxes that `data.undecodable` and `data.invalid_boxes` skip count as broken.
     """
     report = DataReport()
     loaded: dict[str, Loaded] = {}
     item_of: dict[str, str] = {}  # sha256 of the pixels -> split and image
     for name in ("train", "val", "test"):
         section = getattr(config.data, name, None)
-        if section is None or isinstance(section, HeldOutSource):
-            continue  # a carved split is a part of train
+        if section is None or isinstance(section, HeldOutSource):  # a part of train
+            continue
         findings = Findings(collect=True)
         try:
             dataset = load_split(section, f"data.{name}", findings, config.data.max_pixels)
@@ -79,7 +79,7 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
 
 
 def _check_between(loaded: dict[str, Loaded], report: DataReport) -> None:
-    """Add what the splits have wrong together."""
+    """Add problems and warnings about several splits to the report."""
     checks = size_checks(loaded)
     report.warnings += [f"{n}: {check.text}" for n, check in checks.items() if check.differs]
     try:
