@@ -17,7 +17,8 @@ from pathlib import Path
 
 from tract_transfer.build.batches import build_eval_loader
 from tract_transfer.build.data import Data, build_data
-from tract_transfer.build.trainer import build_accelerator, build_evaluator, build_trainer
+from tract_transfer.build.model import build_evaluator
+from tract_transfer.build.trainer import build_accelerator, build_trainer
 from tract_transfer.config.schema import ClassificationConfig, load_config
 from tract_transfer.engine.hooks import evaluate
 from tract_transfer.models import Backbone
