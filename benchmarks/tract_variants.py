@@ -24,7 +24,7 @@ from tract_transfer.engine.hooks import evaluate
 from tract_transfer.models import Backbone
 from tract_transfer.report.statistics import paired_difference, summarize
 
-CONFIG = Path(__file__).parents[1] / "configs" / "samples" / "pretrain.yaml"
+CONFIG = Path(__file__).parent / "configs" / "samples" / "pretrain.yaml"
 SCALES = {  # std for images in [0, 1]; the mean is 0
     "in [0, 1]": 1.0,
     "in [0, 255]": 1 / 255,
