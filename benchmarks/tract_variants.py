@@ -151,12 +151,12 @@ class Results:
 
 def row(variant: Variant, accuracies: dict[str, dict[int, float]]) -> str:
     """Format a table row: mean accuracy and paired difference, in %."""
-    accuracy_by_seed, level = accuracies[variant.name], 0.95
+    accuracy_by_seed = accuracies[variant.name]
     cells = [variant.name, f"{100 * summarize(list(accuracy_by_seed.values())).mean:.1f}"]
     if variant.name == variant.against:
         cells += ["", ""]
     else:
-        difference = paired_difference(accuracy_by_seed, accuracies[variant.against], level)
+        difference = paired_difference(accuracy_by_seed, accuracies[variant.against])
         cells.append(f"{100 * difference.mean:+.1f}")
         has_interval = difference.low is not None and difference.high is not None
         cells.append(
