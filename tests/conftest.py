@@ -123,7 +123,7 @@ def call():
 
 @pytest.fixture(scope="session")
 def refused(tmp_path_factory, pytestconfig):
-    """`pytest.raises` for a bad input with a name, of which docs/errors.md has a row."""
+    """`pytest.raises` for a bad input with a name, of which docs/reference/errors.md has a row."""
     recorder = pytestconfig.pluginmanager.get_plugin(errors_page.RECORDER)
     rows = {} if recorder else errors_page.read_page()
 
@@ -135,7 +135,7 @@ def refused(tmp_path_factory, pytestconfig):
         if recorder:
             recorder.add(what, errors_page.raised_by(caught.tb), message)
         elif not os.environ.get("ERRORS_PAGE_UNCHECKED"):
-            assert rows.get(what) == message, "docs/errors.md has another message: make docs"
+            assert rows.get(what) == message, "docs/reference/errors.md has another message: make docs"
 
     return refuse
 

@@ -89,6 +89,6 @@ def test_readme_quotes_rows_of_cpu_demo():
         lines = [line.strip() for line in text.splitlines()]
         return {tuple(c.strip() for c in line.split("|")) for line in lines if line[:1] == "|"}
 
-    quoted = rows("README.md") & rows("docs/cpu_demo.md")
+    quoted = rows("README.md") & rows("docs/reference/cpu_demo.md")
     tasks = {row[1] for row in quoted}
     assert tasks >= {"pretrain", "cifar100", "flowers102", "stanford_cars", "voc"}

@@ -1,4 +1,4 @@
-"""The configs in docs/detection.md load, and it names every option, detector and protocol."""
+"""The configs in docs/guides/detection.md load, and it names every option, detector and protocol."""
 
 import re
 from dataclasses import asdict
@@ -13,7 +13,7 @@ from tract_transfer.models import DETECTORS
 from tract_transfer.models.detection.options import BoxOptions, RpnOptions
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs/detection.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/guides/detection.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 

@@ -1,11 +1,11 @@
-"""The configs in docs/training.md load, and it names every option of the transforms."""
+"""The configs in docs/guides/training.md load, and it names every option of the transforms."""
 
 import re
 from pathlib import Path
 
 from tract_transfer.config.schema import ClassificationConfig, known_keys, load_config
 
-PAGE = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs/guides/training.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 
