@@ -85,7 +85,7 @@ def recipe(file: Path) -> Recipe:
         optimization = _text(part["solver"], part["engine"], tract, part["evaluation"])
     return Recipe(
         _section(file, config),
-        f"[{file.stem}](../../../{file.relative_to(ROOT).as_posix()})",
+        f"[{file.stem}](../../{file.relative_to(ROOT).as_posix()})",
         _data(changed["data"]),
         _text(part["model"], {"weights": config.model.weights or "none"}),
         _text(part["data"].pop("transforms"), part["data"]),

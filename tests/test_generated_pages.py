@@ -49,7 +49,7 @@ def test_a_changed_config_changes_its_row(tmp_path, monkeypatch):
     (folder / "a.yaml").write_text("\n".join(lines))
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     table = generate.recipe_tables()
-    assert "| [a](../configs/pretrain/a.yaml) | digits: train, test | cifar/resnet18" in table
+    assert "| [a](../../configs/pretrain/a.yaml) | digits: train, test | cifar/resnet18" in table
     assert "sgd, lr 0.25, momentum 0.9, max_epochs 3, cosine, tract.lam 0.2" in table
     assert table.rstrip().endswith("| ours, and a long line of it |")
 
