@@ -1,7 +1,7 @@
-"""Time and size of the report of many long runs.
+"""Measures the time and size of a report of many long runs.
 
-200 run folders (5 tasks x 4 methods x 10 seeds) with 1,000 logged points each, 20 evaluations, 100
-classes, detections of eight photographs and a first layer, all made up:
+It fabricates 200 run folders (5 tasks x 4 methods x 10 seeds), each with 1,000 logged points, 20
+evaluations, 100 classes and a first layer; one seed also has detections on eight images:
 
     python benchmarks/report.py
 """
@@ -26,7 +26,7 @@ SEEDS, POINTS, EVERY, CLASSES = 10, 1_000, 50, 100
 
 
 def write_run(folder: Path, method: str, task: str, seed: int) -> None:
-    """Write one finished run."""
+    """Write one fabricated finished run."""
     random = np.random.default_rng([METHODS.index(method), TASKS.index(task), seed])
     folder.mkdir(parents=True)
     end = 0.6 + 0.02 * METHODS.index(method) + 0.01 * float(random.normal())
@@ -69,7 +69,7 @@ def write_run(folder: Path, method: str, task: str, seed: int) -> None:
 
 
 def main() -> None:
-    """Make the runs, write every format, and print what it took."""
+    """Write the runs and every format of their report; print times and sizes."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)

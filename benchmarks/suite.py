@@ -1,10 +1,9 @@
-"""How long a suite takes beside its runs: planning and skipping 1,000 finished ones, and what a
-second worker gains.
+"""Overhead of a suite: planning and skipping 1,000 finished runs, and the gain of a second worker.
 
-skip        2 methods x 5 tasks x 100 seeds, all finished (made up): seconds of a whole
-            `run_suite.py --dry-run`, the first time and once suite.json knows their configs
-workers     a suite of 8 small trainings of equal length by one worker over the same by two, one
-            thread each, pairs in turns
+skip        2 methods x 5 tasks x 100 seeds, all finished (made up): seconds of a complete
+            `run_suite.py --dry-run`, the first time and once suite.json has the hashes of configs
+workers     time of a suite of 8 small trainings of equal length with one worker, divided by the
+            time with two workers, one thread each
 
     python benchmarks/suite.py [--cases skip workers] [--seeds 100] [--iters 60] [--repeats 3]
 """
@@ -64,7 +63,7 @@ WIDTHS = {"skip": 4, "workers": 16}
 
 
 def write_configs(folder: Path, case: str, seeds: int, iters: int, workers: int = 1) -> Path:
-    """Write a suite and its configs; return the suite's file."""
+    """Write a suite and its configs; return the path of the suite."""
     backbone = f"{{name: cifar/resnet18, args: {{width: {WIDTHS[case]}}}}}"
     (folder / "pretrain.yaml").write_text(TRAINING.format(backbone=backbone, iters=iters))
     ks = (1, 3, 5, 7) if case == "skip" else ()
@@ -81,9 +80,9 @@ def finish(file: Path) -> int:
     """Write what finished runs of the suite leave, without running any; return their number."""
     from tract_transfer.config.file import dump_yaml
     from tract_transfer.config.suite import load_suite
-    from tract_transfer.run.suite import Suite
+    from tract_transfer.run.suite import open_suite
 
-    suite = Suite(load_suite(file), remember=True)
+    suite = open_suite(load_suite(file), remember=True)
     for run in suite.runs:
         run.folder.mkdir(parents=True)
         (run.folder / "config.yaml").write_text(dump_yaml(run.config))
@@ -99,20 +98,20 @@ def finish(file: Path) -> int:
 
 
 def time_of(file: Path, *words: str) -> tuple[float, float, str]:
-    """Return the seconds that a run_suite.py took, on the clock and of a CPU, and what it said."""
+    """Return wall-clock and CPU seconds of a run_suite.py, and its standard output."""
     command = [sys.executable, str(ROOT / "tools/run_suite.py"), "--config-file", str(file), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     took, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return took, cpu, said.stdout
+    return took, cpu, done.stdout
 
 
 def skip(seeds: int, repeats: int) -> None:
     """Print how long it takes to plan and skip finished runs."""
     from tract_transfer.config.suite import load_suite
-    from tract_transfer.run.suite import Suite
+    from tract_transfer.run.suite import open_suite
 
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
@@ -120,23 +119,23 @@ def skip(seeds: int, repeats: int) -> None:
         count = finish(file)
         for known in (False, True):
             if known:
-                suite = Suite(load_suite(file), remember=False)
+                suite = open_suite(load_suite(file), remember=False)
                 assert not suite.take_stock()
-                suite.journal.write(suite.jobs)
+                suite.write()
             seconds, cpu = [], []
             for _ in range(repeats):
-                took, of_cpu, said = time_of(file, "--dry-run")
-                assert said.count("skip: finished") == count, said
-                seconds.append(took)
+                wall_clock, of_cpu, output = time_of(file, "--dry-run")
+                assert output.count("skip: finished") == count, output
+                seconds.append(wall_clock)
                 cpu.append(of_cpu)
             when = "again" if known else "first time"
-            told = f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
-            told += f", {statistics.median(cpu):.2f} s of a CPU"
-            print(f"{count} finished runs planned and skipped, {when}: {told}", flush=True)
+            times = f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+            times += f", {statistics.median(cpu):.2f} s of CPU"
+            print(f"{count} finished runs planned and skipped, {when}: {times}", flush=True)
 
 
 def workers(iters: int, repeats: int) -> None:
-    """Print how much sooner two workers finish than one."""
+    """Print how much faster two workers are than one."""
     ratios = []
     for pair in range(repeats):
         seconds = {}
@@ -156,13 +155,13 @@ def workers(iters: int, repeats: int) -> None:
 
 
 def main() -> None:
-    """Carry out the cases and print what they took."""
+    """Run the cases and print their times."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
-    parser.add_argument("--seeds", type=int, default=100, help="of skip: ten runs each")
-    parser.add_argument("--iters", type=int, default=60, help="of a training of workers")
+    parser.add_argument("--seeds", type=int, default=100, help="of the case skip: ten runs each")
+    parser.add_argument("--iters", type=int, default=60, help="of a training of the case workers")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     if "skip" in arguments.cases:

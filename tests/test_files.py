@@ -1,4 +1,4 @@
-"""Files are whole or not there: at every failure, on a full disk, and for every reader."""
+"""Files are atomic: after every failure, on a full disk, and for every reader."""
 
 import errno
 import json
@@ -12,14 +12,11 @@ from safetensors.torch import save_file
 from tract_transfer.files import (
     DiskFullError,
     atomic_path,
-    check_space,
     make_folder,
     remove_temporary_files,
-    temporary_path,
     write_json,
     write_text,
 )
-from tract_transfer.suite.journal import SuiteLock
 
 
 def fail_with(number):
@@ -29,64 +26,43 @@ def fail_with(number):
     return fail
 
 
-def test_json_is_whole_or_not_there(tmp_path):
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_failed_write_leaves_only_the_old_file(tmp_path, monkeypatch, call):
     write_json(tmp_path / "a.json", {"x": 1.5})
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "a.json", {"x": float("nan")})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1.5}
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call):
-    write_text(tmp_path / "a.txt", "old")
     monkeypatch.setattr(os, call, fail_with(errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
-        write_text(tmp_path / "a.txt", "new")
-    assert (tmp_path / "a.txt").read_text() == "old"
-    assert entries(tmp_path) == ["a.txt"]
+        write_json(tmp_path / "a.json", {"x": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1.5}
+    assert entries(tmp_path) == ["a.json"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_told_with_folder_and_bytes(tmp_path, monkeypatch, number, refused):
+def test_the_error_of_a_full_disk_names_folder_and_bytes(tmp_path, monkeypatch, number, refused):
     monkeypatch.setattr(os, "fsync", fail_with(number))
     with refused("a full disk", DiskFullError) as caught:
         write_text(tmp_path / "a.txt", "x" * 1234)
     message = str(caught.value)
     assert f"No space left in {tmp_path}: a.txt needs 1,234 bytes" in message
-    assert "Make room, and go on with --resume" in message
+    assert "Free some space, then resume with --resume" in message
 
 
-def test_tensors_on_a_full_disk_are_told_too(small_disk):
-    """safetensors has an error of its own for it."""
+def test_a_full_disk_is_recognized_in_the_error_of_safetensors(small_disk):
     tensors = {"a": torch.zeros(1 << 19)}
     with (
         pytest.raises(DiskFullError, match=r"a\.safetensors needs 2,097,152 bytes"),
-        atomic_path(small_disk / "a.safetensors", 1 << 21) as aside,
+        atomic_path(small_disk / "a.safetensors", 1 << 21) as temporary,
     ):
-        save_file(tensors, aside)
+        save_file(tensors, temporary)
     assert entries(small_disk) == []
 
 
-def test_what_cannot_fit_is_refused_before_the_first_byte(small_disk):
-    check_space(small_disk, "a", 1 << 19)
-    with pytest.raises(DiskFullError, match="a needs 2,097,152 bytes"):
-        check_space(small_disk, "a", 1 << 21)
-
-
-def test_leftovers_are_removed_and_nothing_else(tmp_path):
+def test_only_temporary_files_are_removed(tmp_path):
     for name in (".a.json.0123abcd.part", ".hidden", "b.part"):
         (tmp_path / name).touch()
     remove_temporary_files(tmp_path)
     assert entries(tmp_path) == [".hidden", "b.part"]
-
-
-def test_a_suite_clears_what_a_kill_left_of_its_own_files(tmp_path):
-    for name in ("suite.json", ".plan.json", "report.html"):
-        temporary_path(tmp_path / name).write_text("half")
-    lock = SuiteLock(tmp_path)
-    lock.acquire()
-    lock.release()
-    assert not [name for name in entries(tmp_path) if name.endswith(".part")]
 
 
 def test_every_new_folder_is_synced(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
-"""Annotations made to be wrong: the readers end in an error that names the file, or in boxes.
+"""Random wrong annotations: a reader raises an error that names the file, or returns valid boxes.
 
-`make fuzz` gives each test 10,000 inputs, others every time; the suite a few, always the same.
+`make fuzz` gives each test 10,000 new inputs; the suite gives it a few, always the same.
 """
 
 import json
@@ -17,7 +17,7 @@ OBJECTS = [("dog", (4, 5, 5, 7.5)), ("cat", (1, 1, 20, 20))]
 
 
 def check_boxes(dataset):
-    """What a reader lets pass are boxes in their images."""
+    """All boxes that a reader returns are in their images."""
     for index in range(len(dataset)):
         target, (height, width) = dataset.target(index), dataset.size(index)
         assert len(target["labels"]) == len(target["boxes"]) == len(target["area"])
@@ -28,13 +28,13 @@ def check_boxes(dataset):
 
 
 def check_reading(load, file):
-    """Each way of reading ends in data, or in an error that names the file."""
+    """Every policy returns data or raises an error that names the file."""
     for findings in (Findings(), Findings("clip"), Findings(collect=True)):
-        found = said_by(lambda findings=findings: check_boxes(load(findings=findings)))
-        assert found is None or str(file) in found
+        message = said_by(lambda findings=findings: check_boxes(load(findings=findings)))
+        assert message is None or str(file) in message
 
 
-# --------------------------------------------------------------------------------------- VOC
+# VOC.
 
 ODD = ["nan", "inf", "-inf", "1e400", "1e-320", "", " ", "0x10", "1_0", "９", "9" * 400, "½", "1,5"]
 number = st.one_of(
@@ -45,7 +45,7 @@ word = st.one_of(st.sampled_from([*NAMES, "eel", "", "&e;", "<b/>", "]]>"]), st.
 
 @st.composite
 def element(draw, tag, inside):
-    """An element that may be missing, double, without an end, or hold another one."""
+    """An element that may be missing, doubled, without an end, or with another one inside."""
     text = draw(inside)
     shape = draw(
         st.sampled_from(["{0}{1}{2}"] * 8 + ["", "{0}{1}{2}{0}{2}", "{0}{1}", "{0}<x>{1}</x>{2}"])
@@ -122,7 +122,7 @@ def test_voc_split_files(voc, content):
         file.write_bytes(whole)
 
 
-# -------------------------------------------------------------------------------------- COCO
+# COCO.
 
 
 @pytest.fixture(scope="module")

@@ -11,38 +11,30 @@ def shapes() -> Registry:
     def build_square(side: float) -> float:
         return side * side
 
+    assert build_square(3) == 9  # the decorator returns what it registers
     registry.register("a/circle of any name")(len)
     return registry
 
 
-def test_an_entry_is_what_was_registered(shapes):
+def test_get_returns_the_registered_entry(shapes):
     assert shapes.get("square")(3) == 9
     assert shapes.get("a/circle of any name") is len
     assert "square" in shapes
     assert {name for name, _ in shapes} == {"square", "a/circle of any name"}
 
 
-def test_registering_gives_the_entry_back(shapes):
-    def triangle() -> None: ...
-
-    assert shapes.register("triangle")(triangle) is triangle
-
-
-def test_a_name_is_taken_once(shapes):
+def test_a_name_can_be_registered_once(shapes):
     with pytest.raises(AssertionError, match="square"):
         shapes.register("square")(len)
     assert shapes.get("square") is not len
 
 
-def test_a_miss_names_the_nearest_and_all(shapes):
+def test_an_unknown_name_lists_all_and_suggests_the_nearest(shapes):
     with pytest.raises(KeyError) as error:
         shapes.get("sqare")
     assert error.value.args[0] == (
         "SHAPES has no 'sqare'. Did you mean 'square'? Known: ['a/circle of any name', 'square']"
     )
-    with pytest.raises(KeyError) as error:
-        shapes.get("zzz")
-    assert "Did you mean" not in error.value.args[0]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
-"""Files that are whole or not there: written aside, synced, renamed into place.
+"""Atomic files, and the redaction of secrets in what is written to them.
 
-A kill at any moment leaves the old file or the new one, and beside it at most one that
-`remove_temporary_files` knows. So does a power failure where the disk keeps what it says is synced.
+A file is written under a temporary name, synced and renamed. A kill at any moment leaves the old
+file or the new one, and at most one temporary file, which `remove_temporary_files` removes. So does
+a power failure, if the disk keeps what it reports as synced.
 """
 
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -22,57 +24,59 @@ import yaml
 CONFIG_NAME, RESULTS_NAME, ENVIRONMENT_NAME = "config.yaml", "results.json", "environment.json"
 METRICS_NAME = "metrics.jsonl"
 RESULTS_FORMAT = 1
-# Exit codes of commands and runs; a signal's is 128 + its number.
+SUITE_NAME, SUITE_FORMAT = "suite.json", 1  # a suite's state
+# Exit codes of commands and runs; after a signal it is 128 + its number.
 FAILED, REFUSED = 1, 2
-_ASIDE = ".part"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_TEMPORARY = ".part"
+# In the message of the system's error, and of safetensors' own.
+_DISK_FULL = re.compile(rf"(?:Errno|os error) (?:{errno.ENOSPC}|{errno.EDQUOT})\b")
 
 
 class DiskFullError(OSError):
-    """There is no room for a file; the one it was to replace is as it was."""
+    """There is no space for a file; the file that it was to replace is unchanged."""
 
 
 def temporary_path(path: Path) -> Path:
-    """Return a new name beside `path`, which `remove_temporary_files` knows."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_ASIDE}")
+    """Return a new name next to `path`, which `remove_temporary_files` recognizes."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path, needed_bytes: int | None = None) -> Iterator[Path]:
-    """Yield a name beside `path` to write a file to, which then takes the place of `path`.
+    """Yield a temporary path to write to, and rename it to `path` at the end.
 
     Raises:
-        DiskFullError: the disk or a quota is full; whatever fails, `path` stays as it was.
+        DiskFullError: the disk or a quota is full. After any error, `path` is unchanged.
     """
-    aside = temporary_path(path)
+    temporary = temporary_path(path)
     try:
         with reports_full_disk(path.parent, path.name, needed_bytes):
-            yield aside
-            sync(aside)
-            aside.replace(path)
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
             sync(path.parent)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text: a reader sees the old file or the new."""
-    with atomic_path(path, len(text.encode())) as aside:
-        aside.write_text(text, encoding="utf-8")
+    """Write UTF-8 text atomically."""
+    with atomic_path(path, len(text.encode())) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON: a reader sees the old file or the new.
+    """Write JSON atomically.
 
     Raises:
-        ValueError: a number is not finite, which JSON does not know.
+        ValueError: a number is not finite; JSON has none of these.
     """
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def sha256_of(file: Path) -> str:
-    """Return the sha256 (hex) of a file's bytes, read a block at a time."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -90,7 +94,7 @@ def sync(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, and wait until their names are on the disk."""
+    """Create a folder and its parents, and wait until they are on the disk."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -98,115 +102,92 @@ def make_folder(path: Path) -> None:
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what a process that was killed left aside in `folder`."""
-    for aside in folder.glob(f".*{_ASIDE}"):
-        aside.unlink(missing_ok=True)
+    """Remove the temporary files of killed processes from `folder`."""
+    for temporary in folder.glob(f".*{_TEMPORARY}"):
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def reports_full_disk(folder: Path, what: str, needed_bytes: int | None = None) -> Iterator[None]:
-    """Turn the error of a full disk into one that names folder, file and what is missing."""
+def reports_full_disk(folder: Path, name: str, needed_bytes: int | None = None) -> Iterator[None]:
+    """Turn the error of a full disk into a DiskFullError that names folder, file and bytes."""
     try:
         yield
     except Exception as error:
-        if not _is_full(error):
+        if not _DISK_FULL.search(str(error)):
             raise
         free = shutil.disk_usage(folder).free
-        need = "" if needed_bytes is None else f" needs {needed_bytes:,} bytes and"
+        needs = "" if needed_bytes is None else f" needs {needed_bytes:,} bytes, and"
         raise DiskFullError(
-            f"No space left in {folder.absolute()}: {what}{need} found {free:,} free, or the end "
-            "of a quota. What was there before is whole. Make room, and go on with --resume."
+            f"No space left in {folder.absolute()}: {name}{needs} {free:,} bytes are free, or a "
+            "quota is used up. The files written before are intact. Free some space, then resume "
+            "with --resume."
         ) from error
 
 
-def check_space(folder: Path, what: str, needed_bytes: int) -> None:
-    """Refuse before the first byte what cannot fit.
-
-    Raises:
-        DiskFullError: the disk of `folder` has fewer than `needed_bytes` free.
-    """
-    with reports_full_disk(folder, what, needed_bytes):
-        if shutil.disk_usage(folder).free < needed_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _is_full(error: Exception) -> bool:
-    """Whether it is the system's error, or the same one as safetensors words it."""
-    if isinstance(error, OSError):
-        return error.errno in _FULL
-    return any(f"(os error {number})" in str(error) for number in _FULL)
-
-
-# --- What is not for a file: texts that are secrets, or are named like them.
+# Secrets.
 
 HIDDEN = "***"
-_LONG = r"token|secret|passw(?:or)?d|passphrase|credentials?|api_?key|access_?key|private_?key"
-_NAME = rf"(?:[\w.-]*(?:{_LONG})|(?:[\w.-]*[._-])?(?:key|auth))"
-_SECRET_NAME = re.compile(rf"(?i)-*{_NAME}")
-# hub.token=x, {token: x}, ?token=x&y, --api-key=x: what follows such a name.
-_NAMED = re.compile(rf"(?i)(?<![\w.-])(-*{_NAME}['\"]?\s*[:=]\s*['\"]?)([^\s,}}&'\"]+)")
-_LOGIN = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-# As Hugging Face, GitHub, GitLab and AWS give them out.
-_TOKEN = re.compile(
-    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|glpat-[\w-]{20,}"
+_NAME = (
+    r"(?:[\w.-]*(?:token|secret|passw(?:or)?d|passphrase|credentials?|(?:api|access|private)_?key)"
+    r"|(?:[\w.-]*[._-])?(?:key|auth))"
+)
+_SECRET_NAME = re.compile(_NAME, re.IGNORECASE)
+# hub.token=x, {token: x}, ?token=x&y, --api-key=x, auth: Bearer x
+_NAMED_VALUE = re.compile(
+    rf"(?<![\w.-])({_NAME}['\"]?\s*[:=]\s*['\"]?)((?:(?:bearer|basic)\s+)?[^\s,}}&'\"]+)",
+    re.IGNORECASE,
+)
+# Logins in URLs; tokens of Hugging Face, GitHub, GitLab and AWS.
+_LOGIN_OR_TOKEN = re.compile(
+    r"(?<=://)[^/@\s]+(?=@)"
+    r"|\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,}|glpat-[\w-]{20,}"
     r"|A[KS]IA[0-9A-Z]{16})"
 )
-_PLAIN = re.compile(r"(?i)(?:true|false|null|none|-?[0-9]{0,6}(?:\.[0-9]+)?)")
-# "The key: more data" is a sentence: the name alone, and a word of letters after the space.
-_SENTENCE = re.compile(
-    r"(?i)(?<![\w.-])(?:key|token|secret|auth|credential)s?: +(?!bearer|basic)[^\W\d_]{1,19}"
-    r"(?=[\s.,;:!?)]|$)"
-)
-_SHORTEST = 12  # characters of a secret in the environment that is looked for
+_HARMLESS = re.compile(r"true|false|null|none|-?[0-9]{0,6}(?:\.[0-9]+)?", re.IGNORECASE)
+_SHORTEST = 12  # characters of an environment variable's value that counts as a secret
+
+
+def redact(content: Any) -> Any:
+    """Return a text, or nested plain values, with *** in place of secrets.
+
+    Secrets are: a value named like a token, key, secret, password or credential (`hub.token=x`);
+    the value of an environment variable with such a name; a login in a URL; and a token with the
+    prefix of Hugging Face, GitHub, GitLab or AWS. Numbers, booleans and null are never secrets.
+    """
+    if isinstance(content, str):
+        for secret in _environment_secrets():
+            content = content.replace(secret, HIDDEN)
+        content = _LOGIN_OR_TOKEN.sub(HIDDEN, content)
+        return _NAMED_VALUE.sub(lambda match: match[1] + _hide(match[2]), content)
+    if isinstance(content, Mapping):
+        return {key: _redact_after(str(key), value) for key, value in content.items()}
+    return [redact(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:
-    """Return a command's words with *** for its secrets.
-
-    These are values named like a token, key, secret, password or credential, values of environment
-    variables of such names, logins in addresses, and tokens that are known by their beginning.
-    Numbers and true, false and null are none.
-    """
-    shown: list[str] = []
-    hide = False
-    for word in words:
-        is_name = _SECRET_NAME.fullmatch(word) is not None
-        shown.append(HIDDEN if hide and not _PLAIN.fullmatch(word) else _hidden(word))
-        hide = is_name and not hide
-    return shown
+    """Redact the words of a command; `abc` in `--api-key abc` is a secret too."""
+    return [_redact_after(before, word) for before, word in itertools.pairwise(["", *words])]
 
 
-def has_secret(text: str) -> bool:
-    """Whether a text holds a login, a known token, or what `without_secrets` hides by its name.
-
-    A sentence such as "The key: more data" does not: passwords and values with digits still do.
-    """
-    rest = _SENTENCE.sub("", text)
-    return _hidden(rest) != rest
+def _redact_after(name: str, value: Any) -> Any:
+    if isinstance(value, str) and _SECRET_NAME.fullmatch(name):
+        return _hide(value)
+    return redact(value)
 
 
-def _hidden(word: str) -> str:
-    for secret in _of_environment():
-        word = word.replace(secret, HIDDEN)
-    word = _TOKEN.sub(HIDDEN, _LOGIN.sub(HIDDEN, word))
-    return _NAMED.sub(
-        lambda m: m[0] if _PLAIN.fullmatch(m[2]) else f"{m[1]}{HIDDEN}",
-        word,
-    )
+def _hide(value: str) -> str:
+    return value if _HARMLESS.fullmatch(value) else HIDDEN
 
 
-def _of_environment() -> list[str]:
-    """Return the values of environment variables that are named like secrets, the longest first."""
+def _environment_secrets() -> list[str]:
+    """Return the values of environment variables with the name of a secret, longest first."""
     values = [value for name, value in os.environ.items() if _SECRET_NAME.fullmatch(name)]
-    secrets = [value for value in values if len(value) >= _SHORTEST and not _PLAIN.fullmatch(value)]
-    return sorted(secrets, key=len, reverse=True)
-
-
-# --- Settings on one line, as YAML names them: `lr: 0.1, steps: [2, 4], clip: null`.
+    long = [v for v in values if len(v) >= _SHORTEST and not _HARMLESS.fullmatch(v)]
+    return sorted(long, key=len, reverse=True)
 
 
 def as_yaml(settings: Mapping[str, object]) -> str:
-    """Return nested plain values as flow YAML, without the outer braces."""
+    """Return nested plain values as YAML on one line: `lr: 0.1, steps: [2, 4], clip: null`."""
     plain = json.loads(json.dumps(settings, default=str))
     text = yaml.safe_dump(
         plain, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")

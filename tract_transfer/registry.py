@@ -1,7 +1,7 @@
-"""The registry that backbones, heads, detectors and evaluators share.
+"""The registry class of backbones, heads, detectors, evaluators and other open sets.
 
-Each registry stands in the module that holds its entries (`BACKBONES` in models/backbones.py),
-so that importing a registry fills it: none is ever empty.
+Each registry lives in the module that defines its entries (`BACKBONES` in models/backbones.py), so
+importing a registry also fills it.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,10 +14,10 @@ Entry = TypeVar("Entry", bound=Callable[..., Any])
 
 
 class Registry(FvcoreRegistry):  # type: ignore[misc]
-    """fvcore's Registry with free names, whose miss names the nearest entry and all known."""
+    """fvcore's Registry with arbitrary names, and an error that suggests the nearest one."""
 
     def register(self, name: str) -> Callable[[Entry], Entry]:
-        """Register the decorated class or function as `name`; a name can be taken once."""
+        """Register the decorated class or function as `name`, which must be new."""
 
         def add(entry: Entry) -> Entry:
             self._do_register(name, entry)
@@ -29,17 +29,17 @@ class Registry(FvcoreRegistry):  # type: ignore[misc]
         """Return the entry registered as `name`.
 
         Raises:
-            KeyError: `name` is not registered; the message lists what is.
+            KeyError: there is none; the message lists all names.
         """
         if name not in self:
-            known = sorted(key for key, _ in self)
+            names = sorted(key for key, _ in self)
             raise KeyError(
-                f"{self._name} has no {name!r}.{did_you_mean(name, known)} Known: {known}"
+                f"{self._name} has no {name!r}.{did_you_mean(name, names)} Known: {names}"
             )
         return super().get(name)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the nearest of `known`, or an empty string."""
+    """Return ` Did you mean 'x'?` for the nearest name in `known`, or an empty string."""
     near = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -61,7 +61,7 @@ BAD_LINES = {
     f"run_suite.py {QUICK_SUITE} output_dir=./nowhere methods.tract.downstream={{slover:}}": (
         "slover: unknown"
     ),
-    f"run_suite.py {QUICK_SUITE} baseline=tarct": "'tarct' is none of methods ['vanilla',",
+    f"run_suite.py {QUICK_SUITE} baseline=tarct": "'tarct' is not one of the methods ['vanilla',",
     f"visualize_data.py {PRETRAIN} data.train.classes=[12]": "data.train.classes",
 }
 

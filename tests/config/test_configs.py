@@ -12,8 +12,7 @@ from tract_transfer.build.model import build_model
 from tract_transfer.config.schema import DetectionConfig, ProbeConfig, dump_config, load_config
 from tract_transfer.config.suite import load_suite
 from tract_transfer.run.run import run as run_config
-from tract_transfer.run.suite import Suite, list_plan
-from tract_transfer.run.suite_plan import plan_suite
+from tract_transfer.run.suite import draft_runs, inspect_runs, list_plan, open_suite
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared/data"
@@ -174,7 +173,7 @@ def test_the_samples_have_the_images_that_the_configs_name(path, tmp_path, monke
 @pytest.mark.parametrize("path", SUITES, ids=name_of)
 def test_a_suites_runs_are_configs(path):
     suite = load_suite(path)
-    runs = plan_suite(suite, lambda config, needed: None)
+    runs = inspect_runs(suite, draft_runs(suite), lambda config, needed: None)
     stages = ([suite.pretrain] if suite.pretrain else []) + list(suite.tasks.values())
     seeds = [getattr(stage, "seeds", None) or suite.seeds for stage in stages]
     labels = [(run.task, method, run.seed) for run in runs for method in (run.method, *run.also)]
@@ -200,7 +199,7 @@ def test_a_suites_dry_run_lists_every_run(path, monkeypatch, tmp_path):
         write_voc(tmp_path / "data", [("dog", (1, 2, 30, 20))])
         for name, numbers in (("trainval", "0\n2\n"), ("test", "1\n")):
             (tmp_path / f"data/VOC2007/ImageSets/Main/{name}.txt").write_text(numbers)
-    suite = Suite(load_suite(path, [f"output_dir={tmp_path}/suite"]), remember=False)
+    suite = open_suite(load_suite(path, [f"output_dir={tmp_path}/suite"]), remember=False)
     lines = list_plan(suite, suite.take_stock())
     assert len(lines) == len(suite.runs) >= len(suite.config.methods) * len(suite.config.seeds)
     assert all(line.endswith("  run") for line in lines)

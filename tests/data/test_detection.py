@@ -1,243 +1,466 @@
+"""Detection data: every format gives the same images and boxes, and wrong boxes are reported."""
+
+import json
+from io import BytesIO
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from box_data import NAMES, WRITERS, coco_tree, picture, place, write_coco, write_rows, write_voc
 from PIL import Image
 
 from tract_transfer.data.classification import check_same_classes
+from tract_transfer.data.coco import load_coco
+from tract_transfer.data.detection import BoxReader, ImageFiles, ImageLabels
 from tract_transfer.data.findings import Findings
-from tract_transfer.data.images import UndecodableImage
+from tract_transfer.data.huggingface import load_huggingface_boxes
+from tract_transfer.data.images import UndecodableImage, content_hashes
 from tract_transfer.data.voc import VOC_CLASSES, load_voc
 
-SHARED = Path(__file__).parents[2] / "../shared/data/voc"
-SIZE = "<size><width>40</width><height>30</height><depth>3</depth></size>"
+SHARED = Path(__file__).parents[3] / "shared/data/voc"
+GOOD = [("dog", (4, 5, 5, 7.5)), ("cat", (0, 0, 40, 30))]
+# name -> (box xyxy, what the error says, what `clip` makes of it)
+WRONG = {
+    "inverted": ((20, 5, 10, 9), "the box is empty or inverted", None),
+    "empty": ((20, 5, 20, 9), "the box is empty or inverted", None),
+    "too thin for float32": ((20, 5, 20.001, 9), "the box is empty or inverted", None),
+    "nan": ((float("nan"), 5, 20, 9), "finite number", None),
+    "infinite": ((3, 5, float("inf"), 9), "finite number", None),
+    "partly outside": ((20, 5, 50, 9), "must lie in the image of 40x30 pixels", [20, 5, 40, 9]),
+    "wholly outside": ((50, 5, 60, 9), "must lie in the image of 40x30 pixels", None),
+    "negative": ((-3, -2, 6, 9), "must lie in the image of 40x30 pixels", [0, 0, 6, 9]),
+}
+pytestmark = pytest.mark.usefixtures("offline_cache")
+all_sources = pytest.mark.parametrize("source", WRITERS)
 
 
-def box(*corners):
-    sides = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=False)
-    return "<bndbox>" + "".join(f"<{side}>{value}</{side}>" for side, value in sides) + "</bndbox>"
-
-
-def thing(name="cat", corners=(1, 1, 40, 30), more=""):
-    return f"<object><name>{name}</name>{more}{box(*corners)}</object>"
-
-
-def write(devkit, annotations, split="train", lines=None):
-    """Write a devkit; annotations maps an id to the inside of its XML."""
-    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
-        (devkit / folder).mkdir(parents=True, exist_ok=True)
-    for image_id, inside in annotations.items():
-        (devkit / f"Annotations/{image_id}.xml").write_text(f"<annotation>{inside}</annotation>")
-        Image.new("RGB", (40, 30), (9, 9, 9)).save(devkit / f"JPEGImages/{image_id}.jpg")
-    text = "".join(f"{line}\n" for line in (annotations if lines is None else lines))
-    (devkit / f"ImageSets/Main/{split}.txt").write_text(text)
-
-
-PART = f"<part><name>head</name>{box(1, 1, 2, 2)}</part>"
-
-
-@pytest.fixture
-def devkit(tmp_path):
-    inside = {
-        "a": SIZE + thing("dog", (5, 6, 5, 7.5), f"{PART}<difficult>1</difficult>") + thing(),
-        "b": thing("person"),
-        "c": SIZE,
-    }
-    write(tmp_path / "VOCdevkit/VOC2007", inside)
-    return tmp_path / "VOCdevkit/VOC2007"
-
-
-@pytest.mark.parametrize("up", ["..", "../.."])
-def test_boxes_become_zero_based_and_exclusive(devkit, up):
-    dataset = load_voc(devkit / up, ["2007/train"])
+@all_sources
+def test_all_formats_give_the_same_data(source, tmp_path):
+    dataset = WRITERS[source](tmp_path / "data", GOOD)()
+    assert len(dataset) == 3
+    assert dataset.class_names == ["cat", "dog"]
     target = dataset.target(0)
     assert target["boxes"].tolist() == [[4, 5, 5, 7.5], [0, 0, 40, 30]]
-    assert target["boxes"].dtype == torch.float32
-    assert target["labels"].tolist() == [VOC_CLASSES.index("dog"), VOC_CLASSES.index("cat")]
-    assert target["difficult"].tolist() == [True, False]
+    assert target["boxes"].dtype == target["area"].dtype == torch.float32
+    assert target["labels"].tolist() == [1, 0]
+    assert target["labels"].dtype == torch.int64
+    assert target["area"].tolist() == [2.5, 1200]
+    assert not (target["difficult"] | target["crowd"]).any()
     assert target["image_id"] == 0
+    assert [len(dataset.target(index)["labels"]) for index in range(3)] == [2, 1, 0]
     assert dataset.target(2)["boxes"].shape == (0, 4)
-    assert dataset.image(1).shape == (3, 30, 40)
-    assert dataset.size(1) == (30, 40)  # from the header: its XML has none
-    assert dataset.item(1).endswith("b.jpg")
+    assert dataset.size(0) == (30, 40)
+    assert dataset.class_counts.tolist() == [1, 2]
+    reds = torch.tensor([float(dataset.image(index)[0, 0, 0]) for index in range(3)])
+    assert (reds - torch.tensor([0.0, 60, 120])).abs().max() <= 3
 
 
-def test_any_folder_name_and_several_sets(devkit):
-    write(devkit.parent / "scenes", {"a": SIZE}, split="val")
-    dataset = load_voc(devkit.parent, ["2007/train", "scenes/val"])
-    assert len(dataset) == 4
-    assert dataset.class_names == list(VOC_CLASSES)
+@all_sources
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_box_is_an_error_or_is_clipped_and_listed(source, kind, tmp_path, refused):
+    box, message, clipped = WRONG[kind]
+    load = WRITERS[source](tmp_path / "data", [GOOD[0], ("cat", box), GOOD[1]])
+    with refused(
+        f"a box that is {kind} ({source})", ValueError, match=r"set data\.invalid_boxes: clip"
+    ) as caught:
+        load()
+    assert place(source, 2, "cat") in str(caught.value)
+    assert message in str(caught.value)
+    findings = Findings("clip")
+    boxes = load(findings=findings).target(0)["boxes"].tolist()
+    assert boxes == [[4, 5, 5, 7.5], *([clipped] if clipped else []), [0, 0, 40, 30]]
+    (text,) = findings.clipped_boxes
+    assert place(source, 2, "cat") in text
+    assert text.endswith("clipped" if clipped else "dropped")
 
 
-def test_select_keeps_objects_with_their_image(devkit):
-    dataset = load_voc(devkit.parent, ["2007/train"])
+@all_sources
+def test_collecting_reports_all_problems_and_keeps_good_objects(source, tmp_path):
+    wrong = [("cat", box) for box, _, _ in WRONG.values()]
+    findings = Findings(collect=True)
+    load = WRITERS[source](tmp_path / "data", [*wrong, GOOD[0], ("eel", (1, 1, 2, 2))])
+    dataset = load(findings=findings)
+    assert len(findings.problems) == len(WRONG) + 1
+    for number, problem in enumerate(findings.problems[:-1], start=1):
+        assert place(source, number, "cat") in problem
+    assert dataset.target(0)["boxes"].tolist() == [[4, 5, 5, 7.5]]
+    assert len(dataset) == 3
+
+
+def test_collecting_reports_every_line_and_file_of_a_devkit(tmp_path):
+    load = write_voc(tmp_path, GOOD)
+    devkit = tmp_path / "VOC2007"
+    (devkit / "Annotations/1.xml").write_text("<broken>")
+    (devkit / "ImageSets/Main/train.txt").write_text("0\nzz\n0\n2 2\n1\n")
+    findings = Findings(collect=True)
+    dataset = load(findings=findings)
+    parts = ["line 2 needs", "line 3 repeats", "line 4 must", "1.xml is"]
+    assert all(part in text for part, text in zip(parts, findings.problems, strict=True))
+    assert [Path(dataset.item(index)).stem for index in range(len(dataset))] == ["0"]
+
+
+@all_sources
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((-0.99, 3, 40.99, 30.4), [0, 3, 40, 30]),  # less than a pixel outside is rounding
+        ((39, 29, 40, 30), [39, 29, 40, 30]),
+    ],
+)
+def test_rounding_errors_are_clipped_and_one_pixel_is_a_box(source, box, expected, tmp_path):
+    findings = Findings()
+    dataset = WRITERS[source](tmp_path / "data", [("cat", box)])(findings=findings)
+    assert dataset.target(0)["boxes"].tolist() == [expected]
+    assert findings.clipped_boxes == []
+
+
+@all_sources
+def test_images_without_objects_besides_crowds_can_be_dropped(source, tmp_path):
+    dataset = WRITERS[source](tmp_path / "data", GOOD)()
+    kept = dataset.with_objects()
+    assert [kept.item(index) for index in range(len(kept))] == [dataset.item(0), dataset.item(1)]
+    assert kept.with_objects() is kept
+    crowd = dataset.select([0, 1], "crowds")
+    crowd.objects.crowd[:2] = True
+    assert crowd.with_objects().item(0) == dataset.item(1)
+
+
+def test_a_selection_keeps_the_objects_of_its_images(tmp_path):
+    dataset = write_voc(tmp_path, GOOD)()
     chosen = dataset.select([2, 0], "part")
     assert [len(chosen.target(i)["labels"]) for i in range(2)] == [0, 2]
     assert torch.equal(chosen.target(1)["boxes"], dataset.target(0)["boxes"])
     assert chosen.fingerprint() != dataset.fingerprint()
     assert dataset.select([0, 1, 2], "all").fingerprint() == dataset.fingerprint()
     assert len(dataset.select([], "none")) == 0
-    assert "train has no example of 17 of 20 classes" in check_same_classes({"train": dataset})[0]
+    twenty = load_voc(tmp_path, ["2007/train"])
+    assert "train has no example of 18 of 20 classes" in check_same_classes({"train": twenty})[0]
 
 
 @pytest.mark.parametrize("what", ["boxes", "labels", "difficult", "crowd", "areas"])
-def test_a_fingerprint_covers_every_object(devkit, what):
-    dataset = load_voc(devkit.parent, ["2007/train"])
+def test_a_fingerprint_covers_every_object(what, tmp_path):
+    dataset = write_voc(tmp_path, GOOD)()
     before = dataset.fingerprint()
     rows = getattr(dataset.objects, what)
     rows[1] = ~rows[1] if rows.dtype == bool else rows[1] + 1
     assert dataset.fingerprint() != before
 
 
-def test_two_columns_keep_all_but_minus_one(devkit):
-    write(devkit, {}, "cat_train", ["a  1", "b -1", "c  0"])
-    dataset = load_voc(devkit.parent, ["2007/cat_train"])
-    assert [Path(dataset.item(i)).stem for i in range(2)] == ["a", "c"]
-    assert len(dataset) == 2
+# Images and their annotated sizes.
 
 
-@pytest.mark.parametrize(
-    ("objects", "message"),
-    [
-        (thing() + thing("catt"), r"a.xml object 2 \(catt\): unknown class. Did you mean 'cat'"),
-        (thing(corners=(1, 1, 40)), r"object 1 \(cat\): <ymax> must be a finite number, not None"),
-        (thing(corners=(1, "nan", 40, 30)), "<ymin> must be a finite number, not 'nan'"),
-        (thing(corners=(1, 1, "wide", 30)), "<xmax> must be a finite number, not 'wide'"),
-        (thing(corners=(9, 1, 8, 30)), "empty or inverted: xmin 9, ymin 1, xmax 8"),
-        (thing(corners=(0, 1, 8, 30)), r"must lie in the image of 40x30 pixels, but is xmin 0"),
-        (thing(corners=(1, 1, 41, 30)), r"must lie in .* xmax 41"),
-        (thing(more="<difficult>yes</difficult>"), "<difficult> must be 0 or 1, not 'yes'"),
-        ("<broken>", "a.xml is not a readable XML file"),
-    ],
-)
-def test_bad_objects_name_file_number_and_class(objects, message, tmp_path):
-    write(tmp_path / "VOC2007", {"a": SIZE + objects})
-    with pytest.raises(ValueError, match=message):
-        load_voc(tmp_path, ["2007/train"])
+def exif_of(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
 
 
-@pytest.mark.parametrize(
-    ("lines", "error", "message"),
-    [
-        ([], ValueError, "train.txt names no image"),
-        (["", "  "], ValueError, "train.txt names no image"),
-        (["a", "zz"], FileNotFoundError, r"train.txt line 2 needs .*zz.xml"),
-        (["noimage"], FileNotFoundError, r"train.txt line 1 needs .*noimage.jpg"),
-        (["a 2"], ValueError, "line 1 must be an id"),
-        (["a", "a"], ValueError, r"line 2 repeats 'a', already in .*line 1"),
-    ],
-)
-def test_bad_split_files_name_file_and_line(lines, error, message, tmp_path):
-    write(tmp_path / "VOC2007", {"a": SIZE, "noimage": SIZE}, lines=lines)
-    (tmp_path / "VOC2007/JPEGImages/noimage.jpg").unlink()
-    with pytest.raises(error, match=message):
-        load_voc(tmp_path, ["2007/train"])
+GRAY = np.full((30, 40), 77, dtype=np.uint8)
+KINDS = {
+    "gray": (Image.fromarray(GRAY), {"format": "JPEG"}),
+    "palette": (Image.fromarray(GRAY).convert("P"), {"format": "PNG"}),
+    "16-bit": (Image.fromarray(GRAY.astype(np.uint16) * 257), {"format": "PNG"}),
+    "CMYK": (Image.fromarray(GRAY).convert("CMYK"), {"format": "JPEG"}),
+    "turned": (
+        Image.fromarray(GRAY.T.copy()).convert("RGB"), {"format": "JPEG", "exif": exif_of(6)},
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("voc_set", "error", "message"),
-    [
-        ("2012/train", FileNotFoundError, r"VOC2012/Annotations.*Set data.val.root"),
-        ("2007/trian", FileNotFoundError, r"Did you mean 'train'.*Set data.val.sets"),
-        ("2007", ValueError, "must be <year>/<split>"),
-    ],
-)
-def test_unknown_sets_name_the_fix(devkit, voc_set, error, message, refused):
-    with refused(f"the VOC set {voc_set}", error, match=message):
-        load_voc(devkit.parent, [voc_set], key="data.val")
+@pytest.mark.parametrize("source", ["voc", "coco"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_image_becomes_rgb_of_the_annotated_size(source, kind, tmp_path):
+    dataset = WRITERS[source](tmp_path / "data", GOOD)()
+    image, options = KINDS[kind]
+    image.save(dataset.item(0), **options)
+    assert dataset.image(0).shape == (3, 30, 40)
+    assert (dataset.image(0).float() - 77).abs().max() <= 3
 
 
-DOCTYPES = {
-    "internal entity": '<!DOCTYPE x [<!ENTITY e "e">]>',
-    "bomb": '<!DOCTYPE x [<!ENTITY a "aa"><!ENTITY b "&a;&a;"><!ENTITY e "&b;&b;">]>',
-    "external entity": '<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]>',
-    "unknown encoding": '<?xml version="1.0" encoding="none-such"?>',
+CORNERS = np.kron(np.array([[0, 80], [160, 240]], dtype=np.uint8), np.ones((20, 20), np.uint8))
+# How a viewer turns the stored pixels, by EXIF orientation.
+TURNED = {
+    1: lambda a: a,
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.T,
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).T,
+    8: np.rot90,
 }
 
 
-@pytest.mark.parametrize("kind", DOCTYPES)
-def test_entities_are_refused(devkit, kind, refused):
-    text = f"{DOCTYPES[kind]}<annotation><folder>&e;</folder>{SIZE}{thing()}</annotation>"
-    (devkit / "Annotations/a.xml").write_text(text)
-    with refused(
-        f"XML with entities or encoding: {kind}",
-        ValueError,
-        match=r"a.xml is not a readable XML file: .*Repair it",
-    ):
-        load_voc(devkit.parent, ["2007/train"])
+def write_turned(source, folder, stored, orientation, size):
+    """The data of box_data, its first image with this orientation and annotated (height, width)."""
+    photo, exif, (height, width) = Image.fromarray(stored), exif_of(orientation), size
+    if source == "huggingface":
+        annotated = {"height": [height, 30, 30], "width": [width, 40, 40]}
+        return write_rows(folder, [], more=annotated, first=(photo, exif))()
+    dataset = WRITERS[source](folder, [])()
+    photo.save(dataset.item(0), exif=exif, format="PNG")
+    if source == "voc":
+        text = f"<size><width>{width}</width><height>{height}</height></size>"
+        path = folder / "VOC2007/Annotations/0.xml"
+        path.write_text(f"<annotation>{text}</annotation>")
+        return load_voc(folder, ["2007/train"])
+    tree = coco_tree([])
+    tree["images"][0] |= {"height": height, "width": width}
+    (folder / "boxes.json").write_text(json.dumps(tree))
+    return load_coco(folder / "images", folder / "boxes.json")
 
 
-def test_a_split_file_of_other_bytes_names_the_line(devkit, refused):
-    (devkit / "ImageSets/Main/train.txt").write_bytes(b"a\n\xff\xfe\n")
-    with refused(
-        "a VOC split file that is no text", FileNotFoundError, match=r"train.txt line 2 needs"
-    ):
-        load_voc(devkit.parent, ["2007/train"])
+@all_sources
+@pytest.mark.parametrize("orientation", TURNED)
+def test_the_exif_orientation_is_applied_if_the_annotated_size_asks_for_it(
+    source, orientation, tmp_path
+):
+    """If both sizes fit, VOC and COCO use the image as stored, Hugging Face data upright."""
+    for number, stored in enumerate((CORNERS[:30], CORNERS)):
+        upright = TURNED[orientation](stored)
+        for size in {stored.shape, upright.shape}:
+            folder = tmp_path / f"{number}-{size[0]}"
+            dataset = write_turned(source, folder, stored, orientation, size)
+            fits_both = stored.shape == upright.shape
+            is_stored = (source != "huggingface") if fits_both else size == stored.shape
+            expected = stored if is_stored else upright
+            assert np.array_equal(dataset.image(0)[0], expected)
+            assert np.array_equal(dataset.select([0], "one").image(0)[0], expected)
+            unclear = orientation if fits_both and is_stored else 1
+            assert dataset.unfollowed_orientation(0) == unclear
 
 
-def test_without_a_size_a_broken_image_waits_for_its_access(devkit):
-    (devkit / "JPEGImages/b.jpg").write_bytes(b"broken")
-    dataset = load_voc(devkit.parent, ["2007/train"])
+@pytest.mark.parametrize("source", ["voc", "coco"])
+def test_broken_images_raise_when_accessed_and_cached_images_stay(source, tmp_path):
+    dataset = WRITERS[source](tmp_path / "data", GOOD)()
+    file = Path(dataset.item(0))
+    file.write_bytes(file.read_bytes()[:60])
+    dataset.cache_images()
+    Image.new("RGB", (50, 50)).save(dataset.item(1))
+    assert dataset.image(1).shape == dataset.select([1], "one").image(0).shape == (3, 30, 40)
+    with pytest.raises(UndecodableImage, match="cannot be decoded"):
+        dataset.image(0)
+    again = WRITERS[source](tmp_path / "again", GOOD)()
+    Image.new("RGB", (50, 50)).save(again.item(1))
+    with pytest.raises(ValueError, match=r"has 50x50 pixels .* its annotation says 40x30"):
+        again.image(1)
+
+
+# VOC.
+
+
+def test_a_missing_size_is_that_of_the_image_and_a_broken_image_has_no_boxes(tmp_path):
+    load = write_voc(tmp_path, GOOD)
+    devkit = tmp_path / "VOC2007"
+    for number in (0, 1):
+        file = devkit / f"Annotations/{number}.xml"
+        file.write_text(file.read_text().replace("<width>40</width>", ""))
+    (devkit / "JPEGImages/1.jpg").write_bytes(b"broken")
+    dataset = load()
+    assert dataset.size(0) == (30, 40)
     assert len(dataset.target(1)["labels"]) == 0
-    with pytest.raises(UndecodableImage, match=r"b\.jpg cannot be decoded"):
+    with pytest.raises(UndecodableImage, match=r"1\.jpg cannot be decoded"):
         dataset.image(1)
 
 
-@pytest.mark.parametrize("tags", ["", "<pose/><truncated/><difficult/>", "<pose>Left</pose>"])
-def test_pose_truncated_and_difficult_may_be_missing_or_blank(tags, tmp_path):
-    write(tmp_path / "VOC2007", {"a": SIZE + thing(more=tags)})
-    target = load_voc(tmp_path, ["2007/train"]).target(0)
-    assert target["difficult"].tolist() == [False]
+@pytest.mark.parametrize(
+    ("tags", "difficult"),
+    [("", False), ("<pose/><truncated/><difficult/>", False), ("<difficult>1</difficult>", True)],
+)
+def test_optional_tags_may_be_missing_or_blank_and_parts_are_ignored(tags, difficult, tmp_path):
+    load = write_voc(tmp_path, GOOD[:1])
+    file = tmp_path / "VOC2007/Annotations/0.xml"
+    part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
+    file.write_text(file.read_text().replace("<bndbox>", f"{tags}{part}<bndbox>"))
+    assert load().target(0)["difficult"].tolist() == [difficult]
 
 
-def test_collecting_tells_every_line_and_file(tmp_path):
-    devkit = tmp_path / "VOC2007"
-    lines = ["a", "zz", "a", "b 2", "c", "d"]
-    write(devkit, {"a": SIZE + thing("catt"), "c": "<broken>", "d": SIZE + thing()}, lines=lines)
-    findings = Findings(collect=True)
-    dataset = load_voc(tmp_path, ["2007/train"], findings=findings)
-    wanted = ["a.xml object 1 (catt)", "line 2 needs", "line 3 repeats", "line 4 must", "c.xml is"]
-    for part, problem in zip(wanted, findings.problems, strict=True):
-        assert part in problem
-    assert [Path(dataset.item(index)).stem for index in range(2)] == ["a", "d"]
-
-
-def test_the_image_must_have_the_annotated_size(devkit):
-    dataset = load_voc(devkit.parent, ["2007/train"])
-    Image.new("RGB", (41, 30)).save(devkit / "JPEGImages/a.jpg")
-    with pytest.raises(ValueError, match=r"a.jpg has 41x30 pixels .* says 40x30"):
-        dataset.image(0)
-
-
-def test_exif_is_followed_only_where_the_size_asks(devkit):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (40, 30)).save(devkit / "JPEGImages/a.jpg", exif=exif)
-    Image.new("RGB", (30, 40)).save(devkit / "JPEGImages/c.jpg", exif=exif)
-    dataset = load_voc(devkit.parent, ["2007/train"])
-    assert dataset.image(0).shape == dataset.image(2).shape == (3, 30, 40)
-
-
-def test_caching_defers_what_cannot_be_decoded(devkit):
-    dataset = load_voc(devkit.parent, ["2007/train"])
-    (devkit / "JPEGImages/a.jpg").write_bytes(b"broken")
-    dataset.cache_images()
-    (devkit / "JPEGImages/b.jpg").unlink()
-    assert dataset.image(1).shape == (3, 30, 40)
-    with pytest.raises(UndecodableImage, match=r"a\.jpg"):
-        dataset.image(0)
+def test_sets_of_any_folder_are_joined_and_lines_with_minus_one_excluded(tmp_path):
+    write_voc(tmp_path / "VOCdevkit", GOOD)
+    write_voc(tmp_path / "other", GOOD)
+    (tmp_path / "other/VOC2007").rename(tmp_path / "VOCdevkit/scenes")
+    lines = tmp_path / "VOCdevkit/scenes/ImageSets/Main/cat_val.txt"
+    lines.write_text("0  1\n1 -1\n2  0\n")
+    dataset = load_voc(tmp_path, ["2007/train", "scenes/cat_val"])
+    assert dataset.class_names == list(VOC_CLASSES)
+    assert [Path(dataset.item(i)).stem for i in range(len(dataset))] == ["0", "1", "2", "0", "2"]
+    assert len(load_voc(tmp_path / "VOCdevkit", ["2007/train"])) == 3
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no sample data")
 def test_real_voc():
     dataset = load_voc(SHARED, ["2007/train", "2007/val"])
     assert len(dataset) == 800
-    assert np.bincount(dataset.labels, minlength=20)[VOC_CLASSES.index("person")] == 770
+    assert dataset.class_counts[VOC_CLASSES.index("person")] == 770
     assert dataset.objects.difficult.sum() == 507
-    assert len(dataset.labels) == dataset.objects.first[-1]
     heights, widths = dataset.sizes[np.repeat(np.arange(800), np.diff(dataset.objects.first))].T
     assert (dataset.objects.boxes[:, :2] >= 0).all()
     assert (dataset.objects.boxes[:, 2] <= widths).all()
     assert (dataset.objects.boxes[:, 3] <= heights).all()
-    assert tuple(dataset.image(7).shape[1:]) == dataset.size(7)
+
+
+# COCO.
+
+
+@pytest.mark.parametrize("order", [["cat", "dog"], ["dog", "cat"]])
+def test_coco_labels_follow_the_category_ids_or_classes(order, tmp_path):
+    load = write_coco(tmp_path / "data", GOOD)
+    dataset = load() if order == ["cat", "dog"] else load(classes=order)
+    assert dataset.class_names == order
+    assert [order[label] for label in dataset.target(0)["labels"]] == ["dog", "cat"]
+
+
+def test_coco_flags_areas_and_ids_are_read(tmp_path):
+    def change(tree):
+        tree["annotations"][0] |= {"iscrowd": 1, "area": 2.0}
+        tree["annotations"][1] |= {"ignore": 1, "area": 10**400}
+        del tree["annotations"][2]["iscrowd"]
+        del tree["images"][0]["width"]
+        tree["images"][1]["width"] = 10**400
+        tree["categories"][0]["id"] = "7"  # ids may be numbers and strings
+        for entry in tree["annotations"]:
+            entry["category_id"] = {7: "7"}.get(entry["category_id"], entry["category_id"])
+
+    dataset = write_coco(tmp_path / "data", GOOD, change)()
+    target = dataset.target(0)
+    assert target["labels"].tolist() == [1, 0]
+    assert target["crowd"].tolist() == [True, False]
+    assert target["difficult"].tolist() == [True, True]
+    assert target["area"].tolist() == [2, 1200]
+    assert dataset.target(1)["difficult"].tolist() == [False]
+    assert dataset.size(0) == (30, 40)  # the image's
+    with pytest.raises(ValueError, match="40x30"):
+        dataset.image(1)
+
+
+# Hugging Face rows.
+
+
+def struct_of_lists(fields):
+    return {name: datasets.List(field) for name, field in fields.items()}
+
+
+def integers(fields):
+    return datasets.List({**fields, "category": datasets.Value("int64")})
+
+
+@pytest.mark.parametrize("feature", [None, struct_of_lists, integers])
+def test_both_layouts_and_plain_integers_read_the_same(feature, tmp_path):
+    load = write_rows(tmp_path, GOOD, feature)
+    dataset = load(classes=NAMES if feature is integers else None)
+    assert dataset.class_names == (NAMES if feature is integers else [*NAMES, "eel"])
+    assert dataset.target(0)["boxes"].tolist() == [[4, 5, 5, 7.5], [0, 0, 40, 30]]
+    assert dataset.target(0)["labels"].tolist() == [1, 0]
+    if feature is not integers:
+        assert load(classes=["eel", "dog", "cat"]).target(0)["labels"].tolist() == [1, 2]
+
+
+FORMATS = {
+    ("xywh", "pixel"): lambda x1, y1, x2, y2: [x1, y1, x2 - x1, y2 - y1],
+    ("xyxy", "pixel"): lambda *box: list(box),
+    ("cxcywh", "pixel"): lambda x1, y1, x2, y2: [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1],
+    ("xyxy", "relative"): lambda x1, y1, x2, y2: [x1 / 40, y1 / 30, x2 / 40, y2 / 30],
+    ("cxcywh", "relative"): lambda x1, y1, x2, y2: [
+        (x1 + x2) / 80, (y1 + y2) / 60, (x2 - x1) / 40, (y2 - y1) / 30,
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("box_format", "unit"), FORMATS)
+def test_every_box_format_gives_the_same_box(box_format, unit, tmp_path):
+    write_rows(tmp_path, GOOD, box=lambda box: FORMATS[box_format, unit](*box))
+    path = str(tmp_path / "train.parquet")
+    dataset = load_huggingface_boxes(path, "train", box_format, box_unit=unit)
+    boxes = dataset.target(0)["boxes"]
+    assert (boxes - boxes.new_tensor([[4, 5, 5, 7.5], [0, 0, 40, 30]])).abs().max() < 1e-5
+
+
+def write_cells(folder, images, things, **columns):
+    """Save rows of objects with all fields, and columns of integers."""
+    fields = {"bbox": datasets.List(datasets.Value("float32")), "category": datasets.Value("int64")}
+    fields |= {name: datasets.Value("float32") for name in ("difficult", "iscrowd", "area")}
+    features = {"image": datasets.Image(), "objects": datasets.List(fields)}
+    features |= {name: datasets.Value("int64") for name in columns}
+    cells = {"image": images, "objects": things, **columns}
+    datasets.Dataset.from_dict(cells, features=datasets.Features(features)).save_to_disk(folder)
+    return str(folder)
+
+
+def thing(**more):
+    given = {"bbox": [1, 2, 3, 4], "category": 0, "difficult": 0, "iscrowd": 0, "area": None}
+    return {**given, **more}
+
+
+def test_flags_and_areas_are_read_and_repeated_image_ids_skipped(tmp_path):
+    things = [thing(difficult=1), thing(iscrowd=1, area=5.5), thing(difficult=None, iscrowd=None)]
+    pictures = [picture(0), picture(1), picture(2)]
+    path = write_cells(tmp_path / "saved", pictures, [things, None, []], image_id=[4, 5, 4])
+    findings = Findings(collect=True)
+    dataset = load_huggingface_boxes(path, "train", "xywh", classes=["cat"], findings=findings)
+    target = dataset.target(0)
+    assert target["difficult"].tolist() == [True, True, False]
+    assert target["crowd"].tolist() == [False, True, False]
+    assert target["area"].tolist() == [12, 5.5, 12]
+    assert len(dataset.target(1)["labels"]) == 0
+    assert [dataset.item(index)[-1] for index in range(len(dataset))] == ["0", "1"]
+    assert len(findings.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "size"),
+    [({}, (30, 40)), ({"width": [40], "height": [30]}, (30, 40)),
+     ({"width": [30], "height": [40]}, (40, 30))],
+)  # fmt: skip
+def test_the_size_of_a_row_is_the_annotated_or_the_upright_one(columns, size, tmp_path):
+    buffer = BytesIO()
+    Image.new("RGB", (30, 40)).save(buffer, "JPEG", exif=exif_of(6))
+    turned = {"bytes": buffer.getvalue(), "path": None}
+    path = write_cells(tmp_path / "saved", [turned], [[thing()]], **columns)
+    dataset = load_huggingface_boxes(path, "train", "xywh", classes=["cat"])
+    assert dataset.size(0) == tuple(dataset.image(0).shape[1:]) == size
+
+
+# Labels of whole images.
+
+
+def test_marks_follow_the_rule_of_voc():
+    """One counted object is a positive; difficult objects alone do not count."""
+    reader = BoxReader(["a", "b", "c"], "data.train", Findings())
+    images = [[(0, False), (0, True)], [(1, True), (1, True), (2, False)], [], [(2, True)]]
+    for objects in images:
+        index = reader.add_image((9, 9))
+        for label, difficult in objects:
+            box = (0, 0, 5, 5)
+            reader.add_object(index, "x", "abc"[label], box, "", difficult=difficult)
+    labels = ImageLabels(reader.dataset("made", ImageFiles([f"{i}.png" for i in range(4)])))
+    expected = [[1, -1, -1], [-1, 0, 1], [-1, -1, -1], [-1, -1, 0]]
+    np.testing.assert_array_equal(labels.marks, expected)
+    assert [labels.target(i) for i in range(4)] == expected
+    assert labels.labels.tolist() == [0, 2]
+    assert labels.class_counts.tolist() == [1, 0, 1]
+    assert labels.item(1) == "1.png"
+
+
+def test_labels_of_images_share_the_images_and_fingerprint_of_the_boxes(tmp_path):
+    objects = write_voc(tmp_path, GOOD)()
+    labels = ImageLabels(objects)
+    assert len(labels) == 3
+    assert labels.fingerprint() == objects.fingerprint()
+    assert labels.encoded(0) == (tmp_path / "VOC2007/JPEGImages/0.jpg").read_bytes()
+    assert len(set(content_hashes(labels.encoded, 3))) == 3
+    labels.cache_images()
+    assert labels.image(1).equal(objects.image(1))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_marks_are_those_of_the_class_files_of_voc(split):
+    files = sorted((SHARED / "VOCdevkit/VOC2007/ImageSets/Main").glob(f"*_{split}.txt"))
+    if not files:
+        pytest.skip("no files of a class in ../shared/data/voc")
+    labels = ImageLabels(load_voc(SHARED, [f"2007/{split}"]))
+    for file in files:
+        written = [int(line.split()[1]) for line in file.read_text().splitlines()]
+        k = labels.class_names.index(file.stem.removesuffix(f"_{split}"))
+        np.testing.assert_array_equal(labels.marks[:, k], written)

@@ -1,3 +1,5 @@
+"""Batches depend on seed and iteration alone, and skip or report what cannot be decoded."""
+
 import random
 import subprocess
 import sys
@@ -17,7 +19,7 @@ AUGMENT = classification_train(32, "random_resized", 0, (0.3, 1.0), 0.5, "biline
 
 
 class Objects:
-    """Twelve images of different sizes, with boxes; those in `broken` cannot be decoded."""
+    """Twelve images of different sizes with boxes; those in `broken` cannot be decoded."""
 
     def __init__(self, broken=()):
         self.broken = broken
@@ -51,16 +53,14 @@ def same_states(a, b):
     return torch.equal(a[0], b[0]) and (a[1] == b[1]).all() and a[2] == b[2]
 
 
-def test_a_sample_depends_on_seed_epoch_and_index_alone():
-    dataset = load_digits("train")
-    before = states()
+def test_a_sample_depends_on_seed_epoch_index_and_copy_alone():
+    dataset, before = load_digits("train"), states()
     first = SampledDataset(dataset, AUGMENT, 0)[Sample(2, 7)].image
     assert same_states(before, states())
     torch.manual_seed(123)
     assert torch.equal(SampledDataset(dataset, AUGMENT, 0)[Sample(2, 7)].image, first)
-    assert not torch.equal(SampledDataset(dataset, AUGMENT, 0)[Sample(3, 7)].image, first)
-    assert not torch.equal(SampledDataset(dataset, AUGMENT, 0)[Sample(2, 7, 1)].image, first)
-    assert not torch.equal(SampledDataset(dataset, AUGMENT, 1)[Sample(2, 7)].image, first)
+    for seed, sample in ((0, Sample(3, 7)), (0, Sample(2, 7, 1)), (1, Sample(2, 7))):
+        assert not torch.equal(SampledDataset(dataset, AUGMENT, seed)[sample].image, first)
 
 
 def batches_with(num_workers, start_iter=0, count=4):
@@ -70,27 +70,19 @@ def batches_with(num_workers, start_iter=0, count=4):
     return list(islice(iter(loader), count))
 
 
-def same_batches(ours, theirs):
-    return all(
-        torch.equal(a.images, b.images)
-        and torch.equal(a.targets, b.targets)
-        and a.indices == b.indices
-        for a, b in zip(ours, theirs, strict=True)
-    )
-
-
 def test_workers_and_resuming_change_no_bit_and_no_global_state():
-    before = states()
-    batches = batches_with(0)
+    before, batches = states(), batches_with(0)
     assert batches[0].images.shape == (4, 3, 32, 32)
     assert batches[0].targets.dtype == torch.int64
-    assert same_batches(batches, batches_with(1))
-    assert same_batches(batches, batches_with(2))
-    assert same_batches(batches[2:], batches_with(1, start_iter=1, count=2))
+    for others in (batches_with(2), batches[:2] + batches_with(1, start_iter=1, count=2)):
+        for ours, other in zip(batches, others, strict=True):
+            assert torch.equal(ours.images, other.images)
+            assert torch.equal(ours.targets, other.targets)
+            assert ours.indices == other.indices
     assert same_states(before, states())
 
 
-def test_an_image_repeated_in_an_epoch_is_augmented_anew_and_reproducibly():
+def test_repetitions_of_an_image_are_augmented_differently_and_reproducibly():
     flip = detection_train([20, 30, 40, 50, 60], 100, 0.5, photometric_prob=0.5)
     order = EpochOrder(12, 12, 0, factors=np.full(12, 4.0))
 
@@ -125,36 +117,22 @@ def test_detection_batches_are_lists():
     assert [batch.indices for batch in loader] == [[1, 3, 5, 7, 9], [11]]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_undecodable_image_stops_with_its_name(num_workers):
-    data = Labels(broken=(4,))
-    loader = eval_loader(data, lambda image: image, batch_size=6, num_workers=num_workers)
+def test_undecodable_images_are_an_error_or_skipped_and_listed():
+    def load(broken, batch_size, **options):
+        data, options = Labels(broken), {"num_workers": 0, **options}
+        return list(eval_loader(data, lambda image: image, batch_size=batch_size, **options))
+
     with pytest.raises(UndecodableImage, match=r"4\.jpg cannot be decoded: cut short.*skip"):
-        list(loader)
-
-
-def test_skipped_images_are_told():
-    def load(broken, batch_size):
-        return list(
-            eval_loader(
-                Labels(broken),
-                lambda image: image,
-                batch_size=batch_size,
-                num_workers=0,
-                undecodable="skip",
-            )
-        )
-
-    first, second = load((1, 4), 6)
+        load((4,), 6, num_workers=1)
+    first, second = load((1, 4), 6, undecodable="skip")
     assert first.indices == [0, 2, 3, 5]
     assert first.targets.tolist() == [0, 2, 0, 2]
     assert first.skipped == ["1.jpg: cut short", "4.jpg: cut short"]
     assert second.skipped == []
-    empty = load((0, 1), 2)[0]
-    assert len(empty.images) == len(empty.targets) == 0
-    assert empty.skipped == ["0.jpg: cut short", "1.jpg: cut short"]
+    empty = load((0, 1), 2, undecodable="skip")[0]
+    assert (len(empty.images), len(empty.targets), len(empty.skipped)) == (0, 0, 2)
     with pytest.raises(ValueError, match=r"data\.undecodable must be error or skip"):
-        SampledDataset(Labels(), lambda image: image, 0, "ignore")
+        load((), 6, undecodable="ignore")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs page-locked memory")
@@ -171,13 +149,13 @@ from tract_transfer.data.transforms import classification_eval
 transform = classification_eval(32, 1.0, "bilinear")
 left_open = iter(eval_loader(load_digits("test"), transform, batch_size=4, num_workers=2))
 next(left_open)
-raise RuntimeError("as from a training")
+raise RuntimeError("a failed training")
 """
 
 
-def test_a_process_that_fails_ends_although_its_workers_leave_signals_alone():
+def test_a_failed_process_ends_although_its_workers_ignore_signals():
     process = subprocess.run(
         [sys.executable, "-c", ENDING], capture_output=True, text=True, timeout=100, check=False
     )
     assert process.returncode == 1
-    assert process.stderr.rstrip().endswith("as from a training")
+    assert process.stderr.rstrip().endswith("a failed training")

@@ -1,4 +1,4 @@
-"""Streams: rows read in groups, their order, and batches that do not depend on who reads them."""
+"""Streams: rows read in groups, and batches that depend neither on workers nor on processes."""
 
 from itertools import chain, islice
 
@@ -6,14 +6,24 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from stream_rows import CROP, NAMES, indices_of, make_rows, order_of
+from stream_rows import CROP, NAMES, indices_of, make_rows, order_of, write_folders, write_shards
 
-from tract_transfer.data.classification import load_huggingface
-from tract_transfer.data.huggingface_streaming import stream_huggingface
+from tract_transfer.data.classification import ClassificationDataset
+from tract_transfer.data.huggingface import load_huggingface
 from tract_transfer.data.loader import eval_loader, stream_loader
-from tract_transfer.data.streaming import StreamBatches, StreamEvalBatches, StreamOrder
+from tract_transfer.data.streaming import (
+    StreamBatches,
+    StreamEvalBatches,
+    StreamOrder,
+    stream_huggingface,
+)
 
 pytestmark = pytest.mark.usefixtures("offline_cache")
+
+
+@pytest.fixture
+def stream(shards):
+    return stream_huggingface(shards, "train")
 
 
 def joined(batches):
@@ -21,15 +31,13 @@ def joined(batches):
 
 
 @pytest.mark.parametrize("kind", ["shards", "file", "saved", "dict"])
-def test_a_stream_shows_what_the_loaded_rows_do(kind, tmp_path, shards):
+def test_a_stream_shows_the_same_rows_as_loading_them(kind, tmp_path, shards):
     path = shards
-    rows = load_huggingface(shards, "train")._source._rows
     if kind == "file":
         path = str(tmp_path / "some.parquet")
         make_rows(70).to_parquet(path, batch_size=5)
     elif kind != "shards":
-        path = str(tmp_path / "saved")
-        rows = datasets.concatenate_datasets([make_rows(70)])
+        path, rows = str(tmp_path / "saved"), make_rows(70)
         (rows if kind == "saved" else datasets.DatasetDict(train=rows)).save_to_disk(path)
     loaded, stream = load_huggingface(path, "train"), stream_huggingface(path, "train")
     assert len(stream) == len(loaded) == 70
@@ -43,24 +51,21 @@ def test_a_stream_shows_what_the_loaded_rows_do(kind, tmp_path, shards):
     assert [index for index, _ in stream.read_from(21)] == list(range(21, 70))
 
 
-def test_an_epoch_is_every_row_once_in_an_order_of_its_own(shards):
-    stream = stream_huggingface(shards, "train")
+def test_an_epoch_shows_every_row_once_in_its_own_order(stream):
     order = order_of(stream, batch_size=10, readers=2)
     assert order.iters_per_epoch == 7
     batches = indices_of(StreamBatches(stream, order), 14)
     first, second = joined(batches[:7]), joined(batches[7:])
     assert sorted(first) == sorted(second) == list(range(70))
-    assert first != second != list(range(70))
-    assert first != sorted(first)
-    again = indices_of(StreamBatches(stream, order_of(stream, 10, readers=2)), 14)
-    assert again == batches
+    assert first != second != list(range(70)) != first
+    assert indices_of(StreamBatches(stream, order_of(stream, 10, readers=2)), 14) == batches
     other = StreamOrder(stream.groups.counts, 10, 4, shuffle_rows=24, readers=2)
     assert indices_of(StreamBatches(stream, other), 14) != batches
+    assert StreamOrder(stream.groups.counts, 6, 0).readers == 2
 
 
 @pytest.mark.parametrize("shuffle_rows", [8, 24, 1000])
-def test_what_a_batch_drops_differs_from_epoch_to_epoch(shards, shuffle_rows):
-    stream = stream_huggingface(shards, "train")
+def test_each_epoch_drops_other_rows(stream, shuffle_rows):
     order = order_of(stream, shuffle_rows=shuffle_rows)  # 8 batches of 8 of 70 rows
     shown = []
     for epoch in range(3):
@@ -72,16 +77,14 @@ def test_what_a_batch_drops_differs_from_epoch_to_epoch(shards, shuffle_rows):
 
 
 @pytest.mark.parametrize("start", [1, 3, 7, 8, 12])
-def test_a_resumed_sequence_is_the_tail(shards, start):
-    stream = stream_huggingface(shards, "train")
+def test_a_resumed_sequence_is_the_tail(stream, start):
     order = order_of(stream)
     whole = indices_of(StreamBatches(stream, order), 20)
     assert indices_of(StreamBatches(stream, order, start), 20 - start) == whole[start:]
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (4, 1), (1, 2), (2, 2)])
-def test_processes_and_micro_batches_share_the_same_batches(shards, world_size, accumulate):
-    stream = stream_huggingface(shards, "train")
+def test_processes_and_micro_batches_share_the_same_batches(stream, world_size, accumulate):
     order = order_of(stream)
     whole = indices_of(StreamBatches(stream, order), 10)
     shares = [
@@ -95,26 +98,21 @@ def test_processes_and_micro_batches_share_the_same_batches(shards, world_size, 
         assert sorted(joined(parts)) == sorted(batch)
 
 
-def test_a_reader_opens_its_own_rows_alone(shards, monkeypatch):
-    stream = stream_huggingface(shards, "train")
-    opened = []
-    read = stream.groups.rows
+def test_a_process_only_reads_the_groups_of_its_readers(stream, monkeypatch):
+    opened, read = [], stream.groups.rows
     monkeypatch.setattr(
         stream.groups, "rows", lambda group, first: opened.append(group) or read(group, first)
     )
     order = order_of(stream)
     list(islice(StreamBatches(stream, order, 0, 0, 4), order.iters_per_epoch))
-    own = {span.group for span in order.spans(0, 0, 0)} | {
-        span.group
-        for span in order.spans(1, 0, 0)  # the block ahead
-    }
-    assert set(opened) <= own
-    assert len({span.group for span in order.spans(0, 0, 0)}) <= len(stream.groups.counts) // 2
+    # The second epoch is read one block ahead.
+    groups = [{span.group for span in order.spans(epoch, 0, 0)} for epoch in (0, 1)]
+    assert set(opened) <= groups[0] | groups[1]
+    assert len(groups[0]) <= len(stream.groups.counts) // 2
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_workers_change_no_bit(shards, num_workers):
-    stream = stream_huggingface(shards, "train")
+def test_workers_change_no_bit(shards, stream, num_workers):
     loaded = load_huggingface(shards, "train")
     batches = StreamBatches(stream, order_of(stream), 1)
     loader = stream_loader(stream.title, CROP, batches, seed=3, num_workers=num_workers)
@@ -126,13 +124,82 @@ def test_workers_change_no_bit(shards, num_workers):
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_an_evaluation_sees_each_image_once_in_order(shards, world_size):
-    stream, loaded = stream_huggingface(shards, "train"), load_huggingface(shards, "train")
+def test_an_evaluation_sees_each_image_once_in_order(shards, stream, world_size):
     images = []
     for rank in range(world_size):
         batches = StreamEvalBatches(stream, 9, rank, world_size)
-        found = list(stream_loader(stream.title, CROP, batches, seed=0, num_workers=0))
-        assert len(found) == len(batches)
-        images += [image for batch in found for image in batch.images]
-    whole = eval_loader(loaded, CROP, batch_size=70, num_workers=0)
+        part = list(stream_loader(stream.title, CROP, batches, seed=0, num_workers=0))
+        assert len(part) == len(batches)
+        images += [image for batch in part for image in batch.images]
+    whole = eval_loader(load_huggingface(shards, "train"), CROP, batch_size=70, num_workers=0)
     assert torch.equal(torch.stack(images), next(iter(whole)).images)
+
+
+def test_an_undecodable_image_is_an_error_or_skipped(tmp_path):
+    broken = (datasets.Image(decode=False), [{"bytes": b"no image", "path": None}] * 2)
+    rows = [make_rows(6), make_rows(2, image=broken).cast_column("image", datasets.Image())]
+    path = str(tmp_path / "train.parquet")
+    datasets.concatenate_datasets(rows).to_parquet(path)
+    stream = stream_huggingface(path, "train")
+    batches = StreamEvalBatches(stream, 12)
+
+    def load(**options):
+        loader = stream_loader(stream.title, CROP, batches, seed=0, num_workers=0, **options)
+        return next(iter(loader))
+
+    with pytest.raises(ValueError, match=r"split train row 6 cannot be decoded"):
+        load()
+    batch = load(undecodable="skip")
+    assert (len(batch.images), len(batch.skipped)) == (6, 2)
+    with pytest.raises(ValueError, match=r"data\.max_pixels 4"):
+        load(max_pixels=4)
+    with pytest.raises(ValueError, match=r"data\.max_pixels 4"):
+        stream_huggingface(path, "train", max_pixels=4).image(0)
+
+
+def test_integers_are_classes_up_to_num_classes(tmp_path):
+    path = write_shards(tmp_path, names=None)
+    stream = stream_huggingface(path, "train", label_column="label", num_classes=3)
+    assert stream.class_names == ["0", "1", "2"]
+
+
+class Builder:
+    """What `datasets` finds on the hub."""
+
+    def __init__(self, files):
+        self.config = type("Config", (), {"data_files": files})
+        self.info = datasets.DatasetInfo(features=None)
+
+
+def test_the_hub_is_read_by_url(stream, tmp_path, monkeypatch):
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for file in sorted(tmp_path.glob("shards/*.parquet")):
+        memory.pipe(f"/hub@5e1f/{file.name}", file.read_bytes())
+    files = [f"memory://{name}" for name in sorted(memory.ls("/hub@5e1f", detail=False))]
+    builder = Builder({datasets.Split.TRAIN: files})
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
+    remote = stream_huggingface("owner/pets", "train")
+    assert remote.origin.hub_id == "owner/pets"
+    assert remote.class_counts is None
+    assert len(remote.fingerprint()) == 64
+    ours, local = (indices_of(StreamBatches(s, order_of(s)), 12) for s in (remote, stream))
+    assert ours == local
+    assert torch.equal(remote.image(33), stream.image(33))
+    builder.config.data_files = {datasets.Split.TRAIN: ["hf://datasets/owner/pets@0/a.tar"]}
+    with pytest.raises(ValueError, match=r"Streaming from the hub reads parquet.*\.tar"):
+        stream_huggingface("owner/pets", "train")
+    with pytest.raises(ValueError, match=r"no split 'test'"):
+        stream_huggingface("owner/pets", "test")
+
+
+def test_a_streamed_image_folder_is_loaded_as_usual(tmp_path):
+    for split, labels in (("train", [0, 1, 2, 0]), ("test", [0, 1])):
+        write_folders(tmp_path / split, labels)
+    (tmp_path / "train/.DS_Store").write_text("")
+    for split in ("train", "test"):
+        ours = stream_huggingface(str(tmp_path), split)
+        assert isinstance(ours, ClassificationDataset)
+        assert ours.class_names == NAMES
+        assert ours.fingerprint() == load_huggingface(str(tmp_path), split).fingerprint()

@@ -1,3 +1,5 @@
+"""Transforms keep shape and type, and move boxes with their image."""
+
 import pytest
 import torch
 
@@ -33,7 +35,7 @@ def test_without_randomness_a_square_of_the_size_is_unchanged(crop):
     assert torch.equal(flipped, image.flip(-1))
 
 
-def test_whole_keeps_the_borders_that_short_cuts_off():
+def test_whole_keeps_the_borders_that_short_crops():
     image = torch.zeros(3, 32, 96, dtype=torch.uint8)
     image[..., :24] = image[..., -24:] = 255
     short, whole = (classification_eval(16, 1.0, "bilinear", name) for name in ("short", "whole"))
@@ -49,23 +51,6 @@ def test_padding_is_black_and_shifts_at_most_by_itself():
     kept = torch.stack([(transform(image) == 255).sum() for _ in range(50)])
     assert kept.min() >= 3 * 13 * 13
     assert len(kept.unique()) > 3
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: classification_train(32, "centre", 4, (1, 1), 0.5, "bilinear"), "crop must be"),
-        (lambda: classification_eval(32, 0.9, "cubic"), "interpolation: must be one of"),
-        (lambda: classification_eval(32, 1.2, "bicubic"), "crop_ratio"),
-        (lambda: classification_eval(32, 0.9, "bicubic", "whole"), "crop_ratio must be 1"),
-        (lambda: classification_eval(32, 1.0, "bicubic", "long"), "resize must be short or whole"),
-        (lambda: detection_train([], 100, 0.5), "short_sides_px"),
-        (lambda: detection_train([200], 100, 0.5), "short_sides_px"),
-    ],
-)
-def test_wrong_arguments_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
 
 
 def make_target(boxes):
@@ -109,20 +94,20 @@ def test_the_long_side_is_capped_and_every_short_side_drawn():
     assert sizes == {(3, 40, 60), (3, 60, 90)}
 
 
-def test_colours_change_as_often_as_asked_and_nothing_else_does():
+def test_colors_change_as_often_as_asked_and_nothing_else_does():
     image, target = noise(40, 60), make_target(BOXES)
     transform = detection_train([40], 60, 0.0, photometric_prob=0.5)
-    found = [transform(image, target) for _ in range(60)]
-    assert {(tuple(x.shape), x.dtype) for x, _ in found} == {((3, 40, 60), torch.uint8)}
-    same = sum(torch.equal(x, image) for x, _ in found)
-    assert same < 15  # 60 / 2^5 expected, and a channel order that is the same one
-    assert all(torch.equal(y["boxes"], target["boxes"]) for _, y in found)
-    plain = detection_train([40], 60, 0.0)
-    assert torch.equal(plain(image, target)[0], image)
+    results = [transform(image, target) for _ in range(60)]
+    assert {(tuple(x.shape), x.dtype) for x, _ in results} == {((3, 40, 60), torch.uint8)}
+    same = sum(torch.equal(x, image) for x, _ in results)
+    assert same < 15  # 60 / 2^5 expected, and one channel order is the original one
+    assert all(torch.equal(y["boxes"], target["boxes"]) for _, y in results)
+    for plain in (detection_train([40], 60, 0.0), detection_eval()):
+        assert torch.equal(plain(image, target)[0], image)
 
 
 @pytest.mark.parametrize("photometric_prob", [0.0, 0.5])
-def test_randomness_is_torchs_own(photometric_prob):
+def test_all_random_numbers_are_from_torch(photometric_prob):
     transform = detection_train([40, 60, 80], 200, 0.5, photometric_prob)
     torch.manual_seed(3)
     first = [transform(noise(40, 60), make_target(BOXES)) for _ in range(5)]
@@ -131,11 +116,6 @@ def test_randomness_is_torchs_own(photometric_prob):
     for (a, x), (b, y) in zip(first, second, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(x["boxes"], y["boxes"])
-
-
-def test_detection_eval_is_the_identity():
-    image, target = noise(4, 5), make_target(BOXES)
-    assert detection_eval()(image, target) == (image, target)
 
 
 def plain(**options):
@@ -147,14 +127,14 @@ def test_a_simple_random_crop_pads_by_reflection():
     transform = classification_train(32, "resize_random", 4, (1, 1), 0.0, "bicubic")
     padded = torch.nn.functional.pad(image.float()[None], [4] * 4, mode="reflect")[0].byte()
     windows = [padded[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
-    found = [transform(image) for _ in range(20)]
-    assert all(any(torch.equal(crop, window) for window in windows) for crop in found)
-    assert len({crop.sum().item() for crop in found}) > 3
+    crops = [transform(image) for _ in range(20)]
+    assert all(any(torch.equal(crop, window) for window in windows) for crop in crops)
+    assert len({crop.sum().item() for crop in crops}) > 3
     tall = classification_train(16, "resize_random", 0, (1, 1), 0.0, "bicubic")(noise(32, 64))
     assert tall.shape == (3, 16, 16)
 
 
-def test_a_rotation_turns_by_no_more_than_told():
+def test_a_rotation_stays_within_its_limit():
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     image[:, 4, 16] = 255  # 12 px above the centre
     angles = []
@@ -165,7 +145,7 @@ def test_a_rotation_turns_by_no_more_than_told():
     assert 8 < max(angles) < 19
 
 
-def test_colours_jitter_within_their_factor():
+def test_colors_jitter_within_their_factor():
     image = torch.full((3, 32, 32), 100, dtype=torch.uint8)  # no contrast and no saturation
     levels = {plain(color_jitter=0.3)(image).float().mean().item() for _ in range(60)}
     assert min(levels) >= 69
@@ -173,7 +153,7 @@ def test_colours_jitter_within_their_factor():
     assert len(levels) > 20
 
 
-def test_erasing_fills_a_rectangle_with_the_mean_colour_as_often_as_told():
+def test_erasing_fills_a_rectangle_with_the_mean_color_as_often_as_asked():
     image = noise(32, 32)
     erased = 0
     torch.manual_seed(0)

@@ -1,3 +1,5 @@
+"""Checkpoints load to the same bits, and damage never goes unnoticed or costs an intact one."""
+
 import hashlib
 import json
 import logging
@@ -10,6 +12,7 @@ from run_folders import assert_bits, checkpoint_names, entries, truncate, write_
 from tract_transfer.engine.checkpoint import Checkpointer, take_tensors
 from tract_transfer.files import DiskFullError
 
+WEIGHT = torch.randn(4, 4)
 TREE = {
     "weight": torch.randn(3, 4),
     "half": torch.randn(5).bfloat16(),
@@ -17,15 +20,20 @@ TREE = {
     "mask": torch.tensor([True, False]),
     "empty": torch.zeros(0, 2),
     "strided": torch.randn(4, 6)[:, ::2],
+    "shared": [WEIGHT, WEIGHT, WEIGHT[:2]],
     "state": {0: {"exp_avg": torch.randn(2, dtype=torch.float64), "amsgrad": None}, 1: {}},
     "groups": [{"lr": 0.1 + 0.2, "nesterov": False, "betas": [0.9, 0.999], "params": [0, 1]}],
     "name": "größe",
     "count": 2**60,
     "nothing": {},
-}
+    # Names that collide when joined with dots.
+    "a": {"b": torch.zeros(1)}, "a.b": torch.ones(1), 1: torch.ones(2), "1": torch.ones(3),
+}  # fmt: skip
 
 
-def test_what_is_saved_is_what_is_loaded(checkpointer):
+def test_loading_returns_what_was_saved(checkpointer):
+    assert checkpointer.newest() is None
+    assert checkpointer.best() is None
     path = checkpointer.save(12, {"model": TREE, "none": {}}, {"best": None, "skipped": ["a b"]})
     parts, state, iteration = checkpointer.load(path)
     assert_bits(parts, {"model": TREE, "none": {}})
@@ -34,27 +42,26 @@ def test_what_is_saved_is_what_is_loaded(checkpointer):
     assert checkpointer.newest() == path
 
 
-def test_names_with_dots_do_not_collide(checkpointer):
-    tree = {"a": {"b": torch.zeros(1)}, "a.b": torch.ones(1), 1: torch.ones(2), "1": torch.ones(3)}
-    parts, _, _ = checkpointer.load(checkpointer.save(1, {"x": tree}, {}))
-    assert_bits(parts["x"], tree)
+def test_taken_tensors_are_contiguous_copies():
+    tensor, taken = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last), {}
+    take_tensors({"a": tensor, "b": tensor[0, 0].T}, "x", taken)
+    before = {name: value.clone() for name, value in taken.items()}
+    tensor.zero_()
+    assert all(torch.equal(taken[name], before[name]) for name in taken)
+    assert all(value.is_contiguous() for value in taken.values())
 
 
-def test_tensors_that_share_memory_are_saved(checkpointer):
-    weight = torch.randn(4, 4)
-    tree = {"tied": weight, "again": weight, "view": weight[:2]}
-    parts, _, _ = checkpointer.load(checkpointer.save(1, {"model": tree}, {}))
-    assert_bits(parts["model"], tree)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures the memory of a GPU")
+def test_a_checkpoint_takes_no_memory_of_the_gpu():
+    tensor, taken = torch.ones(1 << 20, device="cuda"), {}
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.max_memory_allocated()
+    take_tensors({"a": tensor}, "x", taken)
+    assert torch.cuda.max_memory_allocated() == before
+    assert taken["x.a"].device.type == "cpu"
 
 
-def test_only_tensors_and_plain_values_are_taken(checkpointer, refused):
-    with refused(
-        "a checkpoint of other than tensors and plain values",
-        TypeError,
-        match=r"model\.odd: .* not <class 'object'>",
-    ):
-        checkpointer.save(1, {"model": {"odd": object()}}, {})
-    assert checkpointer.newest() is None
+# ------------------------------------------------------------------------------------- damage
 
 
 def flip(name):
@@ -66,29 +73,28 @@ def flip(name):
     return damage
 
 
-def change_a_number(path):
-    file = path / "state.json"
-    file.write_text(file.read_text().replace('"at": 20', '"at": 21'))
+def replace_state(old, new):
+    def damage(path):
+        text = (path / "state.json").read_text()
+        (path / "state.json").write_text(text.replace(old or text, new))
+
+    return damage
 
 
-def replace_by_a_list(path):
-    (path / "state.json").write_text("[1, 2]")
+DAMAGES = {
+    "truncated": truncate,
+    "byte of a tensor": flip("model.safetensors"),
+    "byte of the state": flip("state.json"),
+    "number of the state": replace_state('"at": 20', '"at": 21'),
+    "list as state": replace_state(None, "[1, 2]"),
+    "deep state": replace_state(None, "[" * 100_000),
+    "no state": lambda path: (path / "state.json").unlink(),
+    "no tensors": lambda path: (path / "model.safetensors").unlink(),
+}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        truncate,
-        flip("model.safetensors"),
-        flip("state.json"),
-        change_a_number,
-        replace_by_a_list,
-        lambda path: (path / "state.json").unlink(),
-        lambda path: (path / "model.safetensors").unlink(),
-    ],
-    ids=["cut", "byte", "state byte", "state number", "list", "no state", "no tensors"],
-)
-def test_a_broken_one_is_named_and_passed_over(checkpointer, caplog, damage):
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_skipped(checkpointer, caplog, damage):
     write_checkpoints(checkpointer, 10, 20)
     damage(checkpointer.folder / "iter_0000020")
     with caplog.at_level(logging.WARNING):
@@ -96,19 +102,19 @@ def test_a_broken_one_is_named_and_passed_over(checkpointer, caplog, damage):
     assert newest.name == "iter_0000010"
     (record,) = caplog.records
     assert "iter_0000020 is broken" in record.message
-    assert "Passed over." in record.message
+    assert record.message.endswith("Skipped.")
     with pytest.raises(ValueError, match="iter_0000020 is broken"):
         checkpointer.load(checkpointer.folder / "iter_0000020")
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "match"),
     [
         ({"iteration": float("inf")}, "infinity"),
-        ({"parts": {"../iter_0000010/model": {"layout": {}, "sha256": ""}}}, "is no file name"),
+        ({"parts": {"../iter_0000010/model": {"layout": {}, "sha256": ""}}}, "is not a file name"),
     ],
 )
-def test_a_state_made_to_mislead_is_broken(checkpointer, changes, says, refused):
+def test_a_forged_state_is_broken(checkpointer, changes, match, refused):
     write_checkpoints(checkpointer, 10, 20)
     file = checkpointer.folder / "iter_0000020/state.json"
     content = {**json.loads(file.read_text()), **changes}
@@ -118,18 +124,12 @@ def test_a_state_made_to_mislead_is_broken(checkpointer, changes, says, refused)
     with refused(
         f"a checkpoint whose state has {list(changes)} made to mislead",
         ValueError,
-        match=f"iter_0000020 is broken: .*{says}",
+        match=f"iter_0000020 is broken: .*{match}",
     ):
         checkpointer.load(file.parent)
 
 
-def test_a_state_of_great_depth_is_broken(checkpointer):
-    write_checkpoints(checkpointer, 10)
-    (checkpointer.folder / "iter_0000010/state.json").write_text("[" * 100_000)
-    assert checkpointer.newest() is None
-
-
-def test_folders_of_others_are_passed_over(checkpointer, caplog):
+def test_other_folders_are_ignored(checkpointer, caplog):
     write_checkpoints(checkpointer, 3)
     (checkpointer.folder / "iter_old").mkdir()
     (checkpointer.folder / "iter_0000009").mkdir()
@@ -140,18 +140,16 @@ def test_folders_of_others_are_passed_over(checkpointer, caplog):
     assert "iter_old" in checkpoint_names(checkpointer)
 
 
-def test_an_interrupted_write_is_never_taken(checkpointer):
+def test_an_incomplete_write_is_never_loaded(checkpointer):
     write_checkpoints(checkpointer, 1)
-    whole = checkpointer.folder / "iter_0000001"
-    whole.rename(checkpointer.folder / ".iter_0000002")
+    (checkpointer.folder / "iter_0000001").rename(checkpointer.folder / ".iter_0000002")
     assert checkpointer.newest() is None
     write_checkpoints(checkpointer, 2)
     assert checkpointer.newest().name == "iter_0000002"
     assert not (checkpointer.folder / ".iter_0000002").exists()
 
 
-def test_a_run_that_came_back_keeps_what_it_writes(tmp_path):
-    """Broken checkpoints ahead of it do not take the place of new ones."""
+def test_a_resumed_run_writes_over_damaged_checkpoints_ahead_of_it(tmp_path):
     checkpointer = Checkpointer(tmp_path, keep=2)
     write_checkpoints(checkpointer, 10, 20)
     truncate(tmp_path / "iter_0000020")
@@ -160,20 +158,11 @@ def test_a_run_that_came_back_keeps_what_it_writes(tmp_path):
     write_checkpoints(checkpointer, 20)
     assert checkpointer.newest().name == "iter_0000020"
     assert checkpoint_names(checkpointer) == ["iter_0000012", "iter_0000020"]
-
-
-def test_order_is_by_number(tmp_path):
-    checkpointer = Checkpointer(tmp_path, keep=2)
     write_checkpoints(checkpointer, 9_999_999, 10_000_000)
-    assert checkpointer.newest().name == "iter_10000000"
+    assert checkpointer.newest().name == "iter_10000000"  # by number, not by name
 
 
-def test_no_folder_no_checkpoint(checkpointer):
-    assert checkpointer.newest() is None
-    assert checkpointer.best() is None
-
-
-def test_broken_ones_are_kept_aside_and_leftovers_cleared(checkpointer, caplog):
+def test_tidy_archives_damaged_checkpoints_and_removes_incomplete_ones(checkpointer, caplog):
     write_checkpoints(checkpointer, 10, 20, 30)
     for iteration in (20, 30):
         truncate(checkpointer.folder / f"iter_00000{iteration}")
@@ -183,7 +172,7 @@ def test_broken_ones_are_kept_aside_and_leftovers_cleared(checkpointer, caplog):
     assert entries(checkpointer.folder) == [
         "broken-iter_0000020", "broken-iter_0000030", "iter_0000010",
     ]  # fmt: skip
-    assert f"Kept as {checkpointer.folder}/broken-iter_0000030" in caplog.text
+    assert f"Moved to {checkpointer.folder}/broken-iter_0000030" in caplog.text
     write_checkpoints(checkpointer, 20)
     truncate(checkpointer.folder / "iter_0000020")
     checkpointer.tidy()
@@ -192,14 +181,14 @@ def test_broken_ones_are_kept_aside_and_leftovers_cleared(checkpointer, caplog):
     assert checkpointer.newest().name == "iter_0000020"
 
 
-def test_writing_over_a_whole_one_never_leaves_none(checkpointer, monkeypatch):
+def test_an_intact_checkpoint_is_not_written_again(checkpointer, monkeypatch):
     write_checkpoints(checkpointer, 10)
-    monkeypatch.setattr(shutil, "rmtree", None)  # nothing is removed
+    monkeypatch.setattr(shutil, "rmtree", None)
     checkpointer.save(10, {"model": {"w": torch.tensor(11)}}, {})
     assert checkpointer.load(checkpointer.newest())[0]["model"]["w"] == 10
 
 
-def test_a_full_disk_leaves_the_last_good_one(small_disk):
+def test_a_full_disk_leaves_the_earlier_checkpoint(small_disk):
     checkpointer = Checkpointer(small_disk / "checkpoints")
     checkpointer.save(1, {"model": {"w": torch.zeros(100_000)}}, {})
     with pytest.raises(DiskFullError, match=r"iter_0000002 needs 800,000 bytes"):
@@ -211,9 +200,9 @@ def test_a_full_disk_leaves_the_last_good_one(small_disk):
     assert checkpointer.newest().name == "iter_0000001"
 
 
-def test_a_removal_cut_short_leaves_no_broken_one(checkpointer, monkeypatch):
+def test_a_kill_during_a_removal_leaves_no_damaged_checkpoint(checkpointer, monkeypatch):
     write_checkpoints(checkpointer, 1, 2, 3)
-    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)  # killed before it removes
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     write_checkpoints(checkpointer, 4)
     assert checkpoint_names(checkpointer) == [f"iter_000000{i}" for i in (2, 3, 4)]
     monkeypatch.undo()
@@ -221,22 +210,64 @@ def test_a_removal_cut_short_leaves_no_broken_one(checkpointer, monkeypatch):
     assert entries(checkpointer.folder) == checkpoint_names(checkpointer)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="it is of a GPU's memory")
-def test_a_checkpoint_takes_no_memory_of_the_gpu():
-    tensor = torch.ones(1 << 20, device="cuda")
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.max_memory_allocated()
-    taken = {}
-    take_tensors({"a": tensor}, "x", taken)
-    assert torch.cuda.max_memory_allocated() == before
-    assert taken["x.a"].device.type == "cpu"
+# ---------------------------------------------------------------------------- the best checkpoint
 
 
-def test_what_is_taken_is_a_copy_in_its_own_order():
-    """Later steps must not change it, and other orders of memory are not kept."""
-    tensor, taken = torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last), {}
-    take_tensors({"a": tensor, "b": tensor[0, 0].T}, "x", taken)
-    before = {name: each.clone() for name, each in taken.items()}
-    tensor.zero_()
-    assert all(torch.equal(taken[name], before[name]) for name in taken)
-    assert all(each.is_contiguous() for each in taken.values())
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path, keep):
+    checkpointer = Checkpointer(tmp_path, keep)
+    write_checkpoints(checkpointer, 1, 2)
+    checkpointer.mark_best(2, 0.5)
+    write_checkpoints(checkpointer, 3, 4, 5)
+    last = [f"iter_{iteration:07d}" for iteration in range(6 - keep, 6)]
+    assert checkpoint_names(checkpointer) == sorted({"iter_0000002", *last})
+    assert checkpointer.best().name == "iter_0000002"
+    checkpointer.mark_best(5, 0.7)
+    assert checkpoint_names(checkpointer) == last
+    assert checkpointer.best().name == "iter_0000005"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"value": 1}', '{"iteration": "x"}'])
+def test_a_damaged_best_json_is_restored(checkpointer, caplog, text):
+    write_checkpoints(checkpointer, 10, 20, 30)
+    checkpointer.mark_best(20, 0.5)
+    file = checkpointer.folder / "best.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"best\.json is broken: .* --resume restores"):
+        checkpointer.best()
+    with pytest.raises(ValueError, match=r"best\.json is broken"):
+        write_checkpoints(checkpointer, 40)  # rather than remove the best
+    assert "iter_0000020" in checkpoint_names(checkpointer)
+    checkpointer.repair_best({"iteration": 20, "value": 0.5}, 30)
+    assert checkpointer.best().name == "iter_0000020"
+    assert json.loads(file.read_text()) == {"iteration": 20, "value": 0.5}
+    assert (checkpointer.folder / "broken-best.json").read_text() == text
+    assert "best.json is broken" in caplog.text
+    write_checkpoints(checkpointer, 60)
+    assert checkpoint_names(checkpointer) == [f"iter_00000{i}" for i in (20, 30, 40, 60)]
+
+
+def test_a_damaged_best_checkpoint_is_an_error_on_resume(checkpointer, refused):
+    write_checkpoints(checkpointer, 10, 20)
+    checkpointer.repair_best(None, 10)
+    assert checkpointer.best() is None  # none is marked
+    checkpointer.mark_best(10, 0.5)
+    truncate(checkpointer.folder / "iter_0000010")
+    with refused(
+        "a damaged best checkpoint",
+        ValueError,
+        match=r"iter_0000010 is broken.*the best of its run",
+    ):
+        checkpointer.repair_best({"iteration": 10, "value": 0.5}, 20)
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, truncate])
+def test_a_best_after_the_resumed_iteration_is_replaced(checkpointer, damage):
+    write_checkpoints(checkpointer, 10, 20)
+    checkpointer.mark_best(20, 0.5)
+    damage(checkpointer.folder / "iter_0000020")
+    checkpointer.repair_best({"iteration": 10, "value": 0.4}, 10)
+    assert checkpointer.best().name == "iter_0000010"
+    checkpointer.mark_best(20, 0.5)
+    checkpointer.repair_best({"iteration": 5, "value": 0.4}, 10)  # this checkpoint was removed
+    assert checkpointer.best() is None

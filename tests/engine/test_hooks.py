@@ -1,3 +1,5 @@
+"""Hooks watch a training, and what they write is exact after a resume."""
+
 import errno
 import json
 import logging
@@ -26,10 +28,19 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def keys_of(path):
+    return [(line["iteration"], line["split"]) for line in lines_of(path)]
+
+
 @pytest.fixture
-def trainer(tmp_path, load_tiny):
+def make_trainer(tmp_path, load_tiny):
     config = load_tiny(tmp_path, "model.head={name: mlp, args: {hidden_dim: 8, dropout: 0.5}}")
-    return build_trainer(config, build_data(config), Accelerator(cpu=True))
+    return lambda: build_trainer(config, build_data(config), Accelerator(cpu=True))
+
+
+@pytest.fixture
+def trainer(make_trainer):
+    return make_trainer()
 
 
 @pytest.fixture
@@ -37,28 +48,33 @@ def metrics(tmp_path):
     return MetricsFile(tmp_path, tensorboard=False)
 
 
-def all_hooks(folder, metrics, evaluate, every_iters=1):
-    checkpointer = Checkpointer(folder / "checkpoints", keep=9)
-    return [
-        LogProgress(metrics, every_iters=every_iters, iters_per_epoch=4),
-        SaveCheckpoints(checkpointer, [every_iters]),
-        PeriodicEvaluation(
-            evaluate,
-            every_iters=every_iters,
-            at_end=True,
-            split="val",
-            metric="top1",
-            metrics=metrics,
-            iters_per_epoch=4,
-            checkpointer=checkpointer,
-        ),
-    ]
+@pytest.fixture
+def use_hooks(tmp_path, trainer, metrics):
+    """Give the trainer all hooks; return its checkpointer."""
+
+    def use(evaluate, every_iters=1):
+        checkpointer = Checkpointer(tmp_path / "checkpoints", keep=9)
+        trainer.hooks = [
+            LogProgress(metrics, every_iters=every_iters, iters_per_epoch=4),
+            SaveCheckpoints(checkpointer, [every_iters], metrics),
+            PeriodicEvaluation(
+                evaluate,
+                every_iters=every_iters,
+                at_end=True,
+                split="val",
+                metric="top1",
+                metrics=metrics,
+                iters_per_epoch=4,
+                checkpointer=checkpointer,
+            ),
+        ]
+        return checkpointer
+
+    return use
 
 
-def test_hooks_watch(tmp_path, load_tiny, trainer, metrics):
-    """With and without them a training comes to the same bits."""
-    config = load_tiny(tmp_path, "model.head={name: mlp, args: {hidden_dim: 8, dropout: 0.5}}")
-    bare = build_trainer(config, build_data(config), Accelerator(cpu=True))
+def test_hooks_do_not_change_a_bit_of_the_training(make_trainer, trainer, metrics, use_hooks):
+    bare = make_trainer()
     bare.train()
 
     def evaluate():
@@ -67,41 +83,47 @@ def test_hooks_watch(tmp_path, load_tiny, trainer, metrics):
         trainer.model.train()
         return {"top1": float(torch.rand(()))}
 
-    trainer.hooks = all_hooks(tmp_path, metrics, evaluate)
+    use_hooks(evaluate)
     trainer.train()
     for name, tensor in bare.model.state_dict().items():
         assert torch.equal(tensor, trainer.model.state_dict()[name]), name
-    found = [(line["iteration"], line["split"]) for line in lines_of(metrics.path)]
-    assert found == [(i, split) for i in range(1, 7) for split in ("train", "val")]
+    assert keys_of(metrics.path) == [(i, split) for i in range(1, 7) for split in ("train", "val")]
 
 
-def test_the_best_is_the_first_of_equals(tmp_path, trainer, metrics):
+def test_the_best_is_the_first_of_equals(trainer, use_hooks):
     values = iter([0.2, 0.6, 0.5, 0.6, 0.1, 0.6])
-    hooks = all_hooks(tmp_path, metrics, lambda: {"top1": next(values)})
-    trainer.hooks = hooks
+    checkpointer = use_hooks(lambda: {"top1": next(values)})
     trainer.train()
     assert trainer.best == {"iteration": 2, "value": 0.6}
-    assert hooks[2].checkpointer.best().name == "iter_0000002"
+    assert checkpointer.best().name == "iter_0000002"
 
 
-def test_an_evaluation_comes_after_its_checkpoint(tmp_path, trainer, metrics):
+def test_a_checkpoint_precedes_its_evaluation(trainer, use_hooks):
     def fail():
         raise ValueError("no object")
 
-    hooks = all_hooks(tmp_path, metrics, fail, every_iters=2)
-    trainer.hooks = hooks
+    checkpointer = use_hooks(fail, every_iters=2)
     with pytest.raises(ValueError, match="no object"):
         trainer.train()
-    assert hooks[1].checkpointer.newest().name == "iter_0000002"
+    assert checkpointer.newest().name == "iter_0000002"
 
 
-def test_a_checkpoint_has_what_other_processes_skipped(tmp_path, trainer, monkeypatch):
-    """Else a group that is killed forgets what could not be decoded by all but the first."""
+def test_a_signal_during_an_evaluation_is_followed_by_a_checkpoint(trainer, use_hooks):
+    def evaluate():
+        trainer.stop.number = 15
+        return {"top1": 0.5}
 
-    def gathered(items):
-        return [*items, "theirs", *items]
+    checkpointer = use_hooks(evaluate, every_iters=2)
+    trainer.train()
+    assert trainer.iteration == 3
+    assert trainer.stop_signal == 15
+    assert checkpointer.newest().name == "iter_0000003"
 
-    monkeypatch.setattr("tract_transfer.engine.trainer.gather_object", gathered)
+
+def test_a_checkpoint_has_the_skipped_images_of_all_processes(tmp_path, trainer, monkeypatch):
+    monkeypatch.setattr(
+        "tract_transfer.engine.trainer.gather_object", lambda items: [*items, "theirs", *items]
+    )
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: None)
     checkpointer = Checkpointer(tmp_path)
@@ -126,103 +148,7 @@ def test_a_diverged_run_writes_no_checkpoint(tmp_path, trainer):
     assert checkpointer.newest().name == "iter_0000002"
 
 
-def test_a_signal_in_an_evaluation_still_gets_its_checkpoint(tmp_path, trainer, metrics):
-    def evaluate():
-        trainer.stop.number = 15
-        return {"top1": 0.5}
-
-    hooks = all_hooks(tmp_path, metrics, evaluate, every_iters=2)
-    trainer.hooks = hooks
-    trainer.train()
-    assert trainer.iteration == 3
-    assert trainer.stop_signal == 15
-    assert hooks[1].checkpointer.newest().name == "iter_0000003"
-
-
-def test_lines_that_come_again_are_cut(metrics):
-    for iteration in (2, 4, 6):
-        metrics.write(iteration, iteration / 4, "train", {"loss": 1.0})
-        metrics.write(iteration, iteration / 4, "val", {"top1": 0.5})
-    with metrics.path.open("a") as file:
-        file.write('{"iteration": 8, "spl')  # cut off by a power failure
-    metrics.cut_after(4)
-    found = [(line["iteration"], line["split"]) for line in lines_of(metrics.path)]
-    assert found == [(2, "train"), (2, "val"), (4, "train")]
-    metrics.cut_after(0)
-    assert metrics.path.read_text() == ""
-
-
-def test_cutting_nothing_is_no_error(tmp_path):
-    MetricsFile(tmp_path, tensorboard=False).cut_after(3)
-    assert not (tmp_path / "metrics.jsonl").exists()
-
-
-def test_tensorboard_has_the_same_numbers(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    metrics = MetricsFile(tmp_path, tensorboard=True)
-    metrics.write(5, 0.5, "val", {"top1": 0.25})
-    metrics.close()
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    (event,) = events.Scalars("val/top1")
-    assert (event.step, event.value) == (5, 0.25)
-
-
-def test_tensorboard_has_no_line_twice_and_none_too_few_after_a_kill(tmp_path):
-    killed = MetricsFile(tmp_path, tensorboard=True)
-    for iteration in (2, 4, 6):
-        killed.write(iteration, 0.5, "train", {"loss": iteration / 8})
-    killed.write(4, 0.5, "val", {"top1": 0.5})
-    for file in (tmp_path / "tensorboard").iterdir():
-        file.write_bytes(b"")  # nothing of it had reached the disk
-    resumed = MetricsFile(tmp_path, tensorboard=True)
-    resumed.cut_after(4)
-    resumed.write(4, 0.5, "val", {"top1": 0.5})
-    resumed.write(6, 0.5, "train", {"loss": 0.75})
-    resumed.close()
-    assert scalars_of(tmp_path) == {
-        "train/loss": [(2, 0.25), (4, 0.5), (6, 0.75)],
-        "val/top1": [(4, 0.5)],
-    }
-    killed.close()
-
-
-def test_lines_that_cannot_be_read_are_named_and_kept_beside(metrics, caplog):
-    for iteration in (1, 2, 3):
-        metrics.write(iteration, 0.5, "train", {"loss": 1.0})
-    text = metrics.path.read_text().replace('"iteration": 2', "\0\0")
-    metrics.path.write_text(text)
-    metrics.cut_after(3)
-    assert [line["iteration"] for line in lines_of(metrics.path)] == [1, 3]
-    assert "metrics.jsonl: lines [2] cannot be read" in caplog.text
-    assert metrics.path.with_name("broken-metrics.jsonl").read_text() == text
-
-
-def test_lines_are_on_the_disk_before_their_checkpoint(tmp_path, trainer, metrics, monkeypatch):
-    """A power failure after a checkpoint must not lose lines that no resume writes again."""
-    order = []
-    monkeypatch.setattr("tract_transfer.engine.hooks.sync", lambda path: order.append(path.name))
-    save = Checkpointer.save
-    monkeypatch.setattr(Checkpointer, "save", lambda *a: order.append("save") or save(*a))
-    checkpointer = Checkpointer(tmp_path / "checkpoints")
-    trainer.hooks = [
-        LogProgress(metrics, every_iters=3, iters_per_epoch=4),
-        SaveCheckpoints(checkpointer, [3], metrics),
-    ]
-    trainer.train()
-    assert order == ["metrics.jsonl", "save"] * 2
-
-
-def test_a_full_disk_names_the_log(metrics, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(json, "dumps", full)
-    with pytest.raises(DiskFullError, match=r"No space left in .*: metrics\.jsonl"):
-        metrics.write(1, 0.5, "train", {"loss": 1.0})
-
-
-def test_hooks_end_with_an_error_too(trainer):
+def test_hooks_end_after_an_error_too(trainer):
     ended = []
 
     class Watch(Hook):
@@ -235,10 +161,82 @@ def test_hooks_end_with_an_error_too(trainer):
     trainer.hooks = [Watch()]
     with pytest.raises(ValueError, match="no"):
         trainer.train()
-    assert ended == [1]  # or a progress bar would keep the terminal
+    assert ended == [1]  # otherwise a progress bar would keep the terminal
 
 
-def test_a_long_run_is_told_line_by_line(trainer, metrics, caplog):
+def test_due():
+    assert [i for i in range(10) if due(i, 3)] == [3, 6, 9]
+    assert not any(due(i, None) for i in range(10))
+
+
+# ------------------------------------------------------------------------------- metrics.jsonl
+
+
+def test_lines_that_a_resumed_run_repeats_are_cut(metrics):
+    metrics.cut_after(3)
+    assert not metrics.path.exists()
+    for iteration in (2, 4, 6):
+        metrics.write(iteration, iteration / 4, "train", {"loss": 1.0})
+        metrics.write(iteration, iteration / 4, "val", {"top1": 0.5})
+    with metrics.path.open("a") as file:
+        file.write('{"iteration": 8, "spl')  # cut off by a power failure
+    metrics.cut_after(4)
+    assert keys_of(metrics.path) == [(2, "train"), (2, "val"), (4, "train")]
+    metrics.cut_after(0)
+    assert metrics.path.read_text() == ""
+
+
+def test_lines_that_cannot_be_read_are_named_and_copied(metrics, caplog):
+    for iteration in (1, 2, 3):
+        metrics.write(iteration, 0.5, "train", {"loss": 1.0})
+    text = metrics.path.read_text().replace('"iteration": 2', "\0\0")
+    metrics.path.write_text(text)
+    metrics.cut_after(3)
+    assert keys_of(metrics.path) == [(1, "train"), (3, "train")]
+    assert "metrics.jsonl: cannot read lines [2]" in caplog.text
+    assert metrics.path.with_name("broken-metrics.jsonl").read_text() == text
+
+
+def test_tensorboard_has_every_line_once_after_a_kill(tmp_path):
+    killed = MetricsFile(tmp_path, tensorboard=True)
+    for iteration in (2, 4, 6):
+        killed.write(iteration, 0.5, "train", {"loss": iteration / 8})
+    killed.write(4, 0.5, "val", {"top1": 0.5})
+    for file in (tmp_path / "tensorboard").iterdir():
+        file.write_bytes(b"")  # nothing had reached the disk
+    resumed = MetricsFile(tmp_path, tensorboard=True)
+    resumed.cut_after(4)
+    resumed.write(4, 0.5, "val", {"top1": 0.5})
+    resumed.write(6, 0.5, "train", {"loss": 0.75})
+    resumed.close()
+    assert scalars_of(tmp_path) == {
+        "train/loss": [(2, 0.25), (4, 0.5), (6, 0.75)],
+        "val/top1": [(4, 0.5)],
+    }
+    killed.close()
+
+
+def test_lines_are_synced_before_their_checkpoint(trainer, use_hooks, monkeypatch):
+    """No resume writes lines before a checkpoint again."""
+    order = []
+    monkeypatch.setattr("tract_transfer.engine.hooks.sync", lambda path: order.append(path.name))
+    save = Checkpointer.save
+    monkeypatch.setattr(Checkpointer, "save", lambda *a: order.append("save") or save(*a))
+    use_hooks(lambda: {"top1": 0.5}, every_iters=3)
+    trainer.train()
+    assert order == ["metrics.jsonl", "save"] * 2
+
+
+def test_the_error_of_a_full_disk_names_the_file(metrics, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(json, "dumps", full)
+    with pytest.raises(DiskFullError, match=r"No space left in .*: metrics\.jsonl"):
+        metrics.write(1, 0.5, "train", {"loss": 1.0})
+
+
+def test_progress_is_logged_line_by_line(trainer, metrics, caplog):
     trainer.hooks = [LogProgress(metrics, every_iters=3, iters_per_epoch=4)]
     with caplog.at_level(logging.INFO, "tract_transfer"):
         trainer.train()
@@ -252,11 +250,6 @@ def test_a_long_run_is_told_line_by_line(trainer, metrics, caplog):
         "lr",
     }  # fmt: skip
     assert 0 <= line["data_fraction"] <= 1
-
-
-def test_due():
-    assert [i for i in range(10) if due(i, 3)] == [3, 6, 9]
-    assert not any(due(i, None) for i in range(10))
 
 
 def test_fractions_are_shown_in_percent():

@@ -1,4 +1,4 @@
-"""Laws of steps that are not finite: they stop the training, or leave no trace."""
+"""A step that is not finite stops the training or leaves no trace, and can be replayed."""
 
 import copy
 import errno
@@ -23,11 +23,12 @@ from tract_transfer.engine.non_finite import NonFiniteError, StepGuard, gradient
 from tract_transfer.engine.trainer import Trainer
 from tract_transfer.tract import TrAct
 
-BROKEN = 3  # the iteration whose second micro-batch has a NaN
+pytestmark = pytest.mark.filterwarnings("ignore:Error detected in")
+BROKEN = 3  # the iteration that has a NaN
 
 
 class Net(nn.Module):
-    """`gradient` breaks the gradient of large inputs, and no loss."""
+    """With `gradient`, large inputs break the gradient, but no loss."""
 
     def __init__(self, gradient=False):
         super().__init__()
@@ -42,8 +43,19 @@ class Net(nn.Module):
         return losses
 
 
+class Steep(nn.Module):
+    """A loss of 0 whose gradient is infinite, and not NaN."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images, targets):
+        return {"loss_cls": (self.weight - self.weight.detach()).sum().sqrt()}
+
+
 def batches_of(broken=(), value=math.nan, size=4):
-    """Micro-batches of images numbered 0, 1, ...; `broken` are those whose first has `value`."""
+    """Micro-batches of images 0, 1, ...; the first image of those in `broken` has `value`."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for number in range(60):
@@ -78,7 +90,7 @@ def guard(action="stop", max_skipped=10):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_the_images(value, refused):
+def test_a_loss_that_is_not_finite_stops_its_step_and_names_the_images(value, refused):
     trainer = make(broken=[2 * BROKEN + 1], value=value, guard=guard())
     with refused(
         f"an image that makes the loss {value}",
@@ -103,61 +115,52 @@ def test_a_gradient_that_is_not_finite_stops_too(refused):
     assert all(parameter.isfinite().all() for parameter in trainer.model.parameters())
 
 
-def test_many_images_are_counted():
-    trainer = make(Net(gradient=True), broken=[0], value=60.0, guard=guard())
-    trainer.batches = lambda start: iter(
-        [Batch(torch.full((20, 6), 60.0), torch.zeros(20, dtype=torch.int64), list(range(20)), [])]
-        * 2
-    )
+def test_a_message_names_eight_images_and_counts_the_others():
+    trainer = make(Net(gradient=True), guard=guard())
+    batch = Batch(torch.full((20, 6), 60.0), torch.zeros(20, dtype=torch.int64), [*range(20)], [])
+    trainer.batches = lambda start: iter([batch] * 2)
     with pytest.raises(NonFiniteError, match=r"row 6, row 7 and 32 more\."):
         trainer.train()
 
 
-def test_a_step_that_is_passed_over_leaves_no_trace_but_a_count():
-    """Weights, momentum and BatchNorm's statistics are as if its images had never come."""
-    trainer = make(broken=[2 * BROKEN + 1], guard=guard("skip"), layers=["body.0"], max_iters=4)
-    before = []
+def test_a_skipped_step_changes_only_the_count():
+    """Not weights, momentum or BatchNorm's statistics; training then continues."""
+    trainer = make(broken=[2 * BROKEN + 1], guard=guard("skip"), layers=["body.0"])
+    states = []
     step = trainer.step
 
     def watched(batches):
-        before.append(copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict())))
+        states.append(copy.deepcopy((trainer.model.state_dict(), trainer.optimizer.state_dict())))
         step(batches)
 
     trainer.step = watched
     trainer.train()
-    weights, optimizer = trainer.model.state_dict(), trainer.optimizer.state_dict()
-    for name, tensor in before[BROKEN][0].items():
-        assert torch.equal(weights[name], tensor), name
-    for number, state in before[BROKEN][1]["state"].items():
-        assert torch.equal(state["momentum_buffer"], optimizer["state"][number]["momentum_buffer"])
-    assert [each["iteration"] for each in trainer.guard.skipped_steps] == [BROKEN + 1]
+    (weights, optimizer), (weights_after, optimizer_after) = states[BROKEN : BROKEN + 2]
+    for name, tensor in weights.items():
+        assert torch.equal(weights_after[name], tensor), name
+    for number, state in optimizer["state"].items():
+        buffer = optimizer_after["state"][number]["momentum_buffer"]
+        assert torch.equal(state["momentum_buffer"], buffer)
+    assert trainer.iteration == 8
+    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
+    assert [step["iteration"] for step in trainer.guard.skipped_steps] == [BROKEN + 1]
     read = trainer.read_meter()
     assert read["skipped_steps"] == 1
     assert math.isfinite(read["loss"])
     assert json.dumps(trainer.guard.skipped_steps, allow_nan=False)
 
 
-def test_training_goes_on_after_a_step_passed_over():
-    trainer = make(broken=[2 * BROKEN], guard=guard("skip"), layers=["body.0"])
-    trainer.train()
-    assert trainer.iteration == 8
-    assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
-
-
-def test_losses_are_those_of_the_steps_made():
+def test_losses_are_means_over_the_steps_that_were_not_skipped():
     plain, skipping = make(max_iters=3), make(broken=[6], guard=guard("skip"), max_iters=4)
     skipping.model.load_state_dict(plain.model.state_dict())
     plain.train(), skipping.train()
     assert plain.read_meter()["loss"] == skipping.read_meter()["loss"]
+    none = make(broken=range(60), guard=guard("skip"), max_iters=3)
+    none.train()
+    assert "loss" not in none.read_meter()
 
 
-def test_nothing_but_steps_passed_over_has_no_loss():
-    trainer = make(broken=range(60), guard=guard("skip"), max_iters=3)
-    trainer.train()
-    assert "loss" not in trainer.read_meter()
-
-
-def test_there_is_an_end_to_passing_over(refused):
+def test_the_number_of_skipped_steps_is_limited(refused):
     trainer = make(broken=range(60), guard=guard("skip", max_skipped=2))
     with refused(
         "more steps without numbers than engine.max_skipped",
@@ -168,7 +171,7 @@ def test_there_is_an_end_to_passing_over(refused):
     assert trainer.iteration == 2
 
 
-def test_the_count_survives_a_resume():
+def test_skipped_steps_survive_a_resume():
     first = make(broken=[0], guard=guard("skip"), max_iters=2)
     first.train()
     second = make(guard=guard("skip"))
@@ -176,7 +179,7 @@ def test_the_count_survives_a_resume():
     assert second.guard.skipped_steps == first.guard.skipped_steps != []
 
 
-def test_an_overflow_of_the_scaler_is_no_error():
+def test_an_overflow_of_the_scaler_is_not_an_error():
     trainer = make(precision=torch.float16, guard=guard())
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
     trainer.train()
@@ -185,7 +188,7 @@ def test_an_overflow_of_the_scaler_is_no_error():
     assert math.isfinite(read["loss"])
 
 
-def test_no_scale_without_an_overflow_is_one(refused):
+def test_an_overflow_at_every_scale_is_an_error(refused):
     trainer = make(Net(gradient=True), broken=range(60), value=60.0, precision=torch.float16)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-8)
     with refused(
@@ -199,25 +202,28 @@ def test_no_scale_without_an_overflow_is_one(refused):
 def test_the_norm_is_that_of_the_whole_gradient():
     model = Net()
     model(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))["loss_cls"].backward()
-    gradient = torch.cat([each.grad.flatten() for each in model.parameters()])
+    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     torch.testing.assert_close(gradient_norm(model.parameters()), gradient.norm())
 
 
-def test_the_step_is_kept_with_the_weights_it_had(tmp_path):
+# ------------------------------------------------------------------------------- debug batches
+
+
+def test_a_debug_batch_has_the_images_and_the_weights_before_the_step(tmp_path):
     trainer = make(broken=[2 * BROKEN + 1], guard=guard())
-    with pytest.raises(NonFiniteError, match=r"--debug-batch .*debug_batch.safetensors"):  # noqa: SIM117
-        with keep_debug_batch(trainer, tmp_path):
-            trainer.train()
+    command = r"--debug-batch .*debug_batch.safetensors"
+    with pytest.raises(NonFiniteError, match=command), keep_debug_batch(trainer, tmp_path):
+        trainer.train()
     kept = load_debug_batch(tmp_path / "debug_batch.safetensors")
     assert (kept.iteration, kept.process) == (BROKEN, 0)
     assert kept.about["images"] == ["row 28", "row 29", "row 30", "row 31"]
-    assert [each["indices"] for each in kept.batches] == [[*range(24, 28)], [*range(28, 32)]]
+    assert [batch["indices"] for batch in kept.batches] == [[*range(24, 28)], [*range(28, 32)]]
     assert kept.batches[1]["images"][0, 0].isnan()
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(kept.model[name], parameter), name
 
 
-def test_a_step_that_cannot_be_kept_does_not_hide_why_the_training_ended(tmp_path, monkeypatch):
+def test_a_failed_save_hides_no_error_and_costs_no_file(tmp_path, monkeypatch):
     trainer = make(broken=[2 * BROKEN + 1], guard=guard())
     (tmp_path / "debug_batch.safetensors").write_bytes(b"an earlier one")
 
@@ -225,44 +231,51 @@ def test_a_step_that_cannot_be_kept_does_not_hide_why_the_training_ended(tmp_pat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("tract_transfer.engine.debug_batch.save_file", full)
-    says = r"loss is not finite .*row 28.* The step is not kept: No space left in .*debug_batch"
-    with pytest.raises(NonFiniteError, match=says), keep_debug_batch(trainer, tmp_path):
+    match = r"loss is not finite .*row 28.* could not be saved: No space left in .*debug_batch"
+    with pytest.raises(NonFiniteError, match=match), keep_debug_batch(trainer, tmp_path):
         trainer.train()
     assert [path.name for path in tmp_path.iterdir()] == ["debug_batch.safetensors"]
     assert (tmp_path / "debug_batch.safetensors").read_bytes() == b"an earlier one"
 
 
-def test_a_replay_tells_the_first_layer(tmp_path):
-    class Hidden(Net):
-        def __init__(self):
-            super().__init__()
-            self.body[2] = Root()
+def replayed(folder, trainer):
+    save_debug_batch(folder / "x.safetensors", trainer, {"images": []})
+    kept = load_debug_batch(folder / "x.safetensors")
+    return replay(trainer, kept, [Batch(**batch, skipped=[]) for batch in kept.batches])
 
+
+def test_a_replay_names_the_first_layer(tmp_path):
     class Root(nn.Module):
         def forward(self, values):
             return (values - 5).sqrt()
 
-    trainer = make(Hidden(), guard=guard())
-    save_debug_batch(tmp_path / "x.safetensors", trainer, {"images": []})
-    kept = load_debug_batch(tmp_path / "x.safetensors")
-    batches = [Batch(**each, skipped=[]) for each in kept.batches]
-    lines = replay(trainer, kept, batches)
+    model = Net()
+    model.body[2] = Root()
+    lines = replayed(tmp_path, make(model, guard=guard()))
     assert "The losses of micro-batch 1: loss_cls nan" in lines
     assert "The first output that is not finite: body.2 (Root) of micro-batch 1" in lines
     assert any(line.startswith("Backward: Function '") for line in lines)
 
 
-def test_a_replay_tells_where_a_gradient_begins(tmp_path):
-    trainer = make(Net(gradient=True), broken=[0], value=60.0)
-    save_debug_batch(tmp_path / "x.safetensors", trainer, {"images": []})
-    kept = load_debug_batch(tmp_path / "x.safetensors")
-    lines = replay(trainer, kept, [Batch(**each, skipped=[]) for each in kept.batches])
+def test_a_replay_names_the_input_or_the_weight(tmp_path):
+    trainer = make(broken=[0], guard=guard())
+    assert "Not finite: the input of body.0 (Linear) of micro-batch 1" in replayed(
+        tmp_path, trainer
+    )
+    trainer.model.body[3].bias.data[0] = math.inf
+    assert replayed(tmp_path, trainer)[0] == "body.3.bias is not finite before the step"
+
+
+def test_a_replay_names_the_operation_or_the_weight_of_a_gradient(tmp_path):
+    lines = replayed(tmp_path, make(Net(gradient=True), broken=[0], value=60.0))
     assert any("SqrtBackward0" in line or "MulBackward0" in line for line in lines), lines
     assert not any("first output" in line for line in lines)
+    lines = replayed(tmp_path, make(Steep()))
+    assert lines[-1] == "The gradient of weight is not finite"
 
 
 @pytest.mark.parametrize("content", [b"", b"no safetensors", b"\x08\0\0\0\0\0\0\0{}      "])
-def test_another_file_is_no_debug_batch(tmp_path, content):
+def test_another_file_is_not_a_debug_batch(tmp_path, content):
     (tmp_path / "x.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="is no debug batch, or a broken one"):
+    with pytest.raises(ValueError, match=r"The debug batch .*x\.safetensors is broken"):
         load_debug_batch(tmp_path / "x.safetensors")

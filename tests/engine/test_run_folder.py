@@ -235,6 +235,11 @@ def test_another_environment_is_warned_of_and_recorded(finished, caplog):
     assert [one["versions"]["torch"] for one in earlier] == ["1.0"]
 
 
+def test_no_secret_of_the_command_line_is_stored(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["x.py", "hub.token=abc", "--api-key", "abc", "solver.lr=1"])
+    assert environment({})["command"] == "x.py hub.token=*** --api-key *** solver.lr=1"
+
+
 def test_versions_hardware_and_commit_are_compared():
     now = environment({"train": "a"}, num_processes=2)
     assert continue_environment(now, now) == (now, [])

@@ -1,16 +1,62 @@
+"""Schedules computed by hand, and optimizers that are torch's and timm's."""
+
+import copy
 import math
 
 import pytest
+import timm
 import torch
-from timm.optim import list_optimizers
+from timm.optim import create_optimizer_v2
 from torch import nn
 
-from tract_transfer.engine.solver import build_optimizer, build_schedule, set_progress
+from tract_transfer.build import trainer as build
+from tract_transfer.build.data import build_data
+from tract_transfer.build.trainer import build_accelerator, build_trainer
+from tract_transfer.config.file import ConfigError
+from tract_transfer.engine.solver import (
+    JoinedOptimizer,
+    build_optimizer,
+    build_schedule,
+    keep_parameters,
+    set_progress,
+)
+from tract_transfer.models import HEADS, Classifier, build_backbone
+from tract_transfer.tract import TrAct, find_first_layers
+
+MODELS = {
+    "vit_small_patch16_224": {
+        "img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 48, "num_heads": 3,
+    },
+    "resnet18": {},
+    "convnext_atto": {"depths": [1, 1, 2, 1]},
+}  # fmt: skip
 
 
-def model() -> nn.Module:
+def small_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def classifier(name="vit_small_patch16_224"):
+    backbone = build_backbone(f"timm/{name}", args=MODELS[name])
+    return Classifier(backbone, HEADS.get("linear")(backbone.feature_dim, 7))
+
+
+def build_from(config):
+    return build_trainer(config, build_data(config), build_accelerator(config))
+
+
+def settings_of(model, optimizer, rate=lambda group: group["lr"]):
+    """Name -> (learning rate, weight decay) of each trained parameter."""
+    settings = {
+        id(p): (rate(group), group["weight_decay"])
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    return {name: settings[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ----------------------------------------------------------------------------------- schedules
 
 
 def lr_factors(max_iters: int, **arguments) -> list[float]:
@@ -18,36 +64,23 @@ def lr_factors(max_iters: int, **arguments) -> list[float]:
     return [schedule(iteration / max_iters) for iteration in range(max_iters)]
 
 
-# ----------------------------------------------------------------------------------- schedules
-
-
-def test_cosine_falls_from_one_to_its_end():
-    factors = lr_factors(100, schedule="cosine")
-    assert factors[0] == 1
-    assert factors[50] == pytest.approx(0.5)
-    assert factors == sorted(factors, reverse=True)
-    assert 0 < factors[-1] < 1e-3
-    expected = [0.5 * (1 + math.cos(math.pi * i / 100)) for i in range(100)]
+@pytest.mark.parametrize("end", [0.0, 0.2])
+def test_cosine_falls_from_one_to_its_end(end):
+    factors = lr_factors(100, schedule="cosine", end_factor=end)
+    expected = [end + (1 - end) * 0.5 * (1 + math.cos(math.pi * i / 100)) for i in range(100)]
     assert factors == pytest.approx(expected)
-    ending = lr_factors(100, schedule="cosine", end_factor=0.2)
-    assert ending[50] == pytest.approx(0.6)
-    assert ending[-1] == pytest.approx(0.2, abs=1e-3)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("warmup_iters, max_iters", [(1, 2), (5, 50), (7, 9), (333, 1000)])
-def test_the_warm_up_rises_by_equal_steps_to_the_schedule_s_own_value(
-    schedule, warmup_iters, max_iters
-):
-    factors = lr_factors(max_iters, schedule=schedule, warmup_iters=warmup_iters, warmup_start=0.1)
+def test_the_warm_up_rises_linearly_to_the_start_of_the_schedule(schedule, warmup_iters, max_iters):
+    told = {"schedule": schedule, "warmup_iters": warmup_iters}
+    factors = lr_factors(max_iters, **told, warmup_start=0.1)
     rise = [0.1 + 0.9 * i / warmup_iters for i in range(warmup_iters + 1)]
     assert factors[: warmup_iters + 1] == pytest.approx(rise, abs=1e-5)
     rest = lr_factors(max_iters - warmup_iters, schedule=schedule)
     assert factors[warmup_iters:] == pytest.approx(rest, abs=1e-5)
-
-
-def test_a_warm_up_starts_at_nothing_unless_told():
-    assert lr_factors(10, warmup_iters=4)[0] == 0
+    assert lr_factors(max_iters, **told)[0] == 0
 
 
 @pytest.mark.parametrize("warmup_iters", [0, 1, 3, 10])
@@ -67,8 +100,18 @@ def test_multistep_falls_exactly_at_its_steps(warmup_iters):
             assert at == pytest.approx(0.1 ** (power + 1)), (max_iters, step)
 
 
+@pytest.mark.parametrize("warmup_iters", [0, 20])
+def test_cosine_epochs_is_cosine_at_the_start_of_each_epoch(warmup_iters):
+    told = {"max_iters": 95, "warmup_iters": warmup_iters, "warmup_start": 0.1, "end_factor": 0.01}
+    smooth = build_schedule(schedule="cosine", **told)
+    stepped = build_schedule(schedule="cosine_epochs", iters_per_epoch=10, **told)
+    for iteration in range(95):
+        assert stepped(iteration / 95) == smooth(iteration // 10 * 10 / 95)
+    assert len({stepped(i / 95) for i in range(95)}) == 10
+
+
 def test_set_progress_scales_every_group_by_its_own_base():
-    optimizer = build_optimizer(model(), optimizer="sgd", lr=0.4)
+    optimizer = build_optimizer(small_model(), optimizer="sgd", lr=0.4)
     optimizer.add_param_group({"params": [torch.zeros(1)], "lr": 4.0, "base_lr": 4.0})
     schedule = build_schedule(max_iters=100)
     for _ in range(2):  # it does not accumulate
@@ -78,182 +121,326 @@ def test_set_progress_scales_every_group_by_its_own_base():
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.4, 4.0])
 
 
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        ({"warmup_iters": 10}, "warm-up of 10 iterations outlasts 10"),
-        ({"warmup_iters": -1}, "warm-up of -1"),
-        ({"schedule": "multistep", "steps_iters": [5, 3]}, "must ascend"),
-        ({"schedule": "multistep", "steps_iters": [5, 5]}, "must ascend"),
-        ({"schedule": "multistep", "steps_iters": [10]}, "run's end 10"),
-        ({"schedule": "multistep", "steps_iters": [3], "warmup_iters": 3}, "warm-up's end 3"),
-        ({"schedule": "linear"}, "no 'linear'. Known: cosine, cosine_epochs, multistep, constant"),
-    ],
-)
-def test_a_schedule_outside_the_run_is_refused(arguments, says):
-    with pytest.raises(ValueError, match=says):
-        build_schedule(max_iters=10, **arguments)
+def test_a_config_sets_the_schedule_by_epochs(tmp_path, load_tiny):
+    config = load_tiny(
+        tmp_path, "solver={schedule: cosine_epochs, max_epochs: 3, max_iters: null}",
+        "data.batch_size=200",
+    )  # fmt: skip
+    trainer = build_from(config)
+    factors = [trainer.set_lr(trainer.optimizer, trainer.schedule, i / 6) for i in range(6)]
+    assert factors == pytest.approx([1, 1, 0.75, 0.75, 0.25, 0.25])
+    assert trainer.max_iters == 6
+    load_tiny(tmp_path, "solver.schedule=cosine_epochs", "solver.end_factor=0.1")
+    with pytest.raises(ConfigError, match=r"end_factor has no use here: .*cosine or cosine_epochs"):
+        load_tiny(tmp_path, "solver.schedule=constant", "solver.end_factor=0.1")
 
 
 # ---------------------------------------------------------------------------------- optimizers
 
 
 def trained(build, steps: int = 4) -> torch.Tensor:
-    net = model()
-    optimizer = build(net)
+    model = small_model()
+    optimizer = build(model)
     images = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
     for _ in range(steps):
         optimizer.zero_grad()
-        net(images).square().mean().backward()
+        model(images).square().mean().backward()
         optimizer.step()
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [0.5, None])
 def test_sgd_is_torch_s(nesterov, momentum):
     ours = trained(
-        lambda net: build_optimizer(
-            net, optimizer="sgd", lr=0.1, weight_decay=0.01, momentum=momentum, nesterov=nesterov
+        lambda model: build_optimizer(
+            model, optimizer="sgd", lr=0.1, weight_decay=0.01, momentum=momentum, nesterov=nesterov
         )
     )
-    expected = {"lr": 0.1, "weight_decay": 0.01, "nesterov": nesterov}
-    theirs = trained(
-        lambda net: torch.optim.SGD(net.parameters(), momentum=momentum or 0.9, **expected)
-    )
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    other = trained(
-        lambda net: torch.optim.SGD(
-            net.parameters(), momentum=momentum or 0.9, lr=0.1, nesterov=not nesterov
-        )
-    )
-    assert not torch.allclose(ours, other)
 
+    def torch_s(nesterov):
+        settings = {"lr": 0.1, "weight_decay": 0.01, "momentum": momentum or 0.9}
+        return trained(lambda m: torch.optim.SGD(m.parameters(), **settings, nesterov=nesterov))
 
-@pytest.mark.parametrize("name", ["adamw", "lamb", "muon", "lars", "rmsprop", "lion", "adafactor"])
-def test_any_of_timm_s_optimizers_steps(name):
-    assert name in list_optimizers()
-    start = trained(lambda net: build_optimizer(net, optimizer=name, lr=0.01), steps=0)
-    end = trained(lambda net: build_optimizer(net, optimizer=name, lr=0.01))
-    assert end.isfinite().all()
-    assert not torch.equal(start, end)
+    torch.testing.assert_close(ours, torch_s(nesterov), rtol=0, atol=0)
+    assert not torch.allclose(ours, torch_s(not nesterov))
 
 
 @pytest.mark.parametrize("name, kind", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
-def test_torch_s_adam_takes_its_fused_step_and_the_same_way(name, kind):
+def test_adam_is_torch_s_fused_one_by_default(name, kind):
     told = {"optimizer": name, "lr": 0.01, "weight_decay": 0.1}
-    ours = trained(lambda net: build_optimizer(net, **told))
-    assert ours.equal(trained(lambda net: build_optimizer(net, **told)))
-    theirs = trained(lambda net: kind(net.parameters(), lr=0.01, weight_decay=0.1))
-    torch.testing.assert_close(ours, theirs)
-    fused = trained(lambda net: kind(net.parameters(), lr=0.01, weight_decay=0.1, fused=True))
+    ours = trained(lambda model: build_optimizer(model, **told))
+    plain = trained(lambda model: kind(model.parameters(), lr=0.01, weight_decay=0.1))
+    torch.testing.assert_close(ours, plain)
+    fused = trained(lambda model: kind(model.parameters(), lr=0.01, weight_decay=0.1, fused=True))
     assert ours.equal(fused)
-    plain = build_optimizer(model(), **told, optimizer_args={"fused": False})
-    assert not plain.defaults["fused"]
-    assert not build_optimizer(model(), **told, optimizer_args={"foreach": True}).defaults["fused"]
+    for chosen in ({"fused": False}, {"foreach": True}):
+        assert not build_optimizer(small_model(), **told, optimizer_args=chosen).defaults["fused"]
+    # The state from a checkpoint is contiguous; these weights are not.
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
+    assert not build_optimizer(model, **told).defaults["fused"]
+    assert not build_optimizer(small_model(), optimizer="sgd", lr=0.1).defaults["fused"]
 
 
-def test_what_a_fused_step_would_spoil_is_not_fused():
-    """Weights whose memory is in another order than that of the state a checkpoint brings back."""
-    net = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
-    assert not build_optimizer(net, optimizer="adamw", lr=0.1).defaults["fused"]
-    assert not build_optimizer(model(), optimizer="sgd", lr=0.1).defaults["fused"]
+@pytest.mark.parametrize(
+    "name, lr",
+    [("lamb", 0.02), ("muon", 0.02), ("nadamw", 0.002), ("adafactor", 0.02), ("lion", 0.001)],
+)
+def test_any_of_timm_s_optimizers_learns(name, lr):
+    torch.manual_seed(0)
+    model = classifier().train()
+    optimizer = build_optimizer(model, optimizer=name, lr=lr, weight_decay=0.02, layer_decay=0.9)
+    images, targets = torch.rand(14, 3, 32, 32), torch.arange(14) % 7
+    losses = []
+    for _ in range(12):
+        loss = model(images, targets)["loss_cls"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
 
 
 def test_arguments_reach_the_optimizer():
     optimizer = build_optimizer(
-        model(), optimizer="adamw", lr=0.1, optimizer_args={"betas": [0.8, 0.9], "eps": 1e-3}
+        small_model(), optimizer="adamw", lr=0.1, optimizer_args={"betas": [0.8, 0.9], "eps": 1e-3}
     )
     assert tuple(optimizer.defaults["betas"]) == (0.8, 0.9)
     assert optimizer.defaults["eps"] == 1e-3
     for name in ("lars", "muon", "rmsprop", "madgrad"):
-        built = build_optimizer(model(), optimizer=name, lr=0.1, momentum=0.25)
+        built = build_optimizer(small_model(), optimizer=name, lr=0.1, momentum=0.25)
         assert {group["momentum"] for group in built.param_groups} == {0.25}
 
 
-def test_decay_spares_biases_and_norms_unless_told():
-    net = model()
-    every = build_optimizer(net, optimizer="sgd", lr=0.1, weight_decay=0.3)
-    assert [group["weight_decay"] for group in every.param_groups] == [0.3]
-    some = build_optimizer(net, optimizer="sgd", lr=0.1, weight_decay=0.3, decay_all=False)
-    decay = {id(p): g["weight_decay"] for g in some.param_groups for p in g["params"]}
-    assert {name: decay[id(p)] for name, p in net.named_parameters()} == {
+# ------------------------------------------------------------------------------ parameter groups
+
+
+def test_decay_all_false_exempts_biases_and_norms():
+    model = small_model()
+    all_decay = build_optimizer(model, optimizer="sgd", lr=0.1, weight_decay=0.3)
+    assert [group["weight_decay"] for group in all_decay.param_groups] == [0.3]
+    some = build_optimizer(model, optimizer="sgd", lr=0.1, weight_decay=0.3, decay_all=False)
+    decay = {name: decay for name, (_, decay) in settings_of(model, some).items()}
+    assert decay == {
         "0.weight": 0.3, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "3.weight": 0.3,
         "3.bias": 0.0,
     }  # fmt: skip
     assert all(group["base_lr"] == 0.1 for group in some.param_groups)
+    model[0].requires_grad_(False)
+    trained = build_optimizer(model, optimizer="sgd", lr=0.1)
+    assert sum(len(group["params"]) for group in trained.param_groups) == 4
 
 
-def groups_of(net, optimizer) -> dict[str, tuple[float, float]]:
-    """Name -> (learning rate, weight decay)."""
-    settings = {
-        id(p): (group["lr"], group["weight_decay"])
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    return {n: settings[id(p)] for n, p in net.named_parameters() if p.requires_grad}
+def test_decay_all_false_exempts_position_embeddings():
+    model = classifier()
+    for decay_all, decay in ((False, 0.0), (True, 0.3)):
+        optimizer = build_optimizer(
+            model, optimizer="adamw", lr=0.1, weight_decay=0.3, decay_all=decay_all
+        )
+        settings = settings_of(model, optimizer)
+        for name in ("pos_embed", "cls_token", "blocks.0.mlp.fc1.bias"):
+            assert settings[f"backbone.model.{name}"] == (0.1, decay)
+        assert settings["backbone.model.blocks.0.mlp.fc1.weight"] == (0.1, 0.3)
 
 
 @pytest.mark.parametrize(
     "factor, decay, expected", [(2.0, 0.0, 0.0), (3.0, None, 0.3), (1.0, 0.1, 0.1)]
 )
-def test_biases_have_a_rate_and_a_decay_of_their_own(factor, decay, expected):
-    net = model()
-    net[0].requires_grad_(False)
+def test_biases_can_have_another_rate_and_decay(factor, decay, expected):
+    model = small_model()
+    model[0].requires_grad_(False)
     optimizer = build_optimizer(
-        net, optimizer="sgd", lr=0.1, weight_decay=0.3, bias_lr_factor=factor,
+        model, optimizer="sgd", lr=0.1, weight_decay=0.3, bias_lr_factor=factor,
         bias_weight_decay=decay,
     )  # fmt: skip
-    assert groups_of(net, optimizer) == {
+    assert settings_of(model, optimizer) == {
         "1.weight": (0.1, 0.3), "1.bias": (0.1 * factor, expected), "3.weight": (0.1, 0.3),
         "3.bias": (0.1 * factor, expected),
     }  # fmt: skip
     set_progress(optimizer, build_schedule(max_iters=10), 0.5)
-    assert groups_of(net, optimizer)["3.bias"][0] == pytest.approx(0.05 * factor)
+    assert settings_of(model, optimizer)["3.bias"][0] == pytest.approx(0.05 * factor)
 
 
-def test_biases_like_the_rest_are_the_rest():
-    told = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.01}
-    plain = trained(lambda net: build_optimizer(net, **told))
-    apart = trained(lambda net: build_optimizer(net, **told, bias_weight_decay=0.01))
-    faster = trained(lambda net: build_optimizer(net, **told, bias_lr_factor=2.0))
-    torch.testing.assert_close(apart, plain)
-    assert not torch.allclose(faster, plain)
+@pytest.mark.parametrize("decay_all", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_layer_decay_is_that_of_timm_s_own_classifier(name, decay_all):
+    ours = classifier(name)
+    optimizer = build_optimizer(
+        ours, optimizer="adamw", lr=0.1, weight_decay=0.3, layer_decay=0.75, decay_all=decay_all
+    )
+    settings = settings_of(ours, optimizer)
+    theirs = timm.create_model(name, num_classes=7, **MODELS[name])
+    if decay_all:
+        theirs.no_weight_decay = set
+    built = create_optimizer_v2(
+        theirs, "adamw", lr=0.1, weight_decay=0.3, layer_decay=0.75,
+        filter_bias_and_bn=not decay_all,
+    )  # fmt: skip
+    expected = settings_of(theirs, built, lambda group: group["lr"] * group["lr_scale"])
+    heads = {"fc.weight", "head.weight", "head.fc.weight"} & expected.keys()
+    assert settings["head.weight"] == pytest.approx(expected[heads.pop()]) == (0.1, 0.3)
+    trunk = {n.removeprefix("backbone.model."): v for n, v in settings.items() if n[:5] != "head."}
+    assert len(trunk) > 20
+    for key, value in trunk.items():
+        assert value == pytest.approx(expected[key]), key
+    assert len({lr for lr, _ in settings.values()}) > 3
+    before = [group["lr"] for group in optimizer.param_groups]
+    set_progress(optimizer, build_schedule(max_iters=10), 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+        [lr / 2 for lr in before]
+    )
 
 
-def test_frozen_parameters_are_left_out():
-    net = model()
-    net[0].requires_grad_(False)
-    held = [
-        p for g in build_optimizer(net, optimizer="sgd", lr=1).param_groups for p in g["params"]
+def test_a_config_sets_layer_decay(tmp_path, load_tiny):
+    trainer = build_from(load_tiny(tmp_path, "solver.layer_decay=0.75", "solver.lr=0.2"))
+    settings = settings_of(trainer.model, trainer.optimizer, lambda group: group["base_lr"])
+    assert settings["head.weight"][0] == 0.2
+    assert settings["backbone.model.conv1.weight"][0] < 0.2 * 0.75**2
+    words = ("model.backbone={name: torchvision/squeezenet1_1}", "solver.layer_decay=0.5")
+    message = r"solver.layer_decay: needs a backbone.*timm's do; torchvision/squeezenet1_1 does not"
+    with pytest.raises(ConfigError, match=message):
+        build_from(load_tiny(tmp_path, *words, "data.transforms.size_px=64"))
+
+
+def test_muon_leaves_the_parameters_of_fallback_list_to_adamw():
+    model = classifier()
+    patterns = ["head.*", "*pos_embed"]
+    optimizer = build_optimizer(
+        model, optimizer="muon", lr=0.1, optimizer_args={"fallback_list": patterns}
+    )
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [group for group in optimizer.param_groups if group.get("use_fallback")]
+    left = {names[id(p)] for group in groups for p in group["params"]}
+    assert left == {"head.weight", "head.bias", "backbone.model.pos_embed"}
+
+
+# ---------------------------------------------------------------------------- joined optimizers
+
+
+def parts_of(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [
+        torch.optim.SGD(model[0].parameters(), lr=0.1, momentum=0.9),
+        torch.optim.Adam(model[3].parameters(), lr=0.01),
     ]
-    assert len(held) == 4
 
 
-@pytest.mark.parametrize(
-    "arguments, says",
-    [
-        ({"optimizer": "addamw"}, r"solver\.optimizer: no 'addamw'\. Did you mean 'adamw'"),
-        ({"optimizer": "sdg"}, "Did you mean 'sgd'"),
-        ({"optimizer": "adamw", "momentum": 0.9}, r"optimizer_args\.betas"),
-        ({"optimizer": "adamw", "nesterov": True}, r"solver\.nesterov is for sgd"),
-        ({"optimizer": "adamw", "optimizer_args": {"beta": 1}}, r"adamw.*optimizer_args.*beta"),
-        ({"optimizer": "sgd", "optimizer_args": {"lr": 1}}, "optimizer_args"),
-        ({"optimizer": "sgd", "optimizer_args": {"fused": True}}, "fused SGD begins with arbitrar"),
-        ({"optimizer": "sgd", "nesterov": True, "momentum": 0.0}, "[Nn]esterov"),
-        (
-            {"optimizer": "sgd", "decay_all": False, "bias_lr_factor": 2.0},
-            r"solver\.bias_lr_factor and bias_weight_decay need solver\.decay_all: true",
-        ),
-    ],
-)
-def test_what_an_optimizer_does_not_take_is_refused(arguments, says):
-    with pytest.raises(ValueError, match=says):
-        build_optimizer(model(), lr=0.1, **arguments)
+def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
+    return model(torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))).square().mean()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="they need a GPU, and there is one")
-@pytest.mark.parametrize("name", [n for n in list_optimizers() if n.startswith(("bnb", "fused"))])
-def test_an_optimizer_for_a_gpu_says_so(name):
-    with pytest.raises(ValueError, match=rf"solver\.optimizer {name}.*CUDA"):
-        build_optimizer(model(), optimizer=name, lr=0.1)
+def assert_equal_parameters(one: nn.Module, two: nn.Module) -> None:
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, two.get_parameter(name)), name
+
+
+def test_a_joined_optimizer_steps_like_its_parts():
+    apart, joined = small_model(), small_model()
+    parts, optimizer = parts_of(apart), JoinedOptimizer(parts_of(joined))
+    assert optimizer.state == {}
+    for seed in range(3):
+        for group in [*optimizer.param_groups, *(part.param_groups[0] for part in parts)]:
+            group["lr"] *= 0.5
+        apart.zero_grad()
+        loss_of(apart, seed).backward()
+        for part in parts:
+            part.step()
+
+        def closure(seed=seed):
+            optimizer.zero_grad()
+            loss = loss_of(joined, seed)
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure) > 0
+    assert_equal_parameters(joined, apart)
+    assert set(optimizer.state[joined[0].weight]) == {"momentum_buffer"}
+    assert {"exp_avg", "exp_avg_sq"} <= set(optimizer.state[joined[3].weight])
+    assert len(optimizer.state) == 4
+    copied = copy.deepcopy(optimizer)
+    assert copied.param_groups[1] is copied.optimizers[1].param_groups[0]
+    with pytest.raises(ValueError, match=r"to one of \.optimizers"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def test_a_joined_optimizer_resumes_to_the_same_bits():
+    model, other = small_model(), small_model()
+    optimizer, resumed = (JoinedOptimizer(parts_of(network)) for network in (model, other))
+    for seed in range(4):
+        if seed == 2:
+            other.load_state_dict(model.state_dict())
+            resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            resumed.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] = 0.2
+        for network, its in ((model, optimizer), (other, resumed))[: 1 + (seed >= 2)]:
+            its.zero_grad()
+            loss_of(network, seed).backward()
+            its.step()
+    assert_equal_parameters(other, model)
+    with pytest.raises(ValueError, match="shorter"):
+        resumed.load_state_dict({"optimizers": []})
+
+
+def test_tract_schedulers_and_a_gradient_scaler_treat_a_joined_optimizer_as_one():
+    by_hand, attached = small_model(), small_model()
+    tract, parts = TrAct(by_hand), parts_of(by_hand)
+    optimizer = JoinedOptimizer(parts_of(attached))
+    TrAct(attached).attach(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (*parts, optimizer)]
+    for seed in range(3):
+        by_hand.zero_grad()
+        loss_of(by_hand, seed).backward()
+        tract.step()
+        for part in parts:
+            part.step()
+        optimizer.zero_grad()
+        scaler.scale(loss_of(attached, seed)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        for scheduler in schedulers:
+            scheduler.step()
+    for name, parameter in attached.named_parameters():
+        torch.testing.assert_close(parameter, by_hand.get_parameter(name))
+
+
+def test_only_kept_parameters_move():
+    model = small_model()
+    before = copy.deepcopy(dict(model.named_parameters()))
+    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    keep_parameters(optimizer, [model[3].weight])
+    assert len(optimizer.param_groups) == 1
+    loss_of(model, 0).backward()
+    optimizer.step()
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert moved == ["3.weight"]
+
+
+def test_a_config_sets_the_optimizer_of_the_first_layer(tmp_path, load_tiny, monkeypatch):
+    words = [
+        "solver={optimizer: adam, momentum: null, lr: 0.001}",
+        "solver.first_layer={optimizer: sgd, lr: 0.08, momentum: 0.9}",
+    ]
+    config = load_tiny(tmp_path, *words)
+    trainer = build_from(config)
+    first, rest = trainer.optimizer.optimizers
+    assert isinstance(first, torch.optim.SGD)
+    assert isinstance(rest, torch.optim.Adam)
+    (name,) = find_first_layers(trainer.model)
+    held = [id(p) for group in first.param_groups for p in group["params"]]
+    assert held == [id(p) for p in trainer.model.get_submodule(name).parameters()]
+    trainer.set_lr(trainer.optimizer, trainer.schedule, 0.0)
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    assert rates[0] == pytest.approx(80 * rates[-1])
+    wrong = load_tiny(tmp_path, words[0], "solver.first_layer={optimizer: sdg, lr: 0.08}")
+    with pytest.raises(ConfigError, match=r"solver.first_layer.*Did you mean 'sgd'"):
+        build_from(wrong)
+    plain = build.build_model
+
+    def frozen(*arguments):
+        model = plain(*arguments)
+        model.backbone.model.conv1.requires_grad_(False)
+        return model
+
+    monkeypatch.setattr(build, "build_model", frozen)
+    with pytest.raises(ConfigError, match=r"solver.first_layer: .*conv1'\] are frozen.*null"):
+        build_from(config)

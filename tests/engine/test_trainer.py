@@ -1,4 +1,4 @@
-"""Laws of the one loop, on models small enough to compute by hand."""
+"""The training loop is the plain loop of PyTorch, plus what its arguments add."""
 
 import copy
 import itertools
@@ -19,8 +19,6 @@ from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.hooks import evaluate, evaluating
 from tract_transfer.engine.trainer import Hook, Trainer
 
-CPU = torch.device("cpu")
-
 
 class Net(nn.Module):
     def __init__(self, dropout=0.0):
@@ -38,19 +36,17 @@ class Net(nn.Module):
 
 
 class Stub:
-    """Stands in for TrAct: notes what the gradient is when it is called."""
+    """Stands in for TrAct: scales the gradient and records its norm."""
 
     def __init__(self, model=None, scale=1.0):
         self.model, self.scale = model, scale
         self.norms = []
 
     def step(self):
-        if self.model is None:
-            return
-        parameters = list(self.model.parameters())
-        for parameter in parameters:
-            parameter.grad.mul_(self.scale)
-        self.norms.append(gradient_norm(self.model))
+        if self.model is not None:
+            for parameter in self.model.parameters():
+                parameter.grad.mul_(self.scale)
+            self.norms.append(gradient_norm(self.model))
 
     def state_dict(self):
         return {"seen": torch.tensor(len(self.norms))}
@@ -130,14 +126,13 @@ def test_micro_batches_are_one_batch_in_parts(accumulate):
     one = Net()
     two = copy.deepcopy(one)
     make(one, batches=batches_of(8)).train()
-    trainer = make(two, batches=batches_of(8 // accumulate, 40 * accumulate), accumulate=accumulate)
-    trainer.train()
+    make(two, batches=batches_of(8 // accumulate, 40 * accumulate), accumulate=accumulate).train()
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_losses_read_are_means_over_the_steps(accumulate):
+def test_logged_losses_are_means_over_the_steps(accumulate):
     model = Net()
     trainer = make(model, max_iters=3, accumulate=accumulate, lr=1e-30)
     batches = itertools.islice(batches_of(4)(0), 3 * accumulate)
@@ -153,24 +148,16 @@ def test_losses_read_are_means_over_the_steps(accumulate):
     assert trainer.meter.losses == {}
 
 
-def test_the_gradient_is_clipped_after_tract():
-    """TrAct sees the whole gradient, the optimizer a clipped one."""
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_tract_changes_the_whole_gradient_once_before_it_is_clipped(accumulate):
     model, seen = Net(), []
     stub = Stub(model, scale=100.0)
-    trainer = make(model, tract=stub, grad_clip=0.5, max_iters=4)
+    trainer = make(model, tract=stub, grad_clip=0.5, max_iters=4, accumulate=accumulate)
     trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(gradient_norm(model)))
     trainer.train()
+    assert len(stub.norms) == 4
     assert min(stub.norms) > 1
     assert seen == pytest.approx([0.5] * 4, rel=1e-4)
-
-
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_tract_is_called_once_a_step_on_the_finished_gradient(accumulate):
-    model, stub = Net(), Stub()
-    stub.model = model
-    make(model, tract=stub, accumulate=accumulate, max_iters=5).train()
-    assert len(stub.norms) == 5
-    assert min(stub.norms) > 0
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
@@ -192,13 +179,11 @@ def test_float16_unscales_before_it_clips():
     trainer = make(model, precision=torch.float16, grad_clip=1e-3, max_iters=8)
     trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(gradient_norm(model)))
     trainer.train()
-    assert len(seen) > 4  # the scaler passes over a step or two until its scale fits
+    assert len(seen) > 4  # the scaler skips a step or two until its scale fits
     assert seen == pytest.approx([1e-3] * len(seen), rel=1e-3)
 
 
-def test_random_numbers_are_a_function_of_the_iteration():
-    """What draws random numbers between two steps changes no training."""
-
+def test_random_numbers_depend_only_on_seed_iteration_and_process():
     class Disturb(Hook):
         def after_step(self, trainer):
             torch.rand(trainer.iteration)
@@ -208,9 +193,6 @@ def test_random_numbers_are_a_function_of_the_iteration():
     make(one).train()
     make(two, hooks=[Disturb()]).train()
     assert_bits(one, two)
-
-
-def test_seeds_of_neighbours_differ():
     draws = set()
     for seed, iteration, process in itertools.product(range(3), repeat=3):
         seed_all(seed, iteration, process)
@@ -218,8 +200,8 @@ def test_seeds_of_neighbours_differ():
     assert len(draws) == 27
 
 
-def test_a_request_ends_the_training_after_a_step_and_before_its_hooks():
-    """So that the hook which writes a checkpoint sees it, whenever a signal came."""
+def test_a_signal_ends_the_training_after_a_step_and_before_its_hooks():
+    """The hook that writes a checkpoint must see it, whenever the signal arrived."""
     calls = []
 
     class Ask(Hook):
@@ -243,22 +225,41 @@ def test_skipped_items_are_listed_once():
     assert trainer.skipped == ["row 3: cut", "row 9: cut"]
 
 
-def test_state_goes_on_to_the_same_bits():
+def test_a_training_resumes_to_the_same_bits():
     whole = Net(dropout=0.3)
     half = copy.deepcopy(whole)
     make(whole, precision=torch.float16).train()
     first = make(half, precision=torch.float16)
     first.max_iters = 5
     first.train()
-    parts, state = copy.deepcopy((first.state_parts(), first.state()))
     second = make(Net(dropout=0.3), precision=torch.float16)
-    second.load_state(parts, state, 5)
+    second.load_state(*copy.deepcopy((first.state_parts(), first.state())), 5)
     second.train()
     assert_bits(whole, second.model)
     assert second.seen_images == 32
 
 
-def test_evaluation_leaves_every_mode_as_it_was():
+@pytest.mark.parametrize("precision", [None, torch.float16])
+@pytest.mark.parametrize(("started", "now"), [(None, True), (True, None)])
+def test_a_training_resumes_with_the_step_of_adam_that_it_started_with(precision, started, now):
+    """Gradient scalers call fused steps differently from others."""
+
+    def trainer_of(fused, max_iters=6):
+        torch.manual_seed(0)
+        model = Net()
+        trainer = make(model, precision=precision, max_iters=max_iters)
+        trainer.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+        return trainer
+
+    whole, first, second = trainer_of(started), trainer_of(started, 3), trainer_of(now)
+    whole.train()
+    first.train()
+    second.load_state(*copy.deepcopy((first.state_parts(), first.state())), 3)
+    second.train()
+    assert_bits(whole.model, second.model)
+
+
+def test_evaluating_restores_the_mode_of_every_module():
     model = nn.ModuleDict({"a": nn.Sequential(nn.BatchNorm1d(2)), "b": nn.Dropout()}).train()
     model["a"][0].eval()
     before = [module.training for module in model.modules()]
@@ -270,7 +271,7 @@ def test_evaluation_leaves_every_mode_as_it_was():
     assert torch.is_grad_enabled()
 
 
-def test_evaluation_feeds_everything_once_and_tells_what_was_skipped():
+def test_evaluate_feeds_every_batch_once_and_returns_skipped_items():
     class Collect:
         def __init__(self):
             self.seen = []
@@ -284,7 +285,8 @@ def test_evaluation_feeds_everything_once_and_tells_what_was_skipped():
         for n in (4, 1)
     ]
     collect = Collect()
-    skipped = evaluate(model, batches, collect, device=CPU, precision=torch.bfloat16)
+    device = torch.device("cpu")
+    skipped = evaluate(model, batches, collect, device=device, precision=torch.bfloat16)
     assert skipped == ["row 4", "row 1"]
     assert [len(predictions) for predictions, _ in collect.seen] == [4, 1]
     assert collect.seen[0][0].dtype == torch.bfloat16

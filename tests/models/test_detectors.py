@@ -1,13 +1,19 @@
-"""The four kinds of Faster R-CNN: what they share, and feature pyramids."""
+"""The four kinds of Faster R-CNN: what they have in common, their pyramids and box heads."""
 
 import copy
 
 import pytest
 import torch
 from small_detectors import KINDS, TARGETS, detector, losses_of, picture, target
+from torch import nn
+from torchvision.models import vgg11
 
 from tract_transfer.models import build_backbone
+from tract_transfer.models.detection.detectors import accept_any_size
+from tract_transfer.models.detection.options import RpnOptions, with_options
 from tract_transfer.models.detection.two_stage import TwoStageDetector
+from tract_transfer.models.freeze import set_norm
+from tract_transfer.models.weights import load_weights
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -21,7 +27,7 @@ def eager(kind) -> TwoStageDetector:
     return detector(kind, box={"score_threshold": 0.0, "max_detections": 20}).eval()
 
 
-def test_training_gives_four_finite_losses_that_reach_the_first_layer(kind):
+def test_four_finite_losses_reach_the_first_layer(kind):
     model = detector(kind)
     losses = losses_of(model)
     assert sorted(losses) == ["loss_box", "loss_cls", "loss_rpn_box", "loss_rpn_cls"]
@@ -30,8 +36,8 @@ def test_training_gives_four_finite_losses_that_reach_the_first_layer(kind):
     gradient = model.get_submodule(f"backbone.{model.backbone.first_layers[0]}").weight.grad
     assert gradient.isfinite().all()
     assert gradient.any()
-    unused = {name for name, p in model.named_parameters() if p.grad is None}
-    assert unused == {n for n in unused if n.startswith("backbone.model.norm.")}  # a ViT's last
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    assert all(name.startswith("backbone.model.norm.") for name in unused)  # the last of a ViT
 
 
 def test_images_without_boxes_are_background(kind):
@@ -46,81 +52,71 @@ def test_images_without_boxes_are_background(kind):
 @torch.no_grad()
 def test_detections_are_in_the_pixels_of_each_image(eager):
     images = [picture(300, 400), picture(30, 20), picture(64, 96), picture(200, 70)]
-    found = eager.eval()(images)
-    assert len(found) == len(images)
-    for image, each in zip(images, found, strict=True):
+    detections = eager.eval()(images)
+    assert len(detections) == len(images)
+    for image, detected in zip(images, detections, strict=True):
         height, width = image.shape[-2:]
-        boxes, scores, labels = each["boxes"], each["scores"], each["labels"]
+        boxes, scores, labels = detected["boxes"], detected["scores"], detected["labels"]
         assert boxes.dtype == scores.dtype == torch.float32
         assert 0 < len(boxes) == len(scores) == len(labels) <= 20
         assert boxes.min() >= 0
         assert boxes[:, [0, 2]].max() <= width * (1 + 1e-6)
         assert boxes[:, [1, 3]].max() <= height * (1 + 1e-6)
-        assert boxes[:, 2].max() > width / 2  # and not in those of the resized image
+        assert boxes[:, 2].max() > width / 2  # and not in pixels of the resized image
         assert (boxes[:, 2:] > boxes[:, :2]).all()
         assert set(labels.tolist()) <= {0, 1, 2}
         assert torch.equal(scores, scores.sort(descending=True).values)
 
 
 @torch.no_grad()
-def test_company_of_no_larger_images_changes_nothing(eager):
-    """An image that sets the padded size is seen as when it is alone."""
+def test_detections_do_not_depend_on_other_images_of_the_batch(eager):
+    """For an image that sets the padded size."""
     image = picture(64, 96)
     (alone,) = eager.eval()([image])
-    for company in (picture(64, 96, 1), picture(64, 64, 2)):
-        for together in (eager([image, company])[0], eager([company, image])[1]):
-            for key in alone:
-                torch.testing.assert_close(together[key], alone[key], rtol=1e-3, atol=1e-3)
+    for other in (picture(64, 96, 1), picture(64, 64, 2)):
+        for detected in (eager([image, other])[0], eager([other, image])[1]):
+            torch.testing.assert_close(detected, alone, rtol=1e-3, atol=1e-3)
 
 
-def test_autocast_trains_and_finds_boxes_in_float32(eager):
-    seen = []
+def test_autocast_computes_boxes_in_float32(eager):
+    pooled = []
 
-    def watch(_module, inputs):
-        seen.extend(box for boxes in inputs[1] for box in boxes.flatten().tolist())
-        assert all(boxes.dtype == torch.float32 for boxes in inputs[1])
+    def watch(_module, args):
+        assert all(boxes.dtype == torch.float32 for boxes in args[1])
+        pooled.extend(value for boxes in args[1] for value in boxes.flatten().tolist())
 
-    eager = copy.deepcopy(eager)
-    eager.roi_heads.pooler.register_forward_pre_hook(watch)
+    model = copy.deepcopy(eager)
+    model.roi_heads.pooler.register_forward_pre_hook(watch)
     truth = {"boxes": torch.tensor([[3.4, 5.0, 61.3, 57.7]]), "labels": torch.tensor([1])}
     with torch.autocast("cpu", torch.bfloat16):
-        losses = eager.train()([picture(64, 96)], [truth])
+        losses = model.train()([picture(64, 96)], [truth])
         assert {loss.dtype for loss in losses.values()} == {torch.float32}
-        assert set(truth["boxes"].flatten().tolist()) <= set(seen)
+        assert set(truth["boxes"].flatten().tolist()) <= set(pooled)
         with torch.no_grad():
-            (found,) = eager.eval()([picture(64, 96)])
-    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+            (detections,) = model.eval()([picture(64, 96)])
+    assert detections["boxes"].dtype == detections["scores"].dtype == torch.float32
 
 
-def test_a_difficult_object_kept_is_another_and_dropped_is_not_there():
-    hard = [target([[5, 5, 40, 50], [50, 10, 90, 60]], [0, 2], [False, True]), TARGETS[1]]
-    easy_alone = [target([[5, 5, 40, 50]], [0]), TARGETS[1]]
-    kept, dropped, ignored = (
-        losses_of(detector(difficult_in_training=policy), hard)
-        for policy in ("keep", "drop", "ignore")
-    )
-    assert kept == losses_of(detector(), TARGETS)
-    assert dropped == losses_of(detector(), easy_alone)
-    assert ignored["loss_rpn_cls"] not in (kept["loss_rpn_cls"], dropped["loss_rpn_cls"])
-
-
-def test_the_number_of_classes_leaves_room_for_the_background(kind):
-    predictor = detector(kind).roi_heads.box_predictor
-    assert (predictor.cls_score.out_features, predictor.bbox_pred.out_features) == (4, 12)
-
-
-@pytest.mark.parametrize("group", ["rpn", "box"])
-def test_an_unknown_option_names_the_nearest(kind, group):
-    with pytest.raises(ValueError, match=rf"^{group}\.nms_io: unknown\. Did you mean 'nms_iou'"):
-        detector(kind, **{group: {"nms_io": 0.5}})
-
-
-def test_options_reach_both_stages(kind):
+def test_options_and_classes_reach_both_stages(kind):
     model = detector(kind, rpn={"nms_iou": 0.61}, box={"nms_iou": 0.37})
     assert (model.rpn.options.nms_iou, model.roi_heads.options.nms_iou) == (0.61, 0.37)
+    predictor = model.roi_heads.box_predictor
+    assert (predictor.cls_score.out_features, predictor.bbox_pred.out_features) == (4, 12)
+    for group in ("rpn", "box"):
+        with pytest.raises(ValueError, match=rf"^{group}\.nms_io: unknown\. Did you mean 'nms_i"):
+            detector(kind, **{group: {"nms_io": 0.5}})
 
 
-def test_a_copy_trains_on_its_own_weights(kind):
+def test_given_options_replace_defaults():
+    defaults = RpnOptions(nms_iou=0.6, post_nms_test=300)
+    assert with_options(defaults, {}, "rpn") == defaults
+    options = with_options(defaults, {"nms_iou": 0.8, "anchor_scales": [8, 16]}, "rpn")
+    assert (options.nms_iou, options.post_nms_test) == (0.8, 300)
+    assert list(options.anchor_scales) == [8, 16]
+    assert defaults.nms_iou == 0.6
+
+
+def test_a_copy_trains_its_own_weights(kind):
     """The average of the weights is a copy: its box head must not read the original's layers."""
     model = detector(kind)
     other = copy.deepcopy(model)
@@ -130,30 +126,123 @@ def test_a_copy_trains_on_its_own_weights(kind):
     assert losses_of(other) == losses_of(detector(kind)) != losses_of(model)
 
 
-# ------------------------------------------------------------------------- feature pyramids
+# Pyramids
 
 
 @pytest.mark.parametrize("num_levels", [2, 3, 4])
-def test_the_pyramid_stands_on_the_last_strides(num_levels):
+def test_fpn_uses_the_last_strides(num_levels):
     model = detector(num_levels=num_levels)
     strides = [info.stride for info in model.backbone.pyramid().values()]
     assert strides == [2, 4, 8, 16, 32]
-    assert list(model.backbone.pyramid())[-num_levels:] == model.map_names
-    assert model.size_divisor == 32
     assert model.rpn.strides == [*strides[-num_levels:], 64]
     assert model.roi_heads.pooler.strides == strides[-num_levels:]
     assert all(loss.isfinite() for loss in losses_of(model).values())
 
 
-@pytest.mark.parametrize("num_levels", [1, 6])
-def test_a_backbone_with_too_few_strides_is_refused(num_levels):
-    with pytest.raises(ValueError, match=rf"num_levels = {num_levels}.*\[2, 4, 8, 16, 32\]"):
-        detector(num_levels=num_levels)
-    plain = build_backbone("timm/vit_tiny_patch16_224", args={"depth": 1, "dynamic_img_size": True})
-    with pytest.raises(ValueError, match=r"this backbone has \[16\]"):
-        detector(backbone=plain)
+@pytest.mark.parametrize(
+    "name, args, strides",
+    [
+        ("timm/test_vit", {}, [4, 8, 16, 32, 64]),
+        ("cifar/vit", {"depth": 1, "width": 48}, [1, 2, 4, 8, 16]),
+        ("timm/vit_tiny_patch16_224", {"depth": 1, "dynamic_img_size": True}, [4, 8, 16, 32, 64]),
+    ],
+)
+def test_vitdet_has_a_pyramid_around_the_patch_size(name, args, strides):
+    backbone = build_backbone(name, args=args)
+    names = list(backbone.state_dict())
+    model = detector("torchvision_vitdet", backbone=backbone)
+    assert model.rpn.strides == strides
+    assert list(backbone.state_dict()) == names
+    shapes = []
+    model.rpn.head.register_forward_pre_hook(
+        lambda _module, args: shapes.extend(tuple(features.shape[2:]) for features in args[0])
+    )
+    losses_of(model)
+    # Images of 64x96 and 80x64, padded to a multiple of the second-coarsest stride.
+    height, width = (-(-side // strides[-2]) * strides[-2] for side in (80, 96))
+    assert shapes == [(-(-height // stride), -(-width // stride)) for stride in strides]
 
 
-def test_a_backbone_of_one_size_is_refused():
-    with pytest.raises(ValueError, match="takes 32 px alone"):
-        detector(backbone=build_backbone("cifar/vit", args={"depth": 1}))
+def test_vit_of_any_size_is_the_same_at_its_own_size():
+    backbone = build_backbone("cifar/vit", args={"depth": 2, "width": 48}).eval()
+    images = torch.rand(1, 3, backbone.image_size_px, backbone.image_size_px)
+    (name,) = backbone.pyramid()
+    features, pooled = backbone.maps(images, [name]), backbone.pooled(images)
+    accept_any_size(backbone)
+    assert backbone.image_size_px is None
+    torch.testing.assert_close(backbone.maps(images, [name]), features)
+    torch.testing.assert_close(backbone.pooled(images), pooled)
+
+
+# Box heads that are the backbone's own layers
+
+
+@pytest.mark.parametrize(
+    "kind, last", [("torchvision_c4", "layer4."), ("torchvision_c5", "pre_logits.")]
+)
+def test_box_head_remains_part_of_the_backbone(kind, last):
+    plain, model = build_backbone(KINDS[kind][0], args=KINDS[kind][1]), detector(kind)
+    assert list(model.backbone.state_dict()) == list(plain.state_dict())
+    assert not any(last in name for name in model.roi_heads.state_dict())
+    sum(losses_of(model).values()).backward()
+    assert all(p.grad is not None for n, p in model.backbone.named_parameters() if last in n)
+
+
+@pytest.mark.parametrize(
+    "name, args", [("cifar/resnet18", {"width": 8}), ("torchvision/resnet18", {})]
+)
+def test_last_stage_of_c4_sees_only_proposals(name, args):
+    """Its BatchNorms would mix the statistics of complete images into those of proposals."""
+    model = detector("torchvision_c4", backbone=build_backbone(name, args=args))
+    shapes = []
+    model.backbone.model.layer4.register_forward_pre_hook(
+        lambda _module, args: shapes.append(args[0].shape)
+    )
+    losses_of(model)
+    (shape,) = shapes
+    assert (shape[0], *shape[2:]) == (2 * 16, 14, 14)
+
+
+def test_extra_norm_of_c4_normalizes_and_is_synchronized_like_the_others():
+    assert isinstance(detector("torchvision_c4").roi_heads.box_head.norm, nn.Identity)
+    model = detector("torchvision_c4", extra_norm=True)
+    norm, outputs = model.roi_heads.box_head.norm, []
+    assert type(norm) is nn.BatchNorm2d
+    norm.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    losses_of(model)
+    torch.testing.assert_close(outputs[0].mean((0, 2, 3)), torch.zeros(64), rtol=0, atol=1e-5)
+    synced = set_norm(build_backbone("cifar/resnet18", args={"width": 8}), "synced")
+    model = detector("torchvision_c4", backbone=synced, extra_norm=True)
+    assert isinstance(model.roi_heads.box_head.norm, nn.SyncBatchNorm)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, args", [("timm/vgg11", {"mlp_ratio": 0.01}), ("torchvision/vgg11", {})]
+)
+def test_box_head_of_c5_is_the_classifier_of_the_vgg(name, args):
+    """An image of 7 x 7 cells, pooled to itself, has the features of the VGG."""
+    images = torch.rand(1, 3, 224, 224)
+    backbone = build_backbone(name, args=args).eval()
+    model = detector("torchvision_c5", backbone=backbone).eval()
+    assert model.map_names == ["features.19"]
+    assert model.rpn.strides == [16]
+    pooled = backbone.model.features(backbone.normalize(images))
+    torch.testing.assert_close(model.roi_heads.box_head(pooled), backbone.pooled(images))
+
+
+@pytest.mark.parametrize("dropout", [0.5, 0.0])
+def test_c5_drops_only_in_training(dropout):
+    pooled = torch.rand(2, 512, 7, 7)
+    head = detector("torchvision_c5", dropout=dropout).roi_heads.box_head
+    assert torch.equal(head.eval()(pooled), head(pooled))
+    assert torch.equal(head.train()(pooled), head(pooled)) == (dropout == 0)
+
+
+def test_vgg_weights_without_the_classifier_are_refused(tmp_path):
+    with torch.device("meta"):
+        backbone, state = build_backbone("torchvision/vgg11"), vgg11().state_dict()
+    features = {n: torch.zeros(t.shape) for n, t in state.items() if n.startswith("features")}
+    torch.save(features, tmp_path / "features.pth")
+    with pytest.raises(ValueError, match=r"does not fit.*Missing classifier\.0\.weight"):
+        load_weights(backbone, tmp_path / "features.pth")

@@ -1,4 +1,4 @@
-"""Both views of an image: a mirror image's answer is the image's, mirrored."""
+"""Test-time flipping: logits are averaged, detections of the mirror image are mirrored back."""
 
 import json
 
@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from tract_transfer.models.classifier import FlipClassifier, FlipDetector
+from tract_transfer.models.classifier import FlipClassifier
+from tract_transfer.models.detection.two_stage import FlipDetector
 from tract_transfer.run.run import run
 
 
-class Corner(nn.Module):
-    """Logits that see the left half and the right half apart."""
+class Halves(nn.Module):
+    """Logits: the brightness of the left and of the right half."""
 
     def forward(self, images):
         left, right = images.float().mean(1).chunk(2, dim=-1)
@@ -19,32 +20,29 @@ class Corner(nn.Module):
 
 
 class Brightest(nn.Module):
-    """A detector that finds the brightest column, one pixel wide, in every image."""
+    """A detector that finds the brightest column, one pixel wide, in each image."""
 
     def forward(self, images):
-        found = []
+        detections = []
         for image in images:
             columns = image.float().mean((0, 1))
             x = columns.argmax().item()
             box = torch.tensor([[x, 0.0, x + 1, image.shape[1]]])
-            found.append(
-                {"boxes": box, "scores": columns.max()[None] / 255, "labels": torch.tensor([3])}
-            )
-        return found
+            scores, labels = columns.max()[None] / 255, torch.tensor([3])
+            detections.append({"boxes": box, "scores": scores, "labels": labels})
+        return detections
 
 
 class Fixed(nn.Module):
-    """A detector that finds the same in every image, whatever it shows."""
+    """A detector that finds the same in every image."""
 
     def __init__(self, boxes, scores, labels):
         super().__init__()
-        self.found = {
-            "boxes": torch.tensor(boxes), "scores": torch.tensor(scores),
-            "labels": torch.tensor(labels),
-        }  # fmt: skip
+        values = {"boxes": boxes, "scores": scores, "labels": labels}
+        self.detections = {key: torch.tensor(value) for key, value in values.items()}
 
     def forward(self, images):
-        return [dict(self.found) for _ in images]
+        return [dict(self.detections) for _ in images]
 
 
 def some_images():
@@ -55,44 +53,48 @@ def some_images():
     ]
 
 
-def test_logits_are_the_mean_and_do_not_see_left_from_right():
+def test_logits_are_the_mean_of_both_views():
     images = torch.stack([image[..., :8] for image in some_images()])
-    plain, mirrored = Corner()(images), Corner()(images.flip(-1))
-    both = FlipClassifier(Corner())(images)
+    plain, mirrored = Halves()(images), Halves()(images.flip(-1))
+    both = FlipClassifier(Halves())(images)
     assert torch.equal(both, (plain + mirrored) / 2)
-    assert torch.equal(both, FlipClassifier(Corner())(images.flip(-1)))
+    assert torch.equal(both, FlipClassifier(Halves())(images.flip(-1)))
     assert not torch.equal(both, plain)
 
 
-def test_a_detector_that_commutes_with_the_mirror_stays_as_it_is():
+def test_detections_of_an_equivariant_detector_do_not_change():
     images = some_images()
-    for one, both in zip(Brightest()(images), FlipDetector(Brightest())(images), strict=True):
-        assert one.keys() == both.keys()
-        assert all(torch.equal(one[key], both[key]) for key in one)
+    for plain, both in zip(Brightest()(images), FlipDetector(Brightest())(images), strict=True):
+        assert plain.keys() == both.keys()
+        assert all(torch.equal(plain[key], both[key]) for key in plain)
 
 
-def test_a_mirror_images_boxes_are_mirrored_at_its_own_width():
+def test_boxes_are_mirrored_at_the_width_of_their_image():
     boxes, images = [[1.0, 2.0, 4.0, 6.0]], some_images()
-    for image, found in zip(images, FlipDetector(Fixed(boxes, [0.5], [0]))(images), strict=True):
+    both = FlipDetector(Fixed(boxes, [0.5], [0]))(images)
+    for image, detections in zip(images, both, strict=True):
         width = image.shape[-1]
-        assert found["boxes"].tolist() == [*boxes, [width - 4.0, 2.0, width - 1.0, 6.0]]
+        assert detections["boxes"].tolist() == [*boxes, [width - 4.0, 2.0, width - 1.0, 6.0]]
 
 
-def test_overlaps_of_a_class_are_joined_and_the_best_are_kept():
-    image = [some_images()[1]]  # 12 wide: 3..9 is its own mirror image, 0..6 becomes 6..12
+@pytest.mark.parametrize(
+    "options, scores, labels",
+    [
+        ({}, [0.9, 0.6, 0.3, 0.3], [2, 1, 1, 1]),
+        ({"max_detections": 2}, [0.9, 0.6], [2, 1]),
+        ({"nms_iou": 0.3}, [0.9, 0.6], [2, 1]),  # the IoU of 3..9 and 0..6 is 1/3
+    ],
+)
+def test_overlaps_of_a_class_are_merged_and_the_best_remain(options, scores, labels):
+    image = some_images()[1]  # 12 wide: 3..9 is its own mirror image, 0..6 becomes 6..12
     boxes = [[3.0, 0.0, 9.0, 8.0], [3.0, 0.0, 9.0, 7.0], [0.0, 0.0, 6.0, 8.0]]
-    detector = Fixed(boxes, [0.6, 0.9, 0.3], [1, 2, 1])
-    (found,) = FlipDetector(detector)(image)
-    assert found["scores"].tolist() == pytest.approx([0.9, 0.6, 0.3, 0.3])
-    assert found["labels"].tolist() == [2, 1, 1, 1]
-    (found,) = FlipDetector(detector, max_detections=2)(image)
-    assert found["labels"].tolist() == [2, 1]
-    (found,) = FlipDetector(detector, nms_iou=0.3)(image)
-    assert found["labels"].tolist() == [2, 1]  # IoU of 3..9 and 0..6: 1/3
+    (detections,) = FlipDetector(Fixed(boxes, [0.6, 0.9, 0.3], [1, 2, 1]), **options)([image])
+    assert detections["scores"].tolist() == pytest.approx(scores)
+    assert detections["labels"].tolist() == labels
 
 
 @pytest.mark.parametrize("task", ["classification", "detection"])
-def test_a_run_measures_both_views_and_trains_as_without(load_tiny, tmp_path, task):
+def test_flipping_changes_the_evaluation_and_not_the_training(load_tiny, tmp_path, task):
     results = {}
     for flip in ("false", "true"):
         folder = tmp_path / flip

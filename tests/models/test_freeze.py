@@ -1,16 +1,22 @@
+"""Frozen stages, frozen and synchronized BatchNorms, stochastic depth."""
+
 import copy
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
+from timm.layers import DropPath
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from tract_transfer.build.model import build_features, build_model
+from tract_transfer.config.schema import ConfigError
 from tract_transfer.models import build_backbone
-from tract_transfer.models.freeze import freeze_stages, set_norm, stage_names
+from tract_transfer.models.freeze import freeze_stages, set_drop_path, set_norm, stage_names
 
 SMALL = {
     "cifar/resnet18": {"width": 8},
-    "torchvision/resnet18": {},
     "timm/vgg11_bn": {"mlp_ratio": 0.01},
     "timm/test_vit": {},
     "timm/test_convnext": {},
@@ -26,119 +32,173 @@ def frozen_names(backbone) -> list[str]:
     return [n.removeprefix("model.") for n, p in backbone.named_parameters() if not p.requires_grad]
 
 
+def copy_state(backbone) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+
+
 @pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
-def test_a_resnet_s_stages_are_detectron2_s(name):
+def test_stages_of_a_resnet_are_those_of_detectron2(name):
     with torch.device("meta"):
-        stages = stage_names(build_backbone(name))
-    assert [stage[-1].split(".")[0] for stage in stages] == [
-        stages[0][-1], "layer1", "layer2", "layer3", "layer4",
-    ]  # fmt: skip
-    assert {"conv1", "bn1"} <= set(stages[0])
-    assert not any(n.startswith("layer") for n in stages[0])
+        stem, *stages = stage_names(build_backbone(name))
+    assert [stage[-1].split(".")[0] for stage in stages] == [f"layer{n}" for n in (1, 2, 3, 4)]
+    assert {"conv1", "bn1"} <= set(stem)
+    assert not any(name.startswith("layer") for name in stem)
 
 
 @pytest.mark.parametrize("name", ["timm/vgg16", "torchvision/vgg16", "timm/vgg16_bn"])
-def test_a_vgg_s_stages_are_its_five_groups_of_convolutions(name):
+def test_stages_of_a_vgg_are_its_five_groups_of_convolutions(name):
     with torch.device("meta"):
-        own = build_backbone(name)
-        stages = stage_names(own)
-    convs = [
-        sum(isinstance(own.model.get_submodule(n), nn.Conv2d) for n in stage) for stage in stages
-    ]
-    assert convs == [2, 2, 3, 3, 3]
+        vgg = build_backbone(name)
+        stages = stage_names(vgg)
+    layers = [[vgg.model.get_submodule(name) for name in stage] for stage in stages]
+    assert [sum(isinstance(m, nn.Conv2d) for m in stage) for stage in layers] == [2, 2, 3, 3, 3]
 
 
-def test_a_vit_s_stages_are_its_embedding_and_quarters_of_its_blocks():
+def test_stages_of_a_vit_are_its_embedding_and_quarters_of_its_blocks():
     with torch.device("meta"):
-        own = build_backbone("timm/vit_tiny_patch16_224")
-        stages = stage_names(own)
-    blocks = [sorted({n.split(".")[1] for n in s if n.startswith("blocks.")}) for s in stages]
-    assert blocks == [[], ["0", "1", "2"], ["3", "4", "5"], ["6", "7", "8"], ["10", "11", "9"]]
-    freeze_stages(own, 1)
-    assert set(frozen_names(own)) == {
-        "cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias",
-    }  # fmt: skip
+        vit = build_backbone("timm/vit_tiny_patch16_224")
+        stages = stage_names(vit)
+    blocks = [{int(n.split(".")[1]) for n in s if n.startswith("blocks.")} for s in stages]
+    assert blocks == [set(), {0, 1, 2}, {3, 4, 5}, {6, 7, 8}, {9, 10, 11}]
+    freeze_stages(vit, 1)
+    embedding = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    assert set(frozen_names(vit)) == embedding
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_each_stage_more_freezes_more_and_the_first_freezes_the_first_layer(name):
+def test_each_further_stage_freezes_more_parameters(name):
     frozen = []
     for count in range(len(stage_names(backbone(name))) + 1):
-        own = backbone(name)
-        freeze_stages(own, count)
-        frozen.append(frozen_names(own))
-        first = own.get_submodule(own.first_layers[0])
+        model = backbone(name)
+        freeze_stages(model, count)
+        frozen.append(frozen_names(model))
+        first = model.get_submodule(model.first_layers[0])
         assert first.weight.requires_grad == (count == 0)
     assert frozen[0] == []
     assert all(set(few) < set(more) for few, more in pairwise(frozen))
-    last = list(own.pyramid())[-1]
-    assert not own.maps(torch.rand(1, 3, 160, 160), [last])[last].requires_grad
+    last = list(model.pyramid())[-1]
+    assert not model.maps(torch.rand(1, 3, 160, 160), [last])[last].requires_grad
 
 
-def test_too_many_stages_are_refused():
-    own = backbone("timm/vgg11_bn")
-    with pytest.raises(ValueError, match=r"model\.freeze_at 6 must be at most 5, the stages"):
-        freeze_stages(own, 6)
-
-
-def one_step(own) -> dict[str, torch.Tensor]:
-    own.train()
-    optimizer = torch.optim.SGD([p for p in own.parameters() if p.requires_grad], lr=0.1)
-    own.pooled(torch.rand(4, 3, 32, 32)).square().sum().backward()
+def train_step(model) -> dict[str, torch.Tensor]:
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.pooled(torch.rand(4, 3, 32, 32)).square().sum().backward()
     optimizer.step()
-    return {name: tensor.clone() for name, tensor in own.state_dict().items()}
+    return copy_state(model)
 
 
-def test_frozen_stages_keep_weights_and_statistics_and_the_rest_trains():
-    own = backbone()
-    before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
-    freeze_stages(own, 2)
-    after = one_step(own)
+def test_frozen_stages_keep_weights_and_statistics_and_others_train():
+    model = backbone()
+    before = copy_state(model)
+    freeze_stages(model, 2)
+    after = train_step(model)
     assert list(after) == list(before)
-    still = ("mean", "std", "model.conv1", "model.bn1", "model.layer1")
+    frozen = ("mean", "std", "model.conv1", "model.bn1", "model.layer1")
     for name, tensor in after.items():
-        assert torch.equal(tensor, before[name]) == name.startswith(still), name
+        assert torch.equal(tensor, before[name]) == name.startswith(frozen), name
 
 
-def test_frozen_norms_keep_weights_and_statistics_in_every_stage():
-    own = set_norm(backbone(), "frozen")
-    before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
-    copied = copy.deepcopy(own)  # as the average of the weights is made
-    for each in (own, copied):
-        after = one_step(each)
+def test_frozen_norms_keep_weights_and_statistics_in_all_stages_and_copies():
+    model = set_norm(backbone(), "frozen")
+    before = copy_state(model)
+    for each in (model, copy.deepcopy(model)):  # the average of the weights is a copy
+        after = train_step(each)
         assert list(after) == list(before)
         for name, tensor in after.items():
             is_norm = ".bn" in name or ".downsample.1." in name or name in ("mean", "std")
             assert torch.equal(tensor, before[name]) == is_norm, name
 
 
-def test_in_training_frozen_norms_compute_what_they_do_in_eval():
+def test_frozen_norms_compute_in_training_what_they_do_in_eval():
     images = torch.rand(2, 3, 32, 32)
-    own = set_norm(backbone(), "frozen")
-    torch.testing.assert_close(own.train().pooled(images), own.eval().pooled(images))
+    model = set_norm(backbone(), "frozen")
+    torch.testing.assert_close(model.train().pooled(images), model.eval().pooled(images))
     plain = set_norm(backbone(), "trained")
     assert not torch.allclose(plain.train().pooled(images), plain.eval().pooled(images))
 
 
 @pytest.mark.parametrize("name", ["cifar/resnet18", "timm/test_efficientnet"])
-def test_synchronised_norms_are_the_same_on_one_process(name):
+def test_synchronized_norms_compute_the_same_on_one_process(name):
     images = torch.rand(2, 3, 64, 64)
     plain, synced = backbone(name), set_norm(backbone(name), "synced")
     assert list(plain.state_dict()) == list(synced.state_dict())
-    kinds = [type(m) for m in synced.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert kinds
-    assert all(issubclass(kind, nn.SyncBatchNorm) for kind in kinds)
+    norms = [module for module in synced.modules() if isinstance(module, _BatchNorm)]
+    assert norms
+    assert all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
     torch.testing.assert_close(synced.train().pooled(images), plain.train().pooled(images))
 
 
+# Stochastic depth
+
+MODELS = {
+    "deit3_small_patch16_224": {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 32},
+    "resnet18": {"channels": [8, 8, 8, 8]},
+    "convnext_atto": {"depths": [1, 1, 2, 1]},
+    "swin_tiny_patch4_window7_224": {"depths": [1, 1, 2, 1], "img_size": 64, "window_size": 2},
+}
+VIT = "model.backbone={name: cifar/vit, args: {depth: 3, width: 48, num_heads: 3}"
+
+
+def rates_of(model):
+    return {name: p.drop_prob for name, p in model.named_modules() if isinstance(p, DropPath)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_linear_drop_path_is_that_of_timm(name):
+    expected = rates_of(timm.create_model(name, drop_path_rate=0.3, **MODELS[name]))
+    model = timm.create_model(name, drop_path_rate=0.0, **MODELS[name])
+    assert rates_of(model) == {}
+    set_drop_path(model, 0.3, "linear")
+    assert rates_of(model) == pytest.approx(expected, abs=1e-6)
+    assert len(expected) > 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_constant_drop_path_has_one_rate_in_every_block(name, rate):
+    model = timm.create_model(name, **MODELS[name], drop_path_rate=rate)
+    linear = timm.create_model(name, drop_path_rate=0.3, **MODELS[name])
+    set_drop_path(model, 0.1, "constant")
+    rates = rates_of(model)
+    assert set(rates.values()) == {0.1}
+    assert rates.keys() > rates_of(linear).keys()  # timm's first block has none
+
+
+def test_drop_path_drops_complete_branches_and_only_in_training():
+    torch.manual_seed(0)
+    vit = build_backbone("cifar/vit", args={"depth": 3, "width": 48, "num_heads": 3})
+    images = torch.rand(1, 3, 32, 32)
+    plain = vit.eval().pooled(images)
+    set_drop_path(vit.model, 0.5, "constant")
+    torch.testing.assert_close(vit.pooled(images), plain)
+    vit.train()
+    with torch.no_grad():
+        outputs = {vit.pooled(images)[0, 0].item() for _ in range(60)}
+    assert 10 < len(outputs) <= 2**6  # six branches, each dropped or not
+
+
+def test_config_sets_drop_path(tmp_path, load_tiny):
+    words = VIT + ", drop_path: {rate: 0.2, mode: constant}}"
+    model = build_model(load_tiny(tmp_path, words, "data.transforms.size_px=32"), 3)
+    assert list(rates_of(model).values()) == [0.2] * 6
+    assert model.backbone.origin["args"] == {"depth": 3, "width": 48, "num_heads": 3}
+
+
 @pytest.mark.parametrize(
-    "name, norm, says",
+    ("task", "words", "match"),
     [
-        ("timm/test_vit", "frozen", r"model\.norm: frozen is for BatchNorms.*none"),
-        ("timm/test_vit", "synced", r"model\.norm: synced is for BatchNorms.*none"),
-        ("cifar/resnet18", "groups", "must be trained, frozen or synced, got 'groups'"),
+        ("classification", "model.backbone={name: timm/vgg11, args: {mlp_ratio: 0.01}, "
+            "drop_path: {rate: 0.1, mode: linear}}", "model.backbone.drop_path: is for timm's"),
+        ("classification", VIT + ", drop_path: {rate: 0.1}}", "drop_path.mode: needed"),
+        ("classification", VIT + ", drop_path: {rate: 1.0, mode: linear}}", "drop_path.rate: "),
+        ("classification", "model.backbone={name: timm/resnet18, args: {drop_path_rate: 0.1}, "
+            "drop_path: {rate: 0.1, mode: linear}}", "give one of model.backbone.drop_path and"),
+        ("probe", VIT + ", drop_path: {rate: 0.1, mode: linear}}",
+            "model.backbone.drop_path has no use here: a probe trains no backbone"),
     ],
-)
-def test_a_norm_there_is_not_is_refused(name, norm, says):
-    with pytest.raises(ValueError, match=says):
-        set_norm(backbone(name), norm)
+)  # fmt: skip
+def test_drop_path_that_cannot_be_set_is_refused(tmp_path, load_tiny, task, words, match):
+    with pytest.raises(ConfigError) as error:
+        build_features(load_tiny(tmp_path, words, "data.transforms.size_px=32", task=task))
+    assert match in str(error.value)

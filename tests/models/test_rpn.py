@@ -1,7 +1,8 @@
-"""The region proposal network: torchvision's where their options meet, and each option's law."""
+"""The region proposal network: torchvision's where the options are the same, and each option."""
 
 import pytest
 import torch
+from small_detectors import IN_IGNORED, MANY, NO_BOXES, NO_OBJECTS, OBJECTS, SIZES, some_maps
 from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -9,21 +10,20 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
 
 from tract_transfer.models.detection.options import RpnOptions
-from tract_transfer.models.detection.rpn import Objects, RegionProposals, anchor_grid
+from tract_transfer.models.detection.rpn import (
+    NEGATIVE,
+    NEITHER,
+    POSITIVE,
+    Objects,
+    RegionProposals,
+    anchor_grid,
+    assign,
+    sample,
+)
 
-SIZES = [(64, 96), (50, 70)]
 SCALES = [1.0, 1.0]
-MANY = 10**6
-NONE = torch.empty(0, 4)
-OBJECTS = [
-    Objects(torch.tensor([[5.0, 5, 40, 50], [50, 10, 90, 60]]), torch.tensor([0, 2]), NONE),
-    Objects(torch.tensor([[1.0, 2, 30, 48]]), torch.tensor([1]), NONE),
-]
-
-
-def some_maps(channels: int = 4) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(2, channels, 64 // s, 96 // s, generator=generator) for s in (4, 8)]
+ALL = {"samples_per_image": MANY, "positive_fraction": 1.0}
+ONE_SCALE = RpnOptions(anchor_scales=[4.0])
 
 
 def network(**options) -> RegionProposals:
@@ -35,21 +35,17 @@ def network(**options) -> RegionProposals:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_it_is_torchvision_s(training):
+def test_rpn_is_that_of_torchvision(training):
     """With square anchors, which torchvision does not round, and every anchor sampled."""
-    options = RpnOptions(
-        anchor_scales=[4.0, 8.0],
-        anchor_ratios=[1.0],
-        samples_per_image=MANY,
-        positive_fraction=1.0,
-        pre_nms_train=200,
-        pre_nms_test=100,
-        post_nms_train=60,
-        post_nms_test=30,
-    )
-    torch.manual_seed(0)
-    ours = RegionProposals(4, [4, 8], options).train(training)
-    nn.init.normal_(ours.head.cls_logits.weight, std=0.3)
+    options = {
+        "anchor_scales": [4.0, 8.0],
+        "anchor_ratios": [1.0],
+        "pre_nms_train": 200,
+        "pre_nms_test": 100,
+        "post_nms_train": 60,
+        "post_nms_test": 30,
+    }
+    ours = network(**options, **ALL).train(training)
     theirs = RegionProposalNetwork(
         AnchorGenerator(((16, 32), (32, 64)), ((1.0,), (1.0,))),
         ours.head,
@@ -61,54 +57,42 @@ def test_it_is_torchvision_s(training):
         post_nms_top_n={"training": 60, "testing": 30},
         nms_thresh=0.7,
     ).train(training)
-    maps = some_maps()
     images = ImageList(torch.zeros(2, 3, 64, 96), SIZES)
-    targets = [{"boxes": each.boxes} for each in OBJECTS]
-    expected, expected_losses = theirs(images, dict(enumerate(maps)), targets)
-    found, losses = ours(maps, SIZES, SCALES, OBJECTS if training else None)
-    for mine, other in zip(found, expected, strict=True):
-        assert mine.shape == other.shape
-        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-3)
-    if training:
-        torch.testing.assert_close(losses["loss_rpn_cls"], expected_losses["loss_objectness"])
-        torch.testing.assert_close(losses["loss_rpn_box"], expected_losses["loss_rpn_box_reg"])
-    else:
-        assert losses == {}
+    targets = [{"boxes": image.boxes} for image in OBJECTS]
+    expected, expected_losses = theirs(images, dict(enumerate(some_maps())), targets)
+    proposals, losses = ours(some_maps(), SIZES, SCALES, OBJECTS if training else None)
+    for boxes, expected_boxes in zip(proposals, expected, strict=True):
+        torch.testing.assert_close(boxes, expected_boxes, rtol=1e-5, atol=1e-3)
+    names = {"loss_rpn_cls": "loss_objectness", "loss_rpn_box": "loss_rpn_box_reg"}
+    assert losses.keys() == (names.keys() if training else set())
+    for name in losses:
+        torch.testing.assert_close(losses[name], expected_losses[names[name]])
 
 
-# -------------------------------------------------------------------------------- anchors
-
-
-def test_anchors_have_the_sides_and_ratios_told():
+def test_anchors_have_the_sides_ratios_and_offset_of_the_options():
     options = RpnOptions(anchor_scales=[2.0, 8.0], anchor_ratios=[0.5, 1.0, 2.0])
     anchors = anchor_grid(3, 5, 16, options)
     assert anchors.shape == (3 * 5 * 6, 4)
     widths, heights = (anchors[:, 2:] - anchors[:, :2]).unbind(1)
-    sides = (widths * heights).sqrt().view(15, 6)
-    ratios = (heights / widths).view(15, 6)
-    assert sorted(set(sides.round().flatten().tolist())) == [32, 128]
-    torch.testing.assert_close(
-        ratios.sort(1).values, torch.tensor([0.5, 0.5, 1, 1, 2, 2]).expand(15, 6)
-    )
-    centres = ((anchors[:, :2] + anchors[:, 2:]) / 2).view(3, 5, 6, 2)
+    sides = (widths * heights).sqrt()
+    assert sorted(set(sides.round().tolist())) == [32, 128]
+    ratios = (heights / widths).view(15, 6).sort(1).values
+    torch.testing.assert_close(ratios, torch.tensor([0.5, 0.5, 1, 1, 2, 2]).expand(15, 6))
+    centers = ((anchors[:, :2] + anchors[:, 2:]) / 2).view(3, 5, 6, 2)
     y, x = torch.meshgrid(torch.arange(3) * 16.0, torch.arange(5) * 16.0, indexing="ij")
-    torch.testing.assert_close(centres, torch.stack([x, y], -1)[:, :, None].expand(3, 5, 6, 2))
-
-
-def test_the_offset_moves_anchors_by_a_share_of_the_stride():
-    corner = anchor_grid(3, 4, 16, RpnOptions())
+    torch.testing.assert_close(centers, torch.stack([x, y], -1)[:, :, None].expand(3, 5, 6, 2))
     middle = anchor_grid(3, 4, 16, RpnOptions(anchor_offset=0.5))
-    torch.testing.assert_close(middle, corner + 8)
+    torch.testing.assert_close(middle, anchor_grid(3, 4, 16, RpnOptions()) + 8)
 
 
-# ------------------------------------------------------------------------------ proposals
+# Proposals
 
 
 def proposals(scales=SCALES, **options) -> list[torch.Tensor]:
     return network(**options).eval()(some_maps(), SIZES, scales)[0]
 
 
-def test_proposals_lie_in_their_images():
+def test_proposals_are_within_their_images():
     for boxes, (height, width) in zip(proposals(), SIZES, strict=True):
         assert boxes.min() >= 0
         assert boxes[:, 2].max() <= width
@@ -116,147 +100,219 @@ def test_proposals_lie_in_their_images():
 
 
 @pytest.mark.parametrize("nms_iou", [0.3, 0.7])
-def test_no_two_proposals_of_a_map_overlap_by_more(nms_iou):
-    one = RegionProposals(4, [4], RpnOptions(nms_iou=nms_iou, anchor_scales=[4.0])).eval()
-    (boxes, _), _ = one(some_maps()[:1], SIZES, SCALES)
+def test_proposals_of_a_map_overlap_by_at_most_the_nms_threshold(nms_iou):
+    rpn = RegionProposals(4, [4], RpnOptions(nms_iou=nms_iou, anchor_scales=[4.0])).eval()
+    (boxes, _), _ = rpn(some_maps()[:1], SIZES, SCALES)
     iou = box_iou(boxes, boxes).fill_diagonal_(0)
-    assert iou.max() <= nms_iou
-    assert iou.max() > nms_iou - 0.2  # and it is no stricter than that
+    assert nms_iou - 0.2 < iou.max() <= nms_iou
 
 
-def test_numbers_before_and_after_the_nms():
-    every = {"nms_iou": 1.0, "pre_nms_test": 40, "pre_nms_train": 50}
-    full, _ = proposals(**every, post_nms_test=MANY)  # the other image ends before its maps do
-    best, _ = proposals(**every, post_nms_test=17)
+def test_options_limit_the_boxes_before_and_after_the_nms():
+    options = {"nms_iou": 1.0, "pre_nms_test": 40, "pre_nms_train": 50}
+    full, _ = proposals(**options, post_nms_test=MANY)  # the other image is smaller than its maps
+    best, _ = proposals(**options, post_nms_test=17)
     assert (len(full), len(best)) == (2 * 40, 17)  # of two maps
     assert torch.equal(best, full[:17])
     for after, expected in ((MANY, 2 * 50), (90, 90)):
-        training = network(**every, post_nms_train=after).train()
-        (found, _), _ = training(some_maps(), SIZES, SCALES, OBJECTS)
-        assert len(found) == expected
+        training = network(**options, post_nms_train=after).train()
+        (boxes, _), _ = training(some_maps(), SIZES, SCALES, OBJECTS)
+        assert len(boxes) == expected
 
 
-def test_the_smallest_proposal_grows_with_the_image():
-    every = proposals(nms_iou=1.0, post_nms_test=MANY)
-    large = proposals([1.0, 2.0], nms_iou=1.0, post_nms_test=MANY, min_size_px=12.0)
-    for all_boxes, boxes, least in zip(every, large, (12, 24), strict=True):
-        sides = all_boxes[:, 2:] - all_boxes[:, :2]
-        expected = all_boxes[(sides >= least).all(1)]
+def test_minimum_size_is_in_pixels_before_resizing():
+    options = {"nms_iou": 1.0, "post_nms_test": MANY}
+    large = proposals([1.0, 2.0], **options, min_size_px=12.0)
+    for all_boxes, boxes, minimum in zip(proposals(**options), large, (12, 24), strict=True):
+        expected = all_boxes[((all_boxes[:, 2:] - all_boxes[:, :2]) >= minimum).all(1)]
         assert sorted(boxes.tolist()) == sorted(expected.tolist())
         assert 0 < len(expected) < len(all_boxes)
 
 
-# ---------------------------------------------------------------------------------- losses
+# Losses
 
 
-class Given(nn.Module):
-    """A head that says what it is told, whatever it sees: gradients show what was trained on."""
+class FixedHead(nn.Module):
+    """A head with outputs as parameters: their gradients show which anchors were trained."""
 
-    def __init__(self, anchors_of_a_cell: int) -> None:
+    def __init__(self, anchors_per_cell: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         self.logits, self.codes = (
             nn.ParameterList(
-                torch.randn(2, per * anchors_of_a_cell, 64 // s, 96 // s, generator=generator)
+                torch.randn(2, values * anchors_per_cell, 64 // s, 96 // s, generator=generator)
                 for s in (4, 8)
             )
-            for per in (1, 4)
+            for values in (1, 4)
         )
 
     def forward(self, _maps):
         return list(self.logits), list(self.codes)
 
-    def trained(self) -> torch.Tensor:
-        """(B, all anchors) bool: those whose score the loss moved, in the order of anchor_grid."""
-        gradients = [each.grad.permute(0, 2, 3, 1).flatten(1) for each in self.logits]
-        return torch.cat(gradients, 1) != 0
+    def trained(self, values: int) -> torch.Tensor:
+        """(B, A) bool: which scores (1 value) or boxes (4) have a gradient, as in anchor_grid."""
+        outputs = self.logits if values == 1 else self.codes
+        levels = [p.grad.permute(0, 2, 3, 1).reshape(2, -1, values) for p in outputs]
+        return torch.cat(levels, 1).ne(0).any(-1)
 
 
-def trained_on(objects=OBJECTS, **options) -> tuple[dict[str, torch.Tensor], torch.Tensor, Given]:
+def train(objects=OBJECTS, **options) -> tuple[dict[str, torch.Tensor], FixedHead]:
     rpn = network(**options).train()
-    rpn.head = Given(3)
+    rpn.head = FixedHead(3)
     torch.manual_seed(0)
     _, losses = rpn(some_maps(), SIZES, SCALES, objects)
     sum(losses.values()).backward()
-    return losses, rpn.head.trained(), rpn.head
+    return losses, rpn.head
 
 
 def all_anchors() -> torch.Tensor:
-    options = RpnOptions(anchor_scales=[4.0])
-    return torch.cat([anchor_grid(64 // s, 96 // s, s, options) for s in (4, 8)])
+    return torch.cat([anchor_grid(64 // s, 96 // s, s, ONE_SCALE) for s in (4, 8)])
 
 
-def test_anchors_that_leave_the_image_can_be_left_out():
-    every = {"samples_per_image": MANY, "positive_fraction": 1.0}
-    _, with_them, _ = trained_on(**every)
-    _, without, _ = trained_on(**every, drop_cross_boundary=True)
+def test_anchors_that_leave_the_image_can_be_dropped():
+    _, with_them = train(**ALL)
+    _, without = train(**ALL, drop_cross_boundary=True)
     anchors = all_anchors()
     for row, (height, width) in enumerate(SIZES):
         inside = (anchors >= 0).all(1) & (anchors[:, 2] <= width) & (anchors[:, 3] <= height)
-        assert inside.any()
-        assert without[row].any()
-        assert with_them[row][~inside].any()
-        assert not without[row][~inside].any()
+        assert with_them.trained(1)[row][~inside].any()
+        assert without.trained(1)[row].any()
+        assert not without.trained(1)[row][~inside].any()
 
 
-def test_an_object_s_best_anchor_is_sought_among_those_left():
-    """An object at the border keeps a positive, though its best anchor leaves the image."""
-    border = [Objects(torch.tensor([[0.0, 20, 9, 50]]), torch.tensor([0]), NONE)] * 2
-    losses, _, head = trained_on(border, drop_cross_boundary=True)
+def test_best_anchor_of_an_object_is_one_of_the_remaining_anchors():
+    """An object at the border has a positive, though its best anchor leaves the image."""
+    border = [Objects(torch.tensor([[0.0, 20, 9, 50]]), torch.tensor([0]), NO_BOXES)] * 2
+    losses, head = train(border, drop_cross_boundary=True)
     assert losses["loss_rpn_box"] > 0
-    moved = torch.cat([each.grad.abs().amax(1).flatten(1) for each in head.codes], 1)
-    assert (moved > 0).any(1).all()
+    assert head.trained(4).any(1).all()
 
 
 @pytest.mark.parametrize("count, fraction", [(64, 0.5), (20, 0.1), (10, 1.0)])
-def test_so_many_anchors_are_trained_on(count, fraction):
-    _, trained, head = trained_on(samples_per_image=count, positive_fraction=fraction)
-    assert trained.sum(1).tolist() == [count, count]
-    codes = torch.cat([e.grad.view(2, 3, 4, -1).abs().amax(2).flatten(1) for e in head.codes], 1)
-    assert 0 < (codes > 0).sum(1).max() <= count * fraction
+def test_options_set_the_number_of_trained_anchors(count, fraction):
+    _, head = train(samples_per_image=count, positive_fraction=fraction)
+    assert head.trained(1).sum(1).tolist() == [count, count]
+    assert (head.trained(4).sum(1) <= int(count * fraction)).all()
+    assert head.trained(4).any(1).all()
 
 
-def test_ious_decide_what_an_anchor_is():
-    every = {"samples_per_image": MANY, "positive_fraction": 1.0}
-    _, trained, _ = trained_on(**every, fg_iou=0.6, bg_iou=0.2)
-    anchors = all_anchors()
-    for row, own in enumerate(OBJECTS):
-        iou = box_iou(own.boxes, anchors)
+def test_ious_decide_which_anchors_are_trained():
+    _, head = train(**ALL, fg_iou=0.6, bg_iou=0.2)
+    for trained, image in zip(head.trained(1), OBJECTS, strict=True):
+        iou = box_iou(image.boxes, all_anchors())
         best = (iou == iou.amax(1, keepdim=True)).any(0)
         between = (iou.amax(0) >= 0.2) & (iou.amax(0) < 0.6) & ~best
         assert between.any()
-        assert torch.equal(trained[row], ~between)
+        assert torch.equal(trained, ~between)
 
 
-def test_ignored_regions_are_no_background():
-    every = {"samples_per_image": MANY, "positive_fraction": 1.0}
-    region = torch.tensor([[0.0, 0, 96, 64]])
-    _, trained, _ = trained_on([own._replace(ignored=region) for own in OBJECTS], **every)
-    _, plain, _ = trained_on(**every)
-    assert 0 < trained.sum() < plain.sum()
-    assert not (trained & ~plain).any()
+def test_ignored_regions_are_not_background():
+    ignored, plain = (train(objects, **ALL)[1].trained(1) for objects in (IN_IGNORED, OBJECTS))
+    assert 0 < ignored.sum() < plain.sum()
+    assert not (ignored & ~plain).any()
 
 
 @pytest.mark.parametrize("beta", [100.0, 1000.0])
-def test_the_box_loss_is_quadratic_below_beta(beta):
-    every = {"samples_per_image": MANY, "positive_fraction": 1.0}
-    losses, _, _ = trained_on(**every, smooth_l1_beta=beta)
-    twice, _, _ = trained_on(**every, smooth_l1_beta=2 * beta)
+def test_box_loss_is_quadratic_below_beta(beta):
+    losses, _ = train(**ALL, smooth_l1_beta=beta)
+    twice, _ = train(**ALL, smooth_l1_beta=2 * beta)
     torch.testing.assert_close(losses["loss_rpn_box"], 2 * twice["loss_rpn_box"])
     torch.testing.assert_close(losses["loss_rpn_cls"], twice["loss_rpn_cls"])
 
 
-def test_a_beta_of_0_is_the_l1_loss():
-    every = {"samples_per_image": MANY, "positive_fraction": 1.0}
-    _, trained, head = trained_on(**every, smooth_l1_beta=0.0)
-    moved = torch.cat([each.grad.flatten() for each in head.codes])
-    torch.testing.assert_close(
-        moved[moved != 0].abs(), torch.full_like(moved[moved != 0], 1 / int(trained.sum()))
-    )
+def test_box_loss_with_beta_0_is_l1():
+    _, head = train(**ALL, smooth_l1_beta=0.0)
+    gradients = torch.cat([p.grad.flatten() for p in head.codes])
+    gradients = gradients[gradients != 0].abs()
+    expected = torch.full_like(gradients, 1 / int(head.trained(1).sum()))
+    torch.testing.assert_close(gradients, expected)
 
 
 def test_images_without_objects_have_no_box_loss():
-    nothing = [Objects(NONE, torch.empty(0).long(), NONE)] * 2
-    losses, trained, _ = trained_on(nothing)
+    losses, head = train(NO_OBJECTS)
     assert losses["loss_rpn_box"] == 0
-    assert trained.sum(1).tolist() == [256, 256]
+    assert head.trained(1).sum(1).tolist() == [256, 256]
+
+
+# Assignment. Boxes shifted by d from an object of 0..10 have the IoU (10 - d) / (10 + d).
+
+OBJECT = [0.0, 0.0, 10.0, 10.0]
+IOUS = {0: 1.0, 1: 9 / 11, 2: 8 / 12, 5: 1 / 3, 8: 2 / 18, 20: 0.0}
+CANDIDATES = torch.tensor([[d, 0.0, d + 10, 10.0] for d in IOUS])
+
+
+def assigned(boxes, ignored=(), candidates=CANDIDATES, **options) -> tuple[list[int], list[int]]:
+    boxes = torch.tensor(boxes).view(-1, 4)
+    objects = Objects(boxes, torch.arange(len(boxes)), torch.tensor(ignored).view(-1, 4))
+    options = {"fg_iou": 0.5, "bg_iou": (0.0, 0.5), **options}
+    status, matched = assign(candidates, objects, **options)
+    return status.tolist(), matched.tolist()
+
+
+@pytest.mark.parametrize("fg_iou", [0.3, 0.5, 0.7, 1.0])
+@pytest.mark.parametrize("bg_iou", [(0.0, 0.3), (0.1, 0.3), (0.2, 0.25)])
+def test_iou_decides_the_status(fg_iou, bg_iou):
+    low, high = bg_iou
+    expected = [
+        POSITIVE if iou >= fg_iou else NEGATIVE if low <= iou < high else NEITHER
+        for iou in IOUS.values()
+    ]
+    assert assigned([OBJECT], fg_iou=fg_iou, bg_iou=bg_iou) == (expected, [0] * 6)
+
+
+def test_candidate_is_matched_with_the_object_it_overlaps_most():
+    assert assigned([[20.0, 0.0, 30.0, 10.0], OBJECT])[1] == [1, 1, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    "box, best_is_positive, positives",
+    [
+        ([1.5, 8.0, 11.5, 40.0], False, []),
+        ([1.5, 8.0, 11.5, 40.0], True, [1, 2]),  # it overlaps those shifted by 1 and 2 equally
+        ([100.0, 100.0, 110.0, 110.0], True, []),
+    ],
+)
+def test_best_candidates_of_an_object_can_be_positive_at_any_iou(box, best_is_positive, positives):
+    options = {"fg_iou": 0.7, "bg_iou": (0.0, 0.3), "best_is_positive": best_is_positive}
+    status, _ = assigned([box], **options)
+    assert status == [POSITIVE if i in positives else NEGATIVE for i in range(6)]
+
+
+def test_without_objects_all_candidates_are_background():
+    assert assigned([]) == ([NEGATIVE] * 6, [0] * 6)
+    assert assigned([], bg_iou=(0.1, 0.5))[0] == [NEITHER] * 6
+    for boxes in ([], [OBJECT]):
+        assert assigned(boxes, candidates=CANDIDATES[:0], best_is_positive=True) == ([], [])
+
+
+@pytest.mark.parametrize("boxes", [[], [OBJECT]])
+def test_candidate_half_in_an_ignored_box_is_not_background(boxes):
+    status, _ = assigned(boxes, [[4.9, 0.0, 40.0, 10.0]])
+    shares = [(d + 10 - max(d, 4.9)) / 10 for d in IOUS]
+    assert NEITHER in status
+    assert status == [
+        POSITIVE if boxes and iou >= 0.5 else NEITHER if share >= 0.5 else NEGATIVE
+        for iou, share in zip(IOUS.values(), shares, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "num_positive, num_negative, expected",
+    [(50, 100, (8, 24)), (3, 100, (3, 29)), (50, 5, (8, 5)), (0, 0, (0, 0)), (2, 3, (2, 3))],
+)
+def test_negatives_fill_the_sample(num_positive, num_negative, expected):
+    status = torch.tensor([POSITIVE] * num_positive + [NEITHER] * 7 + [NEGATIVE] * num_negative)
+    drawn = sample(status, 32, 0.25)
+    assert tuple(map(len, drawn)) == expected
+    for indices, value in zip(drawn, (POSITIVE, NEGATIVE), strict=True):
+        assert (status[indices] == value).all()
+        assert len(set(indices.tolist())) == len(indices)
+
+
+def test_every_candidate_is_equally_likely_to_be_sampled():
+    torch.manual_seed(0)
+    status = torch.tensor([POSITIVE] * 4 + [NEGATIVE] * 4)
+    counts = torch.zeros(8)
+    for _ in range(2000):
+        for indices in sample(status, 4, 0.5):
+            counts[indices] += 1
+    torch.testing.assert_close(counts / 2000, torch.full((8,), 0.5), rtol=0, atol=0.05)

@@ -1,4 +1,4 @@
-"""Weights to detectron2's names and back, and that its own ResNet computes the same."""
+"""Weights in detectron2's names and back; its own ResNet computes the same."""
 
 import pickle
 import warnings
@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from tract_transfer.models import Backbone, build_backbone
+from tract_transfer.models.weights import load_weights
 from tract_transfer.models.weights_detectron2 import load_detectron2, save_detectron2, to_detectron2
 
 
 def trained(name: str, **options) -> Backbone:
-    """A backbone no weight, statistic or colour of which is a default."""
+    """A backbone in which no weight, statistic or normalization has its default."""
     torch.manual_seed(0)
     backbone = build_backbone(name, **options).eval()
     for module in backbone.modules():
@@ -27,70 +28,74 @@ def trained(name: str, **options) -> Backbone:
     return backbone
 
 
-def weights_of(backbone: Backbone) -> dict[str, Tensor]:
-    """What a conversion carries: all but the count of batches."""
-    state = backbone.state_dict()
-    return {name: t for name, t in state.items() if not name.endswith("num_batches_tracked")}
-
-
 @pytest.fixture(scope="module")
 def resnet18():
     return trained("timm/resnet18")
 
 
-@pytest.fixture(scope="module")
-def resnet50():
-    return trained("torchvision/resnet50")
+@pytest.fixture
+def saved(resnet18, tmp_path):
+    """The weights and config of a ResNet-18."""
+    return tmp_path / "r18.pth", save_detectron2(tmp_path / "r18.pth", resnet18, {})
+
+
+def edit(file, change):
+    """Change the content of a .pth file."""
+    content = torch.load(file)
+    change(content["model"])
+    torch.save(content, file)
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
-def test_there_and_back_is_the_same(resnet18, tmp_path, suffix):
+def test_round_trip_is_exact(resnet18, tmp_path, suffix):
     path = tmp_path / f"r18{suffix}"
     assert save_detectron2(path, resnet18, {"method": "tract"}) == tmp_path / "r18.yaml"
-    back, card, aside = load_detectron2(path)
-    assert (card, aside) == ({"method": "tract"}, [])
-    assert back.origin["name"] == "torchvision/resnet18"
-    expected = weights_of(resnet18)
-    found = weights_of(back)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        exact = name not in ("mean", "std")  # these went through decimals of 255
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0 if exact else 1e-6)
+    backbone, metadata, skipped = load_detectron2(path)
+    assert (metadata, skipped) == ({"method": "tract"}, [])
+    assert backbone.origin["name"] == "torchvision/resnet18"
+    state, expected = (
+        {n: t for n, t in b.state_dict().items() if not n.endswith("num_batches_tracked")}
+        for b in (backbone, resnet18)
+    )
+    for name in ("mean", "std"):  # rounded to decimals of 255
+        torch.testing.assert_close(state.pop(name), expected.pop(name), rtol=0, atol=1e-6)
+    torch.testing.assert_close(state, expected, rtol=0, atol=0)
+    other = build_backbone("timm/resnet18")
+    load_weights(other, path)
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval().pooled(images), resnet18.pooled(images))
 
 
-def test_weights_for_bgr_come_back_for_rgb(resnet18, tmp_path):
-    path = tmp_path / "r18.pth"
-    beside = save_detectron2(path, resnet18, {})
-    content = torch.load(path)
-    content["model"]["stem.conv1.weight"] = content["model"]["stem.conv1.weight"].flip(1)
-    torch.save(content, path)
-    config = yaml.safe_load(beside.read_text())
+def test_bgr_weights_become_rgb_weights(resnet18, saved, tmp_path):
+    path, config_file = saved
+    edit(path, lambda model: model.update({k: model[k].flip(1) for k in ["stem.conv1.weight"]}))
+    config = yaml.safe_load(config_file.read_text())
     config["INPUT"]["FORMAT"] = "BGR"
     for key in ("PIXEL_MEAN", "PIXEL_STD"):
         config["MODEL"][key].reverse()
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    back, *_ = load_detectron2(path, tmp_path / "config.yaml")
+    backbone, *_ = load_detectron2(path, tmp_path / "config.yaml")
     images = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        torch.testing.assert_close(back.eval().pooled(images), resnet18.pooled(images))
+        torch.testing.assert_close(backbone.eval().pooled(images), resnet18.pooled(images))
 
 
-def test_a_detector_gives_its_resnet(resnet18, tmp_path):
-    path = tmp_path / "model_final.pth"
-    save_detectron2(path, resnet18, {})
-    content = torch.load(path)
-    placed = {f"backbone.{n}": t for n, t in content["model"].items() if not n.startswith("res5")}
-    placed |= {f"roi_heads.{n}": t for n, t in content["model"].items() if n.startswith("res5")}
-    placed["roi_heads.box_predictor.cls_score.weight"] = torch.zeros(4, 8)
-    torch.save({"model": placed, "iteration": 7}, path)
-    back, card, aside = load_detectron2(path)
-    assert card == {}
-    assert aside == ["roi_heads.box_predictor.cls_score.weight"]
-    assert torch.equal(back.model.layer4[1].conv2.weight, resnet18.model.layer4[1].conv2.weight)
+def test_resnet_of_a_detector_is_found(resnet18, saved):
+    path, _ = saved
+    model = torch.load(path)["model"]
+    places = {n: f"{'roi_heads' if n.startswith('res5') else 'backbone'}.{n}" for n in model}
+    model = {places[name]: tensor for name, tensor in model.items()}
+    model["roi_heads.box_predictor.cls_score.weight"] = torch.zeros(4, 8)
+    torch.save({"model": model, "iteration": 7}, path)
+    backbone, metadata, skipped = load_detectron2(path)
+    assert metadata == {}
+    assert skipped == ["roi_heads.box_predictor.cls_score.weight"]
+    assert torch.equal(backbone.model.layer4[1].conv2.weight, resnet18.model.layer4[1].conv2.weight)
 
 
 @pytest.mark.parametrize(
-    "name, options, says",
+    "name, options, match",
     [
         ("timm/resnet18", {"stem": "cifar"}, "not the resnet18 that detectron2 would build"),
         ("timm/resnet18d", {}, r"has a conv1\.0\.weight, and detectron2's ResNet has no such"),
@@ -99,101 +104,90 @@ def test_a_detector_gives_its_resnet(resnet18, tmp_path):
         ("timm/vit_tiny_patch16_224", {"args": {"depth": 1}}, "build_tract_transfer_backbone"),
     ],
 )
-def test_what_detectron2_would_compute_otherwise_is_refused(name, options, says):
-    with pytest.raises(ValueError, match=says):
+def test_backbones_that_detectron2_would_compute_differently_are_refused(name, options, match):
+    with pytest.raises(ValueError, match=match):
         to_detectron2(trained(name, **options))
 
 
-class Command:
-    """What a hostile pickle holds."""
-
-    def __reduce__(self):
-        return (print, ("executed",))
-
-
-def test_a_pickle_that_would_run_code_is_not_opened(resnet18, tmp_path, capsys, refused):
-    path = tmp_path / "r18.pkl"
-    save_detectron2(path, resnet18, {})
-    path.write_bytes(pickle.dumps({"model": {"stem.conv1.weight": Command()}}))
-    with refused(
-        "a detectron2 .pkl that would run code", ValueError, match=r"not opened.*builtins\.print"
-    ):
-        load_detectron2(path)
-    path.write_bytes(b"not a pickle")
-    with pytest.raises(ValueError, match=r"r18\.pkl"):
-        load_detectron2(path)
-    path.write_bytes(pickle.dumps({"model": {"stem.conv1.weight": np.array(["text"])}}))
-    with pytest.raises(ValueError, match="names to arrays"):
-        load_detectron2(path)
-    assert capsys.readouterr().out == ""
+# What is changed in the config -> the message.
+CONFIGS = {
+    ("PIXEL_STD", "PIXEL"): r"must have INPUT\.FORMAT",
+    ("RGB", "L"): "RGB or BGR, got L",
+}
 
 
-def test_weights_alone_do_not_say_their_colours(resnet18, tmp_path):
-    path = tmp_path / "r18.pkl"
-    beside = save_detectron2(path, resnet18, {})
-    text = beside.read_text()
-    beside.write_text(text.replace("PIXEL_STD", "PIXEL"))
-    with pytest.raises(ValueError, match=r"must say INPUT\.FORMAT"):
-        load_detectron2(path)
-    beside.write_text(text.replace("RGB", "L"))
-    with pytest.raises(ValueError, match="RGB or BGR, got L"):
-        load_detectron2(path)
-    beside.unlink()
-    with pytest.raises(FileNotFoundError, match="nothing says in which order"):
+@pytest.mark.parametrize("change", CONFIGS)
+def test_config_without_normalization_is_refused(saved, change):
+    path, config_file = saved
+    config_file.write_text(config_file.read_text().replace(*change))
+    with pytest.raises(ValueError, match=CONFIGS[change]):
         load_detectron2(path)
 
 
-def test_strides_in_the_1x1_convolutions_are_refused(resnet50, tmp_path, refused):
+def test_weights_without_config_are_refused(saved):
+    path, config_file = saved
+    config_file.unlink()
+    for load in (load_detectron2, lambda path: load_weights(build_backbone("timm/resnet18"), path)):
+        with pytest.raises(FileNotFoundError, match="channel order and normalization of"):
+            load(path)
+
+
+def test_strides_in_the_1x1_convolutions_are_refused(tmp_path, refused):
     path = tmp_path / "r50.pth"
-    beside = save_detectron2(path, resnet50, {})
-    assert "STRIDE_IN_1X1: false" in beside.read_text()
-    beside.write_text(beside.read_text().replace("STRIDE_IN_1X1: false", "STRIDE_IN_1X1: true"))
-    with refused(
-        "detectron2 weights with strides in the 1x1 convolutions",
-        ValueError,
-        match="strides in the 1x1",
-    ):
+    config_file = save_detectron2(path, trained("torchvision/resnet50"), {})
+    text = config_file.read_text()
+    assert "STRIDE_IN_1X1: false" in text
+    config_file.write_text(text.replace("STRIDE_IN_1X1: false", "STRIDE_IN_1X1: true"))
+    name = "detectron2 weights with strides in the 1x1 convolutions"
+    with refused(name, ValueError, match="strides in the 1x1"):
         load_detectron2(path)
 
 
-def test_incomplete_weights_are_refused(resnet18, tmp_path):
-    path = tmp_path / "r18.pth"
+# What a file holds in the place of its weights -> the message.
+MODELS = {
+    "no ResNet in detectron2's names": {"conv1_w": torch.zeros(1)},
+    "names to arrays": {"stem.conv1.weight": np.array(["text"])},
+}
+
+
+@pytest.mark.parametrize("match", MODELS)
+def test_files_without_a_resnet_are_refused(resnet18, tmp_path, match):
+    path = tmp_path / "r18.pkl"
     save_detectron2(path, resnet18, {})
-    content = torch.load(path)
-    del content["model"]["res4.0.shortcut.norm.bias"]
-    torch.save(content, path)
+    path.write_bytes(pickle.dumps({"model": {n: np.array(a) for n, a in MODELS[match].items()}}))
+    with pytest.raises(ValueError, match=match):
+        load_detectron2(path)
+
+
+def test_incomplete_weights_and_other_suffixes_are_refused(resnet18, saved, tmp_path):
+    edit(saved[0], lambda model: model.pop("res4.0.shortcut.norm.bias"))
     with pytest.raises(ValueError, match=r"missing \['layer3.0.downsample.1.bias'\]"):
-        load_detectron2(path)
-    torch.save({"model": {"conv1_w": torch.zeros(1)}}, path)
-    with pytest.raises(ValueError, match="no ResNet in detectron2's names"):
-        load_detectron2(path)
+        load_detectron2(saved[0])
     with pytest.raises(ValueError, match=r"reads \.pkl and \.pth files"):
         save_detectron2(tmp_path / "r18.safetensors", resnet18, {})
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet50"])
 @pytest.mark.parametrize("suffix", [".pkl", ".pth"])
-def test_detectron2_s_resnet_computes_the_same(name, suffix, request, tmp_path):
+def test_resnet_of_detectron2_computes_the_same(name, suffix, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pytest.importorskip("detectron2")
         from detectron2.checkpoint import DetectionCheckpointer
         from detectron2.config import get_cfg
-        from detectron2.modeling import build_backbone
-    backbone = request.getfixturevalue(name)
-    path = tmp_path / f"weights{suffix}"
-    beside = save_detectron2(path, backbone, {})
+        from detectron2.modeling import build_backbone as build_theirs
+    backbone = trained(name)
+    config_file = save_detectron2(tmp_path / f"weights{suffix}", backbone, {})
     cfg = get_cfg()
-    cfg.merge_from_file(str(beside))
+    cfg.merge_from_file(str(config_file))
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     assert cfg.INPUT.FORMAT == "RGB"
-    theirs = nn.ModuleDict({"bottom_up": build_backbone(cfg)})  # as in a detector
+    theirs = nn.ModuleDict({"bottom_up": build_theirs(cfg)})  # as in a detector
     DetectionCheckpointer(theirs).load(cfg.MODEL.WEIGHTS)
     images = torch.rand(1, 3, 64, 96)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD))
     with torch.no_grad():
-        found = theirs.eval().bottom_up((255 * images - mean) / std)
-        names = [f"layer{stage}" for stage in (1, 2, 3, 4)]
-        expected = backbone.maps(images, names)
+        features = theirs.eval().bottom_up((255 * images - mean) / std)
+        expected = backbone.maps(images, [f"layer{stage}" for stage in (1, 2, 3, 4)])
     for stage, tensor in zip(("res2", "res3", "res4", "res5"), expected.values(), strict=True):
-        torch.testing.assert_close(found[stage], tensor, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(features[stage], tensor, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Published checkpoints of all layouts load whole, or are refused with a report."""
+"""Published checkpoints of all layouts load completely, or are refused with a report."""
 
 import pytest
 import timm
@@ -8,8 +8,7 @@ from safetensors.torch import save_file
 
 from tract_transfer.models import build_backbone
 from tract_transfer.models.weights import WeightsError, load_weights
-from tract_transfer.models.weights_detectron2 import save_detectron2
-from tract_transfer.models.weights_match import HEADS, find_prefix
+from tract_transfer.models.weights_match import HEADS, find_prefix, from_transformers, looks_like
 
 
 def prefixed(prefix, state):
@@ -17,12 +16,12 @@ def prefixed(prefix, state):
 
 
 def shifted(state):
-    """Another copy of the weights, which must not be taken."""
+    """Another copy of the weights, which must not be loaded."""
     return {name: tensor + 1 if tensor.is_floating_point() else tensor
             for name, tensor in state.items()}  # fmt: skip
 
 
-# How a checkpoint of each kind holds the weights `s` of a network and another copy `o` of them.
+# Layouts of a checkpoint with the weights `s` of a network and another copy `o` of them.
 LAYOUTS = {
     "timm": lambda s, o: s,
     "timm's training": lambda s, o: {"state_dict": o, "state_dict_ema": s, "arch": "resnet18"},
@@ -62,13 +61,9 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def resnet():
+def state():
     torch.manual_seed(0)
-    return timm.create_model("test_resnet", num_classes=5)
-
-
-@pytest.fixture(scope="module")
-def state(resnet):
+    resnet = timm.create_model("test_resnet", num_classes=5)
     renamed = {"head.fc.weight": "fc.weight", "head.fc.bias": "fc.bias"}
     return {renamed.get(n, n): t.half().float() if t.is_floating_point() else t
             for n, t in resnet.state_dict().items()}  # fmt: skip
@@ -79,62 +74,52 @@ def blank(name="timm/test_resnet", **args):
     return build_backbone(name, args=args)
 
 
+def load(backbone, content, folder, **options):
+    torch.save(content, folder / "w.pth")
+    return load_weights(backbone, folder / "w.pth", **options)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_is_read_whole(layout, state, tmp_path):
+def test_every_layout_is_read_completely(layout, state, tmp_path):
     backbone = blank()
-    torch.save(LAYOUTS[layout](state, shifted(state)), tmp_path / "w.pth")
-    report = load_weights(backbone, tmp_path / "w.pth")
+    report = load(backbone, LAYOUTS[layout](state, shifted(state)), tmp_path)
     loaded = backbone.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
     assert report.fits
     assert report.num_loaded == report.num_parameters
     assert report.num_parameters == sum(p.numel() for p in backbone.parameters())
-    heads = [name for name in report.dropped[HEADS[0]] if "fc." in name]
-    assert len(heads) == 2
+    assert sum("fc." in name for name in report.dropped[HEADS[0]]) == 2
     assert backbone.loaded is report
     assert any("(100.00%)" in line for line in report.lines())
 
 
-def test_safetensors_of_the_hub_are_read(state, tmp_path):
-    backbone = blank()
+def test_folders_of_the_hub_are_read(state, tmp_path):
     save_file(state, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"architecture": "test_resnet"}')
-    load_weights(backbone, tmp_path)
-    assert torch.equal(backbone.model.conv1[0].weight, state["conv1.0.weight"])
-    (tmp_path / "model.safetensors").unlink()
-    torch.save(state, tmp_path / "pytorch_model.bin")
-    load_weights(backbone, tmp_path)
+    for _ in range(2):
+        backbone = blank()
+        load_weights(backbone, tmp_path)
+        assert torch.equal(backbone.model.conv1[0].weight, state["conv1.0.weight"])
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)
+        torch.save(state, tmp_path / "pytorch_model.bin")
 
 
-def test_torchvision_s_own_files_are_read(tmp_path):
+def test_files_of_torchvision_are_read(tmp_path):
     torch.manual_seed(0)
     source = torchvision.models.mobilenet_v3_small()
-    torch.save(source.state_dict(), tmp_path / "w.pth")
     backbone = blank("torchvision/mobilenet_v3_small")
-    report = load_weights(backbone, tmp_path / "w.pth")
+    report = load(backbone, source.state_dict(), tmp_path)
     assert report.dropped == {HEADS[0]: ["classifier.3.weight", "classifier.3.bias"]}
     assert torch.equal(backbone.model.classifier[0].weight, source.classifier[0].weight)
 
 
-@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
-def test_detectron2_s_files_are_read_with_their_colours(suffix, tmp_path):
-    torch.manual_seed(0)
-    source = build_backbone("torchvision/resnet18")
-    source.set_normalization([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
-    file = tmp_path / f"w{suffix}"
-    beside = save_detectron2(file, source, {})
-    backbone = blank("timm/resnet18")
-    load_weights(backbone, file)
-    images = torch.rand(1, 3, 64, 64)
-    with torch.no_grad():
-        expected, found = (each.eval().pooled(images) for each in (source, backbone))
-    torch.testing.assert_close(found, expected)
-    beside.unlink()
-    with pytest.raises(FileNotFoundError, match="in which order and by what the images"):
-        load_weights(backbone, file)
+def test_shorter_prefix_of_equal_copies_is_preferred():
+    assert find_prefix(["a.b"], ["x.y.a.b", "x.a.b"]) == "x."
+    assert find_prefix(["a.b"], ["x.a.b", "x.ema.a.b"]) == "x.ema."
+    assert find_prefix(["a.b"], ["c"]) == ""
 
 
-# ------------------------------------------------------------------------------------ resizing
+# Resizing
 
 
 def vit(**args):
@@ -142,53 +127,51 @@ def vit(**args):
 
 
 @pytest.mark.parametrize(
-    "name, prefix_tokens, args",
+    "name, tokens, args",
     [
         ("vit_tiny_patch16_224", 1, {}),
         ("deit_tiny_distilled_patch16_224", 2, {}),
         ("vit_small_patch14_reg4_dinov2", 0, {"patch_size": 16}),
     ],
 )
-def test_position_embeddings_are_resized_and_tokens_kept(name, prefix_tokens, args, tmp_path):
+def test_position_embeddings_are_resized_and_tokens_kept(name, tokens, args, tmp_path):
     torch.manual_seed(0)
     source = timm.create_model(name, **vit(img_size=64, **args))
     source.pos_embed.data += 1
-    torch.save({"model": source.state_dict()}, tmp_path / "w.pth")
     backbone = blank(f"timm/{name}", **vit(img_size=96, **args))
-    report = load_weights(backbone, tmp_path / "w.pth")
-    tokens = prefix_tokens
-    shapes = f"(1, {16 + tokens}, 24) -> (1, {36 + tokens}, 24)"
-    assert report.resized == {"pos_embed": shapes}
+    report = load(backbone, {"model": source.state_dict()}, tmp_path)
+    assert report.resized == {"pos_embed": f"(1, {16 + tokens}, 24) -> (1, {36 + tokens}, 24)"}
     old, new = source.pos_embed.detach(), backbone.model.pos_embed.detach()
     assert torch.equal(new[:, :tokens], old[:, :tokens])
     expected = timm.layers.resample_abs_pos_embed(old, [6, 6], num_prefix_tokens=tokens)
     torch.testing.assert_close(new, expected)
     for token in ("cls_token", "dist_token", "reg_token"):
-        if (own := getattr(source, token, None)) is not None:
-            assert torch.equal(getattr(backbone.model, token), own)
+        if (expected := getattr(source, token, None)) is not None:
+            assert torch.equal(getattr(backbone.model, token), expected)
 
 
-def test_torchvision_s_vit_is_resized(tmp_path):
+def test_vit_of_torchvision_is_resized(tmp_path):
     sizes = {"patch_size": 16, "num_layers": 1, "num_heads": 2, "hidden_dim": 8, "mlp_dim": 8}
     source = torchvision.models.VisionTransformer(image_size=32, **sizes)
-    torch.save(source.state_dict(), tmp_path / "w.pth")
-    backbone = blank("torchvision/vit_b_16")
+    with torch.device("meta"):
+        backbone = blank("torchvision/vit_b_16")
+    backbone.mean, backbone.std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
     backbone.model = torchvision.models.VisionTransformer(image_size=64, **sizes)
     backbone.model.heads = torch.nn.Identity()
-    report = load_weights(backbone, tmp_path / "w.pth")
+    report = load(backbone, source.state_dict(), tmp_path)
     assert report.resized == {"encoder.pos_embedding": "(1, 5, 8) -> (1, 17, 8)"}
 
 
-def test_a_patch_embedding_is_resampled_when_told_alone(tmp_path):
+def test_patch_embedding_is_resampled_only_with_adapt_stem(tmp_path):
     torch.manual_seed(0)
     source = timm.create_model("vit_tiny_patch16_224", **vit(img_size=64))
     torch.save(source.state_dict(), tmp_path / "w.pth")
     backbone = blank("timm/vit_tiny_patch16_224", **vit(img_size=32, patch_size=8))
     before = backbone.model.patch_embed.proj.weight.detach().clone()
-    says = (
+    match = (
         r"but for its first layer.*\(24, 3, 16, 16\) for \(24, 3, 8, 8\).*model\.adapt_stem: true"
     )
-    with pytest.raises(WeightsError, match=says):
+    with pytest.raises(WeightsError, match=match):
         load_weights(backbone, tmp_path / "w.pth")
     assert torch.equal(backbone.model.patch_embed.proj.weight, before)
     report = load_weights(backbone, tmp_path / "w.pth", adapt_stem=True)
@@ -198,87 +181,123 @@ def test_a_patch_embedding_is_resampled_when_told_alone(tmp_path):
 
 
 @pytest.mark.parametrize("adapt_stem", [False, True])
-def test_a_convolution_stem_is_never_cropped(adapt_stem, tmp_path):
+def test_convolution_stem_is_never_resampled(adapt_stem, tmp_path):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "w.pth")
     backbone = blank("cifar/resnet18")
-    says = r"but for its first layer.*conv1.*model\.ignore_missing: \['conv1\.weight'\]"
-    with pytest.raises(WeightsError, match=says):
+    match = r"but for its first layer.*conv1.*model\.ignore_missing: \['conv1\.weight'\]"
+    with pytest.raises(WeightsError, match=match):
         load_weights(backbone, tmp_path / "w.pth", adapt_stem=adapt_stem)
     report = load_weights(backbone, tmp_path / "w.pth", ignore_missing=["conv1.weight"])
     assert report.started_anew == ["conv1.weight"]
     assert report.num_parameters - report.num_loaded == 64 * 3 * 9
 
 
-def test_deit3_s_layer_scales_are_renamed(tmp_path):
-    source = timm.create_model("deit3_small_patch16_224", **vit(img_size=32))
-    state = source.state_dict()
+def test_layer_scales_of_deit3_are_renamed(tmp_path):
+    state = timm.create_model("deit3_small_patch16_224", **vit(img_size=32)).state_dict()
     old = {n.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): t
            for n, t in state.items()}  # fmt: skip
     assert old.keys() != state.keys()
-    torch.save({"model": old}, tmp_path / "w.pth")
     backbone = blank("timm/deit3_small_patch16_224", **vit(img_size=32))
-    assert load_weights(backbone, tmp_path / "w.pth").fits
+    assert load(backbone, {"model": old}, tmp_path).fits
 
 
-# ------------------------------------------------------------------------------------ refusals
+def with_first_weight(change):
+    def content(state):
+        weight = state["conv1.0.weight"].clone()
+        return {**state, "conv1.0.weight": change(weight)}
+
+    return content
 
 
-def refused(backbone, content, folder, **options):
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    torch.save(content, folder / "w.pth")
-    with pytest.raises(WeightsError) as caught:
-        load_weights(backbone, folder / "w.pth", **options)
-    assert all(torch.equal(before[n], t) for n, t in backbone.state_dict().items())
+def first_value(value):
+    return with_first_weight(lambda weight: weight.index_fill(0, torch.tensor([0]), value))
+
+
+NOT_FINITE = r"NaN or infinite values in conv1\.0\.weight.*earlier checkpoint"
+# content of a file -> the message
+REFUSED = {
+    "NaN": (first_value(float("nan")), NOT_FINITE),
+    "infinite": (first_value(float("inf")), NOT_FINITE),
+    "quantized": (
+        with_first_weight(lambda weight: weight.to(torch.int8)),
+        r"torch\.int8 for torch\.float32",
+    ),
+    "a ViT of timm": (
+        lambda _: timm.create_model("vit_tiny_patch16_224", **vit()).state_dict(),
+        "width 24, 2 blocks, patches of 16 px",
+    ),
+    "a ViT of torchvision": (
+        lambda _: torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 8).state_dict(),
+        "torchvision/vit_.*Set model.backbone",
+    ),
+    "another network": (lambda _: torch.nn.Linear(3, 3).state_dict(), "another architecture"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_weights_that_do_not_fit_are_refused_and_change_nothing(name, state, tmp_path):
+    make, match = REFUSED[name]
+    backbone = blank()
+    before = {key: tensor.clone() for key, tensor in backbone.state_dict().items()}
+    with pytest.raises(WeightsError, match=match) as caught:
+        load(backbone, make(state), tmp_path)
+    assert all(torch.equal(before[key], t) for key, t in backbone.state_dict().items())
     assert backbone.loaded is None
-    assert str(folder / "w.pth") in str(caught.value)
-    return str(caught.value), caught.value.report
+    assert str(tmp_path / "w.pth") in str(caught.value)
+    summary = caught.value.report.summary()
+    assert not summary["fits"]
+    assert any(summary[key] for key in ("missing", "misshapen", "unexpected", "not_finite"))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_refused(value, state, tmp_path):
-    bad = {**state, "conv1.0.weight": state["conv1.0.weight"].clone()}
-    bad["conv1.0.weight"][0, 0, 0, 0] = value
-    message, report = refused(blank(), bad, tmp_path)
-    assert "NaN or infinite values in conv1.0.weight" in message
-    assert "earlier checkpoint" in message
-    assert report.not_finite == ["conv1.0.weight"]
-
-
-def test_a_deeper_model_s_file_is_refused_and_named(tmp_path):
+def test_unexpected_names_alone_are_refused(tmp_path):
     deeper = timm.create_model("resnet34").state_dict()
-    message, report = refused(blank("timm/resnet18"), deeper, tmp_path)
-    assert "It looks like a ResNet-34" in message
-    assert not report.missing
-    assert "layer1.2.conv1.weight" in report.unexpected
+    with pytest.raises(WeightsError, match="It looks like a ResNet-34") as caught:
+        load(blank("timm/resnet18"), deeper, tmp_path)
+    assert not caught.value.report.missing
+    assert "layer1.2.conv1.weight" in caught.value.report.unexpected
 
 
-@pytest.mark.parametrize(
-    "source, says",
-    [
-        (
-            lambda: timm.create_model("vit_tiny_patch16_224", **vit()),
-            "width 24, 2 blocks, patches of 16 px",
-        ),
-        (lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 8), "torchvision/vit_"),
-        (lambda: torch.nn.Linear(3, 3), "another architecture"),
-    ],
-)
-def test_another_model_s_file_is_refused_and_named(source, says, tmp_path):
-    message, _ = refused(blank(), source().state_dict(), tmp_path)
-    assert says in message
-    assert "Set model.backbone" in message
+# Files of transformers
+
+TINY = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32}
 
 
-def test_quantized_weights_are_refused(state, tmp_path):
-    quantized = {
-        **state,
-        "conv1.0.weight": torch.zeros_like(state["conv1.0.weight"]).to(torch.int8),
-    }
-    message, _ = refused(blank(), quantized, tmp_path)
-    assert "torch.int8 for torch.float32" in message
+@pytest.mark.parametrize("kind", ["vit", "vit, newer names", "dinov2", "resnet18", "resnet50"])
+def test_model_of_transformers_computes_the_same(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind.startswith("vit"):
+        config = transformers.ViTConfig(**TINY, intermediate_size=96, layer_norm_eps=1e-6)
+        model = transformers.ViTForImageClassification(config)
+        name, inner, patch_size = "timm/vit_tiny_patch16_224", model.vit, 16
+    elif kind == "dinov2":
+        config = transformers.Dinov2Config(**TINY, patch_size=16)
+        model = inner = transformers.Dinov2Model(config)
+        name, patch_size = "timm/vit_small_patch14_dinov2", 16
+    else:
+        basic = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}
+        config = transformers.ResNetConfig(**(basic if kind == "resnet18" else {}))
+        model = transformers.ResNetForImageClassification(config)
+        name, inner, patch_size = f"timm/{kind}", model.resnet, None
+    if kind == "vit, newer names":
+        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    else:
+        model.save_pretrained(tmp_path)
+    args = {"img_size": 32, "patch_size": 16, "depth": 2, "embed_dim": 24, "num_heads": 3}
+    backbone = build_backbone(name, args=args if patch_size else {}).eval()
+    report = load_weights(backbone, tmp_path)
+    assert report.num_loaded == report.num_parameters
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        out = inner.eval()(backbone.normalize(images))
+        expected = out.last_hidden_state[:, 0] if patch_size else out.pooler_output.flatten(1)
+        torch.testing.assert_close(backbone.pooled(images), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_of_equal_copies_the_shorter_path_is_taken():
-    assert find_prefix(["a.b"], ["x.y.a.b", "x.a.b"]) == "x."
-    assert find_prefix(["a.b"], ["x.a.b", "x.ema.a.b"]) == "x.ema."
-    assert find_prefix(["a.b"], ["c"]) == ""
+def test_other_names_do_not_change():
+    state = build_backbone("timm/test_vit").state_dict()
+    assert from_transformers(state) == state
+
+
+def test_unknown_network_looks_like_nothing():
+    assert looks_like({"a": torch.zeros(1)}) == ""

@@ -1,4 +1,4 @@
-"""Chromium opens the page without an error, a request, or anything that hangs over its edge."""
+"""Chromium opens the page without errors, requests or overflow."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from chromium import Chromium, find_chromium
-from report_runs import page, write_detections, write_filters, write_pair, write_run
+from report_runs import write_detections, write_filters, write_pair, write_report, write_run
 
 pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium is installed")
 EVIL = "<script>document.title = 'run'</script><img src=x onerror='document.title = 1'>"
@@ -14,7 +14,7 @@ EVIL = "<script>document.title = 'run'</script><img src=x onerror='document.titl
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A page with everything a page can have, and names that would be markup."""
+    """Return a page with every section, and with names that look like markup."""
     root = tmp_path_factory.mktemp("report")
     folders = write_pair(root, treated="tract, with a long name that does not fit into its column")
     for method, value in (("vanilla", 0.4), ("b" * 60, 0.5), (EVIL, 0.3)):
@@ -31,8 +31,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folders[-1] / "results.json").write_text("{broken")
     config = json.dumps({"paper": "t1", "seed": 0, "solver": {"max_epochs": 200}})
     (folders[0] / "config.yaml").write_text(config)
-    page(folders, root)
-    return root / "out" / "report.html"
+    return write_report(folders, root / "report.html")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def browser() -> Iterator[Chromium]:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1440, 390])
-def test_the_page_renders_without_errors_or_requests(
+def test_page_renders_without_errors_or_requests(
     browser: Chromium, report: Path, width: int, dark: bool
 ) -> None:
     browser.open(report, width, 900, dark=dark)
@@ -52,13 +51,15 @@ def test_the_page_renders_without_errors_or_requests(
     assert browser.errors() == []
     browser.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
-    assert browser.evaluate("document.title") == "Does the backbone transfer?", "no name has run"
+    assert browser.evaluate("document.title") == "Does the backbone transfer?", (
+        "no name runs as a script"
+    )
     assert browser.evaluate("document.querySelectorAll('script').length") == 0
     assert browser.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
 
 
-def test_text_stands_out_from_the_paper(browser: Chromium, report: Path) -> None:
-    """WCAG's contrast of 4.5 for every colour that text has, in the light and in the dark."""
+def test_text_has_enough_contrast(browser: Chromium, report: Path) -> None:
+    """WCAG asks for 4.5, in the light and in the dark scheme."""
     for dark in (False, True):
         browser.open(report, 1440, 900, dark=dark)
         for name in ("--ink", "--muted", "--bad"):
@@ -68,7 +69,7 @@ def test_text_stands_out_from_the_paper(browser: Chromium, report: Path) -> None
 
 
 def contrast(one: str, other: str) -> float:
-    """Return the contrast of two #rrggbb colours by WCAG 2."""
+    """Return the contrast of two #rrggbb colours (WCAG 2)."""
 
     def luminance(color: str) -> float:
         parts = [int(color.strip()[i : i + 2], 16) / 255 for i in (1, 3, 5)]
@@ -79,7 +80,7 @@ def contrast(one: str, other: str) -> float:
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def test_a_phone_sees_the_differences_without_scrolling_sideways(
+def test_phone_shows_differences_without_horizontal_scrolling(
     browser: Chromium, report: Path
 ) -> None:
     browser.open(report, 390, 844)
@@ -97,7 +98,7 @@ def test_a_phone_sees_the_differences_without_scrolling_sideways(
     assert {"speed-up, pairs", "why", "bootstrap"} <= set(browser.evaluate(labels))
 
 
-def test_a_request_or_an_error_would_be_seen(browser: Chromium, tmp_path: Path) -> None:
+def test_browser_reports_requests_and_errors(browser: Chromium, tmp_path: Path) -> None:
     page = tmp_path / "bad.html"
     page.write_text("<title>x</title><img src='missing.png'><script>throw new Error('oh')</script>")
     browser.open(page, 800, 600)
@@ -105,7 +106,7 @@ def test_a_request_or_an_error_would_be_seen(browser: Chromium, tmp_path: Path) 
     assert any("oh" in error for error in browser.errors())
 
 
-def test_the_printed_page_has_what_is_folded_away(
+def test_printed_page_shows_collapsed_parts(
     browser: Chromium, report: Path, tmp_path: Path
 ) -> None:
     browser.open(report, 1440, 900)

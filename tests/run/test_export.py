@@ -19,7 +19,7 @@ from tract_transfer.run.evaluate import load_trained
 from tract_transfer.run.export import export_run
 from tract_transfer.run.run import run
 
-PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+PAGE = Path(__file__).parents[2] / "docs/guides/export.md"
 # Kind of model -> its backbone, and the library that it is exported to.
 KINDS = {
     "timm": ("{name: timm/test_resnet}", "timm"),

@@ -25,16 +25,10 @@ def test_the_command_in_the_error_replays_the_step(tmp_path, load_tiny, call, ta
     assert said.returncode == 0, said.stderr
     assert "is not finite" in said.stdout
     assert "The losses: " in said.stdout
-    lines = said.stdout.splitlines()
-    backward = [number for number, line in enumerate(lines) if line.startswith("Backward: ")]
+    backward = any(line.startswith("Backward: ") for line in said.stdout.splitlines())
     assert backward or task == "detection"
-    if backward:  # torch names the calls of the forward
-        (calls,) = (n for n, line in enumerate(lines) if line == "The calls of its forward:")
-        assert backward[0] < calls
-        assert "engine/trainer.py" in lines[calls + 1]
-        assert all(line.startswith("  ") for line in lines[calls + 1 :])
-        assert "nn/modules/module.py" not in said.stdout
-    assert not any("Traceback" in str(warning.message) for warning in recwarn)
+    calls = "Traceback of forward call"  # of the operation that failed, printed by torch
+    assert any(calls in str(warning.message) for warning in recwarn) == backward
 
 
 def test_skipped_steps_are_in_metrics_and_results(tmp_path, load_tiny, monkeypatch):

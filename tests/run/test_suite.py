@@ -1,302 +1,361 @@
-"""A suite over folders that hold runs, parts of runs, or other things; nothing is trained."""
+"""Planning a suite: from its file to runs with complete configs, or errors with key and fix."""
 
 import json
-import logging
-import os
-import signal
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from box_data import write_voc
+from run_folders import entries
+from suites import finish
 
-from tract_transfer.config.file import ConfigError, dump_yaml
+from tract_transfer.config.file import ConfigError
 from tract_transfer.config.suite import load_suite
-from tract_transfer.run import suite as run_suite
-from tract_transfer.run import suite_plan as inspect_suite
-from tract_transfer.run.suite import Suite, carry_out, list_plan, refuse_others
-from tract_transfer.suite.screen import Lines
+from tract_transfer.engine.run_folder import FolderInUseError, lock_folder
+from tract_transfer.run.suite import (
+    Inspector,
+    draft_runs,
+    inspect_runs,
+    list_plan,
+    open_suite,
+)
 
 SUITE = {
+    "output_dir": "out",
     "baseline": "vanilla",
-    "seeds": [0],
+    "seeds": [0, 1],
     "methods": {"vanilla": {}, "tract": {"pretrain": {"tract.enabled": True}}},
     "pretrain": "classification.yaml",
-    "tasks": {"probe": "probe.yaml"},
-    "retries": 0,
+    "tasks": {"finetune": "finetune.yaml", "probe": "probe.yaml"},
 }
-PRINTS = {"train": "t1", "test": "t2"}
+KNOWN, UNKNOWN = "name: cifar/resnet18, args: {width: 8}", "name: null"
+FITS = "model={weights: out/pretrain, backbone: {name: null}}"
 
 
 @pytest.fixture
-def make(tmp_path, write_tiny, monkeypatch):
-    """Plan the suite in tmp_path/suite; what its data are is not looked at."""
-    monkeypatch.setattr(inspect_suite.Inspector, "inspect", lambda *_: PRINTS)
+def write(tmp_path, write_tiny):
+    """Write a suite with some keys changed, and its configs; return its path."""
+    for name, task in (("finetune", "classification"), ("probe", "probe")):
+        text = write_tiny(tmp_path, task).read_text()
+        (tmp_path / f"{name}.yaml").write_text(text.replace(KNOWN, UNKNOWN))
     write_tiny(tmp_path)
-    probe = write_tiny(tmp_path, "probe").read_text()
-    known = "name: cifar/resnet18, args: {width: 8}"
-    (tmp_path / "probe.yaml").write_text(probe.replace(known, "name: null"))
 
-    def build(**changes):
-        tree = {**SUITE, "output_dir": str(tmp_path / "suite"), **changes}
-        (tmp_path / "suite.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-        return Suite(load_suite(tmp_path / "suite.yaml"), remember=False)
+    def write(**changes):
+        path = tmp_path / "suite.yaml"
+        path.write_text(yaml.safe_dump({**SUITE, **changes}, sort_keys=False))
+        return load_suite(path)
 
-    return build
+    return write
 
 
-def finish(run, sha256="w1"):
-    """Leave in a run's folder what it leaves when it is finished."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.yaml").write_text(dump_yaml(run.config))
-    (run.folder / "environment.json").write_text(json.dumps({"data": PRINTS}))
-    results = {
-        "format": 1, "metrics": {"top1": 0.5}, "primary_metric": "top1", "seed": run.seed,
-        "method": run.method, "name": run.task,
-        "role": "downstream" if run.needs else "pretrain",
+@pytest.fixture
+def plan(write):
+    """Plan a suite with some keys changed; data and models are not inspected."""
+
+    def plan(inspect=lambda config, needed: {"train": "t"}, **changes):
+        suite = write(**changes)
+        return inspect_runs(suite, draft_runs(suite), inspect)
+
+    return plan
+
+
+def ids_of(runs):
+    return {(run.method, run.task, run.seed): run.id for run in runs}
+
+
+def test_every_method_task_and_seed_is_a_run_with_a_complete_config(plan):
+    runs = plan()
+    assert [str(run.folder) for run in runs[:6]] == [
+        f"out/{method}/{task}/seed0"
+        for task in ("pretrain", "finetune", "probe")
+        for method in ("vanilla", "tract")
+    ]
+    assert len({run.id for run in runs}) == len(runs) == 12
+    for run in runs:
+        assert run.config["seed"] == run.seed
+        assert run.config["output_dir"] == str(run.folder)
+        assert run.fingerprints == {"train": "t"}
+        if run.task == "pretrain":
+            assert run.config["tract"]["enabled"] is (run.method == "tract")
+        else:
+            assert run.needs == Path(f"out/{run.method}/pretrain/seed{run.seed}")
+            assert run.config["model"]["weights"] == str(run.needs)
+
+
+def test_id_depends_on_config_data_and_backbone_and_not_on_paths(plan):
+    ids = ids_of(plan())
+    assert ids_of(plan(output_dir="elsewhere", title="Other?", workers=2)) == ids
+    other = ids_of(plan(lambda config, needed: {"train": "u"}))
+    assert not set(other.values()) & set(ids.values())
+    longer = {"tract": {"pretrain": {"tract.enabled": True, "solver.max_iters": 7}}, "vanilla": {}}
+    changed = ids_of(plan(methods=longer))
+    assert changed["tract", "probe", 0] != ids["tract", "probe", 0]  # by its backbone
+    assert changed["vanilla", "probe", 0] == ids["vanilla", "probe", 0]
+
+
+def test_methods_share_the_runs_that_are_the_same(plan):
+    """Their tasks take the backbone of the shared run."""
+    methods = {"vanilla": {}, "lower": {"tasks": {"finetune": {"solver.lr": 0.01}}}}
+    runs = {(run.method, run.task): run for run in plan(methods=methods, seeds=[0])}
+    assert set(runs) == {
+        ("vanilla", "pretrain"), ("vanilla", "finetune"), ("lower", "finetune"),
+        ("vanilla", "probe"),
     }  # fmt: skip
-    if run.needs:
-        results["weights_sha256"] = sha256
-    else:
-        (run.folder / "model.json").write_text(json.dumps({"sha256": sha256}))
-    (run.folder / "results.json").write_text(json.dumps(results))
+    shared = runs["vanilla", "pretrain"]
+    assert shared.also == runs["vanilla", "probe"].also == ("lower",)
+    for method in methods:
+        assert runs[method, "finetune"].also == ()
+        assert runs[method, "finetune"].needs == shared.folder
+        assert runs[method, "finetune"].config["model"]["weights"] == str(shared.folder)
 
 
-def stock(suite):
-    """What is told of every run, by its folder in the suite."""
-    others = suite.take_stock()
-    folders = [job.run.folder.relative_to(suite.folder) for job in suite.jobs]
-    lines = [line.split("  ", 2)[2] for line in list_plan(suite, others)]
-    return {str(folder.parent): line for folder, line in zip(folders, lines, strict=True)}
+def test_task_without_pretraining_keeps_its_own_weights(plan):
+    methods = {"vanilla": {}, "tract": {"downstream": {"tract.enabled": True}}}
+    runs = plan(pretrain=None, tasks={"train": "classification.yaml"}, methods=methods)
+    assert [run.needs for run in runs] == [None] * 4
+    assert {run.config["model"]["weights"] for run in runs} == {None}
 
 
-def test_a_new_suite_runs_everything(make):
-    assert stock(make()) == dict.fromkeys(
-        ("vanilla/pretrain", "tract/pretrain", "vanilla/probe", "tract/probe"), "run"
-    )
+BAD = {
+    "a circle": (
+        {"tasks": {"a": {"config": "finetune.yaml", "needs": "b"},
+                   "b": {"config": "probe.yaml", "needs": "a"}}},
+        r"tasks\.a\.needs: circular: a needs b needs a\. Break the circle\..*suite\.yaml line \d+",
+    ),
+    "an unknown task": (
+        {"tasks": {"finetune": "finetune.yaml",
+                   "probe": {"config": "probe.yaml", "needs": "finetnue"}}},
+        r"tasks\.probe\.needs: 'finetnue' is not one of the tasks .* Did you mean finetune\?",
+    ),
+    "a missing baseline": (
+        {"baseline": "tarct"}, r"'tarct' is not one of the methods \['vanilla', 'tract'\]",
+    ),
+    "seeds that do not pair": (
+        {"tasks": {"probe": {"config": "probe.yaml", "seeds": [1, 2]}}},
+        r"tasks\.probe\.seeds: \[1, 2\] must be different seeds of pretrain, \[0, 1\]: a run pairs",
+    ),
+    "seeds that the needed task lacks": (
+        {"tasks": {"finetune": {"config": "finetune.yaml", "seeds": [0]},
+                   "probe": {"config": "probe.yaml", "needs": "finetune", "seeds": [0, 1]}}},
+        r"tasks\.probe\.seeds: \[0, 1\] must be different seeds of finetune, \[0\]",
+    ),
+    "a seed twice": ({"seeds": [0, 0]}, r"seeds \[0, 0\] contain a seed twice"),
+    "two tasks that are the same run": (
+        {"tasks": {"probe": "probe.yaml", "again": "probe.yaml"}},
+        "tasks probe and again are the same run: .* Remove one",
+    ),
+    "a name that cannot be a folder": (
+        {"tasks": {"../probe": "probe.yaml"}}, r"'\.\./probe' names a folder, so",
+    ),
+    "the name of the pre-training": (
+        {"tasks": {"pretrain": "probe.yaml"}}, r"tasks\.pretrain: the name is reserved",
+    ),
+    "two methods with the same runs": (
+        {"methods": {"vanilla": {}, "tract": {}}},
+        r"methods\.tract: has the same runs as vanilla in every task",
+    ),
+    "an unknown task of a method": (
+        {"methods": {"vanilla": {}, "tract": {"tasks": {"prob": {"seed": 1}}}}},
+        r"methods\.tract\.tasks\.prob: not one of the tasks \['finetune', 'probe'\]",
+    ),
+    "an unknown key of a section": ({"tasks": {"probe": {"conf": "x"}}}, r"probe\.conf: unknown"),
+    "a key that the suite sets": (
+        {"methods": {"vanilla": {}, "tract": {"downstream": {"model.weights": "x"}}}},
+        r"methods\.tract: model\.weights is set by the suite itself in finetune.*suite\.yaml line",
+    ),
+    "an unknown key of a method": (
+        {"methods": {"vanilla": {}, "tract": {"downstream": {"data.batchsize": 3}}}},
+        r"finetune, tract: data\.batchsize: unknown\. Did you mean data\.batch_size\?.*line \d+",
+    ),
+    "a key of another task": (
+        {"methods": {"vanilla": {}, "tract": {"tasks": {"probe": {"solver": 1}}}}},
+        r"probe, tract: solver: not a key of a probe config",
+    ),
+    "two and a half GPUs": ({"resources": {"gpus": 2.5}}, r"gpus: 2\.5 must be a whole number"),
+    "nothing to run": ({"pretrain": None, "tasks": {}}, "there is nothing to run"),
+    "a pre-training's override without one": (
+        {"pretrain": None, "methods": {"vanilla": {}, "tract": {"pretrain": {"seed": 1}}}},
+        r"methods\.tract\.pretrain: the suite has no pretrain",
+    ),
+    "a task's override without one": (
+        {"tasks": {}, "methods": {"vanilla": {}, "tract": {"downstream": {"seed": 1}}}},
+        r"methods\.tract\.downstream: the suite has no tasks",
+    ),
+    "a missing file": (
+        {"tasks": {"probe": "nowhere.yaml"}}, r"probe: No config can be read at .*nowhere\.yaml",
+    ),
+    "missing weights": (
+        {"pretrain": None, "tasks": {"train": "classification.yaml"},
+         "methods": {"vanilla": {}, "tract": {"downstream": {"model.weights": "nowhere"}}}},
+        r"train, tract: model\.weights: .*nowhere",
+    ),
+}  # fmt: skip
 
 
-def test_what_is_finished_is_skipped_and_what_was_cut_off_goes_on(make):
-    suite = make()
+@pytest.mark.parametrize("changes", BAD.values(), ids=BAD)
+def test_bad_suites_are_refused_before_data_are_inspected(plan, changes):
+    keys, message = changes
+    with pytest.raises(ConfigError, match=message):
+        plan(lambda config, needed: pytest.fail("data were inspected"), **keys)
+
+
+def test_problems_of_all_runs_are_reported_once(plan):
+    def inspect(config, needed):
+        if config.task == "probe":
+            raise FileNotFoundError("No data at x. Set data.train.path.")
+        if needed is not None:
+            raise OSError(28, "No space left on device")
+        return {}
+
+    with pytest.raises(ConfigError) as error:
+        plan(inspect)
+    assert str(error.value).splitlines() == [
+        "finetune: [Errno 28] No space left on device",
+        "probe: No data at x. Set data.train.path.",
+    ]
+
+
+def test_run_that_needs_a_run_with_a_problem_has_none_of_its_own(plan):
+    def inspect(config, needed):
+        if config.name == "pretrain":
+            raise ValueError("no good")
+        raise AssertionError("its backbone has a problem")
+
+    with pytest.raises(ConfigError, match=r"^pretrain: no good$"):
+        plan(inspect)
+
+
+def test_plan_lists_what_would_be_done(write, monkeypatch):
+    monkeypatch.setattr(Inspector, "inspect", lambda *_: {"train": "t1", "test": "t2"})
+    monkeypatch.chdir(Path(write().path("probe")).parent)
+    methods = {**SUITE["methods"], "again": {"tasks": {"finetune": {"solver.lr": 0.01}}}}
+    config = write(seeds=[0], methods=methods)
+    suite = open_suite(config, remember=False)
     finish(suite.runs[0])
     finish(suite.runs[1])
-    (suite.runs[1].folder / "results.json").unlink()
-    (suite.runs[1].folder / "checkpoints/iter_0000004").mkdir(parents=True)
-    finish(suite.runs[3])  # before its backbone was there: told once that is
-    assert stock(make()) == {
-        "vanilla/pretrain": "skip: finished",
-        "tract/pretrain": "goes on from iter_0000004",
-        "vanilla/probe": "run",
-        "tract/probe": "finished, if its backbone comes out the same",
-    }
-
-
-def test_a_backbone_that_came_out_otherwise_makes_its_tasks_others(make):
-    suite = make()
-    finish(suite.runs[0], sha256="w2")
-    finish(suite.runs[2], sha256="w1")
-    assert stock(make())["vanilla/probe"] == (
-        "holds another run: its backbone has been trained anew since"
+    (suite.runs[1].folder / "config.yaml").write_text("seed: 5\n")
+    suite = open_suite(config, remember=False)
+    lines = list_plan(suite, suite.take_stock())
+    assert lines[0] == (
+        f"{suite.runs[0].id}  out/vanilla/pretrain/seed0 (also again)  skip: finished"
     )
-
-
-BROKEN = {
-    "another config": ("config.yaml", None, "seed: 5 then, 0 now"),
-    "no config": ("config.yaml", "a: [", "config.yaml is not YAML"),
-    "other data": ("environment.json", '{"data": {}}', "other images or labels in data.test"),
-    "no data": ("environment.json", "{", "environment.json does not tell its data"),
-    "another version": ("results.json", '{"format": 9}', "results.json has format 9, and this"),
-}
-
-
-@pytest.mark.parametrize(("name", "text", "why"), BROKEN.values(), ids=BROKEN)
-def test_another_runs_folder_is_refused_by_name(make, name, text, why):
-    suite = make()
-    finish(suite.runs[0])
-    other = dump_yaml({**suite.runs[0].config, "seed": 5})
-    (suite.runs[0].folder / name).write_text(text or other)
-    others = make().take_stock()
-    with pytest.raises(ConfigError) as error:
-        refuse_others(others)
-    told = str(error.value)
-    assert f"{suite.runs[0].folder} holds another run: " in told
-    assert why in told
-    assert "Nothing was started. --set-aside moves them" in told
-
-
-def test_many_conflicts_are_counted(make):
-    suite = make(seeds=list(range(8)))
-    for run in suite.runs:
-        run.folder.mkdir(parents=True)
-        (run.folder / "results.json").write_text('{"format": 9}')
-    with pytest.raises(ConfigError, match=r"\.\.\. and 27 more\.\n"):
-        refuse_others(make(seeds=list(range(8))).take_stock())
-
-
-def test_results_that_are_broken_go_on_or_begin_anew(make):
-    suite = make()
-    finish(suite.runs[0])
-    (suite.runs[0].folder / "results.json").write_text("{oops")
-    told = stock(make())["vanilla/pretrain"]
-    assert told.startswith("goes on from the beginning: results.json cannot be read (")
-
-
-def test_what_is_set_aside_is_kept_under_a_number(make):
-    suite = make()
-    for number in (1, 2):
-        finish(suite.runs[0])
-        place = suite.set_aside(suite.runs[0].folder)
-        assert place == suite.folder / f"set_aside/vanilla/pretrain/seed0_{number}"
-        assert (place / "results.json").exists()
-        assert not suite.runs[0].folder.exists()
-
-
-def test_an_attempt_has_the_whole_config_in_a_file(make):
-    suite = make()
-    run = suite.runs[0]
-    attempt = suite.prepare(run)
-    file = suite.folder / f"plan/{run.id}.yaml"
-    assert list(attempt.command[1:]) == [
-        "-m",
-        "tract_transfer.cli.train",
-        "--config-file",
-        str(file),
-        "--resume",
-    ]
-    assert yaml.safe_load(file.read_text()) == json.loads(json.dumps(run.config))
-    assert attempt.log == run.folder / "console.txt"
-
-
-class Launcher:
-    """Finishes every run at once; sends this process a signal with the first, if it is to."""
-
-    name = "local"
-
-    def __init__(self, number=None):
-        self.number, self.started, self.stops, self.left = number, [], [], None
-        self._running = []
-
-    def has_room(self, run):
-        return not self._running
-
-    def start(self, run, attempt):
-        self.started.append(run.task)
-        self._running.append(run)
-        if self.number is not None:
-            os.kill(os.getpid(), self.number)
-        return {"pid": 1}
-
-    def ended(self):
-        if self.number is not None and not self.stops:
-            return []
-        ended, self._running = self._running, []
-        if self.number is None:
-            for run in ended:
-                finish(run)
-        return [(run, 0 if self.number is None else 143) for run in ended]
-
-    def stop(self, number):
-        self.stops.append(number)
-
-    def ask_leftovers(self, handles):
-        self.left = handles
-
-    def end_leftovers(self, handles):
-        assert handles == self.left
+    assert "  contains another run: data.batch_size: None then, 32 now; " in lines[1]
+    assert [line.rpartition("  ")[2] for line in lines[2:]] == ["run"] * 5
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ConfigError, match=r"contains another run: [\s\S]*--set-aside"),
+    ):
+        patch.setattr(Inspector, "inspect", lambda *_: pytest.fail("data were inspected"))
+        open_suite(config, remember=True, refuse=True)
+    assert entries(Path("out")) == ["tract", "vanilla"]
+    suite = open_suite(config, remember=True)
+    assert json.loads(Path("out/.plan.json").read_text()) == {}  # `inspect` is replaced
+    assert len(suite.runs) == 7
+    with lock_folder(suite.folder), pytest.raises(FolderInUseError):
+        open_suite(config, remember=True)
 
 
 @pytest.fixture
-def carried_out(capsys):
-    def run(suite, launcher, *, set_aside=False):
-        screen = Lines(sys.stderr, len(suite.runs))
-        return carry_out(suite, launcher, screen, set_aside=set_aside)
-
-    return run
+def pretrain(load_tiny, tmp_path):
+    return load_tiny(tmp_path, "output_dir=out/pretrain")
 
 
-def states(suite):
-    return [run["state"] for run in json.loads((suite.folder / "suite.json").read_text())["runs"]]
+@pytest.fixture
+def inspect(tmp_path):
+    """Inspect a config as a new process does."""
+
+    def inspect(config, needed=None):
+        with Inspector(tmp_path / "suite/.plan.json") as inspector:
+            fingerprints = inspector.inspect(config, needed)
+            inspector.save()
+        return fingerprints
+
+    return inspect
 
 
-def test_a_suite_is_carried_out_and_then_skipped(make, carried_out):
-    suite, launcher = make(), Launcher()
-    assert carried_out(suite, launcher) is None
-    assert launcher.started == ["pretrain", "pretrain", "probe", "probe"]
-    assert states(suite) == ["finished"] * 4
-    again = Launcher()
-    assert carried_out(make(), again) is None
-    assert again.started == []
+def test_fingerprints_identify_the_data(inspect, pretrain, load_tiny, tmp_path):
+    fingerprints = inspect(pretrain)
+    assert set(fingerprints) == {"train", "test"}
+    fewer = load_tiny(tmp_path, "data.test.classes=[0, 1]", "data.train.classes=[0, 1]")
+    assert not set(inspect(fewer).values()) & set(fingerprints.values())
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_it_and_the_handlers_come_back(make, carried_out, number):
-    before = signal.getsignal(number)
-    suite, launcher = make(), Launcher(number)
-    assert carried_out(suite, launcher) == number
-    assert launcher.stops == [number]
-    assert signal.getsignal(number) is before
-    assert states(suite) == ["waiting"] * 4
-    assert not (suite.folder / ".owner.json").exists()
+def test_task_is_built_on_a_backbone_that_is_not_trained_yet(
+    inspect, pretrain, load_tiny, tmp_path
+):
+    for task in ("classification", "detection", "probe"):
+        assert inspect(load_tiny(tmp_path, FITS, f"output_dir={task}", task=task), pretrain)
+    assert not (tmp_path / "out").exists()
 
 
-def test_leftovers_of_a_killed_suite_are_ended_first(make, carried_out):
-    suite = make()
-    suite.folder.mkdir()
-    owner = {"pid": 1, "host": "h", "since": "s", "jobs": {"a": {"pid": 7, "started": 1.0}}}
-    (suite.folder / ".owner.json").write_text(json.dumps(owner))
-    launcher = Launcher()
-    carried_out(suite, launcher)
-    assert launcher.left == [{"pid": 7, "started": 1.0}]
+def test_data_on_the_hub_are_not_inspected(inspect, pretrain, load_tiny, tmp_path):
+    hub = ("data.train={source: huggingface, path: a/b, split: train}", "data.cache=none")
+    hub += ("data.test={source: huggingface, path: a/b, split: test}",)
+    for task in ("classification", "probe"):
+        config = load_tiny(tmp_path, FITS, f"output_dir={task}", *hub, task=task)
+        assert inspect(config, pretrain) is None
 
 
-def test_runs_whose_suite_fails_are_not_forgotten(make, carried_out):
-    """Of a suite that ends by an error, or while it ends what another left."""
-    suite, launcher = make(), Launcher()
-    launcher.ended = lambda: 1 / (not launcher.started) and []
-    with pytest.raises(ZeroDivisionError):
-        carried_out(suite, launcher)
-
-    def interrupted(handles):
-        assert handles == [{"pid": 1}]
-        raise KeyboardInterrupt
-
-    for _ in range(2):
-        launcher = Launcher()
-        launcher.end_leftovers = interrupted
-        with pytest.raises(KeyboardInterrupt):
-            carried_out(make(), launcher)
-    launcher = Launcher()
-    assert carried_out(make(), launcher) is None
-    assert launcher.left == [{"pid": 1}]
-    assert not (suite.folder / ".owner.json").exists()
-
-
-def test_others_stop_the_suite_unless_they_are_set_aside(make, carried_out):
-    suite = make()
-    finish(suite.runs[0])
-    (suite.runs[0].folder / "config.yaml").write_text("seed: 5\n")
-    launcher = Launcher()
-    with pytest.raises(ConfigError, match="holds another run"):
-        carried_out(make(), launcher)
-    assert launcher.started == []
-    suite = make()
-    assert carried_out(suite, launcher, set_aside=True) is None
-    assert states(suite) == ["finished"] * 4
-    aside = suite.folder / "set_aside/vanilla/pretrain/seed0_1"
-    assert (aside / "config.yaml").read_text() == "seed: 5\n"
+@pytest.mark.parametrize(
+    ("task", "override", "message"),
+    [
+        (
+            "classification", "model={weights: out/pretrain, backbone: {name: cifar/vit}}",
+            "model.weights: the weights are those of .*Remove model.backbone",
+        ),
+        ("classification", "data.train.classes=[0, 1]", "classes"),
+        ("detection", "model.detector={name: torchvision_c5, args: {num_levels: 7}}", "detector"),
+        (
+            "classification", "data.train={source: huggingface, path: ./nowhere, split: train}",
+            "nowhere",
+        ),
+    ],
+)  # fmt: skip
+def test_config_that_does_not_fit_is_refused(
+    inspect, pretrain, load_tiny, tmp_path, task, override, message
+):
+    """The error names the run whose backbone is missing, not the stand-in."""
+    config = load_tiny(tmp_path, FITS, override, task=task)
+    with pytest.raises((ValueError, OSError), match=message) as error:
+        inspect(config, pretrain)
+    assert "/tmp" not in str(error.value).replace(str(tmp_path), "")
 
 
-def test_a_full_disk_ends_with_the_runs_it_let_finish(make, carried_out, monkeypatch, caplog):
-    """The plan cannot be written: those runs fail, by name, and nothing is thrown."""
-    suite = make()
+def test_inspections_are_remembered(inspect, pretrain, load_tiny, tmp_path, monkeypatch):
+    fingerprints = inspect(pretrain)
+    looked = []
+    monkeypatch.setattr(
+        Inspector, "_look", lambda self, config, _: looked.append(config) or {"train": "new"}
+    )
+    seed = load_tiny(tmp_path, "output_dir=out/pretrain", "seed=5")
+    assert inspect(pretrain) == inspect(seed) == fingerprints  # a seed does not decide the data
+    assert not looked
+    longer = load_tiny(tmp_path, "output_dir=out/pretrain", "solver.max_iters=9")
+    assert inspect(longer) == {"train": "new"}
+    for number in (0, 1):
+        held_out = "data.val={source: train, fraction: 0.2}"  # depends on the seed
+        inspect(load_tiny(tmp_path, held_out, f"seed={number}"))
+    assert len(looked) == 3
 
-    def full(self, target):
-        raise OSError(28, "No space left on device", str(target))
 
-    monkeypatch.setattr(Path, "replace", full)
-    monkeypatch.setattr(run_suite.SuiteLock, "tell", lambda self, jobs: None)
-    with caplog.at_level(logging.ERROR):
-        assert carried_out(suite, Launcher()) is None
-    assert [job.state for job in suite.jobs] == ["failed", "failed", "blocked", "blocked"]
-    assert f"DiskFullError: No space left in {suite.folder}/plan: " in str(suite.jobs[0].error)
-    assert "The suite's state cannot be written" in caplog.text
+def test_changed_file_is_inspected_again(inspect, load_tiny, tmp_path):
+    write_voc(tmp_path / "kit", [("dog", (1, 2, 30, 20))])
+    voc = f"{{source: voc, root: {tmp_path}/kit, sets: [2007/train], classes: [cat, dog]}}"
+    (tmp_path / "kit/VOC2007/ImageSets/Main/train.txt").write_text("0\n2\n")
+    (tmp_path / "kit/VOC2007/ImageSets/Main/test.txt").write_text("1\n")
+    test = voc.replace("train]", "test]")
+    words = (f"data.train={voc}", f"data.test={test}", "data.batch_size=1")
+    config = load_tiny(tmp_path, *words, task="detection")
+    before = inspect(config)
+    assert inspect(config) == before
+    annotation = tmp_path / "kit/VOC2007/Annotations/0.xml"
+    annotation.write_text(annotation.read_text().replace("dog", "cat"))
+    assert inspect(config) != before
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_broken_memory_is_ignored(inspect, pretrain, tmp_path, text):
+    (tmp_path / "suite").mkdir()
+    (tmp_path / "suite/.plan.json").write_text(text)
+    assert set(inspect(pretrain)) == {"train", "test"}
+    assert json.loads((tmp_path / "suite/.plan.json").read_text())

@@ -1,283 +1,325 @@
-"""Executing a plan, with a launcher that is told how its attempts end."""
+"""Executing a suite with a launcher that decides how its attempts end."""
 
-import copy
+import contextlib
+import functools
+import io
+import json
+import logging
+import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from rich.console import Console
+from run_folders import held
+from suites import cut_off, finish, make_suite
 
-from tract_transfer.suite.execute import Execution
-from tract_transfer.suite.journal import Found, Job
-from tract_transfer.suite.launchers import Attempt
-from tract_transfer.suite.plan import PlannedRun
+from tract_transfer.config.file import ConfigError
+from tract_transfer.engine.run_folder import FolderInUseError
+from tract_transfer.files import temporary_path
+from tract_transfer.suite.execute import execute
+from tract_transfer.suite.launchers import Launcher
+from tract_transfer.suite.screen import Screen
+from tract_transfer.suite.state import Suite
 
-PRE, OTHER = Path("vanilla/pretrain"), Path("tract/pretrain")
-
-
-def run_of(folder, needs=None):
-    return PlannedRun(str(folder), folder.parts[0], folder.parts[1], 0, {}, folder, needs)
-
-
-def make_jobs():
-    runs = [run_of(PRE), run_of(OTHER)]
-    runs += [run_of(p.parent / task, needs=p) for p in (PRE, OTHER) for task in ("probe", "voc")]
-    return [Job(run) for run in runs]
+JOB = {"job": "7", "stop_file": "plan/a.stop"}
 
 
-class Folders:
-    """Stands for the disk: which runs have results, or are another run's."""
-
-    def __init__(self):
-        self.finished, self.others = set(), set()
-
-    def look(self, run):
-        if run.folder in self.others:
-            return Found("other", "seed: 0 then, 1 now")
-        is_there = run.folder in self.finished
-        return Found("finished", "", "c0ffee") if is_there else Found("new")
+def name_of(run):
+    return f"{run.method}/{run.task}"
 
 
-class Launcher:
-    """Ends every attempt at the next question, with the codes it was given for its folder."""
+class Fake(Launcher):
+    """Ends attempts at the next poll with the codes of their runs, and leaves results for 0.
 
-    def __init__(self, folders, codes=None, workers=1):
-        self.folders, self.codes, self.workers = folders, codes or {}, workers
-        self.running, self.started, self.stops, self.most = [], [], [], 0
+    Args:
+        stop: signal that this process gets with every start; attempts end when they are stopped.
+    """
 
-    def has_room(self, run):
-        return len(self.running) < self.workers
+    name = "local"
+
+    def __init__(self, codes=None, workers=1, stop=None):
+        super().__init__(workers)
+        self.codes, self.signal = codes or {}, stop
+        self.attempts, self.stops, self.most = {}, [], 0
 
     def start(self, run, attempt):
-        self.running.append(run)
-        self.started.append(run.folder)
-        self.most = max(self.most, len(self.running))
-        return {"pid": 1}
+        self._running[run] = attempt
+        self.attempts.setdefault(name_of(run), []).append(attempt)
+        self.most = max(self.most, len(self._running))
+        if self.signal is not None:
+            os.kill(os.getpid(), self.signal)
+        return JOB
 
-    def ended(self):
-        done = []
-        for run in self.running:
-            codes = self.codes.get(run.folder, [])
-            code = codes.pop(0) if codes else 0
-            if code == 0:
-                self.folders.finished.add(run.folder)
-            done.append((run, 0 if code == "nothing" else code))
-        self.running = []
-        return done
+    def _exit_code(self, run):
+        if self.signal is not None:
+            return 143 if self.stops else None
+        codes = self.codes.get(name_of(run), [])
+        code = codes.pop(0) if codes else 0
+        if code == 0:
+            finish(run)
+        return 0 if code == "no results" else code
 
     def stop(self, number):
         self.stops.append(number)
 
-
-class Screen:
-    def __init__(self):
-        self.lines = []
-
-    def started(self, job):
-        self.lines.append(f"{job.run.folder} started")
-
-    def ended(self, job, result):
-        self.lines.append(f"{job.run.folder} {result}")
-
-    def show(self, jobs):
+    def end_jobs(self, left):
         pass
+
+    @property
+    def started(self):
+        return list(self.attempts)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr("tract_transfer.suite.execute.time.sleep", lambda seconds: None)
 
 
 @pytest.fixture
-def make(tmp_path):
-    """Make an execution; `told` of it are the states after each change."""
+def suite(tmp_path):
+    return make_suite(tmp_path)
 
-    def build(codes=None, *, workers=1, retries=0, jobs=None, set_aside=None):
-        folders = Folders()
-        execution = Execution(
-            jobs or make_jobs(),
-            Launcher(folders, codes, workers),
-            Screen(),
-            look=folders.look,
-            prepare=lambda run: Attempt([], tmp_path / "log.txt", {}, tmp_path / "stop"),
-            set_aside=set_aside,
-            in_words=lambda found: "top1 50.00%",
-            changed=lambda jobs, handles: execution.told.append(
-                ([job.state for job in jobs], sorted(handles))
-            ),
-            retries=retries,
+
+@pytest.fixture
+def run(suite):
+    """Execute a suite; return its launcher."""
+
+    def run(codes=None, *, suite=suite, set_aside=False, **options):
+        launcher = codes if isinstance(codes, Launcher) else Fake(codes, **options)
+        out = io.StringIO()
+        launcher.result = execute(
+            suite, launcher, Screen(6, Console(file=out)), set_aside=set_aside
         )
-        execution.told, execution.folders = [], folders
-        return execution
+        launcher.output = out.getvalue()
+        return launcher
 
-    return build
-
-
-def states(execution):
-    return {str(job.run.folder): job.state for job in execution.jobs}
+    return run
 
 
-def test_everything_is_carried_out_in_order(make):
-    execution = make()
-    execution.run(0)
-    assert execution.launcher.started == [job.run.folder for job in execution.jobs]
-    assert set(states(execution).values()) == {"finished"}
-    assert [job.attempts for job in execution.jobs] == [1] * 6
-    assert {job.config_sha256 for job in execution.jobs} == {"c0ffee"}
+def again(suite, retries=0):
+    """The suite as the next process plans it."""
+    config = suite.config.model_copy(update={"retries": retries})
+    return Suite(config, suite.runs)
 
 
-def test_as_many_run_at_a_time_as_there_is_room_for(make):
-    execution = make(workers=2)
-    execution.run(0)
-    assert execution.launcher.most == 2
-    assert len(execution.launcher.started) == 6
+def states(suite):
+    written = json.loads((suite.folder / "suite.json").read_text())["runs"]
+    assert [run["state"] for run in written] == [job.state for job in suite.jobs]
+    return {name_of(job.run): job.state for job in suite.jobs}
 
 
-def test_nothing_starts_before_what_it_needs_is_finished(make):
-    execution = make(workers=9)
-    execution.run(0)
-    assert execution.launcher.started[:2] == [PRE, OTHER]
-    assert execution.launcher.most == 4
+def test_suite_is_executed_in_order_and_then_skipped(suite, run):
+    temporary_path(suite.folder / "suite.json").write_text("half")  # left by a kill
+    launcher = run()
+    assert launcher.result is None
+    assert launcher.started == [name_of(job.run) for job in suite.jobs]
+    assert set(states(suite).values()) == {"finished"}
+    assert [job.attempts for job in suite.jobs] == [1] * 6
+    assert all(job.config_sha256 for job in suite.jobs)
+    files = {path.name for path in suite.folder.iterdir() if path.is_file()}
+    assert files == {".lock", "suite.json"}
+    launcher = run(suite=again(suite))
+    assert launcher.started == []
+    assert launcher.output.count("finished before") == 6
 
 
-def test_what_is_finished_is_left_alone(make):
-    jobs = make_jobs()
-    for job in jobs[:-1]:
-        job.state = "finished"
-    execution = make(jobs=jobs)
-    execution.run(0)
-    assert execution.launcher.started == [jobs[-1].run.folder]
+def test_attempt_gets_the_complete_config_in_a_file(suite, run):
+    (attempt,) = run().attempts["vanilla/probe"]
+    planned = suite.runs[2]
+    file = suite.folder / "plan/vanilla-probe.yaml"
+    command = ["-m", "tract_transfer.cli.train", "--config-file", str(file), "--resume"]
+    assert attempt.command == [sys.executable, *command]
+    assert yaml.safe_load(file.read_text()) == planned.config
+    assert attempt.log == planned.folder / "console.txt"
+    assert suite.jobs[2].begun_with == "w1"
 
 
-def test_a_failure_stops_only_what_needs_it(make):
-    execution = make({OTHER: [1]})
-    execution.run(0)
-    assert states(execution) == {
+def test_runs_start_when_there_is_room_and_their_backbone_is_finished(run):
+    launcher = run(workers=9)
+    assert launcher.started[:2] == ["vanilla/pretrain", "tract/pretrain"]
+    assert launcher.most == 4
+
+
+def test_failure_stops_only_the_runs_that_need_it(suite, run):
+    launcher = run({"tract/pretrain": [1]})
+    assert states(suite) == {
         "vanilla/pretrain": "finished", "tract/pretrain": "failed",
         "vanilla/probe": "finished", "vanilla/voc": "finished",
         "tract/probe": "blocked", "tract/voc": "blocked",
     }  # fmt: skip
-    blocked = execution.jobs[-1]
-    assert blocked.error == "it needs tract/pretrain, which failed"
-    assert "tract/voc blocked: it needs tract/pretrain, which failed" in execution.screen.lines
+    assert suite.jobs[-1].error == f"it needs {suite.runs[1].folder}, which failed"
+    assert f"voc  tract  blocked: {suite.jobs[-1].error}" in launcher.output
 
 
-@pytest.mark.parametrize(("code", "says"), [(1, "exit code 1"), (-9, "SIGKILL, as when memory")])
-def test_a_failure_is_tried_again_as_often_as_asked(make, code, says):
-    execution = make({PRE: [code]}, retries=1)
-    execution.run(0)
-    assert execution.launcher.started.count(PRE) == 2
-    assert set(states(execution).values()) == {"finished"}
-    execution = make({PRE: [code, code]}, retries=1)
-    execution.run(0)
-    assert states(execution)["vanilla/pretrain"] == "failed"
-    assert says in execution.jobs[0].error
-    assert execution.jobs[0].attempts == 2
+@pytest.mark.parametrize(
+    ("codes", "retries", "attempts", "error"),
+    [
+        ([1], 1, 2, None),
+        ([1, 1], 1, 2, "exit code 1"),
+        ([-9, -9], 1, 2, "SIGKILL, as when memory"),
+        ([2], 3, 1, "exit code 2"),  # config or data must be changed first
+        (["no results"], 0, 1, "exit code 0, but no results (new)"),
+    ],
+)
+def test_failure_is_retried_unless_it_is_a_refusal(tmp_path, run, codes, retries, attempts, error):
+    suite = make_suite(tmp_path, retries)
+    launcher = run({"vanilla/pretrain": codes}, suite=suite)
+    job = suite.jobs[0]
+    assert len(launcher.attempts["vanilla/pretrain"]) == job.attempts == attempts
+    assert job.state == ("failed" if error else "finished")
+    assert (error or "") in str(job.error)
+    assert ("failed, and is retried" in launcher.output) == (retries == 1)
 
 
-def test_starts_are_counted_since_the_run_began(make):
-    """What another session did counts where its checkpoint goes on, and not where it is gone."""
-    execution = make()
-    for job in execution.jobs[:2]:
+def test_attempts_are_counted_since_the_folder_was_new(suite, run):
+    for job in suite.jobs[:2]:
         job.attempts, job.spent = 3, 900.0
-    goes_on = execution.jobs[1].run.folder
-    look = execution.look
-    began = Found("begun", "results.json cannot be read")
-    execution.look = lambda run: (
-        began if run.folder == goes_on and look(run).state == "new" else look(run)
-    )
-    execution.run(0)
-    assert [job.attempts for job in execution.jobs[:2]] == [1, 4]
-    assert execution.jobs[0].seconds < 900 <= execution.jobs[1].seconds
-    assert execution.jobs[1].last < 900
-    assert execution.jobs[1].note == ("goes on from the beginning: results.json cannot be read")
+    cut_off(suite.runs[1])
+    (suite.runs[1].folder / "results.json").write_text("{")
+    run()
+    assert [job.attempts for job in suite.jobs[:2]] == [1, 4]
+    assert suite.jobs[0].seconds < 900 <= suite.jobs[1].seconds
+    assert suite.jobs[1].last < 900
+    assert suite.jobs[1].note.startswith("resumes from iter_0000005: results.json cannot be read")
 
 
-def test_a_config_that_cannot_be_used_is_not_tried_again(make):
-    execution = make({PRE: [2]}, retries=3)
-    execution.run(0)
-    assert execution.launcher.started.count(PRE) == 1
+def test_folders_of_other_runs_are_refused_or_set_aside(suite, run):
+    finish(suite.runs[0])
+    (suite.runs[0].folder / "config.yaml").write_text("seed: 5\n")
+    launcher = Fake()
+    with pytest.raises(ConfigError, match="contains another run: seed: 5 then, 0 now"):
+        run(launcher)
+    assert launcher.started == []
+    assert run(set_aside=True).started[0] == "vanilla/pretrain"
+    assert set(states(suite).values()) == {"finished"}
+    moved = suite.folder / "set_aside/vanilla/pretrain/seed0_1"
+    assert (moved / "config.yaml").read_text() == "seed: 5\n"
 
 
-def test_a_run_that_ends_well_without_results_has_failed(make):
-    execution = make({PRE: ["nothing"]})
-    execution.run(0)
-    assert execution.jobs[0].state == "failed"
-    assert "there are no results of it" in execution.jobs[0].error
+def test_finished_task_is_another_run_if_its_backbone_turns_out_different(suite, run):
+    finish(suite.runs[2], sha256="w9")
+    finish(suite.runs[3], sha256="w1")
+    assert run().started == ["vanilla/pretrain", "tract/pretrain", "vanilla/voc", "tract/voc"]
+    assert states(suite)["vanilla/probe"] == "failed"
+    assert "its backbone has been retrained since. Use --set-aside" in suite.jobs[2].error
+    assert run(suite=again(suite), set_aside=True).started == ["vanilla/probe"]
 
 
-def test_another_runs_folder_is_a_failure_or_set_aside(make):
-    execution = make()
-    execution.folders.others.add(PRE)
-    execution.run(0)
-    assert states(execution)["vanilla/pretrain"] == "failed"
-    assert "seed: 0 then, 1 now" in execution.jobs[0].error
-
-    def set_aside(folder):
-        execution.folders.others.remove(folder)
-        return Path("aside")
-
-    execution = make(set_aside=set_aside)
-    execution.folders.others.add(PRE)
-    execution.run(0)
-    assert set(states(execution).values()) == {"finished"}
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_stops_the_runs_and_leaves_the_rest_waiting(suite, run, number):
+    before = signal.getsignal(number)
+    launcher = run(stop=number)
+    assert (launcher.result, launcher.stops) == (number, [number])
+    assert signal.getsignal(number) is before
+    assert set(states(suite).values()) == {"waiting"}
+    assert suite.jobs[0].error is None
+    assert not (suite.folder / ".owner.json").exists()
+    assert run(suite=again(suite)).result is None
 
 
-def test_every_change_is_told_with_who_is_at_work(make):
-    execution = make(jobs=make_jobs()[:1])
-    execution.run(0)
-    assert execution.told == [
-        (["waiting"], []), (["running"], ["vanilla/pretrain"]), (["finished"], []),
-    ]  # fmt: skip
+def test_second_signal_kills_the_runs(run):
+    launcher = Fake(stop=signal.SIGTERM)
+    stop = launcher.stop
+
+    def stop_again(number):
+        if number == signal.SIGKILL:
+            stop(number)
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    launcher.stop = stop_again
+    assert run(launcher).result == signal.SIGTERM
+    assert launcher.stops == [signal.SIGKILL]
 
 
-def test_a_stop_is_passed_on_and_leaves_the_rest_waiting(make):
-    """The run that is under way ends by the signal: it goes on another time."""
-    execution = make({PRE: [143]})
-    start = execution.launcher.start
+def test_running_jobs_are_recorded_until_they_have_ended(suite, run):
+    """Even if the suite fails, or the next one is killed while it ends them."""
+    launcher = Fake()
+    launcher.ended = lambda: 1 / (not launcher.started) and []
+    with pytest.raises(ZeroDivisionError):
+        run(launcher)
+    left = {str(suite.runs[0].folder): JOB}
+    assert json.loads((suite.folder / ".owner.json").read_text())["jobs"] == left
+    seen = []
+    launcher = Fake()
 
-    def start_and_stop(run, attempt):
-        execution.stop_requested = signal.SIGTERM
-        return start(run, attempt)
+    def interrupted(jobs):
+        seen.append(jobs)
+        raise KeyboardInterrupt
 
-    ended = execution.launcher.ended
-    execution.launcher.ended = lambda: ended() if execution.launcher.stops else []
-    execution.launcher.start = start_and_stop
-    execution.run(0)
-    assert execution.launcher.stops == [signal.SIGTERM]
-    assert set(states(execution).values()) == {"waiting"}
-    assert execution.jobs[0].error is None
-
-
-def test_who_comes_later_learns_which_runs_were_told_to_end(make):
-    """A second signal would end them without a checkpoint."""
-    execution, told = make(), []
-    execution.changed = lambda jobs, handles: told.append(copy.deepcopy(handles))
-    start, ended = execution.launcher.start, execution.launcher.ended
-
-    def start_and_stop(run, attempt):
-        execution.stop_requested = signal.SIGTERM
-        return start(run, attempt)
-
-    execution.launcher.start = start_and_stop
-    execution.launcher.ended = lambda: ended() if len(told) > 2 else []
-    execution.run(0)
-    assert told[1] == {str(PRE): {"pid": 1}}
-    assert told[2] == {str(PRE): {"pid": 1, "asked": signal.SIGTERM}}
+    launcher.end_jobs = interrupted
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(launcher, suite=again(suite))
+    assert seen == [left, left]
+    run(suite=again(suite))
+    assert not (suite.folder / ".owner.json").exists()
 
 
-def test_a_full_disk_does_not_end_the_runs(make, caplog):
-    execution = make()
+def test_jobs_of_slurm_are_refused_by_other_launchers(suite, run, refused):
+    """They would run beside the same runs, started again."""
+    jobs = {"out/vanilla/voc/seed0": JOB, "out/tract/voc/seed0": JOB, "a": {"pid": 1}}
+    (suite.folder / ".owner.json").write_text(json.dumps({"jobs": jobs}))
+    launcher = Fake()
+    launcher.end_jobs = functools.partial(Launcher.end_jobs, launcher)
+    message = r"out/vanilla/voc/seed0, out/tract/voc/seed0: .* Use --launcher slurm, which lets"
+    with refused("leftovers of another launcher", FileExistsError, match=message):
+        run(launcher)
+    assert launcher.started == []
 
-    def changed(jobs, handles):
-        raise OSError(28, "No space left on device")
 
-    execution.changed = changed
-    execution.run(0)
-    assert set(states(execution).values()) == {"finished"}
+def test_second_suite_learns_who_holds_the_folder(suite, run):
+    with held(suite.folder) as pid, pytest.raises(FolderInUseError, match=f"process {pid} on"):
+        run()
+
+
+def test_run_of_a_killed_suite_is_awaited(suite, run, monkeypatch, caplog):
+    """It holds the lock of its folder, and is not started beside itself."""
+    suite.jobs[0].state = suite.jobs[1].state = "running"
+    suite.write()
+    suite.runs[0].folder.mkdir(parents=True)
+    with contextlib.ExitStack() as stack, caplog.at_level("INFO"):
+        pid = stack.enter_context(held(suite.runs[0].folder))
+        monkeypatch.setattr("tract_transfer.suite.execute.time.sleep", lambda _: stack.close())
+        launcher = run(suite=again(suite))
+    assert len(launcher.started) == 6
+    assert f"is in use by process {pid} " in caplog.text
+    assert "waiting for it to end" in caplog.text
+
+
+def test_full_disk_fails_runs_that_cannot_start_and_ends_no_others(suite, run, monkeypatch, caplog):
+    def full(self, target):
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(Path, "replace", full)
+    monkeypatch.setattr(Suite, "write_slurm_jobs", lambda self, jobs: None)
+    with caplog.at_level(logging.ERROR):
+        assert run().result is None
+    assert [job.state for job in suite.jobs] == ["failed"] * 2 + ["blocked"] * 4
+    assert f"DiskFullError: No space left in {suite.folder}/plan: " in suite.jobs[0].error
     assert "The suite's state cannot be written" in caplog.text
 
 
-def test_a_run_that_cannot_be_started_has_failed(make):
-    execution = make()
+def test_full_disk_of_the_state_ends_no_run(suite, run, monkeypatch, caplog):
+    def full(self):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Suite, "write", full)
+    run()
+    assert {job.state for job in suite.jobs} == {"finished"}
+    assert "The suite's state cannot be written" in caplog.text
+
+
+def test_run_that_cannot_start_has_failed(suite, run):
+    launcher = Fake()
 
     def start(run, attempt):
         raise OSError(12, "Cannot allocate memory")
 
-    execution.launcher.start = start
-    execution.run(0)
-    assert [job.state for job in execution.jobs] == ["failed"] * 2 + ["blocked"] * 4
+    launcher.start = start
+    run(launcher)
+    assert [job.state for job in suite.jobs] == ["failed"] * 2 + ["blocked"] * 4
+    assert suite.jobs[0].error == "OSError: [Errno 12] Cannot allocate memory"

@@ -1,22 +1,43 @@
-"""Attempts as processes of this machine: who may start, what each is given, how each ends."""
+"""Attempts, and launchers: processes of this machine, jobs of Slurm (by submitit's local executor),
+and tasks of a Ray cluster on this machine."""
 
+import contextlib
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import psutil
 import pytest
-from attempts import COUNTS, ENDS, run_of, wait, wait_for
+from suites import COUNTS, ENDS, attempt_in, run_of, wait, wait_for
 
-from tract_transfer.suite import launchers as attempts
+from tract_transfer.suite import launchers
 from tract_transfer.suite.launchers import (
-    Attempt,
     LocalLauncher,
+    RayLauncher,
+    SlurmLauncher,
     find_gpus,
-    find_launcher,
     this_machine,
+    why_it_ended,
 )
+
+# Ends by SIGTERM as a run does, and resumes from what it left then.
+RUN = """
+import os, signal, sys, time
+if os.path.exists("checkpoint"):
+    print("resumed", flush=True)
+    sys.exit(0)
+def end(*_):
+    open("checkpoint", "w").close()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
 
 
 def make(workers=1, cores=4, gpus=(), memory_gb=8.0):
@@ -24,28 +45,201 @@ def make(workers=1, cores=4, gpus=(), memory_gb=8.0):
 
 
 @pytest.fixture
-def attempt(tmp_path):
-    """Make an attempt that runs some Python; what it prints goes to console.txt."""
+def log(tmp_path):
+    return tmp_path / "console.txt"
 
-    def build(script="pass"):
-        command = [sys.executable, "-S", "-c", script]
-        return Attempt(command, tmp_path / "console.txt", {}, tmp_path / "stop")
 
-    return build
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """submitit's executor on this machine."""
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    return SlurmLauncher(tmp_path / "slurm", 1, cluster="local")
+
+
+@pytest.fixture(scope="module")
+def ray_launcher():
+    pytest.importorskip("ray")
+    launcher = RayLauncher(None, 1, num_cpus=2)
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(params=["local", "slurm", pytest.param("ray", marks=pytest.mark.slow)])
+def launcher(request):
+    """Each launcher, with one worker."""
+    names = {"slurm": "slurm", "ray": "ray_launcher"}
+    return make() if request.param == "local" else request.getfixturevalue(names[request.param])
+
+
+def begin(attempt):
+    """Call an attempt in a thread, wait until it is ready; return the thread and its exit codes."""
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(attempt()))
+    thread.start()
+    wait_for("ready", attempt.log)
+    return thread, codes
+
+
+# One attempt
+
+
+def test_attempt_returns_its_exit_code_and_appends_to_its_log(tmp_path, log):
+    script = "import os, sys; print(os.environ['A']); print('why', file=sys.stderr); sys.exit(4)"
+    assert [attempt_in(tmp_path, script, A=word)() for word in ("one", "two")] == [4, 4]
+    assert sorted(log.read_text().split()) == ["one", "two", "why", "why"]
+
+
+def test_stop_file_stops_an_attempt_and_keeps_a_queued_one_from_starting(tmp_path, log):
+    attempt = attempt_in(tmp_path, ENDS)
+    thread, codes = begin(attempt)
+    attempt.stop(signal.SIGTERM)
+    thread.join(60)
+    assert codes == [7]
+    log.unlink()
+    assert attempt() == 128 + signal.SIGTERM
+    assert not log.exists()
+
+
+def test_stopped_attempt_gets_no_second_signal_when_slurm_takes_the_machine(tmp_path, log):
+    """It would end the run before its checkpoint is written."""
+    pytest.importorskip("submitit")
+    attempt = attempt_in(tmp_path, COUNTS)
+    thread, codes = begin(attempt)
+    attempt.stop(signal.SIGTERM)
+    wait_for("ending", log)
+    requeued = attempt.checkpoint().function
+    thread.join(60)
+    assert codes == [21]
+    assert requeued() == 128 + signal.SIGTERM  # it was stopped, so it does not start again
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's own signal")
+def test_attempt_gets_one_signal_when_the_suite_is_killed(tmp_path, log):
+    """Importing launchers is cheap: Ray's and Slurm's machines do so beside every run."""
+    script = (
+        "import sys, time; from pathlib import Path; from tract_transfer.suite.launchers import *\n"
+        "assert 'torch' not in sys.modules\n"
+        "command = [sys.executable, '-S', '-c', sys.argv[2]]\n"
+        "Attempt(command, Path(sys.argv[1]), Path('stop')).start(); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(log), COUNTS]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as suite:
+        wait_for("ready", log)
+        suite.kill()
+    wait_for("ended by 1", log)
 
 
 @pytest.mark.parametrize(
-    ("resources", "says"),
+    ("code", "text", "why"),
     [
-        ({"cpus": 5}, r"resources\.cpus: voc asks for 5, and this machine has 4"),
-        ({"gpus": 1}, r"resources\.gpus: voc asks for 1, and this machine has 0"),
-        ({"memory_gb": 9}, r"resources\.memory_gb: voc asks for 9, and this machine has 8"),
+        (-9, "iter 3\n", "ended by SIGKILL, as when memory runs out; see {log}"),
+        (-11, "iter 3\n", "ended by SIGSEGV; see {log}"),
+        (-200, "", "ended by signal 200; see {log}"),
+        (1, None, "exit code 1 (see {log})"),
+        (1, "", "exit code 1 (see {log})"),
+        (1, "a\nNoRoomError: /x\nMake room.\n", "NoRoomError: /x Make room. (see {log})"),
+        (2, "first\nlast\n", "last (see {log})"),
+        (2, "iter 3\nerror: No x.\nSet y.\n", "No x. Set y. (see {log})"),
+        (1, "failed: NonFiniteError: x\n", "NonFiniteError: x (see {log})"),
     ],
 )
-def test_what_the_machine_lacks_is_refused_before_anything_runs(resources, says):
-    make().check([run_of(cpus=4, memory_gb=8.0)])
-    with pytest.raises(ValueError, match=says):
-        make().check([run_of(), run_of(**resources)])
+def test_failure_is_explained_by_the_last_error(log, code, text, why):
+    if text is not None:
+        log.write_text(text)
+    assert why_it_ended(code, log) == why.format(log=log)
+
+
+def test_only_the_end_of_a_long_log_is_read_and_long_errors_are_cut(log):
+    log.write_text("OldError: x\n" + "line\n" * 5000 + "ValueError: " + "long " * 500)
+    why = why_it_ended(1, log)
+    assert why.startswith("ValueError: long")
+    assert len(why) < 1400
+
+
+# Every launcher
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_run_ends_with_its_exit_code_and_writes_its_log(launcher, tmp_path, log, code):
+    script = f"import os; print('threads', os.environ['OMP_NUM_THREADS']); raise SystemExit({code})"
+    run = run_of(cpus=2, hours=0.1)
+    launcher.check([run])
+    assert launcher.has_room(run)
+    launcher.start(run, attempt_in(tmp_path, script))
+    assert not launcher.has_room(run_of("other", hours=0.1))
+    assert wait(launcher) == [(run, code)]
+    assert launcher.ended() == []
+    assert launcher.has_room(run)
+    assert log.read_text().strip() == "threads 2"
+
+
+def test_stop_lets_a_run_end_by_itself(launcher, tmp_path, log):
+    run = run_of(hours=0.1)
+    launcher.start(run, attempt_in(tmp_path, ENDS))
+    wait_for("ready", log)
+    launcher.stop(signal.SIGTERM)
+    assert wait(launcher) == [(run, 7)]
+
+
+@pytest.mark.parametrize("launcher", ["local", "slurm"], indirect=True)
+def test_kill_ends_a_run_with_all_its_processes(launcher, tmp_path, log, monkeypatch):
+    if isinstance(launcher, SlurmLauncher):  # submitit waits 15 seconds for a lost result
+        monkeypatch.setattr("submitit.core.core.Job._results_timeout_s", 0.1)
+    run = run_of(hours=0.1)
+    launcher.start(run, attempt_in(tmp_path, f"import os; print(os.getpid()); {ENDS}"))
+    wait_for("ready", log)
+    launcher.stop(signal.SIGKILL)
+    assert wait(launcher) == [(run, -9)]
+    wait_for_end(int(log.read_text().split()[0]))
+
+
+def wait_for_end(pid):
+    end = time.monotonic() + 60
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+IMPOSSIBLE = {
+    "more cpus than the machine has": (
+        "local",
+        {"cpus": 5},
+        r"resources\.cpus: voc needs 5, and this machine has 4",
+    ),
+    "more GPUs than the machine has": (
+        "local",
+        {"gpus": 1},
+        r"resources\.gpus: voc needs 1, and this machine has 0",
+    ),
+    "more memory than the machine has": (
+        "local",
+        {"memory_gb": 9},
+        r"resources\.memory_gb: voc needs 9, and this machine",
+    ),
+    "a Slurm run without hours": ("slurm", {}, r"resources\.hours: voc has none"),
+    "half a GPU on Slurm": ("slurm", {"hours": 1, "gpus": 0.5}, r"resources\.gpus: voc needs 0\.5"),
+    "cpus of Ray": ("ray", {"cpus": 3}, "voc needs .*, and no machine of the Ray cluster"),
+    "gpus of Ray": ("ray", {"gpus": 1}, "voc needs .*, and no machine of the Ray cluster"),
+    "memory of Ray": ("ray", {"memory_gb": 1e6}, "voc needs .*, and no machine of the Ray cluster"),
+}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "resources", "message", "name"),
+    [(*row, name) for name, row in IMPOSSIBLE.items()],
+    indirect=["launcher"], ids=IMPOSSIBLE,
+)  # fmt: skip
+def test_runs_that_can_never_start_are_refused(launcher, resources, message, name, refused):
+    catch = refused(name, ValueError, match=message)
+    if isinstance(launcher, RayLauncher):  # not in the page of errors: Ray is not always installed
+        catch = pytest.raises(ValueError, match=message)
+    with catch:
+        launcher.check([run_of(**resources)])
+
+
+# This machine
 
 
 @pytest.mark.parametrize(
@@ -59,144 +253,176 @@ def test_what_the_machine_lacks_is_refused_before_anything_runs(resources, says)
         (make(workers=2), {"memory_gb": 5}, {"memory_gb": 4}, False),
         (make(workers=2, gpus=("0",)), {"gpus": 0.5}, {"gpus": 0.5}, True),
         (make(workers=2, gpus=("0",)), {"gpus": 0.5}, {"gpus": 0.6}, False),
-        (make(workers=2, gpus=("0",)), {}, {}, False),  # one each, where there are any
+        (make(workers=2, gpus=("0",)), {}, {}, False),  # one each, if there are any
         (make(workers=2, gpus=("0",)), {}, {"gpus": 0}, True),
     ],
 )
-def test_a_run_waits_for_what_it_asks_for(launcher, first, second, fits, attempt):
+def test_run_waits_for_its_resources(launcher, first, second, fits, tmp_path):
     one, two = run_of("one", **first), run_of("two", **second)
     assert launcher.has_room(one)
-    launcher.start(one, attempt())
+    launcher.start(one, attempt_in(tmp_path))
     assert launcher.has_room(two) is fits
     assert wait(launcher) == [(one, 0)]
     assert launcher.has_room(two)
 
 
-def test_gpus_are_given_back(attempt):
+def test_runs_get_their_gpus_and_threads_and_give_them_back(tmp_path, log, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script = (
+        "import os; print(os.environ['CUDA_VISIBLE_DEVICES'] or '-', os.environ['MKL_NUM_THREADS'])"
+    )
     launcher = make(workers=2, gpus=("4", "7"))
-    script = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
-    for gpus in (2, 2, 1, 0):
-        launcher.start(run_of(gpus=gpus), attempt(script))
+    for resources in ({"gpus": 2}, {"gpus": 2, "cpus": 4}, {"gpus": 1}, {"gpus": 0, "cpus": 3}):
+        launcher.start(run_of(**resources), attempt_in(tmp_path, script))
         wait(launcher)
-    log = attempt().log.read_text()
-    assert log.splitlines() == ["4,7", "4,7", "4", ""]
-
-
-def test_a_worker_has_its_share_of_the_cores(attempt, monkeypatch):
-    script = "import os; print(os.environ['OMP_NUM_THREADS'])"
-    launcher = make(workers=2)
-    for told in (None, "1", "9"):
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        if told:
-            monkeypatch.setenv("OMP_NUM_THREADS", told)
-        launcher.start(run_of(), attempt(script))
+    for limit in ("1", "9"):
+        monkeypatch.setenv("OMP_NUM_THREADS", limit)
+        launcher.start(run_of(gpus=0), attempt_in(tmp_path, script))
         wait(launcher)
-    launcher.start(run_of(cpus=3), attempt(script))
-    wait(launcher)
-    assert attempt().log.read_text().split() == ["2", "1", "2", "3"]
+    assert log.read_text().splitlines() == ["4,7 1", "4,7 2", "4 2", "- 3", "- 1", "- 2"]
 
 
-@pytest.mark.parametrize(
-    ("script", "code"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)]
-)
-def test_an_end_is_told_once(attempt, script, code):
-    launcher, run = make(), run_of()
-    launcher.start(run, attempt(script))
-    assert wait(launcher) == [(run, code)]
-    assert launcher.ended() == []
-
-
-def test_a_stop_lets_a_run_end_by_itself_and_a_kill_does_not(attempt):
-    launcher, run = make(), run_of()
-    for number, code in ((signal.SIGTERM, 7), (signal.SIGKILL, -9)):
-        attempt().log.unlink(missing_ok=True)
-        launcher.start(run, attempt(ENDS))
-        wait_for("ready", attempt().log)
-        launcher.stop(number)
-        assert wait(launcher) == [(run, code)]
-
-
-def test_what_a_failed_run_has_started_ends_with_it(attempt):
-    """A data worker, say, that nobody would end."""
+def test_processes_of_a_failed_run_end_with_it(tmp_path, log):
+    """A data worker, say."""
     script = (
         "import subprocess, sys\n"
-        "child = subprocess.Popen(['sleep', '60'])\n"
-        "print(child.pid, flush=True)\n"
+        "print(subprocess.Popen(['sleep', '60']).pid, flush=True)\n"
         "sys.exit(1)"
     )
     launcher = make()
-    launcher.start(run_of(), attempt(script))
+    launcher.start(run_of(), attempt_in(tmp_path, script))
     wait(launcher)
-    child = int(attempt().log.read_text())
-    end = time.monotonic() + 10
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_for_end(int(log.read_text()))
 
 
-def end_leftovers(handles):
-    """As a suite does that comes after a killed one."""
-    launcher = make()
-    launcher.ask_leftovers(handles)
-    launcher.end_leftovers(handles)
-
-
-def test_leftovers_are_let_end_and_others_are_left_alone(attempt):
-    killed = make()
-    handle = killed.start(run_of(), attempt(ENDS))
-    assert find_launcher(handle) == LocalLauncher.name
-    wait_for("ready", attempt().log)
-    bystander = subprocess.Popen(["sleep", "60"])
-    try:
-        # The same number, but of a process that began at another time.
-        reused = {"pid": bystander.pid, "started": psutil.Process(bystander.pid).create_time() - 9}
-        end_leftovers([handle, reused, {"pid": 2**22 + 1, "started": 0.0}, {}])
-        assert wait(killed)[0][1] == 7
-        assert bystander.poll() is None
-    finally:
-        bystander.kill()
-        bystander.wait()
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_a_leftover_that_ends_already_is_sent_no_second_signal(attempt, asked):
-    """Which would end it before its checkpoint is written."""
-    killed = make()
-    handle = killed.start(run_of(), attempt(COUNTS))
-    wait_for("ready", attempt().log)
-    if asked:
-        killed.stop(signal.SIGTERM)
-        wait_for("ending", attempt().log)
-        handle["asked"] = int(signal.SIGTERM)
-    end_leftovers([handle])
-    assert wait(killed)[0][1] == 21
-
-
-def test_a_leftover_has_its_time_and_is_then_killed(attempt, monkeypatch, caplog):
-    assert attempts.ENDING_SECONDS >= 300, "a checkpoint on a slow disk"
-    monkeypatch.setattr(attempts, "ENDING_SECONDS", 0.3)
-    killed = make()
-    handle = killed.start(run_of(), attempt(COUNTS.replace("0.5", "60")))
-    wait_for("ready", attempt().log)
-    with caplog.at_level("INFO"):
-        end_leftovers([handle])
-    assert wait(killed)[0][1] == -9
-    said = [record.message for record in caplog.records]
-    assert said[0].startswith("Still at work for the suite that was here before: 1. Each writes")
-    assert said[1].startswith(f"Process {handle['pid']} did not end: it is killed")
-
-
-def test_gpus_are_those_that_are_visible():
+def test_this_machine_is_measured(monkeypatch):
     assert find_gpus({"CUDA_VISIBLE_DEVICES": "0, GPU-5f,"}) == ["0", "GPU-5f"]
     assert (
         find_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == find_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
     )
-
-
-def test_this_machine_is_measured(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     launcher = this_machine(5)
     assert launcher.workers == 5
     assert 1 <= launcher.cores <= psutil.cpu_count()
     assert launcher.memory_gb == pytest.approx(psutil.virtual_memory().total / 2**30)
     launcher.check([run_of(gpus=1)])
+
+
+# Ray
+
+
+@pytest.mark.slow
+class TestRay:
+    @pytest.fixture
+    def begun(self, ray_launcher, tmp_path, log):
+        run, script = run_of(), f"import os; print(os.getppid()); {ENDS}"
+        ray_launcher.start(run, attempt_in(tmp_path, script))
+        wait_for("ready", log)
+        return run
+
+    @pytest.fixture
+    def lost(self):
+        ray = pytest.importorskip("ray")
+
+        def lost(*_, **__):
+            raise ray.exceptions.RaySystemError("the cluster is gone")
+
+        return lost
+
+    def test_lost_worker_counts_as_a_kill_and_its_run_ends(self, ray_launcher, begun, log):
+        worker = psutil.Process(int(log.read_text().split()[0]))
+        left = worker.children()
+        worker.kill()
+        assert wait(ray_launcher) == [(begun, -9)]
+        assert len(left) == 1
+        assert psutil.wait_procs(left, timeout=60)[1] == []
+
+    def test_error_of_ray_fails_the_run(self, ray_launcher, lost, tmp_path, monkeypatch):
+        class Broken:
+            remote = staticmethod(lost)
+
+        monkeypatch.setattr("ray.remote", lambda **_: lambda function: Broken())
+        with pytest.raises(OSError, match=r"Ray refused seed 0  voc  vanilla: .*is gone"):
+            ray_launcher.start(run_of(), attempt_in(tmp_path))
+        monkeypatch.undo()
+        run = run_of()
+        ray_launcher.start(run, attempt_in(tmp_path))
+        for name in ("ray.wait", "ray.get"):
+            monkeypatch.setattr(name, lost)
+        assert ray_launcher.ended() == [(run, -9)]
+
+    def test_running_task_is_not_awaited_if_ray_cannot_report_it(
+        self, ray_launcher, begun, lost, monkeypatch
+    ):
+        monkeypatch.setattr("ray.wait", lost)
+        assert ray_launcher.ended() == []
+        monkeypatch.undo()
+        ray_launcher.stop(signal.SIGTERM)
+        assert wait(ray_launcher) == [(begun, 7)]
+
+
+# Slurm
+
+
+def test_machine_without_slurm_is_refused(tmp_path, monkeypatch, refused):
+    pytest.importorskip("submitit")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with refused("--launcher slurm without Slurm", ValueError, match="no sbatch"):
+        SlurmLauncher(tmp_path, 1)
+
+
+def test_preempted_job_is_queued_again_and_resumes(slurm, tmp_path, log):
+    run = run_of(hours=0.1)
+    handle = slurm.start(run, attempt_in(tmp_path, RUN))
+    wait_for("ready", log)
+    for task in psutil.Process(int(handle["job"])).children():
+        task.send_signal(signal.SIGUSR2)  # as Slurm does
+    assert wait(slurm) == [(run, 0)]
+    assert log.read_text().split() == ["ready", "resumed"]
+
+
+def test_job_of_a_killed_suite_ends_before_the_next_suite_starts(slurm, tmp_path, log):
+    handle = slurm.start(run_of(hours=0.1), attempt_in(tmp_path, RUN))
+    wait_for("ready", log)
+    SlurmLauncher(tmp_path / "slurm", 1, cluster="local").end_jobs({"run": handle})
+    assert (tmp_path / "checkpoint").exists()
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """A launcher with commands in place of Slurm's, and the file of the commands called."""
+    pytest.importorskip("submitit")
+    (tmp_path / "bin").mkdir()
+    scripts = {"sbatch": "echo 'error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1", "srun": ""}
+    scripts |= {"scancel": "", "sacct": "exit 1"}  # sacct reports no job
+    for name, script in scripts.items():
+        file = tmp_path / "bin" / name
+        file.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/called\n{script}\n')
+        file.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return SlurmLauncher(tmp_path / "slurm", None), tmp_path / "called"
+
+
+def test_job_that_slurm_refuses_is_a_failure_of_its_run(commands, tmp_path):
+    with pytest.raises(OSError, match=r"seed 0  voc.*QOSMaxSubmitJobPerUserLimit.* workers"):
+        commands[0].start(run_of(hours=1), attempt_in(tmp_path))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_leftover_job_is_cancelled_only_while_it_is_queued_or_if_it_does_not_end(
+    commands, tmp_path, monkeypatch, caplog, ends
+):
+    """It may be writing its checkpoint; Slurm knows whether it is still queued."""
+    slurm, called = commands
+    result = tmp_path / "slurm/7_0_result.pkl"
+    (tmp_path / "slurm").mkdir()
+    if ends:
+        monkeypatch.setattr(launchers.time, "sleep", lambda seconds: result.touch())
+    else:
+        monkeypatch.setattr(launchers, "ENDING_SECONDS", 0.1)
+        monkeypatch.setattr(launchers, "_CANCEL_SECONDS", 0.1)
+    slurm.end_jobs({"run": {"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}})
+    assert (tmp_path / "plan/a.stop").read_text() == "15"
+    cancelled = [line for line in called.read_text().splitlines() if line.startswith("scancel")]
+    assert cancelled == ["scancel --state=PENDING 7", *([] if ends else ["scancel 7"])]
+    assert ("Job 7 did not end and is cancelled" in caplog.text) is not ends

@@ -1,7 +1,7 @@
-"""The same small detection data in every format: three 40x30 images, the last one empty.
+"""The same small detection data in every format: three 40x30 images, the last one without objects.
 
 A writer takes a folder and the first image's objects, (class, box xyxy pixels, 0-based and
-exclusive), and returns what loads the data: `load(**arguments) -> DetectionDataset`.
+exclusive), and returns the loader: `load(**arguments) -> DetectionDataset`.
 """
 
 import json
@@ -12,7 +12,7 @@ import datasets
 from PIL import Image
 
 from tract_transfer.data.coco import load_coco
-from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
+from tract_transfer.data.huggingface import load_huggingface_boxes
 from tract_transfer.data.voc import load_voc
 
 NAMES = ["cat", "dog"]
@@ -35,13 +35,13 @@ def write_voc(folder, objects):
     devkit = folder / "VOC2007"
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (devkit / name).mkdir(parents=True)
-    for number, found in enumerate([objects, *OTHERS]):
-        inside = "".join(voc_object(*each) for each in found)
+    for number, of_image in enumerate([objects, *OTHERS]):
+        inside = "".join(voc_object(name, box) for name, box in of_image)
         text = f"<annotation>{SIZE}{inside}</annotation>"
         (devkit / f"Annotations/{number}.xml").write_text(text)
         picture(number).save(devkit / f"JPEGImages/{number}.jpg")
     (devkit / "ImageSets/Main/train.txt").write_text("0\n1\n2\n")
-    return partial(load_voc, folder, ["2007/train"], classes=NAMES)
+    return partial(load_voc, folder, sets=["2007/train"], classes=NAMES)
 
 
 def xywh(box):
@@ -49,8 +49,9 @@ def xywh(box):
 
 
 def coco_tree(objects):
-    """COCO's json of the data, with ids that are neither 0-based nor in order."""
-    rows = [(number, *each) for number, found in enumerate([objects, *OTHERS]) for each in found]
+    """Return COCO's json of the data, with ids that are neither 0-based nor in order."""
+    images = enumerate([objects, *OTHERS])
+    rows = [(number, *entry) for number, of_image in images for entry in of_image]
     known = [*NAMES, "eel"]
     return {
         "images": [
@@ -90,17 +91,17 @@ def encoded(photo, exif):
 
 
 def write_rows(folder, objects, feature=None, key="bbox", box=xywh, more=None, first=None):
-    """Write train.parquet; `feature` makes the column of objects from that of their fields.
+    """Write train.parquet; `feature` makes the feature of objects from those of their fields.
 
-    `first` is the first picture and its EXIF, where it is another.
+    `first` replaces the first picture and its EXIF.
     """
     fields = {"bbox": datasets.List(datasets.Value("float64"))}
     fields["category"] = datasets.ClassLabel(names=[*NAMES, "eel"])
     column = datasets.List(fields) if feature is None else feature(fields)
     known = [*NAMES, "eel"]
     cells = []
-    for found in [objects, *OTHERS]:
-        things = [{"bbox": box(each), "category": known.index(name)} for name, each in found]
+    for of_image in [objects, *OTHERS]:
+        things = [{"bbox": box(b), "category": known.index(name)} for name, b in of_image]
         if not isinstance(column, datasets.List):
             things = {key: [thing[key] for thing in things] for key in ("bbox", "category")}
         cells.append(things)
@@ -122,7 +123,7 @@ def write_rows(folder, objects, feature=None, key="bbox", box=xywh, more=None, f
 
 
 WRITERS = {"voc": write_voc, "coco": write_coco, "huggingface": write_rows}
-# What each calls the first image's objects, numbered from 1.
+# The name of the first image's objects in each format, numbered from 1.
 PLACES = {
     "voc": "0.xml object {} ({})",
     "coco": "boxes.json annotations[{0}] id 10{0} ({1})",
@@ -131,5 +132,5 @@ PLACES = {
 
 
 def place(source, number, name):
-    """How an error names the first image's object `number`, from 1."""
+    """Return how an error names object `number` of the first image, from 1."""
     return PLACES[source].format(number - (source == "coco"), name)

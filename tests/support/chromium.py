@@ -1,6 +1,6 @@
-"""A headless Chromium that tells what a page does: its requests, its errors, how it looks.
+"""A headless Chromium that reports the requests, errors and layout of a page.
 
-It speaks Chromium's own protocol over two pipes, so that no driver has to be installed.
+It uses the DevTools protocol over two pipes, so no driver is needed.
 """
 
 import base64
@@ -28,7 +28,7 @@ def find_chromium() -> str | None:
 
 
 class Chromium:
-    """A browser with one page. Use it as a context."""
+    """A browser with one page; a context manager."""
 
     def __enter__(self) -> "Chromium":
         program = find_chromium()
@@ -37,13 +37,13 @@ class Chromium:
         to_read, self._to = os.pipe()
         self._from, to_write = os.pipe()
 
-        def as_three_and_four() -> None:  # where Chromium expects them
+        def use_descriptors_3_and_4() -> None:  # Chromium expects its pipes there
             os.dup2(os.dup(to_read), 3)
             os.dup2(to_write, 4)
 
         self._process = subprocess.Popen(
             [program, *FLAGS, f"--user-data-dir={self._profile.name}"],
-            close_fds=False, preexec_fn=as_three_and_four, stderr=subprocess.DEVNULL,
+            close_fds=False, preexec_fn=use_descriptors_3_and_4, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_read)
         os.close(to_write)
@@ -65,7 +65,7 @@ class Chromium:
         self._profile.cleanup()
 
     def open(self, path: Path, width: int, height: int, *, dark: bool = False) -> None:
-        """Open a file as a window of so many CSS pixels shows it, and wait until it is loaded."""
+        """Open a file in a window of this size (CSS pixels) and wait until it is loaded."""
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
         self.call("Emulation.setEmulatedMedia", features=scheme)
         self.call(
@@ -84,29 +84,22 @@ class Chromium:
         return answer["result"].get("value")
 
     def requests(self) -> list[str]:
-        """The addresses asked for since `open`, those of data: left out."""
+        """Return the URLs requested since `open`, without data URLs."""
         sent = [e["params"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
         addresses = [params["request"]["url"] for params in sent]
         return [address for address in addresses if not address.startswith("data:")]
 
     def errors(self) -> list[str]:
-        """What the browser complained of since `open`."""
+        """Return the errors logged since `open`."""
         names = ("Log.entryAdded", "Runtime.exceptionThrown", "Network.loadingFailed")
         return [json.dumps(event["params"]) for event in self.events if event["method"] in names]
-
-    def screenshot(self, path: Path, *, whole: bool = True) -> None:
-        options: dict[str, Any] = {"captureBeyondViewport": whole}
-        if whole:
-            size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-            options["clip"] = {**size, "scale": 1}
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", **options)["data"]))
 
     def pdf(self, path: Path) -> None:
         options = {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": False}
         path.write_bytes(base64.b64decode(self.call("Page.printToPDF", **options)["data"]))
 
     def call(self, method: str, **params: object) -> dict[str, Any]:
-        """Call a method of the protocol on the page."""
+        """Call a protocol method on the page."""
         return self._call(method, self._session, **params)
 
     def _call(self, method: str, session: str | None = None, **params: object) -> dict[str, Any]:

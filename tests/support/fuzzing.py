@@ -1,4 +1,4 @@
-"""What the fuzz tests share: how many inputs, how a file is damaged, and what an error must be."""
+"""Shared by the fuzz tests: the number of inputs, damaged files, and the errors they may raise."""
 
 import os
 
@@ -29,7 +29,7 @@ tree = st.recursive(
 
 @st.composite
 def damaged(draw, whole):
-    """The bytes of a file with a few of them changed, cut, doubled or put in."""
+    """The bytes of a file, a few of them changed, removed, doubled or inserted."""
     content = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(content)))
@@ -47,7 +47,7 @@ def damaged(draw, whole):
 
 
 def said_by(read, kinds=(ValueError, FileNotFoundError)):
-    """The message of an error of ours that `read` ends in, or None."""
+    """Return the message of the user error that `read` raises, or None."""
     try:
         read()
     except kinds as error:

@@ -1,13 +1,12 @@
-"""Kill a suite with SIGKILL at random moments, and compare what comes out with an undisturbed one.
+"""Kill a suite with SIGKILL at random moments, and compare it with an undisturbed one.
 
 python tests/support/killed_suite.py --config-file benchmarks/configs/suites/cpu_demo.yaml \\
     --kills 3 --undisturbed output/cpu_demo --killed output/cpu_demo_killed
 python tests/support/killed_suite.py --undisturbed output/cpu_demo --killed output/cpu_demo_killed
 
-Every second kill takes run_suite.py alone and leaves its runs to the next start; the others take
-every process. The undisturbed suite is carried out first where its folder holds none. Without
-`--config-file` two folders are compared, and nothing is run. Equal are, of every run, results.json
-and the weights to the bit, and the report's JSON: all but costs, places and the machine.
+Every second kill ends run_suite.py alone, the others all its processes. The undisturbed suite runs
+first if its folder has none. Without `--config-file` two folders are only compared: results.json
+and weights of every run, and the report's JSON except costs, paths and the machine.
 """
 
 import argparse
@@ -38,25 +37,24 @@ POLL_SECONDS = 0.2
 
 
 def content_of(folder: Path) -> dict[str, Any]:
-    """Return a suite's report as it has to be the same, however the suite came to it."""
-    plan = json.loads((folder / "suite.json").read_text())
-    run = next(entry["folder"] for entry in plan["runs"] if entry["state"] == "finished")
+    """Return what must be equal of a suite's report."""
+    run = next(entry for entry in runs_of(folder) if entry["state"] == "finished")["folder"]
     written = yaml.safe_load((folder / run / "config.yaml").read_text())["output_dir"]
     text = to_json(read_report([folder]))
-    for place in (str(folder), written.removesuffix(f"/{run}")):
-        text = text.replace(f"{place}/", "SUITE/")
+    for path in (str(folder), written.removesuffix(f"/{run}")):
+        text = text.replace(f"{path}/", "SUITE/")
     content = json.loads(text)
     del content["costs"]
     for cards in content["protocol"].values():
         for card in cards:
             for part in ("differing", "shared"):
-                own = card[part].items()
-                card[part] = {k: v for k, v in own if not k.startswith(OF_THE_MACHINE)}
+                items = card[part].items()
+                card[part] = {k: v for k, v in items if not k.startswith(OF_THE_MACHINE)}
     return content
 
 
 def differences(one: Any, two: Any, key: str = "") -> list[str]:
-    """Return what differs between nested plain values, a line each."""
+    """Return a line for every difference between nested plain values."""
     if isinstance(one, dict) and isinstance(two, dict):
         keys = [*one, *(k for k in two if k not in one)]
         pairs = [(f"{key}.{k}", one.get(k), two.get(k)) for k in keys]
@@ -68,58 +66,51 @@ def differences(one: Any, two: Any, key: str = "") -> list[str]:
 
 
 def compare(one: Path, two: Path) -> list[str]:
-    """Return what differs between two suites' runs and reports, a line each."""
-    runs = [{p.parent.relative_to(f) for p in f.rglob("results.json")} for f in (one, two)]
-    lines = [f"{run}: is finished in one alone" for run in sorted(runs[0] ^ runs[1])]
-    for run in sorted(runs[0] & runs[1]):
-        told = [
-            json.dumps(results_of(folder / run)).replace(str(folder), "") for folder in (one, two)
+    """Return a line for every difference between two suites' runs and reports."""
+    finished = [{p.parent.relative_to(f) for p in f.rglob("results.json")} for f in (one, two)]
+    lines = [f"{run}: is finished in one alone" for run in sorted(finished[0] ^ finished[1])]
+    for run in sorted(finished[0] & finished[1]):
+        texts = [
+            json.dumps(results_of(suite / run)).replace(str(suite), "") for suite in (one, two)
         ]
-        lines += differences(*map(json.loads, told), f"{run}/results.json")
-        weights = [folder / run / "model.safetensors" for folder in (one, two)]
+        lines += differences(*map(json.loads, texts), f"{run}/results.json")
+        weights = [suite / run / "model.safetensors" for suite in (one, two)]
         if len({file.read_bytes() if file.exists() else b"" for file in weights}) > 1:
             lines.append(f"{run}/model.safetensors: other bytes")
     return lines + differences(content_of(one), content_of(two), "report")
 
 
-def start(config_file: str, folder: Path, overrides: list[str]) -> "subprocess.Popen[bytes]":
+def runs_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the runs in suite.json; none before the suite has started."""
+    file = folder / "suite.json"
+    return json.loads(file.read_text())["runs"] if file.exists() else []
+
+
+def start(arguments: argparse.Namespace, folder: Path) -> "subprocess.Popen[bytes]":
     """Start run_suite.py in a session of its own."""
-    words = [str(ROOT / "tools/run_suite.py"), "--config-file", config_file]
+    command = [sys.executable, ROOT / "tools/run_suite.py", "--config-file", arguments.config_file]
     return subprocess.Popen(
-        [sys.executable, *words, f"output_dir={folder}", *overrides], start_new_session=True
+        [*command, f"output_dir={folder}", *arguments.overrides], start_new_session=True
     )
 
 
-def states_of(folder: Path) -> list[str]:
-    """Return the state of every run; none before the suite has begun."""
-    try:
-        return [run["state"] for run in json.loads((folder / "suite.json").read_text())["runs"]]
-    except FileNotFoundError:
-        return []
-
-
 def wait_until(suite: "subprocess.Popen[bytes]", folder: Path, moment: float) -> bool:
-    """Wait for so many finished runs, and a part of one more; False where the suite has ended."""
+    """Wait for this many finished runs and a part of one more; False if the suite ends first."""
     begun = time.monotonic()
     while suite.poll() is None:
-        states = states_of(folder)
+        runs = runs_of(folder)
+        states = [run["state"] for run in runs]
+        seconds = [run["seconds"] for run in runs if run["seconds"] is not None] or [10.0]
         if states.count("finished") < int(moment) or "running" not in states:
             begun = time.monotonic()
-        elif time.monotonic() - begun >= (moment % 1) * mean_seconds(folder):
+        elif time.monotonic() - begun >= (moment % 1) * sum(seconds) / len(seconds):
             return True
         time.sleep(POLL_SECONDS)
     return False
 
 
-def mean_seconds(folder: Path) -> float:
-    """Return how long a run took in the mean; 10 before the first one has ended."""
-    runs = json.loads((folder / "suite.json").read_text())["runs"]
-    seconds = [run["seconds"] for run in runs if run["seconds"] is not None]
-    return sum(seconds) / len(seconds) if seconds else 10.0
-
-
 def kill(suite: "subprocess.Popen[bytes]", everything: bool) -> int:
-    """Kill run_suite.py, and on request all that it has started; return how many that were."""
+    """Kill run_suite.py, and on request its children; return the number of processes."""
     children = psutil.Process(suite.pid).children(recursive=True) if everything else []
     suite.kill()
     for child in children:
@@ -130,22 +121,20 @@ def kill(suite: "subprocess.Popen[bytes]", everything: bool) -> int:
     return 1 + len(children)
 
 
-def carry_out(arguments: argparse.Namespace) -> int:
-    """Run the suite with kills; return how often it was killed."""
-    rng = random.Random(arguments.seed)
-    count = len(states_of(arguments.undisturbed))
-    moments = sorted(rng.uniform(0, LAST_MOMENT * count) for _ in range(arguments.kills))
+def run_with_kills(arguments: argparse.Namespace) -> int:
+    """Run the suite with kills; return their number."""
+    rng, count = random.Random(arguments.seed), len(runs_of(arguments.undisturbed))
     killed = 0
-    for moment in moments:
-        suite = start(arguments.config_file, arguments.killed, arguments.overrides)
+    for moment in sorted(rng.uniform(0, LAST_MOMENT * count) for _ in range(arguments.kills)):
+        suite = start(arguments, arguments.killed)
         if not wait_until(suite, arguments.killed, moment):
             break
         ended = kill(suite, everything=killed % 2 == 1)
         killed += 1
-        states = states_of(arguments.killed)
-        told = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        print(f"kill {killed}: {ended} processes, at {told}", flush=True)
-    code = start(arguments.config_file, arguments.killed, arguments.overrides).wait()
+        states = [run["state"] for run in runs_of(arguments.killed)]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        print(f"kill {killed}: {ended} processes, at {counts}", flush=True)
+    code = start(arguments, arguments.killed).wait()
     assert code == 0, f"the suite ended with {code}"
     return killed
 
@@ -159,19 +148,18 @@ def main() -> int:
     parser.add_argument("--killed", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the suite's keys")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the suite's keys")
     arguments = parser.parse_intermixed_args()
     if arguments.config_file:
         if not (arguments.undisturbed / "report.html").exists():
-            whole = start(arguments.config_file, arguments.undisturbed, arguments.overrides)
-            assert whole.wait() == 0, "the undisturbed suite did not end well"
-        if states_of(arguments.killed):
-            parser.error(f"--killed {arguments.killed} holds a suite; name another folder")
-        if (killed := carry_out(arguments)) < arguments.kills:
+            assert start(arguments, arguments.undisturbed).wait() == 0, "the suite failed"
+        if runs_of(arguments.killed):
+            parser.error(f"--killed {arguments.killed} contains a suite; name another folder")
+        if (killed := run_with_kills(arguments)) < arguments.kills:
             print(f"{killed} of {arguments.kills} kills came before the end")
             return 1
     lines = compare(arguments.undisturbed, arguments.killed)
-    equal = f"equal: {len(states_of(arguments.killed))} runs, their results, weights and the report"
+    equal = f"equal: {len(runs_of(arguments.killed))} runs, their results, weights and the report"
     print("\n".join(lines) or equal)
     return int(bool(lines))
 

@@ -1,4 +1,4 @@
-"""Fabricated run folders, as the trainer leaves them, and what a reader sees of a report."""
+"""Fabricated run folders as the trainer writes them, and the text that a report shows."""
 
 import json
 import re
@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from tract_transfer.report.content import read_report
+from tract_transfer.report.content import Report, Row, compare, read_report
 from tract_transfer.report.runs import Run, find_runs, read_runs
-from tract_transfer.report.write import save_report
+from tract_transfer.report.write import FORMATS, save_report
 
 VANILLA = {0: 0.8, 1: 0.82, 2: 0.81}
 TRACT = {0: 0.83, 1: 0.84, 2: 0.845}
@@ -31,7 +31,7 @@ def write_run(
     per_class: dict[str, float] | None = None,
     iterations: int = 500,
 ) -> Path:
-    """Write a finished run folder as the trainer leaves it."""
+    """Write a finished run folder; the first of `metrics` is the primary one."""
     folder = root / method / task / f"seed{seed}"
     folder.mkdir(parents=True)
     primary = next(iter(metrics))
@@ -73,7 +73,7 @@ def write_run(
 
 
 def write_pair(root: Path, task: str = "finetune", treated: str = "tract") -> list[Path]:
-    """Write three seeds of two methods."""
+    """Write three seeds of vanilla and of a treated method; return the six folders."""
     return [
         write_run(root, method, task, seed, {"top1": value, "loss": 1 - value})
         for method, values in (("vanilla", VANILLA), (treated, TRACT))
@@ -84,9 +84,9 @@ def write_pair(root: Path, task: str = "finetune", treated: str = "tract") -> li
 def write_detections(folder: Path, name: str = "street.png", label: str = "car") -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "street.png")
-    found = {"boxes": [[4, 4, 30, 30], [1, 1, 9, 9]], "labels": [label, "unsure"]}
+    boxes = {"boxes": [[4, 4, 30, 30], [1, 1, 9, 9]], "labels": [label, "unsure"]}
     truth = {"scores": [0.9, 0.1], "truth_boxes": [[5, 5, 31, 31]], "truth_labels": [label]}
-    (folder / "detections.json").write_text(json.dumps([{"image": name, **found, **truth}]))
+    (folder / "detections.json").write_text(json.dumps([{"image": name, **boxes, **truth}]))
 
 
 def write_filters(folder: Path) -> None:
@@ -94,23 +94,42 @@ def write_filters(folder: Path) -> None:
     (folder / "model.json").write_text(json.dumps({"first_layers": ["conv1"]}))
 
 
+def edit_json(path: Path, **changes: object) -> None:
+    """Change top-level keys of a JSON file; None removes a key."""
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+
+
 def load_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read the runs that `paths` are, plan or hold."""
+    """Read the runs that `paths` are, plan or contain."""
     return read_runs(find_runs(paths))
 
 
+def compare_runs(paths: Sequence[Path]) -> list[Row]:
+    """Compare the primary metrics of runs with vanilla's."""
+    return compare(load_runs(paths), "vanilla")
+
+
 def write_report(paths: Sequence[Path], path: Path, *, title: str | None = None) -> Path:
-    """Write the report of the runs that `paths` are, plan or hold; return its path."""
+    """Write the report of the runs that `paths` are, plan or contain; return its path."""
     save_report(read_report(paths, None, title), path)
     return path
 
 
-def page(folders: list[Path], root: Path) -> str:
-    return write_report(folders, root / "out" / "report.html").read_text(encoding="utf-8")
+def render(paths: Sequence[Path] | Report) -> dict[str, str]:
+    """Return suffix -> text of a report in every format; the page as a reader sees it."""
+    report = paths if isinstance(paths, Report) else read_report(paths)
+    texts = {suffix: write(report) for suffix, write in FORMATS.items()}
+    return {**texts, ".html": visible_text(texts[".html"])}
 
 
-def seen(html: str) -> str:
-    """Return the text a reader sees, without the style sheet."""
+def page_text(paths: Sequence[Path]) -> str:
+    """Return what a reader sees of the page."""
+    return visible_text(FORMATS[".html"](read_report(paths)))
+
+
+def visible_text(html: str) -> str:
+    """Return the text of a page, without its style sheet; spaces are plain."""
     parts: list[str] = []
     parser = HTMLParser()
     parser.handle_data = parts.append  # type: ignore[method-assign]

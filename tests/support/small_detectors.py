@@ -1,12 +1,13 @@
-"""The four kinds of detector, small, and what they are given."""
+"""Small detectors of all four kinds, with images and targets."""
 
 import torch
 
 from tract_transfer.models import DETECTORS, build_backbone
+from tract_transfer.models.detection.rpn import Objects
 from tract_transfer.models.detection.two_stage import TwoStageDetector
 
 PYRAMID = {"fpn_channels": 16, "head_dim": 32}
-# Backbone, its arguments, the detector's own small ones.
+# name of the detector -> backbone, its arguments, arguments that make the detector small
 KINDS = {
     "torchvision_fpn": ("timm/test_resnet", {}, PYRAMID),
     "torchvision_c4": ("cifar/resnet18", {"width": 8}, {}),
@@ -31,12 +32,13 @@ def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def target(boxes, labels, difficult=None) -> dict[str, torch.Tensor]:
+def target(boxes, labels, difficult=None, **more) -> dict[str, torch.Tensor]:
     return {
         "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
         "labels": torch.tensor(labels, dtype=torch.int64),
         "difficult": torch.tensor(difficult or [False] * len(labels), dtype=torch.bool),
         "image_id": 7,
+        **more,
     }
 
 
@@ -47,3 +49,21 @@ TARGETS = [target([[5, 5, 40, 50], [50, 10, 90, 60]], [0, 2]), target([[1, 2, 30
 def losses_of(model, targets=TARGETS) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     return model.train()(IMAGES, targets)
+
+
+# What both stages read: feature maps of strides 4 and 8, and the objects of two images of SIZES.
+SIZES = [(64, 96), (50, 70)]
+NO_BOXES = torch.empty(0, 4)
+MANY = 10**6
+OBJECTS = [
+    Objects(torch.tensor([[5.0, 5, 40, 50], [50, 10, 90, 60]]), torch.tensor([0, 2]), NO_BOXES),
+    Objects(torch.tensor([[1.0, 2, 30, 48]]), torch.tensor([1]), NO_BOXES),
+]
+NO_OBJECTS = [Objects(NO_BOXES, torch.empty(0).long(), NO_BOXES)] * 2
+# The same objects in images that consist of nothing but a region to ignore.
+IN_IGNORED = [image._replace(ignored=torch.tensor([[0.0, 0, 96, 64]])) for image in OBJECTS]
+
+
+def some_maps(channels: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, channels, 64 // s, 96 // s, generator=generator) for s in (4, 8)]

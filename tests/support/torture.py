@@ -1,13 +1,13 @@
-"""Kill runs with SIGKILL at any moment, go on with them, and compare with undisturbed ones.
+"""Kill runs at any moment, resume them, and compare them with undisturbed ones.
 
 python tests/support/torture.py                                  # 50 kills a task
 python tests/support/torture.py --kills 3 --tasks probe          # a short one
 python tests/support/torture.py --tasks classification --seed 7  # the same moments again
 python tests/support/torture.py --kills 8 --signal TERM          # SIGTERM to one process of a group
 
-Every second kill comes at a random moment, the others at a random file operation in the run folder:
-before a file is opened to be written, renamed, removed or synced, or with a checkpoint's tensors
-half-written. Sessions are forks of this process, which imports everything once and never trains.
+Half of the kills come at a random time, half at a random file operation in the run folder: before
+a file is opened for writing, renamed, removed or synced, or with a checkpoint's tensors half
+written. Sessions are forks of this process, which imports everything once and never trains.
 """
 
 import argparse
@@ -41,15 +41,17 @@ from tract_transfer.engine import checkpoint  # noqa: E402
 
 GROUP_ENDS_WITHIN_SECONDS = 60
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
+HIDDEN_FILES = (".lock", ".plan.json")  # a lock, and what a suite has read of its data
 
 
 def die_at(number: int | None, folder: Path) -> Callable[[], int]:
-    """Let this process be killed before its file operation of that number in `folder`/run.
+    """Kill this process before its file operation of that number in `folder`/run.
 
     Returns:
-        What tells how many there have been.
+        A function that returns the number of operations so far.
     """
     owner, count, inside = os.getpid(), 0, str(folder / "run")
+    sync, save = os.fsync, checkpoint.save_file
 
     def tick(before_death: Callable[[], object] = lambda: None) -> None:
         nonlocal count
@@ -59,11 +61,9 @@ def die_at(number: int | None, folder: Path) -> Callable[[], int]:
             os.kill(owner, signal.SIGKILL)
 
     def watch(event: str, arguments: tuple) -> None:
-        wanted = event in WRITES or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR))
-        if wanted and str(arguments[0]).startswith(inside):
+        opens = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        if (opens or event in WRITES) and str(arguments[0]).startswith(inside):
             tick()
-
-    sync, save = os.fsync, checkpoint.save_file
 
     def dying_sync(descriptor: int) -> None:
         tick()
@@ -79,20 +79,22 @@ def die_at(number: int | None, folder: Path) -> Callable[[], int]:
 
 
 def fork(task: Task, folder: Path, rank: int, port: int, at_operation: int | None) -> int:
-    """Carry out a session in a child, its output in `folder`/said.txt; return its process id."""
+    """Run a session in a child, its output in `folder`/output.txt; return its process id."""
     if pid := os.fork():
         return pid
     code = 1
     try:
         os.setsid()
-        said = os.open(folder / "said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         torch.set_num_threads(1)
         if task.num_processes > 1:
-            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": task.num_processes}
+            group = {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": task.num_processes,
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            }  # fmt: skip
             os.environ.update({name: str(value) for name, value in group.items()})
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         count = die_at(at_operation, folder)
         task.work(folder)
         if rank == 0:
@@ -100,10 +102,10 @@ def fork(task: Task, folder: Path, rank: int, port: int, at_operation: int | Non
         code = 0
     except BaseException as end:
         traceback.print_exc()
-        found = end.code if isinstance(end, SystemExit) else getattr(end, "exit_code", None)
-        code = found if isinstance(found, int) else 1
+        exit_code = end.code if isinstance(end, SystemExit) else getattr(end, "exit_code", None)
+        code = exit_code if isinstance(exit_code, int) else 1
     finally:
-        atexit._run_exitfuncs()  # ends data workers, and a process group
+        atexit._run_exitfuncs()  # ends data workers and the process group
         sys.stderr.flush()
         os._exit(code)
 
@@ -126,16 +128,15 @@ def session(
     scale: float = 0,
     number: int = signal.SIGKILL,
 ) -> bool:
-    """Carry out one session and return whether it was ended.
+    """Run one session and return whether it was killed.
 
     Args:
         kind: "whole", or what decides the moment: "time" or "operation".
-        scale: the moment is drawn below this many seconds, or file operations.
+        scale: the moment is drawn below this many seconds or file operations.
         number: the signal that comes at a time.
     """
-    victim = rng.randrange(task.num_processes)
+    victim, port = rng.randrange(task.num_processes), free_port()
     operation = rng.randint(1, int(scale)) if kind == "operation" else None
-    port = free_port()
     pids = [
         fork(task, folder, rank, port, operation if rank == victim else None)
         for rank in range(task.num_processes)
@@ -143,61 +144,56 @@ def session(
     if kind == "time":
         time.sleep(rng.uniform(0, scale))
         kill = rng.choice([os.kill, os.killpg])  # with its data workers, or without
-        with contextlib.suppress(ProcessLookupError):  # it has not come to its setsid
+        with contextlib.suppress(ProcessLookupError):  # before its setsid
             kill(pids[victim], number)
     first = exit_code(pids.pop(victim))
     ended = time.monotonic()
     others = [exit_code(pid) for pid in pids]
     assert time.monotonic() - ended < GROUP_ENDS_WITHIN_SECONDS, "the group outlived its process"
     if first == -number:
-        return True  # where nothing heeded the signal yet, the others end as they can
-    said = (folder / "said.txt").read_text()[-4000:]
+        return True  # if nothing handled the signal yet, the others end as they can
+    output = (folder / "output.txt").read_text()[-4000:]
     if first == 128 + number:
-        # Before the training one process ends at once, and the others learn it.
-        told = "processes of the group has ended" in said
-        assert set(others) <= ({first, 0, 1} if told else {first, 0}), f"{others}:\n{said}"
+        # Before the training one process ends at once, and the others lose it.
+        lost = {1} if "processes of the group has ended" in output else set()
+        assert set(others) <= {first, 0} | lost, f"{others}:\n{output}"
         return True
-    assert (first, *others) == (0,) * task.num_processes, f"{first}, {others}:\n{said}"
+    assert (first, *others) == (0,) * task.num_processes, f"{first}, {others}:\n{output}"
     return False
 
 
-def torture(name: str, task: Task, kills: int, seed: int, place: Path, number: int) -> str:
-    """End runs of a task `kills` times in all by a signal; return in words what was seen.
+def torture(name: str, task: Task, kills: int, seed: int, root: Path, number: int) -> str:
+    """Kill and resume runs of a task until there were `kills`; return a line of results.
 
     Raises:
-        AssertionError: a run that was killed and gone on with is not the undisturbed one.
+        AssertionError: a resumed run differs from the undisturbed one.
     """
     rng = random.Random(f"{name} {seed}")
-    folder = place / name
+    folder = root / name
     folder.mkdir()
     started = time.monotonic()
     assert not session(task, folder, rng, "whole")
-    seconds = time.monotonic() - started
+    scales = {"time": time.monotonic() - started}
     (folder / "run").rename(folder / "whole")
     operations = int((folder / "operations").read_text())
-    done, runs = 0, 0
-    moments = {"time": 0, "operation": 0}
-    kinds = list(moments) if number == signal.SIGKILL else ["time"]
-    while done < kills:
+    if number == signal.SIGKILL:
+        scales["operation"] = operations
+    done, runs = Counter[str](), 0
+    while done.total() < kills:
         runs += 1
-        while True:
-            kind = rng.choice(kinds) if done < kills else "whole"
-            scale = seconds if kind == "time" else operations
-            if not session(task, folder, rng, kind, scale, number):
-                break
-            done, moments[kind] = done + 1, moments[kind] + 1
-        task.same(folder / "whole", folder / "run")
-        kept = (".lock", ".plan.json")  # a lock, and what a suite has read of its data
-        left = [p for p in (folder / "run").rglob(".*") if p.name not in kept]
+        kind = rng.choice(list(scales))
+        while session(task, folder, rng, kind, scales.get(kind, 0), number):
+            done[kind] += 1
+            kind = rng.choice(list(scales)) if done.total() < kills else "whole"
+        task.assert_same(folder / "whole", folder / "run")
+        left = [p for p in (folder / "run").rglob(".*") if p.name not in HIDDEN_FILES]
         assert not left, f"left behind: {left}"
         shutil.rmtree(folder / "run")
     shutil.rmtree(folder)
-    by_time, at_operation = moments.values()
-    seconds = time.monotonic() - started
     return (
-        f"{name:<20} {done:>3} {signal.Signals(number).name}s ({by_time} by time, "
-        f"{at_operation} at one of {operations} file operations) in {runs} runs: "
-        f"equal to the bit, {seconds:.0f} s"
+        f"{name:<20} {done.total():>3} {signal.Signals(number).name}s ({done['time']} by time, "
+        f"{done['operation']} at one of {operations} file operations) in {runs} runs: "
+        f"equal to the bit, {time.monotonic() - started:.0f} s"
     )
 
 
@@ -206,26 +202,25 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=50, help="of each task, over its kinds")
-    parser.add_argument("--tasks", nargs="*", default=[], help="those whose names begin so")
+    parser.add_argument("--tasks", nargs="*", default=[""], help="prefixes of their names")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
     arguments = parser.parse_args()
-    number = signal.Signals[f"SIG{arguments.signal}"]
-    place = Path(mkdtemp(prefix="torture."))
-    write_digit_scenes(place / "scenes", num_train=12, num_test=6, size_px=64)
-    known = tasks(place / "scenes")
+    root = Path(mkdtemp(prefix="torture."))
+    write_digit_scenes(root / "scenes", num_train=12, num_test=6, size_px=64)
     chosen = {
         name: task
-        for name, task in known.items()
-        if not arguments.tasks or name.startswith(tuple(arguments.tasks))
+        for name, task in tasks(root / "scenes").items()
+        if name.startswith(tuple(arguments.tasks))
     }
     if not chosen:
-        parser.error(f"--tasks {arguments.tasks}: none of {list(known)} begins so")
+        parser.error(f"--tasks {arguments.tasks}: no name starts with one of these")
     kinds = Counter(name.partition("-")[0] for name in chosen)
+    number = signal.Signals[f"SIG{arguments.signal}"]
     for name, task in chosen.items():
         kills = math.ceil(arguments.kills / kinds[name.partition("-")[0]])
-        print(torture(name, task, kills, arguments.seed, place, number), flush=True)
-    shutil.rmtree(place)
+        print(torture(name, task, kills, arguments.seed, root, number), flush=True)
+    shutil.rmtree(root)
     return 0
 
 

@@ -1,9 +1,10 @@
-"""What torture.py kills: each kind of run, how it is run, and what must be equal."""
+"""The runs that torture.py kills: how each is run, and what must be equal."""
 
 import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from run_folders import assert_same_run, assert_same_scalars, results_of
 from tiny_configs import CLASSIFICATION, DETECTION, PROBE
@@ -41,19 +42,25 @@ tasks: {{probe: probe.yaml}}
 """
 
 
+class Task(NamedTuple):
+    """A kind of run: how to start or resume it in `folder`/run, and what compares two of them."""
+
+    work: Callable[[Path], None]
+    assert_same: Callable[[Path, Path], None]
+    num_processes: int = 1
+
+
 def train(folder: Path, text: str, words: list[str]) -> None:
-    """Carry out the run in `folder`/run, or go on with it."""
     path = folder / "config.yaml"
     path.write_text(f"output_dir: {folder}/run\n{text}")
     run(load_config(path, words), resume=True)
 
 
 def train_suite(folder: Path) -> None:
-    """Carry out a suite of a pre-training and a probe, with and without TrAct, by its tool."""
-    known, unknown = "name: cifar/resnet18, args: {width: 8}", "name: null"
+    """Run a suite of a pre-training and a probe, with and without TrAct, by its command."""
     often = CLASSIFICATION.replace("device: cpu, ", "device: cpu, checkpoint: {every_iters: 2}, ")
-    texts = {"classification": often, "probe": PROBE.replace(known, unknown)}
-    for name, text in texts.items():
+    probe = PROBE.replace("name: cifar/resnet18, args: {width: 8}", "name: null")
+    for name, text in {"classification": often, "probe": probe}.items():
         (folder / f"{name}.yaml").write_text(f"output_dir: unused\n{text}")
     (folder / "suite.yaml").write_text(SUITE.format(folder=folder))
     sys.argv = ["run_suite.py", "--config-file", str(folder / "suite.yaml")]
@@ -82,34 +89,19 @@ def same_suite(one: Path, two: Path) -> None:
     assert (two / "report.html").exists()
 
 
-class Task:
-    """A kind of run: how to carry it out, in how many processes, and what is equal."""
-
-    def __init__(
-        self,
-        work: Callable[[Path], None],
-        same: Callable[[Path, Path], None],
-        num_processes: int = 1,
-    ) -> None:
-        self.work, self.same, self.num_processes = work, same, num_processes
-
-
 def tasks(scenes: Path) -> dict[str, Task]:
+    """Return the tasks by name; the number is that of data workers."""
     detection = DETECTION.replace("source: digit_scenes,", f"source: digit_scenes, root: {scenes},")
 
-    def training(text: str, words: list[str], workers: int, num_processes: int = 1) -> Task:
-        more = [*words, f"data.num_workers={workers}"]
-        return Task(lambda folder: train(folder, text, more), same_training, num_processes)
+    def task(text: str, words: list[str], workers: int, num_processes: int = 1) -> Task:
+        words = [*words, f"data.num_workers={workers}"]
+        same = same_probe if text is PROBE else same_training
+        return Task(lambda folder: train(folder, text, words), same, num_processes)
 
     return {
-        **{f"classification-{n}": training(CLASSIFICATION, STATEFUL, n) for n in (0, 1, 2)},
-        "classification-group": training(CLASSIFICATION, STATEFUL, 0, 2),
-        **{f"detection-{n}": training(detection, DETECTOR, n) for n in (0, 1, 2)},
-        **{
-            f"probe-{n}": Task(
-                lambda folder, n=n: train(folder, PROBE, [f"data.num_workers={n}"]), same_probe
-            )
-            for n in (0, 2)
-        },
+        **{f"classification-{n}": task(CLASSIFICATION, STATEFUL, n) for n in (0, 1, 2)},
+        "classification-group": task(CLASSIFICATION, STATEFUL, 0, 2),
+        **{f"detection-{n}": task(detection, DETECTOR, n) for n in (0, 1, 2)},
+        **{f"probe-{n}": task(PROBE, [], n) for n in (0, 2)},
         "suite": Task(train_suite, same_suite),
     }

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, cast
 
 from tract_transfer.build.weights import errors_at
@@ -23,16 +22,14 @@ from tract_transfer.data.classification import (
     check_same_classes,
     hold_out,
     join_integer_classes,
-    load_huggingface,
     shown_classes,
 )
 from tract_transfer.data.coco import load_coco
 from tract_transfer.data.detection import DetectionDataset, ImageLabels
-from tract_transfer.data.digits import DIGIT_NAMES, load_digits, write_digit_scenes
+from tract_transfer.data.digits import load_digit_scenes, load_digits
 from tract_transfer.data.findings import Findings, size_checks
-from tract_transfer.data.huggingface_boxes import load_huggingface_boxes
-from tract_transfer.data.huggingface_streaming import stream_huggingface
-from tract_transfer.data.streaming import Stream
+from tract_transfer.data.huggingface import load_huggingface, load_huggingface_boxes
+from tract_transfer.data.streaming import Stream, stream_huggingface
 from tract_transfer.data.voc import load_voc
 from tract_transfer.evaluation import check_metric
 
@@ -103,7 +100,7 @@ def build_data(config: Config) -> Data:
         train = train.with_objects()
     if isinstance(config, ProbeConfig) and config.data.has_many_labels:
         train, test = ImageLabels(train), ImageLabels(test)
-    data = Data(train, val, test, findings.mended)
+    data = Data(train, val, test, findings.clipped_boxes)
     _check_streams(config, data)
     join_integer_classes(data.splits)
     check_disjoint(data.splits)
@@ -199,18 +196,7 @@ def _load_huggingface(section: Any, common: dict[str, Any]) -> Loaded:
 
 
 def _load_digits(section: DigitsSource, common: dict[str, Any]) -> Loaded:
-    try:
-        return load_digits(section.split, section.classes)
-    except ValueError as error:
-        raise ValueError(f"{common['key']}.{error}") from error
-
-
-def _load_digit_scenes(section: DigitScenesSource, common: dict[str, Any]) -> Loaded:
-    sizes = section.model_dump(include={"num_train", "num_test", "size_px"})
-    folder = "_".join(["digit_scenes", *map(str, sizes.values())])
-    root = Path(section.root or f"output/data/{folder}")
-    write_digit_scenes(root, **sizes)
-    return load_voc(root, [f"2007/{section.split}"], DIGIT_NAMES, **common)
+    return load_digits(section.split, section.classes, key=common["key"])
 
 
 SOURCES: dict[type[Section], Callable[[Any, dict[str, Any]], Loaded]] = {
@@ -219,5 +205,5 @@ SOURCES: dict[type[Section], Callable[[Any, dict[str, Any]], Loaded]] = {
     VocSource: _from_fields(load_voc),
     CocoSource: _from_fields(load_coco),
     HuggingFaceBoxesSource: _from_fields(load_huggingface_boxes),
-    DigitScenesSource: _load_digit_scenes,
+    DigitScenesSource: _from_fields(load_digit_scenes),
 }

@@ -1,4 +1,4 @@
-"""Write the report of any runs: run folders, a suite's folder, or folders that hold either.
+"""Write the report of any runs: run folders, suite folders, or folders that contain either.
 
 python tools/report.py output/quickstart --output output/report.html
 python tools/report.py output/quickstart --output output/report --format html md tex json
@@ -11,27 +11,26 @@ from pathlib import Path
 from tract_transfer.cli.main import reports_errors
 
 FORMATS = ("html", "md", "tex", "json")
-SHOWN = 5  # reasons why runs are not finished
+MAX_REASONS = 5  # of runs that are not finished
 
 
 @reports_errors
 def main() -> int:
-    """Write the report the command line asks for; return the exit code."""
+    """Write the report that the command line asks for; return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", nargs="+", type=Path, help="where the runs are")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders with runs")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE")
     parser.add_argument(
         "--format", nargs="+", choices=FORMATS, default=None, dest="formats",
-        help="by default that of FILE's suffix; each goes to FILE with its own suffix",
+        help="default: by the suffix of FILE; each format is written to FILE with its own suffix",
     )  # fmt: skip
     parser.add_argument(
         "--baseline",
-        help="the method others are compared with: by default the suite's, or vanilla; runs of one "
-        "method need none",
+        help="the method to compare with; default: the suite's, or vanilla, or the only method",
     )
-    parser.add_argument("--title", help="by default the suite's")
+    parser.add_argument("--title", help="default: the suite's")
     arguments = parser.parse_args()
 
     from tract_transfer.report.content import read_report
@@ -40,13 +39,13 @@ def main() -> int:
     suffix = arguments.output.suffix.removeprefix(".")
     formats = arguments.formats or ([suffix] if suffix in FORMATS else [])
     if not formats:
-        parser.error(f"--output {arguments.output}: end it in one of {FORMATS}, or give --format.")
+        parser.error(f"--output {arguments.output} must end in one of {FORMATS}, or set --format.")
     stem = arguments.output.with_suffix("") if suffix in FORMATS else arguments.output
     report = read_report(arguments.folders, arguments.baseline, arguments.title)
     if not report.tasks:
         reasons = [f"{run.folder}: {run.failure}" for run in report.runs]
-        more = f"; and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
-        raise ValueError(f"No finished run to report. {'; '.join(reasons[:SHOWN])}{more}.")
+        more = f"; and {len(reasons) - MAX_REASONS} more" if len(reasons) > MAX_REASONS else ""
+        raise ValueError(f"No finished run to report. {'; '.join(reasons[:MAX_REASONS])}{more}.")
     paths = [stem.with_name(f"{stem.name}.{name}") for name in formats]
     for path in paths:
         save_report(report, path)

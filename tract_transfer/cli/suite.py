@@ -1,4 +1,5 @@
-"""Run methods x tasks x seeds and report on them; what is finished is skipped, so run it again.
+"""Run methods x tasks x seeds and report on them. Finished runs are skipped, so a suite that was
+stopped is resumed by the same command.
 
 python tools/run_suite.py --config-file configs/suites/quickstart.yaml workers=2
 python tools/run_suite.py --config-file configs/suites/quickstart.yaml --dry-run
@@ -15,10 +16,10 @@ from tract_transfer.cli.main import reports_errors
 
 if TYPE_CHECKING:
     from tract_transfer.config.suite import SuiteConfig
-    from tract_transfer.run.suite import Suite
     from tract_transfer.suite.launchers import Launcher
+    from tract_transfer.suite.state import Suite
 
-SHOWN = ("tract_transfer.suite", "tract_transfer.run.suite", "tract_transfer.run.suite_plan")
+SHOWN = ("tract_transfer.suite", "tract_transfer.run.suite")
 
 
 def parse() -> argparse.Namespace:
@@ -28,63 +29,72 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--config-file", required=True, metavar="FILE", help="see configs/suites/")
     parser.add_argument(
-        "--dry-run", action="store_true", help="say of every run what would be done, and do nothing"
+        "--dry-run", action="store_true", help="print what would be done with every run, and stop"
     )
     parser.add_argument(
-        "--set-aside", action="store_true", help="move folders that hold other runs out of the way"
+        "--set-aside", action="store_true", help="move folders of other runs to set_aside/"
     )
     parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local")
-    parser.add_argument("--address", help="of the Ray cluster; without it, one on this machine")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the suite's keys")
+    parser.add_argument("--address", help="of the Ray cluster; default: start one on this machine")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the suite's keys")
     arguments = parser.parse_intermixed_args()
     if arguments.address and arguments.launcher != "ray":
-        parser.error("--address is of --launcher ray")
+        parser.error("--address needs --launcher ray")
     return arguments
 
 
 @reports_errors
 def main() -> int:
-    """Run the suite the command line names; return the exit code."""
+    """Run the suite that the command line names; return the exit code."""
     arguments = parse()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger().handlers[0].addFilter(make_filter())
 
     from tract_transfer.config.suite import load_suite
-    from tract_transfer.run.suite import Suite, list_plan
+    from tract_transfer.run.suite import list_plan, open_suite
+    from tract_transfer.suite.execute import execute
+    from tract_transfer.suite.screen import Screen
 
     config = load_suite(arguments.config_file, arguments.overrides)
     refuse = not (arguments.dry_run or arguments.set_aside)
-    suite = Suite(config, remember=not arguments.dry_run, refuse=refuse)
+    suite = open_suite(config, remember=not arguments.dry_run, refuse=refuse)
     if arguments.dry_run:
         print("\n".join(list_plan(suite, suite.take_stock())))
         return 0
     launcher = make_launcher(arguments, config)
     try:
-        return carry_out(arguments, suite, launcher)
+        launcher.check(suite.runs)
+        stop_signal = execute(
+            suite, launcher, Screen(len(suite.runs)), set_aside=arguments.set_aside
+        )
     finally:
         launcher.close()
+    if stop_signal is not None:
+        print("Stopped; the same command resumes from the checkpoints.", file=sys.stderr)
+        return 128 + stop_signal
+    write_reports(suite)
+    return 0 if all(job.state == "finished" for job in suite.jobs) else 1
 
 
 def make_filter() -> Callable[[logging.LogRecord], bool]:
-    """Return what lets through the suite's own lines and, once each, what is wrong.
+    """Return a filter that passes the suite's own lines, and each warning once.
 
-    Runs share data, and so their warnings; each run's own log.txt tells all.
+    Runs share data and therefore warnings; the log.txt of each run has everything.
     """
-    said: set[str] = set()
+    seen: set[str] = set()
 
-    def is_news(record: logging.LogRecord) -> bool:
+    def is_shown(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        is_wrong = record.levelno > logging.INFO and text not in said
-        said.add(text)
-        return is_wrong or record.name.startswith(SHOWN)
+        is_new_warning = record.levelno > logging.INFO and text not in seen
+        seen.add(text)
+        return is_new_warning or record.name.startswith(SHOWN)
 
-    return is_news
+    return is_shown
 
 
 def make_launcher(arguments: argparse.Namespace, config: "SuiteConfig") -> "Launcher":
-    """Return what starts the runs."""
-    from tract_transfer.suite.cluster import RayLauncher, SlurmLauncher
-    from tract_transfer.suite.launchers import this_machine
+    """Return the launcher that the command line names."""
+    from tract_transfer.suite.launchers import RayLauncher, SlurmLauncher, this_machine
 
     if arguments.launcher == "ray":
         return RayLauncher(arguments.address, config.workers)
@@ -93,28 +103,8 @@ def make_launcher(arguments: argparse.Namespace, config: "SuiteConfig") -> "Laun
     return this_machine(config.workers or 1)
 
 
-def carry_out(arguments: argparse.Namespace, suite: "Suite", launcher: "Launcher") -> int:
-    """Run what is to be run, and write the reports; return the exit code."""
-    from tract_transfer.run.suite import carry_out
-    from tract_transfer.suite.screen import make_screen
-
-    launcher.check(suite.runs)
-    stopped = carry_out(
-        suite,
-        launcher,
-        make_screen(len(suite.runs)),
-        set_aside=arguments.set_aside,
-    )
-    if stopped is not None:
-        print("Stopped; runs keep their checkpoints. The same command goes on.", file=sys.stderr)
-        return 128 + stopped
-
-    write_reports(suite)
-    return 0 if all(job.state == "finished" for job in suite.jobs) else 1
-
-
 def write_reports(suite: "Suite") -> None:
-    """Write the report in every format into the suite's folder; print its table and the page."""
+    """Write the report in every format into the suite's folder; print its table and HTML path."""
     from tract_transfer.report.content import read_report
     from tract_transfer.report.write import FORMATS, save_report, text_table
 

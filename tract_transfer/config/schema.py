@@ -32,7 +32,7 @@ from tract_transfer.config.sections import (
     SolverConfig,
     TractConfig,
 )
-from tract_transfer.files import without_secrets
+from tract_transfer.files import redact
 
 # Rows of the paper's tables; t1 and t2 have one for each backbone and number of epochs.
 PaperRow = Literal[
@@ -164,15 +164,7 @@ def check_config(tree: dict[str, Any], origins: Origins) -> Config:
 
 def dump_config(config: Config) -> str:
     """Return the whole config as YAML, defaults included and secrets hidden (`without_secrets`)."""
-    return dump_yaml(_hide_secrets(config.model_dump()))
-
-
-def _hide_secrets(value: Any, name: str = "") -> Any:
-    if isinstance(value, dict):
-        return {key: _hide_secrets(part, key) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_hide_secrets(part, name) for part in value]
-    return without_secrets([name, value])[-1] if isinstance(value, str) else value
+    return dump_yaml(redact(config.model_dump()))
 
 
 def known_keys(schema: type[Section], prefix: str = "") -> list[str]:

@@ -1,5 +1,6 @@
-"""The data island. Read: loader.py -> sampling.py -> classification.py -> detection.py -> voc.py.
+"""Data sets, readers, transforms and loaders.
 
-A dataset gives `image(index)`, uint8 RGB (3, H, W), and `target(index)`; the loader turns it into
-batches whose samples, order and random numbers depend on the seed and the iteration alone.
+Start with loader.py, then sampling.py, classification.py, detection.py and voc.py. A data set has
+`image(index)`, uint8 RGB (3, H, W), and `target(index)`. A loader makes batches whose samples,
+order and random numbers depend only on the seed and the iteration.
 """

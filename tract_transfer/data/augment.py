@@ -1,10 +1,11 @@
-"""Augmentation policies on uint8 RGB (3, H, W), from torchvision's v2.
+"""Augmentation policies for images, and mixup and CutMix for batches, by torchvision's v2.
 
-All randomness comes from torch's global CPU generator, which the loader seeds for every sample.
+A policy takes uint8 RGB (3, H, W). All its random numbers are from torch's global CPU generator,
+which the loader seeds for every sample.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,11 +26,11 @@ def rand_augment(
     interpolation: str = "nearest",
     fill: Sequence[int] | None = None,
 ) -> v2.Transform:
-    """RandAugment (Cubuk et al. 2020): `num_ops` operations of one strength after each other.
+    """RandAugment (Cubuk et al. 2020): `num_ops` operations of one magnitude in sequence.
 
     Args:
         magnitude: in 0..num_magnitude_bins - 1.
-        fill: RGB, 0 to 255, of what comes in from outside the image; None is black.
+        fill: RGB in 0..255 of pixels from outside the image; None is black.
 
     Raises:
         ValueError: num_ops or magnitude is out of range.
@@ -42,31 +43,21 @@ def rand_augment(
             f"{magnitude}."
         )
     mode = interpolation_mode(interpolation)
-    return v2.RandAugment(num_ops, magnitude, num_magnitude_bins, mode, _colour(fill))
+    return v2.RandAugment(num_ops, magnitude, num_magnitude_bins, mode, _color(fill))
 
 
-@AUGMENTATIONS.register("auto_augment_cifar10")
-def auto_augment_cifar10(
-    *, interpolation: str = "nearest", fill: Sequence[int] | None = None
-) -> v2.Transform:
-    """AutoAugment with the policy found on CIFAR-10 (Cubuk et al. 2019)."""
-    return _auto_augment(AutoAugmentPolicy.CIFAR10, interpolation, fill)
+def _auto_augment(policy: AutoAugmentPolicy) -> Callable[..., v2.Transform]:
+    def auto_augment(
+        *, interpolation: str = "nearest", fill: Sequence[int] | None = None
+    ) -> v2.Transform:
+        """AutoAugment with the policy found on this data set (Cubuk et al. 2019)."""
+        return v2.AutoAugment(policy, interpolation_mode(interpolation), _color(fill))
+
+    return auto_augment
 
 
-@AUGMENTATIONS.register("auto_augment_imagenet")
-def auto_augment_imagenet(
-    *, interpolation: str = "nearest", fill: Sequence[int] | None = None
-) -> v2.Transform:
-    """AutoAugment with the policy found on ImageNet (Cubuk et al. 2019)."""
-    return _auto_augment(AutoAugmentPolicy.IMAGENET, interpolation, fill)
-
-
-@AUGMENTATIONS.register("auto_augment_svhn")
-def auto_augment_svhn(
-    *, interpolation: str = "nearest", fill: Sequence[int] | None = None
-) -> v2.Transform:
-    """AutoAugment with the policy found on SVHN (Cubuk et al. 2019)."""
-    return _auto_augment(AutoAugmentPolicy.SVHN, interpolation, fill)
+for _policy in AutoAugmentPolicy:  # cifar10, imagenet, svhn
+    AUGMENTATIONS.register(f"auto_augment_{_policy.value}")(_auto_augment(_policy))
 
 
 @AUGMENTATIONS.register("trivial_augment")
@@ -76,7 +67,7 @@ def trivial_augment(
     interpolation: str = "nearest",
     fill: Sequence[int] | None = None,
 ) -> v2.Transform:
-    """TrivialAugment, wide (Mueller and Hutter 2021): one operation of any strength.
+    """TrivialAugment, wide (Mueller and Hutter 2021): one operation of any magnitude.
 
     Raises:
         ValueError: num_magnitude_bins is out of range.
@@ -84,26 +75,26 @@ def trivial_augment(
     if num_magnitude_bins < 2:
         raise ValueError(f"num_magnitude_bins: must be 2 or more, got {num_magnitude_bins}.")
     mode = interpolation_mode(interpolation)
-    return v2.TrivialAugmentWide(num_magnitude_bins, mode, _colour(fill))
+    return v2.TrivialAugmentWide(num_magnitude_bins, mode, _color(fill))
 
 
 @AUGMENTATIONS.register("three_augment")
 def three_augment(
     *, solarize_threshold: int = 128, blur_sigma_px: Sequence[float] = (0.1, 2.0)
 ) -> v2.Transform:
-    """3-Augment (DeiT III, section 3): grayscale, solarize or Gaussian blur, each as often.
+    """3-Augment (DeiT III, section 3): grayscale, solarize or Gaussian blur, equally often.
 
     Args:
-        solarize_threshold: of 0..255; values from it on are inverted.
-        blur_sigma_px: the least and the largest standard deviation of the blur; the kernel
-            reaches to three of the largest.
+        solarize_threshold: in 0..255; values from it up are inverted.
+        blur_sigma_px: the smallest and the largest standard deviation of the blur; the kernel
+            extends to three times the largest.
 
     Raises:
         ValueError: blur_sigma_px is no range above 0.
     """
     if len(blur_sigma_px) != 2 or not 0 < blur_sigma_px[0] <= blur_sigma_px[1]:
         raise ValueError(
-            f"blur_sigma_px: must be the least and the largest, above 0, got {blur_sigma_px}."
+            f"blur_sigma_px: must be the smallest and the largest, above 0, got {blur_sigma_px}."
         )
     low, high = blur_sigma_px
     return v2.RandomChoice(
@@ -116,48 +107,34 @@ def three_augment(
 
 
 def interpolation_mode(name: str) -> InterpolationMode:
-    """Return torchvision's mode of that name.
-
-    Raises:
-        ValueError: it is none of nearest, bilinear and bicubic.
-    """
+    """Return torchvision's mode: nearest, bilinear or bicubic. Raises ValueError."""
     known = ("nearest", "bilinear", "bicubic")
     if name not in known:
         raise ValueError(f"interpolation: must be one of {known}, got {name!r}.")
     return InterpolationMode(name)
 
 
-def _auto_augment(
-    policy: AutoAugmentPolicy, interpolation: str, fill: Sequence[int] | None
-) -> v2.Transform:
-    return v2.AutoAugment(policy, interpolation_mode(interpolation), _colour(fill))
-
-
-def _colour(fill: Sequence[int] | None) -> list[int] | None:
+def _color(fill: Sequence[int] | None) -> list[int] | None:
     if fill is not None and (len(fill) != 3 or not all(0 <= value <= 255 for value in fill)):
-        raise ValueError(f"fill: must be three whole numbers of 0..255, got {list(fill)}.")
+        raise ValueError(f"fill: must be three integers in 0..255, got {list(fill)}.")
     return None if fill is None else list(fill)
 
 
-# --- mixup and CutMix over a batch, by torchvision's v2, drawn from (seed, iteration) alone.
-
-
 class BatchMix:
-    """Mixes every image of a batch, and its target, with its neighbour's.
+    """Mixes every image of a batch, and its target, with its neighbor.
 
-    Strength, kind and rectangle are one draw an iteration, the same for all its micro-batches and
-    processes: a function of (seed, iteration) alone. Which images meet depends on how the batch is
-    cut, as they meet within a micro-batch of a process.
+    Strength, kind and rectangle are drawn once per iteration, for all its micro-batches and
+    processes: a function of (seed, iteration) alone. Which images are neighbors depends on how the
+    batch is divided, as images mix within a micro-batch of a process.
 
     Args:
-        mixup_alpha: of the Beta distribution of mixup's strength (Zhang et al. 2018); 0 is none.
-        cutmix_alpha: of the Beta distribution of the area CutMix pastes (Yun et al. 2019); 0 is
-            none.
-        prob: of mixing an iteration's images at all.
-        switch_prob: of CutMix where both are given.
+        mixup_alpha: of the Beta distribution of mixup's strength (Zhang et al. 2018); 0 disables.
+        cutmix_alpha: of the Beta distribution of CutMix's area (Yun et al. 2019); 0 disables.
+        prob: probability of mixing the images of an iteration.
+        switch_prob: probability of CutMix if both are enabled.
 
     Raises:
-        ValueError: neither is given.
+        ValueError: both are disabled.
     """
 
     def __init__(
@@ -187,18 +164,18 @@ class BatchMix:
             targets: int64 (B,).
 
         Returns:
-            Images, float32 in [0, 1] where they are mixed by mixup, and targets, float32 (B, K)
-            that add up to 1; both as they came where this iteration mixes nothing.
+            Images, float32 in [0, 1] after mixup, and targets, float32 (B, K) whose rows add up to
+            1; both unchanged if this iteration mixes nothing.
         """
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed would seed the accelerators too.
-            torch.default_generator.manual_seed(mix(self._seed, iteration, -1))  # no sample's
-            is_mixed, by_cutmix = torch.rand(2).tolist()
-            if is_mixed >= self._prob:
+            # torch.manual_seed would seed the accelerators too. -1 is no sample's index.
+            torch.default_generator.manual_seed(mix(self._seed, iteration, -1))
+            mixing, kind = torch.rand(2).tolist()
+            if mixing >= self._prob:
                 return images, targets
-            if by_cutmix < self._cutmix_prob:
+            if kind < self._cutmix_prob:
                 mixed = self._cutmix(images, targets)
             else:
-                whole = images.dtype == torch.uint8
-                mixed = self._mixup(images.float() / 255 if whole else images, targets)
+                is_uint8 = images.dtype == torch.uint8
+                mixed = self._mixup(images.float() / 255 if is_uint8 else images, targets)
         return mixed[0], mixed[1]

@@ -1,134 +1,185 @@
-"""Opening rows with Hugging Face `datasets`: which kind a path is, which splits it has."""
+"""Data sets read by Hugging Face `datasets`: from the hub, parquet, saved rows or image folders."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
-from tract_transfer.data import images
-from tract_transfer.data.findings import Origin, check_size, is_below
+from tract_transfer.data.classification import RENUMBER, ClassificationDataset
+from tract_transfer.data.detection import (
+    BoxReader,
+    DetectionDataset,
+    annotated_size,
+    is_numbers,
+    stored_size,
+)
+from tract_transfer.data.findings import Box, Findings, Origin, Size, check_size, is_below
+from tract_transfer.data.images import MAX_PIXELS, ImageSource, decode_image
 from tract_transfer.registry import did_you_mean
 
+BOX_FORMATS = ("xywh", "xyxy", "cxcywh")
 _SPLIT_NAMES = ("train", "validation", "val", "valid", "test")
+_MAX_CLASSES = 1_000_000
+# Names of the fields of objects in data sets on the hub.
+_FIELDS = {
+    "boxes": ("bbox", "bboxes", "box", "boxes"),
+    "classes": ("category", "categories", "category_id", "label", "labels", "class"),
+    "difficult": ("difficult", "is_difficult", "ignore"),
+    "crowd": ("iscrowd", "is_crowd", "crowd"),
+    "area": ("area",),
+}
 
 
-class RowImages:
+class Location(NamedTuple):
+    """One split of a data set: the arguments of `load_huggingface` that say where it is."""
+
+    path: str
+    split: str
+    config_name: str | None
+    revision: str | None
+    key: str
+
+    @property
+    def title(self) -> str:
+        """The split's name in messages."""
+        return f"{self.path} split {self.split}"
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether the path neither looks local nor exists, and so is a hub id."""
+        return not (self.path.startswith((".", "/", "~")) or Path(self.path).exists())
+
+    def folder(self) -> Path:
+        """Return the path of local data; refuse a missing one, and options of the hub."""
+        folder = Path(self.path).expanduser()
+        if not folder.exists():
+            raise FileNotFoundError(f"{folder.absolute()} does not exist. Set {self.key}.path.")
+        if self.revision is not None or self.config_name is not None:
+            raise ValueError(
+                f"{self.path} is local and has neither revisions nor configurations. Remove "
+                f"{self.key}.revision and {self.key}.config_name."
+            )
+        return folder
+
+    def check_split(self, known: Sequence[str]) -> list[str]:
+        """Return the names in a split such as `train[:10%]+test`; refuse unknown ones."""
+        names = [re.split(r"[\[(]", part)[0].strip() for part in self.split.split("+")]
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"{self.path} has no split {name!r}.{did_you_mean(name, known)} "
+                    f"Set {self.key}.split to one of {list(known)}."
+                )
+        return names
+
+    def origin(self, declared: str | None, count: int, label_key: str | None = None) -> Origin:
+        """Return the origin of `count` rows; `declared` is the data set's name for itself."""
+        size_check = check_size(self.path, declared, self.is_hub, self.split, count)
+        return Origin(self.path if self.is_hub else None, size_check, label_key)
+
+
+class RowImages(ImageSource):
     """One image column of rows, kept encoded and memory-mapped.
 
-    An image in a file must lie in one of `folders`; one of more than `max_pixels` is not decoded.
+    An image file must be in the data set's folder, or in the caches of the hub.
     """
 
-    def __init__(
-        self,
-        rows: Any,
-        column: str,
-        title: str,
-        folders: Sequence[Path],
-        max_pixels: int = images.MAX_PIXELS,
-    ) -> None:
+    def __init__(self, rows: Any, column: str, at: Location, max_pixels: int) -> None:
         import datasets
+        import huggingface_hub
 
+        super().__init__(max_pixels)
         undecoded = rows.select_columns([column])
         self._rows = undecoded.cast_column(column, datasets.Image(decode=False))
         self._column = column
-        self._title = title
-        self._folders = folders
-        self._max_pixels = max_pixels
+        self._title = at.title
+        folder, config = Path(at.path).expanduser(), datasets.config
+        hub_cache = huggingface_hub.constants.HF_HUB_CACHE
+        caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, hub_cache)
+        local = folder if folder.is_dir() else folder.parent
+        self._folders = [Path(cache) for cache in caches] if at.is_hub else [local]
 
     def stored(self, row: int) -> bytes | Path:
-        """Return a row's encoded image, or its file; an empty cell is no bytes.
-
-        Raises:
-            ValueError: the file is outside the dataset's folder.
-        """
+        """Return a row's encoded image, or its file. Raises ValueError: it is in another folder."""
         cell = self._rows[row][self._column]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             return b""
         if cell["bytes"] is not None:
             return bytes(cell["bytes"])
         if not any(is_below(folder, cell["path"]) for folder in self._folders):
-            listed = " or ".join(map(str, self._folders))
+            folders = " or ".join(map(str, self._folders))
             raise ValueError(
-                f"{self.item(row)} is the file {cell['path']}, which is not below {listed}: data "
+                f"{self.item(row)} is the file {cell['path']}, which is not below {folders}: data "
                 "must not read other files. Save the dataset with its images in it (save_to_disk)."
             )
         return Path(cell["path"])
 
-    def encoded(self, row: int) -> bytes:
-        """Return a row's encoded image."""
-        return images.read_stored(self.stored(row))
-
-    def image(self, row: int) -> Tensor:
+    def image(self, row: int, exif: bool = True) -> Tensor:
         """Return a row's image, uint8 RGB (3, H, W). Raises UndecodableImage."""
-        stored = self.stored(row)
-        item = self.item(row)
-        return images.decode_image(
-            stored,
-            f"{item} ({stored})" if isinstance(stored, Path) else item,
-            max_pixels=self._max_pixels,
-        )
+        stored, item = self.stored(row), self.item(row)
+        item = f"{item} ({stored})" if isinstance(stored, Path) else item
+        return decode_image(stored, item, exif, self._max_pixels)
 
     def item(self, row: int) -> str:
-        """Return what an error message calls a row, as `cifar10 split train row 17`."""
+        """Return a row's name in messages, as `cifar10 split train row 17`."""
         return f"{self._title} row {row}"
 
 
-def folders_of(path: str) -> list[Path]:
-    """Return where the images of a dataset may lie: its folder, or the hub's caches."""
+# Opening rows.
+
+
+def open_rows(at: Location) -> Any:
+    """Return the `datasets.Dataset` of a split. Raises ValueError: it has no rows."""
     import datasets
-    import huggingface_hub
 
-    if not is_hub_id(path):
-        folder = Path(path).expanduser()
-        return [folder if folder.is_dir() else folder.parent]
-    caches = (
-        datasets.config.HF_DATASETS_CACHE,
-        datasets.config.DOWNLOADED_DATASETS_PATH,
-        huggingface_hub.constants.HF_HUB_CACHE,
-    )
-    return [Path(cache) for cache in caches]
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a path is none on this machine: it neither looks local nor exists."""
-    return not (path.startswith((".", "/", "~")) or Path(path).exists())
-
-
-def open_rows(
-    path: str, split: str, config_name: str | None, revision: str | None, key: str
-) -> Any:
-    """Return the `datasets.Dataset` of a split; see `classification.load_huggingface`."""
-    if is_hub_id(path):
-        return _open_hub(path, split, config_name, revision, key)
-    folder = local_path(path, config_name, revision, key)
-    if is_saved(folder):
-        return open_saved(folder, split, key)
-    if folder.is_file() or parquet_files(folder):
-        return _open_parquet(folder, split, key)
-    return _open_image_folder(folder, split, key)
-
-
-def origin_of(rows: Any, path: str, split: str) -> Origin:
-    """Return where the rows of `open_rows` come from, and how their number compares."""
-    is_hub = is_hub_id(path)
-    size_check = check_size(path, rows.info.dataset_name, is_hub, split, len(rows))
-    return Origin(path if is_hub else None, size_check)
-
-
-def local_path(path: str, config_name: str | None, revision: str | None, key: str) -> Path:
-    """Return where local data lie; refuse what is not there, and what only the hub has."""
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder.absolute()} does not exist. Set {key}.path.")
-    if revision is not None or config_name is not None:
-        raise ValueError(
-            f"{path} is local and has neither revisions nor configurations. Remove "
-            f"{key}.revision and {key}.config_name."
+    if at.is_hub:
+        with hub_errors(at):
+            rows = datasets.load_dataset(
+                at.path, at.config_name, split=at.split, revision=at.revision
+            )
+    elif is_saved(folder := at.folder()):
+        rows = open_saved(at)
+    elif folder.is_file() or parquet_files(folder):
+        rows = _open_files(
+            at, "parquet", {k: list(map(str, v)) for k, v in split_files(at).items()}
         )
-    return folder
+    else:
+        splits = [name for name in _SPLIT_NAMES if (folder / name).is_dir()]
+        folders = {name: folder / name for name in splits} or {_own_split(folder): folder}
+        at.check_split(list(folders))
+        # All splits at once, so that the classes are those of their union.
+        rows = _open_files(at, "imagefolder", {k: str(v / "**") for k, v in folders.items()})
+    if len(rows) == 0:
+        raise ValueError(f"{at.title} has no rows. Set {at.key}.split to a split that has some.")
+    return rows
+
+
+@contextmanager
+def hub_errors(at: Location) -> Iterator[None]:
+    """Turn the errors of the hub into the three of `load_huggingface`, and say how to fix them."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        yield
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        is_offline = isinstance(error, ConnectionError | TimeoutError)
+        raise (ConnectionError if is_offline else FileNotFoundError)(
+            f"The hub dataset {at.path!r} did not load ({type(error).__name__}: "
+            f"{_first_line(error)}). Check the name and the connection; or save a copy on a "
+            f"machine that has one, with datasets.load_dataset({at.path!r}).save_to_disk('./copy'),"
+            f" and set {at.key}.path: ./copy. A local path starts with . or / or ~."
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"The hub dataset {at.path!r} with {at.key}.split: {at.split} did not load: "
+            f"{_first_line(error)}. If it has several configurations, set {at.key}.config_name; if "
+            "it has a loading script, save a copy with an older version of datasets and set "
+            f"{at.key}.path to it."
+        ) from error
 
 
 def is_saved(folder: Path) -> bool:
@@ -136,87 +187,26 @@ def is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
 
 
-def _open_hub(
-    path: str, split: str, config_name: str | None, revision: str | None, key: str
-) -> Any:
+def open_saved(at: Location) -> Any:
+    """Return the `datasets.Dataset` of a split that `save_to_disk` wrote."""
     import datasets
 
-    with hub_errors(path, split, key):
-        return datasets.load_dataset(path, config_name, split=split, revision=revision)
-
-
-@contextmanager
-def hub_errors(path: str, split: str, key: str) -> Iterator[None]:
-    """Say what can be done about a data set of the hub that does not load.
-
-    Raises:
-        ConnectionError: the hub does not answer.
-        FileNotFoundError: it has no such data set.
-        ValueError: it has, and the split or configuration does not fit.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        yield
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        away = isinstance(error, ConnectionError | TimeoutError)
-        raise (ConnectionError if away else FileNotFoundError)(
-            f"The hub dataset {path!r} did not load ({type(error).__name__}: {_first(error)}). "
-            f"Check the name and the connection; or save a copy where there is one, with "
-            f"datasets.load_dataset({path!r}).save_to_disk('./copy'), and set "
-            f"{key}.path: ./copy. A local path starts with . or / or ~."
-        ) from error
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"The hub dataset {path!r} with {key}.split: {split} did not load: {_first(error)}. "
-            f"Where it has several configurations, set {key}.config_name; where it has a loading "
-            f"script, save a copy with an older version of datasets and set {key}.path to it."
-        ) from error
-
-
-def _first(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def check_split(split: str, known: list[str], path: Path | str, key: str) -> list[str]:
-    """Return the names in a spec such as `train[:10%]+test`, each of them known."""
-    named = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
-    for name in named:
-        if name not in known:
-            raise ValueError(
-                f"{path} has no split {name!r}.{did_you_mean(name, known)} "
-                f"Set {key}.split to one of {known}."
-            )
-    return named
-
-
-def open_saved(folder: Path, split: str, key: str) -> Any:
-    """Return the `datasets.Dataset` of a split of what `save_to_disk` wrote."""
-    import datasets
-
+    folder = at.folder()
     try:
         saved = datasets.load_from_disk(str(folder))
-    except IndexError as error:  # of a split that was saved without rows
+    except IndexError as error:  # a split was saved without rows
         raise ValueError(
-            f"{folder} has a split without rows. Save it anew, or set {key}.path."
+            f"{folder} has a split without rows. Save it again, or set {at.key}.path."
         ) from error
     if not isinstance(saved, datasets.DatasetDict):
-        saved = datasets.DatasetDict({str(saved.split or own_split(folder)): saved})
-    check_split(split, list(saved), folder, key)
+        saved = datasets.DatasetDict({str(saved.split or _own_split(folder)): saved})
+    at.check_split(list(saved))
     try:
-        slices = datasets.ReadInstruction.from_spec(split).to_absolute(saved.num_rows)
+        slices = datasets.ReadInstruction.from_spec(at.split).to_absolute(saved.num_rows)
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"{key}.split: {split} is no slice of {folder}: {error}") from error
+        raise ValueError(f"{at.key}.split: {at.split} is no slice of {folder}: {error}") from error
     parts = [saved[part.splitname].select(range(part.from_, part.to)) for part in slices]
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-
-
-def own_split(path: Path) -> str:
-    """Return the split that a file or folder is: the one it is named after, and else train.
-
-    Any name would do, but then one folder could be train and test at once without a word.
-    """
-    return path.stem if path.stem in _SPLIT_NAMES else "train"
 
 
 def parquet_files(folder: Path) -> list[Path]:
@@ -224,115 +214,353 @@ def parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
 
 
-def _open_parquet(path: Path, split: str, key: str) -> Any:
-    import datasets
-
-    files = split_files(path, split, key)
-    data_files = {name: [str(file) for file in group] for name, group in files.items()}
-    try:
-        return datasets.load_dataset("parquet", data_files=data_files, split=split)
-    except (ValueError, AssertionError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"{path} with {key}.split: {split} did not load: {cause}") from error
-
-
-def split_files(path: Path, split: str, key: str) -> dict[str, list[Path]]:
-    """Return the parquet files of each split that `split` names."""
+def split_files(at: Location) -> dict[str, list[Path]]:
+    """Return the parquet files of each split that `at.split` names; refuse an incomplete copy."""
+    path, groups = at.folder(), dict[str, list[Path]]()
     if path.is_file():
         if path.suffix != ".parquet":
-            raise ValueError(f"{path} is not a parquet file nor a folder. Set {key}.path.")
-        groups = {own_split(path): [path]}
-    else:
-        groups = _group_shards(parquet_files(path))
-    return {name: groups[name] for name in check_split(split, list(groups), path, key)}
-
-
-def _group_shards(files: list[Path]) -> dict[str, list[Path]]:
-    groups: dict[str, list[Path]] = {}
-    for file in files:
+            raise ValueError(f"{path} is neither a parquet file nor a folder. Set {at.key}.path.")
+        groups[_own_split(path)] = [path]
+    for file in [] if path.is_file() else parquet_files(path):
         name, _, total = re.fullmatch(r"(.+?)(-\d+-of-(\d+))?", file.stem).groups()  # type: ignore[union-attr]
         groups.setdefault(name, []).append(file)
-        expected = len(list(file.parent.glob(f"{name}-*-of-{total}.parquet")))
-        if total is not None and expected != int(total):
+        count = len(list(file.parent.glob(f"{name}-*-of-{total}.parquet")))
+        if total is not None and count != int(total):
             raise ValueError(
                 f"{file.parent} must hold all {int(total)} files of split {name!r}, but has "
-                f"{expected}. Complete the copy."
+                f"{count}. Complete the copy."
             )
-    return groups
+    return {name: groups[name] for name in at.check_split(list(groups))}
 
 
-def split_folders(folder: Path) -> dict[str, Path]:
-    """Return the folders of an image folder's splits; itself is one where it has none."""
-    splits = [name for name in _SPLIT_NAMES if (folder / name).is_dir()]
-    return {name: folder / name for name in splits} or {own_split(folder): folder}
+def _own_split(path: Path) -> str:
+    """Return the split that a path is named after, or train: one path is never two splits."""
+    return path.stem if path.stem in _SPLIT_NAMES else "train"
 
 
-def _open_image_folder(folder: Path, split: str, key: str) -> Any:
+def _open_files(at: Location, kind: str, data_files: Mapping[str, Any]) -> Any:
     import datasets
 
-    folders = split_folders(folder)
-    check_split(split, list(folders), folder, key)
-    # All splits at once, so that the classes are those of their union.
-    data_files = {name: str(place / "**") for name, place in folders.items()}
     try:
-        return datasets.load_dataset("imagefolder", data_files=data_files, split=split)
-    except (OSError, ValueError, AssertionError) as error:
+        return datasets.load_dataset(kind, data_files=dict(data_files), split=at.split)
+    except (OSError, ValueError, AssertionError, datasets.exceptions.DatasetGenerationError) as e:
+        layout = " as a folder of images, <class>/x.png or <split>/<class>/x.png"
         raise ValueError(
-            f"{folder} with {key}.split: {split} did not load as a folder of images, "
-            f"<class>/x.png or <split>/<class>/x.png: {_first(error)}. Set {key}.path."
-        ) from error
+            f"{at.path} with {at.key}.split: {at.split} did not load"
+            f"{layout if kind == 'imagefolder' else ''}: {_first_line(e.__cause__ or e)}. "
+            f"Set {at.key}.path."
+        ) from e
 
 
-# --- Which columns of Hugging Face data hold images and labels: those named, or of that type.
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
-def find_image_column(rows: Any, column: str | None, key: str) -> str:
-    """Return the image column: the named one, or the only one with feature `Image`."""
+# Columns of images and labels.
+
+
+def find_image_column(features: Mapping[str, Any], column: str | None, key: str) -> str:
+    """Return the image column: the named one, or the only one with the feature `Image`."""
     import datasets
 
-    column = _find(rows, column, datasets.Image, f"{key}.image_column")
-    if not isinstance(rows.features[column], datasets.Image):
+    column = _find_column(features, column, datasets.Image, f"{key}.image_column")
+    if not isinstance(features[column], datasets.Image):
         raise ValueError(
             f"{key}.image_column: {column!r} must have the feature Image, not "
-            f"{rows.features[column]}. Convert it with cast_column({column!r}, datasets.Image()) "
-            "and save_to_disk."
-        )
-    return column
-
-
-def find_label_column(rows: Any, column: str | None, key: str) -> str:
-    """Return the label column: the named one, or the only one with feature `ClassLabel`."""
-    import datasets
-
-    column = _find(rows, column, datasets.ClassLabel, f"{key}.label_column")
-    feature = rows.features[column]
-    dtype = str(getattr(feature, "dtype", feature))
-    if not isinstance(feature, datasets.ClassLabel) and not re.fullmatch(r"u?int\d+|bool", dtype):
-        raise ValueError(
-            f"{key}.label_column: {column!r} must hold integers, booleans or a ClassLabel, not "
-            f"{dtype}. "
-            f"Convert it with class_encode_column({column!r}) on all splits together, and "
+            f"{features[column]}. Convert it with cast_column({column!r}, datasets.Image()) and "
             "save_to_disk."
         )
     return column
 
 
-def _find(rows: Any, column: str | None, feature: type, key: str) -> str:
-    listed = ", ".join(f"{name} ({_type(kind)})" for name, kind in rows.features.items())
-    if column is not None:
-        if column not in rows.features:
-            hint = did_you_mean(column, rows.features)
-            raise ValueError(f"{key}: no column {column!r}.{hint} Columns: {listed}.")
-        return column
-    found: list[str] = [name for name, kind in rows.features.items() if isinstance(kind, feature)]
-    if len(found) != 1:
+def find_label_column(features: Mapping[str, Any], column: str | None, key: str) -> str:
+    """Return the label column: the named one, or the only one with the feature `ClassLabel`."""
+    import datasets
+
+    column = _find_column(features, column, datasets.ClassLabel, f"{key}.label_column")
+    feature = features[column]
+    dtype = str(getattr(feature, "dtype", feature))
+    if not isinstance(feature, datasets.ClassLabel) and not re.fullmatch(r"u?int\d+|bool", dtype):
         raise ValueError(
-            f"One column must have the feature {feature.__name__}, but {len(found)} have: set "
-            f"{key}. Columns: {listed}."
+            f"{key}.label_column: {column!r} must hold integers, booleans or a ClassLabel, not "
+            f"{dtype}. Convert it with class_encode_column({column!r}) on all splits together, and "
+            "save_to_disk."
         )
-    return found[0]
+    return column
 
 
-def _type(feature: Any) -> str:
-    plain = type(feature).__name__
-    return str(feature.dtype) if plain == "Value" else plain
+def _find_column(features: Mapping[str, Any], column: str | None, feature: type, key: str) -> str:
+    types = {
+        name: str(kind.dtype) if type(kind).__name__ == "Value" else type(kind).__name__
+        for name, kind in features.items()
+    }
+    listed = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+    if column is None:
+        candidates = [name for name, kind in features.items() if isinstance(kind, feature)]
+        if len(candidates) != 1:
+            raise ValueError(
+                f"One column must have the feature {feature.__name__}, but {len(candidates)} have: "
+                f"set {key}. Columns: {listed}."
+            )
+        return candidates[0]
+    if column not in features:
+        hint = did_you_mean(column, features)
+        raise ValueError(f"{key}: no column {column!r}.{hint} Columns: {listed}.")
+    return column
+
+
+def named_classes(feature: Any, column: str, at: Location) -> list[str] | None:
+    """Return the class names of a label column, or None for integers. Refuse a single class."""
+    import datasets
+
+    if not isinstance(feature, datasets.ClassLabel):
+        return ["False", "True"] if feature.dtype == "bool" else None
+    if len(feature.names) < 2:
+        raise ValueError(
+            f"{at.title}: column {column!r} has one class, {feature.names}, and classification "
+            f"needs two. Set {at.key}.label_column to another column, or {at.key}.path to other "
+            "data."
+        )
+    return list(feature.names)
+
+
+def as_labels(column: Any) -> np.ndarray:
+    """Return int64 (N,) of an Arrow column; null is -1, unlabelled."""
+    return np.asarray(column.cast("int64").fill_null(-1), dtype=np.int64)
+
+
+def wrong_label(item: str, label: int, column: str, num_classes: int, key: str) -> ValueError:
+    """Return the error for a label that is not one of the classes."""
+    hint = " -1 marks an unlabelled split: set" if label == -1 else " Correct it, or set"
+    return ValueError(
+        f"{item}: label {label} in column {column!r} must be in 0..{num_classes - 1}.{hint} "
+        f"{key}.split to another."
+    )
+
+
+# Loading a split.
+
+
+def load_huggingface(
+    path: str,
+    split: str,
+    *,
+    config_name: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    key: str = "data.train",
+    findings: Findings | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> ClassificationDataset:
+    """Load one split of an image classification data set.
+
+    Args:
+        path: a folder written by `save_to_disk`, a parquet file or a folder of them
+            (`train.parquet`, `train-00000-of-00003.parquet`), a folder of images
+            (`<class>/x.png` or `<split>/<class>/x.png`), or a hub id. A path that starts with `.`,
+            `/` or `~`, or exists, is local: the hub is never asked.
+        split: a split's name, or a slice such as `train[:10%]`. A single parquet file or image
+            folder is the split it is named after, or else `train`.
+        config_name: the configuration of a hub data set.
+        revision: branch, tag or commit of a hub id.
+        image_column, label_column: needed unless exactly one column has the feature `Image` or
+            `ClassLabel`. A named label column may hold integers, whose classes are "0", "1", ...
+            up to the largest (see `join_integer_classes`), or booleans: "False", "True".
+        key: the config section that errors name.
+        findings: what happens to rows with a wrong label; by default the first is raised.
+        max_pixels: larger images are not decoded.
+
+    Raises:
+        FileNotFoundError: the path does not exist, or the hub has no such data set.
+        ConnectionError: the hub does not answer.
+        ValueError: the split, a column or a label does not fit.
+    """
+    at = Location(path, split, config_name, revision, key)
+    findings = findings or Findings()
+    rows = open_rows(at)
+    image_column = find_image_column(rows.features, image_column, key)
+    column = find_label_column(rows.features, label_column, key)
+    cells = rows.select_columns([column]).with_format("arrow")[:][column]
+    labels = as_labels(cells)
+    names = named_classes(rows.features[column], column, at)
+    label_key = f"{key}.label_column" if names is None else None
+    if names is None:
+        if (largest := int(labels.max())) >= _MAX_CLASSES:
+            raise ValueError(
+                f"{key}.label_column: its integers reach {largest}, so they are no class numbers. "
+                f"{RENUMBER}"
+            )
+        names = [str(label) for label in range(largest + 1)]
+    source = RowImages(rows, image_column, at, max_pixels)
+    is_wrong = (labels < 0) | (labels >= len(names))
+    for row in np.flatnonzero(is_wrong).tolist():
+        findings.report(wrong_label(source.item(row), labels[row], column, len(names), key))
+    kept = np.flatnonzero(~is_wrong)
+    origin = at.origin(rows.info.dataset_name, len(rows), label_key)
+    return ClassificationDataset(path, names, labels[kept], source, kept, origin)
+
+
+def load_huggingface_boxes(
+    path: str,
+    split: str,
+    box_format: str,
+    *,
+    box_unit: str = "pixel",
+    classes: Sequence[str] | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    objects_column: str | None = None,
+    key: str = "data.train",
+    findings: Findings | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> DetectionDataset:
+    """Load one split of a detection data set.
+
+    Args:
+        path, split, config_name, revision, image_column, key, max_pixels: as of `load_huggingface`.
+        box_format: `xywh` (COCO), `xyxy` or `cxcywh` (YOLO).
+        box_unit: `pixel`, or `relative` to the width and height of the image.
+        classes: the class names in label order. Needed if the classes have no feature ClassLabel:
+            integers then index it, strings must be in it.
+        objects_column: needed if several columns hold boxes. It is a list of structs or a struct
+            of lists, with `bbox` and `category`, and optionally `difficult`, `iscrowd` and `area`.
+        findings: what happens to wrong annotations; by default the first is raised.
+
+    The columns `height` and `width`, if there are any, are the annotated size. The EXIF orientation
+    of images is applied, as `datasets` does, except for images that have the annotated size only as
+    stored. A column `image_id` must not repeat.
+
+    Raises: as `load_huggingface`.
+    """
+    if box_format not in BOX_FORMATS or box_unit not in ("pixel", "relative"):
+        raise ValueError(f"{key}: no box_format {box_format!r} or box_unit {box_unit!r}.")
+    at = Location(path, split, config_name, revision, key)
+    findings = findings or Findings()
+    rows = open_rows(at)
+    image_column = find_image_column(rows.features, image_column, key)
+    source = RowImages(rows, image_column, at, max_pixels)
+    column = _find_objects(rows.features, objects_column, key)
+    names = column.class_names if classes is None else list(classes)
+    if names is None:
+        raise ValueError(
+            f"{key}.classes is needed, the class names in label order: "
+            f"{column.name}.{column.fields['classes']} is no ClassLabel."
+        )
+    reader = BoxReader(names, key, findings)
+    kept = _read_rows(rows, source, column, reader, box_format, box_unit)
+    origin = at.origin(rows.info.dataset_name, len(rows))
+    return reader.dataset(path, source, kept, upright=True, origin=origin)
+
+
+def _read_rows(
+    rows: Any,
+    source: RowImages,
+    column: "_ObjectsColumn",
+    reader: BoxReader,
+    box_format: str,
+    box_unit: str,
+) -> list[int]:
+    """Add the images and objects of all rows; return the rows, each image_id once."""
+    kept: list[int] = []
+    first_with: dict[Any, int] = {}
+    columns = {column.name, "image_id", "height", "width"} & set(rows.features)
+    for number, row in enumerate(rows.select_columns(sorted(columns))):
+        item, image_id = source.item(number), row.get("image_id")
+        if image_id is not None and (other := first_with.setdefault(image_id, number)) != number:
+            message = f"{item} repeats image_id {image_id!r} of row {other}. Remove one of them."
+            reader.findings.report(ValueError(message))
+            continue
+        size = annotated_size(row.get("height"), row.get("width"))
+        size = size or stored_size(source.stored(number), exif=True)
+        kept.append(number)
+        image = reader.add_image(size)
+        try:
+            entries = _entries(row[column.name], column, item)
+        except ValueError as error:
+            reader.findings.report(error)
+            continue
+        unit = size if box_unit == "relative" else (1, 1)
+        for count, entry in enumerate(entries, start=1):
+            name = _class_name(entry["classes"], column.class_names or reader.class_names)
+            box, written = None, f"the box must be four numbers, not {entry['boxes']!r}"
+            if is_numbers(entry["boxes"]):
+                box = _to_xyxy(entry["boxes"], box_format, unit)
+                written = f"{box_format} {entry['boxes']}"
+            reader.add_object(
+                image,
+                f"{item} object {count} ({name})",
+                name,
+                box,
+                written,
+                difficult=bool(entry.get("difficult")),
+                crowd=bool(entry.get("crowd")),
+                area=entry.get("area") if box_unit == "pixel" else None,
+            )
+    return kept
+
+
+class _ObjectsColumn(NamedTuple):
+    name: str
+    fields: dict[str, str]  # boxes, classes, ... -> the field's name in the data
+    class_names: list[str] | None  # of a ClassLabel
+
+
+def _find_objects(features: Mapping[str, Any], name: str | None, key: str) -> _ObjectsColumn:
+    """Find the column of objects and the names of its fields."""
+    columns: dict[str, _ObjectsColumn] = {}
+    for column, feature in features.items():
+        struct = getattr(feature, "feature", feature)  # of a list of structs
+        struct = struct if isinstance(struct, dict) else {}
+        fields = {
+            what: next(field for field in candidates if field in struct)
+            for what, candidates in _FIELDS.items()
+            if not struct.keys().isdisjoint(candidates)
+        }
+        if "boxes" in fields and "classes" in fields:
+            classes = struct[fields["classes"]]
+            while not hasattr(classes, "names") and hasattr(classes, "feature"):
+                classes = classes.feature
+            columns[column] = _ObjectsColumn(column, fields, getattr(classes, "names", None))
+    if name is None and len(columns) == 1:
+        return next(iter(columns.values()))
+    if name not in columns:
+        listed = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
+        given = "" if name is None else f" {name!r} does not.{did_you_mean(name, columns)}"
+        raise ValueError(
+            f"One column must hold objects with bbox and category, and {len(columns)} do.{given} "
+            f"Set {key}.objects_column. Columns: {listed}."
+        )
+    return columns[name]
+
+
+def _entries(cell: Any, column: _ObjectsColumn, item: str) -> list[dict[str, Any]]:
+    """Return the objects of a row, each a mapping from boxes, classes, ... to its values."""
+    fields = column.fields
+    if not isinstance(cell, dict):
+        return [{what: entry.get(fields[what]) for what in fields} for entry in cell or []]
+    lists = {what: cell[fields[what]] for what in fields if cell.get(fields[what]) is not None}
+    counts = {fields[what]: len(values) for what, values in lists.items()}
+    if len(set(counts.values())) > 1 or ("boxes" in lists) != ("classes" in lists):
+        raise ValueError(f"{item}: the fields of its objects differ in length: {counts}.")
+    rows = zip(*lists.values(), strict=True)
+    return [dict(zip(lists, values, strict=True)) for values in rows]
+
+
+def _class_name(value: Any, names: Sequence[str]) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+        return names[value]
+    return str(value)
+
+
+def _to_xyxy(written: Sequence[float], box_format: str, unit: Size) -> Box:
+    """Return a box in pixels; `unit` is the (height, width) that 1 stands for."""
+    a, b, c, d = map(float, written)
+    x1, y1, x2, y2 = {
+        "xyxy": (a, b, c, d),
+        "xywh": (a, b, a + c, b + d),
+        "cxcywh": (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
+    }[box_format]
+    height, width = unit
+    return x1 * width, y1 * height, x2 * width, y2 * height

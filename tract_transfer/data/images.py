@@ -1,4 +1,4 @@
-"""Decoding images: any mode to uint8 RGB (3, H, W), and one error that names the culprit."""
+"""Images: decoding to uint8 RGB (3, H, W), where they are stored, and frames of videos."""
 
 import hashlib
 import itertools
@@ -6,11 +6,13 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
 from fractions import Fraction
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,32 +20,24 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-# What PIL's readers raise for bytes that are no image, cut short or corrupt.
-_DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-# Formats of pictures. PIL knows more, and has other programs read some of them (EPS: Ghostscript).
+from tract_transfer.data.findings import Origin, Size
+
+# PIL can read more, some of it through other programs (EPS: Ghostscript).
 FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-# More is refused from the header, before anything is decoded; PIL itself refuses twice as many.
+# Larger images are refused from the header, before decoding. PIL itself refuses twice as many.
 MAX_PIXELS = 89_478_485
+# What PIL's readers raise for bytes that are truncated, corrupt or no image.
+_DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, TypeError, AttributeError, LookupError,
+    ArithmeticError, NotImplementedError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 _NUM_FINGERPRINT_IMAGES = 64
 
 
 class UndecodableImage(ValueError):  # noqa: N818 - reads as what it is
     """An image that cannot be decoded.
 
-    `item` says which (a file, or `split train row 17`), `reason` why. A DataLoader re-raises a
+    `item` names it (a file, or `split train row 17`), `reason` says why. A DataLoader re-raises a
     worker's exception from its text alone: then `item` is that text and `reason` is empty.
     """
 
@@ -62,25 +56,25 @@ class UndecodableImage(ValueError):  # noqa: N818 - reads as what it is
 
 
 def decode_image(
-    source: bytes | Path, item: str, exif: bool = True, max_pixels: int = MAX_PIXELS
+    stored: bytes | Path, item: str, exif: bool = True, max_pixels: int = MAX_PIXELS
 ) -> Tensor:
     """Decode an image (its first frame) to uint8 RGB (3, H, W).
 
-    Transparency is composited over white, 16-bit grey is scaled to 8 bits (not clipped), CMYK and
-    the rest are converted by PIL.
+    Transparent pixels are composited over white and 16-bit gray is scaled to 8 bits; PIL converts
+    the other modes.
 
     Args:
-        source: the encoded bytes, or the file that holds them.
-        item: what an error calls the image.
-        exif: turn the image as its EXIF orientation says.
-        max_pixels: the largest width x height, by the image's header.
+        stored: the encoded bytes, or their file.
+        item: the image's name in errors.
+        exif: apply the EXIF orientation.
+        max_pixels: the largest width x height, by the header.
 
     Raises:
-        UndecodableImage: none of FORMATS, cut short, too large, or of 32-bit floats, which have no
-            defined range.
-        OSError: the file `source` cannot be read.
+        UndecodableImage: the image is truncated, too large, in none of FORMATS, or has 32-bit
+            floats, whose range is undefined.
+        OSError: the file cannot be read.
     """
-    data = read_stored(source)
+    data = read_stored(stored)
     if not data:
         raise UndecodableImage(item, "it is empty (0 bytes)")
     try:
@@ -90,8 +84,7 @@ def decode_image(
                     f"its header says {image.width}x{image.height} pixels, more than "
                     f"data.max_pixels {max_pixels}"
                 )
-            upright = ImageOps.exif_transpose(image) if exif else image
-            pixels = np.array(_to_rgb(upright))
+            pixels = np.array(_to_rgb(ImageOps.exif_transpose(image) if exif else image))
     except _DECODER_ERRORS as error:
         reason = str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
@@ -100,35 +93,20 @@ def decode_image(
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def read_size(source: bytes | Path, exif: bool = False) -> tuple[int, int]:
-    """Return (height, width) from an image's header, turned as its EXIF orientation says or not.
-
-    Raises:
-        UndecodableImage: there is no header that PIL knows.
-    """
-    height, width, orientation = _read_header(source)
-    return (width, height) if exif and orientation in (5, 6, 7, 8) else (height, width)
-
-
-def read_orientation(source: bytes | Path) -> int:
-    """Return the EXIF orientation in an image's header, 1..8; 1 is as stored, or not stated.
-
-    Raises:
-        UndecodableImage: there is no header that PIL knows.
-    """
-    orientation = _read_header(source)[2]
-    return orientation if orientation in range(1, 9) else 1
-
-
-def _read_header(source: bytes | Path) -> tuple[int, int, int]:
-    """Return height, width and EXIF orientation."""
+def read_header(stored: bytes | Path) -> tuple[Size, int]:
+    """Return (height, width) as stored and the EXIF orientation, 1..8. Raises UndecodableImage."""
     try:
-        stream = source if isinstance(source, Path) else BytesIO(source)
+        stream = stored if isinstance(stored, Path) else BytesIO(stored)
         with Image.open(stream, formats=_formats()) as header:
             orientation = header.getexif().get(ExifTags.Base.Orientation, 1)
-            return header.height, header.width, orientation
+            return (header.height, header.width), orientation if orientation in range(1, 9) else 1
     except _DECODER_ERRORS as error:
-        raise UndecodableImage(str(source)[:200], f"no size to be read ({error})") from error
+        raise UndecodableImage(str(stored)[:200], f"its header has no size ({error})") from error
+
+
+def upright_size(size: Size, orientation: int) -> Size:
+    """Return the (height, width) of an image after its EXIF orientation is applied."""
+    return size[::-1] if orientation in (5, 6, 7, 8) else size
 
 
 @cache
@@ -153,19 +131,96 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_stored(stored: bytes | Path) -> bytes:
-    """Return the encoded bytes of an image, which lie in memory or in a file."""
+    """Return the encoded bytes of an image, from memory or from its file."""
     return stored.read_bytes() if isinstance(stored, Path) else stored
 
 
-def decode_all(image: Callable[[int], Tensor], length: int) -> list[Tensor | None]:
-    """Decode `length` images into RAM; None stands for one that cannot be decoded."""
-    decoded: list[Tensor | None] = []
-    for index in range(length):
-        try:
-            decoded.append(image(index))
-        except UndecodableImage:  # noqa: PERF203 - decoding dwarfs it
-            decoded.append(None)
-    return decoded
+class ImageSource:
+    """Where the images of a data set are stored: a subclass defines `stored` and `item`.
+
+    Rows are those of the source, before any selection. An image of more than `max_pixels` is not
+    decoded.
+    """
+
+    def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
+        self._max_pixels = max_pixels
+
+    def stored(self, row: int) -> bytes | Path:
+        """Return a row's encoded image, or its file."""
+        raise NotImplementedError
+
+    def item(self, row: int) -> str:
+        """Return the row's name in error messages."""
+        raise NotImplementedError
+
+    def encoded(self, row: int) -> bytes:
+        """Return a row's encoded image."""
+        return read_stored(self.stored(row))
+
+    def image(self, row: int, exif: bool = True) -> Tensor:
+        """Return a row's image, uint8 RGB (3, H, W). Raises UndecodableImage."""
+        return decode_image(self.stored(row), self.item(row), exif, self._max_pixels)
+
+
+Self = TypeVar("Self", bound="IndexedImages")
+
+
+class IndexedImages:
+    """The images of a data set by index, decoded at each access unless `cache_images` is called."""
+
+    def __init__(
+        self,
+        name: str,
+        class_names: Sequence[str],
+        source: ImageSource,
+        length: int,
+        rows: Sequence[int] | np.ndarray | None,
+        origin: Origin | None,
+    ) -> None:
+        self.name = name
+        self.class_names = list(class_names)
+        self.origin = origin or Origin()
+        self._source = source
+        self._rows = np.arange(length) if rows is None else np.asarray(rows, dtype=np.int64)
+        self._cache: list[Tensor | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def image(self, index: int) -> Tensor:
+        """Return an image, uint8 RGB (3, H, W). Raises UndecodableImage."""
+        cached = self._cache[index] if self._cache is not None else None
+        return self._decode(index) if cached is None else cached
+
+    def _decode(self, index: int) -> Tensor:
+        return self._source.image(int(self._rows[index]))
+
+    def item(self, index: int) -> str:
+        """Return the image's name in messages: its file, or `cifar10 split train row 17`."""
+        return self._source.item(int(self._rows[index]))
+
+    def encoded(self, index: int) -> bytes:
+        """Return an image's stored bytes."""
+        return self._source.encoded(int(self._rows[index]))
+
+    def select(self: Self, indices: Sequence[int] | np.ndarray, name: str) -> Self:
+        """Return the data set of these images, in this order; it keeps all classes."""
+        selected = copy(self)
+        selected.name = name
+        selected._rows = self._rows[np.asarray(indices, dtype=np.int64)]
+        if self._cache is not None:
+            selected._cache = [self._cache[index] for index in indices]
+        return selected
+
+    def cache_images(self) -> None:
+        """Decode every image once into RAM; an undecodable image raises when it is accessed."""
+        cached: list[Tensor | None] = []
+        for index in range(len(self)):
+            try:
+                cached.append(self.image(index))
+            except UndecodableImage:  # noqa: PERF203 - decoding takes far longer
+                cached.append(None)
+        self._cache = cached
 
 
 def content_hashes(encoded: Callable[[int], bytes], length: int) -> list[str]:
@@ -179,10 +234,10 @@ def fingerprint(
     encoded: Callable[[int], bytes],
     length: int,
 ) -> str:
-    """Return the sha256 (hex) of what a dataset of `length` images holds.
+    """Return the sha256 (hex) of a data set of `length` images, without reading all of them.
 
     It covers the length, the class names, every annotation in `arrays` and the encoded bytes of
-    up to 64 evenly spaced images: enough to tell two datasets apart, without reading all of one.
+    up to 64 evenly spaced images.
     """
     digest = hashlib.sha256(json.dumps([length, list(class_names)]).encode())
     for array in arrays:
@@ -194,70 +249,65 @@ def fingerprint(
 
 
 def estimated_bytes(encoded: Callable[[int], bytes], length: int) -> int:
-    """Return about how many bytes `length` encoded images are, by the mean of the same 64."""
+    """Estimate the size of `length` encoded images from the mean of up to 64 of them."""
     sizes = [len(encoded(index)) for index in _spread(length)]
     return round(length * sum(sizes) / max(len(sizes), 1))
 
 
 def _spread(length: int) -> list[int]:
-    """Up to 64 evenly spaced images."""
+    """Return up to 64 evenly spaced indices."""
     spread = np.linspace(0, length - 1, min(length, _NUM_FINGERPRINT_IMAGES)).round()
     return [int(index) for index in spread]
 
 
-# --- Frames of a video file, by PyAV where that is installed.
+# Frames of a video file, read and written by PyAV if it is installed.
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
-_FORMATS = "avi,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpeg,mpegts"  # as FFmpeg calls them
+_VIDEO_FORMATS = "avi,mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,mpeg,mpegts"  # FFmpeg's names
 _BITS_PER_SECOND = 8_000_000
 
 
 def read_video(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Tensor]:
-    """Yield the frames of a video's first stream, uint8 RGB (3, H, W), one at a time.
+    """Yield the frames of a video, uint8 RGB (3, H, W), one at a time.
 
     Raises:
         ImportError: PyAV is not installed.
-        ValueError: the file is no video, is cut short, or has frames of more than `max_pixels`.
+        ValueError: the file is no video, is truncated, or has frames of more than `max_pixels`.
     """
-    av = _pyav()
-    try:
-        with _open(av, path) as container:
-            stream = container.streams.video[0]
-            if stream.width * stream.height > max_pixels:
-                raise ValueError(
-                    f"{path} has frames of {stream.width}x{stream.height} pixels, more than "
-                    f"data.max_pixels {max_pixels}."
-                )
-            for frame in container.decode(video=0):
-                pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
-                yield pixels.permute(2, 0, 1).contiguous()
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read as a video: {error}.") from error
+    with _open_video(path) as (container, stream):
+        if stream.width * stream.height > max_pixels:
+            raise ValueError(
+                f"{path} has frames of {stream.width}x{stream.height} pixels, more than "
+                f"data.max_pixels {max_pixels}."
+            )
+        for frame in container.decode(video=0):
+            pixels = torch.from_numpy(frame.to_ndarray(format="rgb24"))
+            yield pixels.permute(2, 0, 1).contiguous()
 
 
 def frame_rate(path: Path) -> float:
-    """Return a video's frames per second.
+    """Return a video's frames per second. Raises as `read_video`."""
+    with _open_video(path) as (_, stream):
+        return float(stream.average_rate)
 
-    Raises:
-        ImportError: PyAV is not installed.
-        ValueError: the file is no video.
-    """
+
+@contextmanager
+def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a video and its first stream, but no format that names other files, as playlists do."""
     av = _pyav()
+    options = {"protocol_whitelist": "file", "format_whitelist": _VIDEO_FORMATS}
     try:
-        with _open(av, path) as container:
-            return float(container.streams.video[0].average_rate)
+        with av.open(str(path.absolute()), options=options) as container:
+            yield container, container.streams.video[0]
     except (av.FFmpegError, IndexError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as a video: {error}.") from error
 
 
 def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], frames_per_second: float) -> None:
-    """Write (H, W, 3) RGB frames of one size as MPEG-4.
+    """Write RGB frames (H, W, 3) of one size as MPEG-4.
 
-    Odd sizes lose their last row or column: the format wants even ones.
-
-    Raises:
-        ImportError: PyAV is not installed.
-        ValueError: there is no frame.
+    The format needs even sides: an odd side loses its last row or column. Raises ImportError if
+    PyAV is not installed, and ValueError if there is no frame.
     """
     av, frames = _pyav(), iter(frames)
     first = next(frames, None)
@@ -273,12 +323,6 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], frames_per_seco
             pixels = np.ascontiguousarray(frame[:height, :width])
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
         container.mux(stream.encode())
-
-
-def _open(av: Any, path: Path) -> Any:
-    """Open a video of a format that names no other files or addresses, as playlists do."""
-    only = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
-    return av.open(str(path.absolute()), options=only)
 
 
 def _pyav() -> Any:

@@ -1,6 +1,6 @@
 """Which images an iteration sees: a function of the seed and the iteration alone.
 
-So it depends neither on the number of workers or processes, nor on where a run was resumed.
+It does not depend on the number of workers or processes, nor on where a run was resumed.
 """
 
 # N images, M objects, B images a batch
@@ -18,7 +18,7 @@ _GROUPS = ("wide or square", "tall")
 
 
 class Sample(NamedTuple):
-    """One image as it is met in one epoch, for the `copy`-th time from 0."""
+    """The `copy`-th showing of an image in an epoch, from 0."""
 
     epoch: int
     index: int  # type: ignore[assignment]  # hides tuple.index
@@ -26,7 +26,7 @@ class Sample(NamedTuple):
 
 
 def mix(*parts: int) -> int:
-    """Hash whole numbers to 64 bits, so that neighbouring seeds share nothing."""
+    """Hash integers to 64 bits, so that neighboring seeds share nothing."""
     text = ",".join(map(str, parts)).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
@@ -39,13 +39,13 @@ def aspect_groups(sizes: np.ndarray) -> np.ndarray:
 def repeat_factors(
     first: np.ndarray, labels: np.ndarray, num_classes: int, threshold: float
 ) -> np.ndarray:
-    """Return how often an epoch shows each image, float64 (N,) from 1 (LVIS, appendix B.2).
+    """Return how often an epoch shows each image, float64 (N,), at least 1 (LVIS, appendix B.2).
 
-    A class in a fraction f of the images asks for max(1, sqrt(threshold / f)); an image is
-    repeated as the rarest of its classes asks, one without objects is not.
+    The factor of a class in a fraction f of the images is max(1, sqrt(threshold / f)). An image has
+    the largest factor of its classes, or 1 if it has no objects.
 
     Args:
-        first: int64 (N + 1,); image i owns `labels[first[i]:first[i + 1]]`.
+        first: int64 (N + 1,); image i has `labels[first[i]:first[i + 1]]`.
         labels: int64 (M,), in 0..num_classes-1.
         threshold: the fraction of images below which a class is repeated, in (0, 1].
     """
@@ -64,27 +64,26 @@ def repeat_factors(
 class EpochOrder:
     """The batches of every epoch: their number is fixed, their images depend on (seed, epoch).
 
-    An epoch is a permutation of the images; what does not fill a batch at its end is dropped.
+    An epoch is a permutation of the images. Images that do not fill a batch at its end are dropped.
 
     Args:
         batch_size: B, the images of an optimizer step over all processes.
-        groups: int64 (N,) of 0 and 1; the images of a batch are all of one group. What does not
-            fill a batch is then dropped from each, and the batches are shuffled.
-        factors: float64 (N,), at least 1; an image is shown floor or ceil of its factor times, as
-            often as makes the factor its mean. The length of an epoch is round(sum of factors),
-            with groups of each group: to hold it, the factors are scaled by less than half an
-            image in all.
-        repeats: how often an image comes, each time as another copy (repeated augmentation:
-            Hoffer et al. 2020), without groups and factors. As in DeiT, every image of the
-            permutation comes so often in a row, batches are cut from that, and an epoch still
-            shows as many images: all copies of the first N / repeats, and none of the rest. So a
-            batch holds all copies of its images, but for its first and last one where it is no
-            multiple of `repeats`. In it all first copies come before all second ones and so on,
-            so that processes, micro-batches and neighbours, which mixup mixes, have different
-            images.
+        groups: int64 (N,) of 0 and 1; all images of a batch are of one group. Each group drops what
+            does not fill a batch, and the batches are shuffled.
+        factors: float64 (N,), at least 1; an image is shown floor or ceil of its factor times, with
+            its factor as the mean. An epoch has round(sum of factors) images, in each group if
+            there are groups: to get a whole number, the factors are scaled by less than half an
+            image in total.
+        repeats: how often an image is shown, each time as another copy (repeated augmentation,
+            Hoffer et al. 2020); not with groups or factors. As in DeiT, every image of the
+            permutation is repeated, batches are cut from that, and an epoch still shows N images:
+            all copies of the first N / repeats. Within a batch all first copies come first, then
+            all second ones and so on, so that processes, micro-batches and neighbors, which mixup
+            mixes, have different images. If B is no multiple of `repeats`, the first and the last
+            image of a batch may share their copies with the neighboring batch.
 
     Raises:
-        ValueError: the batch is larger than the data, or holds the copies of one image alone.
+        ValueError: the batch is larger than the data, or would only have copies of one image.
     """
 
     def __init__(
@@ -102,24 +101,19 @@ class EpochOrder:
         self._members = [np.flatnonzero(group_of == group) for group in np.unique(group_of)]
         weights = np.ones(num_images) if factors is None else factors
         self._lengths = [round(float(weights[members].sum())) for members in self._members]
-        if not 1 <= batch_size <= sum(self._lengths):
-            raise ValueError(
-                f"data.batch_size must lie in 1..{sum(self._lengths)}, the number of training "
-                f"images, got {batch_size}. Set data.batch_size to {sum(self._lengths)} or less."
-            )
-        for group, members, length in zip(
-            np.unique(group_of), self._members, self._lengths, strict=True
-        ):
+        check_batch_size(batch_size, sum(self._lengths))
+        for members, length in zip(self._members, self._lengths, strict=True):
             if length < batch_size:
                 raise ValueError(
                     f"data.group_by_aspect needs a batch of each shape, and {len(members)} images "
-                    f"are {_GROUPS[group]}: fewer than data.batch_size {batch_size}, they would "
-                    "never be seen. Set data.group_by_aspect: false, or smaller batches."
+                    f"are {_GROUPS[group_of[members[0]]]}: fewer than data.batch_size "
+                    f"{batch_size}, they would never be seen. Set data.group_by_aspect: false, or "
+                    "a smaller data.batch_size."
                 )
         if repeats > 1 and batch_size < 2 * repeats:
             raise ValueError(
                 f"data.batch_size must be {2 * repeats} or more with data.repeats = {repeats}, got "
-                f"{batch_size}: a batch would hold one image alone. Set either."
+                f"{batch_size}: a batch would only have copies of one image. Set either."
             )
         self.batch_size = batch_size
         self.iters_per_epoch = sum(length // batch_size for length in self._lengths)
@@ -129,38 +123,38 @@ class EpochOrder:
         self._group_of = torch.from_numpy(group_of)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[list[Sample]]:
-        """Yield an epoch's batches from the `first` of `iters_per_epoch` on, B samples each."""
+        """Yield the batches of an epoch from number `first`, B samples each."""
         generator = torch.Generator().manual_seed(mix(self._seed, epoch))
         order = torch.randperm(len(self._group_of), generator=generator)
         copies = torch.zeros_like(order)
         if self._factors is not None:
-            order, copies = self._repeated(order, generator)
+            order, copies = self._repeated(order, self._factors, generator)
         if self._repeats > 1:
             order, copies = self._copied(order)
+        picked = torch.arange(self.iters_per_epoch * self.batch_size)
         if len(self._members) > 1:
             picked = self._grouped(order, generator)
-        else:
-            picked = torch.arange(self.iters_per_epoch * self.batch_size)
         order, copies = order[picked], copies[picked]
         for start in range(first * self.batch_size, len(order), self.batch_size):
             part = slice(start, start + self.batch_size)
             pairs = zip(order[part].tolist(), copies[part].tolist(), strict=True)
             yield [Sample(epoch, index, copy) for index, copy in pairs]
 
-    def _repeated(self, order: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return the images of an epoch with their repetitions, and which repetition each is.
+    def _repeated(
+        self, order: Tensor, factors: np.ndarray, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """Return the images of an epoch with their repetitions, and the number of each repetition.
 
-        Systematic sampling: the factors lie end to end on a line, and an image is shown once for
-        every whole number (plus one random offset) in its stretch. So the sum never varies.
+        Systematic sampling: the factors are laid end to end on a line, and an image is shown once
+        for every integer (plus one random offset) in its part, so the sum is constant.
         """
-        assert self._factors is not None
         parts = []
         for group, length in enumerate(self._lengths):
             members = order[self._in_group(order, group)]
-            ends = np.cumsum(self._factors[members.numpy()])
+            ends = np.cumsum(factors[members.numpy()])
             ends *= length / ends[-1]
             ends[-1] = length
-            # A multiple of 2^-20 adds to whole numbers without rounding: factors of 1 stay exact.
+            # A multiple of 2^-20 adds to integers without rounding, so factors of 1 stay exact.
             offset = int(torch.randint(2**20, (1,), generator=generator)) / 2**20
             counts = np.diff(np.floor(ends + offset), prepend=0.0)
             parts.append(members.repeat_interleave(torch.from_numpy(counts).long()))
@@ -172,14 +166,14 @@ class EpochOrder:
         return repeated, copies
 
     def _copied(self, order: Tensor) -> tuple[Tensor, Tensor]:
-        """Return an epoch's images, each `repeats` times, and which copy each is."""
+        """Return the images of an epoch, each `repeats` times, and the number of each copy."""
         places = torch.arange(self.iters_per_epoch * self.batch_size).view(-1, self.batch_size)
         by_copy = (places % self._repeats).argsort(dim=1, stable=True)
         places = places.gather(1, by_copy).flatten()
         return order[places // self._repeats], places % self._repeats
 
     def _grouped(self, order: Tensor, generator: torch.Generator) -> Tensor:
-        """Return positions in `order`, each batch of them of one group."""
+        """Return positions in `order`; all of a batch are of one group."""
         parts = []
         for group, length in enumerate(self._lengths):
             used = length // self.batch_size * self.batch_size
@@ -189,13 +183,22 @@ class EpochOrder:
         return batches[torch.randperm(len(batches), generator=generator)].flatten()
 
     def _in_group(self, order: Tensor, group: int) -> Tensor:
-        """Whether each image of `order` is of the group, bool."""
+        """Return whether each image of `order` is in a group, bool."""
         number = int(self._group_of[self._members[group][0]])
         return self._group_of[order] == number
 
 
+def check_batch_size(batch_size: int, num_images: int) -> None:
+    """Refuse a batch that is larger than the data."""
+    if not 1 <= batch_size <= num_images:
+        raise ValueError(
+            f"data.batch_size must lie in 1..{num_images}, the number of training images, got "
+            f"{batch_size}. Set data.batch_size to {num_images} or less."
+        )
+
+
 def check_divides(batch_size: int, world_size: int, accumulate: int) -> None:
-    """Refuse a batch that does not divide among processes and micro-batches."""
+    """Refuse a batch that cannot be divided among processes and micro-batches."""
     parts = world_size * accumulate
     if batch_size % parts:
         nearest = max(batch_size // parts, 1) * parts
@@ -210,8 +213,8 @@ class TrainBatchSampler(Sampler[list[Sample]]):
     """The endless sequence of one process's micro-batches.
 
     A batch, the images of one optimizer step over all processes, is cut into `accumulate`
-    micro-batches, each cut into one part a process. The sequence from `start_iter` is the tail of
-    the one from 0.
+    micro-batches, and each of these into one part per process. The sequence from `start_iter` is
+    the tail of the one from 0.
     """
 
     def __init__(
@@ -234,17 +237,17 @@ class TrainBatchSampler(Sampler[list[Sample]]):
 
     def __iter__(self) -> Iterator[list[Sample]]:
         epoch, position = divmod(self._start_iter, self._order.iters_per_epoch)
-        own = self._micro_size // self._world_size
+        part = self._micro_size // self._world_size
         while True:
             for batch in self._order.batches(epoch, position):
                 for start in range(0, self._order.batch_size, self._micro_size):
-                    first = start + self._rank * own
-                    yield batch[first : first + own]
+                    first = start + self._rank * part
+                    yield batch[first : first + part]
             epoch, position = epoch + 1, 0
 
 
 class EvalSampler(Sampler[int]):
-    """Every `world_size`-th index from `rank`: each image once, none twice as padding."""
+    """Every `world_size`-th index from `rank`: each image once, without padding."""
 
     def __init__(self, num_samples: int, rank: int, world_size: int) -> None:
         assert 0 <= rank < world_size

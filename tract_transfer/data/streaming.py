@@ -1,4 +1,10 @@
-"""Classification data that are read from beginning to end, and never kept."""
+"""Classification data that are read in order and never kept: rows, their order, and batches.
+
+The order is a function of the seed and the iteration alone. The shuffle of `datasets`' own streams
+cannot be used: its buffer is lost on resume, and its order depends on the number of workers.
+"""
+
+# G groups of rows, B rows a batch, Q readers, K classes
 
 import hashlib
 import json
@@ -8,79 +14,84 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tract_transfer.data import images
+from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.data.findings import Origin
-from tract_transfer.data.sampling import Sample, check_divides, mix
+from tract_transfer.data.huggingface import (
+    Location,
+    as_labels,
+    find_image_column,
+    find_label_column,
+    hub_errors,
+    is_saved,
+    load_huggingface,
+    named_classes,
+    open_saved,
+    parquet_files,
+    split_files,
+    wrong_label,
+)
+from tract_transfer.data.images import MAX_PIXELS
+from tract_transfer.data.sampling import Sample, check_batch_size, check_divides, mix
 
-# --- Rows that are read in groups, one after another: parquet files, local or on the hub, and s
-
+DEFAULT_READERS = 8
+DEFAULT_SHUFFLE_ROWS = 2048
 _FOOTERS_AT_ONCE = 16
 _ROWS_AT_ONCE = 64
 _BUFFER_BYTES = 1 << 22
 _ROWS_OF_SAVED_GROUP = 100  # as `datasets` writes images to parquet
 
 
+# Rows in groups, read one after another.
+
+
 class Row(NamedTuple):
-    """An encoded image, or the file it lies in, and its label, -1 where there is none."""
+    """An encoded image, or its file, and its label, -1 if it has none."""
 
     stored: bytes | Path
     label: int
 
 
-class RowGroups(Protocol):
-    """Where rows lie. `counts` are the rows of each group, int64 (G,)."""
-
-    counts: np.ndarray
-
-    def rows(self, group: int, first: int = 0) -> Iterator[Row]:
-        """Read a group from its row `first` on."""
-
-    def labels(self) -> Iterator[np.ndarray]:
-        """Read all labels in order, int64, without the images."""
-
-
 class ParquetGroups:
-    """The row groups of parquet files, which are read a few rows at a time.
+    """The row groups of parquet files, read a few rows at a time.
 
-    Args:
-        files: paths or URLs of any file system that fsspec knows, such as `hf://`.
-        image_column, label_column: structs of `bytes` and `path`, and whole numbers.
+    `files` are paths or URLs of any file system that fsspec knows, such as `hf://`. `counts` are
+    the rows of each group, int64 (G,).
     """
 
     def __init__(self, files: Sequence[str], image_column: str, label_column: str) -> None:
-        self._files = list(files)
         self._columns = (image_column, label_column)
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-            of_files = list(pool.map(_group_sizes, self._files))
-        self.counts = np.array([size for sizes in of_files for size in sizes], dtype=np.int64)
-        groups = [len(sizes) for sizes in of_files]
-        self._file_of = np.repeat(np.arange(len(files)), groups)
-        self._first_of_file = np.cumsum([0, *groups])[:-1]
+            footers = list(pool.map(_footer, files))
+        sizes = [[f.row_group(g).num_rows for g in range(f.num_row_groups)] for f in footers]
+        self.counts = np.array([size for of_file in sizes for size in of_file], dtype=np.int64)
+        self._files = list(files)
+        numbers = [range(len(of_file)) for of_file in sizes]
+        self._groups = [(f, n) for f, of_file in zip(files, numbers, strict=True) for n in of_file]
 
     def rows(self, group: int, first: int = 0) -> Iterator[Row]:
-        """Read a group from its row `first` on; the file's pages before it are read too."""
-        file = int(self._file_of[group])
-        number = group - int(self._first_of_file[file])
-        for batch in _batches(self._files[file], list(self._columns), [number]):
+        """Read a group from its row `first`; this reads the file's pages before it too."""
+        file, number = self._groups[group]
+        for batch in _batches(file, self._columns, [number]):
             skipped = min(first, len(batch))
             first -= skipped
-            yield from _rows_of_group(batch.slice(skipped), *self._columns)
+            yield from _rows_of_table(batch.slice(skipped), *self._columns)
 
     def labels(self) -> Iterator[np.ndarray]:
         """Read all labels in order, int64, without the images."""
         for file in self._files:
-            for batch in _batches(file, [self._columns[1]], None):
-                yield _labels(batch.column(self._columns[1]))
+            for batch in _batches(file, self._columns[1:], None):
+                yield as_labels(batch.column(self._columns[1]))
 
 
 class SavedGroups:
-    """Rows of a `datasets.Dataset`, memory-mapped, in groups of 100."""
+    """The rows of a memory-mapped `datasets.Dataset`, in groups of 100."""
 
     def __init__(self, dataset: Any, image_column: str, label_column: str) -> None:
         self._columns = (image_column, label_column)
@@ -89,38 +100,16 @@ class SavedGroups:
         self.counts = np.diff(np.unique([*starts, len(dataset)])).astype(np.int64)
 
     def rows(self, group: int, first: int = 0) -> Iterator[Row]:
-        """Read a group from its row `first` on."""
+        """Read a group from its row `first`."""
         begin = group * _ROWS_OF_SAVED_GROUP
         stop = begin + int(self.counts[group])
         for start in range(begin + first, stop, _ROWS_AT_ONCE):
-            yield from _rows_of_group(
-                self._table[start : min(start + _ROWS_AT_ONCE, stop)], *self._columns
-            )
+            table = self._table[start : min(start + _ROWS_AT_ONCE, stop)]
+            yield from _rows_of_table(table, *self._columns)
 
     def labels(self) -> Iterator[np.ndarray]:
         """Read all labels in order, int64, without the images."""
-        yield _labels(self._table.select_columns([self._columns[1]])[:][self._columns[1]])
-
-
-def parquet_schema(file: str) -> Any:
-    """Return the Arrow schema in a parquet file's footer. Raises ValueError: it is cut short."""
-    return _footer(file).schema.to_arrow_schema()
-
-
-def _footer(file: str) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with _open(file) as stream:
-            return pq.read_metadata(stream)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{file} is no whole parquet file: {error} Copy it anew.") from error
-
-
-def _group_sizes(file: str) -> list[int]:
-    footer = _footer(file)
-    return [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
+        yield as_labels(self._table.select_columns([self._columns[1]])[:][self._columns[1]])
 
 
 def _open(file: str) -> Any:
@@ -129,86 +118,87 @@ def _open(file: str) -> Any:
     return fsspec.open(file, "rb").open()
 
 
-def _batches(file: str, columns: list[str], groups: list[int] | None) -> Iterator[Any]:
+def _footer(file: str) -> Any:
+    """Return the metadata of a parquet file. Raises ValueError: the file is truncated."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with _open(file) as stream:
+            return pq.read_metadata(stream)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file} is no complete parquet file: {error} Copy it again.") from error
+
+
+def _batches(file: str, columns: Sequence[str], groups: list[int] | None) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     with _open(file) as stream:
         parquet = pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         yield from parquet.iter_batches(
-            _ROWS_AT_ONCE, row_groups=groups, columns=columns, use_threads=False
+            _ROWS_AT_ONCE, row_groups=groups, columns=list(columns), use_threads=False
         )
 
 
-def _rows_of_group(table: Any, image_column: str, label_column: str) -> Iterator[Row]:
+def _rows_of_table(table: Any, image_column: str, label_column: str) -> Iterator[Row]:
     cells = table.column(image_column).to_pylist()
-    for cell, label in zip(cells, _labels(table.column(label_column)).tolist(), strict=True):
+    for cell, label in zip(cells, as_labels(table.column(label_column)).tolist(), strict=True):
         if cell is None:
             yield Row(b"", label)
         else:
             yield Row(Path(cell["path"]) if cell["bytes"] is None else cell["bytes"], label)
 
 
-def _labels(column: Any) -> np.ndarray:
-    return np.asarray(column.cast("int64").fill_null(-1), dtype=np.int64)
-
-
-class StreamedSample(NamedTuple):
-    """A sample with its image, still encoded, and its class."""
-
-    sample: Sample
-    row: Row
+# A stream: a data set whose images are fast to read only in order.
 
 
 @dataclass
 class Stream:
-    """Images and their classes in groups of rows.
+    """Images and their classes in groups of rows; the index of an image is the number of its row.
 
-    Images have numbers, those of their rows; one is read by opening its group, so that only their
-    order is fast. Memory does not grow with their number.
+    Reading an image opens its group, so only reading in order is fast. Memory does not grow with
+    the number of images.
 
     Attributes:
-        title: what error messages call the split.
-        label_key: the config key of its labels.
-        version: what fixes the data on the hub; None for local ones.
-        class_counts: how many images each class has, int64 (K,); None of the hub's data, where all
-            of them would have to be fetched.
-        max_pixels: an image of more cannot be decoded.
+        title: the split's name in errors.
+        key: the config section that errors name.
+        version: identifies the data on the hub; None for local data.
+        class_counts: the number of images of each class, int64 (K,); None for data on the hub,
+            whose labels would all have to be downloaded.
+        max_pixels: larger images are not decoded.
 
     Raises:
-        ValueError: a label is none of the classes.
+        ValueError: a label is not one of the classes.
     """
 
     name: str
     class_names: Sequence[str]
-    groups: RowGroups
+    groups: ParquetGroups | SavedGroups
     title: str
-    label_key: str
+    key: str
+    label_column: str
     origin: Origin
     version: str | None = None
-    max_pixels: int = images.MAX_PIXELS
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         self._begins = np.cumsum([0, *self.groups.counts])
         self._ahead: tuple[int, Iterator[Row]] = (-1, iter(()))
         self._last: tuple[int, Row] = (-1, Row(b"", -1))
-        self.class_counts = None if self.version is not None else self._count_classes()
+        self.class_counts = self._count_classes() if self.version is None else None
 
     def __len__(self) -> int:
         return int(self._begins[-1])
 
     def read(self, group: int, first: int = 0) -> Iterator[tuple[int, Row]]:
-        """Read a group from its row `first` on: numbers of images and rows.
-
-        Raises:
-            ValueError: a label is none of the classes.
-        """
+        """Read a group from its row `first`: indices of images, and rows. Checks their labels."""
         begin = int(self._begins[group])
         for index, row in enumerate(self.groups.rows(group, first), begin + first):
             self._check_label(index, row.label)
             yield index, row
 
     def read_from(self, index: int) -> Iterator[tuple[int, Row]]:
-        """Read all images from a number on, in order."""
+        """Read all images from an index, in order."""
         group = int(np.searchsorted(self._begins, index, side="right")) - 1
         first = index - int(self._begins[group])
         for number in range(group, len(self.groups.counts)):
@@ -217,9 +207,8 @@ class Stream:
 
     def image(self, index: int) -> Tensor:
         """Return an image, uint8 RGB (3, H, W). Raises UndecodableImage."""
-        return images.decode_image(
-            self._row(index).stored, self.item(index), max_pixels=self.max_pixels
-        )
+        stored = self._row(index).stored
+        return images.decode_image(stored, self.item(index), max_pixels=self.max_pixels)
 
     def target(self, index: int) -> int:
         """Return an image's class, in 0..K-1."""
@@ -230,26 +219,23 @@ class Stream:
         return images.read_stored(self._row(index).stored)
 
     def item(self, index: int) -> str:
-        """Return what an error message calls an image, as `cifar10 split train row 17`."""
+        """Return an image's name in messages, as `cifar10 split train row 17`."""
         return f"{self.title} row {index}"
 
     def fingerprint(self) -> str:
-        """Return a sha256 (hex): of local data that of `ClassificationDataset`, of the hub's that
-        of their version, as all labels would have to be fetched."""
+        """Return a sha256 (hex): of local data as `ClassificationDataset`, else of the version."""
         if self.version is not None:
             about = [self.version, len(self), list(self.class_names)]
             return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-        return images.fingerprint(
-            self.class_names, [np.concatenate(list(self.groups.labels()))], self.encoded, len(self)
-        )
+        labels = np.concatenate(list(self.groups.labels()))
+        return images.fingerprint(self.class_names, [labels], self.encoded, len(self))
 
     def _count_classes(self) -> np.ndarray:
         num_classes, begin = len(self.class_names), 0
         counts = np.zeros(num_classes, dtype=np.int64)
         for labels in self.groups.labels():
-            wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
-            if len(wrong):
-                self._check_label(begin + int(wrong[0]), int(labels[wrong[0]]))
+            for at in np.flatnonzero((labels < 0) | (labels >= num_classes))[:1].tolist():
+                self._check_label(begin + at, int(labels[at]))
             counts += np.bincount(labels, minlength=num_classes)
             begin += len(labels)
         return counts
@@ -258,27 +244,136 @@ class Stream:
         if self._last[0] != index:
             expected, ahead = self._ahead
             ahead = ahead if expected == index else (row for _, row in self.read_from(index))
-            (row,) = islice(ahead, 1)
-            self._last, self._ahead = (index, row), (index + 1, ahead)
+            self._last, self._ahead = (index, next(ahead)), (index + 1, ahead)
         return self._last[1]
 
     def _check_label(self, index: int, label: int) -> None:
         if not 0 <= label < len(self.class_names):
-            hint = " -1 marks an unlabelled split: set" if label == -1 else " Correct it, or set"
+            num_classes = len(self.class_names)
+            raise wrong_label(self.item(index), label, self.label_column, num_classes, self.key)
+
+
+# Opening a stream.
+
+
+def stream_huggingface(
+    path: str,
+    split: str,
+    *,
+    config_name: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    num_classes: int | None = None,
+    key: str = "data.train",
+    max_pixels: int = MAX_PIXELS,
+) -> Stream | ClassificationDataset:
+    """Open one split of an image classification data set without loading it.
+
+    Of parquet and saved rows, only the sizes of the groups and, if they are local, the labels are
+    read. An image folder, whose files are only listed, is loaded by `load_huggingface`.
+
+    Args:
+        path, split, config_name, revision, image_column, label_column, key, max_pixels: as of
+            `load_huggingface`. Parquet cannot be sliced, and data sets of the hub must be parquet.
+        num_classes: of a label column of integers without names: "0", "1", ...
+
+    Raises:
+        FileNotFoundError: the path does not exist, or the hub has no such data set.
+        ConnectionError: the hub does not answer.
+        ValueError: the split, a column or a label does not fit, or the format cannot be streamed.
+    """
+    at = Location(path, split, config_name, revision, key)
+    opened = _open_rows(at)
+    if opened is None:
+        if num_classes is not None:
+            message = f"{key}.num_classes: the folders of {path} are its classes. Remove it."
+            raise ValueError(message)
+        return load_huggingface(path, split, key=key, max_pixels=max_pixels)
+    rows, files, features = opened
+    columns = (
+        find_image_column(features, image_column, key),
+        find_label_column(features, label_column, key),
+    )
+    names = named_classes(features[columns[1]], columns[1], at)
+    label_key = f"{key}.label_column" if names is None else None
+    if names is not None and num_classes is not None:
+        raise ValueError(f"{key}.num_classes: {columns[1]!r} has its own classes. Remove it.")
+    if names is None:
+        if num_classes is None or num_classes < 2:
             raise ValueError(
-                f"{self.item(index)}: label {label} must be in 0..{len(self.class_names) - 1}."
-                f"{hint} {self.label_key} or the split to another."
+                f"{key}.num_classes: {columns[1]!r} holds integers without names, and only reading "
+                f"all of them would show how many classes there are: set 2 or more, got "
+                f"{num_classes}."
             )
+        names = [str(label) for label in range(num_classes)]
+    groups = ParquetGroups(files, *columns) if files else SavedGroups(rows, *columns)
+    count = int(groups.counts.sum())
+    if count == 0:
+        raise ValueError(f"{at.title} has no rows. Set {key}.split to a split that has some.")
+    origin = at.origin(None if rows is None else rows.info.dataset_name, count, label_key)
+    version = "\n".join(files) if at.is_hub else None
+    return Stream(path, names, groups, at.title, key, columns[1], origin, version, max_pixels)
 
 
-# --- Which rows of a stream an iteration sees: a function of the seed and the iteration alone.
+def _open_rows(at: Location) -> tuple[Any, list[str], Any] | None:
+    """Return saved rows or parquet files, and their features; None for an image folder."""
+    if not at.is_hub and is_saved(at.folder()):
+        rows = open_saved(at)
+        return rows, [], rows.features
+    if not at.is_hub and not at.folder().is_file() and not parquet_files(at.folder()):
+        return None
+    if "[" in at.split:
+        raise ValueError(
+            f"{at.key}.split: {at.split} is a slice, and streamed files are read completely. Name "
+            f"whole splits, or set {at.key}.streaming: false."
+        )
+    if at.is_hub:
+        return None, *_hub_files(at)
+    files = [str(file) for group in split_files(at).values() for file in group]
+    return None, files, _features(files)
 
-DEFAULT_READERS = 8
-DEFAULT_SHUFFLE_ROWS = 2048
+
+def _hub_files(at: Location) -> tuple[list[str], Any]:
+    """Return URLs of a split's parquet files, and its features."""
+    import datasets
+
+    with hub_errors(at):
+        builder = datasets.load_dataset_builder(at.path, at.config_name, revision=at.revision)
+    by_split = {str(name): files for name, files in (builder.config.data_files or {}).items()}
+    files = [str(file) for name in at.check_split(list(by_split)) for file in by_split[name]]
+    others = {Path(file).suffix for file in files} - {".parquet"}
+    if others or not files:
+        raise ValueError(
+            f"Streaming from the hub reads parquet, and the files of {at.path} are "
+            f"{', '.join(sorted(others)) or 'none'}. Set {at.key}.streaming: false, or "
+            f"{at.key}.path to a copy in parquet."
+        )
+    with hub_errors(at):
+        return files, builder.info.features or _features(files[:1])
+
+
+def _features(files: list[str]) -> Any:
+    """Return the features of parquet files; refuse files that differ."""
+    import datasets
+
+    first: Any = None
+    for file in files:
+        features = datasets.Features.from_arrow_schema(_footer(file).schema.to_arrow_schema())
+        first = first or features
+        if features != first:
+            raise ValueError(
+                f"All files of a split must have the same columns and classes, and {file} has "
+                f"others than {files[0]}. Write them again from one dataset."
+            )
+    return first
+
+
+# Which rows an iteration sees.
 
 
 class Span(NamedTuple):
-    """`length` rows of a group, from its row `first` on."""
+    """`length` rows of a group, from its row `first`."""
 
     group: int
     first: int
@@ -288,16 +383,19 @@ class Span(NamedTuple):
 class StreamOrder:
     """The batches of every epoch of a stream.
 
-    An epoch shows every row once; what does not fill a batch at its end is dropped: the rows of
-    other groups in every epoch.
+    An epoch shows every row once. Rows that do not fill its last batch are dropped: those of other
+    groups in every epoch.
+
+    Each reader reads a stretch of the shuffled groups. A block is as many iterations as fill the
+    shuffle buffer; in it, the rows of each reader are shuffled.
 
     Args:
         counts: int64 (G,), the rows of each group.
         batch_size: B, the rows of an optimizer step over all processes.
-        shuffle_rows: how many rows are in the shuffle buffer, over all processes; whole batches of
-            them, but at least one. None is 2048.
-        readers: Q, which divides B; None is the largest common divisor of 8 and B. The batches
-            depend on it, and not on the number of processes, which divides it.
+        shuffle_rows: the size of the shuffle buffer over all processes, rounded down to whole
+            batches, at least one. None is 2048.
+        readers: Q, which divides B; None is the greatest common divisor of 8 and B. The batches
+            depend on it, but not on the number of processes, which must divide it.
 
     Raises:
         ValueError: a batch is larger than the data, or no multiple of the readers.
@@ -313,11 +411,7 @@ class StreamOrder:
         readers: int | None = None,
     ) -> None:
         num_rows = int(counts.sum())
-        if not 1 <= batch_size <= num_rows:
-            raise ValueError(
-                f"data.batch_size must lie in 1..{num_rows}, the number of training images, got "
-                f"{batch_size}. Set data.batch_size to {num_rows} or less."
-            )
+        check_batch_size(batch_size, num_rows)
         self.readers = readers or math.gcd(DEFAULT_READERS, batch_size)
         if batch_size % self.readers:
             nearest = max(batch_size // self.readers, 1) * self.readers
@@ -333,35 +427,31 @@ class StreamOrder:
         self._seed = seed
 
     def iters_of_block(self, block: int) -> int:
-        """Return the iterations of a block of an epoch, of which the last may have fewer."""
+        """Return the iterations of a block of an epoch; the last block may have fewer."""
         return min(self.block_iters, self.iters_per_epoch - block * self.block_iters)
 
     def spans(self, epoch: int, reader: int, block: int) -> list[Span]:
-        """Return what a reader reads from a block on to the end of its stretch, in this order."""
+        """Return what a reader reads from a block to the end of its stretch, in this order."""
         stretch = self.iters_per_epoch * self.share
         start = reader * stretch + block * self.block_iters * self.share
         stop = (reader + 1) * stretch
         order = self._permutation(len(self._counts), epoch).numpy()
         ends = np.cumsum(self._counts[order])
-        spans = []
-        for place in range(int(np.searchsorted(ends, start, side="right")), len(order)):
-            begin = int(ends[place] - self._counts[order[place]])
-            first, last = max(start, begin), min(stop, int(ends[place]))
-            if first >= stop:
-                break
-            if last == first:
-                continue
-            spans.append(Span(int(order[place]), first - begin, last - first))
-        return spans
+        begins = ends - self._counts[order]
+        first, last = np.maximum(begins, start), np.minimum(ends, stop)
+        spans = np.stack([order, first - begins, last - first], axis=1)[first < last]
+        return [Span(*span) for span in spans.tolist()]
 
     def places(self, epoch: int, reader: int, block: int) -> Tensor:
-        """Return which of a reader's rows of a block each of its iterations takes, (iters, B/Q)."""
+        """Return which of a reader's rows of a block each iteration takes, (iters, B/Q)."""
         iters = self.iters_of_block(block)
         return self._permutation(iters * self.share, epoch, block, reader).view(iters, self.share)
 
     def mixed(self, count: int, epoch: int, iteration: int) -> list[int]:
-        """Return the order of `count` rows that one process has of a batch: neighbours in it, which
-        mixup mixes, are not neighbours in the stream."""
+        """Return the order of `count` rows of a batch in one process.
+
+        Neighbours in a batch, which mixup mixes, are not neighbours in the stream.
+        """
         order: list[int] = self._permutation(count, epoch, iteration, -1, -1).tolist()
         return order
 
@@ -370,19 +460,24 @@ class StreamOrder:
         return torch.randperm(count, generator=generator)
 
 
-# --- A process's batches of a stream: what it reads, and in which order it gives it away.
+# The batches of one process.
 
-Numbered = tuple[int, Row]
+
+class StreamedSample(NamedTuple):
+    """A sample with its image, still encoded, and its class."""
+
+    sample: Sample
+    row: Row
 
 
 class StreamBatches:
     """The endless sequence of one process's micro-batches of a stream.
 
-    A process owns as many readers as others, and reads one block ahead. The sequence from
-    `start_iter` is the tail of the one from 0; of the block that it begins in, all is read.
+    Each process has the same number of readers, and reads one block ahead. The sequence from
+    `start_iter` is the tail of the one from 0: the block that contains it is read completely.
 
     Raises:
-        ValueError: the batch does not divide among processes and micro-batches, or the readers
+        ValueError: the batch cannot be divided among processes and micro-batches, or the readers
             among processes.
     """
 
@@ -407,8 +502,8 @@ class StreamBatches:
         self._stream = stream
         self._order = order
         self._start_iter = start_iter
-        own = order.readers // world_size
-        self._readers = range(rank * own, (rank + 1) * own)
+        per_process = order.readers // world_size
+        self._readers = range(rank * per_process, (rank + 1) * per_process)
         self._micro_size = order.batch_size // world_size // accumulate
 
     def __iter__(self) -> Iterator[list[StreamedSample]]:
@@ -419,35 +514,44 @@ class StreamBatches:
             places = [order.places(epoch, reader, block) for reader in self._readers]
             for iteration in range(done, order.iters_of_block(block)):
                 batch = [
-                    StreamedSample(Sample(epoch, own[place][0]), own[place][1])
-                    for own, taken in zip(rows, places, strict=True)
+                    StreamedSample(Sample(epoch, of_reader[place][0]), of_reader[place][1])
+                    for of_reader, taken in zip(rows, places, strict=True)
                     for place in taken[iteration].tolist()
                 ]
-                at = block * order.block_iters + iteration
-                mixed = [batch[place] for place in order.mixed(len(batch), epoch, at)]
+                in_epoch = block * order.block_iters + iteration
+                mixed = [batch[place] for place in order.mixed(len(batch), epoch, in_epoch)]
                 for start in range(0, len(mixed), self._micro_size):
                     yield mixed[start : start + self._micro_size]
             done = 0
-            rows.clear()  # before the next but one is read
+            rows.clear()  # frees them before the next but one is read
 
-    def _blocks(self, epoch: int, block: int) -> Iterator[tuple[int, int, list[list[Numbered]]]]:
-        """Yield each block's epoch, number, and the rows of every reader."""
+    def _blocks(
+        self, epoch: int, block: int
+    ) -> Iterator[tuple[int, int, list[list[tuple[int, Row]]]]]:
+        """Yield each block's epoch and number, and the rows of every reader."""
         order = self._order
         num_blocks = -(-order.iters_per_epoch // order.block_iters)
         with ThreadPoolExecutor(len(self._readers), "stream") as pool:
             ahead = None
             while True:
-                streams = [
-                    _rows(self._stream, order.spans(epoch, reader, block))
-                    for reader in self._readers
-                ]
+                readers = [self._read(order.spans(epoch, r, block)) for r in self._readers]
                 for number in range(block, num_blocks):
                     count = order.iters_of_block(number) * order.share
-                    reading = [pool.submit(_take, rows, count) for rows in streams]
+                    reading = [pool.submit(_take, rows, count) for rows in readers]
                     if ahead is not None:
                         yield ahead
                     ahead = epoch, number, [future.result() for future in reading]
                 epoch, block = epoch + 1, 0
+
+    def _read(self, spans: list[Span]) -> Iterator[tuple[int, Row]]:
+        for span in spans:
+            yield from islice(self._stream.read(span.group, span.first), span.length)
+
+
+def _take(rows: Iterator[tuple[int, Row]], count: int) -> list[tuple[int, Row]]:
+    taken = list(islice(rows, count))
+    assert len(taken) == count, "a group has fewer rows than its footer says"
+    return taken
 
 
 class StreamEvalBatches:
@@ -468,14 +572,3 @@ class StreamEvalBatches:
         samples = (StreamedSample(Sample(0, index), row) for index, row in rows)
         while batch := list(islice(samples, self._batch_size)):
             yield batch
-
-
-def _rows(stream: Stream, spans: list[Span]) -> Iterator[Numbered]:
-    for span in spans:
-        yield from islice(stream.read(span.group, span.first), span.length)
-
-
-def _take(rows: Iterator[Numbered], count: int) -> list[Numbered]:
-    taken = list(islice(rows, count))
-    assert len(taken) == count, "a group of rows holds fewer than its footer says"
-    return taken

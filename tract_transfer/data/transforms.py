@@ -1,10 +1,10 @@
-"""Training and evaluation transforms on uint8 RGB (3, H, W), from torchvision's v2.
+"""Training and evaluation transforms on uint8 RGB (3, H, W), by torchvision's v2.
 
-All randomness comes from torch's global CPU generator, which the loader seeds for every sample.
+All random numbers are from torch's global CPU generator, which the loader seeds for every sample.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torchvision import tv_tensors
@@ -15,7 +15,7 @@ from tract_transfer.data.augment import interpolation_mode
 ImageTransform = Callable[[Tensor], Tensor]
 DetectionTransform = Callable[[Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
 
-MEAN_COLOUR = (124, 116, 104)  # of ImageNet, of 0 to 255
+MEAN_COLOR = (124, 116, 104)  # of ImageNet, in 0..255
 
 
 def classification_train(
@@ -33,25 +33,25 @@ def classification_train(
 ) -> ImageTransform:
     """Return the training transform, uint8 (3, H, W) -> uint8 (3, size_px, size_px).
 
-    Its steps are, in this order: crop, flip, rotation, `augment`, colour jitter, erasing.
+    The steps are, in this order: crop, flip, rotation, `augment`, color jitter, erasing.
 
     Args:
         size_px: side of the result.
-        crop: `pad`: resize the short side to `size_px` (no change where it is), pad `pad_px` zeros
-            on every side, crop at random; the CIFAR recipe. `resize_random`: the same, padded by
-            reflection; DeiT III's simple random crop. `random_resized`: crop a share of the area
-            within `scale` and resize it; the ImageNet recipe. `none`: resize to the square.
-        pad_px: used by `pad` and `resize_random` alone.
-        scale: used by `random_resized` alone.
+        crop: `pad`: resize the short side to `size_px`, pad `pad_px` zeros on every side, crop at
+            random (the CIFAR recipe). `resize_random`: the same, padded by reflection (DeiT III's
+            simple random crop). `random_resized`: crop a fraction of the area within `scale` and
+            resize it (the ImageNet recipe). `none`: resize to the square.
+        pad_px: only for `pad` and `resize_random`.
+        scale: only for `random_resized`.
         flip_prob: probability of a horizontal flip.
         interpolation: nearest, bilinear or bicubic; the latter two antialiased.
-        rotation_deg: the largest angle of a rotation to either side; its corners are black, its
-            pixels the nearest ones.
+        rotation_deg: the largest angle of a rotation in either direction; corners are black, pixels
+            the nearest ones.
         augment: a policy of `AUGMENTATIONS`.
-        color_jitter: brightness, contrast and saturation change by factors within 1 - this and
-            1 + this, each drawn on its own.
-        erase_prob: probability that a rectangle of 2 to 33 % of the area is filled with
-            ImageNet's mean colour (Zhong et al. 2020).
+        color_jitter: brightness, contrast and saturation are scaled by factors between 1 - this
+            and 1 + this, drawn independently.
+        erase_prob: probability of filling a rectangle of 2 to 33 % of the area with ImageNet's mean
+            color (Zhong et al. 2020).
     """
     steps = [*_crop(size_px, crop, pad_px, scale, interpolation)]
     steps.append(v2.RandomHorizontalFlip(flip_prob))
@@ -62,9 +62,8 @@ def classification_train(
     if color_jitter:
         steps.append(v2.ColorJitter(color_jitter, color_jitter, color_jitter))
     if erase_prob:
-        steps.append(v2.RandomErasing(erase_prob, value=MEAN_COLOUR))
-    pipeline: ImageTransform = v2.Compose(steps)
-    return pipeline
+        steps.append(v2.RandomErasing(erase_prob, value=MEAN_COLOR))
+    return cast(ImageTransform, v2.Compose(steps))
 
 
 def _crop(
@@ -90,55 +89,24 @@ def classification_eval(
 
     Args:
         size_px: side of the result.
-        crop_ratio: side of the centre crop over the short side it is taken from.
+        crop_ratio: side of the center crop divided by the short side of the resized image.
         interpolation: nearest, bilinear or bicubic; the latter two antialiased.
-        resize: `short`: the short side to round(size_px / crop_ratio), then the centre is cropped.
-            `whole`: the whole image to the square, which changes its shape; nothing is cropped.
+        resize: `short`: resize the short side to round(size_px / crop_ratio), then crop the center.
+            `whole`: resize the whole image to the square, which changes its aspect ratio.
     """
     if not 0 < crop_ratio <= 1:
         raise ValueError(f"crop_ratio must lie in (0, 1], got {crop_ratio}.")
     mode = interpolation_mode(interpolation)
-    pipeline: ImageTransform
+    if resize not in ("short", "whole"):
+        raise ValueError(f"resize must be short or whole, got {resize!r}.")
     if resize == "whole":
         if crop_ratio != 1:
             raise ValueError(
                 f"resize: whole crops nothing: crop_ratio must be 1, got {crop_ratio}."
             )
-        pipeline = v2.Resize((size_px, size_px), mode)
-    elif resize == "short":
-        short = v2.Resize(round(size_px / crop_ratio), mode)
-        pipeline = v2.Compose([short, v2.CenterCrop(size_px)])
-    else:
-        raise ValueError(f"resize must be short or whole, got {resize!r}.")
-    return pipeline
-
-
-class _DetectionTrain:
-    """Random colours, short side and flip of an image and its boxes."""
-
-    def __init__(
-        self,
-        short_sides_px: Sequence[int],
-        max_side_px: int,
-        flip_prob: float,
-        photometric_prob: float,
-    ) -> None:
-        # First, as detectors mostly enlarge: fewer pixels to change.
-        distort = [v2.RandomPhotometricDistort(p=photometric_prob)] if photometric_prob else []
-        self._pipeline = v2.Compose(
-            [
-                *distort,
-                v2.RandomShortestSize(list(short_sides_px), max_size=max_side_px),
-                v2.RandomHorizontalFlip(flip_prob),
-            ]
-        )
-
-    def __call__(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        size = (image.shape[-2], image.shape[-1])
-        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
-        image, boxes = self._pipeline(tv_tensors.Image(image), boxes)
-        changed = {"boxes": boxes.as_subclass(Tensor), "scale": image.shape[-2] / size[0]}
-        return image.as_subclass(Tensor), {**target, **changed}
+        return cast(ImageTransform, v2.Resize((size_px, size_px), mode))
+    short = v2.Resize(round(size_px / crop_ratio), mode)
+    return cast(ImageTransform, v2.Compose([short, v2.CenterCrop(size_px)]))
 
 
 def detection_train(
@@ -149,11 +117,11 @@ def detection_train(
 ) -> DetectionTransform:
     """Return the training transform (image, target) -> (image, target).
 
-    The short side becomes one of `short_sides_px`, drawn at random, or what keeps the long side
-    within `max_side_px`; with probability `flip_prob` left and right are swapped. Boxes follow,
-    whatever else the target holds stays, and `scale` is what the height was multiplied by.
-    Brightness, contrast, saturation, hue and the order of the channels change with probability
-    `photometric_prob` each (SSD's distortion has 0.5).
+    The short side is resized to one of `short_sides_px`, drawn at random, or less if the long side
+    would exceed `max_side_px`; with probability `flip_prob` the image is flipped horizontally.
+    Boxes follow, and other entries of the target stay. `scale` is the factor of the height.
+    Brightness, contrast, saturation, hue and the order of the channels each change with probability
+    `photometric_prob` (0.5 in SSD's distortion).
     """
     if not short_sides_px or min(short_sides_px) < 1 or max_side_px < max(short_sides_px):
         raise ValueError(
@@ -163,8 +131,29 @@ def detection_train(
     return _DetectionTrain(short_sides_px, max_side_px, flip_prob, photometric_prob)
 
 
+class _DetectionTrain:
+    def __init__(
+        self,
+        short_sides_px: Sequence[int],
+        max_side_px: int,
+        flip_prob: float,
+        photometric_prob: float,
+    ) -> None:
+        # Colors first, as detectors mostly enlarge images: fewer pixels to change.
+        distort = [v2.RandomPhotometricDistort(p=photometric_prob)] if photometric_prob else []
+        resize = v2.RandomShortestSize(list(short_sides_px), max_size=max_side_px)
+        self._pipeline = v2.Compose([*distort, resize, v2.RandomHorizontalFlip(flip_prob)])
+
+    def __call__(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        size = (image.shape[-2], image.shape[-1])
+        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
+        image, boxes = self._pipeline(tv_tensors.Image(image), boxes)
+        changed = {"boxes": boxes.as_subclass(Tensor), "scale": image.shape[-2] / size[0]}
+        return image.as_subclass(Tensor), {**target, **changed}
+
+
 def detection_eval() -> DetectionTransform:
-    """Return the identity: at test time the model resizes, and answers in original pixels."""
+    """Return the identity: at test time the model resizes, and returns original pixels."""
     return _identity
 
 

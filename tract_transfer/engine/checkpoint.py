@@ -1,15 +1,17 @@
-"""Checkpoints that are whole or not there.
+"""Atomic checkpoints.
 
-`checkpoints/iter_0000500/` holds safetensors files and `state.json` with their hashes and its own.
-It is written aside, synced and renamed, so a name without a leading dot is a whole checkpoint. One
-that is not what was written is renamed `broken-iter_...` where the run goes on.
+A checkpoint is a folder `checkpoints/iter_0000500/` of safetensors files and a `state.json`, which
+holds their hashes and its own. It is written under a name with a leading dot, synced and renamed,
+so a name without the dot is complete. On resume a damaged one is renamed to `broken-iter_...`.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tract_transfer.files import (
-    check_space,
     make_folder,
     remove_temporary_files,
     reports_full_disk,
@@ -29,197 +30,183 @@ from tract_transfer.files import (
 )
 
 STATE_NAME, BEST_NAME = "state.json", "best.json"
+Tree = Any  # nested dicts and lists of tensors and plain values
 logger = logging.getLogger(__name__)
 
-# What reading a file raises that is not what was written.
-_BROKEN = (
-    OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError,
-    RecursionError, OverflowError,
-)  # fmt: skip
-Tree = Any  # dicts, lists and plain values, with tensors among them
+
+@contextlib.contextmanager
+def reports_damage(file: str, advice: str = "") -> Iterator[None]:
+    """Turn what reading a damaged file raises into a ValueError that names it."""
+    try:
+        yield
+    except (
+        OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError,
+        RecursionError, OverflowError,
+    ) as error:  # fmt: skip
+        raise ValueError(f"{file} is broken: {error}.{advice}") from error
 
 
+@dataclass
 class Checkpointer:
-    """Writes and finds the checkpoints of one run folder; keeps the last `keep` and the best.
+    """Writes and reads the checkpoints of a run; keeps the last `keep` and the best.
 
-    Only the process that holds the run folder may call `save`, `tidy` and those of the best.
+    Only the process that holds the run folder may call the methods that write.
     """
 
-    def __init__(self, folder: Path, keep: int = 1) -> None:
-        self.folder = folder
-        self.keep = keep
+    folder: Path
+    keep: int = 1
 
     def save(self, iteration: int, parts: Mapping[str, Tree], state: Mapping[str, Any]) -> Path:
-        """Write one checkpoint; one of this iteration that is whole stays.
+        """Write a checkpoint and return its path; an intact one of this iteration is kept.
 
         Args:
-            parts: file name stem -> tree of tensors and plain values (a state dict).
-            state: plain values; goes to state.json.
+            parts: state dicts by the stem of their file name.
+            state: plain values for state.json.
 
         Raises:
-            DiskFullError: there is no room; the checkpoints before it stay.
+            DiskFullError: the disk is full; earlier checkpoints are unchanged.
         """
         final = self._path(iteration)
         if final.exists():
-            if self._is_whole(final):
+            if self._is_intact(final):
                 return final
-            self._set_aside(final)
-        flat: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
-        layouts = {name: take_tensors(tree, name, flat[name]) for name, tree in parts.items()}
-        needed = sum(tensor.nbytes for part in flat.values() for tensor in part.values())
+            self._archive(final)
+        tensors: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
+        layouts = {name: take_tensors(tree, name, tensors[name]) for name, tree in parts.items()}
+        needed = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
         make_folder(self.folder)
-        aside = self.folder / f".{final.name}"
-        shutil.rmtree(aside, ignore_errors=True)
-        check_space(self.folder, final.name, needed)
+        temporary = self.folder / f".{final.name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        content: dict[str, Any] = {"iteration": iteration, "state": dict(state), "parts": {}}
         try:
             with reports_full_disk(self.folder, final.name, needed):
-                aside.mkdir()
-                self._write(aside, iteration, flat, layouts, state)
-                aside.rename(final)
+                temporary.mkdir()
+                for name in parts:
+                    file = temporary / f"{name}.safetensors"
+                    save_file(tensors[name], file)
+                    sync(file)
+                    content["parts"][name] = {"layout": layouts[name], "sha256": sha256_of(file)}
+                write_json(temporary / STATE_NAME, {"sha256": _hash(content), **content})
+                temporary.rename(final)
                 sync(self.folder)
         except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._prune(iteration)
         return final
 
     def newest(self) -> Path | None:
-        """Return the newest checkpoint that is whole; name and pass over broken ones."""
-        return next((path for path in self._descending() if self._is_whole(path)), None)
+        """Return the newest intact checkpoint; warn of damaged ones."""
+        return next((path for path in self._newest_first() if self._is_intact(path)), None)
 
     def tidy(self) -> None:
-        """Clear what a killed process left half-written or half-removed; keep broken ones aside."""
-        for leftover in self.folder.glob(".iter_*"):
-            shutil.rmtree(leftover)
+        """Remove what a killed process left incomplete; archive damaged checkpoints."""
+        for temporary in self.folder.glob(".iter_*"):
+            shutil.rmtree(temporary)
         if self.folder.is_dir():
             remove_temporary_files(self.folder)
-        for path in self._descending():
-            if self._is_whole(path):
+        for path in self._newest_first():
+            if self._is_intact(path):
                 return
-            self._set_aside(path)
+            self._archive(path)
 
     def load(self, path: Path) -> tuple[dict[str, Tree], dict[str, Any], int]:
-        """Return (parts, state, iteration) of one checkpoint.
+        """Return (parts, state, iteration) of a checkpoint.
 
         Raises:
-            ValueError: a file is missing or is not what was written.
+            ValueError: a file is missing or damaged.
         """
         content = verified(path)
-        try:
+        with reports_damage(f"Checkpoint {path}"):
             parts = {
-                name: put_tensors(entry["layout"], load_file(path / f"{name}.safetensors"))
-                for name, entry in content["parts"].items()
+                name: put_tensors(part["layout"], load_file(path / f"{name}.safetensors"))
+                for name, part in content["parts"].items()
             }
             return parts, content["state"], int(content["iteration"])
-        except _BROKEN as error:
-            raise ValueError(f"Checkpoint {path} is broken: {error}.") from error
 
     def mark_best(self, iteration: int, value: float) -> None:
-        """Remember that the checkpoint of `iteration` is the best so far; it will be kept."""
+        """Record that the checkpoint of `iteration` is the best so far; it is kept."""
         write_json(self.folder / BEST_NAME, {"iteration": iteration, "value": value})
         self._prune(iteration)
 
     def best(self) -> Path | None:
-        """Return the checkpoint that was marked best.
+        """Return the checkpoint that is marked best.
 
         Raises:
-            ValueError: best.json is not what was written.
+            ValueError: best.json is damaged.
         """
         file = self.folder / BEST_NAME
-        try:
-            return self._path(int(json.loads(file.read_text())["iteration"]))
-        except FileNotFoundError:
+        if not file.exists():
             return None
-        except _BROKEN as error:
-            raise ValueError(
-                f"{file} is broken: {error}. --resume finds the best again, from the checkpoints."
-            ) from error
+        with reports_damage(str(file), " --resume restores it from the checkpoints."):
+            return self._path(int(json.loads(file.read_text())["iteration"]))
 
     def repair_best(self, best: Mapping[str, float] | None, iteration: int) -> None:
-        """Let best.json name a whole checkpoint again, after a resume.
+        """Make best.json name an intact checkpoint again, after a resume.
 
         Args:
-            best: iteration and value of the best, as the checkpoint resumed from knows it.
-            iteration: of that checkpoint. What was marked after it will be evaluated again.
+            best: iteration and value of the best, from the checkpoint that the run resumes from.
+            iteration: of that checkpoint. Later evaluations will be repeated.
 
         Raises:
-            ValueError: the best checkpoint itself is broken.
+            ValueError: the best checkpoint itself is damaged.
         """
         try:
             path = self.best()
         except ValueError as error:
             logger.warning("%s", error)
-            self._set_aside(self.folder / BEST_NAME)
+            self._archive(self.folder / BEST_NAME)
             path = None
-        if path is not None and _number(path) > iteration and not self._is_whole(path):
-            (self.folder / BEST_NAME).unlink()
-            path = None
-        if path is None and best is not None and self._path(int(best["iteration"])).exists():
-            path = self._path(int(best["iteration"]))
+        if path is None or _iteration(path) > iteration:
+            (self.folder / BEST_NAME).unlink(missing_ok=True)
+            path = None if best is None else self._path(int(best["iteration"]))
+            if best is None or path is None or not path.exists():
+                return
             write_json(self.folder / BEST_NAME, dict(best))
-        if path is None:
-            return
         try:
             verified(path)
         except ValueError as error:
             raise ValueError(
-                f"{error} It is the best of its run, which cannot be reported without it: put it "
-                "back, or set another output_dir to train anew."
+                f"{error} It is the best of its run, which cannot be reported without it. Restore "
+                "it, or set another output_dir to train from scratch."
             ) from error
 
-    def _write(
-        self,
-        folder: Path,
-        iteration: int,
-        flat: Mapping[str, dict[str, Tensor]],
-        layouts: Mapping[str, Any],
-        state: Mapping[str, Any],
-    ) -> None:
-        content: dict[str, Any] = {"iteration": iteration, "state": dict(state), "parts": {}}
-        for name, tensors in flat.items():
-            file = folder / f"{name}.safetensors"
-            save_file(tensors, file)
-            sync(file)
-            content["parts"][name] = {"layout": layouts[name], "sha256": sha256_of(file)}
-        write_json(folder / STATE_NAME, {"sha256": _sha256_of(content), **content})
-
-    def _is_whole(self, path: Path) -> bool:
+    def _is_intact(self, path: Path) -> bool:
         try:
             verified(path)
         except ValueError as error:
-            logger.warning("%s Passed over.", error)
+            logger.warning("%s Skipped.", error)
             return False
         return True
 
-    def _set_aside(self, path: Path) -> None:
-        """Rename what is broken, so that it stands in nobody's way and is there to be looked at."""
+    def _archive(self, path: Path) -> None:
+        """Rename something damaged to a free `broken-` name, for inspection."""
         names = [f"broken-{path.name}", *(f"broken-{path.name}-{i}" for i in range(2, 100))]
-        aside = next(self.folder / name for name in names if not (self.folder / name).exists())
-        path.rename(aside)
+        archived = next(self.folder / name for name in names if not (self.folder / name).exists())
+        path.rename(archived)
         sync(self.folder)
-        logger.warning("Kept as %s.", aside)
+        logger.warning("Moved to %s.", archived)
 
-    def _descending(self) -> list[Path]:
-        """The checkpoints, newest first, whole or not."""
-        own = [path for path in self.folder.glob("iter_*") if _number(path) >= 0]
-        return sorted(own, key=_number, reverse=True)
+    def _newest_first(self) -> list[Path]:
+        paths = [path for path in self.folder.glob("iter_*") if _iteration(path) >= 0]
+        return sorted(paths, key=_iteration, reverse=True)
 
     def _prune(self, iteration: int) -> None:
-        """Keep the last ones up to `iteration`, and the best."""
+        """Remove checkpoints before `iteration` that are neither among the last nor the best."""
         best = self.best()
-        own = [path for path in self._descending() if _number(path) <= iteration]
-        for path in own[self.keep :]:
+        paths = [path for path in self._newest_first() if _iteration(path) <= iteration]
+        for path in paths[self.keep :]:
             if path != best:
-                aside = self.folder / f".{path.name}"
-                path.rename(aside)  # killed halfway it would be a broken one
-                shutil.rmtree(aside)
+                temporary = self.folder / f".{path.name}"
+                path.rename(temporary)  # a kill during the removal must not leave a damaged one
+                shutil.rmtree(temporary)
 
     def _path(self, iteration: int) -> Path:
         return self.folder / f"iter_{iteration:07d}"
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of ours, whole or not: others have a state.json too."""
+    """Whether a folder is a checkpoint, intact or not; other programs write a state.json too."""
     try:
         content = json.loads((folder / STATE_NAME).read_bytes())
         return isinstance(content, dict) and content.keys() >= {"sha256", "parts"}
@@ -228,50 +215,45 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def verified(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's state.json, all of whose files are what was written.
+    """Return the content of a checkpoint's state.json after checking all hashes.
 
     Raises:
-        ValueError: a file is missing or is not what was written.
+        ValueError: a file is missing or damaged.
     """
-    try:
+    with reports_damage(f"Checkpoint {path}"):
         content: dict[str, Any] = json.loads((path / STATE_NAME).read_text())
-        if content.pop("sha256") != _sha256_of(content):
-            raise ValueError(f"{STATE_NAME} is not what was written")
-        for name, entry in content["parts"].items():
+        if content.pop("sha256") != _hash(content):
+            raise ValueError(f"{STATE_NAME} does not match its hash")
+        for name, part in content["parts"].items():
             if Path(name).name != name:
-                raise ValueError(f"the part {name!r} is no file name")
+                raise ValueError(f"the part {name!r} is not a file name")
             file = path / f"{name}.safetensors"
-            if sha256_of(file) != entry["sha256"]:
-                raise ValueError(f"{file.name} is not what was written")
-    except _BROKEN as error:
-        raise ValueError(f"Checkpoint {path} is broken: {error}.") from error
+            if sha256_of(file) != part["sha256"]:
+                raise ValueError(f"{file.name} does not match its hash")
     return content
 
 
 def take_tensors(tree: Tree, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Put the tensors of a tree into `tensors`; return the tree with names in their places."""
+    """Copy the tensors of a tree into `tensors`; return its layout, with names in their places."""
     if torch.is_tensor(tree):
         while name in tensors:  # {"a": {"b": x}, "a.b": y}
             name += "'"
-        # A copy in the CPU's memory: that of a GPU may have no room for another one.
-        here = tree.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        tensors[name] = here
+        # Copied to the CPU: the GPU may have no memory for a second copy.
+        tensors[name] = tree.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(tree, Mapping):
-        entries = [
-            [key, take_tensors(value, f"{name}.{key}", tensors)] for key, value in tree.items()
-        ]
-        return {"dict": entries}
+        return {
+            "dict": [[key, take_tensors(v, f"{name}.{key}", tensors)] for key, v in tree.items()]
+        }
     if isinstance(tree, list | tuple):
-        items = [take_tensors(value, f"{name}.{i}", tensors) for i, value in enumerate(tree)]
-        return {"list": items}
+        return {"list": [take_tensors(v, f"{name}.{i}", tensors) for i, v in enumerate(tree)]}
     if tree is None or isinstance(tree, bool | int | float | str):
         return {"value": tree}
     raise TypeError(f"{name}: a checkpoint holds tensors and plain values, not {type(tree)}.")
 
 
 def put_tensors(layout: Any, tensors: Mapping[str, Tensor]) -> Tree:
-    """Return the tree that `take_tensors` was given; tuples have become lists."""
+    """Return the tree of a layout from `take_tensors`; its tuples have become lists."""
     ((kind, content),) = layout.items()
     if kind == "tensor":
         return tensors[content]
@@ -282,11 +264,11 @@ def put_tensors(layout: Any, tensors: Mapping[str, Tensor]) -> Tree:
     return content
 
 
-def _number(path: Path) -> int:
-    """The iteration in a checkpoint's name; -1 where there is none."""
+def _iteration(path: Path) -> int:
+    """Return the iteration in a checkpoint's name, or -1."""
     digits = path.name.removeprefix("iter_")
     return int(digits) if digits.isdecimal() else -1
 
 
-def _sha256_of(content: Mapping[str, Any]) -> str:
+def _hash(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

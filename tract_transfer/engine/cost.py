@@ -1,7 +1,6 @@
-"""What a run costs beside its time: the peak of its memory, and the energy of the machine."""
+"""Costs: time, memory and energy of a run, FLOPs and memory of a model, and estimates of a run."""
 
 import contextlib
-import itertools
 import logging
 import resource
 import sys
@@ -13,106 +12,86 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from tract_transfer.data.loader import Batch
 from tract_transfer.engine.hooks import Evaluator, evaluate, evaluating
 from tract_transfer.engine.trainer import Trainer
 
 _SELF = Path("/proc/self")
 _POWERCAP = Path("/sys/class/powercap")
+_MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
+ELSEWHERE = "(elsewhere)"
+_WRAPPERS = ("backbone", "model")  # modules that only hold the model proper
+logger = logging.getLogger(__name__)
 
 
 class CostMeter:
-    """Measures from its making to `read()`, in this process.
+    """Measures this process from the creation of the meter to `read`.
 
-    Memory is the resident memory of this process at its highest, without its data workers, and
-    what torch allocated on the GPU at its highest. Energy is that of whole packages and GPUs, with
-    everything else that runs on them.
+    Memory is the peak of the process without its data workers, and of torch's allocations on the
+    GPU. Energy is that of whole processors and GPUs, with everything else that runs on them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._resettable = _forget_peak_memory()
+        self._can_reset = True
+        try:
+            (_SELF / "clear_refs").write_text("5")  # resets the peak of resident memory (Linux)
+        except OSError:
+            self._can_reset = False
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._joules = _joules(device)
         self._started = time.perf_counter()
 
     def read(self, *, whole: bool) -> dict[str, Any]:
-        """Return seconds, peak_memory_bytes and energy_joules, each by what it is of.
+        """Return `seconds`, `peak_memory_bytes` and `energy_joules`.
 
         Args:
-            whole: whether the run began with this meter. The memory and the energy of a resumed
-                run's last part are not those of the run, and are left out.
+            whole: whether the meter has measured the whole run. A resumed run has no memory and
+                energy, because the last part's are not the run's.
 
         Returns:
-            `seconds`; `peak_memory_bytes` by "process" (Linux) and "gpu"; `energy_joules` by meter;
-            None where they are left out or the machine has none that can be read.
+            Memory by "process" (Linux) and "gpu", energy by counter; None if there is none.
         """
-        memory = _peak_memory() if self._resettable else {}
+        memory = {}
+        if self._can_reset:
+            status = dict(
+                line.split(":", 1) for line in (_SELF / "status").read_text().splitlines()
+            )
+            memory["process"] = int(status["VmHWM"].split()[0]) * 1024
         if self.device.type == "cuda":
             memory["gpu"] = torch.cuda.max_memory_allocated(self.device)
-        now = _joules(self.device)
-        spent = {
+        used = {
             name: joules - self._joules[name]
-            for name, joules in now.items()
-            if name in self._joules and joules >= self._joules[name]  # a counter may have wrapped
+            for name, joules in _joules(self.device).items()
+            if joules >= self._joules.get(name, float("inf"))  # a counter may have wrapped
         }
         return {
             "seconds": time.perf_counter() - self._started,
             "peak_memory_bytes": memory or None if whole else None,
-            "energy_joules": spent or None if whole else None,
+            "energy_joules": used or None if whole else None,
         }
 
 
-def _forget_peak_memory() -> bool:
-    """Let the peak of resident memory begin anew (Linux); return whether it does."""
-    try:
-        (_SELF / "clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def _peak_memory() -> dict[str, int]:
-    """Return {"process": the highest resident memory since the reset, in bytes}."""
-    for line in (_SELF / "status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return {"process": int(line.split()[1]) * 1024}
-    return {}
-
-
 def _joules(device: torch.device) -> dict[str, float]:
-    """Return the counters that can be read: packages of processors (RAPL), NVIDIA's GPUs."""
-    found = {}
+    """Return the readable energy counters: processors (RAPL), and NVIDIA's GPUs."""
+    counters = {}
     for folder in sorted(_POWERCAP.glob("intel-rapl:[0-9]")):
-        with contextlib.suppress(OSError, ValueError):  # most systems let root alone read it
+        with contextlib.suppress(OSError, ValueError):  # most systems let only root read it
             name = f"{(folder / 'name').read_text().strip()} {folder.name}"
-            found[name] = int((folder / "energy_uj").read_text()) / 1e6
+            counters[name] = int((folder / "energy_uj").read_text()) / 1e6
     if device.type == "cuda":
-        found |= _gpu_joules(device)
-    return found
+        with contextlib.suppress(ImportError):
+            import pynvml
 
-
-def _gpu_joules(device: torch.device) -> dict[str, float]:
-    try:
-        import pynvml
-    except ImportError:
-        return {}
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
-        return {uuid: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3}
-    except pynvml.NVMLError:  # not every GPU counts
-        return {}
-
-
-# --- What a model costs, block by block: parameters, FLOPs and what a training step must rememb
-
-ELSEWHERE = "(elsewhere)"
-# Parts that only hold the model proper: they are always opened.
-_WRAPPERS = ("backbone", "model")
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            with contextlib.suppress(pynvml.NVMLError):  # not every GPU has a counter
+                pynvml.nvmlInit()
+                handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+                counters[uuid] = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
+    return counters
 
 
 class Block(NamedTuple):
@@ -134,170 +113,141 @@ class FirstLayer(NamedTuple):
     rows: int
 
 
-def measure_blocks(model: nn.Module, run: Callable[[], object], depth: int = 1) -> list[Block]:
-    """Run an evaluation and return the cost of every block, in their order.
+def count_flops(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
+    """Run an evaluation; return the FLOPs of each called module by dotted name, the total as "".
 
-    A multiplication and its addition count as two FLOPs; what is no convolution, product of
-    matrices or attention counts as none. What no block has done itself is `(elsewhere)`.
+    A multiply-add counts as two. Only convolutions, matrix products and attention count.
 
     Args:
         run: calls the model, or a method of it.
-        depth: how many levels of parts to open; `backbone` and `model` are no level.
     """
-    counter = FlopCounterMode(display=False)
+    # torch does not count the fused attention of CPUs.
+    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    count = {on_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
+    counter = FlopCounterMode(display=False, custom_mapping=count)
+    # torch names modules relative to the first one that is called, which must hold the model.
+    root = nn.Module()
+    root.model, root.forward = model, run
     with evaluating(model), counter:
-        _Call(model, run)()
-    # Modules have names below the one that was called, `_Call.model`.
-    counts = {str(name): sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    own = {name.removeprefix("_Call.model."): count for name, count in counts.items()}
+        root()
+    flops = {
+        str(name).removeprefix("Module.model."): sum(by_operator.values())
+        for name, by_operator in counter.get_flop_counts().items()
+    }
+    return {**flops, "": counter.get_total_flops()}
+
+
+def measure_blocks(model: nn.Module, run: Callable[[], object], depth: int = 1) -> list[Block]:
+    """Run an evaluation and return the cost of every block, in order.
+
+    What belongs to no block is `(elsewhere)`. See `count_flops`.
+
+    Args:
+        depth: how many levels of modules to open; `backbone` and `model` are not levels.
+    """
+    counts = count_flops(model, run)
 
     def flops(name: str, module: nn.Module) -> int:
-        if name in own:
-            return own[name]
+        if name in counts:
+            return counts[name]
         return sum(flops(f"{name}.{child}", part) for child, part in module.named_children())
 
     blocks = [
-        Block(name, type(part).__name__, _count(part), flops(name, part))
+        Block(name, type(part).__name__, _num_parameters(part), flops(name, part))
         for name, part in _blocks(model, depth)
     ]
-    rest = counter.get_total_flops() - sum(block.flops for block in blocks)
-    parameters = _count(model) - sum(block.parameters for block in blocks)
+    parameters = _num_parameters(model) - sum(block.parameters for block in blocks)
+    rest = counts[""] - sum(block.flops for block in blocks)
     return blocks + ([Block(ELSEWHERE, "", parameters, rest)] if rest or parameters else [])
+
+
+def _blocks(model: nn.Module, depth: int, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for child, part in model.named_children():
+        is_wrapper = child in _WRAPPERS
+        if any(part.children()) and (is_wrapper or depth > 1):
+            yield from _blocks(part, depth - (not is_wrapper), f"{prefix}{child}.")
+        else:
+            yield f"{prefix}{child}", part
 
 
 def measure_first_layers(
     model: nn.Module, names: list[str], run: Callable[[], object], num_images: int
 ) -> list[FirstLayer]:
-    """Run an evaluation of `num_images` images and return what the named layers multiply."""
-    layers = {name: model.get_submodule(name) for name in names}
-    numbers: dict[str, int] = {}
-
-    def count(name: str) -> Callable[..., None]:
-        def hook(_layer: nn.Module, _inputs: Any, output: Tensor) -> None:
-            numbers[name] = output.numel()
-
-        return hook
-
-    handles = [layer.register_forward_hook(count(name)) for name, layer in layers.items()]
-    try:
-        with evaluating(model):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    found = []
-    for name, layer in layers.items():
+    """Run an evaluation of `num_images` images and return the sizes of the named layers."""
+    counts, layers = count_flops(model, run), []
+    for name in names:
+        layer = model.get_submodule(name)
         weight = layer.weight
         assert isinstance(weight, Tensor)
-        outputs = len(weight)
-        rows = numbers[name] // outputs // num_images
-        kind = type(layer).__name__
-        found.append(FirstLayer(name, kind, outputs, weight.numel() // outputs, rows))
-    return found
+        outputs, inputs = len(weight), weight[0].numel()
+        rows = counts[name] // (2 * outputs * inputs * num_images)
+        layers.append(FirstLayer(name, type(layer).__name__, outputs, inputs, rows))
+    return layers
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
-    """Return the bytes that a training forward keeps for its backward, weights left out.
+    """Return the bytes that a training forward keeps for its backward, besides the weights.
 
     Args:
         run: calls the model, or a method of it, and returns what holds the graph.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in _tensors(model)}
-    kept: dict[int, int] = {}
+    tensors = [*model.parameters(), *model.buffers()]
+    weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    sizes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:  # views share their storage: it counts once
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in weights:  # views share a storage, which counts once
+            sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        graph = run()  # alive until all is counted, so that no address comes twice
+        graph = run()  # kept until all is counted, so that no address is reused
     del graph
-    return sum(kept.values())
-
-
-class _Call(nn.Module):
-    """Makes any method of a model one call of a module, below which all parts have names."""
-
-    def __init__(self, model: nn.Module, run: Callable[[], object]) -> None:
-        super().__init__()
-        self.model = model
-        self.run = run
-
-    def forward(self) -> object:
-        return self.run()
-
-
-def _blocks(model: nn.Module, depth: int, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for child, part in model.named_children():
-        left = depth if child in _WRAPPERS else depth - 1
-        has_parts = any(True for _ in part.children())
-        if has_parts and (left > 0 or child in _WRAPPERS):
-            yield from _blocks(part, left, f"{prefix}{child}.")
-        else:
-            yield f"{prefix}{child}", part
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-
-
-# --- What a run would cost: parameters, FLOPs, memory and time, from two steps and one batch.
-
-_RSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
-logger = logging.getLogger(__name__)
+    return sum(sizes.values())
 
 
 def dry_run(
     trainer: Trainer,
-    eval_batches: Iterable[object],
+    eval_batches: Iterable[Batch],
     make_evaluator: Callable[[], Evaluator],
     *,
     num_eval_batches: int,
     num_evaluations: int,
 ) -> dict[str, str]:
-    """Run two steps and one evaluation batch; return what was measured, ready to print.
+    """Run two steps and one evaluation batch; return measurements and estimates to print.
 
-    FLOPs count a multiplication and its addition as two, and are those of one test image's
-    forward. Memory is the peak of this process, or of its GPU.
+    FLOPs are those of one test image's forward. Memory is the peak of the process or the GPU.
     """
     device = trainer.accelerator.device
-    parameters = list(trainer.model.parameters())
-    trainable = sum(p.numel() for p in parameters if p.requires_grad)
     batches = trainer.batches(0)
     trainer.model.train()
     logger.info("Two training steps")
-    trainer.step(batches)  # the first step warms up
+    trainer.step(batches)  # warms up
     started = time.perf_counter()
     trainer.iteration = 1
     trainer.step(batches)
-    losses = trainer.read_meter()
+    loss = trainer.read_meter()["loss"]
     step_seconds = time.perf_counter() - started
-    model = trainer.evaluated_model
     logger.info("One batch of the evaluation")
     started = time.perf_counter()
-    first = list(itertools.islice(iter(eval_batches), 1))
-    evaluate(model, first, make_evaluator(), device=device, precision=trainer.precision)  # type: ignore[arg-type]
+    first = next(iter(eval_batches))
+    model = trainer.evaluated_model
+    evaluate(model, [first], make_evaluator(), device=device, precision=trainer.precision)
     eval_seconds = (time.perf_counter() - started) * num_eval_batches
-    image = first[0].to(device).images[:1]  # type: ignore[attr-defined]
+    image = first.to(device).images[:1]
     total = step_seconds * trainer.max_iters + eval_seconds * num_evaluations
-    peak = (
-        torch.cuda.max_memory_allocated(device)
-        if device.type == "cuda"
-        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_BYTES
-    )
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _MAXRSS_BYTES
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     return {
-        "parameters": f"{sum(p.numel() for p in parameters):,} ({trainable:,} trained)",
-        "FLOPs of a forward": _flops(model, model, image),
+        "parameters": f"{_num_parameters(trainer.model):,} ({trained:,} trained)",
+        "FLOPs of a forward": _giga_flops(model, lambda: model(image)),
         "peak memory": f"{peak / 2**30:.2f} GiB",
-        "loss after two steps": f"{losses['loss']:.4f}",
+        "loss after two steps": f"{loss:.4f}",
         "a step": f"{step_seconds:.3f} s",
         "an evaluation": f"{eval_seconds:.1f} s (x {num_evaluations})",
         "the whole run": f"about {timedelta(seconds=round(total))} ({trainer.max_iters} steps)",
@@ -307,23 +257,21 @@ def dry_run(
 def dry_run_features(
     model: nn.Module, pooled: Callable[[Tensor], Tensor], images: Tensor, num_images: int
 ) -> dict[str, str]:
-    """Extract features of one batch (B, 3, H, W); return what those of `num_images` would cost.
-
-    FLOPs are counted as by `dry_run`.
-    """
+    """Extract features of one batch (B, 3, H, W); return estimates for `num_images` to print."""
     started = time.perf_counter()
     with evaluating(model):
         pooled(images).sum().item()  # waits for the device
     seconds = (time.perf_counter() - started) * num_images / len(images)
     return {
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,} (frozen)",
-        "FLOPs of a forward": _flops(model, pooled, images[:1]),
+        "parameters": f"{_num_parameters(model):,} (frozen)",
+        "FLOPs of a forward": _giga_flops(model, lambda: pooled(images[:1])),
         "features": f"about {seconds:.0f} s for {num_images} images",
     }
 
 
-def _flops(model: nn.Module, call: Callable[[Tensor], object], image: Tensor) -> str:
-    counter = FlopCounterMode(display=False)
-    with evaluating(model), counter:
-        call(image)
-    return f"{counter.get_total_flops() / 1e9:.3f} G an image"
+def _giga_flops(model: nn.Module, run: Callable[[], object]) -> str:
+    return f"{count_flops(model, run)[''] / 1e9:.3f} G an image"
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,81 +1,72 @@
-"""The step at which a training stopped, kept to be run again: its images and its weights."""
+"""Debug batches: the images and weights of a step that is not finite, saved to replay it."""
 
 import contextlib
 import itertools
 import json
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from tract_transfer.engine.checkpoint import put_tensors, take_tensors
+from tract_transfer.data.loader import Batch
+from tract_transfer.engine.checkpoint import put_tensors, reports_damage, take_tensors
 from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.non_finite import NonFiniteError
 from tract_transfer.engine.trainer import Trainer
-from tract_transfer.files import atomic_path
+from tract_transfer.files import CONFIG_NAME, atomic_path
 
 DEBUG_NAME = "debug_batch.safetensors"
-_FORWARD_CALLS = "Traceback of forward call that caused the error:"
-_TOLD = (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError)
 
 
 class DebugBatch(NamedTuple):
-    """A step that was not finite.
+    """A step that is not finite."""
 
-    Attributes:
-        iteration: steps done before it.
-        process: the rank of the process whose images these are.
-        about: the losses and the images' names, as NonFiniteError has them.
-        model: the state dict before the step.
-        batches: a dict of `images`, `targets` and `indices` for each micro-batch.
-    """
-
-    iteration: int
-    process: int
-    about: dict[str, Any]
-    model: dict[str, Tensor]
-    batches: list[dict[str, Any]]
+    iteration: int  # steps before it
+    process: int  # rank of the process whose images these are
+    about: dict[str, Any]  # its losses and image names, an entry of `NonFiniteError.steps`
+    model: dict[str, Tensor]  # state dict before the step
+    batches: list[dict[str, Any]]  # `images`, `targets` and `indices` of each micro-batch
 
 
 @contextlib.contextmanager
 def keep_debug_batch(trainer: Trainer, folder: Path) -> Iterator[None]:
-    """Where the training inside is not finite, keep its step in `folder` and say how to replay it.
+    """On a NonFiniteError, save the step in `folder` and add the command that replays it.
 
-    Each process whose images had it keeps its own, those behind the first by a number.
+    Each process that is to blame saves its own file, numbered from the second process on.
     """
     try:
         yield
     except NonFiniteError as error:
         process = trainer.accelerator.process_index
-        own = [step for step in error.steps if step["process"] == process]
-        if not own:
+        about = next((step for step in error.steps if step["process"] == process), None)
+        if about is None:
             raise
-        name = DEBUG_NAME if process == 0 else DEBUG_NAME.replace(".", f"_{process}.")
-        file = folder / name
+        file = folder / (DEBUG_NAME if process == 0 else f"debug_batch_{process}.safetensors")
         try:
-            save_debug_batch(file, trainer, own[0])
-        except Exception as problem:  # what ended the training is the first to be told
-            raise NonFiniteError(f"{error} The step is not kept: {problem}", error.steps) from error
-        raise NonFiniteError(
-            f"{error} To see where it begins: python tools/train_net.py --config-file "
-            f"{folder / 'config.yaml'} --debug-batch {file}",
-            error.steps,
-        ) from error
+            save_debug_batch(file, trainer, about)
+            message = (
+                f"To find the layer, run: python tools/train_net.py --config-file "
+                f"{folder / CONFIG_NAME} --debug-batch {file}"
+            )
+        except Exception as problem:  # must not hide the error that ended the training
+            message = f"The step could not be saved: {problem}"
+        raise NonFiniteError(f"{error} {message}", error.steps) from error
 
 
 def save_debug_batch(file: Path, trainer: Trainer, about: Mapping[str, Any]) -> None:
-    """Write the step that `trainer` is at, whole or not at all: it loads the same images again."""
-    again = itertools.islice(trainer.batches(trainer.iteration), trainer.accumulate)
+    """Save the current step of `trainer` atomically; its images are loaded again."""
+    batches = itertools.islice(trainer.batches(trainer.iteration), trainer.accumulate)
     tree = {
         "model": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
         "batches": [
             {"images": batch.images, "targets": batch.targets, "indices": batch.indices}
-            for batch in again
+            for batch in batches
         ],
     }
     tensors: dict[str, Tensor] = {}
@@ -85,145 +76,83 @@ def save_debug_batch(file: Path, trainer: Trainer, about: Mapping[str, Any]) -> 
         "about": dict(about),
         "layout": take_tensors(tree, "step", tensors),
     }
-    with atomic_path(file, sum(tensor.nbytes for tensor in tensors.values())) as aside:
-        save_file(tensors, aside, {"debug_batch": json.dumps(content)})
+    with atomic_path(file, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        save_file(tensors, temporary, {"debug_batch": json.dumps(content)})
 
 
 def load_debug_batch(file: Path) -> DebugBatch:
-    """Read what `save_debug_batch` wrote.
+    """Load the file of `save_debug_batch`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is another file, or broken.
+        FileNotFoundError: there is none.
+        ValueError: it is another file, or damaged.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"No debug batch at {file}: a run writes one where it stops.")
-    try:
-        with safe_open(file, "pt") as opened:
-            content = json.loads(opened.metadata()["debug_batch"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        raise FileNotFoundError(f"No debug batch at {file}: a run saves one if it is not finite.")
+    with reports_damage(f"The debug batch {file}"), safe_open(file, "pt") as opened:
+        content = json.loads(opened.metadata()["debug_batch"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         tree = put_tensors(content["layout"], tensors)
         iteration, process = int(content["iteration"]), int(content["process"])
         return DebugBatch(iteration, process, content["about"], tree["model"], tree["batches"])
-    except _TOLD as error:
-        raise ValueError(f"{file} is no debug batch, or a broken one: {error!r}.") from error
 
 
-def replay(trainer: Trainer, kept: DebugBatch, batches: list[Any]) -> list[str]:
-    """Run a kept step again, and tell in lines where it stops being finite.
+def replay(trainer: Trainer, kept: DebugBatch, batches: Sequence[Batch]) -> list[str]:
+    """Run a saved step again, and return in lines where it is not finite.
+
+    Torch's anomaly detection prints the forward calls of the operation whose gradient is NaN.
 
     Args:
-        batches: the micro-batches, on the trainer's device; the weights are the caller's to load.
-
-    Returns:
-        What was found, a line each; then, where torch tells it, the calls of the forward that
-        computed what the backward fails at.
+        batches: the micro-batches, on the trainer's device; the caller loads the weights.
     """
-    calls: list[str] = []
     trainer.iteration = kept.iteration
     model = trainer.accelerator.unwrap_model(trainer.model).train()
     lines = [
         f"{name} is not finite before the step"
         for name, parameter in model.named_parameters()
-        if not bool(parameter.isfinite().all())
+        if not _is_finite(parameter)
     ]
     seed_all(trainer.seed, kept.iteration, kept.process)
     for number, batch in enumerate(batches, start=1):
-        place = f" of micro-batch {number}" if len(batches) > 1 else ""
-        with torch.autograd.set_detect_anomaly(True):  # in the forward too: it tells the line
-            with _first_output(model) as found, trainer.autocast():
+        of = f" of micro-batch {number}" if len(batches) > 1 else ""
+        with torch.autograd.set_detect_anomaly(True):
+            with _watch_outputs(model) as outputs, trainer.autocast():
                 losses = trainer.losses(batch)
                 loss = torch.stack(list(losses.values())).sum()
-            told = ", ".join(f"{name} {value:g}" for name, value in _numbers(losses).items())
-            lines += [f"The losses{place}: {told}", *(f"{text}{place}" for text in found)]
-            failure, stack = _backward(loss)
-            lines += [f"{text}{place}" for text in failure]
-            calls = calls or stack
-    if all(bool(loss.isfinite()) for loss in losses.values()):
+            values = [f"{name} {float(value.detach()):g}" for name, value in losses.items()]
+            lines.append(f"The losses{of}: {', '.join(values)}")
+            lines += [f"{output}{of}" for output in outputs[:1]]
+            try:
+                loss.backward()
+            except RuntimeError as error:
+                lines.append(f"Backward: {str(error).splitlines()[0]}{of}")
+    if all(_is_finite(loss) for loss in losses.values()):
         lines += [
             f"The gradient of {name} is not finite"
             for name, parameter in model.named_parameters()
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
+            if parameter.grad is not None and not _is_finite(parameter.grad)
         ]
-    return [*lines, *calls]
-
-
-def _numbers(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: float(loss.detach()) for name, loss in losses.items()}
-
-
-def _backward(loss: Tensor) -> tuple[list[str], list[str]]:
-    """Go back through the step; return which operation's gradient is the first with a NaN, and
-    the calls of its forward, which torch has only as a warning.
-    """
-    found: list[str] = []
-    with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")
-        try:
-            loss.backward()
-        except RuntimeError as error:
-            found = [f"Backward: {str(error).splitlines()[0]}"]
-    calls: list[str] = []
-    for each in warned:
-        _, is_it, stack = str(each.message).partition(_FORWARD_CALLS)
-        if is_it:
-            calls = ["The calls of its forward:", *_below_trainer(stack.splitlines())]
-        else:
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
-    return found, calls
-
-
-def _below_trainer(stack: list[str]) -> list[str]:
-    """Return the calls of a traceback below the training loop, without those by which torch calls
-    a module.
-    """
-    calls: list[list[str]] = []
-    for line in stack:
-        if line.startswith("  File "):
-            calls.append([])
-        if calls and line.strip() and "(Triggered internally" not in line:
-            calls[-1].append(line)
-    loops = [number for number, call in enumerate(calls) if "engine/trainer.py" in call[0]]
-    below = calls[loops[-1] :] if loops else calls
-    return [line for call in below if "torch/nn/modules/module.py" not in call[0] for line in call]
+    return lines
 
 
 @contextlib.contextmanager
-def _first_output(model: nn.Module) -> Iterator[list[str]]:
-    """Collect the first layer whose output is not finite while its inputs are."""
+def _watch_outputs(model: nn.Module) -> Iterator[list[str]]:
+    """Yield a list that collects, in the order of calls, layers whose output is not finite."""
     found: list[str] = []
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if found or all(map(_is_finite, _tensors(output))):
-            return
-        kind = type(module).__name__
-        if all(map(_is_finite, _tensors(inputs))):
-            found.append(f"The first output that is not finite: {name or 'the model'} ({kind})")
-        else:
-            found.append(f"The input of {name or 'the model'} ({kind}) is not finite")
+        if not all(map(_is_finite, tree_leaves(output))):
+            layer = f"{name or 'the model'} ({type(module).__name__})"
+            if all(map(_is_finite, tree_leaves(inputs))):
+                found.append(f"The first output that is not finite: {layer}")
+            else:
+                found.append(f"Not finite: the input of {layer}")
 
-    handles = [
-        module.register_forward_hook(
-            lambda module, inputs, output, name=name: look(name, module, inputs, output)
-        )
-        for name, module in model.named_modules()
-    ]
-    try:
+    with contextlib.ExitStack() as handles:
+        for name, module in model.named_modules():
+            handles.enter_context(module.register_forward_hook(partial(look, name)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
+def _is_finite(value: Any) -> bool:
+    return not torch.is_tensor(value) or bool(value.isfinite().all())

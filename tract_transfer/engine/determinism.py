@@ -11,29 +11,29 @@ import torch
 
 @contextlib.contextmanager
 def deterministic(enabled: bool) -> Iterator[None]:
-    """Let torch use algorithms alone that give the same bits again; as it was, where not enabled.
+    """Use only algorithms of torch that repeat their bits, if enabled.
 
-    An operation that has none on the device raises RuntimeError, which names it. cuBLAS takes its
-    setting from the environment, at its first use in a process.
+    An operation without one on the device raises RuntimeError. cuBLAS reads its setting from the
+    environment when a process first uses it.
     """
     if not enabled:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    was = torch.are_deterministic_algorithms_enabled()
-    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(was, warn_only=warned)
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.backends.cudnn.benchmark = benchmark
 
 
 def seed_all(seed: int, iteration: int, process: int) -> None:
-    """Seed python, numpy and torch for one iteration of one process."""
+    """Seed Python, NumPy and torch for one iteration of one process."""
     words = np.random.SeedSequence((seed, iteration, process)).generate_state(2)
     value = int(words[0]) << 32 | int(words[1])
     random.seed(value)

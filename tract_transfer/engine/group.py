@@ -1,4 +1,4 @@
-"""What the processes of a group have to agree on, and what becomes of it when one is lost."""
+"""Agreement between the processes of a group, lost processes, and signals that stop a run."""
 
 import contextlib
 import os
@@ -14,38 +14,39 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-# How gloo, torch's store and NCCL say that the other end is gone.
+# How gloo, torch's store and NCCL report that the other end is gone.
 _LOST = (
     "closed by peer", "reset by peer", "Broken pipe", "Connection refused", "recvValue failed",
     "ncclRemoteError",
 )  # fmt: skip
+# Slurm's warning before a time limit is often SIGUSR1 (sbatch --signal=USR1@120).
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A scheduler signals every process of a job, and the launcher among them signals its own again.
+SAME_REQUEST_SECONDS = 1.0
+Item = TypeVar("Item")
 
 
 def main_first(accelerator: Accelerator, work: Callable[[], object]) -> None:
-    """Do `work` on the main process while the others wait; where it fails, all of them do.
+    """Do `work` on the main process while the others wait; if it fails, all processes fail.
 
     Raises:
-        RuntimeError: on the others, with the main one's error in words.
+        RuntimeError: on the others, with the message of the main process's error.
     """
     failure: Exception | None = None
     if accelerator.is_main_process:
         try:
             work()
-        except Exception as error:  # else the others would wait for a process that has gone
+        except Exception as error:  # raised below: the others wait for the broadcast
             failure = error
-    (told,) = broadcast_object_list([failure and f"{type(failure).__name__}: {failure}"])
+    (message,) = broadcast_object_list([failure and f"{type(failure).__name__}: {failure}"])
     if failure is not None:
         raise failure
-    if told is not None:
-        raise RuntimeError(f"The main process failed. {told}")
+    if message is not None:
+        raise RuntimeError(f"The main process failed. {message}")
 
 
 def check_same(value: int, what: str) -> None:
-    """Refuse processes that would go on from different places.
-
-    Raises:
-        ValueError: `value` is not the same on all of them.
-    """
+    """Raise ValueError if `value` is not the same on all processes."""
     values = gather_object([value])
     if len(set(values)) > 1:
         raise ValueError(
@@ -56,31 +57,22 @@ def check_same(value: int, what: str) -> None:
 
 @contextlib.contextmanager
 def reports_lost_processes(accelerator: Accelerator) -> Iterator[None]:
-    """Say in words when this process fails because another one of the group has ended."""
+    """Explain an error that another process of the group caused by ending."""
     try:
         yield
     except RuntimeError as error:
         if accelerator.num_processes == 1 or not any(text in str(error) for text in _LOST):
             raise
-        first = str(error).splitlines()[0]
         raise RuntimeError(
             f"Process {accelerator.process_index} ends because another of the "
-            f"{accelerator.num_processes} processes of the group has ended; its own message or the "
-            f"launcher says why. Go on with --resume. ({first})"
+            f"{accelerator.num_processes} processes of the group has ended. See its own message or "
+            f"the launcher's for the reason, then resume with --resume. "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 
-# --- SIGTERM, SIGINT and SIGUSR1 end a run where it can go on from.
-
-# Slurm's warning before a time limit is often SIGUSR1 (sbatch --signal=USR1@120).
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# A scheduler signals every process of a job, and the launcher among them signals its own again.
-SAME_REQUEST_SECONDS = 1.0
-Item = TypeVar("Item")
-
-
 class Stopped(BaseException):
-    """A signal ended the run; `exit_code` is the shell's for it."""
+    """A signal stopped the run; `exit_code` is the shell's for it."""
 
     def __init__(self, number: int, advice: str = "the run was stopped.") -> None:
         super().__init__(f"{signal.Signals(number).name}: {advice}")
@@ -90,18 +82,18 @@ class Stopped(BaseException):
 
 @dataclass
 class StopRequest:
-    """The signal that has asked a run to end, if one has.
+    """A signal's request to stop the run.
 
     Attributes:
-        number: set by the signal's handler, at any moment.
-        can_wait: whether the run looks at `number` itself; else the handler raises Stopped.
+        number: the signal, set by its handler at any moment; None before.
+        can_wait: whether the run checks `number` itself; else the handler raises Stopped.
     """
 
     number: int | None = None
     can_wait: bool = False
 
     def shared(self, accelerator: Accelerator) -> int | None:
-        """Return the signal that any process of the group got; all of them must call it."""
+        """Return the signal that any process of the group has received; a collective."""
         number = self.number or 0
         if accelerator.num_processes > 1:
             largest = torch.tensor(number, device=accelerator.device)
@@ -110,20 +102,20 @@ class StopRequest:
         return number or None
 
     def watched(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """Yield the batches, but none after a signal; `check` then tells all processes of it."""
+        """Yield batches until a signal arrives; call `check` afterwards."""
         for batch in batches:
             if self.number is not None:
                 return
             yield batch
 
     def check(self, accelerator: Accelerator) -> None:
-        """Raise Stopped where a signal came to any process; all of them must call it."""
+        """Raise Stopped if any process has received a signal; a collective."""
         if number := self.shared(accelerator):
             raise Stopped(number)
 
     @contextlib.contextmanager
     def waits(self) -> Iterator[None]:
-        """Let signals wait: what is done inside looks at `number` often enough."""
+        """Let signals wait: the code inside checks `number` often enough."""
         self.can_wait = True
         try:
             yield
@@ -133,17 +125,17 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals(advice: Callable[[], str]) -> Iterator[StopRequest]:
-    """Turn the first signal into a request; another, a second later or more, ends the process.
+    """Turn the first signal into a request; another one a second later ends the process.
 
     Args:
-        advice: says how to go on with what was stopped.
+        advice: returns how to resume the stopped run, for the message.
 
     Raises:
-        Stopped: a signal came; the message says how to go on.
+        Stopped: a signal arrived.
     """
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # Python delivers signals to the main thread alone
+        yield stop  # Python delivers signals to the main thread only
         return
     before = {int(number): signal.getsignal(number) for number in SIGNALS}
     owner, asked_at = os.getpid(), 0.0
@@ -151,7 +143,7 @@ def stop_on_signals(advice: Callable[[], str]) -> Iterator[StopRequest]:
     def ask(number: int, _frame: FrameType | None) -> None:
         nonlocal asked_at
         if os.getpid() != owner:
-            return  # a data worker just forked: its parent decides
+            return  # a data worker that was just forked: its parent decides
         if stop.number is not None:
             if time.monotonic() - asked_at >= SAME_REQUEST_SECONDS:
                 _end_as_before(number, before[number])
@@ -164,7 +156,7 @@ def stop_on_signals(advice: Callable[[], str]) -> Iterator[StopRequest]:
         signal.signal(number, ask)
     try:
         yield stop
-        if stop.number is not None:  # it came after the last look at it
+        if stop.number is not None:  # it arrived after the last check
             raise Stopped(stop.number)
     except Stopped as stopped:
         raise Stopped(stopped.number, advice()) from None
@@ -174,7 +166,7 @@ def stop_on_signals(advice: Callable[[], str]) -> Iterator[StopRequest]:
 
 
 def _end_as_before(number: int, handler: object) -> None:
-    """Do with a signal what would have been done without us; Ctrl-C ends without a traceback."""
+    """Handle a signal as without us, except that Ctrl-C ends without a traceback."""
     ends = handler is signal.default_int_handler or not callable(handler)
     signal.signal(number, signal.SIG_DFL if ends else handler)  # type: ignore[arg-type]
     signal.raise_signal(number)

@@ -1,4 +1,4 @@
-"""What watches a training: log files, the screen, checkpoints and evaluations."""
+"""Hooks of a training: log files, the screen, checkpoints and evaluations."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,15 +20,14 @@ from torch import nn
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.trainer import Hook, Trainer
-from tract_transfer.files import reports_full_disk, sync, write_text
+from tract_transfer.files import METRICS_NAME, reports_full_disk, sync, write_text
 
-METRICS_NAME = "metrics.jsonl"
-LINE_SECONDS = 5.0  # a plain log line at most this often
+SECONDS_PER_LINE = 5.0  # on a screen without a progress bar
 logger = logging.getLogger(__name__)
 
 
 def due(iteration: int, every_iters: int | None) -> bool:
-    """Whether what happens every so many iterations happens after `iteration`."""
+    """Whether something with this interval happens after `iteration`."""
     return every_iters is not None and iteration > 0 and iteration % every_iters == 0
 
 
@@ -37,30 +37,29 @@ class MetricsFile:
     def __init__(self, folder: Path, *, tensorboard: bool) -> None:
         self.path = folder / METRICS_NAME
         self._board_folder = folder / "tensorboard" if tensorboard else None
-        self._board = self._open_board()
+        self._board: Any = None
 
     def write(self, iteration: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
-        """Append a line: numbers of training, or of an evaluation on `split`.
+        """Append a line of the training, or of an evaluation on `split`.
 
         Raises:
-            DiskFullError: there is no room for it.
+            DiskFullError: the disk is full.
         """
         line = {"iteration": iteration, "epoch": round(epoch, 6), "split": split, **values}
         with reports_full_disk(self.path.parent, self.path.name), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        self._show(line)
+        self._add_to_board(line)
 
     def sync(self) -> None:
-        """Wait until the lines are on the disk: those before a checkpoint must not be lost."""
+        """Wait until the lines are on the disk: no resume writes those before a checkpoint."""
         if self.path.exists():
             sync(self.path)
 
     def cut_after(self, iteration: int) -> None:
-        """Drop what a resumed run writes again: all after `iteration`, and evaluations at it.
+        """Drop what a resumed run writes again: lines after `iteration`, and evaluations at it.
 
-        TensorBoard's files are written anew from the lines that stay, for a kill loses what it had
-        in memory. Lines that cannot be read are dropped and named; the file stays beside, as
-        `broken-metrics.jsonl`.
+        TensorBoard's files are rewritten from the other lines, because a kill loses what they had
+        in memory. If lines cannot be read, a copy is kept as `broken-metrics.jsonl`.
         """
         kept = [
             line
@@ -70,36 +69,33 @@ class MetricsFile:
         ]
         if self.path.exists():
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        if self._board_folder is None:
-            return
-        self.close()
-        for file in self._board_folder.glob("events.out.tfevents.*"):
-            file.unlink()
-        self._board = self._open_board()
-        for line in kept:
-            self._show(line)
+        if self._board_folder is not None:
+            self.close()
+            for file in self._board_folder.glob("events.out.tfevents.*"):
+                file.unlink()
+            for line in kept:
+                self._add_to_board(line)
 
     def close(self) -> None:
-        """Finish TensorBoard's file."""
+        """Close TensorBoard's file."""
         if self._board is not None:
             self._board.close()
+            self._board = None
 
-    def _open_board(self) -> Any:
+    def _add_to_board(self, line: Mapping[str, Any]) -> None:
         if self._board_folder is None:
-            return None
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
+            return
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        # A TensorBoard that is looking on forgets what it has read of the files before.
-        return SummaryWriter(self._board_folder, purge_step=0)  # type: ignore[no-untyped-call]
-
-    def _show(self, line: Mapping[str, Any]) -> None:
-        if self._board is not None:
-            for name, value in line.items():
-                if name not in ("iteration", "epoch", "split"):
-                    self._board.add_scalar(f"{line['split']}/{name}", value, line["iteration"])
+            # An open TensorBoard drops what it has read from the earlier files.
+            self._board = SummaryWriter(self._board_folder, purge_step=0)
+        for name, value in line.items():
+            if name not in ("iteration", "epoch", "split"):
+                self._board.add_scalar(f"{line['split']}/{name}", value, line["iteration"])
 
     def _read(self) -> list[dict[str, Any]]:
-        """Return the lines; the last may have been cut off in writing, and is not one then."""
+        """Return the complete lines: a kill may have cut off the last one."""
         lines, broken = [], []
         texts = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
         for number, text in enumerate(texts, 1):
@@ -109,24 +105,24 @@ class MetricsFile:
             except (ValueError, TypeError, KeyError):  # noqa: PERF203 - a file is read once
                 broken.append(number)
         if broken:
-            aside = self.path.with_name(f"broken-{self.path.name}")
-            shutil.copyfile(self.path, aside)
-            logger.warning("%s: lines %s cannot be read. Kept as %s.", self.path, broken, aside)
+            copy = self.path.with_name(f"broken-{self.path.name}")
+            shutil.copyfile(self.path, copy)
+            logger.warning("%s: cannot read lines %s. Copied to %s.", self.path, broken, copy)
         return lines
 
 
+@dataclass
 class LogProgress(Hook):
-    """Reads the meter every so often, to metrics.jsonl and to the screen."""
+    """Reads the meter at an interval, for metrics.jsonl and the screen."""
 
-    def __init__(self, metrics: MetricsFile, *, every_iters: int, iters_per_epoch: int) -> None:
-        self.metrics = metrics
-        self.every_iters = every_iters
-        self.iters_per_epoch = iters_per_epoch
-        self._bar: Progress | None = None
-        self._line_at = 0.0
+    metrics: MetricsFile
+    every_iters: int
+    iters_per_epoch: int
+    _bar: Progress | None = field(default=None, init=False)
 
     def before_train(self, trainer: Trainer) -> None:
         self._started, self._first = time.perf_counter(), trainer.iteration
+        self._line_at = 0.0
         if sys.stderr.isatty() and trainer.accelerator.is_main_process:
             columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
             self._bar = Progress(*columns, transient=True)
@@ -142,18 +138,19 @@ class LogProgress(Hook):
         epoch = done / self.iters_per_epoch
         if trainer.accelerator.is_main_process:
             self.metrics.write(done, epoch, "train", values)
-        rate = (time.perf_counter() - self._started) / (done - self._first)
-        eta = timedelta(seconds=round(rate * (trainer.max_iters - done)))
+        now = time.perf_counter()
+        rate = (now - self._started) / (done - self._first)
         text = (
             f"iter {done}/{trainer.max_iters}  epoch {epoch:.2f}  "
             f"loss {values.get('loss', float('nan')):.4f}  "
             f"lr {values['lr']:.2g}  {values['images_per_second']:.0f} images/s  "
-            f"data {values['data_fraction']:.0%}  eta {eta}"
+            f"data {values['data_fraction']:.0%}  "
+            f"eta {timedelta(seconds=round(rate * (trainer.max_iters - done)))}"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)
-        if time.perf_counter() - self._line_at > LINE_SECONDS or done == trainer.max_iters:
-            self._line_at = time.perf_counter()
+        if now - self._line_at > SECONDS_PER_LINE or done == trainer.max_iters:
+            self._line_at = now
             logger.info(text)
 
     def after_train(self, trainer: Trainer) -> None:
@@ -161,21 +158,16 @@ class LogProgress(Hook):
             self._bar.stop()
 
 
+@dataclass
 class SaveCheckpoints(Hook):
-    """Writes a checkpoint at every interval given, at the end, and where a signal ends it all.
+    """Saves a checkpoint at each of the intervals, at the end, and after a signal.
 
-    The lines of `metrics` before it are on the disk first.
+    The earlier lines of `metrics` are synced first.
     """
 
-    def __init__(
-        self,
-        checkpointer: Checkpointer,
-        every_iters: Sequence[int | None],
-        metrics: MetricsFile | None = None,
-    ) -> None:
-        self.checkpointer = checkpointer
-        self.every_iters = every_iters
-        self.metrics = metrics
+    checkpointer: Checkpointer
+    every_iters: Sequence[int | None]
+    metrics: MetricsFile | None = None
 
     def after_step(self, trainer: Trainer) -> None:
         last = trainer.stop_signal is not None or trainer.iteration == trainer.max_iters
@@ -188,40 +180,28 @@ class SaveCheckpoints(Hook):
             trainer.accelerator.wait_for_everyone()
 
 
+@dataclass
 class PeriodicEvaluation(Hook):
-    """Evaluates every so often. It comes after SaveCheckpoints: a failed evaluation can be retried.
+    """Evaluates at an interval; follows SaveCheckpoints, so that an evaluation can be repeated.
 
     Args:
-        evaluate: returns the metrics of the model as it stands.
+        evaluate: returns the metrics of the current model.
         at_end: evaluate after the last iteration too.
         split: "val" or "test".
-        metric: the key of the metrics that `trainer.best` is the best of.
-        checkpointer: where the best is marked; None where no checkpoint is selected.
-        selects: keep `trainer.best` without a checkpointer too: patience counts from it.
+        metric: the key of the metrics that decides `trainer.best`.
+        checkpointer: marks the best checkpoint; None if none is selected.
+        selects: update `trainer.best` without a checkpointer too, for patience.
     """
 
-    def __init__(
-        self,
-        evaluate: Callable[[], dict[str, float]],
-        *,
-        every_iters: int | None,
-        at_end: bool,
-        split: str,
-        metric: str,
-        metrics: MetricsFile,
-        iters_per_epoch: int,
-        checkpointer: Checkpointer | None = None,
-        selects: bool = False,
-    ) -> None:
-        self.evaluate = evaluate
-        self.every_iters = every_iters
-        self.at_end = at_end
-        self.split = split
-        self.metric = metric
-        self.metrics = metrics
-        self.iters_per_epoch = iters_per_epoch
-        self.checkpointer = checkpointer
-        self.selects = selects or checkpointer is not None
+    evaluate: Callable[[], dict[str, float]]
+    every_iters: int | None
+    at_end: bool
+    split: str
+    metric: str
+    metrics: MetricsFile
+    iters_per_epoch: int
+    checkpointer: Checkpointer | None = None
+    selects: bool = False
 
     def before_train(self, trainer: Trainer) -> None:
         if trainer.iteration:  # the run may have ended between a checkpoint and its evaluation
@@ -229,8 +209,8 @@ class PeriodicEvaluation(Hook):
 
     def after_step(self, trainer: Trainer) -> None:
         at_end = trainer.iteration == trainer.max_iters
-        wanted = self.at_end if at_end else due(trainer.iteration, self.every_iters)
-        if not wanted or trainer.stop_signal is not None:
+        is_due = self.at_end if at_end else due(trainer.iteration, self.every_iters)
+        if not is_due or trainer.stop_signal is not None:
             return
         started = time.perf_counter()
         values = self.evaluate()
@@ -239,64 +219,35 @@ class PeriodicEvaluation(Hook):
             epoch = trainer.iteration / self.iters_per_epoch
             self.metrics.write(trainer.iteration, epoch, self.split, values)
             logger.info("iter %d  %s %s", trainer.iteration, self.split, format_metrics(values))
-        if not self.selects:
-            return
-        # Every process has the metrics, and has to end the training at the same iteration.
-        value = values[self.metric]
-        if trainer.best is None or value > trainer.best["value"]:
+        # On every process: patience must end the training at the same iteration.
+        value = values[self.metric] if self.selects or self.checkpointer else None
+        if value is not None and (trainer.best is None or value > trainer.best["value"]):
             trainer.best = {"iteration": trainer.iteration, "value": value}
             if self.checkpointer is not None and trainer.accelerator.is_main_process:
                 self.checkpointer.mark_best(trainer.iteration, value)
 
 
 def format_metrics(values: Mapping[str, Any]) -> str:
-    """Return `top1 91.25 %  loss 0.3412`: fractions in percent."""
+    """Return `top1 91.25%  loss 0.3412`."""
     return "  ".join(f"{name} {format_metric(name, value)}" for name, value in values.items())
 
 
 def format_metric(name: str, value: float) -> str:
-    """Return `91.25%`, or `0.3412` of a loss."""
+    """Return a loss as `0.3412`, any other metric as `91.25%`."""
     return f"{value:.4f}" if name == "loss" else f"{value:.2%}"
-
-
-# --- A model over a loader, into an evaluator.
 
 
 class Evaluator(Protocol):
     """Collects predictions; `compute` is exact on any number of processes."""
 
     def update(self, predictions: Any, targets: Any) -> None:
-        """Add a batch: what the model answers in eval mode, and the loader's targets."""
+        """Add a batch: the outputs of the model in eval mode, and the loader's targets."""
 
     def compute(self) -> dict[str, float]:
-        """Return the metrics, of all processes together; every one must call it."""
+        """Return the metrics over all processes; a collective."""
 
     def details(self) -> dict[str, Any]:
-        """Return what stands beside the metrics, as JSON has it: protocol, counts, classes."""
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in eval mode, and every part of it back in its own mode after."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Give every process of a group the main one's buffers, which a checkpoint holds.
-
-    Each process updates batch-norm statistics from its own images; training shares them again
-    only at the next forward.
-    """
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
+        """Return what accompanies the metrics, as JSON values: protocol, counts, classes."""
 
 
 def evaluate(
@@ -319,3 +270,27 @@ def evaluate(
                 predictions = model(batch.images)
             evaluator.update(predictions, batch.targets)
     return skipped
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode without gradients; restore the mode of every module afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Broadcast the main process's buffers, which a checkpoint holds.
+
+    Each process updates BatchNorm's statistics from its own images, and training shares them only
+    in the next forward.
+    """
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, src=0)

@@ -30,6 +30,7 @@ from tract_transfer.files import (
     ENVIRONMENT_NAME,
     RESULTS_NAME,
     make_folder,
+    redact,
     remove_temporary_files,
     without_secrets,
     write_json,
@@ -412,6 +413,11 @@ def _remove_if_unused(folder: Path) -> None:
         folder.rmdir()
 
 
+class _RedactingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return str(redact(super().format(record)))
+
+
 @contextlib.contextmanager
 def _logging_to(folder: Path) -> Iterator[None]:
     """Write the package's log, and the error that ends the run, to `folder/log.txt`."""
@@ -420,7 +426,7 @@ def _logging_to(folder: Path) -> Iterator[None]:
         with path.open("a") as file:  # truncated by a kill
             file.write("\n")
     handler, package = logging.FileHandler(path), logging.getLogger("tract_transfer")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(_RedactingFormatter("%(asctime)s %(levelname)s %(message)s"))
     package.addHandler(handler)
     if package.getEffectiveLevel() > logging.INFO:
         package.setLevel(logging.INFO)

@@ -1,15 +1,8 @@
-"""The optimizer and how its learning rate goes with progress."""
+"""The optimizer, and its learning rate as a function of progress."""
 
 import warnings
-from collections.abc import (
-    Callable,
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fvcore.common.param_scheduler import (
@@ -27,16 +20,15 @@ from timm.optim import (
     param_groups_layer_decay,
     param_groups_weight_decay,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from tract_transfer.registry import did_you_mean
 
-# What timm's factory takes beside an optimizer's own arguments.
-_FALLBACK = ("fallback_list", "fallback_no_weight_decay")
-_FUSED, _UNFUSED = ("adam", "adamw"), ("sgd", "momentum")
+# Arguments of timm's factory that name the parameters which muon leaves to AdamW.
+FALLBACK = ("fallback_list", "fallback_no_weight_decay")
+_FACTORY = {"layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale", "param_group_fn"}
 _SCHEDULES = ("cosine", "cosine_epochs", "multistep", "constant")
-_LAYER_DECAY = ("layer_decay_min_scale", "layer_decay_no_opt_scale")
 
 
 def build_optimizer(
@@ -51,115 +43,103 @@ def build_optimizer(
     bias_lr_factor: float = 1.0,
     bias_weight_decay: float | None = None,
     layer_decay: float | None = None,
-    optimizer_args: dict[str, Any] | None = None,
+    optimizer_args: Mapping[str, Any] | None = None,
 ) -> Optimizer:
-    """Build any of timm's optimizers over the trainable parameters of `model`.
+    """Build one of timm's optimizers over the trainable parameters of `model`.
 
-    `sgd` is plain SGD unless `nesterov` is set (timm's own `sgd` always is Nesterov's).
+    `sgd` is plain SGD unless `nesterov` is set (timm's own `sgd` always is Nesterov's). The
+    `base_lr` of each parameter group is what a schedule multiplies.
 
     Args:
-        momentum: None takes 0.9 where the optimizer has one.
-        decay_all: decay biases and normalisation layers too; False leaves them out, and what the
-            model's `no_weight_decay()` names, as timm's recipes do (position embeddings).
-        bias_lr_factor: of the parameters called bias, over `lr` (Caffe's recipes: 2).
-        bias_weight_decay: of the same, in place of `weight_decay` (Caffe's recipes: 0).
-        layer_decay: the learning rate of each layer over that of the next (BEiT, and timm's
-            layers); the head's is `lr`. The model tells its layers by `group_matcher()`.
+        momentum: None takes 0.9 if the optimizer has one.
+        decay_all: decay biases and normalization layers too; False exempts them, and the parameters
+            in the model's `no_weight_decay()`, as timm's recipes do (position embeddings).
+        bias_lr_factor: learning rate of parameters named bias, over `lr` (Caffe's recipes: 2).
+        bias_weight_decay: theirs in place of `weight_decay` (Caffe's recipes: 0).
+        layer_decay: learning rate of each layer over that of the next (BEiT, with timm's layers);
+            the head has `lr`. Needs the model's `group_matcher()`.
         optimizer_args: further arguments of the optimizer's constructor, such as betas and eps.
             `fallback_list` names parameters, by patterns, that muon leaves to AdamW.
 
     Raises:
-        ValueError: unknown optimizer, or one that does not take momentum or an argument; options
-            of biases beside others that group parameters; or a model that tells no layers.
+        ValueError: unknown optimizer, argument that it does not take, or options in conflict.
     """
-    arguments, fallback = _arguments(optimizer, momentum, nesterov, optimizer_args or {})
+    arguments = dict(optimizer_args or {})
+    fallback = {key: arguments.pop(key) for key in FALLBACK if key in arguments}
+    if momentum is not None:
+        arguments["momentum"] = momentum
+    _check_optimizer(optimizer, arguments, fallback, nesterov)
     if bias_lr_factor == 1 and bias_weight_decay is None:
         groups = _groups(model, weight_decay, decay_all, layer_decay, fallback)
     elif decay_all and layer_decay is None and not fallback:
-        decay = weight_decay if bias_weight_decay is None else bias_weight_decay
-        groups = _with_biases_apart(model, lr, weight_decay, lr * bias_lr_factor, decay)
+        bias_decay = weight_decay if bias_weight_decay is None else bias_weight_decay
+        groups = _bias_groups(model, (lr, weight_decay), (lr * bias_lr_factor, bias_decay))
     else:
         raise ValueError(
             "solver.bias_lr_factor and bias_weight_decay need solver.decay_all: true and no "
-            "layer_decay or fallback_list, and say themselves what a bias decays by."
+            "layer_decay or fallback_list."
         )
-    _choose_fused(optimizer, arguments, model)
+    if optimizer in ("adam", "adamw") and _can_be_fused(model, arguments):
+        arguments["fused"] = True
+    name = "momentum" if optimizer == "sgd" and not nesterov else optimizer  # timm's plain SGD
     try:
-        return _create(optimizer, nesterov, groups, lr=lr, weight_decay=weight_decay, **arguments)
+        return _create(name, groups, lr=lr, weight_decay=weight_decay, **arguments)
     except (TypeError, AssertionError) as error:  # timm asserts that APEX's have a GPU
         raise ValueError(
             f"solver.optimizer {optimizer} with optimizer_args {optimizer_args}: {error}"
         ) from error
 
 
-def _create(
-    optimizer: str, nesterov: bool, groups: list[dict[str, Any]], **arguments: Any
-) -> Optimizer:
-    """Let timm make the optimizer; each group's `base_lr` is what a schedule multiplies."""
-    name = "momentum" if optimizer == "sgd" and not nesterov else optimizer  # timm's plain SGD
+def _create(name: str, groups: list[dict[str, Any]], **arguments: Any) -> Optimizer:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        built: Optimizer = create_optimizer_v2(groups, opt=name, **arguments)
-    for group in built.param_groups:
+        optimizer: Optimizer = create_optimizer_v2(groups, opt=name, **arguments)
+    for group in optimizer.param_groups:
         group["lr"] *= group.get("lr_scale", 1.0)
         group["base_lr"] = group["lr"]
-    return built
+    return optimizer
 
 
-def _choose_fused(optimizer: str, arguments: dict[str, Any], model: nn.Module) -> None:
-    """Take the fused step of torch's Adam and AdamW where nothing else is asked for.
+def _check_optimizer(
+    name: str, arguments: Mapping[str, Any], fallback: Mapping[str, Any], nesterov: bool
+) -> None:
+    """Raise ValueError for an unknown optimizer or for options that it does not take."""
+    names = list_optimizers()
+    if name not in names:
+        raise ValueError(f"solver.optimizer: no {name!r}.{did_you_mean(name, names)}")
+    has_momentum = get_optimizer_info(name).has_momentum
+    args = "solver.optimizer_args"
+    problems = {
+        f"solver.nesterov is for sgd, not for {name}.": nesterov and name != "sgd",
+        f"{args}: {sorted(_FACTORY & arguments.keys())} are not arguments of {name}. Set "
+        "solver.layer_decay.": _FACTORY & arguments.keys(),
+        f"solver.momentum: {name} has none. Set {args}.betas instead.": (
+            "momentum" in arguments and not has_momentum
+        ),
+        f"{args}: {sorted(fallback)} are for muon and its variants, which leave parameters to "
+        f"AdamW; {name} steps all of them. Remove them.": fallback and "muon" not in name,
+        # It starts from arbitrary momentum if a gradient scaler skips the first step, and fails if
+        # a parameter gets its first gradient later than the others.
+        f"{args}.fused: torch's fused SGD is wrong after skipped steps. Remove it.": (
+            arguments.get("fused") and name in ("sgd", "momentum")
+        ),
+    }
+    if problem := next((text for text, is_wrong in problems.items() if is_wrong), None):
+        raise ValueError(problem)
 
-    It walks through memory and not by strides, so that weights, gradients and moments must lie
-    alike: by default weights are contiguous.
 
-    Raises:
-        ValueError: it is asked for where it computes something else.
+def _can_be_fused(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
+    """Whether to use the fused step of torch's Adam and AdamW by default.
+
+    It walks through memory, not by strides: weights, gradients and moments need the same layout,
+    and only contiguous weights are certain to have it.
     """
-    contiguous = all(each.is_contiguous() for each in model.parameters() if each.requires_grad)
-    if arguments.get("fused") and optimizer in _UNFUSED:
-        raise ValueError(
-            "solver.optimizer_args.fused: torch's fused SGD begins with arbitrary momentum where a "
-            "gradient scaler skips the first step, and fails where a gradient comes later than the "
-            "others. Leave it out."
-        )
-    devices = {each.device.type for each in model.parameters()}
-    told = arguments.keys() & {"fused", "foreach", "capturable", "differentiable"}
-    if optimizer in _FUSED and contiguous and devices <= {"cpu", "cuda"} and not told:
-        arguments["fused"] = True
-
-
-def _arguments(
-    optimizer: str, momentum: float | None, nesterov: bool, optimizer_args: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the optimizer's own arguments, and what tells timm's factory which AdamW steps.
-
-    Raises:
-        ValueError: unknown optimizer, or an argument that it does not take.
-    """
-    known = list_optimizers()
-    if optimizer not in known:
-        raise ValueError(f"solver.optimizer: no {optimizer!r}.{did_you_mean(optimizer, known)}")
-    if nesterov and optimizer != "sgd":
-        raise ValueError(f"solver.nesterov is for sgd; {optimizer} does not take it.")
-    if grouping := optimizer_args.keys() & {"layer_decay", "param_group_fn", *_LAYER_DECAY}:
-        raise ValueError(
-            f"solver.optimizer_args: {sorted(grouping)} are not {optimizer}'s own. Set "
-            "solver.layer_decay."
-        )
-    arguments = {key: value for key, value in optimizer_args.items() if key not in _FALLBACK}
-    fallback = {key: value for key, value in optimizer_args.items() if key in _FALLBACK}
-    if momentum is not None:
-        if not get_optimizer_info(optimizer).has_momentum:
-            raise ValueError(
-                f"solver.momentum is not {optimizer}'s. Set solver.optimizer_args.betas instead."
-            )
-        arguments["momentum"] = momentum
-    if fallback and "muon" not in optimizer:
-        raise ValueError(
-            f"solver.optimizer_args: {sorted(fallback)} are for muon and its kin, which leave "
-            f"parameters to AdamW; {optimizer} steps all itself. Leave them out."
-        )
-    return arguments, fallback
+    parameters = list(model.parameters())
+    return (
+        all(parameter.is_contiguous() for parameter in parameters if parameter.requires_grad)
+        and {parameter.device.type for parameter in parameters} <= {"cpu", "cuda"}
+        and not arguments.keys() & {"fused", "foreach", "capturable", "differentiable"}
+    )
 
 
 def _groups(
@@ -167,14 +147,13 @@ def _groups(
     weight_decay: float,
     decay_all: bool,
     layer_decay: float | None,
-    fallback: dict[str, Any],
+    fallback: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return timm's parameter groups: by decay, and with `layer_decay` by layer."""
-    spared: Collection[str] = () if decay_all else getattr(model, "no_weight_decay", set)()
+    """Return timm's parameter groups: by weight decay, and with `layer_decay` by layer."""
     settings = {
         "weight_decay": weight_decay,
         "weight_decay_exclude_1d": not decay_all,
-        "no_weight_decay_list": spared,
+        "no_weight_decay_list": () if decay_all else getattr(model, "no_weight_decay", set)(),
         **fallback,
     }
     groups: list[dict[str, Any]]
@@ -184,30 +163,27 @@ def _groups(
         groups = param_groups_layer_decay(model, layer_decay=layer_decay, **settings)
     else:
         raise ValueError(
-            f"solver.layer_decay is for classifiers; {type(model).__name__} does not tell its "
-            "layers. Set it to null."
+            f"solver.layer_decay is for classifiers; {type(model).__name__} has no group_matcher. "
+            "Set it to null."
         )
     return groups
 
 
-def _with_biases_apart(
-    model: nn.Module, lr: float, weight_decay: float, bias_lr: float, bias_weight_decay: float
+def _bias_groups(
+    model: nn.Module, weights: tuple[float, float], biases: tuple[float, float]
 ) -> list[dict[str, Any]]:
-    """Return two parameter groups: what is trained and not called bias, and what is."""
-    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+    """Return up to two groups, weights and biases, with their (learning rate, weight decay)."""
+    groups: list[dict[str, Any]] = [
+        {"params": [], "lr": lr, "weight_decay": decay} for lr, decay in (weights, biases)
+    ]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[name.rpartition(".")[2] == "bias"].append(parameter)
-    settings = ((lr, weight_decay), (bias_lr, bias_weight_decay))
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": decay}
-        for parameters, (rate, decay) in zip(groups, settings, strict=True)
-        if parameters
-    ]
+            groups[name.rpartition(".")[2] == "bias"]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
 
 
 def set_progress(optimizer: Optimizer, schedule: ParamScheduler, progress: float) -> float:
-    """Set every group's learning rate for `progress` in [0, 1); return the factor."""
+    """Set the learning rate of every group for `progress` in [0, 1); return the factor."""
     factor = float(schedule(progress))
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor
@@ -225,19 +201,19 @@ def build_schedule(
     end_factor: float = 0.0,
     iters_per_epoch: int = 1,
 ) -> ParamScheduler:
-    """Return a factor on the base learning rate as a function of progress in [0, 1).
+    """Return the factor on the base learning rate as a function of progress in [0, 1).
 
     Args:
-        schedule: "cosine" (to `end_factor`), "cosine_epochs" (the same, with its warm-up, held
-            through every epoch at its value at the beginning), "multistep" (times `step_factor`
-            at each of `steps_iters`) or "constant".
-        warmup_iters: a linear rise from `warmup_start` to the schedule's own value, before it.
+        schedule: "cosine" (to `end_factor`), "cosine_epochs" (cosine and warm-up, constant in each
+            epoch at the value of its start), "multistep" (times `step_factor` at each of
+            `steps_iters`) or "constant".
+        warmup_iters: length of a linear rise from `warmup_start` to the start of the schedule.
 
     Raises:
-        ValueError: an unknown schedule, a warm-up or a step that lies outside the run, or a first
-            epoch of learning rate 0.
+        ValueError: unknown schedule, a warm-up or step outside the run, or a first epoch with
+            learning rate 0.
     """
-    _check_schedule(schedule, max_iters, warmup_iters, warmup_start, steps_iters)
+    _check_schedule(schedule, max_iters, warmup_iters, warmup_start, list(steps_iters))
     main: ParamScheduler
     if schedule == "multistep":
         main = MultiStepParamScheduler(
@@ -253,154 +229,106 @@ def build_schedule(
         rest = 1 - warmup_iters / max_iters
         main = CompositeParamScheduler(
             [LinearParamScheduler(warmup_start, 1.0), main],
-            lengths=[1 - rest, rest],  # fvcore wants them to add up to 1 exactly
+            lengths=[1 - rest, rest],  # fvcore requires a sum of exactly 1
             interval_scaling=["rescaled", "rescaled"],
         )
     return _ByEpoch(main, max_iters, iters_per_epoch) if schedule == "cosine_epochs" else main
 
 
 def _check_schedule(
-    schedule: str,
-    max_iters: int,
-    warmup_iters: int,
-    warmup_start: float,
-    steps_iters: Sequence[int],
+    schedule: str, max_iters: int, warmup_iters: int, warmup_start: float, steps: list[int]
 ) -> None:
     if schedule not in _SCHEDULES:
         raise ValueError(f"solver.schedule: no {schedule!r}. Known: {', '.join(_SCHEDULES)}.")
     if schedule == "cosine_epochs" and warmup_iters and not warmup_start:
         raise ValueError(
-            "solver.warmup_start must be above 0 with schedule: cosine_epochs, which holds it "
-            "through the whole first epoch. Set it, such as 0.001."
+            "solver.warmup_start must be above 0 with schedule: cosine_epochs, which keeps it "
+            "through the first epoch. Set it, such as 0.001."
         )
     if not 0 <= warmup_iters < max_iters:
         raise ValueError(
-            f"solver: the warm-up of {warmup_iters} iterations outlasts {max_iters}. Shorten "
-            "solver.warmup_iters (or warmup_epochs), or set it to null."
+            f"solver: the warm-up of {warmup_iters} iterations is longer than the run of "
+            f"{max_iters}. Shorten solver.warmup_iters (or warmup_epochs), or set it to null."
         )
-    ascending = list(steps_iters) == sorted(set(steps_iters))
-    inside = all(warmup_iters < step < max_iters for step in steps_iters)
-    if schedule == "multistep" and not (ascending and inside):
+    inside = all(warmup_iters < step < max_iters for step in steps)
+    if schedule == "multistep" and not (inside and steps == sorted(set(steps))):
         raise ValueError(
-            f"solver: the steps {list(steps_iters)} must ascend between the warm-up's end "
-            f"{warmup_iters} and the run's end {max_iters} (in iterations)."
+            f"solver: the steps {steps} must ascend between the warm-up's end {warmup_iters} and "
+            f"the run's end {max_iters} (in iterations)."
         )
 
 
+@dataclass
 class _ByEpoch(ParamScheduler):  # type: ignore[misc]
-    """A schedule that is held through every epoch at its value at the beginning."""
+    """A schedule that is constant in each epoch, at its value at the start of the epoch."""
 
-    def __init__(self, schedule: ParamScheduler, max_iters: int, iters_per_epoch: int) -> None:
-        self._schedule = schedule
-        self._max_iters = max_iters
-        self._iters_per_epoch = iters_per_epoch
+    schedule: ParamScheduler
+    max_iters: int
+    iters_per_epoch: int
 
     def __call__(self, where: float) -> float:
-        iteration = round(where * self._max_iters)
-        begin = iteration - iteration % self._iters_per_epoch
-        return float(self._schedule(begin / self._max_iters))
-
-
-# --- One optimizer made of several, each over parameters of its own.
+        iteration = round(where * self.max_iters)
+        start = iteration - iteration % self.iters_per_epoch
+        return float(self.schedule(start / self.max_iters))
 
 
 class JoinedOptimizer(Optimizer):
-    """Steps several optimizers as one: the paper's first layer by SGD, and the rest by Adam.
+    """Steps several optimizers as one, such as SGD for the first layer and Adam for the rest.
 
         first = torch.optim.SGD(model.conv1.parameters(), lr=0.08, momentum=0.9)
         rest = torch.optim.Adam(others, lr=1e-3)
         optimizer = JoinedOptimizer([first, rest])
 
-    Its `param_groups` are theirs, so that schedulers, clipping, gradient scalers and
-    `TrAct.attach` see one optimizer.
+    Its `param_groups` are those of the optimizers: schedulers, clipping, gradient scalers and
+    `TrAct.attach` treat it as one.
 
     Raises:
-        ValueError: none is given, or two hold the same parameter.
+        ValueError: two of them hold the same parameter.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        if not optimizers:
-            raise ValueError("JoinedOptimizer needs an optimizer at least.")
+        super().__init__([group for part in optimizers for group in part.param_groups], {})
         self.optimizers = list(optimizers)
-        super().__init__([group for each in optimizers for group in each.param_groups], {})
-        self._see_theirs()
 
-    def _see_theirs(self) -> None:
-        self.param_groups = [group for each in self.optimizers for group in each.param_groups]
-        self.state = _States(self.optimizers)  # type: ignore[assignment]
+    @property
+    def state(self) -> Any:
+        """The state of each parameter, in a new dict."""
+        return {key: state for part in self.optimizers for key, state in part.state.items()}
+
+    @state.setter
+    def state(self, _: Any) -> None:
+        """Ignore the empty state that torch sets at creation."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"defaults": self.defaults, "optimizers": self.optimizers}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({**state, "state": {}, "param_groups": []})
-        self._see_theirs()
+        return vars(self).copy()  # torch's keeps no `optimizers` for a copy
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: which optimizer is to step it?"""
-        if "state" in vars(self) and isinstance(self.state, _States):
+        """Refuse a group after creation: none of the optimizers would step it."""
+        if "optimizers" in vars(self):
             raise ValueError("Add a parameter group to one of .optimizers, before they are joined.")
         super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Step each of them, after `closure` where there is one; return what it returned."""
+        """Call `closure`, step each optimizer, and return the result of `closure`."""
         loss = closure() if closure is not None else None
-        for each in self.optimizers:
-            each.step()
+        for part in self.optimizers:
+            part.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of each, in order."""
-        return {"optimizers": [each.state_dict() for each in self.optimizers]}
+        """Return the state of each optimizer, in order."""
+        return {"optimizers": [part.state_dict() for part in self.optimizers]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up what `state_dict` returned.
-
-        Raises:
-            ValueError: it is of another number of optimizers, or of others.
-        """
-        states = state_dict.get("optimizers", [])
-        if len(states) != len(self.optimizers):
-            raise ValueError(
-                f"This is the state of {len(states)} joined optimizers, and here are "
-                f"{len(self.optimizers)}. Build it from the same config."
-            )
-        for each, state in zip(self.optimizers, states, strict=True):
-            each.load_state_dict(state)
-        self._see_theirs()
-
-
-class _States(MutableMapping[Tensor, Any]):
-    """The state of a parameter, in the optimizer that steps it."""
-
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._optimizers = optimizers
-
-    def _of(self, parameter: Tensor) -> dict[Tensor, Any]:
-        for each in self._optimizers:
-            if any(parameter is held for group in each.param_groups for held in group["params"]):
-                return each.state
-        raise KeyError(parameter)
-
-    def __getitem__(self, parameter: Tensor) -> Any:
-        return self._of(parameter)[parameter]
-
-    def __setitem__(self, parameter: Tensor, value: Any) -> None:
-        self._of(parameter)[parameter] = value
-
-    def __delitem__(self, parameter: Tensor) -> None:
-        del self._of(parameter)[parameter]
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return (parameter for each in self._optimizers for parameter in each.state)
-
-    def __len__(self) -> int:
-        return sum(len(each.state) for each in self._optimizers)
+        """Load what `state_dict` returned; ValueError if it has another number of optimizers."""
+        for part, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.optimizers for group in part.param_groups]
 
 
 def keep_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Keep `parameters` alone in an optimizer that has not stepped yet; empty groups go."""
-    kept = {id(parameter) for parameter in parameters}
+    """Remove all but `parameters` from an optimizer that has not stepped yet."""
+    kept = set(parameters)
     for group in optimizer.param_groups:
-        group["params"] = [each for each in group["params"] if id(each) in kept]
+        group["params"] = [parameter for parameter in group["params"] if parameter in kept]
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]

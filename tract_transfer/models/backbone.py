@@ -1,4 +1,4 @@
-"""The contract of every backbone: pooled features and named feature maps of normalised images."""
+"""The contract of every backbone: pooled features and named feature maps of RGB images."""
 
 # B images, H height and W width in pixels, C channels, D features
 
@@ -13,26 +13,26 @@ from tract_transfer.models.weights_match import MatchReport
 
 
 class MapInfo(NamedTuple):
-    """What a feature map is: its channels, and the input pixels a cell of it spans."""
+    """The channels of a feature map, and the input pixels that a cell spans."""
 
     channels: int
     stride: int
 
 
 class Backbone(nn.Module):
-    """A feature extractor of one state dict and two uses: pooled features and named maps.
+    """A feature extractor with one state dict and two outputs: pooled features and feature maps.
 
-    Images come in as RGB, (B, 3, H, W), uint8 or float in [0, 1]; they are normalised here, by
-    buffers that travel with the weights.
+    Images are RGB, (B, 3, H, W), uint8 or float in [0, 1]. The backbone normalizes them with
+    buffers that are part of its state dict.
 
     Attributes:
-        origin: the name, stem and args `build_backbone` made it from.
-        library: whose model it wraps, `timm` or `torchvision`, by which name and args there.
+        origin: name, stem and args of the `build_backbone` call that made it.
+        library: (`timm` or `torchvision`, model name, args) of the wrapped model.
         feature_dim: D of the pooled features.
         first_layers: dotted names of the layers that read the image.
-        image_size_px: the only size it takes, or None where it takes any.
-        usual_size_px: the size it is meant for; maps are measured at it.
-        loaded: what became of the weights file it was loaded from, if it was.
+        image_size_px: the only image size it accepts, or None for any.
+        usual_size_px: the image size it is designed for, used to measure its feature maps.
+        loaded: the report of the weights file it was loaded from, if any.
     """
 
     mean: Tensor
@@ -64,29 +64,32 @@ class Backbone(nn.Module):
     def set_normalization(
         self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
     ) -> None:
-        """Set what images are normalised by: per channel, in [0, 1]; None leaves it."""
+        """Set the normalization mean and std per channel, in [0, 1]; None keeps the current one."""
         for buffer, values in ((self.mean, mean), (self.std, std)):
             if values is not None:
                 buffer.copy_(torch.tensor(values).view(3, 1, 1))
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Return (..., 3, H, W) images as float32 of the backbone's mean 0 and std 1."""
+        """Return normalized float32 (..., 3, H, W) images."""
         if images.dtype == torch.uint8:
             images = images.float().div_(255)
         return (images - self.mean) / self.std
 
     def pooled(self, images: Tensor) -> Tensor:
-        """Return the (B, D) features a classification head reads."""
+        """Return the (B, D) features for a classification head."""
         features: Tensor = self.model(self.normalize(images))
         return features
 
     def maps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return the maps called `names` (see `map_info`), each (B, C, H / stride, W / stride)."""
+        """Return the feature maps `names` (see `map_info`), (B, C, H / stride, W / stride) each."""
+        raise NotImplementedError
+
+    def _map_names(self) -> list[str]:
         raise NotImplementedError
 
     @property
     def map_info(self) -> dict[str, MapInfo]:
-        """Name, channels and stride of every map, finest first; measured once on a blank image."""
+        """Channels and stride of each feature map, finest first, measured once on a blank image."""
         if self._map_info is None:
             size_px = self.image_size_px or self.usual_size_px
             image = torch.zeros(1, 3, size_px, size_px, device=self.mean.device)
@@ -94,23 +97,20 @@ class Backbone(nn.Module):
             self.eval()
             with torch.no_grad():
                 maps = self.maps(image, self._map_names())
-            for module in in_training:  # what the caller keeps in eval mode stays there
+            for module in in_training:  # modules that the caller keeps in eval mode stay there
                 module.training = True
             self._map_info = {
-                name: MapInfo(tensor.shape[1], _stride(size_px, tensor.shape[-1]))
-                for name, tensor in maps.items()
+                name: MapInfo(features.shape[1], _stride(size_px, features.shape[-1]))
+                for name, features in maps.items()
             }
         return self._map_info
 
     def pyramid(self) -> dict[str, MapInfo]:
-        """Return the deepest map of each stride: what a feature pyramid is built on."""
+        """Return the deepest feature map of each stride: the inputs of a feature pyramid."""
         deepest = {info.stride: name for name, info in self.map_info.items()}
         return {name: self.map_info[name] for _, name in sorted(deepest.items())}
 
-    def _map_names(self) -> list[str]:
-        raise NotImplementedError
 
-
-def _stride(size_px: int, size: int) -> int:
-    """Input pixels a cell spans; a convolution without padding makes a map a little smaller."""
-    return size_px // size if size_px % size == 0 else 2 ** round(math.log2(size_px / size))
+def _stride(size_px: int, cells: int) -> int:
+    """Return the stride of a feature map; without padding it has slightly fewer cells."""
+    return size_px // cells if size_px % cells == 0 else 2 ** round(math.log2(size_px / cells))

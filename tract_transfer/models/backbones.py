@@ -1,4 +1,4 @@
-"""One contract over timm's, torchvision's and the paper's own backbones."""
+"""Backbones from timm and torchvision, and the registry of all backbones."""
 
 # B images, H height and W width in pixels, C channels, D features
 
@@ -14,54 +14,8 @@ from tract_transfer.models.stem import change_stem
 from tract_transfer.registry import Registry, did_you_mean
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 BACKBONES = Registry("BACKBONES")
-
-
-class TimmBackbone(Backbone):
-    """A timm model without its classifier."""
-
-    def maps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        known = self._map_names()
-        indices = sorted(known.index(name) for name in names)
-        tensors = self.model.forward_intermediates(
-            self.normalize(images), indices=indices, intermediates_only=True, stop_early=True
-        )
-        found = {known[index]: tensor for index, tensor in zip(indices, tensors, strict=True)}
-        return {name: found[name] for name in names}
-
-    def _map_names(self) -> list[str]:
-        names = [info["module"] for info in self.model.feature_info]
-        # A module that puts out several maps is named several times.
-        return [f"{n}@{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
-
-
-class TorchvisionBackbone(Backbone):
-    """A torchvision classification model without its classifier."""
-
-    def maps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        features = self.normalize(images)
-        for name, layer in self._layers():
-            features = layer(features)
-            if name in names:
-                found[name] = features
-            if len(found) == len(names):
-                break
-        if isinstance(self.model, torchvision.models.SwinTransformer):  # channels come last
-            found = {name: tensor.permute(0, 3, 1, 2) for name, tensor in found.items()}
-        return {name: found[name] for name in names}
-
-    def _map_names(self) -> list[str]:
-        return [name for name, _ in self._layers() if name.startswith(("features.", "layer"))]
-
-    def _layers(self) -> list[tuple[str, nn.Module]]:
-        """The layers that follow each other from the image on, up to the last map."""
-        children = list(self.model.named_children())
-        if isinstance(features := dict(children).get("features"), nn.Sequential):
-            return [(f"features.{name}", layer) for name, layer in features.named_children()]
-        return children
 
 
 def build_backbone(
@@ -74,25 +28,23 @@ def build_backbone(
     """Build `timm/<model>`, `torchvision/<model>` or an entry of BACKBONES such as cifar/resnet18.
 
     Args:
-        stem: "default", or "cifar" to put a 3x3 convolution of stride 1 in place of a
-            convolution stem, and leave its max-pool out; "patch_norm" or "dual_patch_norm" for
-            LayerNorms around a patch embedding; "whitened" for a frozen 2x2 convolution, whose
-            filters `stem.whiten` sets, before the first one.
-        args: arguments of the model's own constructor.
-        pretrained: load the source's pre-trained weights (from its hub).
+        stem: "default", or a replacement from stem.py: "cifar", "patch_norm", "dual_patch_norm" or
+            "whitened".
+        args: arguments of the model's constructor.
+        pretrained: load the library's pre-trained weights (from its hub).
 
     Raises:
         KeyError: no such entry or model; the message names the nearest.
-        ValueError: the model refuses `args`, or has no stem to replace.
+        ValueError: the constructor rejects `args`, or the stem does not fit.
     """
     check_backbone_name(name)
     source, _, model_name = name.partition("/")
-    from_source = source in ("timm", "torchvision")
-    build = BACKBONES.get(source if from_source else name)
-    if pretrained and not from_source:
+    is_library = source in ("timm", "torchvision")
+    build = BACKBONES.get(source if is_library else name)
+    if pretrained and not is_library:
         raise ValueError(f"{name} has no published weights; set model.weights to a path.")
     try:
-        if from_source:
+        if is_library:
             backbone = build(model_name, args or {}, pretrained)
         else:
             backbone = build(**(args or {}))
@@ -107,19 +59,37 @@ def build_backbone(
 
 
 def check_backbone_name(name: str) -> None:
-    """Raise KeyError, which names the nearest, where there is no such backbone."""
+    """Raise a KeyError that names the nearest backbone if there is no `name`."""
     source, _, model = name.partition("/")
     if source not in ("timm", "torchvision"):
         BACKBONES.get(name)
     elif source == "timm" and not timm.is_model(model):
-        near = did_you_mean(model, timm.list_models())
-        raise KeyError(f"timm has no model {model!r}.{near} timm.list_models() names all.")
+        hint = did_you_mean(model, timm.list_models())
+        raise KeyError(f"timm has no model {model!r}.{hint} timm.list_models() lists all.")
     elif source == "torchvision":
-        known = torchvision.models.list_models(module=torchvision.models)
-        if model not in known:
-            near = did_you_mean(model, known)
-            said = f"torchvision has no classification model {model!r}.{near} Known: {known}"
-            raise KeyError(said)
+        models = torchvision.models.list_models(module=torchvision.models)
+        if model not in models:
+            hint = did_you_mean(model, models)
+            message = f"torchvision has no classification model {model!r}.{hint} Known: {models}"
+            raise KeyError(message)
+
+
+class TimmBackbone(Backbone):
+    """A timm model without its classifier."""
+
+    def maps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        map_names = self._map_names()
+        indices = sorted(map_names.index(name) for name in names)
+        tensors = self.model.forward_intermediates(
+            self.normalize(images), indices=indices, intermediates_only=True, stop_early=True
+        )
+        features = {map_names[i]: tensor for i, tensor in zip(indices, tensors, strict=True)}
+        return {name: features[name] for name in names}
+
+    def _map_names(self) -> list[str]:
+        names = [info["module"] for info in self.model.feature_info]
+        # A module with several feature maps is listed several times.
+        return [f"{n}@{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
 
 
 @BACKBONES.register("timm")
@@ -128,18 +98,52 @@ def timm_backbone(model_name: str, args: dict[str, Any], pretrained: bool) -> Ba
     model = timm.create_model(model_name, pretrained=pretrained, num_classes=0, **args)
     config = model.pretrained_cfg
     first = config["first_conv"]
-    size_px = _fixed_size_px(model, config)
     backbone = TimmBackbone(
         model,
         feature_dim=getattr(model, "head_hidden_size", None) or model.num_features,
         first_layers=[first] if isinstance(first, str) else first,
         mean=config["mean"],
         std=config["std"],
-        image_size_px=size_px,
+        image_size_px=_fixed_size_px(model, config),
     )
     backbone.library = ("timm", config["architecture"], args)
-    backbone.usual_size_px = int(config["input_size"][-1])  # some ask for multiples of it
+    backbone.usual_size_px = int(config["input_size"][-1])  # some models need multiples of it
     return backbone
+
+
+def _fixed_size_px(model: nn.Module, config: dict[str, Any]) -> int | None:
+    """Return the size of timm models that accept only one: those with position embeddings."""
+    patch_embed: Any = getattr(model, "patch_embed", None)
+    if hasattr(patch_embed, "strict_img_size"):
+        return int(patch_embed.img_size[0]) if patch_embed.strict_img_size else None
+    return int(config["input_size"][-1]) if config.get("fixed_input_size") else None
+
+
+class TorchvisionBackbone(Backbone):
+    """A torchvision classification model without its classifier."""
+
+    def maps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        maps: dict[str, Tensor] = {}
+        features = self.normalize(images)
+        for name, layer in self._layers():
+            features = layer(features)
+            if name in names:
+                maps[name] = features
+            if len(maps) == len(names):
+                break
+        if isinstance(self.model, torchvision.models.SwinTransformer):  # channels last
+            maps = {name: features.permute(0, 3, 1, 2) for name, features in maps.items()}
+        return {name: maps[name] for name in names}
+
+    def _map_names(self) -> list[str]:
+        return [name for name, _ in self._layers() if name.startswith(("features.", "layer"))]
+
+    def _layers(self) -> list[tuple[str, nn.Module]]:
+        """Return the layers in order, from the image up to the last feature map."""
+        children = list(self.model.named_children())
+        if isinstance(features := dict(children).get("features"), nn.Sequential):
+            return [(f"features.{name}", layer) for name, layer in features.named_children()]
+        return children
 
 
 @BACKBONES.register("torchvision")
@@ -147,8 +151,8 @@ def torchvision_backbone(model_name: str, args: dict[str, Any], pretrained: bool
     """Wrap `torchvision.models.get_model(model_name, **args)`."""
     inception = model_name in ("googlenet", "inception_v3")
     if inception and pretrained:
-        # These weights want colours in [-1, 1]. torchvision would convert to them inside the
-        # model, where no saved card shows it.
+        # These weights expect images in [-1, 1]. torchvision would convert to that range inside
+        # the model, and model.json would not record it.
         args = {"transform_input": False, **args}
     elif inception:
         args = {"aux_logits": False, "init_weights": True, **args}
@@ -174,18 +178,10 @@ def torchvision_backbone(model_name: str, args: dict[str, Any], pretrained: bool
     return backbone
 
 
-def _fixed_size_px(model: nn.Module, config: dict[str, Any]) -> int | None:
-    """The size of timm's models that take one only: those with a grid of position embeddings."""
-    patches: Any = getattr(model, "patch_embed", None)
-    if hasattr(patches, "strict_img_size"):
-        return int(patches.img_size[0]) if patches.strict_img_size else None
-    return int(config["input_size"][-1]) if config.get("fixed_input_size") else None
-
-
 def _remove_classifier(model: nn.Module) -> int:
-    """Put an identity in place of the last Linear of a torchvision model; return its inputs."""
+    """Replace the last Linear of a torchvision model by an identity; return its input size."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not linears:  # SqueezeNet classifies by a convolution before the pool.
+    if not linears:  # SqueezeNet classifies with a convolution before the pool
         model.classifier = nn.AdaptiveAvgPool2d(1)
         return 512
     parent, _, child = linears[-1].rpartition(".")

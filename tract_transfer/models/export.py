@@ -1,6 +1,6 @@
-"""A trained classifier in the form in which others load it: timm's or torchvision's own model.
+"""Exports a trained classifier as timm's or torchvision's own model.
 
-Where neither library has its like, it stays what it is, beside a card that says what to build.
+If neither library has such a model, it stays as it is, beside metadata to rebuild it.
 """
 
 # B images, K classes
@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from tract_transfer.files import sha256_of
 from tract_transfer.models.backbone import Backbone
-from tract_transfer.models.backbones import build_backbone
 from tract_transfer.models.classifier import HEADS, Classifier
 from tract_transfer.models.stem import POOL_NAMES
-from tract_transfer.models.weights import read_metadata
-from tract_transfer.models.weights_file import CARD_NAME, WEIGHTS_NAME, check_hash, read_tensors
+from tract_transfer.models.weights import build_from_metadata, read_metadata
+from tract_transfer.models.weights_file import METADATA_NAME, WEIGHTS_NAME, check_hash, read_tensors
 
 CONFIG_NAME, ONNX_NAME = "config.json", "model.onnx"
 OPSET = 18
@@ -36,9 +35,9 @@ class Portable:
 
     Attributes:
         library: `timm`, `torchvision` or `tract_transfer`.
-        name, args: what the library makes the model from.
-        model: the model with its weights, in eval mode. A library's takes normalised images.
-        edits: Python lines that change what the library makes, for a stem of our own.
+        name, args: what the library builds the model from.
+        model: the model with its weights, in eval mode. A library's takes normalized images.
+        edits: Python lines that give the library's model the stem of ours.
         reason: why it is not a library's model.
     """
 
@@ -64,10 +63,9 @@ class Logits(nn.Module):
 
 
 def to_library(classifier: Classifier, size_px: int) -> Portable:
-    """Return the classifier as a library's own model where that gives equal logits, else as it is.
+    """Return the classifier as a library's model with the same logits, or else unchanged.
 
-    Args:
-        size_px: side of the images it is compared on.
+    The logits are compared on images of `size_px`.
     """
     classifier.eval()
     try:
@@ -79,49 +77,50 @@ def to_library(classifier: Classifier, size_px: int) -> Portable:
     return portable
 
 
-def save_portable(folder: Path, portable: Portable, card: Mapping[str, Any]) -> None:
-    """Write model.safetensors, and config.json (timm's) or model.json beside it.
+def save_portable(folder: Path, portable: Portable, metadata: Mapping[str, Any]) -> None:
+    """Write model.safetensors, and `metadata` as config.json (timm's) or model.json beside it.
 
-    Args:
-        card: timm's config for a model that timm makes, else what model.json says beside the
-            `sha256` of the weights.
+    model.json also records the sha256 of the weights.
     """
     tensors = {name: t.contiguous().clone() for name, t in portable.model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     is_timm = portable.library == "timm" and not portable.edits
     if not is_timm:
-        card = {**card, "sha256": sha256_of(folder / WEIGHTS_NAME)}
-    text = json.dumps(card, indent=2) + "\n"
-    (folder / (CONFIG_NAME if is_timm else CARD_NAME)).write_text(text, encoding="utf-8")
+        metadata = {**metadata, "sha256": sha256_of(folder / WEIGHTS_NAME)}
+    text = json.dumps(metadata, indent=2) + "\n"
+    (folder / (CONFIG_NAME if is_timm else METADATA_NAME)).write_text(text, encoding="utf-8")
 
 
 def load_exported(folder: str | Path) -> Classifier:
-    """Load an exported classifier that is no library's model; it normalises inside.
+    """Load an exported classifier that is no library's model; it normalizes images itself.
 
     Raises:
-        FileNotFoundError, ValueError: the folder holds none, or weights that are not what was
-            written.
+        FileNotFoundError, ValueError: the folder holds none, or its weights were changed.
     """
-    card = read_metadata(Path(folder))
-    if "head" not in card:
-        raise ValueError(f"{folder} holds no exported classifier. Its README.md says how it loads.")
-    backbone = build_backbone(card["name"], stem=card["stem"], args=card["args"])
-    make = HEADS.get(card["head"]["name"])
-    head = make(backbone.feature_dim, len(card["label_names"]), **card["head"]["args"])
-    classifier = Classifier(backbone, head)
+    metadata = read_metadata(Path(folder))
+    if "head" not in metadata:
+        raise ValueError(
+            f"{folder} holds no exported classifier. Its README.md says how to load it."
+        )
+    backbone = build_from_metadata(metadata)
+    head = metadata["head"]
+    make_head, num_classes = HEADS.get(head["name"]), len(metadata["label_names"])
+    classifier = Classifier(backbone, make_head(backbone.feature_dim, num_classes, **head["args"]))
     file = Path(folder) / WEIGHTS_NAME
     check_hash(file)
     try:
         classifier.load_state_dict(read_tensors(file))
     except RuntimeError as error:  # what load_state_dict raises
-        raise ValueError(f"{file} is not what {CARD_NAME} beside it describes: {error}") from error
+        raise ValueError(
+            f"{file} is not what {METADATA_NAME} beside it describes: {error}"
+        ) from error
     return classifier.eval()
 
 
 def export_onnx(classifier: Classifier, size_px: int, file: Path) -> None:
-    """Write the classifier, normalisation included, for (B, 3, size_px, size_px) of any B.
+    """Write the classifier with its normalization, for (B, 3, size_px, size_px) of any B.
 
-    The file is checked with onnxruntime on two batch sizes, and removed where it differs.
+    The file is compared with torch on two batch sizes, and removed if it differs.
 
     Raises:
         ImportError: a package is missing; the message has the pip command.
@@ -146,9 +145,9 @@ def export_onnx(classifier: Classifier, size_px: int, file: Path) -> None:
     )
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     for batch in (images, torch.cat([images, 1 - images[:1]])):
-        (found,) = session.run(None, {"images": batch.numpy()})
+        (logits,) = session.run(None, {"images": batch.numpy()})
         with torch.no_grad():
-            difference = (torch.from_numpy(found) - model(batch)).abs().max().item()
+            difference = (torch.from_numpy(logits) - model(batch)).abs().max().item()
         if not difference <= MAX_ONNX_DIFFERENCE:
             file.unlink()
             raise ValueError(
@@ -158,23 +157,24 @@ def export_onnx(classifier: Classifier, size_px: int, file: Path) -> None:
 
 
 def require_onnx() -> None:
-    """Raise ImportError, with what to do, where a package that --onnx needs is missing."""
+    """Raise an ImportError with the pip command if a package for --onnx is missing."""
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"--onnx needs a package more ({error}): pip install onnx onnxruntime onnxscript"
+            f"--onnx needs more packages ({error}): pip install onnx onnxruntime onnxscript"
         ) from error
 
 
 def _library_model(classifier: Classifier) -> Portable:
+    """Build the library's model with the classifier's weights; a ValueError says why it cannot."""
     backbone, head = classifier.backbone, classifier.head
     if backbone.library is None:
         raise ValueError(f"the backbone {backbone.origin['name']} wraps no library's model")
     if not isinstance(head, nn.Linear):
-        raise ValueError("the head is more than one matrix, which is what a library's model has")
+        raise ValueError("the head has more than the one matrix of a library's model")
     library, name, args = backbone.library
     if library == "timm":
         model = timm.create_model(name, num_classes=head.out_features, **args)
@@ -186,44 +186,37 @@ def _library_model(classifier: Classifier) -> Portable:
     if not isinstance(last, str):
         raise ValueError(f"{library}'s {name} does not classify by one matrix")
     edits = _edit_stem(model, backbone)
-    like = model.get_submodule(last).weight  # some classify by a 1x1 convolution
-    assert isinstance(like, Tensor)
-    own = {f"{last}.weight": head.weight, f"{last}.bias": head.bias}
+    shape = model.get_submodule(last).weight.shape  # some classify with a 1x1 convolution
     try:
-        own[f"{last}.weight"] = head.weight.detach().reshape(like.shape)
-        model.load_state_dict({**backbone.model.state_dict(), **own})
+        weight = head.weight.detach().reshape(shape)
+        state = {f"{last}.weight": weight, f"{last}.bias": head.bias}
+        model.load_state_dict({**backbone.model.state_dict(), **state})
     except RuntimeError as error:
         raise ValueError(f"{library}'s {name} has other weights ({error})") from error
     return Portable(library, name, args, model.eval(), edits)
 
 
 def _edit_stem(model: nn.Module, backbone: Backbone) -> list[str]:
-    """Give a library's model the stem of the backbone's; return the Python lines that do so."""
+    """Give a library's model the stem of the backbone; return the Python lines that do so."""
     ours = dict(backbone.model.named_modules())
-    fresh = dict(model.named_modules())
+    theirs = dict(model.named_modules())
     edits = []
     for name in [layer.removeprefix("model.") for layer in backbone.first_layers]:
         conv = ours[name]
-        if repr(conv) == repr(fresh[name]) or not isinstance(conv, nn.Conv2d):
+        if repr(conv) == repr(theirs[name]) or not isinstance(conv, nn.Conv2d):
             continue
-        made = (
-            f"torch.nn.Conv2d({conv.in_channels}, {conv.out_channels}, {conv.kernel_size[0]}, "
-            f"stride={conv.stride[0]}, padding={conv.padding[0]}, bias={conv.bias is not None})"
-        )
-        model.set_submodule(
-            name,
-            nn.Conv2d(
-                conv.in_channels,
-                conv.out_channels,
-                conv.kernel_size[0],
-                stride=conv.stride[0],
-                padding=conv.padding[0],
-                bias=conv.bias is not None,
-            ),
-        )
-        edits.append(f"model.set_submodule({name!r}, {made})")
+        channels = conv.in_channels, conv.out_channels
+        options: Any = {
+            "kernel_size": conv.kernel_size[0],
+            "stride": conv.stride[0],
+            "padding": conv.padding[0],
+            "bias": conv.bias is not None,
+        }
+        model.set_submodule(name, nn.Conv2d(*channels, **options))
+        arguments = ", ".join([*map(str, channels), *(f"{k}={v}" for k, v in options.items())])
+        edits.append(f"model.set_submodule({name!r}, torch.nn.Conv2d({arguments}))")
     for name in POOL_NAMES:
-        if isinstance(ours.get(name), nn.Identity) and not isinstance(fresh[name], nn.Identity):
+        if isinstance(ours.get(name), nn.Identity) and not isinstance(theirs[name], nn.Identity):
             model.set_submodule(name, nn.Identity())
             edits.append(f"model.set_submodule({name!r}, torch.nn.Identity())")
     return edits

@@ -1,24 +1,28 @@
-"""Other first layers for a backbone: for small images, with normalised patches, or whitening."""
+"""Replacements for the first layer of a backbone: small images, normalized patches, whitening."""
 
 # B images, H height and W width in pixels, C channels, P side of a patch in pixels, L patches,
-# N = C x P x P inputs a patch, O outputs
+# N = C x P x P inputs of a patch, O outputs
 
+from collections import OrderedDict
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from tract_transfer.models.backbone import Backbone
+from tract_transfer.models.backbone import Backbone
 
 POOL_NAMES = ("maxpool", "features.pool0")
-WHITENING_EPS = 5e-4  # airbench's, of the variance of inputs of standard deviation 1
+WHITENING_EPS = 5e-4  # airbench's, for the variance of inputs with standard deviation 1
 
 
-def change_stem(backbone: "Backbone", stem: str) -> None:
-    """Put the stem of that name into a backbone, whose `first_layers` follow.
+def change_stem(backbone: Backbone, stem: str) -> None:
+    """Replace the stem of a backbone, and update its `first_layers`.
+
+    `cifar` is a 3x3 convolution of stride 1 without the max-pool. `patch_norm` and
+    `dual_patch_norm` add LayerNorms around a patch embedding. `whitened` puts a frozen 2x2
+    convolution, whose filters `whiten` sets, before the first convolution.
 
     Raises:
         ValueError: an unknown stem, or one that does not fit the backbone.
@@ -26,9 +30,9 @@ def change_stem(backbone: "Backbone", stem: str) -> None:
     if stem == "cifar":
         replace_stem(backbone)
     elif stem in ("patch_norm", "dual_patch_norm"):
-        norm_patches(backbone, dual=stem == "dual_patch_norm")
+        _norm_patches(backbone, dual=stem == "dual_patch_norm")
     elif stem == "whitened":
-        put_whitening_before(backbone)
+        _prepend_whitening(backbone)
     elif stem != "default":
         raise ValueError(
             "model.backbone.stem must be default, cifar, patch_norm, dual_patch_norm or whitened, "
@@ -36,18 +40,14 @@ def change_stem(backbone: "Backbone", stem: str) -> None:
         )
 
 
-def replace_stem(backbone: "Backbone", *, keep_pool: bool = False) -> None:
-    """Put a 3x3 convolution of stride 1 in place of the first one, and drop its max-pool.
-
-    Raises:
-        ValueError: the backbone does not begin with one convolution whose windows overlap.
-    """
+def replace_stem(backbone: Backbone, *, keep_pool: bool = False) -> None:
+    """Replace the first convolution by a 3x3 one of stride 1, and remove its max-pool."""
     names = backbone.first_layers
     old = _first_convolution(backbone)
     if old is None or _reads_patches(old):
         raise ValueError(
-            "model.backbone.stem: cifar replaces the convolution a model begins with, and this "
-            f"one begins with {names}: {old}. Set its patch size instead, such as "
+            "model.backbone.stem: cifar replaces the first convolution of a model, and this one "
+            f"starts with {names}: {old}. Set its patch size instead, such as "
             "model.backbone.args.patch_size=4."
         )
     new = nn.Conv2d(
@@ -64,28 +64,12 @@ def replace_stem(backbone: "Backbone", *, keep_pool: bool = False) -> None:
             backbone.model.set_submodule(pool, nn.Identity())
 
 
-def norm_patches(backbone: "Backbone", *, dual: bool) -> None:
-    """Let a LayerNorm precede the patch embedding, and with `dual` another follow it.
-
-    The weights of the embedding stay (Kumar et al. 2023: Dual PatchNorm).
-
-    Raises:
-        ValueError: the backbone does not begin with a convolution over patches.
-    """
-    old = _first_convolution(backbone)
-    if old is None or not _reads_patches(old):
-        raise ValueError(
-            "model.backbone.stem: patch_norm and dual_patch_norm are for models that begin with a "
-            f"convolution over patches that do not overlap; {backbone.first_layers} is {old}. Set "
-            "model.backbone.stem: default."
-        )
-    (name,) = backbone.first_layers
-    backbone.set_submodule(name, NormedPatches(old, dual=dual))
-    backbone.first_layers = [f"{name}.linear"]
-
-
 class NormedPatches(nn.Module):
-    """A patch embedding of normalised patches, (B, C, H, W) -> (B, O, H / P, W / P)."""
+    """A patch embedding of normalized patches, (B, C, H, W) -> (B, O, H / P, W / P).
+
+    The embedding keeps its weights. `dual` adds a second LayerNorm behind it (Dual PatchNorm,
+    Kumar et al. 2023).
+    """
 
     def __init__(self, embedding: nn.Conv2d, *, dual: bool) -> None:
         super().__init__()
@@ -105,45 +89,58 @@ class NormedPatches(nn.Module):
         grid = [
             side // step for side, step in zip(images.shape[-2:], self.patch_size_px, strict=True)
         ]
-        maps: Tensor = tokens.transpose(1, 2).unflatten(2, grid)
-        return maps
+        features: Tensor = tokens.transpose(1, 2).unflatten(2, grid)
+        return features
 
 
-def put_whitening_before(backbone: "Backbone") -> None:
-    """Let a frozen 2x2 convolution and a GELU precede the first one, which takes their 24 channels.
-
-    `whiten` sets its filters. After airbench (github.com/KellerJordan/cifar10-airbench).
-
-    Raises:
-        ValueError: the backbone does not begin with one convolution.
-    """
+def _norm_patches(backbone: Backbone, *, dual: bool) -> None:
     old = _first_convolution(backbone)
-    if old is None or old.groups != 1:
+    if old is None or not _reads_patches(old):
         raise ValueError(
-            "model.backbone.stem: whitened is for models that begin with one ungrouped "
-            f"convolution; {backbone.first_layers} is {old}. Set model.backbone.stem: default."
+            "model.backbone.stem: patch_norm and dual_patch_norm need a model that starts with a "
+            f"convolution over patches that do not overlap; {backbone.first_layers} is {old}. Set "
+            "model.backbone.stem: default."
         )
     (name,) = backbone.first_layers
+    backbone.set_submodule(name, NormedPatches(old, dual=dual))
+    backbone.first_layers = [f"{name}.linear"]
+
+
+def _prepend_whitening(backbone: Backbone) -> None:
+    """Put a frozen 2x2 convolution of 24 channels and a GELU before the first convolution.
+
+    After airbench (github.com/KellerJordan/cifar10-airbench).
+    """
+    old: Any = _first_convolution(backbone)
+    if old is None or old.groups != 1:
+        raise ValueError(
+            "model.backbone.stem: whitened needs a model that starts with one ungrouped "
+            f"convolution; {backbone.first_layers} is {old}. Set model.backbone.stem: default."
+        )
     whitening = nn.Conv2d(old.in_channels, 8 * old.in_channels, 2, bias=False)
     whitening.weight.requires_grad_(False)
-    settings: Any = {"bias": old.bias is not None}
-    for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode"):
-        settings[key] = getattr(old, key)
-    new = nn.Conv2d(whitening.out_channels, old.out_channels, **settings)
+    new = nn.Conv2d(
+        whitening.out_channels,
+        old.out_channels,
+        old.kernel_size,
+        stride=old.stride,
+        padding=old.padding,
+        dilation=old.dilation,
+        bias=old.bias is not None,
+        padding_mode=old.padding_mode,
+    )
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    parts = {"whitening": whitening, "activation": nn.GELU(), "convolution": new}
-    stem = nn.Sequential()
-    for part, module in parts.items():
-        stem.add_module(part, module)
-    backbone.set_submodule(name, stem)
+    parts = OrderedDict(whitening=whitening, activation=nn.GELU(), convolution=new)
+    (name,) = backbone.first_layers
+    backbone.set_submodule(name, nn.Sequential(parts))
     backbone.first_layers = [f"{name}.whitening"]
 
 
-def whiten(backbone: "Backbone", batches: Iterable[Tensor]) -> None:
-    """Set a whitened stem's filters from images, (B, 3, H, W) uint8 or float in [0, 1].
+def whiten(backbone: Backbone, batches: Iterable[Tensor]) -> None:
+    """Set the filters of a whitened stem from images, (B, 3, H, W) uint8 or float in [0, 1].
 
-    They turn 2x2 patches of normalised images to the directions of their second moment, each of
-    mean square 1; their negatives follow, as a GELU takes half of each.
+    The filters rotate 2x2 patches of normalized images to their principal directions and scale
+    each to mean square 1. Their negatives follow, because a GELU keeps only half of each.
     """
     moment: Tensor | int = 0
     count = 0
@@ -160,8 +157,8 @@ def whiten(backbone: "Backbone", batches: Iterable[Tensor]) -> None:
         layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 
 
-def _first_convolution(backbone: "Backbone") -> nn.Conv2d | None:
-    """The one convolution a backbone begins with, if it does."""
+def _first_convolution(backbone: Backbone) -> nn.Conv2d | None:
+    """Return the convolution that a backbone starts with, if it starts with exactly one."""
     names = backbone.first_layers
     first = backbone.get_submodule(names[0]) if len(names) == 1 else None
     return first if isinstance(first, nn.Conv2d) else None

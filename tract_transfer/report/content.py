@@ -1,134 +1,62 @@
-"""Everything a report says, as plain values: each format writes the same content."""
+"""The content of a report as plain values: every format writes the same content."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from tract_transfer.report.compare import Row, by_task, compare, methods_of, pairs
 from tract_transfer.report.curves import Evaluations, SpeedUpRow, evaluations_of, speed_ups
-from tract_transfer.report.paper import PaperRow, beside_the_paper
-from tract_transfer.report.runs import Run, find_runs, is_finite, read_runs
+from tract_transfer.report.paper import PaperRow, compare_with_paper
+from tract_transfer.report.runs import Run, as_dict, find_runs, is_finite, read_runs
 from tract_transfer.report.statistics import (
     PairedDifference,
     Summary,
+    count_of,
+    holm,
     interval,
     is_loss,
     paired_difference,
+    pairs,
+    seed_list,
     summarize,
 )
 
-# --- What the downstream tasks say of each method, in a sentence, and no more than they say.
-
-_FEW_PAIRS = 5
-
-
-def answer(rows: Sequence[Row], baseline: str) -> list[str]:
-    """Return one sentence for each treated method: what it gains over tasks, and how sure that is.
-
-    Args:
-        rows: of the primary metrics, as `compare` returns them.
-    """
-    methods = dict.fromkeys(m for row in rows for m in row.values if m != baseline)
-    downstream = [row for row in rows if row.role == "downstream"]
-    return [_sentence(method, downstream, baseline) for method in methods]
-
-
-def mean_over_tasks(rows: Sequence[Row], method: str, baseline: str) -> PairedDifference | None:
-    """Return the difference of the means over downstream tasks, paired by seed.
-
-    Only seeds that both methods have on every task count: a mean over other tasks is another
-    number. The interval is for new seeds on these tasks, and says nothing of other tasks.
-
-    Returns:
-        None where there is no such seed, or a task is judged by a loss.
-    """
-    own = [row for row in rows if row.role == "downstream"]
-    if not own or any(is_loss(row.metric) for row in own):
-        return None
-    both = [row.values.get(m, {}).keys() for row in own for m in (method, baseline)]
-    shared = set.intersection(*map(set, both))
-    if not shared:
-        return None
-
-    def means(of: str) -> dict[int, float]:
-        return {seed: sum(row.values[of][seed] for row in own) / len(own) for seed in shared}
-
-    return paired_difference(means(method), means(baseline))
-
-
-def _sentence(method: str, rows: Sequence[Row], baseline: str) -> str:
-    measured = [row for row in rows if method in row.differences]
-    if not measured:
-        return f"{method} and {baseline} share no finished seed of a downstream task yet."
-    overall = mean_over_tasks(measured, method, baseline)
-    parts = [] if overall is None else [_averaged(method, measured, baseline, overall)]
-    if overall is None or len(measured) > 1:
-        parts.append(f"{'it' if parts else method} {_counted(method, measured)}")
-    if unmeasured := len(rows) - len(measured):
-        parts.append(f"{unmeasured} task{'s have' if unmeasured > 1 else ' has'} no pair yet")
-    return f"{'; '.join(parts)}."
-
-
-def _averaged(method: str, rows: Sequence[Row], baseline: str, overall: PairedDifference) -> str:
-    """Say the mean over tasks with its interval, and what that interval allows to say."""
-    tasks = rows[0].task if len(rows) == 1 else f"the mean of {len(rows)} downstream tasks"
-    where = f"On {tasks}, {method} is"
-    shown = f"{abs(100 * overall.mean):.2f}"
-    points = "less than 0.01 points" if shown == "0.00" else f"{shown} points"
-    side = "ahead of" if overall.mean > 0 else "behind"
-    text = (
-        f"{where} {points} {side} {baseline}" if overall.mean else f"{where} level with {baseline}"
-    )
-    seeds = max(len(row.seeds) for row in rows)
-    count = f"{overall.n} of {seeds}" if overall.n < seeds else f"{overall.n}"
-    over = f"{count} paired seed{'s' * (max(overall.n, seeds) > 1)}"
-    if len(rows) > 1 and overall.n < seeds:
-        over += " (those that all tasks have)"
-    if overall.n == 1:
-        return f"{text} ({over}), which may be chance: one pair has no interval"
-    if overall.p_value is None:
-        return f"{text} with each of {over}, so that there is no spread to judge it by"
-    text += f", 95 % interval {interval(overall, '')} over {over}"
-    if overall.excludes_zero:
-        return f"{text}: more than the spread of seeds"
-    few = ", and so few seeds could hardly show one" if overall.n < _FEW_PAIRS else ""
-    return f"{text}: no difference is shown{few}"
-
-
-def _counted(method: str, rows: Sequence[Row]) -> str:
-    """Say on how many tasks a method is ahead and behind, and where that is significant."""
-    gains = {
-        row.task: row.differences[method].mean * (-1 if is_loss(row.metric) else 1) for row in rows
-    }
-    ahead = [task for task, gain in gains.items() if gain > 0]
-    behind = [task for task, gain in gains.items() if gain < 0]
-    text = f"is ahead on {len(ahead)} of {len(rows)} task{'s' * (len(rows) > 1)}"
-    text += f" and behind on {len(behind)}" if behind else ""
-    clear = {row.task for row in rows if row.corrected.get(method, 1) < 0.05}
-    if not any(method in row.corrected for row in rows):
-        return f"{text}; no task has the pairs, or the spread, for a test"
-    if not clear:
-        return f"{text}, on none significantly (Holm)"
-    sides = [
-        f"{len(names)} {side} ({', '.join(names)})"
-        for side, names in (
-            ("ahead", [task for task in ahead if task in clear]),
-            ("behind", [task for task in behind if task in clear]),
-        )
-        if names
-    ]
-    return f"{text}, significantly (Holm) {' and '.join(sides)}"
-
-
 TITLE, BASELINE = "Does the backbone transfer?", "vanilla"
-_LABELS = ("seed", "output_dir", "name", "method")  # of a run, not of its protocol
+_COSTS = {  # name -> unit, in the order of the report
+    "training": "s",
+    "speed": "images/s",
+    "peak memory of the process": "MiB",
+    "peak memory of the GPU": "MiB",
+    "energy of the machine": "kJ",
+}
+_LABELS = ("seed", "output_dir", "name", "method")  # config keys that identify a run
+_FEW_PAIRS = 5
+Values = dict[str, dict[int, float]]  # method -> seed -> value
+
+
+@dataclass(frozen=True)
+class Row:
+    """One metric of one task, for every method."""
+
+    task: str
+    role: str
+    metric: str  # empty if no run of the task has finished
+    values: Values  # every method has an entry
+    missing: dict[str, list[Run]]  # method -> its runs without this metric
+    summaries: dict[str, Summary]
+    differences: dict[str, PairedDifference]  # to the baseline, over the seeds that both have
+    notes: list[str]  # reasons for care when comparing the values
+    seeds: list[int]  # all seeds that runs of any task have or were planned with
+    # Method -> p-value of its difference, Holm-corrected for all comparisons of downstream tasks;
+    # for primary metrics only.
+    corrected: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ClassRow:
-    """A class's own number: accuracy, or average precision at IoU 0.5."""
+    """A class's accuracy, or average precision at IoU 0.5."""
 
     name: str
     summaries: dict[str, Summary]
@@ -137,11 +65,7 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class CostRow:
-    """What something cost on a task: means over seeds, and as a multiple of the baseline's.
-
-    Attributes:
-        counts: method -> the number of seeds behind its mean.
-    """
+    """A cost of a task: method -> mean over seeds, number of seeds, ratio to the baseline."""
 
     task: str
     quantity: str
@@ -152,8 +76,8 @@ class CostRow:
 
 
 @dataclass(frozen=True)
-class Card:
-    """A part of a task's protocol: key -> method -> values where runs differ, else key -> value."""
+class ProtocolPart:
+    """A part of a task's protocol: key -> method -> values if runs differ, else key -> value."""
 
     heading: str
     differing: dict[str, dict[str, list[str]]]
@@ -162,31 +86,23 @@ class Card:
 
 @dataclass(frozen=True)
 class Report:
-    """The content of a report.
-
-    Attributes:
-        methods: the baseline first.
-        tasks: task -> its finished runs, downstream tasks first.
-        rows, every_row: of the primary metrics, and of all.
-        classes: task -> its classes, those that changed most first.
-        problems: what could not be read, and what was left out.
-    """
+    """The content of a report. All fields but `tasks` are also those of the JSON."""
 
     title: str
     baseline: str
-    methods: list[str]
-    answer: list[str]
-    runs: list[Run]
-    tasks: dict[str, list[Run]]
-    rows: list[Row]
-    every_row: list[Row]
-    evaluations: list[Evaluations]
+    methods: list[str]  # the baseline first
+    answer: list[str]  # one sentence for each method except the baseline
+    results: list[Row]  # of the primary metrics
+    all_metrics: list[Row]
+    curves: list[Evaluations]
     speed_ups: list[SpeedUpRow]
-    classes: dict[str, list[ClassRow]]
+    classes: dict[str, list[ClassRow]]  # by task, largest change first
     costs: list[CostRow]
     paper: list[PaperRow]
-    cards: dict[str, list[Card]]
-    problems: list[str]
+    protocol: dict[str, list[ProtocolPart]]  # by task
+    runs: list[Run]
+    problems: list[str]  # what could not be read, and what is excluded
+    tasks: dict[str, list[Run]]  # finished runs, downstream tasks first
 
     @property
     def treated(self) -> list[str]:
@@ -195,8 +111,8 @@ class Report:
 
     @property
     def seeds(self) -> int:
-        """How many seeds runs of any task have or should have had."""
-        return max((len(row.seeds) for row in self.rows), default=0)
+        """How many seeds the runs have or were planned with."""
+        return len(self.results[0].seeds) if self.results else 0
 
     @property
     def unfinished(self) -> list[Run]:
@@ -207,176 +123,366 @@ class Report:
 def read_report(
     paths: Sequence[Path], baseline: str | None = None, title: str | None = None
 ) -> Report:
-    """Read run folders, suites' folders, and folders that hold either, into one report.
+    """Read run folders, suite folders, and folders that contain either, into one report.
 
     Args:
-        baseline: the method that others are compared with; None takes the suite's, or "vanilla", or
-            the only one that there is.
+        baseline: the method to compare with; None takes the suite's, or "vanilla", or the only
+            method.
         title: None takes the suite's.
 
     Raises:
-        ValueError: no run is found, a suite's plan cannot be used, two runs are the same task,
-            method and seed, no run is of the baseline, or there is none to take.
+        ValueError: no run, an unusable suite.json, two runs with the same task, method and seed, no
+            run of the baseline, or no method to take as the baseline.
     """
-    found = find_runs(paths)
-    runs = read_runs(found)
-    baseline = _baseline(runs, baseline, found.baseline)
+    run_folders = find_runs(paths)
+    runs = read_runs(run_folders)
+    baseline = _baseline(runs, baseline or run_folders.baseline)
     methods = methods_of(runs, baseline)
     rows, tasks = compare(runs, baseline), by_task(runs)
-    evaluations = [evaluations_of(own) for own in tasks.values()]
-    paper, unmatched = beside_the_paper(tasks)
+    curves = [evaluations_of(of_task) for of_task in tasks.values()]
+    paper, unmatched = compare_with_paper(tasks)
     return Report(
-        title=title or found.title or TITLE,
+        title=title or run_folders.title or TITLE,
         baseline=baseline,
         methods=methods,
         answer=answer(rows, baseline),
-        runs=runs,
-        tasks=tasks,
-        rows=rows,
-        every_row=compare(runs, baseline, every_metric=True),
-        evaluations=evaluations,
-        speed_ups=speed_ups(evaluations, rows, baseline),
-        classes={task: _classes(own, methods, baseline) for task, own in tasks.items()},
-        costs=[row for task, own in tasks.items() for row in _costs(task, own, baseline)],
+        results=rows,
+        all_metrics=compare(runs, baseline, every_metric=True),
+        curves=curves,
+        speed_ups=speed_ups(curves, baseline, len(rows[0].seeds) if rows else 0),
+        classes={task: _classes(of_task, methods, baseline) for task, of_task in tasks.items()},
+        costs=[row for of_task in tasks.values() for row in _costs(of_task, methods, baseline)],
         paper=paper,
-        cards={task: _cards(own) for task, own in tasks.items()},
+        protocol={task: _protocol(of_task) for task, of_task in tasks.items()},
+        runs=runs,
         problems=[
-            *found.problems,
+            *run_folders.problems,
             *unmatched,
-            *(problem for run in runs for problem in run.problems),
+            *(text for run in runs for text in run.problems),
         ],
+        tasks=tasks,
     )
 
 
-def _baseline(runs: Sequence[Run], named: str | None, planned: str) -> str:
-    """Return the method that others are compared with."""
+def _baseline(runs: Sequence[Run], name: str) -> str:
+    """Return the method to compare with: `name`, or one chosen if it is empty."""
     methods = sorted({run.method for run in runs if run.method})
-    baseline = named or planned or BASELINE
-    if not methods or baseline in methods:
-        return baseline
-    if named or planned:
+    if not methods or (name or BASELINE) in methods:
+        return name or BASELINE
+    if name or len(methods) > 1:
         raise ValueError(
-            f"The baseline must be a method of the runs, and {baseline!r} is none of {methods}. "
-            "Name one of them (--baseline), or add its runs."
-        )
-    if len(methods) > 1:
-        raise ValueError(
-            f"The runs are of {', '.join(methods)}, and none of {BASELINE}, with which the others "
-            f"would be compared. Name another for that, as in --baseline {methods[0]}, or add runs "
-            f"of {BASELINE}."
+            f"The runs' methods are {', '.join(methods)}, and none is the baseline "
+            f"{name or BASELINE}. Choose one of them, as in --baseline {methods[0]}, or add runs "
+            f"of {name or BASELINE}."
         )
     return methods[0]
 
 
-def _classes(runs: Sequence[Run], methods: Sequence[str], baseline: str) -> list[ClassRow]:
-    values: dict[str, dict[str, dict[int, float]]] = {}
+def methods_of(runs: Sequence[Run], baseline: str) -> list[str]:
+    """Return the methods in order of appearance, the baseline first."""
+    methods = dict.fromkeys(run.method for run in runs if run.method)
+    return sorted(methods, key=lambda method: method != baseline)
+
+
+def by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Return task -> its finished runs, downstream tasks first."""
+    tasks: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.role == "pretrain"):
+        if not run.failure:
+            tasks.setdefault(run.task, []).append(run)
+    return tasks
+
+
+def _measured(
+    runs: Sequence[Run], methods: Sequence[str], values_of: Callable[[Run], Mapping[str, Any]]
+) -> dict[str, Values]:
+    """Return name -> method -> seed -> finite value; every method has an entry."""
+    measured: dict[str, Values] = {}
     for run in runs:
-        for name, value in _per_class(run).items():
+        for name, value in values_of(run).items():
             if is_finite(value) and run.seed is not None:
-                by_method = values.setdefault(str(name), {method: {} for method in methods})
+                by_method = measured.setdefault(str(name), {method: {} for method in methods})
                 by_method[run.method][run.seed] = float(value)
-    rows = [
-        ClassRow(
-            name,
-            {method: summarize(list(seeds.values())) for method, seeds in own.items() if seeds},
-            pairs(own, baseline, resample=False),
-        )
-        for name, own in values.items()
-    ]
-    return sorted(rows, key=_largest_change, reverse=True)
+    return measured
 
 
-def _largest_change(row: ClassRow) -> float:
-    return max((abs(difference.mean) for difference in row.differences.values()), default=0.0)
+def _statistics(
+    values: Values, baseline: str, *, resample: bool = True
+) -> tuple[dict[str, Summary], dict[str, PairedDifference]]:
+    """Return method -> summary, and method -> difference to the baseline."""
+    summaries = {m: summarize(list(by_seed.values())) for m, by_seed in values.items() if by_seed}
+    differences = {
+        method: paired_difference(*both, resample=resample)
+        for method, both in pairs(values, baseline).items()
+    }
+    return summaries, differences
 
 
-def _per_class(run: Run) -> dict[str, Any]:
-    """Return class -> value: a probe has them among the details of its own name."""
-    details = run.results["details"]
-    parts = [details, *(part for name, part in details.items() if _is_of(name, run))]
-    found = [part["per_class"] for part in parts if isinstance(part, dict) and "per_class" in part]
-    return found[0] if found and isinstance(found[0], dict) else {}
+def compare(runs: Sequence[Run], baseline: str, every_metric: bool = False) -> list[Row]:
+    """Return a row for each task's primary metric, or for every metric, downstream tasks first.
 
-
-def _is_of(name: str, run: Run) -> bool:
-    return run.primary_metric.startswith(f"{name}_")
-
-
-def _costs(task: str, runs: Sequence[Run], baseline: str) -> list[CostRow]:
+    Means are over all seeds of a method, differences over the seeds it shares with the baseline.
+    """
+    methods = methods_of(runs, baseline)
+    seeds = sorted({run.seed for run in runs if run.task and run.seed is not None})
     rows = []
-    for quantity, unit, of in (
-        ("training", "s", lambda run: run.results.get("train_seconds")),
-        ("speed", "images/s", lambda run: run.results.get("images_per_second")),
-        ("peak memory of the process", "MiB", lambda run: _memory(run, "process")),
-        ("peak memory of the GPU", "MiB", lambda run: _memory(run, "gpu")),
-        ("energy of the machine", "kJ", _kilojoules),
-    ):
-        values: dict[str, dict[int, float]] = {}
-        for run in runs:
-            value = of(run)
-            if is_finite(value) and run.seed is not None:
-                values.setdefault(run.method, {})[run.seed] = float(value)
-        means = {method: summarize(list(own.values())).mean for method, own in values.items()}
-        counts = {method: len(own) for method, own in values.items()}
-        base, ratios = values.get(baseline, {}), {}
-        for method, own in values.items():
-            shared = base.keys() & own.keys()
-            below = sum(base[seed] for seed in shared)
-            if method != baseline and below:
-                ratios[method] = sum(own[seed] for seed in shared) / below
-        if means:
-            rows.append(CostRow(task, quantity, unit, means, counts, ratios))
+    for task in dict.fromkeys(run.task for run in runs if run.task):
+        of_task = [run for run in runs if run.task == task]
+        finished = [run for run in of_task if not run.failure]
+        measured = _measured(finished, methods, lambda run: run.metrics)
+        primary = finished[0].primary_metric if finished else ""
+        for metric in measured if every_metric else [primary]:
+            values = measured.get(metric, {method: {} for method in methods})
+            absent = [run for run in of_task if run.failure or metric not in run.metrics]
+            missing = {m: [run for run in absent if run.method == m] for m in methods}
+            notes = [*_absent(values, seeds), *_shared(of_task), *_inconsistent(finished)]
+            role = (finished or of_task)[0].role
+            statistics = _statistics(values, baseline)
+            rows.append(Row(task, role, metric, values, missing, *statistics, notes, seeds))
+    rows.sort(key=lambda row: row.role == "pretrain")
+    if not every_metric:
+        _correct(rows)
     return rows
 
 
-def _memory(run: Run, of: str) -> float | None:
-    cost = run.results.get("cost")
-    memory = cost.get("peak_memory_bytes") if isinstance(cost, dict) else None
-    peak = memory.get(of) if isinstance(memory, dict) else None
-    return peak / 2**20 if is_finite(peak) else None
+def _correct(rows: list[Row]) -> None:
+    """Add p-values corrected for all comparisons of downstream tasks together."""
+    tests = {
+        (row.task, method): difference.p_value
+        for row in rows
+        if row.role == "downstream"
+        for method, difference in row.differences.items()
+        if difference.p_value is not None
+    }
+    corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
+    for row in rows:
+        row.corrected.update({m: p for (task, m), p in corrected.items() if task == row.task})
 
 
-def _kilojoules(run: Run) -> float | None:
-    cost = run.results.get("cost")
-    joules = cost.get("energy_joules") if isinstance(cost, dict) else None
-    if not isinstance(joules, dict) or not all(map(is_finite, joules.values())):
-        return None
-    return sum(joules.values()) / 1e3
+# Notes on a row: reasons for care when comparing its values.
 
 
-def _cards(runs: Sequence[Run]) -> list[Card]:
-    methods = {run.method for run in runs}
-    parts: dict[str, dict[str, dict[str, list[str]]]] = {}
+def _absent(values: Values, seeds: Sequence[int]) -> list[str]:
+    """Name the seeds that some methods have no result for."""
+    methods: dict[tuple[int, ...], list[str]] = {}
+    for method, of_method in values.items():
+        absent = tuple(seed for seed in seeds if seed not in of_method)
+        if of_method and absent:
+            methods.setdefault(absent, []).append(method)
+    return [
+        f"{' and '.join(names)} {'have' if len(names) > 1 else 'has'} no result for "
+        f"{seed_list(absent)}."
+        for absent, names in methods.items()
+    ]
+
+
+def _shared(runs: Sequence[Run]) -> list[str]:
+    """Name the methods that share their runs."""
+    methods: dict[Path, list[str]] = {}
     for run in runs:
-        config = {key: value for key, value in run.config.items() if key not in _LABELS}
-        own = {"Protocol": run.results["protocol"], "Configuration": config}
-        environment = {key: value for key, value in run.environment.items() if key != "command"}
-        for heading, part in {**own, "Environment and data": environment}.items():
+        methods.setdefault(run.folder, []).append(run.method)
+    groups = dict.fromkeys(tuple(group) for group in methods.values() if len(group) > 1)
+    return [
+        f"{' and '.join(group)} share one run per seed: their settings do not affect this task."
+        for group in groups
+    ]
+
+
+def _inconsistent(runs: Sequence[Run]) -> list[str]:
+    """Name what all runs of a task should have in common but do not."""
+    records: list[dict[str, Any]] = []
+    for run in runs:
+        versions, git, data = (
+            as_dict(run.environment.get(key)) for key in ("versions", "git", "data")
+        )
+        record = {**run.results["protocol"]}
+        record |= {key: run.results.get(key) for key in ("primary_metric", "iterations")}
+        record |= {f"the images of {split}": fingerprint for split, fingerprint in data.items()}
+        record |= {f"the version of {p}": versions.get(p) for p in ("tract_transfer", "torch")}
+        records.append(record | {"the code's commit": git.get("commit")})
+    keys = dict.fromkeys(key for record in records for key in record)
+    differing = [key for key in keys if len({repr(record.get(key)) for record in records}) > 1]
+    return [f"The runs differ in {', '.join(differing)}: compare with care."] if differing else []
+
+
+# Classes, costs and protocol of a task's finished runs.
+
+
+def _classes(runs: Sequence[Run], methods: Sequence[str], baseline: str) -> list[ClassRow]:
+    rows = [
+        ClassRow(name, *_statistics(values, baseline, resample=False))
+        for name, values in _measured(runs, methods, _per_class).items()
+    ]
+
+    def largest_change(row: ClassRow) -> float:
+        return max((abs(difference.mean) for difference in row.differences.values()), default=0.0)
+
+    return sorted(rows, key=largest_change, reverse=True)
+
+
+def _per_class(run: Run) -> dict[str, Any]:
+    """Return class -> value; a probe has them in the details under its own name."""
+    details = run.results["details"]
+    probes = [part for name, part in details.items() if run.primary_metric.startswith(f"{name}_")]
+    parts = [part for part in (details, *probes) if isinstance(part, dict) and "per_class" in part]
+    return as_dict(parts[0]["per_class"]) if parts else {}
+
+
+def _costs(runs: Sequence[Run], methods: Sequence[str], baseline: str) -> list[CostRow]:
+    measured, rows = _measured(runs, methods, _costs_of), []
+    for quantity in (quantity for quantity in _COSTS if quantity in measured):
+        values = measured[quantity]
+        counts = {method: len(by_seed) for method, by_seed in values.items() if by_seed}
+        means = {method: sum(values[method].values()) / n for method, n in counts.items()}
+        totals = {
+            method: [sum(by_seed.values()) for by_seed in both]
+            for method, both in pairs(values, baseline).items()
+        }
+        ratios = {method: ours / theirs for method, (ours, theirs) in totals.items() if theirs}
+        rows.append(CostRow(runs[0].task, quantity, _COSTS[quantity], means, counts, ratios))
+    return rows
+
+
+def _costs_of(run: Run) -> dict[str, Any]:
+    """Return the costs of a run in the units of `_COSTS`; some may be missing or no number."""
+    cost = as_dict(run.results.get("cost"))
+    memory, joules = as_dict(cost.get("peak_memory_bytes")), as_dict(cost.get("energy_joules"))
+    peaks = {key: value / 2**20 for key, value in memory.items() if is_finite(value)}
+    has_energy = joules and all(map(is_finite, joules.values()))
+    return {
+        "training": run.results.get("train_seconds"),
+        "speed": run.results.get("images_per_second"),
+        "peak memory of the process": peaks.get("process"),
+        "peak memory of the GPU": peaks.get("gpu"),
+        "energy of the machine": sum(joules.values()) / 1e3 if has_energy else None,
+    }
+
+
+def _protocol(runs: Sequence[Run]) -> list[ProtocolPart]:
+    methods = {run.method for run in runs}
+    parts: dict[str, dict[str, dict[str, list[str]]]] = {}  # heading -> key -> method -> values
+    for run in runs:
+        content = {
+            "Protocol": run.results["protocol"],
+            "Configuration": {k: v for k, v in run.config.items() if k not in _LABELS},
+            "Environment and data": {k: v for k, v in run.environment.items() if k != "command"},
+        }
+        for heading, part in content.items():
             for key, text in _flatten(part).items():
-                texts = parts.setdefault(heading, {}).setdefault(key, {})
-                values = texts.setdefault(run.method, [])
+                of_key = parts.setdefault(heading, {}).setdefault(key, {})
+                values = of_key.setdefault(run.method, [])
                 values += [text] if text not in values else []
-    cards = []
+    protocol = []
     for heading, keys in parts.items():
         shared = {
-            key: next(iter(by.values()))[0]
-            for key, by in keys.items()
-            if by.keys() == methods and len({text for own in by.values() for text in own}) == 1
+            key: next(iter(values.values()))[0]
+            for key, values in keys.items()
+            if values.keys() == methods and len(set().union(*values.values())) == 1
         }
-        cards.append(Card(heading, {k: by for k, by in keys.items() if k not in shared}, shared))
-    return cards
+        differing = {key: values for key, values in keys.items() if key not in shared}
+        protocol.append(ProtocolPart(heading, differing, shared))
+    return protocol
 
 
 def _flatten(value: Any, key: str = "") -> dict[str, str]:
     """Return nested mappings as dotted key -> text."""
     if isinstance(value, Mapping) and value:
-        items = [_flatten(v, f"{key}.{k}" if key else str(k)) for k, v in value.items()]
-        return {k: v for item in items for k, v in item.items()}
-    return {key: value if isinstance(value, str) else _text(value)} if key else {}
-
-
-def _text(value: Any) -> str:
+        parts = [_flatten(v, f"{key}.{k}" if key else str(k)) for k, v in value.items()]
+        return {k: v for part in parts for k, v in part.items()}
+    if not key or isinstance(value, str):
+        return {key: value} if key else {}
     try:
-        return json.dumps(value, default=str)
-    except TypeError:  # keys that JSON does not know, such as YAML's dates
-        return str(value)
+        return {key: json.dumps(value, default=str)}
+    except TypeError:  # keys that JSON lacks, such as YAML's dates
+        return {key: str(value)}
+
+
+# The answer: what the downstream tasks show for each method, and no more than that.
+
+
+def answer(rows: Sequence[Row], baseline: str) -> list[str]:
+    """Return a sentence for each method but the baseline: its gain over tasks, and how certain.
+
+    Args:
+        rows: of the primary metrics, from `compare`.
+    """
+    methods = dict.fromkeys(m for row in rows for m in row.values if m != baseline)
+    downstream = [row for row in rows if row.role == "downstream"]
+    return [_sentence(method, downstream, baseline) for method in methods]
+
+
+def mean_over_tasks(rows: Sequence[Row], method: str, baseline: str) -> PairedDifference | None:
+    """Return the difference of the means over downstream tasks, paired by seed.
+
+    Only seeds that both methods have on every task count. The interval is for new seeds on these
+    tasks, not for other tasks.
+
+    Returns:
+        None if there is no such seed, or if a task is judged by a loss.
+    """
+    downstream = [row for row in rows if row.role == "downstream"]
+    if not downstream or any(is_loss(row.metric) for row in downstream):
+        return None
+    both = (method, baseline)
+    seeds = set.intersection(*(set(row.values.get(m, {})) for row in downstream for m in both))
+    means = [
+        {seed: fmean(row.values[m][seed] for row in downstream) for seed in sorted(seeds)}
+        for m in both
+    ]
+    return paired_difference(*means) if seeds else None
+
+
+def _sentence(method: str, rows: Sequence[Row], baseline: str) -> str:
+    measured = [row for row in rows if method in row.differences]
+    if not measured:
+        return f"{method} and {baseline} do not share a finished seed of a downstream task yet."
+    overall = mean_over_tasks(measured, method, baseline)
+    parts = [] if overall is None else [_averaged(method, measured, baseline, overall)]
+    if overall is None or len(measured) > 1:
+        parts.append(f"{'it' if parts else method} {_counted(method, measured)}")
+    if unmeasured := len(rows) - len(measured):
+        parts.append(f"{unmeasured} task{'s have' if unmeasured > 1 else ' has'} no pair yet")
+    return f"{'; '.join(parts)}."
+
+
+def _averaged(method: str, rows: Sequence[Row], baseline: str, overall: PairedDifference) -> str:
+    """Describe the mean over tasks, its interval, and whether it is significant."""
+    tasks = rows[0].task if len(rows) == 1 else f"average over {len(rows)} downstream tasks"
+    points = f"{abs(100 * overall.mean):.2f}"
+    points = "less than 0.01" if points == "0.00" else points
+    side = "ahead of" if overall.mean > 0 else "behind"
+    text = f"On {tasks}, {method} is "
+    text += f"{points} points {side} {baseline}" if overall.mean else f"level with {baseline}"
+    seeds = len(rows[0].seeds)
+    over = f"{count_of(overall.n, seeds)} paired seed{'s' * (max(overall.n, seeds) > 1)}"
+    if len(rows) > 1 and overall.n < seeds:
+        over += ", those that all tasks have"
+    if overall.n == 1:
+        return f"{text} ({over}); this may be chance: one pair has no interval"
+    if overall.p_value is None:
+        return f"{text} with each of {over}: without spread there is no test"
+    text += f", 95 % interval {interval(overall, '')} over {over}"
+    if overall.excludes_zero:
+        return f"{text}: significant"
+    few = "; so few seeds can hardly show a difference" if overall.n < _FEW_PAIRS else ""
+    return f"{text}: not significant{few}"
+
+
+def _counted(method: str, rows: Sequence[Row]) -> str:
+    """Count the tasks on which a method is ahead and behind, and where that is significant."""
+    signs = {row.task: -1 if is_loss(row.metric) else 1 for row in rows}
+    gains = {row.task: signs[row.task] * row.differences[method].mean for row in rows}
+    sides = {
+        "ahead": [task for task, gain in gains.items() if gain > 0],
+        "behind": [task for task, gain in gains.items() if gain < 0],
+    }
+    text = f"is ahead on {len(sides['ahead'])} of {len(rows)} task{'s' * (len(rows) > 1)}"
+    text += f" and behind on {len(sides['behind'])}" if sides["behind"] else ""
+    if not any(method in row.corrected for row in rows):
+        return f"{text}; no task has enough pairs, or spread, for a test"
+    significant = {row.task for row in rows if row.corrected.get(method, 1) < 0.05}
+    clear = {side: [t for t in tasks if t in significant] for side, tasks in sides.items()}
+    counts = [f"{side} on {len(ts)} ({', '.join(ts)})" for side, ts in clear.items() if ts]
+    if not counts:
+        return f"{text}, on none significantly (Holm)"
+    return f"{text}, significantly (Holm) {' and '.join(counts)}"

@@ -1,4 +1,4 @@
-"""Values against the epoch: what evaluations measured on the way, and the speed-ups in it."""
+"""Metrics against the epoch, and the speed-ups computed from them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,112 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tract_transfer.report.compare import Row
 from tract_transfer.report.runs import Run, is_finite
-from tract_transfer.report.statistics import is_loss, paired_difference
+from tract_transfer.report.statistics import is_loss, paired_difference, pairs, seed_list
 
-# --- How many epochs a method saves: those the baseline needs to reach a value, over its own.
-
-Curve = tuple[Sequence[float], Sequence[float]]  # epochs, rising, and the value at each
-
-
-@dataclass(frozen=True)
-class SpeedUp:
-    """Epochs of the baseline over epochs of a method until both reach `target`, over seeds.
-
-    Attributes:
-        baseline, treated: seed -> epochs, interpolated between evaluations; infinite where the
-            value is never reached, None where the first evaluation is past it already.
-        ratio: the geometric mean over seeds; None unless every seed has its own ratio.
-        low, high: its t interval, of the logarithms; None for one seed or without spread.
-        remark: why there is no ratio or no interval, in words.
-    """
-
-    target: float
-    baseline: dict[int, float | None]
-    treated: dict[int, float | None]
-    ratio: float | None
-    low: float | None
-    high: float | None
-    remark: str
-
-
-def epochs_to_reach(curve: Curve, target: float) -> float | None:
-    """Return the epoch at which a curve first reaches `target`, by lines between its points.
-
-    Returns:
-        Infinity where it never does, None where its first point does: it is not known since when.
-    """
-    epochs, values = (np.asarray(part, np.float64) for part in curve)
-    there = np.flatnonzero(values >= target)
-    if not there.size:
-        return math.inf
-    i = there[0]
-    if i == 0:
-        return None
-    share = (target - values[i - 1]) / (values[i] - values[i - 1])
-    return float(epochs[i - 1] + share * (epochs[i] - epochs[i - 1]))
-
-
-def end_of_slowest(baseline: Mapping[int, Curve]) -> float:
-    """Return the lowest value that a seed of the baseline ends at: all of them reach it."""
-    return min(values[-1] for _, values in baseline.values())
-
-
-def speed_up(treated: Mapping[int, Curve], baseline: Mapping[int, Curve], target: float) -> SpeedUp:
-    """Compare when two methods reach `target`, a value of which more is better.
-
-    Args:
-        treated: seed -> curve, of the seeds of `baseline`.
-
-    Raises:
-        ValueError: the seeds differ, or there is none.
-    """
-    if treated.keys() != baseline.keys() or not treated:
-        raise ValueError(
-            "Both methods must have the same seeds, and one at least: treated has "
-            f"{sorted(treated)}, baseline has {sorted(baseline)}."
-        )
-    seeds = sorted(treated)
-    ours = {seed: epochs_to_reach(treated[seed], target) for seed in seeds}
-    theirs = {seed: epochs_to_reach(baseline[seed], target) for seed in seeds}
-    remark = _unknown("the method", ours) or _unknown("the baseline", theirs)
-    if remark:
-        return SpeedUp(target, theirs, ours, None, None, None, remark)
-    found = paired_difference(_logs(theirs), _logs(ours), resample=False)
-    low, high = found.low, found.high
-    if found.p_value is None or low is None or high is None:
-        only = "one seed" if found.n == 1 else "every seed shows the same"
-        return SpeedUp(
-            target, theirs, ours, math.exp(found.mean), None, None, f"{only}: no interval"
-        )
-    return SpeedUp(target, theirs, ours, math.exp(found.mean), math.exp(low), math.exp(high), "")
-
-
-def _unknown(who: str, epochs: Mapping[int, float | None]) -> str:
-    never = [str(seed) for seed, epoch in epochs.items() if epoch is not None and math.isinf(epoch)]
-    early = [str(seed) for seed, epoch in epochs.items() if epoch is None]
-    if never:
-        return f"{who} never reached it with {_seeds(never)}"
-    if early:
-        return f"{who} was past it at the first evaluation of {_seeds(early)}"
-    return ""
-
-
-def _seeds(seeds: Sequence[str]) -> str:
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
-
-
-def _logs(epochs: Mapping[int, float | None]) -> dict[int, float]:
-    return {seed: math.log(epoch) for seed, epoch in epochs.items() if epoch is not None}
-
-
-SHARES = (0.75, 0.9, 1.0)  # of what the slowest seed of the baseline ends at
+Curve = tuple[Sequence[float], Sequence[float]]  # epochs in ascending order, and the value at each
+SHARES = (0.75, 0.9, 1.0)  # of the baseline's lowest final value
 
 
 @dataclass(frozen=True)
 class Evaluations:
-    """What the runs of a task measured on the way, on one split: method -> seed -> curve."""
+    """A task's evaluations during training, on one split: method -> seed -> curve."""
 
     task: str
     metric: str
@@ -120,25 +24,38 @@ class Evaluations:
 
 
 @dataclass(frozen=True)
-class SpeedUpRow:
-    """The speed-up of a method on a task to a share of what the baseline ends at.
+class SpeedUp:
+    """The baseline's epochs over a method's epochs until both reach `target`.
 
-    Attributes:
-        pairs: seeds that both have curves of; `seeds`: those that there should be.
+    Epochs are interpolated between evaluations; infinite if the target is never reached, None if
+    the first evaluation exceeds it.
     """
+
+    target: float
+    baseline: dict[int, float | None]  # seed -> epochs
+    treated: dict[int, float | None]
+    ratio: float | None  # geometric mean over seeds; None unless every seed has a ratio
+    low: float | None  # t interval, from the logarithms; None for one seed or without spread
+    high: float | None
+    remark: str  # why there is no ratio or no interval
+
+
+@dataclass(frozen=True)
+class SpeedUpRow:
+    """The speed-up of a method on a task, to a share of the baseline's lowest final value."""
 
     task: str
     metric: str
     split: str
     method: str
     share: float
-    pairs: int
+    pairs: int  # seeds for which both methods have a curve, of `seeds` in the report
     seeds: int
     result: SpeedUp
 
 
 def curve_of(run: Run, key: str, split: str) -> Curve:
-    """Return the epochs and finite values of a key that a run logged for a split, rising."""
+    """Return the finite values that a run logged under `key` for a split."""
     points = {
         float(line["epoch"]): float(line[key])
         for line in run.history
@@ -149,10 +66,10 @@ def curve_of(run: Run, key: str, split: str) -> Curve:
 
 
 def evaluations_of(runs: Sequence[Run]) -> Evaluations:
-    """Return what the finished runs of one task measured on the way, on val where there is one."""
+    """Return the evaluations of one task's finished runs, on val if they have it, else on test."""
     metric = runs[0].primary_metric
-    lines = [line for run in runs for line in run.history if metric in line]
-    split = "val" if any(line.get("split") == "val" for line in lines) else "test"
+    splits = {line.get("split") for run in runs for line in run.history if metric in line}
+    split = "val" if "val" in splits else "test"
     curves: dict[str, dict[int, Curve]] = {}
     for run in runs:
         curve = curve_of(run, metric, split)
@@ -162,25 +79,81 @@ def evaluations_of(runs: Sequence[Run]) -> Evaluations:
 
 
 def speed_ups(
-    evaluations: Sequence[Evaluations], rows: Sequence[Row], baseline: str
+    evaluations: Sequence[Evaluations], baseline: str, expected_seeds: int
 ) -> list[SpeedUpRow]:
-    """Return the speed-ups of all methods on all tasks judged by more being better."""
-    seeds = {row.task: len(row.seeds) for row in rows}
-    found = []
-    for own in evaluations:
-        base: Mapping[int, Curve] = own.curves.get(baseline, {})
-        for method, treated in own.curves.items():
-            shared = sorted(base.keys() & treated.keys())
-            if method == baseline or not shared or is_loss(own.metric):
-                continue
-            ours = {seed: treated[seed] for seed in shared}
-            theirs = {seed: base[seed] for seed in shared}
-            end = end_of_slowest(theirs)
-            found += [
+    """Return the speed-ups of every method on every task whose metric is not a loss."""
+    rows = []
+    for task in evaluations:
+        if is_loss(task.metric):
+            continue
+        for method, (treated, untreated) in pairs(task.curves, baseline).items():
+            end, n = lowest_end(untreated), len(untreated)
+            rows += [
                 SpeedUpRow(
-                    own.task, own.metric, own.split, method, share, len(shared),
-                    seeds.get(own.task, len(shared)), speed_up(ours, theirs, share * end),
+                    task.task, task.metric, task.split, method, share, n, expected_seeds,
+                    speed_up(treated, untreated, share * end),
                 )
                 for share in SHARES
             ]  # fmt: skip
-    return found
+    return rows
+
+
+def lowest_end(curves: Mapping[int, Curve]) -> float:
+    """Return the lowest final value of all seeds: every seed reaches it."""
+    return min(values[-1] for _, values in curves.values())
+
+
+def speed_up(treated: Mapping[int, Curve], baseline: Mapping[int, Curve], target: float) -> SpeedUp:
+    """Compare the epochs at which two methods reach `target`; higher values are better.
+
+    Args:
+        treated: seed -> curve, for the seeds of `baseline`.
+    """
+    epochs, baseline_epochs = (
+        {seed: epochs_to_reach(curves[seed], target) for seed in sorted(curves)}
+        for curves in (treated, baseline)
+    )
+    remark = _unknown("the method", epochs) or _unknown("the baseline", baseline_epochs)
+    ratio = low = high = None
+    if not remark:
+        logs, baseline_logs = (
+            {seed: math.log(epoch) for seed, epoch in of.items() if epoch is not None}
+            for of in (epochs, baseline_epochs)
+        )
+        difference = paired_difference(baseline_logs, logs, resample=False)
+        ratio = math.exp(difference.mean)
+        if difference.n == 1:
+            remark = "one seed: no interval"
+        elif difference.p_value is None:
+            remark = "the same for every seed: no interval"
+        elif difference.low is not None and difference.high is not None:
+            low, high = math.exp(difference.low), math.exp(difference.high)
+    return SpeedUp(target, baseline_epochs, epochs, ratio, low, high, remark)
+
+
+def epochs_to_reach(curve: Curve, target: float) -> float | None:
+    """Return the epoch at which a curve first reaches `target`, interpolated linearly.
+
+    Returns:
+        Infinity if it never does; None if its first point already does: the epoch is unknown.
+    """
+    epochs, values = (np.asarray(part, np.float64) for part in curve)
+    reached = np.flatnonzero(values >= target)
+    if not reached.size:
+        return math.inf
+    i = reached[0]
+    if i == 0:
+        return None
+    share = (target - values[i - 1]) / (values[i] - values[i - 1])
+    return float(epochs[i - 1] + share * (epochs[i] - epochs[i - 1]))
+
+
+def _unknown(name: str, epochs: Mapping[int, float | None]) -> str:
+    """Report the seeds for which the epoch at the target is unknown."""
+    never = [seed for seed, epoch in epochs.items() if epoch == math.inf]
+    early = [seed for seed, epoch in epochs.items() if epoch is None]
+    if never:
+        return f"{name} never reached it with {seed_list(never)}"
+    if early:
+        return f"{name} exceeded it at the first evaluation with {seed_list(early)}"
+    return ""

@@ -10,60 +10,25 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from tract_transfer import visualize
-from tract_transfer.report.compare import matched
-from tract_transfer.report.curves import Evaluations, curve_of
+from tract_transfer.report.curves import Curve, Evaluations, curve_of
 from tract_transfer.report.runs import Run, is_finite
 from tract_transfer.report.statistics import is_loss, metric_name
 
-# --- Precision against recall, from the details of detection results.
-
-
-def draw_precision_recall(task: str, runs: Mapping[str, Sequence[Run]]) -> list[Markup]:
-    """Draw one line a method: the mean over classes and seeds of the precision at IoU 0.5.
-
-    Args:
-        runs: method -> its runs; those without `pr_curves` in their details have no line.
-
-    Returns:
-        One figure, or none where no run has the curves.
-    """
-    series = {method: [c for run in own if (c := mean_curve(run))] for method, own in runs.items()}
-    if not any(series.values()):
-        return []
-    figure = visualize.curves(series, x_label="recall", y_label="precision at IoU 0.5")
-    return [Markup(visualize.figure_svg(figure, f"{task}: precision against recall, all classes"))]
-
-
-def mean_curve(run: Run) -> visualize.Curve | None:
-    """Return recalls and mean precisions, or None where the run has none that can be read."""
-    by_class = run.results["details"].get("pr_curves")
-    if not isinstance(by_class, dict):
-        return None
-    try:
-        precision = np.array(list(by_class.values()), np.float64)  # (K, R)
-    except (TypeError, ValueError):
-        return None
-    if precision.ndim != 2 or not precision.size or not np.isfinite(precision).all():
-        return None
-    recalls = np.linspace(0, 1, precision.shape[1])
-    return recalls.tolist(), precision.mean(axis=0).tolist()
-
-
-MAX_FILTERS, MIN_SCORE = 64, 0.3
-BEST_DRAWN = 3  # detections of a picture, where none of a task's reaches MIN_SCORE
+MAX_FILTERS = 64  # of a layer
+MIN_SCORE = 0.3  # of the detections drawn
+BEST_DRAWN = 3  # detections of a picture, if none of its task reaches MIN_SCORE
 _MAX_LOSS_POINTS = 80
-_MAX_IMAGES, _MAX_IMAGE_PX = 4, 480
-_MAX_DRAWN = 48  # detections of a page: more would make it slow to open
+_MAX_IMAGES, _MAX_IMAGE_PX = 4, 480  # of a task
+_MAX_PICTURES = 48  # of detections on a page, which opens slowly with more
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError)
 
 
 def draw_curves(
     runs: Sequence[Run], evaluations: Evaluations, methods: Sequence[str]
 ) -> list[Markup]:
-    """Draw evaluations and training loss of one task against the epoch, and its precision."""
-    task, metric = evaluations.task, evaluations.metric
-    scale = 1 if is_loss(metric) else 100
-    label = f"{metric_name(metric)} on {evaluations.split}" + ("" if scale == 1 else " (%)")
-    of_method = {method: [run for run in runs if run.method == method] for method in methods}
+    """Draw one task's evaluations, training loss, and precision against recall."""
+    metric, scale = evaluations.metric, 1 if is_loss(evaluations.metric) else 100
+    by_method = {method: [run for run in runs if run.method == method] for method in methods}
     scores = {
         method: [
             (epochs, [scale * value for value in values])
@@ -72,78 +37,114 @@ def draw_curves(
         for method in methods
     }
     losses = {
-        m: [_binned(curve_of(r, "loss", "train")) for r in own] for m, own in of_method.items()
+        method: [_binned(curve_of(run, "loss", "train")) for run in of_method]
+        for method, of_method in by_method.items()
     }
-    drawn = []
-    for text, series in ((label, scores), ("training loss", losses)):
-        full = {m: [line for line in own if len(line[0]) > 1] for m, own in series.items()}
-        if any(full.values()):
-            figure = visualize.curves(full, x_label="epoch", y_label=text)
-            drawn.append(Markup(visualize.figure_svg(figure, f"{task}: {text} against the epoch")))
-    return drawn + draw_precision_recall(task, of_method)
+    precisions = {
+        method: [curve for run in of_method if (curve := precision_recall(run))]
+        for method, of_method in by_method.items()
+    }
+    label = f"{metric_name(metric)} on {evaluations.split}" + ("" if scale == 1 else " (%)")
+    figures = []
+    for curves, x, y, title in (
+        (scores, "epoch", label, f"{label} against the epoch"),
+        (losses, "epoch", "training loss", "training loss against the epoch"),
+        (precisions, "recall", "precision at IoU 0.5", "precision against recall, all classes"),
+    ):
+        lines = {m: [line for line in c if len(line[0]) > 1] for m, c in curves.items()}
+        if any(lines.values()):
+            figure = visualize.curves(lines, x_label=x, y_label=y)
+            figures.append(Markup(visualize.figure_svg(figure, f"{evaluations.task}: {title}")))
+    return figures
 
 
-def _binned(curve: visualize.Curve) -> visualize.Curve:
+def _binned(curve: Curve) -> Curve:
     """Return the means of consecutive points, at most `_MAX_LOSS_POINTS` of them."""
     bins = min(len(curve[0]), _MAX_LOSS_POINTS)
     x, y = ([float(part.mean()) for part in np.array_split(v, bins)] if bins else [] for v in curve)
     return x, y
 
 
+def precision_recall(run: Run) -> Curve | None:
+    """Return recalls and precisions at IoU 0.5, averaged over classes; None without readable ones.
+
+    They come from `pr_curves` in the details of detection results.
+    """
+    by_class = run.results["details"].get("pr_curves")
+    try:
+        precision = np.array(list(by_class.values()), np.float64)  # (classes, recalls)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    if precision.ndim != 2 or not precision.size or not np.isfinite(precision).all():
+        return None
+    return np.linspace(0, 1, precision.shape[1]).tolist(), precision.mean(axis=0).tolist()
+
+
+def _matched(runs: Sequence[Run]) -> dict[str, Run]:
+    """Return method -> run for the first task and seed that the most methods share."""
+    groups: dict[tuple[str, int | None], dict[str, Run]] = {}
+    for run in runs:
+        groups.setdefault((run.task, run.seed), {})[run.method] = run
+    return max(groups.values(), key=len, default={})
+
+
 def draw_detections(
     tasks: Mapping[str, Sequence[Run]], problems: list[str]
 ) -> list[dict[str, Any]]:
-    """Draw, for each task, the images that the runs of one seed have all detected on.
+    """Draw, for each task, the images on which every method's run of one seed has detections.
 
     Args:
-        problems: what cannot be drawn is added to it.
+        problems: receives what cannot be drawn.
+
+    Returns:
+        A dict for each task: `task`, `seed`, `images` (name, method -> SVG), `shared` (number of
+        images that could be drawn), `weak` (whether no detection reaches `MIN_SCORE`).
     """
-    drawn: list[dict[str, Any]] = []
-    room = _MAX_DRAWN
-    for runs in tasks.values():
-        part = _detections(runs, problems, room)
-        if part is not None:
-            room -= sum(len(cells) for _, cells in part["images"])
-            drawn.append(part)
-    return drawn
-
-
-def _detections(runs: Sequence[Run], problems: list[str], room: int) -> dict[str, Any] | None:
-    chosen = matched([run for run in runs if run.detections])
-    entries = {m: {str(d.get("image")): d for d in r.detections} for m, r in chosen.items()}
-    shared = [i for i in next(iter(entries.values()), {}) if all(i in e for e in entries.values())]
-    shown = shared[: min(_MAX_IMAGES, room // max(len(chosen), 1))]
-    weak = not any(_is_sure(own[image]) for own in entries.values() for image in shown)
-    images = []
-    for image in shown:
-        try:
-            cells = {m: _detection(run, entries[m][image], weak) for m, run in chosen.items()}
-        except (OSError, ValueError, LookupError, TypeError, Image.DecompressionBombError) as error:
-            problems.append(f"detections.json of {runs[0].task}, {image}: {error}")
+    parts: list[dict[str, Any]] = []
+    room = _MAX_PICTURES
+    for task, runs in tasks.items():
+        chosen = _matched([run for run in runs if run.detections])
+        entries = {m: {str(d.get("image")): d for d in r.detections} for m, r in chosen.items()}
+        shared = [
+            image
+            for image in next(iter(entries.values()), {})
+            if all(image in of_method for of_method in entries.values())
+        ]
+        if not shared:
             continue
-        images.append((image, cells))
-    first = next(iter(chosen.values()), None)
-    if first is None or not shared or (not images and room):
-        return None
-    told = {"task": first.task, "seed": first.seed, "images": images, "shared": len(shared)}
-    return {**told, "weak": weak}
+        names = shared[: min(_MAX_IMAGES, room // len(chosen))]
+        weak = not any(_is_sure(of_method[i]) for of_method in entries.values() for i in names)
+        images = []
+        for name in names:
+            try:
+                pictures = {m: _detection(r, entries[m][name], weak) for m, r in chosen.items()}
+            except (*_UNREADABLE, Image.DecompressionBombError) as error:
+                problems.append(f"detections.json of {task}, {name}: {error}")
+                continue
+            images.append((name, pictures))
+        room -= len(images) * len(chosen)
+        if images or not room:
+            seed = next(iter(chosen.values())).seed
+            parts.append(
+                {"task": task, "seed": seed, "images": images, "shared": len(shared), "weak": weak}
+            )
+    return parts
 
 
 def _is_sure(entry: Mapping[str, Any]) -> bool:
     scores = entry.get("scores")
-    return isinstance(scores, list) and any(is_finite(v) and v >= MIN_SCORE for v in scores)
+    return isinstance(scores, list) and any(is_finite(s) and s >= MIN_SCORE for s in scores)
 
 
 def _detection(run: Run, entry: Mapping[str, Any], weak: bool) -> Markup:
     path = (run.folder / entry["image"]).resolve()
     if not path.is_relative_to(run.folder.resolve()):
-        raise ValueError(f"images must lie in the run folder, and {path} does not")
+        raise ValueError(f"images must be inside the run folder, {path} is not")
     with Image.open(path) as file:
         picture = file.convert("RGB")
     width = picture.width
     picture.thumbnail((_MAX_IMAGE_PX, _MAX_IMAGE_PX))
-    scale = picture.width / width
-    scores = entry["scores"]
+    scale, scores = picture.width / width, entry["scores"]
     best = sorted(range(len(scores)), key=lambda i: -scores[i])
     kept = best[:BEST_DRAWN] if weak else [i for i in best if scores[i] >= MIN_SCORE]
     figure = visualize.draw_detections(
@@ -153,20 +154,20 @@ def _detection(run: Run, entry: Mapping[str, Any], weak: bool) -> Markup:
         [scores[i] for i in kept],
         truth_boxes_xyxy=[[scale * v for v in box] for box in entry.get("truth_boxes", [])],
     )
-    name = f"{run.task}: detections of {run.method} on {entry['image']}"
-    return Markup(visualize.figure_svg(figure, name))
+    title = f"{run.task}: detections of {run.method} on {entry['image']}"
+    return Markup(visualize.figure_svg(figure, title))
 
 
-def picture_filters(runs: Sequence[Run], problems: list[str]) -> dict[str, Any] | None:
-    """Picture the first layer of one run a method, after pre-training where there is one.
+def draw_filters(runs: Sequence[Run], problems: list[str]) -> dict[str, Any] | None:
+    """Draw the first layer of one run of each method, after pre-training if there is one.
 
     Args:
-        problems: what cannot be read is added to it.
+        problems: receives what cannot be read.
     """
     saved = [
         run for run in runs if not run.failure and (run.folder / "model.safetensors").is_file()
     ]
-    chosen = matched(sorted(saved, key=lambda run: run.role != "pretrain"))
+    chosen = _matched(sorted(saved, key=lambda run: run.role != "pretrain"))
     cells = {}
     for method, run in chosen.items():
         try:
@@ -174,7 +175,7 @@ def picture_filters(runs: Sequence[Run], problems: list[str]) -> dict[str, Any] 
             with safe_open(run.folder / "model.safetensors", framework="pt") as tensors:
                 weight = tensors.get_tensor(f"{layer}.weight").float()
             grid = visualize.filter_grid(weight[:MAX_FILTERS])
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        except (*_UNREADABLE, SafetensorError) as error:
             problems.append(f"{run.folder / 'model.safetensors'}: {error}")
             continue
         cells[method] = (visualize.array_png_data_uri(grid), tuple(weight.shape), layer)

@@ -1,301 +1,241 @@
-"""Run folders as `Run`s: what was trained, how, and what was measured.
+"""Finds run folders and reads them as `Run`s: what was trained, how, and what was measured.
 
-Reading never fails on a run's contents. A run that has not finished keeps its place with the
-reason in `failure`, and a file that cannot be read is named in `problems`: a report shows both.
+Reading never fails because of a run's contents. An unfinished run keeps its place, with the reason
+in `failure`, and `problems` names each file that cannot be read: a report shows both.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import yaml
 
-# --- Which run folders a report is about: those given, those below a folder, those of a plan.
+from tract_transfer.files import RESULTS_FORMAT, SUITE_FORMAT, SUITE_NAME
 
-SUITE_NAME, SUITE_FORMAT = "suite.json", 1
-_MARKS = ("results.json", "config.yaml")  # a folder with either is a run's
-_NEEDED_OF_PLAN = {"method": str, "task": str, "seed": int, "folder": str, "state": str}
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What a suite's plan says of one of its runs; `error` and `attempts` are of its execution.
-
-    Attributes:
-        also: further methods whose run this is: what they change does not reach it.
-    """
-
-    method: str
-    task: str
-    seed: int
-    state: str
-    error: str = ""
-    attempts: int = 0
-    also: tuple[str, ...] = ()
+_RUN_FILES = ("results.json", "config.yaml")  # a folder with either is a run folder
+_SUITE_RUN_FIELDS = {"method": str, "task": str, "seed": int, "folder": str, "state": str}
+_RESULTS_FIELDS = {
+    "method": str, "name": str, "seed": int, "primary_metric": str, "metrics": dict,
+}  # fmt: skip
+_MAX_YAML_VALUES = 100_000  # a config with more uses aliases that expand without end
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character in JSON
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 
 
 @dataclass
-class Found:
-    """Folders in the order found, and what plans say of them.
-
-    Attributes:
-        planned: folder -> what its suite's plan says.
-        baseline, title: of the first suite, empty without one.
-        methods: of the suites, in their order.
-        problems: what was left out of the report, and why.
-    """
+class RunFolders:
+    """The run folders of a report; `baseline` and `title` are those of the first suite."""
 
     folders: list[Path] = field(default_factory=list)
-    planned: dict[Path, Planned] = field(default_factory=dict)
+    planned: dict[Path, dict[str, Any]] = field(default_factory=dict)  # entries of a suite.json
     baseline: str = ""
     title: str = ""
-    methods: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-def find_runs(paths: Sequence[Path]) -> Found:
-    """Return the run folders that `paths` are, plan (by their suite.json) or hold below them.
-
-    A path that does not exist counts as a run folder: its absence is reported.
-
-    Raises:
-        ValueError: no path, nothing to be found below one, or a suite.json that cannot be used.
-    """
-    if not paths:
-        raise ValueError("No run folders: give at least one folder that holds a results.json.")
-    found = Found()
-    for path in map(Path, paths):
-        before = len(found.folders)
-        if path.is_dir() and not _is_run(path):
-            _look_into(path, found)
-            if len(found.folders) == before:
-                raise ValueError(
-                    f"No run in {path} or below: a run's folder holds a config.yaml or a "
-                    "results.json, a suite's a suite.json."
-                )
-        else:
-            found.folders.append(path)
-    found.folders = list(dict.fromkeys(found.folders))
-    return found
-
-
-def _look_into(folder: Path, found: Found) -> None:
-    """Add what a folder that is no run's plans or holds."""
-    for below in _walk(folder):
-        if (below / SUITE_NAME).is_file():
-            _add_suite(below, found)
-        else:
-            found.folders.append(below)
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the suites' and runs' folders, the outermost alone, in the order of their names."""
-    for path, names, _ in os.walk(folder):
-        here = Path(path)
-        if (here / SUITE_NAME).is_file() or _is_run(here):
-            names.clear()
-            yield here
-        names.sort()
-
-
-def _add_suite(folder: Path, found: Found) -> None:
-    suite = read_suite(folder / SUITE_NAME)
-    planned = {}
-    for run in suite["runs"]:
-        planned[folder / run["folder"]] = Planned(
-            **{key: run[key] for key in ("method", "task", "seed", "state")},
-            error=str(run.get("error") or ""),
-            attempts=int(run.get("attempts") or 0),
-            also=tuple(map(str, run.get("also") or ())),
-        )
-    found.folders += planned
-    found.planned |= planned
-    found.baseline = found.baseline or str(suite.get("baseline") or "")
-    found.title = found.title or str(suite.get("title") or "")
-    found.methods += [m for m in suite.get("methods") or [] if m not in found.methods]
-    known = {path.resolve() for path in planned}
-    for path, names, _ in os.walk(folder):
-        here = Path(path)
-        if _is_run(here):
-            names.clear()
-            if here.resolve() not in known:
-                found.problems.append(
-                    f"{here} is a run that {folder / SUITE_NAME} does not plan: left out"
-                )
-        names.sort()
-
-
-def read_suite(path: Path) -> dict[str, Any]:
-    """Return a suite's plan and the state of its runs.
-
-    Raises:
-        ValueError: the file is no such plan, or one of another version.
-    """
-    advice = "Give the run folders themselves to report without the plan"
-    try:
-        suite = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}. {advice}.") from error
-    if not isinstance(suite, dict) or suite.get("format") != SUITE_FORMAT:
-        form = suite.get("format") if isinstance(suite, dict) else None
-        raise ValueError(
-            f"{path} must be a plan of format {SUITE_FORMAT}, and its format is {form!r}. Report "
-            f"with the version of tract_transfer that wrote it, or run the suite again. {advice}."
-        )
-    runs = suite.get("runs")
-    for number, run in enumerate(runs if isinstance(runs, list) else [None]):
-        fields = run if isinstance(run, dict) else {}
-        wrong = [
-            key for key, kind in _NEEDED_OF_PLAN.items() if not isinstance(fields.get(key), kind)
-        ]
-        if wrong:
-            raise ValueError(f"{path}: runs[{number}] lacks a usable {', '.join(wrong)}. {advice}.")
-    return suite
-
-
-def _is_run(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _MARKS)
-
-
-RESULTS_FORMAT = 1
-_NEEDED = {"method": str, "name": str, "seed": int, "primary_metric": str, "metrics": dict}
-_MAX_VALUES = 100_000  # of a config: one that has more grows by aliases, or holds itself
-_HALF = re.compile(r"\\u[dD][89a-fA-F]")  # a surrogate in JSON, alone or one of two
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, ten times as fast
+    problems: list[str] = field(default_factory=list)  # what the report excludes, and why
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder: what was trained, how, and what was measured.
-
-    Attributes:
-        folder: as it was given.
-        failure: why the run counts as not finished; empty for a finished run.
-        state: "finished", "failed", "blocked" (what it needs failed), "running", "waiting",
-            "missing" (no folder), "unreadable" or "unfinished".
-        task: the suite's name of the task ("finetune"); like `method`, empty where unknown.
-        method: label of the method ("vanilla").
-        seed: None where unknown.
-        role: "pretrain" or "downstream".
-        backbone: its name ("cifar/resnet18"), empty where unknown.
-        metrics: name -> finite value; fractions in [0, 1], or losses.
-        primary_metric: the key of `metrics` the task is judged by.
-        results: all of results.json.
-        history: the lines of metrics.jsonl, in their order.
-        detections: the entries of detections.json, empty without one.
-        problems: one sentence for each file or value that could not be read.
-    """
+    """One run folder. Texts are empty if unknown."""
 
     folder: Path
-    failure: str = ""
+    failure: str = ""  # why the run does not count as finished; empty for a finished run
+    # One of finished, failed, blocked (the run it needs failed), running, waiting, missing (no
+    # folder), unreadable, unfinished.
     state: str = "finished"
-    task: str = ""
-    method: str = ""
-    seed: int | None = None
-    role: str = "downstream"
-    backbone: str = ""
-    metrics: dict[str, float] = field(default_factory=dict)
+    task: str = ""  # the suite's name of the task ("finetune")
+    method: str = ""  # label of the method ("vanilla")
+    seed: int | None = None  # a finished run has one
+    role: str = "downstream"  # or "pretrain"
+    backbone: str = ""  # "cifar/resnet18"
+    metrics: dict[str, float] = field(default_factory=dict)  # finite; fractions, or losses
     primary_metric: str = ""
-    results: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)  # `details` and `protocol` are dicts
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
-    detections: list[dict[str, Any]] = field(default_factory=list)
-    problems: tuple[str, ...] = ()
+    history: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl
+    detections: list[dict[str, Any]] = field(default_factory=list)  # entries of detections.json
+    problems: tuple[str, ...] = ()  # one for each file or value that cannot be read
 
 
-def read_runs(found: Found) -> list[Run]:
-    """Read the run folders found, in their order.
+def find_runs(paths: Sequence[Path]) -> RunFolders:
+    """Find the run folders that `paths` are, plan (in a suite.json) or contain.
 
-    A run without results is placed by its suite's plan, or else by the names of its path:
-    `vanilla/finetune/seed-2` belongs to the method and the task of these names, if another run has
-    finished under them. A run that methods share, by their plan, comes once for each.
+    A path that does not exist counts as a run folder, so that the report lists it as missing.
+
+    Raises:
+        ValueError: no path, no run below one, or an unusable suite.json.
+    """
+    if not paths:
+        raise ValueError("No run folders: give at least one folder with a results.json.")
+    run_folders = RunFolders()
+    for path in map(Path, paths):
+        if not path.is_dir() or _has_any(path, *_RUN_FILES):
+            run_folders.folders.append(path)
+            continue
+        count = len(run_folders.folders)
+        for folder in _outermost(path, SUITE_NAME, *_RUN_FILES):
+            if _has_any(folder, SUITE_NAME):
+                _add_suite(folder, run_folders)
+            else:
+                run_folders.folders.append(folder)
+        if len(run_folders.folders) == count:
+            raise ValueError(
+                f"No run in {path} or below. A run folder has a config.yaml or results.json, a "
+                f"suite folder a {SUITE_NAME}."
+            )
+    run_folders.folders = list(dict.fromkeys(run_folders.folders))
+    return run_folders
+
+
+def _outermost(folder: Path, *names: str) -> Iterator[Path]:
+    """Yield the folders with one of these files in order of names, and none inside another."""
+    for path, subfolders, _ in os.walk(folder):
+        if _has_any(Path(path), *names):
+            subfolders.clear()
+            yield Path(path)
+        subfolders.sort()
+
+
+def _has_any(folder: Path, *names: str) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def _add_suite(folder: Path, run_folders: RunFolders) -> None:
+    suite = read_suite(folder / SUITE_NAME)
+    planned = {folder / run["folder"]: run for run in suite["runs"]}
+    run_folders.folders += planned
+    run_folders.planned |= planned
+    run_folders.baseline = run_folders.baseline or str(suite.get("baseline") or "")
+    run_folders.title = run_folders.title or str(suite.get("title") or "")
+    resolved = {path.resolve() for path in planned}
+    run_folders.problems += [
+        f"{path} is a run that {folder / SUITE_NAME} does not plan: excluded"
+        for path in _outermost(folder, *_RUN_FILES)
+        if path.resolve() not in resolved
+    ]
+
+
+def read_suite(path: Path) -> dict[str, Any]:
+    """Return the contents of a suite.json.
+
+    Raises:
+        ValueError: the file cannot be read, lacks a field, or has another format.
+    """
+    advice = "To report without the plan, give the run folders themselves"
+    try:
+        suite = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. {advice}.") from error
+    suite_format = as_dict(suite).get("format")
+    if suite_format != SUITE_FORMAT:
+        raise ValueError(
+            f"{path} must have format {SUITE_FORMAT}, got {suite_format!r}. Use the version of "
+            f"tract_transfer that wrote it, or run the suite again. {advice}."
+        )
+    runs = suite.get("runs")
+    for number, run in enumerate(runs if isinstance(runs, list) else [None]):
+        if fields := _unusable(as_dict(run), _SUITE_RUN_FIELDS):
+            raise ValueError(f"{path}: runs[{number}] lacks a usable {fields}. {advice}.")
+    return suite  # type: ignore[no-any-return]
+
+
+def read_runs(run_folders: RunFolders) -> list[Run]:
+    """Read run folders, in their order.
+
+    An unfinished run takes method, task and seed from its suite's plan, or else from its path:
+    `vanilla/finetune/seed-2` belongs to that method and task if another run has finished under
+    these names. A run that methods share comes once for each of them.
 
     Raises:
         ValueError: two finished runs share method, task and seed.
     """
     runs = []
-    for folder in found.folders:
-        planned = found.planned.get(folder)
-        run = _as_planned(_load_run(folder), planned)
-        runs += [
-            run,
-            *(replace(run, method=method) for method in (planned.also if planned else ())),
-        ]
+    for folder in run_folders.folders:
+        run = _load_run(folder)
+        if planned := run_folders.planned.get(folder):
+            run = _as_planned(run, planned)
+            methods = [run.method, *map(str, planned.get("also") or ())]
+            runs += [replace(run, method=method) for method in methods]
+        else:
+            runs.append(run)
     finished = [run for run in runs if not run.failure]
     seen: dict[tuple[str, str, int | None], Run] = {}
     for run in finished:
         first = seen.setdefault((run.task, run.method, run.seed), run)
         if first is not run:
             raise ValueError(
-                f"Each task, method and seed must come once, but {first.folder} and {run.folder} "
-                f"both hold {run.task}, {run.method}, seed {run.seed}. Leave one of them out."
+                f"Each task, method and seed must occur once, but {first.folder} and {run.folder} "
+                f"both have {run.task}, {run.method}, seed {run.seed}. Exclude one of them."
             )
     roles = {run.task: run.role for run in finished}
-    methods = {run.method for run in finished}
-    return [_placed(run, roles, methods) if run.failure else run for run in runs]
+    finished_methods = {run.method for run in finished}
+    return [_named_by_path(run, roles, finished_methods) if run.failure else run for run in runs]
 
 
-def _as_planned(run: Run, planned: Planned | None) -> Run:
-    """Return a run with the place and the failure that its suite's plan knows of."""
-    if planned is None:
-        return run
-    place = {"method": planned.method, "task": planned.task, "seed": planned.seed}
-    own = {"method": run.method, "task": run.task, "seed": run.seed}
-    if not run.failure:
-        if own == place:
+def _as_planned(run: Run, planned: Mapping[str, Any]) -> Run:
+    """Return a run with the method, task, seed and failure of its entry in a suite.json."""
+    method, task, seed = planned["method"], planned["task"], planned["seed"]
+    failure, state, role = run.failure, run.state, run.role
+    if not failure:
+        if (run.method, run.task, run.seed) == (method, task, seed):
             return run
-        text = f"its results.json is of {_words(own)}, and the plan says {_words(place)}"
-        return replace(run, failure=text, state="unreadable", **place)  # type: ignore[arg-type]
-    failure, state = run.failure, run.state
-    if planned.state != "finished" and state != "unreadable":
-        state = planned.state
-        failure = planned.error or {"waiting": "not started yet"}.get(state, run.failure)
-        if planned.attempts > 1:
-            failure += f" ({planned.attempts} attempts)"
-    role = "pretrain" if planned.task == "pretrain" else "downstream"
-    return replace(run, failure=failure, state=state, role=role, **place)  # type: ignore[arg-type]
-
-
-def _words(place: dict[str, Any]) -> str:
-    return f"{place['method']}, {place['task']}, seed {place['seed']}"
+        state = "unreadable"
+        failure = (
+            f"results.json has {run.method}, {run.task}, seed {run.seed}, but the plan has "
+            f"{method}, {task}, seed {seed}"
+        )
+    else:
+        role = "pretrain" if task == "pretrain" else "downstream"
+        if planned["state"] != "finished" and state != "unreadable":
+            state, attempts = planned["state"], int(planned.get("attempts") or 0)
+            reason = "not started yet" if state == "waiting" else failure
+            failure = str(planned.get("error") or reason)
+            failure += f" ({attempts} attempts)" if attempts > 1 else ""
+    return replace(
+        run, method=method, task=task, seed=seed, failure=failure, state=state, role=role
+    )
 
 
 def _load_run(folder: Path) -> Run:
-    problems: list[str] = []
     if not folder.is_dir():
         return Run(folder, failure="the folder does not exist", state="missing")
+    problems: list[str] = []
     history = _read_lines(folder / "metrics.jsonl", problems)
-    config = _mapping(_read(folder / "config.yaml", problems))
+    config = as_dict(_read(folder / "config.yaml", problems))
     results = _read(folder / "results.json", problems)
     seed = config.get("seed")
     run = Run(
-        folder=folder,
+        folder,
         seed=seed if isinstance(seed, int) else None,
         config=config,
-        environment=_mapping(_read(folder / "environment.json", problems)),
+        environment=as_dict(_read(folder / "environment.json", problems)),
         history=history,
         problems=tuple(problems),
     )
-    if results is None:
-        if any("results.json" in problem for problem in problems):
-            return replace(run, failure="results.json cannot be read", state="unreadable")
-        return replace(
-            run, failure=f"no results.json; {_last_iteration(history)}", state="unfinished"
-        )
-    return _with_results(run, _mapping(results))
+    if results is not None:
+        return _with_results(run, as_dict(results))
+    if (folder / "results.json").is_file():
+        return replace(run, failure="results.json cannot be read", state="unreadable")
+    iterations = [line["iteration"] for line in history if is_finite(line.get("iteration"))]
+    last = f"the log ends at iteration {max(iterations)}" if iterations else "nothing was logged"
+    return replace(run, failure=f"no results.json; {last}", state="unfinished")
 
 
 def _with_results(run: Run, results: dict[str, Any]) -> Run:
     """Return the run with its results, or with the reason why they do not count."""
-    if why := _why_unusable(results):
-        return replace(run, failure=why, state="unreadable")
-    results = {**results, **{k: _mapping(results.get(k)) for k in ("details", "protocol")}}
+    results_format = results.get("format", RESULTS_FORMAT)
+    if results_format != RESULTS_FORMAT:
+        failure = f"results.json has format {results_format!r}, this version reads {RESULTS_FORMAT}"
+        return replace(run, failure=failure, state="unreadable")
+    if fields := _unusable(results, _RESULTS_FIELDS):
+        failure = f"results.json lacks a usable {fields}"
+        return replace(run, failure=failure, state="unreadable")
+    results = {**results, **{k: as_dict(results.get(k)) for k in ("details", "protocol")}}
     metrics = {k: float(v) for k, v in results["metrics"].items() if is_finite(v)}
     problems = [
         f"{run.folder / 'results.json'}: {key} is {value!r}, not a finite number"
@@ -303,127 +243,106 @@ def _with_results(run: Run, results: dict[str, Any]) -> Run:
         if key not in metrics
     ]
     detections = _read(run.folder / "detections.json", problems)
-    card = _mapping(_read(run.folder / "model.json", problems))
-    model = _mapping(run.config.get("model"))
-    named = _mapping(model.get("backbone")).get("name") or card.get("name")
-    run = replace(
+    metadata = as_dict(_read(run.folder / "model.json", problems))
+    backbone = as_dict(as_dict(run.config.get("model")).get("backbone"))
+    primary = results["primary_metric"]
+    return replace(
         run,
+        failure="" if primary in metrics else f"results.json has no finite {primary}",
+        state="finished" if primary in metrics else "unreadable",
         task=results["name"],
         method=results["method"],
         seed=results["seed"],
         role="pretrain" if results.get("role") == "pretrain" else "downstream",
-        backbone=str(named or ""),
+        backbone=str(backbone.get("name") or metadata.get("name") or ""),
         metrics=metrics,
-        primary_metric=results["primary_metric"],
+        primary_metric=primary,
         results=results,
-        detections=[_mapping(d) for d in detections] if isinstance(detections, list) else [],
+        detections=[as_dict(d) for d in detections] if isinstance(detections, list) else [],
         problems=(*run.problems, *problems),
     )
-    if run.primary_metric in metrics:
-        return run
-    return replace(
-        run, failure=f"results.json has no finite {run.primary_metric}", state="unreadable"
+
+
+def _unusable(content: Mapping[str, Any], fields: Mapping[str, type]) -> str:
+    """Name the fields that are missing or have another type."""
+    return ", ".join(
+        key
+        for key, kind in fields.items()
+        if not isinstance(content.get(key), kind) or isinstance(content.get(key), bool)
     )
 
 
-def _why_unusable(results: dict[str, Any]) -> str:
-    """Return why no number is taken from results of this form; empty where they are usable."""
-    form = results.get("format", RESULTS_FORMAT)
-    if form != RESULTS_FORMAT:
-        return f"results.json has format {form!r}, and this version reads {RESULTS_FORMAT}"
-    wrong = [
-        key
-        for key, kind in _NEEDED.items()
-        if not isinstance(results.get(key), kind) or isinstance(results.get(key), bool)
-    ]
-    return f"results.json lacks a usable {', '.join(wrong)}" if wrong else ""
-
-
-def _placed(run: Run, roles: dict[str, str], methods: set[str]) -> Run:
-    """Return an unfinished run with the task and method its path names."""
+def _named_by_path(run: Run, roles: Mapping[str, str], methods: set[str]) -> Run:
+    """Return an unfinished run with the task, method and seed in its path."""
     path = "/".join(run.folder.parts[-3:])
-    task = run.task or _named_in(path, list(roles))
+
+    def longest_in_path(names: Sequence[str]) -> str:
+        for name in sorted(names, key=lambda name: (-len(name), name)):
+            if re.search(rf"(?:^|[/_.-]){re.escape(name)}(?:$|[/_.-])", path):
+                return name
+        return ""
+
+    task = run.task or longest_in_path(list(roles))
     seeds = re.findall(r"seed[-_=]?(\d+)", path)
     return replace(
         run,
         task=task,
-        method=run.method or _named_in(path, list(methods)),
+        method=run.method or longest_in_path(list(methods)),
         seed=int(seeds[-1]) if run.seed is None and seeds else run.seed,
         role=roles.get(task, run.role),
     )
 
 
-def _named_in(path: str, names: list[str]) -> str:
-    for name in sorted(names, key=lambda name: (-len(name), name)):
-        if re.search(rf"(?:^|[/_.-]){re.escape(name)}(?:$|[/_.-])", path):
-            return name
-    return ""
-
-
 def _read(path: Path, problems: list[str]) -> Any:
-    """Return the parsed JSON or YAML file, or None where it is absent or, named, unreadable."""
+    """Return a parsed JSON or YAML file; None if it is missing or, with a problem, unreadable."""
     if not path.is_file():
         return None
     try:
         text = path.read_text(encoding="utf-8")
-        if path.suffix != ".yaml":
-            return _whole_characters(json.loads(text), text)
-        value = yaml.load(text, _Loader)
-        _check_size(value)
-        return value
+        value = yaml.load(text, _Loader) if path.suffix == ".yaml" else json.loads(text)
+        if path.suffix == ".yaml":
+            _check_size(value)
+        elif _SURROGATE.search(text):  # no file can hold half a character: replace it by `?`
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         problems.append(f"{path}: {error}")
         return None
-
-
-def _whole_characters(value: Any, text: str) -> Any:
-    """Return what was read of `text` with `?` for halves of characters, which no file can hold."""
-    if not _HALF.search(text):
-        return value
-    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    return value
 
 
 def _check_size(value: Any) -> None:
-    """Raise ValueError where nested values are too many to be a config's."""
-    left, count = [value], 0
-    while left:
-        own = left.pop()
+    """Refuse nested values that are too many for a config."""
+    remaining, count = [value], 0
+    while remaining:
+        value = remaining.pop()
         count += 1
-        if count > _MAX_VALUES:
-            raise ValueError(f"more than {_MAX_VALUES:,} values, as aliases make them")
-        if isinstance(own, dict | list):
-            left += own.values() if isinstance(own, dict) else own
+        if count > _MAX_YAML_VALUES:
+            raise ValueError(f"more than {_MAX_YAML_VALUES:,} values, produced by aliases")
+        if isinstance(value, dict | list):
+            remaining += value.values() if isinstance(value, dict) else value
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
     lines = []
-    for number, text in enumerate(path.read_bytes().splitlines(), 1):
+    for number, text in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
             line = json.loads(text)
         except (ValueError, RecursionError) as error:
             problems.append(f"{path}, line {number}: {error}")
             continue
-        lines.append(_mapping(line))
+        lines.append(as_dict(line))
     return lines
 
 
-def _last_iteration(history: list[dict[str, Any]]) -> str:
-    last = max(
-        (line["iteration"] for line in history if is_finite(line.get("iteration"))), default=0
-    )
-    return f"the log ends at iteration {last}" if last else "nothing was logged"
-
-
-def _mapping(value: Any) -> dict[str, Any]:
+def as_dict(value: Any) -> dict[str, Any]:
+    """Return a value read from a file if it is a dict, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def is_finite(value: Any) -> TypeGuard[float]:
-    """Tell whether a value read from JSON is a number, neither NaN nor infinite."""
+    """Whether a value read from JSON is a finite number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     try:
         return is_number and math.isfinite(value)
-    except OverflowError:  # an integer of more digits than any float has
+    except OverflowError:  # an integer larger than any float
         return False

@@ -1,25 +1,27 @@
-"""Spread over seeds, and whether a paired difference is more than that spread.
+"""Spread over seeds, paired differences, and how every report format writes them as text.
 
-All are pure functions of numbers, and the same at every call: what draws at random is seeded.
+All functions are pure; those that draw at random use a fixed seed.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from scipy import special, stats
 
 Floats = npt.NDArray[np.float64]
+Value = TypeVar("Value")
 LEVEL = 0.95
-# The studentised bootstrap covers as it says from 4 pairs on, but is almost twice as wide as the t
-# interval then (docs/report.md has the measurements).
+# From 4 pairs on, the studentised bootstrap has the coverage it claims, but with 4 it is almost
+# twice as wide as the t interval (docs/guides/report.md has the measurements).
 MIN_PAIRS_BOOTSTRAP = 5
-MIN_PAIRS_FLIPPED = 6  # two of the 2^5 flips of 5 signs are 6 %: no p-value below 5 % to be had
+MIN_PAIRS_FLIPPED = 6  # with 5 pairs, the smallest possible p-value is 2 / 2^5 = 6 %
 _RESAMPLES = 4999
 _MAX_EXACT_PAIRS = 14
-# 0.3 - 0.1 and 0.2 differ by rounding: such a spread is none, and its p-value would be absurd.
+# 0.3 - 0.1 differs from 0.2 by rounding: a spread this small is no spread.
 _ROUNDING = 1e-12
 
 
@@ -34,44 +36,35 @@ class Summary:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean of treated - baseline over `n` seeds, and what it is worth.
+    """Mean of treated - baseline over `n` seeds, with its uncertainty.
 
-    Attributes:
-        low, high: the t interval of the mean at confidence `level`; None for one seed, and equal to
-            the mean when every seed shows the same difference.
-        p_value: of the two-sided paired t-test of no difference; None in both of those cases.
-        std: of the differences; None for one seed.
-        effect_size: mean / std, corrected for small n; None below 3 pairs or without spread.
-        bootstrap: the studentised bootstrap interval; None below `MIN_PAIRS_BOOTSTRAP` pairs,
-            without spread, or where equal differences leave it without an end.
-        permutation_p: two-sided, of the mean under flipped signs; None below
-            `MIN_PAIRS_FLIPPED` pairs or without spread.
-        remark: what `n` is too small to say, in words; empty where nothing is.
+    There is no test without spread, that is for one seed or if all differences are equal.
     """
 
     mean: float
-    low: float | None
+    low: float | None  # t interval; None for one seed, the mean if all differences are equal
     high: float | None
-    p_value: float | None
+    p_value: float | None  # two-sided paired t-test; None without spread
     n: int
     level: float = LEVEL
-    std: float | None = None
-    effect_size: float | None = None
+    std: float | None = None  # of the differences; None for one seed
+    effect_size: float | None = None  # Hedges's g; None below 3 pairs or without spread
+    # None below `MIN_PAIRS_BOOTSTRAP` pairs, without spread, or if equal differences unbound it
     bootstrap: tuple[float, float] | None = None
-    permutation_p: float | None = None
-    remark: str = ""
+    permutation_p: float | None = None  # None below `MIN_PAIRS_FLIPPED` pairs or without spread
+    remark: str = ""  # what `n` is too small to show
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the t interval does: exactly where the paired t-test rejects at 1 - level."""
+        """Whether the t interval excludes zero: exactly if the t-test rejects at 1 - level."""
         return self.p_value is not None and self.p_value < 1 - self.level
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Return mean and spread of `values`.
+    """Return mean and standard deviation.
 
     Raises:
-        ValueError: no value, or one that is not finite.
+        ValueError: `values` is empty or has a non-finite value.
     """
     _check_finite("values", values)
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -81,7 +74,6 @@ def summarize(values: Sequence[float]) -> Summary:
 def paired_difference(
     treated: Mapping[int, float],
     baseline: Mapping[int, float],
-    level: float = LEVEL,
     *,
     resample: bool = True,
 ) -> PairedDifference:
@@ -89,67 +81,79 @@ def paired_difference(
 
     Args:
         treated: seed -> metric.
-        baseline: seed -> metric, of the same seeds.
-        level: confidence of the intervals, in (0, 1).
-        resample: whether to add the bootstrap and the permutation test, the slow part.
+        baseline: seed -> metric, for the same seeds.
+        resample: whether to compute the bootstrap and the sign-flip test, the slow part.
 
     Raises:
-        ValueError: the seeds differ, there is none, a metric is not finite, or a wrong level.
+        ValueError: the seeds differ, there are none, or a metric is not finite.
     """
-    if not 0 < level < 1:
-        raise ValueError(f"level must be in (0, 1), got {level}.")
     differences, largest = _paired(treated, baseline)
     n, mean = len(differences), float(differences.mean())
     if abs(mean) <= _ROUNDING * largest:
-        mean = 0.0  # differences that cancel: what rounding leaves of them has no sign
+        mean = 0.0  # the differences cancel: the sign of the rounding error means nothing
     if n == 1:
-        remark = "One pair: no interval and no test; even its sign may be chance."
-        return PairedDifference(mean, None, None, None, n, level, remark=remark)
+        remark = "One pair: no interval and no test; even the sign may be chance."
+        return PairedDifference(mean, None, None, None, n, remark=remark)
     std = float(differences.std(ddof=1))
     if std <= _ROUNDING * math.sqrt(n) * largest:
         remark = (
             f"All {n} pairs show the same difference: without spread there is no interval and no "
-            "test. Few test images do that, and not certainty."
+            "test. This points to a small test set, not to certainty."
         )
-        return PairedDifference(mean, mean, mean, None, n, level, std=0.0, remark=remark)
+        return PairedDifference(mean, mean, mean, None, n, std=0.0, remark=remark)
     error = std / math.sqrt(n)
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
-    draws, flips = (resample and n >= least for least in (MIN_PAIRS_BOOTSTRAP, MIN_PAIRS_FLIPPED))
+    half_width = float(stats.t.ppf((1 + LEVEL) / 2, n - 1)) * error
     return PairedDifference(
         mean,
-        mean - half,
-        mean + half,
+        mean - half_width,
+        mean + half_width,
         float(2 * stats.t.sf(abs(mean) / error, n - 1)),
         n,
-        level,
         std=std,
         effect_size=effect_size(differences) if n > 2 else None,
-        bootstrap=studentised_bootstrap(differences, level) if draws else None,
-        permutation_p=sign_flip_test(differences) if flips else None,
+        bootstrap=(
+            studentised_bootstrap(differences) if resample and n >= MIN_PAIRS_BOOTSTRAP else None
+        ),
+        permutation_p=sign_flip_test(differences) if resample and n >= MIN_PAIRS_FLIPPED else None,
         remark=_few_pairs(n),
     )
 
 
+def pairs(
+    values: Mapping[str, Mapping[int, Value]], baseline: str
+) -> dict[str, tuple[dict[int, Value], dict[int, Value]]]:
+    """Return method -> its values and the baseline's, by the seeds that both have.
+
+    Args:
+        values: method -> seed -> value; methods that share no seed with the baseline are omitted.
+    """
+    both = {}
+    for method, by_seed in values.items():
+        seeds = sorted(by_seed.keys() & values.get(baseline, {}).keys())
+        if method != baseline and seeds:
+            base = values[baseline]
+            both[method] = {s: by_seed[s] for s in seeds}, {s: base[s] for s in seeds}
+    return both
+
+
 def _paired(treated: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[Floats, float]:
-    """Return treated - baseline (n,) by rising seed, and the largest size of a value of either."""
+    """Return treated - baseline (n,) in order of seeds, and the largest absolute value of both."""
     if treated.keys() != baseline.keys():
         raise ValueError(
-            "Both methods must have the same seeds to be paired: only treated has "
-            f"{sorted(treated.keys() - baseline.keys())}, only baseline has "
-            f"{sorted(baseline.keys() - treated.keys())}. Run the missing ones."
+            "Both methods must have the same seeds: treated has "
+            f"{sorted(treated)}, baseline has {sorted(baseline)}."
         )
-    seeds = sorted(treated)
-    a, b = ([values[seed] for seed in seeds] for values in (treated, baseline))
+    a, b = ([values[seed] for seed in sorted(treated)] for values in (treated, baseline))
     _check_finite("treated", a)
     _check_finite("baseline", b)
     return np.subtract(a, b), float(np.abs([a, b]).max())
 
 
 def effect_size(differences: Floats) -> float:
-    """Return Cohen's d_z, the mean over the standard deviation, without its small-sample bias.
+    """Return Hedges's g of (n,) differences, n >= 3: mean / std without its small-sample bias.
 
-    The factor is Hedges's (1981), exact for normal differences: gamma(m / 2) / (sqrt(m / 2)
-    gamma((m - 1) / 2)) with m = n - 1, so that n is 3 at least.
+    The factor (Hedges, 1981) is exact for normal differences: gamma(m / 2) / (sqrt(m / 2)
+    gamma((m - 1) / 2)) with m = n - 1.
     """
     m = len(differences) - 1
     log_factor = special.gammaln(m / 2) - special.gammaln((m - 1) / 2) - math.log(m / 2) / 2
@@ -157,82 +161,84 @@ def effect_size(differences: Floats) -> float:
 
 
 def studentised_bootstrap(
-    differences: Floats, level: float = LEVEL, resamples: int = _RESAMPLES
+    differences: Floats, resamples: int = _RESAMPLES
 ) -> tuple[float, float] | None:
     """Return the bootstrap-t interval of the mean of (n,) differences (Efron, 1981).
 
-    Each of B `resamples` has its own standard error; where it has none, its t is infinite.
+    Each of B `resamples` is divided by its own standard error; t is infinite where that is zero.
+    scipy's bootstrap has no such method, and its BCa covers far less than 95 % for few pairs.
 
     Returns:
-        The interval, or None where so many resamples have no spread that it has no end.
+        The interval, or None if too many resamples without spread leave it unbounded.
     """
     n = len(differences)
     drawn = differences[np.random.default_rng(0).integers(0, n, (resamples, n))]  # (B, n)
     shifts, errors = drawn.mean(axis=1) - differences.mean(), drawn.std(axis=1, ddof=1)
-    flat = errors <= _ROUNDING * np.abs(differences).max()
+    has_spread = errors > _ROUNDING * np.abs(differences).max()
     t = np.where(shifts == 0, 0, np.copysign(math.inf, shifts))
-    np.divide(shifts, errors / math.sqrt(n), out=t, where=~flat)
-    upper = float(np.quantile(t, (1 + level) / 2, method="higher"))
-    lower = float(np.quantile(t, (1 - level) / 2, method="lower"))
+    np.divide(shifts, errors / math.sqrt(n), out=t, where=has_spread)
+    upper = float(np.quantile(t, (1 + LEVEL) / 2, method="higher"))
+    lower = float(np.quantile(t, (1 - LEVEL) / 2, method="lower"))
     if not (math.isfinite(upper) and math.isfinite(lower)):
         return None
-    error = float(differences.std(ddof=1)) / math.sqrt(n)
-    mean = float(differences.mean())
+    mean, error = float(differences.mean()), float(differences.std(ddof=1)) / math.sqrt(n)
     return mean - upper * error, mean - lower * error
 
 
-def sign_flip_test(differences: Floats, resamples: int = 2**_MAX_EXACT_PAIRS) -> float:
+def sign_flip_test(differences: Floats) -> float:
     """Return the two-sided p-value of the mean of (n,) differences under random signs.
 
-    Exact up to 14 differences; beyond, among `resamples` flips and the signs as they are.
+    Exact up to 14 differences, above that from 2^14 random flips.
     """
-    n = len(differences)
-    if n <= _MAX_EXACT_PAIRS:
-        signs = 1.0 - 2 * (np.arange(2**n)[:, None] >> np.arange(n) & 1)
-    else:
-        drawn = np.random.default_rng(0).choice((-1.0, 1.0), (resamples, n))
-        signs = np.concatenate([np.ones((1, n)), drawn])
-    sums = np.abs(signs @ differences)
-    tolerance = _ROUNDING * np.abs(differences).sum()
-    return float(np.mean(sums >= sums[0] - tolerance))
+    scale = float(np.abs(differences).sum()) or 1.0
+
+    def absolute_mean(flipped: Floats, axis: int) -> Floats:
+        # Rounded, so that means that differ only by rounding errors count as ties.
+        means: Floats = np.round(np.abs(flipped.sum(axis=axis)) / scale, 12)
+        return means
+
+    test = stats.permutation_test(
+        (differences,), absolute_mean, permutation_type="samples", alternative="greater",
+        vectorized=True, n_resamples=2**_MAX_EXACT_PAIRS, random_state=0,
+    )  # fmt: skip
+    return float(test.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values corrected for their number, in their order (Holm, 1979).
 
-    To call significant what is below alpha after it is wrong about any of them with a chance of at
-    most alpha, however they depend on each other.
+    Calling those below alpha significant makes any false claim with probability at most alpha,
+    however the tests depend on each other.
     """
-    order = np.argsort(p_values, kind="stable")
-    corrected = [0.0] * len(order)
-    largest = 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_values[i]))
-        corrected[i] = largest
-    return corrected
+    p = np.array(p_values, np.float64)
+    order = np.argsort(p, kind="stable")
+    factors = len(p) - np.arange(len(p))
+    p[order] = np.maximum.accumulate(np.minimum(1, factors * p[order]))
+    return list(map(float, p))
 
 
 def _few_pairs(n: int) -> str:
     if n == 2:
         return (
-            "Two pairs: the interval is 12.7 standard errors to either side, and only a difference "
-            "far beyond its spread could be told from chance."
+            "Two pairs: the interval extends 12.7 standard errors to either side, so only a "
+            "difference far larger than its spread can be significant."
         )
     if n < MIN_PAIRS_FLIPPED:
         return (
-            f"{n} pairs: interval and test assume that differences are distributed normally, which "
-            f"{n} pairs cannot show. A sign-flip test could not get below p = {2 / 2**n:.2g}."
+            f"{n} pairs: interval and test assume normally distributed differences, which {n} "
+            f"pairs cannot verify. A sign-flip test cannot get below p = {2 / 2**n:.2g}."
         )
     return ""
 
 
-def _check_finite(what: str, values: Sequence[float]) -> None:
+def _check_finite(name: str, values: Sequence[float]) -> None:
     if len(values) == 0 or not np.isfinite(values).all():
-        raise ValueError(f"{what} must hold at least one number, all finite; got {list(values)}.")
+        raise ValueError(f"{name} must be one or more finite numbers, got {list(values)}.")
 
 
-# --- Numbers and names in words, the same in every format of the report.
+# Numbers as text, the same in every format of the report.
 
+DASH = "–"
 _METRICS = {
     "top1": "top-1 accuracy", "top5": "top-5 accuracy", "mean_per_class": "mean per-class accuracy",
     "ap": "AP 50:95", "ap50": "AP 50", "ap75": "AP 75",
@@ -242,39 +248,37 @@ _METRICS = {
 
 
 def metric_name(metric: str) -> str:
-    """Return a metric's name in words; an unknown one is its own name."""
+    """Return a metric's display name; an unknown metric is its own."""
     return _METRICS.get(metric, metric)
 
 
 def is_loss(metric: str) -> bool:
-    """Whether less of a metric is better; it is then no fraction."""
+    """Whether lower is better; a loss is not a fraction."""
     return "loss" in metric
 
 
 def score(value: float, metric: str) -> str:
-    """Return a fraction in percent, a loss as it is."""
+    """Return a fraction in percent, a loss unscaled."""
     return f"{value:.4f}" if is_loss(metric) else f"{100 * value:.2f}"
 
 
 def spread(summary: Summary | None, metric: str) -> str:
-    """Return mean ± standard deviation; one value has no deviation, none is a dash."""
+    """Return mean ± standard deviation, without the latter for one value; a dash for none."""
     if summary is None:
-        return "–"
+        return DASH
     deviation = "" if summary.std is None else f" ± {score(summary.std, metric)}"
     return score(summary.mean, metric) + deviation
 
 
-def count_seeds(summary: Summary | None, seeds: int) -> str:
-    """Return how many of `seeds` are behind a mean; nothing where it is all of them, or none."""
-    if summary is None or summary.n >= seeds:
-        return ""
-    return f"{summary.n} of {seeds}"
-
-
 def gap(value: float, metric: str) -> str:
-    """Return a difference with its sign, in percentage points unless it is of losses."""
+    """Return a difference with its sign, in percentage points unless the metric is a loss."""
     text = score(abs(value), metric)
     return f"{'+' if value > 0 else '−'}{text}" if float(text) else text
+
+
+def bounds(interval: tuple[float, float] | None, metric: str) -> str:
+    """Return an interval of differences; a dash for None."""
+    return f"[{gap(interval[0], metric)}, {gap(interval[1], metric)}]" if interval else DASH
 
 
 def interval(difference: PairedDifference, metric: str) -> str:
@@ -286,40 +290,26 @@ def interval(difference: PairedDifference, metric: str) -> str:
     return bounds((difference.low, difference.high), metric)
 
 
-def bounds(both: tuple[float, float] | None, metric: str) -> str:
-    """Return an interval of differences; a dash for none."""
-    return f"[{gap(both[0], metric)}, {gap(both[1], metric)}]" if both else "–"
+def count_of(n: int, expected: int) -> str:
+    """Return `n`, as `n of expected` if some are missing."""
+    return f"{n} of {expected}" if n < expected else f"{n}"
 
 
-def count_pairs(difference: PairedDifference, seeds: int) -> str:
-    """Return the number of pairs, and of how many there should be where some are missing."""
-    if difference.n < seeds:
-        return f"{difference.n} of {seeds} pairs"
-    return f"{difference.n} pair{'s' * (difference.n > 1)}"
+def count_missing(n: int, expected: int) -> str:
+    """Return `n of expected` if some, but not all, are missing; else an empty string."""
+    return f"{n} of {expected}" if 0 < n < expected else ""
 
 
 def p_value(value: float | None) -> str:
     """Return a p-value with two digits, `< 0.001`, or a dash."""
-    if value is None:
-        return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.2g}"
+    return "< 0.001" if value is not None and value < 0.001 else or_dash(value, "{:.2g}")
 
 
-def effect(value: float | None) -> str:
-    """Return an effect size with its sign, or a dash."""
-    return "–" if value is None else f"{value:+.2f}".replace("-", "−")
+def or_dash(value: float | None, template: str) -> str:
+    """Return a formatted number, or a dash for None."""
+    return DASH if value is None else template.format(value).replace("-", "−")
 
 
-def factor(value: float | None) -> str:
-    """Return `× 1.25`, or a dash."""
-    return "–" if value is None else f"× {value:.2f}"
-
-
-def number(value: float | None, digits: int = 1) -> str:
-    """Return a number with thousands apart, or a dash."""
-    return "–" if value is None else f"{value:,.{digits}f}"
-
-
-def listed(by: Mapping[str, object]) -> str:
-    """Return `a 1, b 2` of a mapping."""
-    return ", ".join(f"{key} {value}" for key, value in by.items())
+def seed_list(seeds: Sequence[int]) -> str:
+    """Return `seed 1` or `seeds 1, 2`."""
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"

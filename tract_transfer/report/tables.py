@@ -1,271 +1,276 @@
-"""The tables of a report as text, which every format then sets in its own way."""
+"""The tables of a report as text, which every format renders in its own way."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
-from tract_transfer.report.compare import Row
-from tract_transfer.report.content import Report
+from tract_transfer.report.content import Report, Row
 from tract_transfer.report.curves import SpeedUp
 from tract_transfer.report.statistics import (
-    PairedDifference,
+    DASH,
     bounds,
-    count_pairs,
-    count_seeds,
-    effect,
-    factor,
+    count_missing,
+    count_of,
     gap,
     interval,
     metric_name,
-    number,
+    or_dash,
     p_value,
     spread,
 )
 
+_MEANS = "Mean ± standard deviation over all seeds; (1 of 2) marks a mean over fewer."
+_CAPTIONS = {
+    "means": _MEANS,
+    "results": f"{_MEANS} Differences pair runs with the same seed and are in percentage points "
+    "(losses: unscaled), with the 95 % t interval and the number of pairs.",
+    "statistics": "Each comparison with the baseline. sd: standard deviation of the paired "
+    "differences. p: two-sided paired t-test. Holm: p corrected for all comparisons of downstream "
+    "tasks. g: effect size, the mean difference over sd, corrected for few pairs. Bootstrap: "
+    "studentised 95 % interval, from 5 pairs on. p, signs: sign-flip test, from 6 pairs on.",
+    "speed-ups": "Epochs until an evaluation first reaches a value, interpolated between "
+    "evaluations; mean over seeds. The value is a share of the baseline's lowest final value. "
+    "Before the first: the first evaluation exceeds the value, so the epoch is unknown. The "
+    "speed-up is the baseline's epochs over the method's: geometric mean over seeds with its 95 % "
+    "t interval. All runs have the same schedule; the speed-up does not predict runs with a "
+    "shorter one.",
+    "classes": "Change of each class in percentage points; the intervals are not corrected for the "
+    "number of classes.",
+    "cost": "Mean over all seeds; (1 of 2) marks a mean over fewer. × is relative to the baseline, "
+    "over shared seeds. Time, memory and energy are comparable only between runs on the same "
+    "machine with nothing else running. Memory excludes data workers; energy includes the whole "
+    "machine.",
+    "paper": "In percent. The paper's numbers are from arXiv 2410.23970; differences in setup are "
+    "listed below, as far as the config and the paper show them.",
+    "unfinished": "Runs that are planned or started but enter no number.",
+}
+
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text.
+    """A table of text, with a cell for each column of `head` in each of `rows`."""
 
-    Attributes:
-        name: unique in a report, of letters and hyphens.
-        caption: what it holds and how to read it.
-        rows: as many cells each as `head`; the first `words` columns hold words, the others
-            numbers.
-    """
-
-    name: str
+    name: str  # of letters and hyphens; unique, except for tables of a `task`
     caption: str
     head: list[str]
     rows: list[list[str]]
-    words: int = 1
+    words: int = 1  # the first columns hold words, the others numbers
+    heading: str = ""  # of its section; empty if it belongs to that of the table before
+    notes: list[str] = field(default_factory=list)  # sentences below the table
+    task: str = ""
 
 
-MEANS = "Mean ± standard deviation over all seeds of the report; a cell that says 1 of 2 has fewer."
-RESULTS = (
-    f"{MEANS} Differences pair runs of the same seed and are in percentage points (those of losses "
-    "as they are), with their 95 % t interval and the number of pairs."
-)
-STATISTICS = (
-    "Each comparison with the baseline. sd: of the paired differences. p: two-sided paired t-test; "
-    "Holm: corrected for all comparisons of downstream tasks. g: effect size, the mean difference "
-    "over sd, corrected for few pairs. Bootstrap: studentised, 95 %, from 5 pairs on. p, signs: by "
-    "flipping the signs of the differences, from 6 pairs on."
-)
-SPEED_UPS = (
-    "Epochs until a value is first reached, interpolated between evaluations, mean over seeds. "
-    "Before the first: the first evaluation was past it, and the epoch is not known. The value is "
-    "a share of what the slowest seed of the baseline ends at. The speed-up is the baseline's "
-    "epochs over the method's, as a geometric mean over seeds with its 95 % t interval. It is of "
-    "runs with one and the same schedule, and says nothing of runs planned to be shorter."
-)
-COSTS = (
-    "Means over all seeds; a cell that says 1 of 2 has fewer. × is relative to the "
-    "baseline, over shared seeds. Times, memory and energy compare only between runs on one "
-    "machine with nothing beside them; memory is without data workers, and energy is the whole "
-    "machine's."
-)
-PAPER = (
-    "In percent. The paper's numbers are those of arXiv 2410.23970; what differs in the setup "
-    "stands below, as far as config and paper tell."
-)
-CLASSES = (
-    "Change of each class, percentage points; single intervals, not corrected for their number."
-)
+def tables_of(report: Report) -> list[Table]:
+    """Return the tables that have rows, in the order of the page."""
+    more = report.all_metrics if len(report.all_metrics) > len(report.results) else []
+    tables = [
+        results_table(report.results, report.methods, report.baseline),
+        _statistics(report),
+        replace(
+            results_table(more, report.methods, report.baseline),
+            name="all-metrics",
+            heading="All metrics",
+            notes=[],  # the same as below the results
+        ),
+        _speed_ups(report),
+        *(_classes(report, task) for task in report.classes),
+        _costs(report),
+        _paper(report),
+        *(table for task in report.protocol for table in _protocol(report, task)),
+        _unfinished(report),
+    ]
+    return [table for table in tables if table.rows]
 
 
 def results_table(rows: Sequence[Row], methods: Sequence[str], baseline: str) -> Table:
-    """Return the metrics of `rows` by task and method."""
+    """Return metrics by task and method; the notes are those of `rows`."""
     treated = [method for method in methods if method != baseline]
-    head = ["task", "metric", *methods, *(f"{m} − {baseline} [95 %], pairs" for m in treated)]
-    lines = []
-    for row in rows:
-        gaps = []
-        for method in treated:
-            d = row.differences.get(method)
-            gaps.append(
-                f"{gap(d.mean, row.metric)} {interval(d, row.metric)}, {_pairs(row, d)}"
-                if d
-                else "–"
-            )
-        means = [_mean(row, method) for method in methods]
-        lines.append([row.task, metric_name(row.metric) or "–", *means, *gaps])
-    return Table("results", RESULTS if treated else MEANS, head, lines, words=2)
+
+    def mean(row: Row, method: str) -> str:
+        summary = row.summaries.get(method)
+        count = count_missing(summary.n if summary else 0, len(row.seeds))
+        return spread(summary, row.metric) + (f" ({count})" if count else "")
+
+    def difference(row: Row, method: str) -> str:
+        if (d := row.differences.get(method)) is None:
+            return DASH
+        text = f"{gap(d.mean, row.metric)} {interval(d, row.metric)}"
+        return f"{text}, {count_of(d.n, len(row.seeds))}"
+
+    return Table(
+        "results",
+        _CAPTIONS["results" if treated else "means"],
+        ["task", "metric", *methods, *(f"{m} − {baseline} [95 %], pairs" for m in treated)],
+        [
+            [
+                row.task,
+                metric_name(row.metric) or DASH,
+                *(mean(row, method) for method in methods),
+                *(difference(row, method) for method in treated),
+            ]
+            for row in rows
+        ],
+        words=2,
+        heading="Results",
+        notes=[f"{row.task}: {note}" for row in rows for note in row.notes],
+    )
 
 
-def _mean(row: Row, method: str) -> str:
-    summary = row.summaries.get(method)
-    count = count_seeds(summary, len(row.seeds))
-    return spread(summary, row.metric) + (f" ({count})" if count else "")
-
-
-def _pairs(row: Row, difference: PairedDifference) -> str:
-    """Return the number of pairs for a column that is named so."""
-    return count_pairs(difference, len(row.seeds)).removesuffix("s").removesuffix(" pair")
-
-
-def statistics_table(report: Report) -> Table:
-    """Return each comparison with all that is known of it."""
+def _statistics(report: Report) -> Table:
+    """Return every number of each comparison; the notes say what few pairs cannot show."""
     head = ["task", "method", "difference", "sd", "95 % t", "p", "Holm", "g", "bootstrap"]
+    rows: list[list[str]] = []
+    remarks: dict[str, list[str]] = {}
+    for row in report.results:
+        for method, d in row.differences.items():
+            if d.remark:
+                remarks.setdefault(d.remark, []).append(f"{row.task} ({method})")
+            rows.append(
+                [
+                    row.task,
+                    method,
+                    gap(d.mean, row.metric),
+                    DASH if d.std is None else gap(d.std, row.metric).removeprefix("+"),
+                    interval(d, row.metric),
+                    p_value(d.p_value),
+                    p_value(row.corrected.get(method)),
+                    or_dash(d.effect_size, "{:+.2f}"),
+                    bounds(d.bootstrap, row.metric),
+                    p_value(d.permutation_p),
+                    count_of(d.n, len(row.seeds)),
+                ]
+            )
+    notes = [f"{', '.join(comparisons)}: {remark}" for remark, comparisons in remarks.items()]
     head += ["p, signs", "pairs"]
+    return Table("statistics", _CAPTIONS["statistics"], head, rows, words=2, notes=notes)
+
+
+def _speed_ups(report: Report) -> Table:
+    head = ["task", "to reach", "method", f"epochs of {report.baseline}", "epochs"]
     rows = [
         [
             row.task,
-            method,
-            gap(d.mean, row.metric),
-            "–" if d.std is None else gap(d.std, row.metric).removeprefix("+"),
-            interval(d, row.metric),
-            p_value(d.p_value),
-            p_value(row.corrected.get(method)),
-            effect(d.effect_size),
-            bounds(d.bootstrap, row.metric),
-            p_value(d.permutation_p),
-            _pairs(row, d),
+            f"{100 * row.result.target:.2f} % {metric_name(row.metric)} on {row.split} "
+            f"({row.share:.0%} of the end)",
+            row.method,
+            _epochs(row.result.baseline),
+            _epochs(row.result.treated),
+            f"{_speed_up(row.result)}, {count_of(row.pairs, row.seeds)}",
         ]
-        for row in report.rows
-        for method, d in row.differences.items()
+        for row in report.speed_ups
     ]
-    return Table("statistics", STATISTICS, head, rows, words=2)
+    return Table(
+        "speed-ups", _CAPTIONS["speed-ups"], [*head, "speed-up, pairs"], rows, 3, "Speed-ups"
+    )
 
 
-def remarks(report: Report) -> list[str]:
-    """Return what n is too small to say and what keeps values from being compared, by task."""
-    lines: dict[str, list[str]] = {}
-    for row in report.rows:
-        for method, difference in row.differences.items():
-            if difference.remark:
-                lines.setdefault(difference.remark, []).append(f"{row.task} ({method})")
-    found = [f"{', '.join(where)}: {remark}" for remark, where in lines.items()]
-    return found + [f"{row.task}: {note}" for row in report.rows for note in row.notes]
+def _epochs(by_seed: dict[int, float | None]) -> str:
+    """Return the mean epochs, or how many seeds have none and why."""
+    known = [epoch for epoch in by_seed.values() if epoch is not None and epoch < float("inf")]
+    if len(known) == len(by_seed):
+        return f"{sum(known) / len(known):.1f}"
+    early = list(by_seed.values()).count(None)
+    counts = {"never": len(by_seed) - len(known) - early, "before the first": early}
+    return ", ".join(f"{text} in {n} seed{'s' * (n > 1)}" for text, n in counts.items() if n)
 
 
-def speed_up_table(report: Report) -> Table:
-    """Return the epochs that methods need to reach what the baseline reaches."""
-    head = [
-        "task",
-        "to reach",
-        "method",
-        f"epochs of {report.baseline}",
-        "epochs",
-        "speed-up, pairs",
-    ]
-    rows = []
-    for row in report.speed_ups:
-        value = f"{100 * row.result.target:.2f} %"
-        pairs = f"{row.pairs}" if row.pairs == row.seeds else f"{row.pairs} of {row.seeds}"
-        reach = f"{value} {metric_name(row.metric)} on {row.split}, {row.share:.0%} of its end"
-        result = row.result
-        rows.append(
-            [
-                row.task,
-                reach,
-                row.method,
-                _epochs(result.baseline),
-                _epochs(result.treated),
-                f"{speed_up_words(result)}, {pairs}",
-            ]
-        )
-    return Table("speed-ups", SPEED_UPS, head, rows, words=3)
-
-
-def speed_up_words(result: SpeedUp) -> str:
+def _speed_up(result: SpeedUp) -> str:
     """Return a speed-up with its interval, or why there is none."""
-    if result.ratio is None:
-        return f"– ({result.remark})"
+    ratio = or_dash(result.ratio, "× {:.2f}")
     if result.low is None or result.high is None:
-        return f"{factor(result.ratio)} ({result.remark})"
-    return f"{factor(result.ratio)} [{result.low:.2f}, {result.high:.2f}]"
+        return f"{ratio} ({result.remark})"
+    return f"{ratio} [{result.low:.2f}, {result.high:.2f}]"
 
 
-def class_table(report: Report, task: str, limit: int | None = None) -> Table:
-    """Return the classes of a task, those that changed most first, `limit` of them."""
-    head = ["class", *report.methods, *(f"{m} − {report.baseline} [95 %]" for m in report.treated)]
-    rows = []
-    for row in report.classes[task][:limit]:
-        gaps = [
-            f"{gap(d.mean, '')} {interval(d, '')}" if d else "–"
-            for d in map(row.differences.get, report.treated)
-        ]
-        rows.append([row.name, *(spread(row.summaries.get(m), "") for m in report.methods), *gaps])
-    return Table(f"classes-{task}", CLASSES, head, rows)
-
-
-def class_sentences(report: Report, task: str) -> list[str]:
-    """Return, for each method, how many classes gain and lose by more than chance would let."""
-    sentences = []
+def _classes(report: Report, task: str) -> Table:
+    """Return the classes of a task; the notes count those that change more than chance explains."""
+    classes, notes = report.classes[task], []
     for method in report.treated:
-        found = [
-            row.differences[method] for row in report.classes[task] if method in row.differences
-        ]
-        tested = [difference for difference in found if difference.p_value is not None]
-        clear = [difference for difference in tested if difference.excludes_zero]
+        differences = [row.differences[method] for row in classes if method in row.differences]
+        tested = [d for d in differences if d.p_value is not None]
+        gains = sum(d.excludes_zero and d.mean > 0 for d in tested)
+        losses = sum(d.excludes_zero and d.mean < 0 for d in tested)
         if tested:
-            gains = sum(difference.mean > 0 for difference in clear)
-            sentences.append(
+            notes.append(
                 f"{method}: {len(tested)} classes have an interval. It excludes zero for {gains} "
-                f"that gain and {len(clear) - gains} that lose; by chance alone it would for about "
+                f"that gain and {losses} that lose; chance alone would give about "
                 f"{0.05 * len(tested):.1f}."
             )
-    return sentences
+    rows = []
+    for row in classes:
+        means = [spread(row.summaries.get(method), "") for method in report.methods]
+        gaps = [
+            f"{gap(d.mean, '')} {interval(d, '')}" if d else DASH
+            for d in map(row.differences.get, report.treated)
+        ]
+        rows.append([row.name, *means, *gaps])
+    head = ["class", *report.methods, *(f"{m} − {report.baseline} [95 %]" for m in report.treated)]
+    heading = f"Classes of {task}"
+    return Table("classes", _CAPTIONS["classes"], head, rows, 1, heading, notes, task)
 
 
-def cost_table(report: Report) -> Table:
-    """Return times, speeds, memory and energy by task and method."""
+def _costs(report: Report) -> Table:
     rows = []
     for row in report.costs:
         cells = []
         for method in report.methods:
-            cell = number(row.means.get(method))
-            count = row.counts.get(method, 0)
-            told = [f"{count} of {report.seeds}"] if 0 < count < report.seeds else []
-            told += [factor(row.ratios[method])] if method in row.ratios else []
-            cells.append(f"{cell} ({'; '.join(told)})" if told else cell)
+            remarks = [
+                count_missing(row.counts.get(method, 0), report.seeds),
+                or_dash(row.ratios[method], "× {:.2f}") if method in row.ratios else "",
+            ]
+            text = "; ".join(filter(None, remarks))
+            mean = or_dash(row.means.get(method), "{:,.1f}")
+            cells.append(f"{mean} ({text})" if text else mean)
         rows.append([row.task, f"{row.quantity}, {row.unit}", *cells])
-    return Table("cost", COSTS, ["task", "cost", *report.methods], rows, words=2)
+    return Table("cost", _CAPTIONS["cost"], ["task", "cost", *report.methods], rows, 2, "Cost")
 
 
-def paper_table(report: Report) -> Table:
-    """Return our numbers beside the paper's; a row's differences in setup are not in it."""
-    head = ["task", "the paper's", "metric", "vanilla, paper", "TrAct, paper"]
+def _paper(report: Report) -> Table:
+    head = ["task", "row of the paper", "metric", "vanilla, paper", "TrAct, paper"]
     head += [f"{method}, here" for method in report.methods]
-    rows = []
+    rows, notes = [], []
     for row in report.paper:
-        theirs = [_percent(*row.paper[side]) for side in ("vanilla", "tract")]
+        theirs = [
+            or_dash(mean, "{:.2f}") + ("" if std is None else f" ± {std:.2f}")
+            for mean, std in (row.paper["vanilla"], row.paper["tract"])
+        ]
         ours = [spread(row.ours.get(method), row.metric) for method in report.methods]
         rows.append([row.task, row.title, metric_name(row.metric), *theirs, *ours])
-    return Table("paper", PAPER, head, rows, words=3)
+        setup = f"differs in {'; '.join(row.differing)}" if row.differing else "shows no difference"
+        notes.append(f"{row.task}, {metric_name(row.metric)}: the setup {setup}.")
+    return Table("paper", _CAPTIONS["paper"], head, rows, 3, "Comparison with the paper", notes)
 
 
-def unfinished_table(report: Report) -> Table:
-    """Return the runs that have no usable results, and why."""
+def _protocol(report: Report, task: str) -> list[Table]:
+    """Return two tables for each part of a protocol: what differs between runs, and the rest."""
+    tables: list[Table] = []
+    methods = report.methods
+    for part in report.protocol[task]:
+        differing = [
+            [key, *("; ".join(values.get(method, [DASH])) for method in methods)]
+            for key, values in part.differing.items()
+        ]
+        shared = [list(item) for item in part.shared.items()]
+        for state, head, rows in (
+            ("where runs differ", ["key", *methods], differing),
+            ("the same in every run", ["key", "value"], shared),
+        ):
+            heading = "" if any(table.rows for table in tables) else f"Protocol of {task}"
+            caption = f"{part.heading}, {state}"
+            tables.append(Table("protocol", caption, head, rows, len(head), heading, task=task))
+    return tables
+
+
+def _unfinished(report: Report) -> Table:
+    head = ["task", "method", "seed", "state", "why", "folder"]
     rows = [
         [
-            run.task or "–",
-            run.method or "–",
-            "–" if run.seed is None else str(run.seed),
+            run.task or DASH,
+            run.method or DASH,
+            DASH if run.seed is None else str(run.seed),
             run.state,
             run.failure,
             run.folder.as_posix(),
         ]
         for run in report.unfinished
     ]
-    caption = "Runs that are planned or begun and count in no number."
-    return Table(
-        "unfinished", caption, ["task", "method", "seed", "state", "why", "folder"], rows, words=6
-    )
-
-
-def _percent(mean: float | None, std: float | None) -> str:
-    if mean is None:
-        return "–"
-    return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
-
-
-def _epochs(by_seed: dict[int, float | None]) -> str:
-    """Return the mean epochs of the seeds, or in how many it is not known, and why."""
-    known = [epoch for epoch in by_seed.values() if epoch is not None and epoch < float("inf")]
-    if len(known) == len(by_seed):
-        return f"{sum(known) / len(known):.1f}"
-    never = sum(epoch is not None for epoch in by_seed.values()) - len(known)
-    early = len(by_seed) - len(known) - never
-    parts = (("never", never), ("before the first", early))
-    return ", ".join(f"{when} in {n} seed{'s' * (n > 1)}" for when, n in parts if n)
+    return Table("unfinished", _CAPTIONS["unfinished"], head, rows, len(head), "Unfinished runs")

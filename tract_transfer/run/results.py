@@ -27,6 +27,7 @@ from tract_transfer.files import (
     as_yaml,
     atomic_path,
     make_folder,
+    redact,
     write_json,
 )
 from tract_transfer.models import Backbone
@@ -85,7 +86,7 @@ def training_results(
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write results.json, which finishes the run; warn of images that were skipped."""
-    write_json(folder / RESULTS_NAME, results)
+    write_json(folder / RESULTS_NAME, redact(results))
     if skipped := results.get("skipped"):
         logger.warning(
             "%d images that cannot be decoded were skipped (data.undecodable: skip), the first: "

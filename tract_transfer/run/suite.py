@@ -1,244 +1,457 @@
-"""The bridge that runs a suite: its plan, what is there of it already, and what is to be done."""
+"""Plan a suite: from its config to runs with complete configs, checked before any run starts."""
 
-import logging
-import shutil
-import signal
-import sys
+import hashlib
+import json
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
-from tract_transfer.config.file import ConfigError, dump_yaml
-from tract_transfer.config.suite import SuiteConfig
-from tract_transfer.engine.run_folder import changed_keys
-from tract_transfer.files import make_folder, remove_temporary_files, write_text
-from tract_transfer.run.suite_plan import Draft, Inspector, plan_suite
-from tract_transfer.suite.execute import Execution, end_leftovers
-from tract_transfer.suite.journal import (
-    KEPT_NAME,
-    Found,
-    Job,
-    Journal,
-    SuiteLock,
-    goes_on,
-    look,
-    read_weights_sha256,
-)
-from tract_transfer.suite.launchers import LOG_NAME, Attempt, Handle, Launcher
-from tract_transfer.suite.plan import PlannedRun
-from tract_transfer.suite.screen import Lines, LiveTable, result_in_words
+from tract_transfer import __version__
+from tract_transfer.config.file import ConfigError, Override, override, read_config_file
+from tract_transfer.config.schema import Config, ProbeConfig, check_config
+from tract_transfer.config.suite import OWN_KEYS, PRETRAIN, SuiteConfig
+from tract_transfer.engine.run_folder import LOCK_NAME, deciding_keys, lock_folder
+from tract_transfer.files import make_folder, sha256_of, write_json
+from tract_transfer.suite.execute import refuse_others
+from tract_transfer.suite.plan import PlannedRun, order_tasks, run_id
+from tract_transfer.suite.state import FolderState, Job, Suite, inspect_folder
 
-logger = logging.getLogger(__name__)
-TRAIN = (sys.executable, "-m", "tract_transfer.cli.train")
-PLAN_NAME = "plan"  # the folder of the runs' configs
-_SHOWN_CONFLICTS = 5
+INSPECTIONS_NAME = ".plan.json"
+# The keys of a source that contain local paths; `train` is a part of the training split.
+_PATHS = {
+    "huggingface": ("path",), "voc": ("root",), "coco": ("images", "annotations"),
+    "digits": (), "digit_scenes": (), "train": (),
+}  # fmt: skip
+_HUB_CLASSES = 20  # stands for the number of classes of data on the hub
+
+Fingerprints = Mapping[str, str] | None
+# (config, config of the run whose backbone it takes) -> fingerprints of its data, or None if only
+# the run can compute them. Raises ValueError or OSError if the run cannot work.
+Inspect = Callable[[Config, Config | None], Fingerprints]
 
 
-class Suite:
-    """A planned suite, and what its folder holds of it.
+class Draft(NamedTuple):
+    """A run as its config describes it; the fingerprints of its data are not known yet."""
+
+    run: PlannedRun
+    config: Config
+    needed: Config | None
+
+
+def open_suite(config: SuiteConfig, *, remember: bool, refuse: bool = False) -> Suite:
+    """Plan a suite and recall what its folder has of it.
 
     Args:
-        remember: keep what was looked at in the folder, at which then nobody else may be at work.
-        refuse: folders whose configs tell that they hold other runs, before any data are read.
+        remember: write the results of the inspection to the suite's folder, which must be free.
+        refuse: refuse folders whose config.yaml shows that they contain other runs, before any data
+            are read.
 
     Raises:
-        ConfigError: the plan cannot be run; of all runs, one line a problem.
-        FileExistsError: another process is at work on the suite.
+        ConfigError: runs cannot work; lists the problems of all, one a line.
+        FolderInUseError: another process executes the suite.
     """
-
-    def __init__(self, config: SuiteConfig, *, remember: bool, refuse: bool = False) -> None:
-        self.config = config
-        self.folder = Path(config.output_dir)
+    folder = Path(config.output_dir)
+    if remember and (folder / LOCK_NAME).exists():
+        with lock_folder(folder):
+            pass
+    drafts = draft_runs(config)
+    with Inspector(folder / INSPECTIONS_NAME) as inspector:
+        if refuse and not all(inspector.knows(draft.config, draft.needed) for draft in drafts):
+            states = [inspect_folder(draft.run, backbone_known=False) for draft in drafts]
+            jobs = [Job(draft.run) for draft in drafts]
+            pairs = zip(jobs, states, strict=True)
+            refuse_others([(job, found) for job, found in pairs if found.state == "other"])
+        runs = inspect_runs(config, drafts, inspector.inspect)
         if remember:
-            SuiteLock(self.folder).check()
-        inspector = Inspector(self.folder / KEPT_NAME)
-
-        def glance(drafts: Sequence[Draft]) -> None:
-            if not all(inspector.knows(draft.config, draft.needed) for draft in drafts):
-                looks = [(Job(draft.run), _look_at_config(draft.run)) for draft in drafts]
-                refuse_others([each for each in looks if each[1].state == "other"])
-
-        try:
-            self.runs = plan_suite(config, inspector.inspect, glance if refuse else None)
-            if remember:
-                inspector.keep()
-        finally:
-            inspector.close()
-        self.journal = Journal(
-            self.folder, title=config.title, baseline=config.baseline, methods=list(config.methods)
-        )
-        self.jobs = self.journal.recall(self.runs)
-        self._by_folder = {job.run.folder: job for job in self.jobs}
-        self._weights: dict[Path, str | None] = {}
-
-    def look(self, run: PlannedRun) -> Found:
-        """Return what the run's folder holds of it."""
-        job = self._by_folder[run.folder]
-        needed = self._by_folder[run.needs] if run.needs else None
-        is_known = needed is None or needed.state == "finished"
-        weights = self._weights_of(run) if is_known else None
-        found = look(
-            run.folder,
-            run.config,
-            run.fingerprints,
-            weights,
-            weights_are_known=is_known,
-            changed=changed_keys,
-            known_sha256=job.config_sha256,
-        )
-        if found.state == "begun" and is_known and job.begun_with not in (None, weights):
-            return Found("other", "its backbone has been trained anew since it began")
-        return found
-
-    def take_stock(self) -> list[tuple[Job, Found]]:
-        """Set every job's state by its folder; return those that hold another run, and why."""
-        others = []
-        for job in self.jobs:
-            found = self.look(job.run)
-            needed = self._by_folder[job.run.needs] if job.run.needs else None
-            if found.state == "other":
-                others.append((job, found))
-            elif found.state == "begun":
-                job.note = goes_on(job.run.folder, found)
-            elif found.state == "finished" and (needed is None or needed.state == "finished"):
-                job.state, job.config_sha256 = "finished", found.config_sha256
-            elif found.state == "finished":
-                job.note = "finished, if its backbone comes out the same"
-        return others
-
-    def prepare(self, run: PlannedRun) -> Attempt:
-        """Write down the run's whole config; return the attempt that runs it."""
-        self._by_folder[run.folder].begun_with = self._weights_of(run)
-        file = self.folder / PLAN_NAME / f"{run.id}.yaml"
-        make_folder(file.parent)
-        write_text(file, dump_yaml(run.config))
-        command = [*TRAIN, "--config-file", str(file), "--resume"]
-        if run.processes > 1:
-            command += ["--num-gpus", str(run.processes)]
-        stop_file = self.folder / PLAN_NAME / f"{run.id}.stop"
-        return Attempt(command, run.folder / LOG_NAME, {}, stop_file)
-
-    def set_aside(self, folder: Path) -> Path:
-        """Move another run's folder out of the way; return where it is now."""
-        place = self.folder / "set_aside" / folder.relative_to(self.folder)
-        number = 1
-        while (target := place.with_name(f"{place.name}_{number}")).exists():
-            number += 1
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(folder, target)
-        self._weights.pop(folder, None)
-        return target
-
-    def _weights_of(self, run: PlannedRun) -> str | None:
-        """The hash of the backbone that the run begins with; None where no card tells it."""
-        weights = run.config["model"]["weights"]
-        if weights in (None, "pretrained"):
-            return None
-        path = Path(weights)
-        folder = path if path.is_dir() else path.parent
-        if folder not in self._weights or self._weights[folder] is None:
-            self._weights[folder] = read_weights_sha256(folder)
-        return self._weights[folder]
+            inspector.save()
+    return Suite(config, runs)
 
 
-def refuse_others(others: Sequence[tuple[Job, Found]]) -> None:
-    """Refuse to go on where folders hold other runs.
+def list_plan(suite: Suite, others: Sequence[tuple[Job, FolderState]]) -> list[str]:
+    """Return a line for every run: its id, its folder and what would be done.
 
-    Raises:
-        ConfigError: there are any.
+    Args:
+        others: what `Suite.take_stock` returned.
     """
-    if not others:
-        return
-    lines = [f"{job.run.folder} holds another run: {found.why}." for job, found in others]
-    more = len(lines) - _SHOWN_CONFLICTS
-    told = [*lines[:_SHOWN_CONFLICTS], *([f"... and {more} more."] if more > 0 else [])]
-    raise ConfigError(
-        "\n".join(told) + "\nNothing was started. --set-aside moves them to set_aside/ and runs "
-        "them anew; another output_dir leaves them as they are."
-    )
-
-
-def carry_out(
-    suite: Suite,
-    launcher: Launcher,
-    screen: Lines | LiveTable,
-    *,
-    set_aside: bool,
-) -> int | None:
-    """Do what is to be done; return the number of the signal that stopped it, or None.
-
-    Raises:
-        FileExistsError: another process is at work on the suite.
-        ConfigError: folders hold other runs, and they are not to be set aside.
-    """
-    suite.folder.mkdir(parents=True, exist_ok=True)
-    lock = SuiteLock(suite.folder)
-    left = lock.acquire()
-    remove_temporary_files(suite.folder / PLAN_NAME)
-    try:
-        end_leftovers(launcher, lock, left)
-        others = suite.take_stock()
-        if not set_aside:
-            refuse_others(others)
-
-        def changed(jobs: Sequence[Job], handles: Mapping[str, Handle]) -> None:
-            lock.tell(handles)
-            suite.journal.write(jobs)
-
-        execution = Execution(
-            suite.jobs,
-            launcher,
-            screen,
-            look=suite.look,
-            prepare=suite.prepare,
-            set_aside=suite.set_aside if set_aside else None,
-            in_words=lambda found: result_in_words(found.results),
-            changed=changed,
-            retries=suite.config.retries,
-        )
-        with screen, _stop_on_signals(execution):
-            for job in suite.jobs:
-                if job.state == "finished":
-                    screen.skipped(job)
-            execution.run()
-        return execution.first_stop
-    finally:
-        lock.release()
-
-
-def list_plan(suite: Suite, others: Sequence[tuple[Job, Found]]) -> list[str]:
-    """Return a line for every run: its id, what would be done, and where."""
     why = {job.run.folder: found.why for job, found in others}
     lines = []
     for job in suite.jobs:
         run = job.run
-        todo = "skip: finished" if job.state == "finished" else job.note or "run"
+        action = "skip: finished" if job.state == "finished" else job.note or "run"
         if run.folder in why:
-            todo = f"holds another run: {why[run.folder]}"
+            action = f"contains another run: {why[run.folder]}"
         also = f" (also {', '.join(run.also)})" if run.also else ""
-        lines.append(f"{run.id}  {run.folder}{also}  {todo}")
+        lines.append(f"{run.id}  {run.folder}{also}  {action}")
     return lines
 
 
+def draft_runs(suite: SuiteConfig) -> list[Draft]:
+    """Return the runs of a suite by their configs; methods whose run is the same share one.
+
+    Raises:
+        ConfigError: lists the problems of all runs, one a line.
+    """
+    needs = _needs(suite)
+    try:
+        tasks = order_tasks(needs)
+    except ValueError as error:
+        key, _, message = str(error).partition(": ")
+        raise suite.error(key, message) from None
+    seeds = _seeds(suite, needs)
+    _check_overrides(suite, needs)
+    read = cache(read_config_file)
+    drafts: dict[str, Draft] = {}  # by id
+    ids: dict[tuple[str, int, str], str] = {}  # (method, seed, task) -> id
+    problems = _Problems(suite)
+    for seed in suite.seeds:
+        for task in [task for task in tasks if seed in seeds[task]]:
+            for method in suite.methods:
+                needed_id = ids.get((method, seed, needs[task] or ""))
+                if needs[task] and needed_id is None:
+                    continue  # the run that it needs has a problem
+                needed = drafts[needed_id] if needed_id else None
+                with problems.of(method, task):
+                    overrides = _overrides(suite, method, task, seed, needed)
+                    config = check_config(*override(*read(suite.path(task)), overrides))
+                    draft = _draft(suite, config, task, needed)
+                    _add(drafts, draft)
+                    ids[method, seed, task] = draft.run.id
+    problems.refuse()
+    _check_methods_differ(suite, ids)
+    return list(drafts.values())
+
+
+def inspect_runs(suite: SuiteConfig, drafts: Sequence[Draft], inspect: Inspect) -> list[PlannedRun]:
+    """Return the drafted runs with the fingerprints of their data, which are part of their ids.
+
+    Raises:
+        ConfigError: lists the problems of all runs, one a line.
+    """
+    runs: dict[Path, PlannedRun] = {}
+    problems = _Problems(suite)
+    for draft in drafts:
+        run = draft.run
+        if run.needs and run.needs not in runs:
+            continue  # the run that it needs has a problem
+        with problems.of(run.method, run.task):
+            prints = inspect(draft.config, draft.needed)
+            needed_id = runs[run.needs].id if run.needs else None
+            id_ = _id(draft.config, needed_id, prints)
+            runs[run.folder] = replace(run, id=id_, fingerprints=prints)
+    problems.refuse()
+    return list(runs.values())
+
+
+def _needs(suite: SuiteConfig) -> dict[str, str | None]:
+    """Return task -> the task whose backbone it takes."""
+    needs: dict[str, str | None] = {PRETRAIN: None} if suite.pretrain else {}
+    for name, task in suite.tasks.items():
+        by_default = suite.pretrain is None and "needs" not in task.model_fields_set
+        needs[name] = None if by_default else task.needs
+    return needs
+
+
+def _seeds(suite: SuiteConfig, needs: Mapping[str, str | None]) -> dict[str, list[int]]:
+    """Return task -> its seeds, which must be seeds of the task it needs."""
+    seeds = dict.fromkeys(needs, suite.seeds)
+    seeds |= {name: task.seeds for name, task in suite.tasks.items() if task.seeds}
+    for name, own in seeds.items():
+        needed = needs[name]
+        available = suite.seeds if needed is None else seeds[needed]
+        if len(set(own) & set(available)) < len(own):
+            raise suite.error(
+                f"tasks.{name}.seeds",
+                f"{own} must be different seeds of {needed or 'the suite'}, {available}: a run "
+                "pairs with the runs of the same seed, and takes the backbone of that seed.",
+            )
+    return seeds
+
+
+def _check_overrides(suite: SuiteConfig, needs: Mapping[str, str | None]) -> None:
+    """Refuse overrides that apply to no run, or of keys that the suite sets."""
+    for name, method in suite.methods.items():
+        if method.pretrain and suite.pretrain is None:
+            raise suite.error(f"methods.{name}.pretrain", "the suite has no pretrain.")
+        if method.downstream and not suite.tasks:
+            raise suite.error(f"methods.{name}.downstream", "the suite has no tasks.")
+        for task in method.tasks.keys() - suite.tasks.keys():
+            message = f"not one of the tasks {list(suite.tasks)}."
+            raise suite.error(f"methods.{name}.tasks.{task}", message)
+        for task, needed in needs.items():
+            reserved = (*OWN_KEYS, "model.weights") if needed else OWN_KEYS
+            for key, _, place in suite.overrides(name, task):
+                if key in reserved:
+                    where = f" ({place})" if place else ""
+                    raise ConfigError(
+                        f"methods.{name}: {key} is set by the suite itself in {task}, so that runs "
+                        f"pair by seed and take their own backbone. Remove it{where}."
+                    )
+
+
+def _overrides(
+    suite: SuiteConfig, method: str, task: str, seed: int, needed: Draft | None
+) -> list[Override]:
+    """Return a method's overrides, and the keys that the suite sets."""
+    folder = Path(suite.output_dir) / method / task / f"seed{seed}"
+    values = {"name": task, "method": method, "seed": seed, "output_dir": str(folder)}
+    if needed is not None:
+        values["model.weights"] = str(needed.run.folder)
+    own = [Override(key, value, "the suite") for key, value in values.items()]
+    return [*suite.overrides(method, task), *own]
+
+
+def _draft(suite: SuiteConfig, config: Config, task: str, needed: Draft | None) -> Draft:
+    if needed is None and config.model.weights not in (None, "pretrained"):
+        from tract_transfer.build.weights import check_backbone
+
+        check_backbone(config)
+    run = PlannedRun(
+        id=_id(config, needed.run.id if needed else None, None),
+        method=str(config.method),
+        task=task,
+        seed=config.seed,
+        config=config.model_dump(),
+        folder=Path(config.output_dir),
+        needs=needed.run.folder if needed else None,
+        resources=suite.resources_of(task),
+    )
+    return Draft(run, config, needed.config if needed else None)
+
+
+def _id(config: Config, needed_id: str | None, fingerprints: Fingerprints) -> str:
+    deciding = {**deciding_keys(config.model_dump()), "fingerprints": fingerprints}
+    weights = config.model.weights
+    if needed_id is not None:
+        deciding["model.weights"] = needed_id
+    elif weights not in (None, "pretrained"):
+        deciding["model.weights"] = _weights_sha256(Path(str(weights)))
+    return run_id(deciding)
+
+
+@cache
+def _weights_sha256(path: Path) -> str:
+    """Return the hash of a weights file, or of all weights in a folder."""
+    if path.is_file():
+        return sha256_of(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")):
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _add(drafts: dict[str, Draft], draft: Draft) -> None:
+    """Add a run, or its method to the same run of another method."""
+    run = draft.run
+    same = drafts.get(run.id)
+    if same is None:
+        drafts[run.id] = draft
+    elif same.run.task != run.task:
+        raise ValueError(
+            f"tasks {same.run.task} and {run.task} are the same run: same config, same data. "
+            "Remove one."
+        )
+    else:
+        shared = replace(same.run, also=(*same.run.also, run.method))
+        drafts[run.id] = same._replace(run=shared)
+
+
+def _check_methods_differ(suite: SuiteConfig, ids: Mapping[tuple[str, int, str], str]) -> None:
+    methods: dict[frozenset[str], str] = {}
+    for method in suite.methods:
+        own = frozenset(run for (name, _, _), run in ids.items() if name == method)
+        other = methods.setdefault(own, method)
+        if other != method:
+            raise suite.error(
+                f"methods.{method}",
+                f"has the same runs as {other} in every task, so there is nothing to compare. Give "
+                "it an override (methods.<name>.pretrain, .downstream or .tasks), or remove it.",
+            )
+
+
+class _Problems:
+    """Collects what is wrong with the runs of a suite, each problem once."""
+
+    def __init__(self, suite: SuiteConfig) -> None:
+        self._suite = suite
+        self._lines: dict[str, None] = {}
+
+    @contextmanager
+    def of(self, method: str, task: str) -> Iterator[None]:
+        """Collect an error of a run; it names the method if the method's override caused it."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            places = {place for _, _, place in self._suite.overrides(method, task) if place}
+            for line in str(error).splitlines():
+                by_method = any(place in line for place in places)
+                self._lines[f"{task}, {method}: {line}" if by_method else f"{task}: {line}"] = None
+
+    def refuse(self) -> None:
+        """Raise ConfigError if there are problems."""
+        if self._lines:
+            raise ConfigError("\n".join(self._lines))
+
+
+class Inspector:
+    """Checks that configs, data and models fit, and remembers the results.
+
+    Args:
+        saved: file of earlier results, which `save` writes.
+    """
+
+    def __init__(self, saved: Path) -> None:
+        self._saved = saved
+        self._known: dict[str, Fingerprints] = _read_known(saved)
+        self._keys: dict[str, str] = {}  # output_dir -> key in _known
+        self._backbones: dict[str, Path] = {}  # output_dir -> stand-in for its backbone
+        self._stats: dict[str, list[Any]] = {}
+        self._temporary = tempfile.TemporaryDirectory()
+
+    def __enter__(self) -> "Inspector":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._temporary.cleanup()
+
+    def inspect(self, config: Config, needed: Config | None) -> Fingerprints:
+        """Return the fingerprints of a config's data; None if they are on the Hugging Face hub.
+
+        Args:
+            needed: the config of the run whose backbone it takes, which may not have run yet.
+
+        Raises:
+            ValueError, OSError: the data cannot be read, or the config does not fit data or
+                backbone. Data on the hub are not checked.
+        """
+        key = self._key(config, needed)
+        if key not in self._known:
+            self._known[key] = self._look(config, needed)
+        return self._known[key]
+
+    def knows(self, config: Config, needed: Config | None) -> bool:
+        """Return whether `inspect` needs neither data nor model."""
+        return self._key(config, needed) in self._known
+
+    def save(self) -> None:
+        """Save the results for the next process."""
+        make_folder(self._saved.parent)
+        write_json(self._saved, self._known)
+
+    def _key(self, config: Config, needed: Config | None) -> str:
+        """Return the hash of all that decides the result of `inspect`."""
+        if config.output_dir not in self._keys:
+            keys = deciding_keys(config.model_dump())
+            val = getattr(config.data, "val", None)
+            if val is None or val.source != "train":
+                keys.pop("seed")  # only a val split held out from train depends on it
+            if needed is not None:
+                keys["model.weights"] = needed.model.model_dump()
+            files = [self._stat(path) for split in _splits(config) for path in _paths(split)]
+            key = run_id({**keys, "version": __version__, "files": files})
+            self._keys[config.output_dir] = key
+        return self._keys[config.output_dir]
+
+    def _stat(self, path: str) -> list[Any]:
+        """Return name, size and modification time of a file, or of all files below a folder."""
+        if path not in self._stats:
+            top = Path(path)
+            stats = []
+            for file in sorted(top.rglob("*")) if top.is_dir() else [top]:
+                try:
+                    stat = file.stat()
+                except OSError:
+                    continue  # reading the data reports it
+                stats.append((str(file), stat.st_size, stat.st_mtime_ns))
+            self._stats[path] = stats
+        return self._stats[path]
+
+    def _look(self, config: Config, needed: Config | None) -> Fingerprints:
+        from tract_transfer.build.data import build_data
+        from tract_transfer.build.model import build_model
+        from tract_transfer.build.trainer import build_accelerator, build_tract, build_trainer
+
+        weights = None if config.model.weights == "pretrained" else config.model.weights
+        if needed is not None:
+            weights = str(self._stand_in(needed))
+        local = _on_any_machine(config, weights)
+        with _names_weights(weights, config.model.weights):
+            if any(_is_on_hub(split) for split in _splits(config)):
+                model = build_model(local, _HUB_CLASSES)
+                if not isinstance(local, ProbeConfig):
+                    build_tract(local, model)
+                return None
+            data = build_data(local)
+            if isinstance(local, ProbeConfig):
+                build_model(local, len(data.class_names))
+            else:
+                build_trainer(local, data, build_accelerator(local))
+        return {name: dataset.fingerprint() for name, dataset in data.splits.items()}
+
+    def _stand_in(self, config: Config) -> Path:
+        """Return a folder with an untrained backbone, as the run of `config` would write it."""
+        from tract_transfer.build.model import build_features
+        from tract_transfer.models.weights import save_backbone
+
+        key, weights = config.output_dir, config.model.weights
+        if key not in self._backbones:
+            if weights == "pretrained":
+                weights = None
+            elif weights is not None:
+                weights = str(self._backbones.get(weights, weights))
+            folder = Path(self._temporary.name) / str(len(self._backbones))
+            folder.mkdir()
+            save_backbone(folder, build_features(_on_any_machine(config, weights)), {})
+            self._backbones[key] = folder
+        return self._backbones[key]
+
+
+def _splits(config: Config) -> list[Any]:
+    splits = (getattr(config.data, name, None) for name in ("train", "val", "test"))
+    return [split for split in splits if split is not None]
+
+
+def _paths(split: Any) -> list[str]:
+    return [getattr(split, key) for key in _PATHS[split.source]]
+
+
+def _is_on_hub(split: Any) -> bool:
+    """Return whether a path does not exist here, but could be a name on the Hugging Face hub."""
+    if split.source != "huggingface" or Path(split.path).exists():
+        return False
+    return split.path.count("/") <= 1 and not split.path.startswith((".", "/", "~"))
+
+
+def _on_any_machine(config: Config, weights: str | None) -> Config:
+    """Return a config that can be built on any machine, with other weights."""
+    model = config.model.model_copy(update={"weights": weights})
+    if weights is None:
+        model = model.model_copy(update={"ignore_missing": [], "adapt_stem": False})
+    data = config.data.model_copy(update={"cache": "none", "num_workers": 0})
+    engine = config.engine.model_copy(update={"device": "cpu", "precision": "fp32"})
+    return config.model_copy(update={"model": model, "data": data, "engine": engine})
+
+
 @contextmanager
-def _stop_on_signals(execution: Execution) -> Iterator[None]:
-    """Let SIGTERM or SIGINT ask the runs to write checkpoints and end; a second one kills them."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-
-    def ask(number: int, _frame: FrameType | None) -> None:
-        execution.stop_requested = signal.SIGKILL if execution.first_stop else number
-        execution.first_stop = execution.first_stop or number
-
-    before: dict[int, Any | Callable[..., Any]] = {n: signal.signal(n, ask) for n in numbers}
+def _names_weights(weights: str | None, name: str | None) -> Iterator[None]:
+    """Let errors name the run's own weights instead of the stand-in."""
     try:
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    except (ValueError, OSError) as error:
+        if weights is None or weights == name or weights not in str(error):
+            raise
+        raise ValueError(str(error).replace(weights, str(name))) from error
 
 
-def _look_at_config(run: PlannedRun) -> Found:
-    """Return what the run's folder holds as far as its config tells, without data and weights."""
-    return look(run.folder, run.config, None, weights_are_known=False, changed=changed_keys)
+def _read_known(file: Path) -> dict[str, Fingerprints]:
+    """Return saved results; {} if the file is missing or broken."""
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

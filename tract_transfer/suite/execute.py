@@ -1,223 +1,284 @@
-"""Carry out a plan: skip what is finished, go on with what was cut off, let a failure end itself.
+"""Execute a planned suite: skip finished runs, resume those that were cut off, retry failures.
 
-Whatever is known of a run is in its folder; this process can be killed at any moment, and another
-one goes on.
+All state is in the folders: this process can be killed at any moment, and another one continues.
 """
 
 import logging
+import signal
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from types import FrameType
+from typing import Any
 
-from tract_transfer.files import REFUSED
-from tract_transfer.suite.journal import Found, Job, SuiteLock, goes_on
-from tract_transfer.suite.launchers import Attempt, Handle, Launcher, find_launcher, why_it_ended
-from tract_transfer.suite.plan import PlannedRun
+from tract_transfer.config.file import ConfigError, dump_yaml
+from tract_transfer.engine.run_folder import FolderInUseError, lock_folder
+from tract_transfer.files import REFUSED, make_folder, remove_temporary_files, write_text
+from tract_transfer.suite.launchers import (
+    ENDING_SECONDS,
+    LOG_NAME,
+    Attempt,
+    Handle,
+    Launcher,
+    why_it_ended,
+)
+from tract_transfer.suite.screen import Screen, result_line
+from tract_transfer.suite.state import (
+    FolderState,
+    Job,
+    Suite,
+    backbone_sha256,
+)
 
+PLAN_NAME = "plan"  # folder of the runs' configs
+_TRAIN = (sys.executable, "-m", "tract_transfer.cli.train")
+_SHOWN_CONFLICTS = 5
+_POLL_SECONDS = 0.2
 logger = logging.getLogger(__name__)
 
 
-class Screen(Protocol):
-    """Shows what happens."""
+def execute(suite: Suite, launcher: Launcher, screen: Screen, *, set_aside: bool) -> int | None:
+    """Run what is not finished; return the number of the signal that stopped the suite, or None.
 
-    def started(self, job: Job) -> None:
-        """A run has begun, or goes on."""
+    Args:
+        set_aside: move folders of other runs to set_aside/ instead of refusing them.
 
-    def ended(self, job: Job, result: str) -> None:
-        """A run is finished, failed, is tried again or blocked; `result` says it in words."""
+    Raises:
+        FolderInUseError: another process executes the suite.
+        FileExistsError: jobs of Slurm are left, and this is another launcher.
+        ConfigError: folders contain other runs, and `set_aside` is off.
+    """
+    make_folder(suite.folder)
+    with lock_folder(suite.folder):
+        for folder in (suite.folder, suite.folder / PLAN_NAME):
+            remove_temporary_files(folder)
+        _end_leftovers(suite, launcher)
+        others = suite.take_stock()
+        if not set_aside:
+            refuse_others(others)
+        execution = Execution(suite, launcher, screen, set_aside=set_aside)
+        with screen, _stops_on_signals(execution):
+            for job in suite.jobs:
+                if job.state == "finished":
+                    screen.skipped(job)
+            execution.run()
+    return execution.stop_signals[0] if execution.stop_signals else None
 
-    def show(self, jobs: Sequence[Job]) -> None:
-        """Some time has gone by."""
+
+def refuse_others(others: Sequence[tuple[Job, FolderState]]) -> None:
+    """Refuse folders that contain other runs.
+
+    Raises:
+        ConfigError: there are any.
+    """
+    if not others:
+        return
+    lines = [f"{job.run.folder} contains another run: {found.why}." for job, found in others]
+    if len(lines) > _SHOWN_CONFLICTS:
+        lines[_SHOWN_CONFLICTS:] = [f"... and {len(lines) - _SHOWN_CONFLICTS} more."]
+    raise ConfigError(
+        "\n".join(lines) + "\nNothing was started. Use --set-aside to move them to set_aside/ and "
+        "run them again, or set another output_dir."
+    )
+
+
+def _end_leftovers(suite: Suite, launcher: Launcher) -> None:
+    """Wait until the runs that a killed suite left running have ended.
+
+    They got SIGTERM when it ended (see `Attempt.start`), and hold the locks of their folders while
+    they write a checkpoint. Jobs of Slurm are asked to end.
+    """
+    jobs = suite.read_slurm_jobs()
+    launcher.end_jobs(jobs)
+    suite.write_slurm_jobs({})
+    end = time.monotonic() + ENDING_SECONDS
+    for folder in suite.interrupted:
+        if str(folder) in jobs:
+            continue
+        if holder := _holder(folder):
+            logger.info("%s A suite that was killed left it; waiting for it to end.", holder)
+        while _holder(folder) and time.monotonic() < end:
+            time.sleep(_POLL_SECONDS)
+
+
+def _holder(run_folder: Path) -> str:
+    """Return the message about who holds the lock of a run folder; "" if it is free."""
+    try:
+        with lock_folder(run_folder):
+            return ""
+    except FolderInUseError as error:
+        return str(error)
+    except FileNotFoundError:
+        return ""
+
+
+@dataclass
+class _Running:
+    attempt: Attempt
+    handle: Handle | None
+    started: float
 
 
 class Execution:
-    """One session's work on the jobs of a suite.
+    """Executes the jobs of a suite, each after the one it needs.
 
-    Args:
-        jobs: each after the one it needs; those that are finished are not touched.
-        look: what a run's folder holds; called again before a run and after it.
-        prepare: makes its folder ready, and returns the attempt.
-        set_aside: makes room where another run's folder is in the way; None makes it a failure.
-        changed: told all jobs, and the handles of those running, after each change of a state.
-        retries: how often a failed run is tried again.
+    Attributes:
+        stop_signals: a signal handler appends to it at any moment: the first signal asks the runs
+            to write a checkpoint and end, a second one kills them.
     """
 
     def __init__(
-        self,
-        jobs: Sequence[Job],
-        launcher: Launcher,
-        screen: Screen,
-        *,
-        look: Callable[[PlannedRun], Found],
-        prepare: Callable[[PlannedRun], Attempt],
-        set_aside: Callable[[Path], Path] | None,
-        in_words: Callable[[Found], str],
-        changed: Callable[[Sequence[Job], dict[str, Handle]], None],
-        retries: int,
+        self, suite: Suite, launcher: Launcher, screen: Screen, *, set_aside: bool
     ) -> None:
-        self.jobs, self.launcher, self.screen = jobs, launcher, screen
-        self.look, self.prepare, self.set_aside = look, prepare, set_aside
-        self.in_words, self.changed, self.retries = in_words, changed, retries
-        # Set by a signal's handler, at any moment; the first one is what ends the session.
-        self.stop_requested: int | None = None
-        self.first_stop: int | None = None
-        self._stopping: int | None = None
-        self._by_folder = {job.run.folder: job for job in jobs}
+        self.suite, self.launcher, self.screen = suite, launcher, screen
+        self.set_aside = set_aside
+        self.stop_signals: list[int] = []
+        self._signals_sent = 0
+        self._running: dict[Path, _Running] = {}
         self._failures: dict[Path, int] = {}
-        self._begun: dict[Path, float] = {}
-        self._logs: dict[Path, Path] = {}
-        self._handles: dict[str, Handle] = {}
 
-    def run(self, poll_seconds: float = 0.2) -> None:
-        """Carry out all that can be; return when nothing is left, or all has stopped."""
-        self._block_all()
-        self._tell()
-        while self._go_on():
-            self.screen.show(self.jobs)
-            time.sleep(poll_seconds)
-        self.screen.show(self.jobs)
+    def run(self) -> None:
+        """Execute the jobs; return when none is left, or all have stopped."""
+        self._block()
+        self._record()
+        while self._step():
+            self.screen.show(self.suite.jobs)
+            time.sleep(_POLL_SECONDS)
+        self.screen.show(self.suite.jobs)
 
-    def _go_on(self) -> bool:
-        """Take in what has ended, start what can be; whether there is more to wait for."""
+    def _step(self) -> bool:
+        """Handle runs that ended, send signals, start runs; return whether there is more to do."""
         for run, code in self.launcher.ended():
-            self._take_in(self._by_folder[run.folder], code)
-        if self.stop_requested not in (None, self._stopping):
-            self._stopping = self.stop_requested
-            self.launcher.stop(int(self._stopping or 0))
-            for handle in self._handles.values():  # a second signal would end them at once
-                handle["asked"] = int(self._stopping or 0)
-            self._tell()
-        if self._stopping is None:
-            for job in self.jobs:
-                if job.state == "waiting" and self._is_ready(job):
-                    self._start(job)
-        states = {job.state for job in self.jobs}
-        return "running" in states or ("waiting" in states and self._stopping is None)
+            self._handle_end(self.suite.job_of(run), code)
+        for number in self.stop_signals[self._signals_sent :]:
+            self.launcher.stop(signal.SIGKILL if self._signals_sent else number)
+            self._signals_sent += 1
+        stopping = self._signals_sent > 0
+        for job in self.suite.jobs:
+            if job.state == "waiting" and not stopping and self._is_ready(job):
+                self._start(job)
+        states = {job.state for job in self.suite.jobs}
+        return "running" in states or ("waiting" in states and not stopping)
 
     def _is_ready(self, job: Job) -> bool:
-        needed = self._by_folder[job.run.needs] if job.run.needs else None
-        return (needed is None or needed.state == "finished") and self.launcher.has_room(job.run)
+        return self.suite.can_start(job) and self.launcher.has_room(job.run)
 
     def _start(self, job: Job) -> None:
-        found = self.look(job.run)
-        if found.state == "other" and self.set_aside is not None:
-            job.note = f"set aside {self.set_aside(job.run.folder)}: {found.why}"
-            found = Found("new")
-        if found.state == "other":
-            self._fail(
-                job, f"{job.run.folder} holds another run: {found.why}. --set-aside moves it"
-            )
-        elif found.state == "finished":  # it was, and now its backbone is there to say so
-            self._finish(job, found)
-        else:
-            try:
-                attempt = self.prepare(job.run)
-                self._handles[str(job.run.folder)] = self.launcher.start(job.run, attempt)
-            except OSError as error:
-                self._fail(job, f"{type(error).__name__}: {error}")
-                return
-            folder = job.run.folder
-            if found.state == "new" and folder not in self._failures:
-                job.attempts, job.spent = 0, 0.0  # of what was there before nothing is left
-            if found.state == "begun":
-                job.note = goes_on(folder, found)
-            elif job.note == "stopped" or folder in self._failures:
-                job.note = ""
-            job.state, job.error = "running", None
-            job.attempts += 1
-            self._begun[folder] = time.monotonic()
-            self._logs[folder] = attempt.log
-            self.screen.started(job)
-            self._tell()
-
-    def _take_in(self, job: Job, code: int) -> None:
         folder = job.run.folder
-        job.last = time.monotonic() - self._begun[folder]
+        found = self.suite.inspect(job)
+        if found.state == "finished":  # its backbone is now there to confirm it
+            self._finish(job, found)
+            return
+        if found.state == "other" and not self.set_aside:
+            self._fail(job, f"{folder} contains another run: {found.why}. Use --set-aside")
+            return
+        try:
+            if found.state == "other":
+                job.note = f"moved another run to {self.suite.set_aside(folder)}: {found.why}"
+                found = FolderState("new")
+            attempt = self._prepare(job)
+            handle = self.launcher.start(job.run, attempt)
+        except OSError as error:
+            self._fail(job, f"{type(error).__name__}: {error}")
+            return
+        self._running[folder] = _Running(attempt, handle, time.monotonic())
+        if found.state == "new" and folder not in self._failures:
+            job.attempts, job.spent = 0, 0.0  # of earlier attempts nothing is left
+        if found.state == "begun":
+            job.note = found.why
+        elif job.note == "stopped" or folder in self._failures:
+            job.note = ""
+        job.state, job.error = "running", None
+        job.attempts += 1
+        self.screen.started(job)
+        self._record()
+
+    def _prepare(self, job: Job) -> Attempt:
+        """Write the run's complete config; return the attempt that runs it."""
+        run = job.run
+        job.begun_with = backbone_sha256(run)
+        plan = self.suite.folder / PLAN_NAME
+        config_file = plan / f"{run.id}.yaml"
+        make_folder(plan)
+        write_text(config_file, dump_yaml(run.config))
+        command = [*_TRAIN, "--config-file", str(config_file), "--resume"]
+        if run.processes > 1:
+            command += ["--num-gpus", str(run.processes)]
+        return Attempt(command, run.folder / LOG_NAME, plan / f"{run.id}.stop")
+
+    def _handle_end(self, job: Job, code: int) -> None:
+        """Update a job whose attempt has ended: finished, stopped, to be retried, or failed."""
+        folder = job.run.folder
+        ended = self._running.pop(folder)
+        job.last = time.monotonic() - ended.started
         job.spent += job.last
-        self._handles.pop(str(folder), None)
-        found = self.look(job.run)
+        found = self.suite.inspect(job)
         if found.state == "finished":
             self._finish(job, found)
             return
-        if self._stopping is not None:  # whatever its exit code, it goes on another time
+        if self._signals_sent:  # whatever its exit code, the next session resumes it
             job.state, job.note = "waiting", "stopped"
-            self._tell()
+            self._record()
             return
-        why = why_it_ended(code, self._logs[folder])
+        why = why_it_ended(code, ended.attempt.log)
         if code == 0:
-            why = f"it ended well, and there are no results of it: {found.why or found.state}"
+            why = (
+                f"exit code 0, but no results ({found.why or found.state}); see {ended.attempt.log}"
+            )
         self._failures[folder] = self._failures.get(folder, 0) + 1
-        if code == REFUSED or self._failures[folder] > self.retries:
+        if code == REFUSED or self._failures[folder] > self.suite.config.retries:
             self._fail(job, why)
             return
         job.state, job.error = "waiting", why
-        self.screen.ended(job, f"failed, and is tried again: {why}")
-        self._tell()
+        self.screen.ended(job, f"failed, and is retried: {why}")
+        self._record()
 
-    def _finish(self, job: Job, found: Found) -> None:
+    def _finish(self, job: Job, found: FolderState) -> None:
         job.state, job.error, job.config_sha256 = "finished", None, found.config_sha256
         if job.spent:
             job.seconds = round(job.spent, 1)
-        self.screen.ended(job, self.in_words(found))
-        self._tell()
+        self.screen.ended(job, result_line(found.results))
+        self._record()
 
     def _fail(self, job: Job, why: str) -> None:
         job.state, job.error = "failed", why
         self.screen.ended(job, f"failed: {why}")
-        self._block_all()
-        self._tell()
+        self._block()
+        self._record()
 
-    def _block_all(self) -> None:
-        """Mark what waits for a run that failed; jobs come after what they need."""
-        for job in self.jobs:
-            needed = self._by_folder[job.run.needs] if job.run.needs else None
+    def _block(self) -> None:
+        """Block the jobs that need a failed one; every job comes after the one it needs."""
+        for job in self.suite.jobs:
+            needed = self.suite.needed_by(job)
             if job.state == "waiting" and needed and needed.state in ("failed", "blocked"):
                 job.state, job.error = "blocked", f"it needs {needed.run.folder}, which failed"
                 self.screen.ended(job, f"blocked: {job.error}")
 
-    def _tell(self) -> None:
+    def _record(self) -> None:
+        """Write the state of the jobs, and which attempts are running."""
         try:
-            self.changed(self.jobs, self._handles)
-        except OSError as error:  # a full disk ends no run that still can write
+            running = self._running.items()
+            jobs = {str(folder): each.handle for folder, each in running if each.handle}
+            self.suite.write_slurm_jobs(jobs)
+            self.suite.write()
+        except OSError as error:  # a full disk must not end runs that can still write
             logger.error("The suite's state cannot be written: %s", error)
 
 
-# --- What a killed suite has left at work: it is ended by checkpoints before anything begins.
+@contextmanager
+def _stops_on_signals(execution: Execution) -> Iterator[None]:
+    """Let SIGTERM and SIGINT stop an execution."""
 
+    def handle(number: int, _frame: FrameType | None) -> None:
+        execution.stop_signals.append(number)
 
-def end_leftovers(launcher: Launcher, lock: SuiteLock, left: Mapping[str, Handle]) -> None:
-    """Let what another process has left at work write a checkpoint and end.
-
-    Whoever interrupts the wait leaves word of what was asked to end: a second signal would end it
-    without a checkpoint.
-
-    Args:
-        lock: taken.
-        left: what `lock.acquire` has returned: job -> how to find it.
-
-    Raises:
-        FileExistsError: another launcher has started some of it; nothing was ended.
-    """
-    _refuse_others(launcher, lock, left)
-    handles = list(left.values())
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before: dict[int, Any | Callable[..., Any]] = {n: signal.signal(n, handle) for n in numbers}
     try:
-        launcher.ask_leftovers(handles)
+        yield
     finally:
-        lock.tell(left)
-    launcher.end_leftovers(handles)
-    lock.tell({})
-
-
-def _refuse_others(launcher: Launcher, lock: SuiteLock, left: Mapping[str, Handle]) -> None:
-    """Refuse what this launcher cannot end: it would run beside the same run, started again."""
-    owners = {job: find_launcher(handle) for job, handle in left.items()}
-    others = [job for job, name in owners.items() if name not in (None, launcher.name)]
-    if others:
-        name = owners[others[0]]
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        raise FileExistsError(
-            f"{others[0]}{more}: started by --launcher {name}, under which run_suite was killed, "
-            f"and maybe at work still. Nothing was started. Use --launcher {name}: it lets them "
-            f"write a checkpoint and goes on. If they have ended, remove {lock.owner_file}."
-        )
+        for number, handler in before.items():
+            signal.signal(number, handler)

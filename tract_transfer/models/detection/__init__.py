@@ -1,1 +1,1 @@
-"""Faster R-CNN: detectors made of a backbone, region proposals and box heads."""
+"""Faster R-CNN: detectors built from a backbone, region proposals and box heads."""

@@ -1,8 +1,8 @@
-"""Faster R-CNN on torchvision's parts, for any backbone whose maps fit.
+"""Faster R-CNN on torchvision's parts, for any backbone whose feature maps fit.
 
-Four kinds: `torchvision_fpn` on a feature pyramid, `torchvision_c4` with a ResNet's last stage as
-its box head, `torchvision_c5` with a VGG's fc6 and fc7, `torchvision_vitdet` on a plain ViT. All
-take the groups of arguments `rpn` (RpnOptions) and `box` (BoxOptions) of options.py.
+Each detector takes the argument groups `rpn` (RpnOptions) and `box` (BoxOptions) of options.py.
+`short_side_px`, `max_side_px` and `difficult_in_training` are those of TwoStageDetector. A backbone
+that does not fit is a ValueError.
 """
 
 from collections.abc import Mapping
@@ -20,77 +20,12 @@ from tract_transfer.models.detection.options import BoxOptions, RpnOptions, with
 from tract_transfer.models.detection.roi_heads import (
     BoxHeads,
     LayersHead,
-    RoiPooler,
     StageHead,
     fully_connected,
-    norm_like,
 )
 from tract_transfer.models.detection.rpn import RegionProposals
 from tract_transfer.models.detection.two_stage import TwoStageDetector
 from tract_transfer.registry import Registry
-
-# --- A plain ViT under a detector: images of any size, and a pyramid of its one map.
-
-
-def accept_any_size(backbone: Backbone) -> None:
-    """Let a ViT of timm's resample its position embeddings to every image it sees.
-
-    Its state dict, and what it makes of images of its own size, stay. A backbone that is no such
-    ViT, or takes any size anyway, stays as it is.
-    """
-    model = backbone.model
-    if backbone.image_size_px is None or not hasattr(model, "dynamic_img_size"):
-        return
-    patches = model.patch_embed  # as timm makes them for dynamic_img_size=True
-    patches.strict_img_size, patches.flatten = False, False
-    patches.output_fmt = Format.NHWC
-    model.dynamic_img_size = True
-    backbone.image_size_px = None
-
-
-class SimplePyramid(nn.Module):
-    """The simple feature pyramid (Li et al., ECCV 2022): one map -> maps of 1/4 to 2 times its
-    stride, and one of 4 times, each {name: (B, out_channels, H / 2^level, W / 2^level)}.
-
-    Finer maps come from transposed convolutions, coarser ones from pooling; each level ends with a
-    1x1 and a 3x3 convolution, with LayerNorms over the channels.
-    """
-
-    def __init__(self, channels: int, out_channels: int) -> None:
-        super().__init__()
-        half, quarter = channels // 2, channels // 4
-        self.levels = nn.ModuleList(
-            [
-                nn.Sequential(
-                    nn.ConvTranspose2d(channels, half, 2, stride=2),
-                    LayerNorm2d(half),
-                    nn.GELU(),
-                    nn.ConvTranspose2d(half, quarter, 2, stride=2),
-                    *_output(quarter, out_channels),
-                ),
-                nn.Sequential(
-                    nn.ConvTranspose2d(channels, half, 2, stride=2), *_output(half, out_channels)
-                ),
-                nn.Sequential(*_output(channels, out_channels)),
-                nn.Sequential(nn.MaxPool2d(2), *_output(channels, out_channels)),
-            ]
-        )
-        self.coarsest = nn.MaxPool2d(1, stride=2)
-
-    def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
-        (features,) = maps.values()
-        found = {str(number): level(features) for number, level in enumerate(self.levels)}
-        return {**found, "pool": self.coarsest(found["3"])}
-
-
-def _output(channels: int, out_channels: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(channels, out_channels, 1, bias=False),
-        LayerNorm2d(out_channels),
-        nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
-        LayerNorm2d(out_channels),
-    ]
-
 
 DETECTORS = Registry("DETECTORS")
 Difficult = Literal["keep", "drop", "ignore"]
@@ -122,39 +57,149 @@ def torchvision_fpn(
     """Faster R-CNN on a feature pyramid (Lin et al., CVPR 2017).
 
     Args:
-        num_classes: K, without a background.
-        num_levels: how many of the backbone's strides, the last ones, the pyramid stands on; one
-            pooled level comes on top, which the box head does not read.
-        fpn_channels: channels of every pyramid level.
+        num_levels: number of the backbone's strides, counted from the last, in the pyramid. The RPN
+            also reads a pooled level.
+        fpn_channels: channels of each pyramid level.
         head_dim: width of the two-layer box head.
-
-    Raises:
-        ValueError: the backbone takes one image size alone, or has maps of fewer strides.
     """
-    rpn_options, box_options = _options(rpn, box, RpnOptions())
+    rpn_options = with_options(RpnOptions(), rpn, "rpn")
+    box_options = with_options(BoxOptions(), box, "box")
     _check_any_size(backbone, "torchvision_fpn")
-    known = backbone.pyramid()
-    if not 2 <= num_levels <= len(known):
+    maps = backbone.pyramid()
+    if not 2 <= num_levels <= len(maps):
         raise ValueError(
-            f"torchvision_fpn needs maps of num_levels = {num_levels} strides (2 at least), and "
-            f"this backbone has {[info.stride for info in known.values()]}."
+            f"torchvision_fpn needs feature maps of num_levels = {num_levels} strides (at least "
+            f"2), and this backbone has {[info.stride for info in maps.values()]}."
         )
-    pyramid = dict(list(known.items())[-num_levels:])
-    strides = [info.stride for info in pyramid.values()]
-    neck = FeaturePyramidNetwork(
-        [info.channels for info in pyramid.values()], fpn_channels, LastLevelMaxPool()
-    )
+    maps = dict(list(maps.items())[-num_levels:])
+    strides = [info.stride for info in maps.values()]
+    channels = [info.channels for info in maps.values()]
     return TwoStageDetector(
         backbone,
-        neck,
+        FeaturePyramidNetwork(channels, fpn_channels, LastLevelMaxPool()),
         RegionProposals(fpn_channels, [*strides, 2 * strides[-1]], rpn_options),
         _two_layer_heads(fpn_channels, strides, head_dim, num_classes, box_options),
-        list(pyramid),
+        list(maps),
         short_side_px=short_side_px,
         max_side_px=max_side_px,
         size_divisor=strides[-1],
         difficult_in_training=difficult_in_training,
     )
+
+
+@DETECTORS.register("torchvision_vitdet")
+def torchvision_vitdet(
+    backbone: Backbone,
+    num_classes: int,
+    *,
+    short_side_px: int = 800,
+    max_side_px: int = 1333,
+    fpn_channels: int = 256,
+    head_dim: int = 1024,
+    difficult_in_training: Difficult = "keep",
+    rpn: Mapping[str, Any] = NOTHING,
+    box: Mapping[str, Any] = NOTHING,
+) -> TwoStageDetector:
+    """Faster R-CNN on the last feature map of a plain ViT (Li et al., ECCV 2022).
+
+    The pyramid has 1/4, 1/2, 1 and 2 times the patch size, and a pooled level. Position embeddings
+    are resampled for each image; attention is global in every block. Both heads are those of
+    `torchvision_fpn`.
+    """
+    rpn_options = with_options(RpnOptions(), rpn, "rpn")
+    box_options = with_options(BoxOptions(), box, "box")
+    accept_any_size(backbone)
+    _check_any_size(backbone, "torchvision_vitdet")
+    (name, info), *others = reversed(backbone.pyramid().items())
+    if others or info.stride % 4:
+        raise ValueError(
+            "torchvision_vitdet needs a plain ViT, with feature maps of one stride that 4 divides, "
+            f"and this backbone has {[m.stride for m in backbone.pyramid().values()]}. Use "
+            "torchvision_fpn."
+        )
+    strides = [info.stride // 4, info.stride // 2, info.stride, 2 * info.stride]
+    return TwoStageDetector(
+        backbone,
+        SimplePyramid(info.channels, fpn_channels),
+        RegionProposals(fpn_channels, [*strides, 2 * strides[-1]], rpn_options),
+        _two_layer_heads(fpn_channels, strides, head_dim, num_classes, box_options),
+        [name],
+        short_side_px=short_side_px,
+        max_side_px=max_side_px,
+        size_divisor=strides[-1],
+        difficult_in_training=difficult_in_training,
+    )
+
+
+def accept_any_size(backbone: Backbone) -> None:
+    """Make a timm ViT resample its position embeddings for every image size.
+
+    Its state dict, and its outputs for images of its own size, stay the same. Other backbones are
+    not changed.
+    """
+    model = backbone.model
+    if backbone.image_size_px is None or not hasattr(model, "dynamic_img_size"):
+        return
+    patch_embed = model.patch_embed  # as timm builds it for dynamic_img_size=True
+    patch_embed.strict_img_size, patch_embed.flatten = False, False
+    patch_embed.output_fmt = Format.NHWC
+    model.dynamic_img_size = True
+    backbone.image_size_px = None
+
+
+def _check_any_size(backbone: Backbone, detector: str) -> None:
+    if backbone.image_size_px is not None:
+        raise ValueError(
+            f"{detector} needs a backbone for images of any size, and this one takes "
+            f"{backbone.image_size_px} px alone."
+        )
+
+
+def _two_layer_heads(
+    channels: int, strides: list[int], head_dim: int, num_classes: int, options: BoxOptions
+) -> BoxHeads:
+    box_head = TwoMLPHead(channels * options.pool_size**2, head_dim)
+    return BoxHeads(strides, box_head, head_dim, num_classes, options)
+
+
+class SimplePyramid(nn.Module):
+    """ViTDet's feature pyramid: one feature map -> maps of 1/4, 1/2, 1, 2 and 4 times its stride.
+
+    Transposed convolutions make the finer levels, pooling the coarser ones; each ends with a 1x1
+    and a 3x3 convolution and LayerNorms over channels. The last level is the one before, pooled.
+    """
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        half, quarter = channels // 2, channels // 4
+
+        def level(inputs: int, *layers: nn.Module) -> nn.Sequential:
+            return nn.Sequential(
+                *layers,
+                nn.Conv2d(inputs, out_channels, 1, bias=False),
+                LayerNorm2d(out_channels),
+                nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+                LayerNorm2d(out_channels),
+            )
+
+        def double(inputs: int) -> nn.Module:
+            return nn.ConvTranspose2d(inputs, inputs // 2, 2, stride=2)
+
+        finest = [double(channels), LayerNorm2d(half), nn.GELU(), double(half)]
+        self.levels = nn.ModuleList(
+            [
+                level(quarter, *finest),
+                level(half, double(channels)),
+                level(channels),
+                level(channels, nn.MaxPool2d(2)),
+            ]
+        )
+        self.coarsest = nn.MaxPool2d(1, stride=2)
+
+    def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        (features,) = maps.values()
+        pyramid = {str(number): level(features) for number, level in enumerate(self.levels)}
+        return {**pyramid, "pool": self.coarsest(pyramid["3"])}
 
 
 @DETECTORS.register("torchvision_c4")
@@ -169,19 +214,14 @@ def torchvision_c4(
     rpn: Mapping[str, Any] = NOTHING,
     box: Mapping[str, Any] = NOTHING,
 ) -> TwoStageDetector:
-    """Faster R-CNN on a ResNet's third stage, its fourth being the box head (He et al., 2016).
+    """Faster R-CNN on a ResNet's third stage, with the fourth as box head (He et al., 2016).
 
-    RoIAlign takes 14 x 14 cells, which the fourth stage halves, and the mean over cells is the
-    feature. The stage stays the backbone's: a saved backbone is whole.
-
-    Args:
-        num_classes: K, without a background.
-        extra_norm: a BatchNorm behind the last stage (MoCo); synchronised if the backbone's are.
-
-    Raises:
-        ValueError: the backbone is no ResNet of stages layer1 to layer4.
+    RoIAlign gives 14 x 14 cells, which the fourth stage halves; their mean is the feature. The
+    stage remains part of the backbone, so that a saved backbone is complete.
+    `extra_norm` adds a BatchNorm behind the last stage (MoCo), synchronized if the backbone's are.
     """
-    rpn_options, box_options = _options(rpn, box, ONE_MAP_RPN, BoxOptions(pool_size=14))
+    rpn_options = with_options(ONE_MAP_RPN, rpn, "rpn")
+    box_options = with_options(BoxOptions(pool_size=14), box, "box")
     stages = dict(backbone.model.named_children())
     if not {"layer3", "layer4"} <= stages.keys():
         raise ValueError(
@@ -189,18 +229,14 @@ def torchvision_c4(
             f"{type(backbone.model).__name__} has {list(stages)}. Use torchvision_fpn."
         )
     info, feature_dim = backbone.map_info["layer3"], backbone.map_info["layer4"].channels
-    norm = norm_like(backbone, feature_dim) if extra_norm else nn.Identity()
+    synced = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
+    norm = nn.SyncBatchNorm if synced else nn.BatchNorm2d
+    box_head = StageHead(stages["layer4"], norm(feature_dim) if extra_norm else nn.Identity())
     return TwoStageDetector(
         backbone,
         nn.Identity(),
         RegionProposals(info.channels, [info.stride], rpn_options),
-        BoxHeads(
-            RoiPooler([info.stride], box_options),
-            StageHead(stages["layer4"], norm),
-            feature_dim,
-            num_classes,
-            box_options,
-        ),
+        BoxHeads([info.stride], box_head, feature_dim, num_classes, box_options),
         ["layer3"],
         short_side_px=short_side_px,
         max_side_px=max_side_px,
@@ -223,18 +259,12 @@ def torchvision_c5(
 ) -> TwoStageDetector:
     """Faster R-CNN on a VGG's conv5, without the last pool (Ren et al., NeurIPS 2015).
 
-    The box head is the classifier's own fc6 and fc7 with what weights the backbone came with;
-    they stay the backbone's, so that a saved backbone is whole.
-
-    Args:
-        num_classes: K, without a background.
-        dropout: behind fc6 and fc7, in training.
-
-    Raises:
-        ValueError: the backbone is no VGG, or `box.pool_size` is not what its fc6 reads.
+    The box head is fc6 and fc7 of the classifier, with the backbone's weights, and `dropout` behind
+    each. They remain part of the backbone, so that a saved backbone is complete.
     """
     defaults = replace(ONE_MAP_RPN, anchor_scales=(8.0, 16.0, 32.0), post_nms_test=300)
-    rpn_options, box_options = _options(rpn, box, defaults)
+    rpn_options = with_options(defaults, rpn, "rpn")
+    box_options = with_options(BoxOptions(), box, "box")
     fc6, fc7 = fully_connected(backbone)
     name, info = list(backbone.pyramid().items())[-2]  # the last one is pool5
     inputs = fc6.weight[0].numel()
@@ -243,98 +273,15 @@ def torchvision_c5(
             f"box.pool_size: {box_options.pool_size} gives fc6 {info.channels} x "
             f"{box_options.pool_size}^2 inputs, and it reads {inputs}. Set 7."
         )
+    box_head, feature_dim = LayersHead([fc6, fc7], dropout), fc7.weight.shape[0]
     return TwoStageDetector(
         backbone,
         nn.Identity(),
         RegionProposals(info.channels, [info.stride], rpn_options),
-        BoxHeads(
-            RoiPooler([info.stride], box_options),
-            LayersHead([fc6, fc7], dropout),
-            fc7.weight.shape[0],
-            num_classes,
-            box_options,
-        ),
+        BoxHeads([info.stride], box_head, feature_dim, num_classes, box_options),
         [name],
         short_side_px=short_side_px,
         max_side_px=max_side_px,
         size_divisor=info.stride,
         difficult_in_training=difficult_in_training,
     )
-
-
-@DETECTORS.register("torchvision_vitdet")
-def torchvision_vitdet(
-    backbone: Backbone,
-    num_classes: int,
-    *,
-    short_side_px: int = 800,
-    max_side_px: int = 1333,
-    fpn_channels: int = 256,
-    head_dim: int = 1024,
-    difficult_in_training: Difficult = "keep",
-    rpn: Mapping[str, Any] = NOTHING,
-    box: Mapping[str, Any] = NOTHING,
-) -> TwoStageDetector:
-    """Faster R-CNN on a plain ViT's last map (Li et al., ECCV 2022).
-
-    A simple pyramid of 1/4, 1/2, 1 and 2 times the patch size, and a pooled level. Position
-    embeddings are resampled to each image; attention is global in every block. Both heads are
-    those of `torchvision_fpn`.
-
-    Args:
-        num_classes: K, without a background.
-        fpn_channels: channels of every pyramid level.
-        head_dim: width of the two-layer box head.
-
-    Raises:
-        ValueError: the backbone is no plain ViT of timm's whose patches are a multiple of 4.
-    """
-    rpn_options, box_options = _options(rpn, box, RpnOptions())
-    accept_any_size(backbone)
-    _check_any_size(backbone, "torchvision_vitdet")
-    pyramid = backbone.pyramid()
-    (name, info), *others = reversed(pyramid.items())
-    if others or info.stride % 4:
-        raise ValueError(
-            "torchvision_vitdet needs a plain ViT, with maps of one stride that 4 divides, and "
-            f"this backbone has {[each.stride for each in pyramid.values()]}. Use torchvision_fpn."
-        )
-    strides = [info.stride // 4, info.stride // 2, info.stride, 2 * info.stride]
-    return TwoStageDetector(
-        backbone,
-        SimplePyramid(info.channels, fpn_channels),
-        RegionProposals(fpn_channels, [*strides, 2 * strides[-1]], rpn_options),
-        _two_layer_heads(fpn_channels, strides, head_dim, num_classes, box_options),
-        [name],
-        short_side_px=short_side_px,
-        max_side_px=max_side_px,
-        size_divisor=strides[-1],
-        difficult_in_training=difficult_in_training,
-    )
-
-
-def _options(
-    rpn: Mapping[str, Any],
-    box: Mapping[str, Any],
-    rpn_defaults: RpnOptions,
-    box_defaults: BoxOptions | None = None,
-) -> tuple[RpnOptions, BoxOptions]:
-    return (
-        with_options(rpn_defaults, rpn, "rpn"),
-        with_options(box_defaults or BoxOptions(), box, "box"),
-    )
-
-
-def _check_any_size(backbone: Backbone, detector: str) -> None:
-    if backbone.image_size_px is not None:
-        raise ValueError(
-            f"{detector} needs a backbone for images of any size, and this one takes "
-            f"{backbone.image_size_px} px alone."
-        )
-
-
-def _two_layer_heads(
-    channels: int, strides: list[int], head_dim: int, num_classes: int, options: BoxOptions
-) -> BoxHeads:
-    box_head = TwoMLPHead(channels * options.pool_size**2, head_dim)
-    return BoxHeads(RoiPooler(strides, options), box_head, head_dim, num_classes, options)

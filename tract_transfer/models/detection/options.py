@@ -1,7 +1,7 @@
-"""Groups of a detector's arguments: a dict from a config, checked against a frozen dataclass."""
+"""Argument groups of a detector: frozen dataclasses that check the dicts of a config."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, ValidationError
@@ -18,22 +18,23 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False)
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RpnOptions:
-    """The region proposal network: its anchors, what it trains on, and what it proposes.
+    """The region proposal network: its anchors, training samples and proposals.
 
     Attributes:
-        anchor_scales: sides of a cell's anchors over the map's stride.
-        anchor_ratios: heights over widths.
-        anchor_offset: where in its cell an anchor is centred: 0.0 is the cell's corner
-            (detectron2, torchvision), 0.5 its middle (py-faster-rcnn).
-        drop_cross_boundary: train without the anchors that leave the image (py-faster-rcnn).
-        fg_iou, bg_iou: an anchor of at least `fg_iou` with an object is one, as is the best of
-            each object; below `bg_iou` it is background.
-        samples_per_image, positive_fraction: anchors of the loss, and how many are objects at most.
+        anchor_scales: anchor sides in units of the feature map's stride.
+        anchor_ratios: height over width.
+        anchor_offset: center of the anchors in a cell: 0.0 is its corner (detectron2,
+            torchvision), 0.5 its middle (py-faster-rcnn).
+        drop_cross_boundary: train without anchors that leave the image (py-faster-rcnn).
+        fg_iou: an anchor is positive from this IoU with an object, or if it is the object's best.
+        bg_iou: an anchor is negative below this IoU.
+        samples_per_image, positive_fraction: anchors in the loss, and the largest share of
+            positives.
         smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is the L1 loss.
-        pre_nms_train, pre_nms_test: best anchors of each map that go into the NMS.
-        post_nms_train, post_nms_test: proposals of an image that come out of it.
-        nms_iou: of two proposals with more than this, the better one stays.
-        min_size_px: smaller proposals, in pixels of the image before it was resized, are dropped.
+        pre_nms_train, pre_nms_test: best anchors of each feature map that enter the NMS.
+        post_nms_train, post_nms_test: proposals per image that remain after it.
+        nms_iou: of two proposals that overlap more than this, the better one remains.
+        min_size_px: minimum side of a proposal, in pixels of the image before resizing.
     """
 
     anchor_scales: Annotated[Sequence[Positive], Field(min_length=1)] = (8.0,)
@@ -59,19 +60,20 @@ class RpnOptions:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class BoxOptions:
-    """The box head: what it reads, what it trains on, and what it reports.
+    """The box head: its inputs, training samples and detections.
 
     Attributes:
-        pooler: `roi_align` samples between cells, `roi_pool` takes the largest of whole cells.
-        pool_size: side of what is pooled, in cells.
-        sampling_ratio: RoIAlign's samples a side of a pooled cell; 0 is one a map's cell.
-        fg_iou: a proposal of at least this with an object is that object.
-        bg_iou: [lo, hi): a proposal whose largest IoU lies in it is background.
-        rois_per_image, positive_fraction: proposals of the loss, and how many are objects at most.
-        box_std: what offsets and log sizes are divided by (x, y, width, height).
+        pooler: `roi_align` interpolates between cells, `roi_pool` takes the maximum of whole cells.
+        pool_size: side of the pooled features, in cells.
+        sampling_ratio: RoIAlign's samples per side of a pooled cell; 0 is one per map cell.
+        fg_iou: a proposal is positive from this IoU with an object.
+        bg_iou: [low, high): a proposal is background if its largest IoU is in this range.
+        rois_per_image, positive_fraction: proposals in the loss, and the largest share of
+            positives.
+        box_std: divisors of the offsets and log sizes (x, y, width, height).
         smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is the L1 loss.
-        class_agnostic: one box a proposal, not one for each class.
-        score_threshold, nms_iou, max_detections: what remains of the detections.
+        class_agnostic: predict one box per proposal, not one per class.
+        score_threshold, nms_iou, max_detections: which detections remain.
     """
 
     pooler: Literal["roi_align", "roi_pool"] = "roi_align"
@@ -94,22 +96,22 @@ class BoxOptions:
             raise ValueError(f"bg_iou [{low}, {high}) must be a range below fg_iou {self.fg_iou}")
 
 
-def with_options(defaults: Options, given: Mapping[str, Any], key: str) -> Options:
-    """Return `defaults` with those of `given`; `key` is what the group is called.
+def with_options(defaults: Options, given: Mapping[str, Any], group: str) -> Options:
+    """Return `defaults` updated with `given`; `group` is the name of the argument.
 
     Raises:
-        ValueError: an unknown name, or a value out of its type or range: `key.name: problem`.
+        ValueError: an unknown name, or a value of the wrong type or range: `group.name: problem`.
     """
     assert is_dataclass(defaults) and not isinstance(defaults, type)
-    known = [field.name for field in fields(defaults)]
+    names = [field.name for field in fields(defaults)]
     for name in given:
-        if name not in known:
-            hint = did_you_mean(name, known)
-            raise ValueError(f"{key}.{name}: unknown.{hint} {key} takes {known}.")
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise ValueError(f"{group}.{name}: unknown.{hint} {group} takes {names}.")
     try:
-        return type(defaults)(**{**asdict(defaults), **given})
+        return replace(defaults, **given)
     except ValidationError as error:
         problem = error.errors()[0]
-        name = ".".join([key, *(str(part) for part in problem["loc"])])
+        name = ".".join([group, *(str(part) for part in problem["loc"])])
         message = problem["msg"].removeprefix("Value error, ")
         raise ValueError(f"{name}: {message}, got {problem['input']!r}.") from error

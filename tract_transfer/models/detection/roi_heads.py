@@ -1,5 +1,7 @@
 """The second stage: proposals become detections (Girshick, ICCV 2015)."""
 
+# R proposals of all images, C channels, S side of the pooled cells, D features, K classes
+
 from collections.abc import Sequence
 
 import torch
@@ -20,31 +22,33 @@ from tract_transfer.models.detection.options import BoxOptions
 from tract_transfer.models.detection.rpn import POSITIVE, Objects, assign, sample
 
 SMALLEST_PX = 1e-2
+# A box of 224 px is pooled from stride 2^4 (Lin et al., CVPR 2017, equation 1).
+CANONICAL_SIDE_PX, CANONICAL_LEVEL = 224, 4
 
 
 class BoxHeads(nn.Module):
     """Pools each proposal, classifies it and corrects its box.
 
-    `found, losses = heads(maps, proposals, image_sizes, objects)`: in training the losses of a
-    sample of the proposals, in eval a dict an image: `boxes` (N, 4) float32 xyxy, `scores` (N,)
-    descending, `labels` (N,) in 0..K-1; K is the background.
+    `detections, losses = heads(maps, proposals, image_sizes, objects)`: in training the losses of a
+    sample of the proposals; in eval a dict per image: `boxes` (N, 4) float32 xyxy, `scores` (N,)
+    descending, `labels` (N,) in 0..K-1. K is the background.
 
     Args:
-        pooler: (maps, proposals) -> (R, C, S, S).
+        strides: of the feature maps that are pooled.
         box_head: (R, C, S, S) -> (R, D).
         feature_dim: D.
     """
 
     def __init__(
         self,
-        pooler: nn.Module,
+        strides: Sequence[int],
         box_head: nn.Module,
         feature_dim: int,
         num_classes: int,
         options: BoxOptions,
     ) -> None:
         super().__init__()
-        self.pooler = pooler
+        self.pooler = RoiPooler(strides, options)
         self.box_head = box_head
         self.box_predictor = BoxPredictor(feature_dim, num_classes, options.class_agnostic)
         self.num_classes = num_classes
@@ -58,12 +62,12 @@ class BoxHeads(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
         objects: Sequence[Objects] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Return detections and no losses, or, with objects, no detections and both losses.
+        """Return detections and no losses or, with objects, no detections and both losses.
 
         Args:
-            maps: those that the pooler reads, each (B, C, H / stride, W / stride).
+            maps: feature maps, (B, C, H / stride, W / stride) each.
             proposals: (P, 4) xyxy of each image, in pixels of the padded batch.
-            image_sizes: (height, width) of each image in it; boxes are cut there.
+            image_sizes: (height, width) of each image in it, at which boxes are clipped.
             objects: of each image.
         """
         if objects is not None:
@@ -71,42 +75,46 @@ class BoxHeads(nn.Module):
         logits, codes = self.box_predictor(self.box_head(self.pooler(maps, proposals)))
         if objects is not None:
             return [], self._losses(logits, codes, torch.cat(proposals), labels, truth)
-        sizes = [len(each) for each in proposals]
-        parts = proposals, logits.softmax(-1).split(sizes), codes.split(sizes), image_sizes
-        return [self._detections(*each) for each in zip(*parts, strict=True)], {}
+        counts = [len(boxes) for boxes in proposals]
+        parts = proposals, logits.softmax(-1).split(counts), codes.split(counts), image_sizes
+        return [self._detections(*image) for image in zip(*parts, strict=True)], {}
 
     @torch.no_grad()
     def _sample(
         self, proposals: list[Tensor], objects: Sequence[Objects]
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return proposals (with the objects themselves), labels (R,) and their boxes (R, 4)."""
+        """Return sampled proposals, their labels (R,) and the boxes (R, 4) of their objects.
+
+        The objects themselves are candidates too.
+        """
         options = self.options
         low, high = options.bg_iou
-        chosen, labels, truth = [], [], []
-        for boxes, own in zip(proposals, objects, strict=True):
-            boxes = torch.cat([boxes, own.boxes])
-            status, matched = assign(boxes, own, fg_iou=options.fg_iou, bg_iou=(low, high))
+        sampled, labels, truth = [], [], []
+        for boxes, image in zip(proposals, objects, strict=True):
+            boxes = torch.cat([boxes, image.boxes])
+            status, matched = assign(boxes, image, fg_iou=options.fg_iou, bg_iou=(low, high))
             index = torch.cat(sample(status, options.rois_per_image, options.positive_fraction))
             is_object = status[index] == POSITIVE
+            object_index = matched[index[is_object]]
             label = torch.full_like(index, self.num_classes)
-            label[is_object] = own.labels[matched[index[is_object]]]
+            label[is_object] = image.labels[object_index]
             box = boxes[index].clone()
-            box[is_object] = own.boxes[matched[index[is_object]]]
-            chosen.append(boxes[index])
+            box[is_object] = image.boxes[object_index]
+            sampled.append(boxes[index])
             labels.append(label)
             truth.append(box)
-        return chosen, torch.cat(labels), torch.cat(truth)
+        return sampled, torch.cat(labels), torch.cat(truth)
 
     def _losses(
         self, logits: Tensor, codes: Tensor, proposals: Tensor, labels: Tensor, truth: Tensor
     ) -> dict[str, Tensor]:
-        """Return both losses as means over all proposals, background included."""
+        """Return both losses as means over all proposals, including background."""
         count = max(len(labels), 1)
         positive = torch.where(labels < self.num_classes)[0]
         column = torch.zeros_like(positive) if codes.shape[1] == 1 else labels[positive]
-        wanted = self.box_coder.encode_single(truth[positive], proposals[positive])
+        target = self.box_coder.encode_single(truth[positive], proposals[positive])
         loss_box = F.smooth_l1_loss(
-            codes[positive, column], wanted, beta=self.options.smooth_l1_beta, reduction="sum"
+            codes[positive, column], target, beta=self.options.smooth_l1_beta, reduction="sum"
         )
         loss_cls = F.cross_entropy(logits, labels, reduction="sum")
         return {"loss_cls": loss_cls / count, "loss_box": loss_box / count}
@@ -127,13 +135,13 @@ class BoxHeads(nn.Module):
 
 
 class BoxPredictor(nn.Module):
-    """(R, D) -> float32 logits (R, K + 1), the background last, and box codes (R, K or 1, 4)."""
+    """(R, D) -> float32 logits (R, K + 1), background last, and box codes (R, K or 1, 4)."""
 
     def __init__(self, feature_dim: int, num_classes: int, class_agnostic: bool) -> None:
         super().__init__()
         self.cls_score = nn.Linear(feature_dim, num_classes + 1)
         self.bbox_pred = nn.Linear(feature_dim, 4 if class_agnostic else 4 * num_classes)
-        # All classes and no correction, to begin with (Fast R-CNN, section 2.3).
+        # Start with equal scores and no correction (Fast R-CNN, section 2.3).
         for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
@@ -143,73 +151,11 @@ class BoxPredictor(nn.Module):
         return self.cls_score(features).float(), codes.unflatten(1, (-1, 4))
 
 
-# --- Box heads made of a backbone's own last layers: a ResNet's fourth stage, a VGG's fc6 and f
-
-
-class StageHead(nn.Module):
-    """(R, C, S, S) -> (R, D): a stage of convolutions, `norm`, and the mean over cells."""
-
-    def __init__(self, stage: nn.Module, norm: nn.Module) -> None:
-        super().__init__()
-        self._borrowed = (stage,)  # in a tuple torch takes no part of
-        self.norm = norm
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        features: Tensor = self.norm(self._borrowed[0](pooled))
-        return features.mean((2, 3))
-
-
-class LayersHead(nn.Module):
-    """(R, C, S, S) -> (R, D): linear layers, or convolutions as wide as S, each with ReLU and
-    dropout."""
-
-    def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d], dropout: float) -> None:
-        super().__init__()
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: must lie in [0, 1), got {dropout}.")
-        self._borrowed = tuple(layers)
-        self.dropout = dropout
-
-    def forward(self, features: Tensor) -> Tensor:
-        for layer in self._borrowed:
-            inputs = features.flatten(1) if isinstance(layer, nn.Linear) else features
-            features = F.dropout(F.relu(layer(inputs)), self.dropout, self.training)
-        return features.flatten(1)
-
-
-def fully_connected(backbone: Backbone) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
-    """Return fc6 and fc7 of a torchvision or timm VGG.
-
-    Raises:
-        ValueError: the backbone is no VGG.
-    """
-    for fc6, fc7 in (("classifier.0", "classifier.3"), ("pre_logits.fc1", "pre_logits.fc2")):
-        known = dict(backbone.model.named_modules())
-        layers = known.get(fc6), known.get(fc7)
-        if "features" in known and all(isinstance(x, nn.Linear | nn.Conv2d) for x in layers):
-            return layers  # type: ignore[return-value]
-    raise ValueError(
-        "torchvision_c5 needs a VGG, whose fc6 and fc7 become the box head, and this backbone is "
-        f"a {type(backbone.model).__name__}. Use torchvision_c4 or torchvision_fpn."
-    )
-
-
-def norm_like(backbone: Backbone, channels: int) -> nn.Module:
-    """Return a BatchNorm, synchronised over processes if the backbone's are."""
-    synced = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
-    return nn.SyncBatchNorm(channels) if synced else nn.BatchNorm2d(channels)
-
-
-# --- What a proposal's maps are at a fixed number of cells.
-
-USUAL_SIDE_PX, USUAL_LEVEL = 224, 4  # a box of 224 px belongs on the map of stride 2^4
-
-
 class RoiPooler(nn.Module):
-    """(maps, proposals) -> (R, C, S, S) float32, each proposal from the map its size suits.
+    """(maps, proposals) -> (R, C, S, S) float32, each proposal from the feature map for its size.
 
-    A box of 224 px is pooled from stride 16, one of half the side from half the stride (Lin et
-    al., CVPR 2017, equation 1), as far as there are maps.
+    A box of 224 px is pooled from stride 16, one of half the side from half the stride, and so on
+    within the available strides.
     """
 
     def __init__(self, strides: Sequence[int], options: BoxOptions) -> None:
@@ -218,11 +164,11 @@ class RoiPooler(nn.Module):
         self.options = options
 
     def forward(self, maps: Sequence[Tensor], proposals: Sequence[Tensor]) -> Tensor:
-        """Pool the (P, 4) xyxy proposals of each image; of `maps` those of `strides`, in order."""
+        """Pool the (P, 4) xyxy proposals of each image; `maps` may have further, coarser levels."""
         boxes = torch.cat(list(proposals))
         image = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(proposals)])
         rois = torch.cat([image, boxes], 1)
-        # Coordinates of the maps' own type would be rounded to 8 bits under autocast.
+        # In bfloat16, coordinates would be rounded to 8 bits.
         used = [maps[level].float() for level in range(len(self.strides))]
         if len(used) == 1:
             return self._pool(used[0], rois, self.strides[0])
@@ -235,23 +181,62 @@ class RoiPooler(nn.Module):
         return pooled
 
     def _level_of(self, boxes: Tensor) -> Tensor:
-        side = box_area(boxes).sqrt() / USUAL_SIDE_PX
+        side = box_area(boxes).sqrt() / CANONICAL_SIDE_PX
         level = (
-            torch.floor(USUAL_LEVEL + torch.log2(side + 1e-8)) - self.strides[0].bit_length() + 1
+            torch.floor(CANONICAL_LEVEL + torch.log2(side + 1e-8))
+            - self.strides[0].bit_length()
+            + 1
         )
         return level.clamp(0, len(self.strides) - 1).long()
 
     def _pool(self, features: Tensor, rois: Tensor, stride: int) -> Tensor:
-        options = self.options
-        if options.pooler == "roi_pool":
-            pooled: Tensor = roi_pool(features, rois, options.pool_size, 1 / stride)
-        else:
-            pooled = roi_align(
-                features,
-                rois,
-                options.pool_size,
-                1 / stride,
-                options.sampling_ratio,
-                aligned=True,
-            )
+        size, ratio = self.options.pool_size, self.options.sampling_ratio
+        pooled: Tensor = (
+            roi_pool(features, rois, size, 1 / stride)
+            if self.options.pooler == "roi_pool"
+            else roi_align(features, rois, size, 1 / stride, ratio, aligned=True)
+        )
         return pooled
+
+
+class StageHead(nn.Module):
+    """(R, C, S, S) -> (R, D): a backbone's last stage, `norm`, and the mean over cells."""
+
+    def __init__(self, stage: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self._borrowed = (stage,)  # in a tuple, so that torch does not register it
+        self.norm = norm
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        features: Tensor = self.norm(self._borrowed[0](pooled))
+        return features.mean((2, 3))
+
+
+class LayersHead(nn.Module):
+    """(R, C, S, S) -> (R, D): linear layers or S x S convolutions, with ReLU and dropout."""
+
+    def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d], dropout: float) -> None:
+        super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: must be in [0, 1), got {dropout}.")
+        self._borrowed = tuple(layers)
+        self.dropout = dropout
+
+    def forward(self, features: Tensor) -> Tensor:
+        for layer in self._borrowed:
+            inputs = features.flatten(1) if isinstance(layer, nn.Linear) else features
+            features = F.dropout(F.relu(layer(inputs)), self.dropout, self.training)
+        return features.flatten(1)
+
+
+def fully_connected(backbone: Backbone) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
+    """Return fc6 and fc7 of a torchvision or timm VGG; raise a ValueError for other backbones."""
+    for fc6, fc7 in (("classifier.0", "classifier.3"), ("pre_logits.fc1", "pre_logits.fc2")):
+        modules = dict(backbone.model.named_modules())
+        layers = modules.get(fc6), modules.get(fc7)
+        if "features" in modules and all(isinstance(x, nn.Linear | nn.Conv2d) for x in layers):
+            return layers  # type: ignore[return-value]
+    raise ValueError(
+        "torchvision_c5 needs a VGG, whose fc6 and fc7 become the box head, and this backbone is "
+        f"a {type(backbone.model).__name__}. Use torchvision_c4 or torchvision_fpn."
+    )

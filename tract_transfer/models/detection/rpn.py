@@ -1,5 +1,7 @@
 """The region proposal network (Ren et al., NeurIPS 2015)."""
 
+# B images, A anchors or other candidates, G objects, L feature maps
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -12,96 +14,29 @@ from torchvision.ops import batched_nms, box_area, box_iou, clip_boxes_to_image,
 
 from tract_transfer.models.detection.options import RpnOptions
 
-# --- Which candidate boxes are objects, which are background, and which of them are trained on.
-
 POSITIVE, NEGATIVE, NEITHER = 1, 0, -1
 IGNORED_SHARE = 0.5
+SMALLEST_PX = 1e-3  # the log size of a proposal without area is not finite
 
 
 class Objects(NamedTuple):
-    """The objects of a training image: `boxes` (G, 4) float32 xyxy pixels, `labels` (G,) in
-    0..K-1, and `ignored` (M, 4), the boxes that are neither object nor background."""
+    """The objects of a training image.
+
+    `boxes` (G, 4) float32 xyxy pixels, `labels` (G,) in 0..K-1, and `ignored` (M, 4), boxes that
+    are neither object nor background.
+    """
 
     boxes: Tensor
     labels: Tensor
     ignored: Tensor
 
 
-def assign(
-    candidates: Tensor,
-    objects: Objects,
-    *,
-    fg_iou: float,
-    bg_iou: tuple[float, float],
-    best_is_positive: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Match every candidate with the object it overlaps most.
-
-    Args:
-        candidates: (A, 4) xyxy.
-        fg_iou: positive from this IoU on.
-        bg_iou: negative where the IoU lies in [low, high), unless half the candidate or more lies
-            within an ignored box.
-        best_is_positive: the candidates that overlap an object most are positive, however little.
-
-    Returns:
-        status (A,): POSITIVE, NEGATIVE or NEITHER; matched (A,): indices of objects, 0 where there
-        is none.
-    """
-    best = candidates.new_zeros(len(candidates))
-    matched = torch.zeros(len(candidates), dtype=torch.int64, device=candidates.device)
-    positive = torch.zeros_like(matched, dtype=torch.bool)
-    if len(candidates) and len(objects.boxes):
-        iou = box_iou(objects.boxes, candidates)  # (G, A)
-        best, matched = iou.max(0)
-        positive = best >= fg_iou
-        if best_is_positive:
-            most = iou.amax(1, keepdim=True)
-            positive |= ((iou == most) & (most > 0)).any(0)  # an object that none overlaps has none
-    low, high = bg_iou
-    negative = (best >= low) & (best < high) & ~within(candidates, objects.ignored)
-    status = torch.full_like(matched, NEITHER)
-    status[negative] = NEGATIVE
-    status[positive] = POSITIVE
-    return status, matched
-
-
-def within(boxes: Tensor, regions: Tensor) -> Tensor:
-    """Return (A,) bool: whether half a box's own area or more lies in one of the (M, 4) regions."""
-    if not len(regions) or not len(boxes):
-        return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    corner = torch.maximum(boxes[:, None, :2], regions[None, :, :2])
-    opposite = torch.minimum(boxes[:, None, 2:], regions[None, :, 2:])
-    shared = (opposite - corner).clamp(min=0).prod(-1)
-    within_one: Tensor = shared.amax(1) >= IGNORED_SHARE * box_area(boxes).clamp(min=1e-6)
-    return within_one
-
-
-def sample(status: Tensor, count: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
-    """Draw at most `count` candidates: indices of positives, at most that share, and of negatives.
-
-    Negatives fill up what positives leave.
-    """
-    positive = torch.where(status == POSITIVE)[0]
-    negative = torch.where(status == NEGATIVE)[0]
-    positive = _draw(positive, int(count * positive_fraction))
-    return positive, _draw(negative, count - len(positive))
-
-
-def _draw(indices: Tensor, count: int) -> Tensor:
-    order = torch.randperm(len(indices), device=indices.device)
-    return indices[order[:count]]
-
-
-SMALLEST_PX = 1e-3  # a proposal without area has no log size
-
-
 class RegionProposals(nn.Module):
-    """Proposes boxes from every map of `strides`, by one head for all of them.
+    """Proposes boxes from feature maps of the given strides, with one head for all.
 
-    `proposals, losses = rpn(maps, image_sizes, scales, objects)`: the proposals are (P, 4) float32
-    xyxy an image, best first; the losses are there where objects are given. Boxes are computed in
-    float32, whatever autocast makes of the maps.
+    `proposals, losses = rpn(maps, image_sizes, scales, objects)`: the proposals of an image are
+    (P, 4) float32 xyxy, best first; without objects there are no losses. Boxes are computed in
+    float32, even under autocast.
     """
 
     def __init__(self, channels: int, strides: Sequence[int], options: RpnOptions) -> None:
@@ -122,18 +57,20 @@ class RegionProposals(nn.Module):
 
         Args:
             maps: L of (B, C, H / stride, W / stride), of the padded batch.
-            image_sizes: (height, width) of each image in it.
-            scales: what each image was resized by.
-            objects: of each image; then there are losses.
+            image_sizes: (height, width) of each image in the batch.
+            scales: the factor by which each image was resized.
+            objects: of each image, for the losses.
         """
         logits, offsets = self.head(list(maps))
         anchors = [
-            anchor_grid(int(each.shape[-2]), int(each.shape[-1]), stride, self.options, each.device)
-            for each, stride in zip(maps, self.strides, strict=True)
+            anchor_grid(
+                features.shape[-2], features.shape[-1], stride, self.options, features.device
+            )
+            for features, stride in zip(maps, self.strides, strict=True)
         ]
-        scores = [each.float().permute(0, 2, 3, 1).flatten(1) for each in logits]
+        scores = [level.float().permute(0, 2, 3, 1).flatten(1) for level in logits]
         # (B, H W A, 4)
-        codes = [each.float().permute(0, 2, 3, 1).reshape(len(each), -1, 4) for each in offsets]
+        codes = [level.float().permute(0, 2, 3, 1).reshape(len(level), -1, 4) for level in offsets]
         proposals = self._propose(anchors, scores, codes, image_sizes, scales)
         if objects is None:
             return proposals, {}
@@ -163,15 +100,15 @@ class RegionProposals(nn.Module):
             all_boxes.append(boxes.view(*index.shape, 4))
             all_scores.append(best)
             levels.append(torch.full_like(index, level))
-        found = []
+        proposals = []
         joined = torch.cat(all_boxes, 1), torch.cat(all_scores, 1), torch.cat(levels, 1)
         for boxes, score, level_of, size, scale in zip(*joined, image_sizes, scales, strict=True):
             boxes = clip_boxes_to_image(boxes, size)
             large = remove_small_boxes(boxes, max(SMALLEST_PX, options.min_size_px * scale))
             boxes = boxes[large]
             kept = batched_nms(boxes, score[large], level_of[large], options.nms_iou)
-            found.append(boxes[kept[:after]])
-        return found
+            proposals.append(boxes[kept[:after]])
+        return proposals
 
     def _losses(
         self,
@@ -181,17 +118,17 @@ class RegionProposals(nn.Module):
         image_sizes: Sequence[tuple[int, int]],
         objects: Sequence[Objects],
     ) -> dict[str, Tensor]:
-        """Return the mean over all sampled anchors of the batch of either loss."""
+        """Return both losses as means over the sampled anchors of the batch."""
         options = self.options
         loss_cls, loss_box, count = scores.new_zeros(()), scores.new_zeros(()), 0
-        for score, code, size, own in zip(scores, codes, image_sizes, objects, strict=True):
+        for score, code, size, truth in zip(scores, codes, image_sizes, objects, strict=True):
             inside = torch.arange(len(anchors), device=anchors.device)
-            # Before matching: the best of what is left is an object.
+            # Before matching, so that each object has a best anchor among the remaining ones.
             if options.drop_cross_boundary:
                 inside = torch.where(_lies_inside(anchors, size))[0]
             status, matched = assign(
                 anchors[inside],
-                own,
+                truth,
                 fg_iou=options.fg_iou,
                 bg_iou=(0.0, options.bg_iou),
                 best_is_positive=True,
@@ -200,16 +137,17 @@ class RegionProposals(nn.Module):
                 status, options.samples_per_image, options.positive_fraction
             )
             sampled = inside[torch.cat([positive, negative])]
-            truth = torch.zeros(len(sampled), device=scores.device)
-            truth[: len(positive)] = 1
-            wanted = self.box_coder.encode_single(
-                own.boxes[matched[positive]], anchors[inside[positive]]
-            )
+            is_object = torch.zeros(len(sampled), device=scores.device)
+            is_object[: len(positive)] = 1
             loss_cls = loss_cls + F.binary_cross_entropy_with_logits(
-                score[sampled], truth, reduction="sum"
+                score[sampled], is_object, reduction="sum"
+            )
+            positive_anchors = inside[positive]
+            target = self.box_coder.encode_single(
+                truth.boxes[matched[positive]], anchors[positive_anchors]
             )
             loss_box = loss_box + F.smooth_l1_loss(
-                code[inside[positive]], wanted, beta=options.smooth_l1_beta, reduction="sum"
+                code[positive_anchors], target, beta=options.smooth_l1_beta, reduction="sum"
             )
             count += len(sampled)
         return {"loss_rpn_cls": loss_cls / max(count, 1), "loss_rpn_box": loss_box / max(count, 1)}
@@ -218,17 +156,79 @@ class RegionProposals(nn.Module):
 def anchor_grid(
     height: int, width: int, stride: int, options: RpnOptions, device: torch.device | None = None
 ) -> Tensor:
-    """Return the anchors of a map of that many cells, (H W A, 4) float32 xyxy, cell by cell."""
+    """Return the anchors of a feature map, (H W A, 4) float32 xyxy, cell by cell."""
     floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
     sides = torch.tensor(options.anchor_scales, **floats) * stride
     roots = torch.tensor(options.anchor_ratios, **floats).sqrt()
     halves = torch.stack([sides / roots[:, None], sides * roots[:, None]], -1).view(-1, 2) / 2
     x, y = ((torch.arange(n, **floats) + options.anchor_offset) * stride for n in (width, height))
-    centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(-1, 1, 2)
-    return torch.cat([centres - halves, centres + halves], -1).view(-1, 4)
+    centers = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(-1, 1, 2)
+    return torch.cat([centers - halves, centers + halves], -1).view(-1, 4)
 
 
 def _lies_inside(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     height, width = size
     left, top, right, bottom = boxes.unbind(-1)
     return (left >= 0) & (top >= 0) & (right <= width) & (bottom <= height)
+
+
+def assign(
+    candidates: Tensor,
+    objects: Objects,
+    *,
+    fg_iou: float,
+    bg_iou: tuple[float, float],
+    best_is_positive: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Match each candidate with the object that it overlaps most.
+
+    Args:
+        candidates: (A, 4) xyxy.
+        fg_iou: a candidate is positive from this IoU.
+        bg_iou: [low, high): it is negative if its IoU is in this range, and less than half of it
+            is in an ignored box.
+        best_is_positive: the candidates that overlap an object most are positive at any IoU > 0.
+
+    Returns:
+        status (A,): POSITIVE, NEGATIVE or NEITHER; matched (A,): indices of objects, or 0.
+    """
+    best = candidates.new_zeros(len(candidates))
+    matched = torch.zeros(len(candidates), dtype=torch.int64, device=candidates.device)
+    positive = torch.zeros_like(matched, dtype=torch.bool)
+    if len(candidates) and len(objects.boxes):
+        iou = box_iou(objects.boxes, candidates)  # (G, A)
+        best, matched = iou.max(0)
+        positive = best >= fg_iou
+        if best_is_positive:
+            most = iou.amax(1, keepdim=True)
+            positive |= ((iou == most) & (most > 0)).any(0)
+    low, high = bg_iou
+    negative = (best >= low) & (best < high) & ~within(candidates, objects.ignored)
+    status = torch.full_like(matched, NEITHER)
+    status[negative] = NEGATIVE
+    status[positive] = POSITIVE
+    return status, matched
+
+
+def within(boxes: Tensor, regions: Tensor) -> Tensor:
+    """Return (A,) bool: whether at least half of a box is in one of the (M, 4) regions."""
+    if not len(regions) or not len(boxes):
+        return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    corner = torch.maximum(boxes[:, None, :2], regions[None, :, :2])
+    opposite = torch.minimum(boxes[:, None, 2:], regions[None, :, 2:])
+    shared = (opposite - corner).clamp(min=0).prod(-1)
+    within_one: Tensor = shared.amax(1) >= IGNORED_SHARE * box_area(boxes).clamp(min=1e-6)
+    return within_one
+
+
+def sample(status: Tensor, count: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
+    """Draw indices of positives, up to their fraction of `count`, and of negatives for the rest."""
+    positive = torch.where(status == POSITIVE)[0]
+    negative = torch.where(status == NEGATIVE)[0]
+    positive = _draw(positive, int(count * positive_fraction))
+    return positive, _draw(negative, count - len(positive))
+
+
+def _draw(indices: Tensor, count: int) -> Tensor:
+    order = torch.randperm(len(indices), device=indices.device)
+    return indices[order[:count]]

@@ -1,4 +1,4 @@
-"""Faster R-CNN as one module, whatever its maps come from."""
+"""Faster R-CNN as one module, and its test-time flipping."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import batched_nms
 
 from tract_transfer.models.backbone import Backbone
 from tract_transfer.models.detection.rpn import Objects
@@ -16,20 +17,20 @@ DIFFICULT = ("keep", "drop", "ignore")
 class TwoStageDetector(nn.Module):
     """Faster R-CNN (Ren et al., NeurIPS 2015).
 
-    In training `model(images, targets)` returns its four losses; in eval `model(images)` returns
-    a dict an image: `boxes` (N, 4) float32 xyxy in that image's own pixels, `scores` (N,)
+    In training `model(images, targets)` returns its four losses; in eval `model(images)` returns a
+    dict per image: `boxes` (N, 4) float32 xyxy in pixels of the input image, `scores` (N,)
     descending, `labels` (N,) in 0..K-1. Images are a list of (3, H, W) RGB, uint8 or float in
-    [0, 1]. Training images come at their training size; at test time the model resizes.
+    [0, 1]. Training images have their final size; test images are resized here.
 
     Args:
-        neck: {name: map} of the backbone -> {name: map} of what both stages read, finest first.
+        neck: {name: backbone feature map} -> {name: feature map for both stages}, finest first.
         rpn: (maps, image_sizes, scales, objects) -> (proposals, losses).
         roi_heads: (maps, proposals, image_sizes, objects) -> (detections, losses).
-        map_names: the backbone's maps the neck reads.
-        short_side_px, max_side_px: the size of test images.
-        size_divisor: batches are padded to multiples of it.
-        difficult_in_training: objects marked difficult are learnt (`keep`), background (`drop`),
-            or neither (`ignore`).
+        map_names: the feature maps that the neck reads.
+        short_side_px, max_side_px: size of test images.
+        size_divisor: batches are padded to a multiple of it.
+        difficult_in_training: whether objects marked difficult are objects (`keep`), background
+            (`drop`), or neither (`ignore`).
     """
 
     def __init__(
@@ -66,13 +67,13 @@ class TwoStageDetector(nn.Module):
         """Return losses or detections; see the class.
 
         Args:
-            targets: `boxes` (N, 4) float32 xyxy, `labels` (N,), `difficult` (N,) bool; `scale`,
-                what the image was resized by, is 1 where it is not told.
+            targets: `boxes` (N, 4) float32 xyxy, `labels` (N,), `difficult` (N,) bool, and
+                `scale`, the factor by which the image was resized (default 1).
         """
         inputs = images if self.training else [self._resize(image) for image in images]
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in inputs]
-        found = self.neck(self.backbone.maps(self._pad(inputs, sizes), self.map_names))
-        maps = list(found.values())
+        features = self.backbone.maps(self._pad(inputs, sizes), self.map_names)
+        maps = list(self.neck(features).values())
         if self.training:
             assert targets is not None
             scales = [float(target.get("scale", 1.0)) for target in targets]
@@ -84,22 +85,22 @@ class TwoStageDetector(nn.Module):
         proposals, _ = self.rpn(maps, sizes, scales)
         detections, _ = self.roi_heads(maps, proposals, sizes)
         return [
-            _in_pixels_of(image, size, each)
-            for image, size, each in zip(images, sizes, detections, strict=True)
+            _to_pixels_of(image, size, detected)
+            for image, size, detected in zip(images, sizes, detections, strict=True)
         ]
 
     def _objects(self, target: dict[str, Any]) -> Objects:
         boxes, labels = target["boxes"], target["labels"]
         if self.difficult_in_training == "keep":
-            # A crowd is a region, and no object to learn.
-            learnt = ~target["crowd"] if "crowd" in target else slice(None)
-            return Objects(boxes[learnt], labels[learnt], boxes[:0])
+            # A crowd is a region, not an object to learn.
+            kept = ~target["crowd"] if "crowd" in target else slice(None)
+            return Objects(boxes[kept], labels[kept], boxes[:0])
         difficult = target["difficult"]
         ignored = boxes[difficult] if self.difficult_in_training == "ignore" else boxes[:0]
         return Objects(boxes[~difficult], labels[~difficult], ignored)
 
     def _resize(self, image: Tensor) -> Tensor:
-        """Resize (3, H, W) so that its short side is `short_side_px`, its long side at most max."""
+        """Resize (3, H, W) to `short_side_px`, or less to keep the long side at `max_side_px`."""
         short, long = sorted(image.shape[-2:])
         scale = min(self.short_side_px / short, self.max_side_px / long)
         size = [max(1, round(side * scale)) for side in image.shape[-2:]]
@@ -108,7 +109,7 @@ class TwoStageDetector(nn.Module):
         return F.interpolate(_as_float(image)[None], size, mode="bilinear", antialias=False)[0]
 
     def _pad(self, images: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
-        """Join images to one batch, padded with the mean colour: 0 after normalisation."""
+        """Join images to one batch, padded with the mean color: 0 after normalization."""
         height, width = (
             -(-max(sides) // self.size_divisor) * self.size_divisor
             for sides in zip(*sizes, strict=True)
@@ -123,10 +124,45 @@ def _as_float(image: Tensor) -> Tensor:
     return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
-def _in_pixels_of(
-    image: Tensor, size: tuple[int, int], found: dict[str, Tensor]
+def _to_pixels_of(
+    image: Tensor, size: tuple[int, int], detections: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Scale boxes from the size the model saw back to the image."""
+    """Scale boxes from the resized (height, width) back to the image."""
     ratio_y, ratio_x = image.shape[-2] / size[0], image.shape[-1] / size[1]
-    scale = found["boxes"].new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
-    return {**found, "boxes": found["boxes"] * scale}
+    scale = detections["boxes"].new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+    return {**detections, "boxes": detections["boxes"] * scale}
+
+
+class FlipDetector(nn.Module):
+    """Test-time flipping: in eval, merges the detections of each image and of its mirror image.
+
+    Per class, non-maximum suppression at `nms_iou` keeps the best of overlapping boxes; the
+    `max_detections` best boxes of an image remain. Inputs and outputs are the detector's.
+    """
+
+    def __init__(
+        self, detector: nn.Module, nms_iou: float = 0.5, max_detections: int = 100
+    ) -> None:
+        super().__init__()
+        self.detector = detector
+        self.nms_iou = nms_iou
+        self.max_detections = max_detections
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        plain = self.detector(images)
+        mirrored = self.detector([image.flip(-1) for image in images])
+        return [
+            self._merge(first, mirror(second, image.shape[-1]))
+            for image, first, second in zip(images, plain, mirrored, strict=True)
+        ]
+
+    def _merge(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+        both = {key: torch.cat([first[key], second[key]]) for key in ("boxes", "scores", "labels")}
+        kept = batched_nms(both["boxes"], both["scores"], both["labels"], self.nms_iou)
+        return {key: rows[kept[: self.max_detections]] for key, rows in both.items()}
+
+
+def mirror(detections: dict[str, Tensor], width_px: int) -> dict[str, Tensor]:
+    """Return the detections of an image from those of its mirror image; x2 is exclusive."""
+    x1, y1, x2, y2 = detections["boxes"].unbind(dim=1)
+    return {**detections, "boxes": torch.stack([width_px - x2, y1, width_px - x1, y2], dim=1)}

@@ -1,0 +1,674 @@
+"""Data that cannot be used: the error names the file, row or line, and the fix."""
+
+import json
+import re
+from io import BytesIO
+
+import datasets
+import numpy as np
+import pytest
+from box_data import NAMES as PETS
+from box_data import picture, write_coco, write_voc
+from PIL import Image
+from stream_rows import huggingface, make_rows, order_of, write_folders, write_shards, write_splits
+
+from tract_transfer.config.schema import load_config
+from tract_transfer.data.classification import ClassificationDataset, hold_out
+from tract_transfer.data.digits import load_digits, write_digit_scenes
+from tract_transfer.data.findings import Findings
+from tract_transfer.data.huggingface import load_huggingface, load_huggingface_boxes
+from tract_transfer.data.images import UndecodableImage, decode_image, read_video
+from tract_transfer.data.sampling import EpochOrder, TrainBatchSampler
+from tract_transfer.data.streaming import StreamBatches, stream_huggingface
+from tract_transfer.data.transforms import (
+    classification_eval,
+    classification_train,
+    detection_train,
+)
+from tract_transfer.run.evaluate import evaluate_run
+from tract_transfer.run.run import run
+
+pytestmark = pytest.mark.usefixtures("offline_cache")
+OBJECTS = [("dog", (4, 5, 5, 7.5)), ("cat", (0, 0, 40, 30))]
+INTEGER, STRING = datasets.Value("int64"), datasets.Value("string")
+ONE_BOX = [("dog", (4, 5, 14, 25))]
+
+
+# Rows of Hugging Face `datasets`.
+
+
+def rows(*labels, load=None, split="train", **options):
+    """Load parquet rows of these labels, by default three; `load` are the loader's arguments."""
+
+    def make(folder):
+        make_rows(list(labels) or 3, **options).to_parquet(folder / "train.parquet")
+        load_huggingface(str(folder), split, key="k", **(load or {}))
+
+    return make
+
+
+def saved(change, read):
+    """Save three rows, changed, and read them."""
+
+    def make(folder):
+        change(make_rows(3)).save_to_disk(folder / "saved")
+        read(load_huggingface(str(folder / "saved"), "train[:0]"))
+
+    return make
+
+
+def missing_shard(folder):
+    make_rows(1).to_parquet(folder / "train-00000-of-00002.parquet")
+    load_huggingface(str(folder), "train")
+
+
+def other_file(folder):
+    (folder / "train.csv").write_text("a,b\n")
+    load_huggingface(str(folder / "train.csv"), "train")
+
+
+def named_file(folder):
+    make_rows(1).to_parquet(folder / "test.parquet")
+    load_huggingface(str(folder / "test.parquet"), "train")
+
+
+def broken_file(folder):
+    (folder / "train.parquet").write_bytes(b"PAR1 cut")
+    load_huggingface(str(folder), "train")
+
+
+def empty_folder(folder):
+    (folder / "pets").mkdir()
+    load_huggingface(str(folder / "pets"), "train")
+
+
+def cell_of_another_file(folder):
+    picture(1).save(folder / "secret.png")
+    (folder / "data").mkdir()
+    cells = [{"bytes": None, "path": str(folder / "secret.png")}] * 2
+    feature = datasets.Image(decode=False)
+    made = make_rows([0, 1], image=(feature, cells)).with_format("arrow")
+    datasets.Dataset(made.data).cast_column("image", datasets.Image()).to_parquet(
+        folder / "data/train.parquet"
+    )
+    load_huggingface(str(folder / "data"), "train").image(0)
+
+
+HUGGING_FACE = {
+    "no path": (lambda _: load_huggingface("./absent", "train", key="data.val"), FileNotFoundError,
+        r"absent does not exist. Set data.val.path"),
+    "a hub that does not answer": (lambda _: load_huggingface("owner/absent", "train"),
+        ConnectionError, r"save_to_disk.*data.train.path"),
+    "a revision of local data": (rows(load={"revision": "main"}), ValueError,
+        "has neither revisions nor configurations. Remove k.revision"),
+    "a file that is no parquet": (other_file, ValueError, "neither a parquet file nor a folder"),
+    "a parquet file of another split": (named_file, ValueError, r"no split 'train'.*\['test'\]"),
+    "a broken parquet file": (broken_file, ValueError, "train.parquet|did not load"),
+    "no such split": (rows(split="trein"), ValueError,
+        r"no split 'trein'. Did you mean 'train'\? Set k.split to one of"),
+    "an empty folder": (empty_folder, ValueError, r"<class>/x.png.*Set data.train.path"),
+    "parquet shards of which one is missing": (missing_shard, ValueError,
+        "all 2 files of split 'train', but has 1"),
+    "a slice without rows": (saved(lambda rows: rows, len), ValueError,
+        "has no rows. Set data.train.split"),
+    "a saved split without rows": (saved(lambda rows: rows.select([]), len), ValueError,
+        "data.train"),
+    "no image column": (rows(image=None), ValueError,
+        r"feature Image, but 0 have: set k.image_column. Columns: label \(ClassLabel\)"),
+    "two image columns": (rows(other=(datasets.Image(), [picture(i) for i in range(3)])),
+        ValueError, r"2 have: set k.image_column.*other \(Image\)"),
+    "an image column of labels": (rows(load={"image_column": "label"}), ValueError,
+        r"k\.image_column.*feature Image"),
+    "no label column": (rows(label=None), ValueError,
+        r"feature ClassLabel, but 0 have: set k.label_column.*image \(Image\)"),
+    "two label columns": (rows(coarse=(datasets.ClassLabel(names=PETS), [0, 1, 0])), ValueError,
+        r"2 have: set k.label_column.*coarse \(ClassLabel"),
+    "integer labels without label_column": (rows(0, 7, feature=INTEGER), ValueError,
+        r"k\.label_column. .*label \(int64\)"),
+    "a misspelt label column": (rows(load={"label_column": "lable"}), ValueError,
+        r"k.label_column: no column 'lable'. Did you mean 'label'.*image \(Image\)"),
+    "labels of one class": (rows(0, 0, names=["cat"]), ValueError,
+        r"one class, \['cat'\].*Set k.label_column"),
+    "an unlabelled split": (rows(-1, -1), ValueError,
+        r"split train row 0: label -1 in column 'label' must be in 0\.\.2.*unlabelled.*k\.split"),
+    "a row without a label": (rows(0, None), ValueError, "row 1: label -1"),
+    "a negative label": (rows(0, 1, -3, feature=INTEGER, load={"label_column": "label"}),
+        ValueError, "row 2: label -3"),
+    "an integer row without a label": (
+        rows(1, None, 0, feature=datasets.Value("uint8"), load={"label_column": "label"}),
+        ValueError, "row 1: label -1 .*unlabelled"),
+    "integers that are no class numbers": (
+        rows(0, 5_000_000_000, feature=INTEGER, load={"label_column": "label"}), ValueError,
+        r"k\.label_column: its integers reach 5000000000.*Number them 0, 1"),
+    **{f"labels of type {dtype}": (
+        rows(*labels, feature=feature, load={"label_column": "label"}), ValueError,
+        rf"k\.label_column.*not {dtype}.*class_encode_column\('label'\)")
+       for dtype, feature, labels in [("string", STRING, ["b", "a"]),
+           ("float32", datasets.Value("float32"), [0.0, 1.0]),
+           ("List", datasets.List(INTEGER), [[0, 1], [1]])]},
+    "a parquet cell that names a file elsewhere": (cell_of_another_file, ValueError, "not below"),
+}  # fmt: skip
+
+
+# Streams.
+
+
+def stream(split="train", path="", **options):
+    """Stream shards of 70 rows."""
+
+    def make(folder):
+        write_shards(folder)
+        return stream_huggingface(str(folder / path), split, **options)
+
+    return make
+
+
+def other_shards(folder):
+    make_rows(3).to_parquet(folder / "train-00000-of-00002.parquet")
+    make_rows(3, ["dog", "cat", "eel"]).to_parquet(folder / "train-00001-of-00002.parquet")
+    stream_huggingface(str(folder), "train")
+
+
+def stream_integers(num_classes):
+    def make(folder):
+        write_shards(folder, names=None)
+        stream_huggingface(str(folder), "train", label_column="label", num_classes=num_classes)
+
+    return make
+
+
+def streamed_broken_file(folder):
+    (folder / "train.parquet").write_bytes(b"PAR1 cut")
+    stream_huggingface(str(folder), "train")
+
+
+def batches(*where, **order):
+    def make(folder):
+        opened = stream()(folder)
+        StreamBatches(opened, order_of(opened, **order), *where)
+
+    return make
+
+
+STREAMS = {
+    "a slice of a stream": (stream("train[:10%]"), ValueError,
+        r"split: train\[:10%\] is a slice.*set data.train.streaming: false"),
+    "a split that a stream does not have": (stream("trein"), ValueError,
+        r"no split 'trein'\. Did you mean 'train'"),
+    "num_classes of named classes": (stream(num_classes=3), ValueError,
+        "num_classes: 'label' has its own classes"),
+    "num_classes of an image folder": (
+        lambda folder: stream_huggingface(write_folders(folder), "train", num_classes=3),
+        ValueError, "num_classes: the folders of .* are its classes"),
+    "streamed integers without num_classes": (stream_integers(None), ValueError,
+        r"data.train.num_classes: 'label' holds integers"),
+    "a streamed label above num_classes": (stream_integers(2), ValueError,
+        r"row 2: label 2 .*must be in 0\.\.1"),
+    "a stream of one class": (
+        lambda folder: stream_huggingface(write_shards(folder, (1,), names=["cat"]), "train"),
+        ValueError, r"has one class, \['cat'\]"),
+    "a streamed parquet file cut short": (streamed_broken_file, ValueError,
+        "no complete parquet file"),
+    "streamed shards of other classes": (other_shards, ValueError,
+        r"same columns and classes, and .*00001-of-00002"),
+    "data.readers that do not divide the batch": (batches(readers=3), ValueError,
+        r"data.readers must divide .* 3 does not divide 8"),
+    "a streamed batch larger than the data": (batches(batch_size=72), ValueError,
+        r"data.batch_size must lie in 1\.\.70"),
+    "fewer readers than processes": (batches(0, 0, 8), ValueError,
+        r"data.readers must be a multiple of .* 8, got 4"),
+    "a streamed batch that does not divide": (batches(0, 0, 1, 3), ValueError,
+        "divisible by processes x engine.accumulate"),
+}  # fmt: skip
+
+
+# Boxes of a VOC devkit and of Hugging Face rows; COCO's are below, and invalid boxes of all formats
+# in test_detection.py.
+
+
+def box(*corners):
+    sides = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=False)
+    return "<bndbox>" + "".join(f"<{side}>{value}</{side}>" for side, value in sides) + "</bndbox>"
+
+
+def thing(name="cat", corners=(1, 1, 40, 30), more=""):
+    return f"<object><name>{name}</name>{more}{box(*corners)}</object>"
+
+
+def voc(annotation=None, lines=None, remove=None, **options):
+    """Load a devkit whose first annotation, split file or files are changed."""
+
+    def make(folder):
+        load = write_voc(folder, ONE_BOX)
+        devkit = folder / "VOC2007"
+        if annotation is not None:
+            (devkit / "Annotations/0.xml").write_text(annotation)
+        if lines is not None:
+            (devkit / "ImageSets/Main/train.txt").write_bytes(lines)
+        if remove is not None:
+            (devkit / remove).unlink()
+        load(key="data.val", **options)
+
+    return make
+
+
+def voc_object(objects):
+    size = "<size><width>40</width><height>30</height></size>"
+    return voc(f"<annotation>{size}{objects}</annotation>")
+
+
+def xml(head):
+    return voc(f"{head}<annotation><folder>&e;</folder>{thing()}</annotation>")
+
+
+VOC = {
+    "no VOC devkit of that year": (voc(sets=["2012/train"]), FileNotFoundError,
+        r"No VOC devkit for '2012'.*VOC2012/Annotations.*Set data.val.root"),
+    "no VOC split file": (voc(sets=["2007/trian"]), FileNotFoundError,
+        r"trian.txt does not exist. Did you mean 'train'.*Set data.val.sets"),
+    "a VOC set without a split": (voc(sets=["2007"]), ValueError, "must be <year>/<split>"),
+    "no VOC set": (voc(sets=[]), ValueError, "data.val.sets must name at least one set"),
+    "a blank VOC split file": (voc(lines=b"\n  \n"), ValueError,
+        r"train.txt names no image. Set data.val.sets"),
+    "a malformed line of a VOC split file": (voc(lines=b"1 1 1\n"), ValueError,
+        "train.txt line 1 must be an id, or an id and 1, 0 or -1, not '1 1 1'"),
+    "a VOC split file that is no text": (voc(lines=b"0\n\xff\xfe\n"), FileNotFoundError,
+        "train.txt line 2 needs"),
+    "a repeated VOC image id": (voc(lines=b"0\n1\n0\n"), ValueError,
+        r"train.txt line 3 repeats '0', already in .*train.txt line 1. Remove one"),
+    "no VOC annotation": (voc(remove="Annotations/1.xml"), FileNotFoundError,
+        r"train.txt line 2 needs .*1.xml, which does not exist"),
+    "no VOC image": (voc(remove="JPEGImages/1.jpg"), FileNotFoundError,
+        r"train.txt line 2 needs .*1.jpg, which does not exist"),
+    "broken XML": (voc("<annotation><object>"), ValueError,
+        "0.xml is not a readable XML file.*Repair it"),
+    "XML with an entity bomb": (
+        xml('<!DOCTYPE x [<!ENTITY a "aa"><!ENTITY b "&a;&a;"><!ENTITY e "&b;&b;">]>'), ValueError,
+        "0.xml is not a readable XML file"),
+    "XML with an external entity": (
+        xml('<!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/hostname">]>'), ValueError,
+        "0.xml is not a readable XML file"),
+    "XML of an unknown encoding": (xml('<?xml version="1.0" encoding="none-such"?>'), ValueError,
+        "0.xml is not a readable XML file"),
+    "an unknown VOC class": (voc_object(thing() + thing("catt")), ValueError,
+        r"0.xml object 2 \(catt\): unknown class. Did you mean 'cat'.*Classes: cat, dog.*"
+        "set data.val.classes"),
+    "a missing VOC corner": (voc_object(thing(corners=(1, 1, 40))), ValueError,
+        r"object 1 \(cat\): <ymax> must be a finite number, not None"),
+    "a VOC corner of words": (voc_object(thing(corners=(1, 1, "wide", 30))), ValueError,
+        "<xmax> must be a finite number, not 'wide'"),
+    "a VOC difficult flag of words": (
+        voc_object(thing(more="<difficult>yes</difficult>")), ValueError,
+        "<difficult> must be 0 or 1, not 'yes'"),
+    **{f"the VOC image id {name}": (voc(lines=name.encode()), ValueError,
+        "not a path out of the devkit") for name in ["../secret", "a/../../secret", "/etc/passwd"]},
+}  # fmt: skip
+
+
+def coco(change=None, text=None, remove=()):
+    """Load COCO data whose json is changed."""
+
+    def make(folder):
+        load = write_coco(folder / "data", OBJECTS, change)
+        if text is not None:
+            (folder / "data/boxes.json").write_text(text)
+        for name in remove:
+            (folder / "data" / name).rename(folder / "data/moved")
+        load(key="data.val")
+
+    return make
+
+
+def entry(part, number, **values):
+    return lambda tree: tree[part][number].update(values)
+
+
+EMPTY = {"images": [], "annotations": [], "categories": []}
+# What is wrong -> how the json is changed, and the end of the message.
+COCO_ENTRIES = {
+    "repeated image id": (entry("images", 1, id=30), r"images\[1\] id 30: the id is already used"),
+    "repeated file": (entry("images", 1, file_name="0.png"), "the file 0.png is already used"),
+    "missing file": (entry("images", 1, file_name="x.png"),
+        "x.png does not exist. Add it, or set data.val.images"),
+    "no file name": (entry("images", 1, file_name=None),
+        r"images\[1\] id 29: file_name must be a path below"),
+    "repeated annotation id": (entry("annotations", 1, id=100), r"annotations\[1\] id 100: the id"),
+    "no such image": (entry("annotations", 1, image_id=7), "image_id 7 is no image's"),
+    "no such category": (entry("annotations", 1, category_id=1), "category_id 1 is no category's"),
+    "list as image": (entry("annotations", 1, image_id=[1]), r"image_id \[1\] is no image's"),
+    "mapping as category": (entry("annotations", 1, category_id={}), "category_id {} is no"),
+    "huge box": (entry("annotations", 1, bbox=[0, 0, 10**400, 1]), "bbox must be four numbers"),
+    "three numbers": (entry("annotations", 1, bbox=[1, 2, 3]), "bbox must be four numbers"),
+    "words": (entry("annotations", 1, bbox="1 2 3 4"), "bbox must be four numbers"),
+    "strange crowd": (entry("annotations", 1, iscrowd=2), "iscrowd and ignore must be 0 or 1"),
+    "no id": (lambda tree: tree["annotations"][1].pop("id"), r"annotations\[1\] must be a mapping"),
+    "repeated category": (entry("categories", 1, name="dog"), r"categories\[1\] id 3: name 'dog'"),
+    "no category name": (lambda tree: tree["categories"][0].pop("name"), "name None must be given"),
+    **{f"file name {name}": (entry("images", 0, file_name=name), "file_name must be a path below")
+       for name in ["../secret", "a/../../secret", "/etc/passwd"]},
+}  # fmt: skip
+COCO = {
+    "COCO data without their json": (coco(remove=["boxes.json"]), FileNotFoundError,
+        r"does not exist. Set data.val.annotations"),
+    "COCO data without their folder of images": (coco(remove=["images"]), FileNotFoundError,
+        r"no folder of images. Set data.val.images"),
+    "COCO json cut short": (coco(text="{"), ValueError,
+        "boxes.json is not a readable json file.* Repair it"),
+    "COCO json of endless depth": (coco(text="[" * 100_000), ValueError,
+        "boxes.json is not a readable json file"),
+    "COCO json of a list": (coco(text="[]"), ValueError,
+        "must have lists of images, annotations and categories, and has no images"),
+    "COCO json without categories": (coco(text='{"images": [], "annotations": []}'), ValueError,
+        "has no categories. Set data.val.annotations"),
+    "COCO json that names no category": (coco(text=json.dumps(EMPTY)), ValueError,
+        "names no category. Set data.val.annotations"),
+    "COCO json without an image": (
+        coco(text=json.dumps({**EMPTY, "categories": [{"id": 1, "name": "a"}]})), ValueError,
+        "has no image to use. Set data.val.annotations"),
+    **{f"COCO json: {name}": (coco(change), (ValueError, FileNotFoundError),
+        f"data/boxes.json .*{message}") for name, (change, message) in COCO_ENTRIES.items()},
+}  # fmt: skip
+
+
+def cells(*things, load=None, **columns):
+    """Load rows whose objects have these fields."""
+
+    def make(folder):
+        fields = {"bbox": datasets.List(datasets.Value("float32")), "category": INTEGER}
+        column = (datasets.List(fields), list(things))
+        images = (datasets.Image(), [picture(i) for i in range(len(things))])
+        made = make_rows(len(things), label=None, image=images, objects=column, **columns)
+        made.save_to_disk(folder / "saved")
+        options = {"classes": ["cat"], **(load or {})}
+        load_huggingface_boxes(str(folder / "saved"), "train", "xywh", key="data.val", **options)
+
+    return make
+
+
+def uneven_fields(folder):
+    fields = {"bbox": datasets.List(datasets.List(datasets.Value("float32")))}
+    fields["category"] = datasets.List(INTEGER)
+    column = (fields, [{"bbox": [[1, 2, 3, 4]], "category": [0, 0]}])
+    make_rows(1, label=None, objects=column).save_to_disk(folder / "saved")
+    load_huggingface_boxes(str(folder / "saved"), "train", "xywh", classes=["cat"])
+
+
+GOOD = {"bbox": [1, 2, 3, 4], "category": 0}
+BOXES = {
+    "a label of no class": (cells([{**GOOD, "category": 3}]), ValueError,
+        r"row 0 object 1 \(3\): unknown class"),
+    "a negative class": (cells([{**GOOD, "category": -1}]), ValueError,
+        r"row 0 object 1 \(-1\): unknown class"),
+    "a box of three numbers": (cells([GOOD, {**GOOD, "bbox": [1, 2, 3]}]), ValueError,
+        r"object 2 \(cat\): the box must be four numbers"),
+    "no box": (cells([{**GOOD, "bbox": None}]), ValueError,
+        "the box must be four numbers, not None"),
+    "a repeated image_id": (cells([GOOD], [], [GOOD], image_id=(INTEGER, [4, 5, 4])), ValueError,
+        r"row 2 repeats image_id 4 of row 0\. Remove one"),
+    "boxes and categories that differ in number": (uneven_fields, ValueError,
+        r"row 0: .* differ in length: {'bbox': 1, 'category': 2}"),
+    "boxes without class names": (cells([GOOD], load={"classes": None}), ValueError,
+        r"data.val.classes is needed, .*objects.category is no"),
+    "a misspelt objects column": (cells([GOOD], load={"objects_column": "object"}), ValueError,
+        r"'object' does not. Did you mean 'objects'.*Set data.val.objects_column"),
+    "an unknown box format": (cells([GOOD], load={"box_unit": "percent"}), ValueError,
+        "no box_format 'xywh' or box_unit 'percent'"),
+    "repeated classes": (cells([GOOD], load={"classes": ["cat", "dog", "cat"]}), ValueError,
+        r"data.val.classes must be different .* \['cat'\] more than once"),
+    "no class of boxes": (cells([GOOD], load={"classes": []}), ValueError,
+        "data.val.classes must be different names, got none"),
+}  # fmt: skip
+
+
+# Images and videos.
+
+
+def encode(image, format="PNG", cut=False):
+    buffer = BytesIO()
+    image.save(buffer, format)
+    data = buffer.getvalue()
+    return data[: len(data) // 2] if cut else data
+
+
+def image(data, **options):
+    return lambda _: decode_image(data, "split train row 17", **options)
+
+
+def empty_cell(folder):
+    make_rows(2, image=(datasets.Image(), [None, picture(1)])).save_to_disk(folder / "saved")
+    load_huggingface(str(folder / "saved"), "train").image(0)
+
+
+def playlist(folder):
+    pytest.importorskip("av")
+    (folder / "x.mp4").write_text("#EXTM3U\n#EXTINF:1,\n/etc/passwd\n#EXT-X-ENDLIST\n")
+    list(read_video(folder / "x.mp4"))
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (120, 180, 3), np.uint8))
+FLOATS = Image.fromarray(np.ones((8, 8), np.float32))
+IMAGES = {
+    "an image without bytes": (image(b""), UndecodableImage,
+        r"train row 17 cannot be decoded: it is empty.*data.undecodable: skip"),
+    "an image of other bytes": (image(b"not an image"), UndecodableImage, "no image of"),
+    "a truncated JPEG": (image(encode(NOISE, "JPEG", cut=True)), UndecodableImage, "truncated"),
+    "a truncated PNG": (image(encode(NOISE, cut=True)), UndecodableImage, "train row 17 cannot"),
+    "a TIFF of floats": (image(encode(FLOATS, "TIFF")), UndecodableImage, "float"),
+    "an image of format EPS": (image(encode(NOISE, "EPS")), UndecodableImage, "are no image of"),
+    "an image of format PDF": (image(encode(NOISE, "PDF")), UndecodableImage, "are no image of"),
+    "an image of more pixels than data.max_pixels": (
+        image(encode(picture(1)), max_pixels=1199), UndecodableImage,
+        r"40x30 pixels, more than data\.max_pixels 1199"),
+    "data.max_pixels above what PIL decodes": (
+        lambda _: load_config("configs/quickstart/finetune.yaml", ["data.max_pixels=178956971"]),
+        ValueError, r"data\.max_pixels"),
+    "an empty image cell": (empty_cell, UndecodableImage, "row 0 cannot be decoded: it is empty"),
+    "a missing image file": (lambda folder: decode_image(folder / "x.png", "x"), FileNotFoundError,
+        "x.png"),
+    "a playlist as a video": (playlist, ValueError, "cannot be read as a video"),
+}  # fmt: skip
+
+
+# Arguments.
+
+
+def scenes(folder):
+    write_digit_scenes(folder / "s", num_train=2, num_test=1, size_px=64)
+    write_digit_scenes(folder / "s", num_train=3, num_test=1, size_px=64)
+
+
+def order(count, batch_size, **options):
+    return lambda _: EpochOrder(count, batch_size, 0, **options)
+
+
+TALL = (np.arange(30) % 3 == 0).astype(np.int64)  # 10 of 30
+ONE_EACH = ClassificationDataset("pets", PETS, np.arange(2), None)
+ARGUMENTS = {
+    "a digit that is none": (lambda _: load_digits("train", [1, 12]), ValueError,
+        r"data.train.classes must be different digits in 0\.\.9, got \[1, 12\]"),
+    "a split that digits do not have": (lambda _: load_digits("val"), ValueError,
+        "no split 'val'. Set data.train.split"),
+    "digit scenes over other digit scenes": (scenes, ValueError,
+        "must be empty or contain digit scenes"),
+    "data.invalid_boxes of another word": (lambda _: Findings("drop"), ValueError,
+        "data.invalid_boxes must be error or clip, got 'drop'"),
+    "a held-out fraction of 1": (lambda _: hold_out(ONE_EACH, 1, 0), ValueError,
+        r"fraction must lie in \(0, 1\), got 1"),
+    "a part held out of single images": (lambda _: hold_out(ONE_EACH, 0.5, 0), ValueError,
+        "no class has two images"),
+    "a batch larger than the data": (order(10, 11), ValueError,
+        r"data.batch_size must lie in 1\.\.10, .* got 11. Set data.batch_size to 10"),
+    "fewer tall images than a batch": (order(30, 12, groups=TALL), ValueError,
+        "10 images are tall: fewer than data.batch_size 12"),
+    "fewer wide images than a batch": (order(30, 15, groups=1 - TALL), ValueError,
+        "10 images are wide or square: fewer than"),
+    "a batch of the copies of one image": (order(30, 5, repeats=3), ValueError,
+        r"batch_size must be 6 or more with data.repeats = 3, got 5"),
+    "a batch that does not divide": (
+        lambda _: TrainBatchSampler(EpochOrder(10, 6, 0), 0, 0, 2, 2), ValueError,
+        "2 x 2 = 4, got 6. Set data.batch_size to 4, or another"),
+    "an unknown crop": (lambda _: classification_train(32, "centre", 4, (1, 1), 0.5, "bilinear"),
+        ValueError, "crop must be"),
+    "an unknown interpolation": (lambda _: classification_eval(32, 0.9, "cubic"), ValueError,
+        "interpolation: must be one of"),
+    "a crop_ratio above 1": (lambda _: classification_eval(32, 1.2, "bicubic"), ValueError,
+        "crop_ratio"),
+    "a crop_ratio of whole images": (lambda _: classification_eval(32, 0.9, "bicubic", "whole"),
+        ValueError, "crop_ratio must be 1"),
+    "an unknown resize": (lambda _: classification_eval(32, 1.0, "bicubic", "long"), ValueError,
+        "resize must be short or whole"),
+    "no short side": (lambda _: detection_train([], 100, 0.5), ValueError, "short_sides_px"),
+    "a short side above the long one": (lambda _: detection_train([200], 100, 0.5), ValueError,
+        "short_sides_px"),
+}  # fmt: skip
+TABLE = HUGGING_FACE | STREAMS | VOC | COCO | BOXES | IMAGES | ARGUMENTS
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_bad_input_is_refused(name, tmp_path, refused):
+    make, kind, match = TABLE[name]
+    with refused(name, kind, match=match):
+        make(tmp_path)
+
+
+@pytest.mark.parametrize("name", COCO_ENTRIES)
+def test_collecting_reports_a_wrong_entry(name, tmp_path):
+    change, message = COCO_ENTRIES[name]
+    findings = Findings(collect=True)
+    write_coco(tmp_path / "data", OBJECTS, change)(findings=findings, key="data.val")
+    assert any(re.search(message, text) for text in findings.problems)
+
+
+# In a run: the same policy in every split, before anything is written.
+
+
+@pytest.fixture
+def devkits(tmp_path):
+    """Return the overrides of a run of which one split is changed."""
+
+    def make(split, change, *more):
+        sources = []
+        for name, shade in (("train", 0), ("test", 3)):
+            write_voc(tmp_path / name, ONE_BOX)
+            for index in range(3):
+                file = tmp_path / name / f"VOC2007/JPEGImages/{index}.jpg"
+                picture(index + shade).save(file)
+            source = f"source: voc, root: {tmp_path / name}, sets: [2007/train], classes: {PETS}"
+            sources.append(f"data.{name}={{{source}}}")
+        change(tmp_path / split / "VOC2007")
+        return [*sources, "data.batch_size=3", "solver.max_iters=2", *more]
+
+    return make
+
+
+def outside(devkit):
+    file = devkit / "Annotations/0.xml"
+    file.write_text(file.read_text().replace("<xmax>14<", "<xmax>80<"))
+
+
+def break_images(devkit):
+    (devkit / "JPEGImages/1.jpg").write_bytes(b"no image")
+    file = devkit / "JPEGImages/2.jpg"
+    file.write_bytes(file.read_bytes()[:60])
+
+
+def resize(devkit):
+    Image.new("RGB", (50, 50)).save(devkit / "JPEGImages/1.jpg")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_bad_boxes_are_refused_before_a_run_writes_anything(split, devkits, tmp_path, load_tiny):
+    config = load_tiny(tmp_path, *devkits(split, outside), task="detection")
+    with pytest.raises(ValueError, match=r"0.xml object 1 \(dog\): the box must lie in the image"):
+        run(config)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_clipped_boxes_are_listed_in_the_results(split, devkits, tmp_path, load_tiny):
+    config = load_tiny(
+        tmp_path, *devkits(split, outside, "data.invalid_boxes=clip"), task="detection"
+    )
+    (text,) = run(config)["mended_boxes"]
+    assert "0.xml object 1 (dog)" in text
+    assert text.endswith("clipped")
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (break_images, r"[12]\.jpg cannot be decoded.*or set data.undecodable: skip"),
+        (resize, r"1.jpg has 50x50 pixels .* says 40x30.*Correct"),
+    ],
+)
+def test_bad_images_end_a_run(change, message, split, devkits, tmp_path, load_tiny):
+    with pytest.raises(ValueError, match=message):
+        run(load_tiny(tmp_path, *devkits(split, change), task="detection"))
+    assert not (tmp_path / "run/results.json").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_undecodable_images_are_skipped_and_listed(split, devkits, tmp_path, load_tiny):
+    words = devkits(split, break_images, "data.undecodable=skip")
+    results = run(load_tiny(tmp_path, *words, task="detection"))
+    assert json.loads((tmp_path / "run/results.json").read_text())["skipped"] == results["skipped"]
+    assert [text.partition(".jpg")[0][-1] for text in results["skipped"]] == ["1", "2"]
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """Overrides of image rows of which the fifth of each split is broken."""
+    for split, first in (("train", 0), ("test", 100)):
+        cells = make_rows(12, first=first).cast_column("image", datasets.Image(decode=False))[:]
+        cells["image"][5] = {"bytes": b"no image", "path": None}
+        feature = (datasets.Image(decode=False), cells["image"])
+        made = make_rows(12, image=feature).cast_column("image", datasets.Image())
+        (tmp_path / "pets").mkdir(exist_ok=True)
+        made.to_parquet(tmp_path / f"pets/{split}.parquet")
+    return huggingface(tmp_path / "pets", "data.batch_size=4")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_error_of_a_worker_has_no_traceback(num_workers, pets, tmp_path, load_tiny):
+    with pytest.raises(UndecodableImage, match=r"split train row 5 cannot be decoded") as caught:
+        run(load_tiny(tmp_path, *pets, f"data.num_workers={num_workers}"))
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "more"),
+    [
+        ("classification", ("data.cache=ram", "data.num_workers=1")),
+        ("probe", ()),
+    ],
+)
+def test_undecodable_rows_are_skipped_and_listed(task, more, pets, tmp_path, load_tiny, caplog):
+    results = run(load_tiny(tmp_path, *pets, "data.undecodable=skip", *more, task=task))
+    for split, text in zip(("test", "train"), sorted(results["skipped"]), strict=True):
+        assert f"split {split} row 5: its 8 bytes are no image of" in text
+    assert "data.undecodable: skip" in caplog.text
+
+
+def test_bad_rows_are_refused_before_a_run_writes_anything(tmp_path, load_tiny):
+    (tmp_path / "pets").mkdir()
+    write_splits(tmp_path / "pets")
+    config = load_tiny(tmp_path, *huggingface(tmp_path / "pets", "data.test.split=tset"))
+    with pytest.raises(ValueError, match=r"no split 'tset'. Did you mean 'test'"):
+        run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_evaluated_under_another_protocol_but_not_with_other_classes(
+    devkits, tmp_path, load_tiny
+):
+    words = devkits("train", lambda _: None)
+    metrics = run(load_tiny(tmp_path, *words, task="detection"))["metrics"]
+    assert evaluate_run(load_tiny(tmp_path, *words, task="detection")) == metrics
+    config = load_tiny(tmp_path, *words, "evaluation.protocol=detectron2", task="detection")
+    assert evaluate_run(config).keys() == metrics.keys()
+    details = json.loads((tmp_path / "run/evaluation.json").read_text())["details"]
+    assert "detectron2" in details["protocol"]
+    more = [f"data.{split}.classes=[cat, dog, eel]" for split in ("train", "test")]
+    with pytest.raises(ValueError, match="other classes"):
+        evaluate_run(load_tiny(tmp_path, *words, *more, task="detection"))

@@ -1,0 +1,214 @@
+"""A signal stops a run with the right exit code, and nothing written is lost."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from run_folders import CARVED, assert_same_run, entries
+
+from tract_transfer.engine import group
+from tract_transfer.engine.group import Stopped, stop_on_signals
+from tract_transfer.engine.trainer import Trainer
+from tract_transfer.run import evaluate as evaluate_module
+from tract_transfer.run import probe as run_probe
+from tract_transfer.run import run as run_module
+from tract_transfer.run.run import run
+
+
+def send(number=signal.SIGTERM):
+    signal.raise_signal(number)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130), ("SIGUSR1", 138)])
+def test_a_signal_stops_at_once_if_nothing_would_be_lost(name, code):
+    with pytest.raises(Stopped) as caught, stop_on_signals(lambda: "resume like this."):
+        with contextlib.suppress(Exception):
+            send(signal.Signals[name])
+        pytest.fail("`except Exception` caught it")
+    assert caught.value.exit_code == code
+    assert str(caught.value) == f"{name}: resume like this."
+
+
+def test_a_signal_is_a_request_while_it_can_wait():
+    with pytest.raises(Stopped), stop_on_signals(str) as stop, stop.waits():
+        assert list(stop.watched([1, 2])) == [1, 2]
+        send()
+        assert stop.number == signal.SIGTERM
+        assert list(stop.watched([1, 2])) == []
+
+
+def test_a_later_signal_is_handled_as_before(monkeypatch):
+    """But a scheduler signals all processes of a job, and the launcher its own again."""
+    handled = []
+    before = signal.signal(signal.SIGTERM, lambda *_: handled.append("before"))
+    try:
+        with pytest.raises(Stopped), stop_on_signals(str) as stop, stop.waits():
+            send()
+            send()
+            assert handled == []
+            monkeypatch.setattr(group, "SAME_REQUEST_SECONDS", 0.0)
+            send()
+            assert handled == ["before"]
+        send()
+        assert handled == ["before", "before"]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+STUBBORN = """
+import time
+from tract_transfer.engine.group import stop_on_signals
+with stop_on_signals(str) as stop, stop.waits():
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_later_signal_ends_the_process(number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUBBORN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    time.sleep(group.SAME_REQUEST_SECONDS + 0.2)
+    assert process.poll() is None
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=10)
+    assert process.returncode == -number  # which a shell calls 128 + number
+    assert "Traceback" not in stderr
+
+
+def test_data_workers_and_other_threads_ignore_signals():
+    with stop_on_signals(str) as stop:
+        if os.fork() == 0:
+            try:
+                send()
+                os._exit(7)
+            except BaseException:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+        assert stop.number is None
+    handlers, before = [], signal.getsignal(signal.SIGTERM)
+
+    def inside():
+        with stop_on_signals(str):
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=inside)
+    thread.start()
+    thread.join()
+    assert handlers == [before]
+
+
+def sending_from(monkeypatch, module, name, at, *, before=True):
+    """Make the `at`-th call of a module's function send SIGTERM."""
+    original, calls = getattr(module, name), []
+
+    def sends(*arguments, **named):
+        calls.append(None)
+        if before and len(calls) == at:
+            send()
+        result = original(*arguments, **named)
+        if not before and len(calls) == at:
+            send()
+        return result
+
+    monkeypatch.setattr(module, name, sends)
+
+
+@pytest.mark.parametrize("evaluation", [2, 4], ids=["second", "final"])
+def test_an_evaluation_stops_after_its_batch_and_is_repeated(
+    tmp_path, load_tiny, monkeypatch, evaluation
+):
+    words = (*CARVED, "evaluation.every_iters=2", "data.batch_size=16")
+    run(load_tiny(tmp_path, *words, f"output_dir={tmp_path / 'whole'}"))
+    config, seen, count = load_tiny(tmp_path, *words), [], 0
+    batches_of = evaluate_module.eval_batches
+
+    def sending(*arguments):
+        nonlocal count
+        count += 1
+        for batch in batches_of(*arguments):
+            seen.append(count)
+            yield batch
+            if count == evaluation:
+                send()
+
+    monkeypatch.setattr(evaluate_module, "eval_batches", sending)
+    with pytest.raises(Stopped, match=r"checkpoint written\. .*--resume"):
+        run(config)
+    assert seen.count(evaluation) == 2  # the batch it was in, and the one drawn meanwhile
+    monkeypatch.undo()
+    assert entries(tmp_path / "run/checkpoints")[-1] == f"iter_{min(2 * evaluation, 6):07d}"
+    run(config, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("task", ["classification", "probe"])
+def test_a_signal_while_data_are_read_leaves_no_folder(tmp_path, load_tiny, monkeypatch, task):
+    sending_from(monkeypatch, run_module, "build_data", 1, before=False)
+    with pytest.raises(Stopped, match="Give the same command again"):
+        run(load_tiny(tmp_path, task=task))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_does_not_interrupt_the_final_write(tmp_path, load_tiny, monkeypatch):
+    sending_from(monkeypatch, run_module, "write_results", 1)
+    with pytest.raises(Stopped, match=r"the run is finished") as caught:
+        run(load_tiny(tmp_path))
+    assert caught.value.exit_code == 143
+    assert {"results.json", "model.safetensors", "model.json"} <= set(entries(tmp_path / "run"))
+
+
+def test_a_stopped_probe_keeps_the_features_of_finished_splits(
+    tmp_path, load_tiny, monkeypatch, caplog
+):
+    sending_from(monkeypatch, run_probe, "_extract", 2, before=False)
+    config = load_tiny(tmp_path, task="probe")
+    with pytest.raises(Stopped, match="Give the same command again"):
+        run(config)
+    monkeypatch.undo()
+    assert len(entries(tmp_path / "run/features")) == 1
+    repeated = run(config)
+    assert "Features read from" in (tmp_path / "run/log.txt").read_text()
+    assert run(load_tiny(tmp_path, f"output_dir={tmp_path / 'whole'}", task="probe"))[
+        "metrics"
+    ] == pytest.approx(repeated["metrics"], rel=0)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_the_command_says_how_to_resume(tmp_path, write_tiny, call, monkeypatch, number, code):
+    step = Trainer.step
+
+    def sending(self, batches):
+        if self.iteration == 3:
+            send(number)
+        step(self, batches)
+
+    monkeypatch.setattr(Trainer, "step", sending)
+    ended = call("train_net.py", "--config-file", write_tiny(tmp_path))
+    assert ended.returncode == code
+    assert f"{number.name}: checkpoint written." in ended.stderr
+    assert entries(tmp_path / "run/checkpoints") == ["iter_0000004"]  # after the step it was in
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--eval-only"])
+def test_ctrl_c_prints_no_traceback_if_nothing_trains(
+    tmp_path, write_tiny, call, monkeypatch, option
+):
+    sending = {"--dry-run": "preview", "--eval-only": "evaluate_run"}[option]
+
+    def interrupted(_config, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_module, sending, interrupted)
+    ended = call("train_net.py", "--config-file", write_tiny(tmp_path), option)
+    assert (ended.returncode, ended.stderr) == (130, "SIGINT: ended.\n")
+    assert not Path(tmp_path / "run").exists()

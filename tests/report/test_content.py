@@ -1,0 +1,238 @@
+"""Comparisons, notes and the answer state exactly what the numbers show."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from report_runs import compare_runs, edit_json, load_runs, page_text, render, write_pair, write_run
+
+from tract_transfer.report.content import answer, mean_over_tasks, read_report
+from tract_transfer.report.statistics import paired_difference
+from tract_transfer.report.tables import tables_of
+from tract_transfer.report.write import text_table
+
+BASE = {0: 0.5, 1: 0.51, 2: 0.52}
+THREE = {0: 0.04, 1: 0.06, 2: 0.05}
+
+
+def write_gains(root: Path, gains: dict[str, dict[int, float]]) -> list[Path]:
+    """Write vanilla, and tract better by task -> seed -> gain."""
+    return [
+        write_run(root, method, task, seed, {"top1": BASE[seed] + (gain if treated else 0)})
+        for task, by_seed in gains.items()
+        for treated, method in enumerate(("vanilla", "tract"))
+        for seed, gain in by_seed.items()
+    ]
+
+
+def write_two_seeds(root: Path, methods: tuple[str, ...], tasks: tuple[str, ...]) -> list[Path]:
+    return [
+        write_run(root, method, task, seed, {"top1": 0.95 + seed / 50})
+        for method in methods
+        for task in tasks
+        for seed in (0, 1)
+    ]
+
+
+def sentence_of(folders: list[Path]) -> str:
+    (sentence,) = answer(compare_runs(folders), "vanilla")
+    return sentence
+
+
+def test_mean_over_tasks_is_paired_by_seed(tmp_path: Path) -> None:
+    folders = write_gains(tmp_path, {"a": THREE, "b": dict.fromkeys(BASE, 0)})
+    mean = mean_over_tasks(compare_runs(folders), "tract", "vanilla")
+    expected = paired_difference({0: 0.02, 1: 0.03, 2: 0.025}, dict.fromkeys(range(3), 0.0))
+    assert mean is not None
+    assert (mean.mean, mean.low, mean.p_value) == pytest.approx(
+        (expected.mean, expected.low, expected.p_value)
+    )
+    assert sentence_of(folders) == (
+        "On average over 2 downstream tasks, tract is 2.50 points ahead of vanilla, 95 % interval "
+        "[+1.26, +3.74] over 3 paired seeds: significant; it is ahead on 1 of 2 tasks, "
+        "significantly (Holm) ahead on 1 (a)."
+    )
+    assert sentence_of(folders) in page_text(folders).replace("\xa0", " ")
+
+
+CANCELS = {0: 0.1, 1: 0.2, 2: -0.3}
+EQUAL = dict.fromkeys(BASE, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("gains", "start", "end"),
+    [
+        ({"a": THREE, "b": {0: 0.02, 1: 0.01}}, "On average over 2 downstream tasks, tract is 3.25 "
+         "points ahead of vanilla, 95 % interval [+0.07, +6.43] over 2 of 3 paired seeds, those "
+         "that all tasks have: significant; ", "significantly (Holm) ahead on 1 (a)."),
+        ({"a": {0: 0.09, 1: -0.05, 2: 0.01}}, "On a, tract is 1.67 points ahead of vanilla, 95 % "
+         "interval [−15.78, +19.11] over 3 paired seeds: not significant; ",
+         "so few seeds can hardly show a difference."),
+        ({"a": {0: -0.04, 1: -0.041, 2: -0.042}, "b": {0: 0.001, 1: -0.001, 2: 0.002}},
+         "On average over 2 downstream tasks, tract is 2.02 points behind vanilla, 95 % interval",
+         "ahead on 1 of 2 tasks and behind on 1, significantly (Holm) behind on 1 (a)."),
+        ({"a": {0: 0.03}}, "On a, tract is 3.00 points ahead of vanilla (1 paired seed)",
+         "; this may be chance: one pair has no interval."),
+        ({"a": {0: 0.03, 1: 0.03}}, "On a, tract is 3.00 points ahead of vanilla with each of 2 ",
+         "paired seeds: without spread there is no test."),
+        ({"a": EQUAL, "b": EQUAL}, "On average over 2 downstream tasks, tract is 2.00 points ahead",
+         "ahead on 2 of 2 tasks; no task has enough pairs, or spread, for a test."),
+        ({"a": CANCELS, "b": CANCELS}, "On average over 2 downstream tasks, tract is level with",
+         "it is ahead on 0 of 2 tasks, on none significantly (Holm)."),
+        ({"a": {0: 3e-5, 1: 1e-5, 2: 2e-5}}, "On a, tract is less than 0.01 points ahead of ",
+         "so few seeds can hardly show a difference."),
+    ],
+    ids=["missing seed", "noise", "behind", "one pair", "two equal pairs", "three equal pairs",
+         "cancels", "small"],
+)  # fmt: skip
+def test_answer_states_no_more_than_the_numbers_show(
+    tmp_path: Path, gains: dict[str, dict[int, float]], start: str, end: str
+) -> None:
+    folders = write_gains(tmp_path, gains)
+    folders.append(write_run(tmp_path, "tract", "pre", 0, {"top1": 0.9}, role="pretrain"))
+    sentence = sentence_of(folders)
+    assert sentence.startswith(start)
+    assert sentence.endswith(end)
+
+
+def test_lower_loss_is_ahead_and_enters_no_mean(tmp_path: Path) -> None:
+    losses = {"vanilla": 0.5, "tract": 0.4}
+    folders = [
+        write_run(tmp_path, method, "a", 0, {"loss": loss}) for method, loss in losses.items()
+    ]
+    assert sentence_of(folders) == (
+        "tract is ahead on 1 of 1 task; no task has enough pairs, or spread, for a test."
+    )
+    assert "−0.1000 [one pair, no interval], 1" in text_table(load_runs(folders))
+    assert read_report(folders).speed_ups == []
+
+
+def test_answer_names_methods_without_a_pair(tmp_path: Path) -> None:
+    folders = write_pair(tmp_path)[:3]
+    folders.append(write_run(tmp_path, "tract", "finetune", 9, {"top1": 0.9}))
+    assert sentence_of(folders) == (
+        "tract and vanilla do not share a finished seed of a downstream task yet."
+    )
+
+
+def test_holm_counts_every_comparison_of_downstream_tasks(tmp_path: Path) -> None:
+    folders = write_gains(tmp_path, {"a": THREE, "b": {0: 0.02, 1: 0.01, 2: 0.03}})
+    folders.append(write_run(tmp_path, "tract", "pre", 0, {"top1": 0.9}, role="pretrain"))
+    a, b, pre = compare_runs(folders)
+    p_values = sorted([a.differences["tract"].p_value or 0, b.differences["tract"].p_value or 0])
+    assert a.corrected["tract"] == pytest.approx(2 * p_values[0])
+    assert b.corrected["tract"] == pytest.approx(max(p_values[1], 2 * p_values[0]))
+    assert pre.corrected == {}
+
+
+def test_means_are_over_all_seeds_and_differences_over_shared_ones(tmp_path: Path) -> None:
+    folders = write_pair(tmp_path)[1:]
+    folders.append(write_run(tmp_path, "tract", "finetune", 7, {"top1": 0.9}))
+    (row,) = compare_runs(folders)
+    assert (row.differences["tract"].n, row.summaries["tract"].n) == (2, 4)
+    assert row.notes == ["vanilla has no result for seeds 0, 7."]
+
+
+@pytest.mark.parametrize("methods", [("adamw",), ("vanilla", "tract")])
+def test_every_format_counts_the_seeds_that_a_task_lacks(
+    tmp_path: Path, methods: tuple[str, ...]
+) -> None:
+    folders = write_two_seeds(tmp_path, methods, ("finetune", "other"))
+    for method in methods:
+        shutil.rmtree(tmp_path / method / "finetune" / "seed1")
+    report = read_report([folder for folder in folders if folder.exists()])
+    texts = {**render(report), ".txt": text_table(report.runs, report.baseline)}
+    (note,) = report.results[0].notes
+    verb = "have" if len(methods) > 1 else "has"
+    assert note == f"{' and '.join(methods)} {verb} no result for seed 1."
+    assert texts[".html"].count("95.00 95.00 1 of 2 seeds") == len(methods)
+    assert note in texts[".html"]
+    assert ("1 of 2 pairs" in texts[".html"]) == (len(methods) > 1)
+    for suffix in (".md", ".tex", ".txt"):
+        assert texts[suffix].count("95.00 (1 of 2)") == len(methods)
+        assert f"finetune: {note}" in texts[suffix]
+    row, other = json.loads(texts[".json"])["results"]
+    assert (row["seeds"], row["notes"]) == ([0, 1], [note])
+    assert [summary["n"] for summary in row["summaries"].values()] == [1] * len(methods)
+    assert other["notes"] == []
+    assert "2 of 2" not in "".join(texts.values())
+
+
+def test_differences_between_runs_of_a_task_are_noted(tmp_path: Path) -> None:
+    folders = write_pair(tmp_path)
+    folders.append(write_run(tmp_path, "tract", "probe", 0, {"top1": 0.5}, iterations=500))
+    folders.append(write_run(tmp_path, "vanilla", "probe", 0, {"top1": 0.5}, iterations=400))
+    text = page_text(folders)
+    assert "The runs differ in iterations: compare with care." in text
+    assert "tract.enabled false true" in text
+    assert "data.digits.train sha256 1f3c9a" in text
+
+
+def test_costs_count_the_runs_that_have_them(tmp_path: Path) -> None:
+    """The memory of a resumed run is not reported."""
+    folders = write_two_seeds(tmp_path, ("vanilla", "tract"), ("finetune",))
+    edit_json(folders[0] / "results.json", cost={"energy_joules": {"gpu": 1e3}})
+    texts = render(folders)
+    memory = "peak memory of the process, MiB"
+    assert f"{memory} 512.0 (1 of 2) 640.0 (× 1.25)" in texts[".html"]
+    assert f"{memory} | 512.0 (1 of 2) | 640.0 (× 1.25) |" in texts[".md"]
+    assert rf"{memory} & 512.0 (1 of 2) & 640.0 ($\times$ 1.25) " in texts[".tex"]
+    costs = {row["quantity"]: row["counts"] for row in json.loads(texts[".json"])["costs"]}
+    assert costs["peak memory of the process"] == {"vanilla": 1, "tract": 2}
+    assert "training, s 31.7 33.7 (× 1.06)" in texts[".html"]
+    assert "energy of the machine, kJ 1.2 2.5 (× 2.00)" in texts[".html"]
+    alone = render([folders[0], folders[1], folders[3]])[".md"]
+    assert f"{memory} | 512.0 (1 of 2) | 640.0 (1 of 2; × 1.25) |" in alone
+
+
+def test_seeds_without_an_epoch_are_counted(tmp_path: Path) -> None:
+    """The method starts above the lowest target, and one of its seeds never reaches the highest."""
+    folders = write_two_seeds(tmp_path, ("vanilla", "tract"), ("finetune",))
+    curves = ([0.5, 0.8], [0.5, 0.8], [0.7, 0.9], [0.7, 0.75])
+    for folder, values in zip(folders, curves, strict=True):
+        lines = [
+            json.dumps({"epoch": epoch, "split": "val", "top1": value})
+            for epoch, value in enumerate(values, 1)
+        ]
+        (folder / "metrics.jsonl").write_text("\n".join(lines))
+    (table,) = (table for table in tables_of(read_report(folders)) if table.name == "speed-ups")
+    assert [row[3:5] for row in table.rows] == [
+        ["1.3", "before the first in 2 seeds"],
+        ["1.7", "1.3"],
+        ["2.0", "never in 1 seed"],
+    ]
+
+
+def test_probe_has_its_classes_in_the_details_of_its_name(tmp_path: Path) -> None:
+    folder = write_run(tmp_path, "vanilla", "probe", 0, {"knn20_top1": 0.5})
+    details = {"linear": {"per_class": {"cat": 0.1}}, "knn20": {"per_class": {"dog": 0.2}}}
+    edit_json(folder / "results.json", details=details)
+    assert [row.name for row in read_report([folder]).classes["probe"]] == ["dog"]
+
+
+def test_classes_that_change_beyond_chance_are_counted(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path, method, "a", seed, {"top1": 0.5}, per_class={"cat": cat, "dog": dog})
+        for method, values in (
+            ("vanilla", [(0.5, 0.5)] * 3), ("tract", [(0.7, 0.4), (0.71, 0.6), (0.72, 0.5)]),
+        )
+        for seed, (cat, dog) in enumerate(values)
+    ]  # fmt: skip
+    note = "2 classes have an interval. It excludes zero for 1 that gain and 0 that lose; chance"
+    texts = render(folders)
+    assert note in texts[".html"]
+    assert note in texts[".md"]
+
+
+def test_report_of_one_method_has_no_differences(tmp_path: Path) -> None:
+    folders = write_pair(tmp_path)[3:]
+    report = read_report(folders)
+    assert (report.baseline, report.methods, report.treated) == ("tract", ["tract"], [])
+    assert report.answer == []
+    texts = render(report)
+    for suffix, text in texts.items():
+        assert ("83.83" in text) == (suffix != ".json")
+        assert "ifferences pair" not in text
+    only = "These folders contain only one method, tract: nothing is compared."
+    assert only in texts[".html"]

@@ -1,0 +1,75 @@
+"""The pictures of a report show what the run folders contain, and nothing outside them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from report_runs import edit_json, page_text, write_detections, write_filters, write_pair
+
+from tract_transfer.report.curves import Evaluations
+from tract_transfer.report.pictures import draw_curves, precision_recall
+from tract_transfer.report.runs import Run
+
+
+def run(method="vanilla", **curves):
+    return Run(Path(), method=method, results={"details": {"pr_curves": curves} if curves else {}})
+
+
+def test_precision_is_averaged_over_classes():
+    curves = run(cat=[1, 0.5, 0], dog=[0.5, 0.5, 0])
+    assert precision_recall(curves) == ([0, 0.5, 1], [0.75, 0.5, 0])
+    assert precision_recall(run(cat=[1, 1])) == ([0, 1], [1, 1])
+
+
+@pytest.mark.parametrize(
+    "curves", [{}, {"cat": [1, None]}, {"cat": [1], "dog": [1, 2]}, {"cat": "x"}, {"cat": []}]
+)
+def test_runs_without_curves_have_no_figure(curves):
+    assert precision_recall(run(**curves)) is None
+    assert draw_curves([run(**curves)], Evaluations("a", "ap50", "val", {}), ["vanilla"]) == []
+
+
+def test_figure_shows_every_method():
+    curve, methods = np.linspace(1, 0, 101).tolist(), ["vanilla", "tract"]
+    runs = [run(method, a=curve) for method in methods]
+    (figure,) = draw_curves(runs, Evaluations("detect", "ap50", "val", {}), methods)
+    assert all(text in figure for text in (*methods, "detect: precision against recall"))
+
+
+def test_methods_are_side_by_side_and_weak_detections_hidden(tmp_path: Path) -> None:
+    folders = write_pair(tmp_path)
+    for folder in reversed(folders):
+        write_detections(folder)
+        write_filters(folder)
+    text = page_text(folders[::-1])
+    assert "unsure" not in text, "a detection below the stated score"
+    assert "vanilla street.png car 0.90 tract street.png car 0.90" in text
+    assert "vanilla conv1 , the first 64 of 70 filters of 3 × 3 tract conv1" in text
+    assert "No detection reaches" not in text
+
+
+def test_weak_detector_shows_its_best_detections(tmp_path: Path) -> None:
+    folders = write_pair(tmp_path)
+    for folder in folders:
+        write_detections(folder, label="car")
+        (entry,) = json.loads((folder / "detections.json").read_text())
+        entry |= {"scores": [0.05, 0.2, 0.01, 0.1], "labels": ["b", "a", "d", "c"]}
+        entry["boxes"] = [[1, 1, 20, 20]] * 4
+        (folder / "detections.json").write_text(json.dumps([entry]))
+    text = page_text(folders)
+    assert "No detection reaches a score of 0.3: each picture shows its 3 highest." in text
+    assert [f"{name} 0." in text for name in "abcd"] == [True, True, True, False]
+
+
+def test_unreadable_pictures_and_those_outside_the_run_are_problems(tmp_path: Path) -> None:
+    folders = write_pair(tmp_path)
+    write_detections(folders[0], name="../seed1/street.png")
+    write_detections(folders[1], name="missing.png")
+    text = page_text(folders[:1])
+    assert "images must be inside the run folder" in text
+    assert "car 0.90" not in text
+    assert "missing.png" in page_text(folders[1:2])
+    write_filters(folders[2])
+    edit_json(folders[2] / "model.json", first_layers=["conv2"])
+    assert f"{folders[2] / 'model.safetensors'}: " in page_text(folders[2:3])

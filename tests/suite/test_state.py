@@ -1,0 +1,219 @@
+"""suite.json, and what run folders contain."""
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+from suites import cut_off, finish, make_suite
+
+from tract_transfer.config.file import ConfigError
+from tract_transfer.report.runs import read_suite
+from tract_transfer.suite.execute import refuse_others
+from tract_transfer.suite.state import Suite, inspect_folder
+
+
+@pytest.fixture
+def suite(tmp_path):
+    return make_suite(tmp_path)
+
+
+@pytest.fixture
+def run(suite):
+    """A finished run that takes a backbone."""
+    finish(suite.runs[2])
+    return suite.runs[2]
+
+
+def inspect(run, sha256="w1", **changes):
+    state = inspect_folder(replace(run, config={**run.config, **changes}), sha256)
+    return state.state, state.why
+
+
+def test_report_reads_the_state_file(suite):
+    suite.jobs[0].state, suite.jobs[1].error = "finished", "why"
+    suite.write()
+    content = read_suite(suite.folder / "suite.json")
+    assert (content["baseline"], content["methods"]) == ("vanilla", ["vanilla", "tract"])
+    assert (content["tasks"], content["seeds"]) == (["pretrain", "probe", "voc"], [0])
+    assert content["runs"][3] == {
+        "id": "tract-probe", "method": "tract", "task": "probe", "seed": 0,
+        "folder": "tract/probe/seed0", "needs": "tract/pretrain/seed0", "state": "waiting",
+        "attempts": 0, "error": None, "seconds": None, "also": [], "config_sha256": "",
+        "spent": 0.0, "begun_with": None,
+    }  # fmt: skip
+    assert [path.name for path in suite.folder.iterdir()] == ["suite.json"]
+
+
+def test_history_of_the_same_run_is_recalled_but_not_its_state(suite):
+    history = {
+        "attempts": 2, "seconds": 3.5, "config_sha256": "c0ffee", "spent": 3.5, "begun_with": "w1",
+    }  # fmt: skip
+    job = suite.jobs[0]
+    for key, value in history.items():
+        setattr(job, key, value)
+    job.state = "finished"
+    suite.write()
+    recalled = Suite(suite.config, suite.runs).jobs[0]
+    assert {key: getattr(recalled, key) for key in history} == history
+    assert recalled.state == "waiting"
+    other = Suite(suite.config, [replace(job.run, id="c" * 12)]).jobs[0]
+    assert (other.attempts, other.config_sha256) == (0, "")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"runs": [{}]}', '{"runs": 3}'])
+def test_broken_state_file_is_ignored(suite, text):
+    (suite.folder / "suite.json").write_text(text)
+    jobs = Suite(suite.config, suite.runs).jobs
+    assert {(job.attempts, job.state) for job in jobs} == {(0, "waiting")}
+
+
+def test_folders_decide_the_state_of_jobs(suite):
+    finish(suite.runs[0])
+    cut_off(suite.runs[1])
+    finish(suite.runs[3])  # its backbone is not finished
+    assert suite.take_stock() == []
+    assert [(job.state, job.note) for job in suite.jobs[:4]] == [
+        ("finished", ""),
+        ("waiting", "resumes from iter_0000005"),
+        ("waiting", ""),
+        ("waiting", "finished, if its backbone turns out the same"),
+    ]
+
+
+def test_run_whose_backbone_was_retrained_is_another_run(suite):
+    finish(suite.runs[0], sha256="w2")
+    finish(suite.runs[2], sha256="w1")
+    ((job, found),) = suite.take_stock()
+    assert (job, found.why) == (suite.jobs[2], "its backbone has been retrained since")
+    suite = Suite(suite.config, suite.runs)
+    cut_off(suite.runs[2])
+    suite.jobs[2].begun_with = "w1"
+    ((_, found),) = suite.take_stock()
+    assert found.why == "its backbone has been retrained since it started"
+
+
+def test_folder_without_run_is_new(suite):
+    assert inspect(suite.runs[0]) == ("new", "")
+
+
+def test_finished_run_is_compared_once(run):
+    state = inspect_folder(run, "w1")
+    assert (state.state, state.why) == ("finished", "")
+    assert state.results == json.loads((run.folder / "results.json").read_text())
+    other = replace(run, config={**run.config, "seed": 9})
+    sha256 = state.config_sha256
+    assert inspect_folder(other, "w1", known_config_sha256=sha256).state == "finished"
+    assert inspect_folder(other, "w1").state == "other"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("{oops", "results.json cannot be read"),
+        ("[]", "results.json has no metrics"),
+        ('{"metrics": 1}', "results.json has no metrics"),
+        ('{"metrics": {}, "primary_metric": "top1"}', "results.json lacks its primary metric"),
+    ],
+)
+def test_run_with_broken_results_has_begun(run, text, why):
+    (run.folder / "results.json").write_text(text)
+    state, message = inspect(run)
+    assert state == "begun"
+    assert why in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_results_without_permission_are_broken(run):
+    (run.folder / "results.json").chmod(0)
+    assert "results.json cannot be read" in inspect(run)[1]
+
+
+OTHERS = {
+    "no config": ("config.yaml", None, "config.yaml cannot be read"),
+    "no YAML": ("config.yaml", "a: [", "config.yaml is not YAML"),
+    "no mapping": ("config.yaml", "- a", "config.yaml is not a mapping"),
+    "another config": ("config.yaml", "seed: 5", "seed: 5 then, 0 now"),
+    "no environment": ("environment.json", None, "environment.json has no fingerprints of its"),
+    "broken environment": ("environment.json", "{", "environment.json has no fingerprints of its"),
+    "no fingerprints": ("environment.json", '{"data": 3}', "has no fingerprints of its data"),
+    "other data": (
+        "environment.json", '{"data": {"train": "t9", "val": "t3", "test": "t2"}}',
+        "other images or labels in data.train and data.val",
+    ),
+    "another version": (
+        "results.json", '{"format": 7}', "results.json has format 7, and this version reads 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text", "why"), OTHERS.values(), ids=OTHERS)
+def test_folder_of_another_run_is_refused_with_the_reason(suite, name, text, why):
+    run = suite.runs[0]
+    finish(run)
+    (run.folder / name).unlink()
+    if text is not None:
+        (run.folder / name).write_text(text)
+    with pytest.raises(ConfigError) as error:
+        refuse_others(suite.take_stock())
+    assert f"{run.folder} contains another run: " in str(error.value)
+    assert why in str(error.value)
+    assert "Nothing was started. Use --set-aside to move them" in str(error.value)
+
+
+def test_many_conflicts_are_counted(suite):
+    for run in suite.runs:
+        run.folder.mkdir(parents=True)
+        (run.folder / "results.json").write_text('{"format": 9}')
+    with pytest.raises(ConfigError, match=r"\.\.\. and 1 more\.\n"):
+        refuse_others(suite.take_stock())
+    finish(suite.runs[0])
+    assert inspect(suite.runs[0], **{f"key{i}": i for i in range(9)})[1].endswith(" and 4 more")
+
+
+def test_cut_off_run_with_other_data_is_another_run(run):
+    cut_off(run)
+    assert inspect(run) == ("begun", "resumes from iter_0000005")
+    (run.folder / "environment.json").write_text('{"data": {}}')
+    assert inspect(run)[0] == "other"
+    assert inspect_folder(replace(run, fingerprints=None), "w1").state == "begun"
+
+
+def test_suite_can_be_moved(run):
+    """If a hash identifies the backbone, its path does not matter."""
+    assert inspect(run, output_dir="y", model={"weights": "b/pretrain"}) == ("finished", "")
+    assert inspect(run, None, model={"weights": "b/pretrain"})[0] == "other"
+    assert inspect(run, "w2") == ("other", "its backbone has been retrained since")
+    assert inspect_folder(run, backbone_known=False).state == "finished"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_backbone_without_hash_is_another_one(suite, run, text):
+    finish(suite.runs[0])
+    (suite.runs[0].folder / "model.json").write_text(text)
+    others = suite.take_stock()
+    assert [(job.run, found.why) for job, found in others] == [
+        (run, "its backbone has been retrained since")
+    ]
+
+
+def test_folders_are_set_aside_under_numbers(suite):
+    run = suite.runs[0]
+    for number in (1, 2):
+        finish(run)
+        moved = suite.set_aside(run.folder)
+        assert moved == suite.folder / f"set_aside/vanilla/pretrain/seed0_{number}"
+        assert (moved / "results.json").exists()
+        assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"jobs": []}', '{"jobs": {"a": {"pid": 5}}}'])
+def test_file_without_slurm_jobs_names_none(suite, text):
+    """Earlier versions wrote the processes of this machine, too."""
+    (suite.folder / ".owner.json").write_text(text)
+    assert suite.read_slurm_jobs() == {}
+
+
+def test_data_known_only_to_the_run_are_not_compared(run):
+    (run.folder / "environment.json").unlink()
+    assert inspect_folder(replace(run, fingerprints=None), "w1").state == "finished"

@@ -1,0 +1,318 @@
+"""The state of a suite: suite.json, and what its run folders contain."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tract_transfer.config.suite import PRETRAIN, SuiteConfig
+from tract_transfer.engine.run_folder import changed_keys
+from tract_transfer.files import (
+    CONFIG_NAME,
+    ENVIRONMENT_NAME,
+    RESULTS_FORMAT,
+    RESULTS_NAME,
+    SUITE_FORMAT,
+    SUITE_NAME,
+    make_folder,
+    write_json,
+)
+from tract_transfer.suite.launchers import Handle
+from tract_transfer.suite.plan import PlannedRun
+
+_SLURM_JOBS_NAME = ".owner.json"
+_SHOWN_KEYS = 5  # of a config that differs
+
+
+@dataclass
+class Job:
+    """A planned run and its progress.
+
+    Attributes:
+        state: `blocked` if the run it needs failed.
+        attempts: how often it was started since its folder was new.
+        error: why the last attempt failed, or why the run is blocked.
+        seconds: total time of its attempts, once it is finished.
+        config_sha256: of the config.yaml that was found to be the run's own.
+        note: what the next attempt does, for the screen.
+        spent: seconds of its attempts so far, except those that a kill of the suite cut off.
+        last: seconds of its last attempt in this session.
+        begun_with: sha256 of the backbone it started from, if any.
+    """
+
+    run: PlannedRun
+    state: Literal["waiting", "running", "finished", "failed", "blocked"] = "waiting"
+    attempts: int = 0
+    error: str | None = None
+    seconds: float | None = None
+    config_sha256: str = ""
+    note: str = ""
+    spent: float = 0.0
+    last: float = 0.0
+    begun_with: str | None = None
+
+
+@dataclass(frozen=True)
+class FolderState:
+    """What a run folder contains.
+
+    Attributes:
+        state: `new`; `begun` (a checkpoint to resume from); `finished`; or `other`, a run with
+            another config, data, backbone or format.
+        why: what differs (`other`), or where the run resumes (`begun`).
+        config_sha256: of config.yaml, if it was compared.
+    """
+
+    state: Literal["new", "begun", "finished", "other"]
+    why: str = ""
+    config_sha256: str = ""
+    results: Mapping[str, Any] | None = None
+
+
+class Suite:
+    """A planned suite and the state of its runs, which `write` stores in suite.json.
+
+    Attributes:
+        jobs: one for each run, in the same order, with the history that suite.json has of it.
+        interrupted: folders of runs that suite.json has as running: the suite was killed.
+    """
+
+    def __init__(self, config: SuiteConfig, runs: Sequence[PlannedRun]) -> None:
+        self.config, self.runs = config, list(runs)
+        self.folder = Path(config.output_dir)
+        self.interrupted: list[Path] = []
+        self.jobs = self._recall()
+        self._by_folder = {job.run.folder: job for job in self.jobs}
+
+    def job_of(self, run: PlannedRun) -> Job:
+        """Return the job of a run."""
+        return self._by_folder[run.folder]
+
+    def needed_by(self, job: Job) -> Job | None:
+        """Return the job whose backbone a job takes."""
+        return self._by_folder[job.run.needs] if job.run.needs else None
+
+    def can_start(self, job: Job) -> bool:
+        """Return whether the backbone that a job takes is available."""
+        needed = self.needed_by(job)
+        return needed is None or needed.state == "finished"
+
+    def inspect(self, job: Job) -> FolderState:
+        """Return what a job's run folder contains."""
+        known = self.can_start(job)
+        weights = backbone_sha256(job.run) if known else None
+        found = inspect_folder(
+            job.run, weights, backbone_known=known, known_config_sha256=job.config_sha256
+        )
+        if found.state == "begun" and known and job.begun_with not in (None, weights):
+            return FolderState("other", "its backbone has been retrained since it started")
+        return found
+
+    def take_stock(self) -> list[tuple[Job, FolderState]]:
+        """Set every job's state from its folder; return the jobs whose folder has another run."""
+        others = []
+        for job in self.jobs:
+            found = self.inspect(job)
+            if found.state == "other":
+                others.append((job, found))
+            elif found.state == "begun":
+                job.note = found.why
+            elif found.state == "finished" and self.can_start(job):
+                job.state, job.config_sha256 = "finished", found.config_sha256
+            elif found.state == "finished":
+                job.note = "finished, if its backbone turns out the same"
+        return others
+
+    def read_slurm_jobs(self) -> dict[str, Handle]:
+        """Return the jobs of Slurm that may be running, by run folder."""
+        jobs = _read_json(self.folder / _SLURM_JOBS_NAME).get("jobs")
+        jobs = jobs if isinstance(jobs, dict) else {}
+        return {run: handle for run, handle in jobs.items() if "job" in handle}
+
+    def write_slurm_jobs(self, jobs: Mapping[str, Handle]) -> None:
+        """Write which jobs of Slurm are running, for the next process if this one is killed."""
+        path = self.folder / _SLURM_JOBS_NAME
+        if jobs:
+            write_json(path, {"jobs": dict(jobs)})
+        else:
+            path.unlink(missing_ok=True)
+
+    def set_aside(self, run_folder: Path) -> Path:
+        """Move another run's folder to set_aside/; return its new path."""
+        path = self.folder / "set_aside" / run_folder.relative_to(self.folder)
+        number = 1
+        while (target := path.with_name(f"{path.name}_{number}")).exists():
+            number += 1
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(run_folder, target)
+        return target
+
+    def write(self) -> None:
+        """Write suite.json; readers see the old file or the new one."""
+        tasks = dict.fromkeys(run.task for run in self.runs)
+        content = {
+            "format": SUITE_FORMAT,
+            "title": self.config.title,
+            "baseline": self.config.baseline,
+            "methods": list(self.config.methods),
+            "tasks": sorted(tasks, key=lambda task: task != PRETRAIN),
+            "seeds": list(dict.fromkeys(run.seed for run in self.runs)),
+            "runs": [self._entry(job) for job in self.jobs],
+        }
+        make_folder(self.folder)
+        write_json(self.folder / SUITE_NAME, content)
+
+    def _entry(self, job: Job) -> dict[str, Any]:
+        run = job.run
+        return {
+            "id": run.id,
+            "method": run.method,
+            "task": run.task,
+            "seed": run.seed,
+            "folder": os.path.relpath(run.folder, self.folder),
+            "needs": os.path.relpath(run.needs, self.folder) if run.needs else None,
+            "state": job.state,
+            "attempts": job.attempts,
+            "error": job.error,
+            "seconds": job.seconds,
+            "also": list(run.also),
+            "config_sha256": job.config_sha256,
+            "spent": round(job.spent, 1),
+            "begun_with": job.begun_with,
+        }
+
+    def _recall(self) -> list[Job]:
+        """Return the jobs, with the history that an earlier suite.json has of the same runs."""
+        try:
+            entries = _read_json(self.folder / SUITE_NAME)["runs"]
+            history = {(entry["folder"], entry["id"]): entry for entry in entries}
+            running = [entry["folder"] for entry in entries if entry.get("state") == "running"]
+            self.interrupted = [self.folder / folder for folder in running]
+        except (LookupError, TypeError):
+            history = {}
+        jobs = []
+        for run in self.runs:
+            entry = history.get((os.path.relpath(run.folder, self.folder), run.id), {})
+            jobs.append(
+                Job(
+                    run,
+                    attempts=int(entry.get("attempts") or 0),
+                    seconds=entry.get("seconds"),
+                    config_sha256=str(entry.get("config_sha256") or ""),
+                    spent=float(entry.get("spent") or 0.0),
+                    begun_with=entry.get("begun_with"),
+                )
+            )
+        return jobs
+
+
+def inspect_folder(
+    run: PlannedRun,
+    backbone: str | None = None,
+    *,
+    backbone_known: bool = True,
+    known_config_sha256: str = "",
+) -> FolderState:
+    """Return what a run's folder contains.
+
+    Args:
+        backbone: sha256 of the backbone that the run takes; None if its metadata has none.
+        backbone_known: False while that backbone is not trained yet.
+        known_config_sha256: of a config.yaml that need not be compared again.
+    """
+    folder = run.folder
+    results, broken = _read_results(folder / RESULTS_NAME)
+    if results is not None and (form := results.get("format", RESULTS_FORMAT)) != RESULTS_FORMAT:
+        why = f"{RESULTS_NAME} has format {form!r}, and this version reads {RESULTS_FORMAT}"
+        return FolderState("other", why)
+    checkpoints = list(folder.glob("checkpoints/iter_*"))
+    if results is None and not broken and not checkpoints:
+        return FolderState("new")
+    try:
+        text = (folder / CONFIG_NAME).read_bytes()
+    except OSError as error:
+        return FolderState("other", f"{CONFIG_NAME} cannot be read ({error.strerror})")
+    sha256 = hashlib.sha256(text).hexdigest()
+    # A suite can be moved: if a hash identifies the backbone, its path does not matter.
+    by_hash = results is not None and (backbone is not None or not backbone_known)
+    if sha256 != known_config_sha256 and (why := _config_changes(text, run, by_hash)):
+        return FolderState("other", why)
+    if why := _data_changes(run):
+        return FolderState("other", why)
+    if results is None:
+        newest = max((path.name for path in checkpoints), default="the beginning")
+        return FolderState("begun", f"resumes from {newest}{broken and f': {broken}'}", sha256)
+    if backbone_known and results.get("weights_sha256") != backbone:
+        return FolderState("other", "its backbone has been retrained since")
+    return FolderState("finished", "", sha256, results)
+
+
+def backbone_sha256(run: PlannedRun) -> str | None:
+    """Return the sha256 in the metadata of the backbone that a run takes; None without one."""
+    weights = run.config["model"]["weights"]
+    if weights in (None, "pretrained"):
+        return None
+    path = Path(weights)
+    sha256 = _read_json((path if path.is_dir() else path.parent) / "model.json").get("sha256")
+    return None if sha256 is None else str(sha256)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON object; {} if the file is missing or broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _read_results(path: Path) -> tuple[dict[str, Any] | None, str]:
+    """Return complete results, or those of another format; else None and what is broken."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None, ""
+    except (OSError, ValueError) as error:
+        return None, f"{path.name} cannot be read ({error})"
+    if isinstance(results, dict) and results.get("format", RESULTS_FORMAT) != RESULTS_FORMAT:
+        return results, ""
+    if not isinstance(results, dict) or not isinstance(results.get("metrics"), dict):
+        return None, f"{path.name} has no metrics"
+    if results.get("primary_metric") not in results["metrics"]:
+        return None, f"{path.name} lacks its primary metric"
+    return results, ""
+
+
+def _config_changes(text: bytes, run: PlannedRun, weights_may_move: bool) -> str:
+    """Return how the config.yaml in a folder differs from a run's config; "" if it does not."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        config = yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError) as error:
+        return f"{CONFIG_NAME} is not YAML ({error})"
+    if not isinstance(config, dict):
+        return f"{CONFIG_NAME} is not a mapping"
+    changes = changed_keys(config, run.config)
+    if weights_may_move:
+        changes = [change for change in changes if not change.startswith("model.weights: ")]
+    more = f" and {len(changes) - _SHOWN_KEYS} more" if len(changes) > _SHOWN_KEYS else ""
+    return "; ".join(changes[:_SHOWN_KEYS]) + more
+
+
+def _data_changes(run: PlannedRun) -> str:
+    """Return which splits differ from those that the run in the folder read; "" if none do."""
+    if run.fingerprints is None:
+        return ""
+    then, now = _read_json(run.folder / ENVIRONMENT_NAME).get("data"), run.fingerprints
+    if not isinstance(then, dict):
+        return f"{ENVIRONMENT_NAME} has no fingerprints of its data"
+    splits = sorted(
+        split for split in then.keys() | now.keys() if then.get(split) != now.get(split)
+    )
+    return f"other images or labels in data.{' and data.'.join(splits)}" if splits else ""
