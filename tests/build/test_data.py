@@ -29,7 +29,7 @@ def sources(folder, train_objects=OBJECTS):
     )
 
 
-def test_formats_mix_in_a_run_and_mended_boxes_are_in_its_results(tmp_path, load_tiny):
+def test_a_run_mixes_formats_and_reports_clipped_boxes(tmp_path, load_tiny):
     words = sources(tmp_path, [*OBJECTS, ("cat", (20, 5, 60, 9))])
     config = load_tiny(tmp_path, *words, task="detection")
     with pytest.raises(ValueError, match=r"boxes.json annotations\[1\] .*invalid_boxes: clip"):

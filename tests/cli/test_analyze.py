@@ -12,9 +12,9 @@ from tract_transfer.models.weights import save_backbone
 
 def test_resnet18_costs_what_its_paper_reports(call):
     words = ("--backbone", "torchvision/resnet18", "--size-px", 224, "--json")
-    said = call("analyze_model.py", *words)
-    assert said.returncode == 0, said.stderr
-    costs = json.loads(said.stdout)
+    done = call("analyze_model.py", *words)
+    assert done.returncode == 0, done.stderr
+    costs = json.loads(done.stdout)
     assert costs["parameters"] == 11_176_512  # without the classifier's 513,000
     assert costs["flops"] == pytest.approx(2 * 1.814e9, rel=0.01)
     (layer,) = costs["first_layers"]
@@ -29,11 +29,11 @@ def test_resnet18_costs_what_its_paper_reports(call):
 )
 def test_a_config_is_analyzed_without_data_or_weights(call, write_tiny, tmp_path, task, parts):
     words = ("--config-file", write_tiny(tmp_path, task), "--size-px", 32)
-    said = call("analyze_model.py", *words, "model.weights=./nowhere")
-    assert said.returncode == 0, said.stderr
-    assert "n = 27 inputs" in said.stdout
-    assert "activations" in said.stdout
-    assert [part for part in parts if f"\n{part}" not in said.stdout] == []
+    done = call("analyze_model.py", *words, "model.weights=./nowhere")
+    assert done.returncode == 0, done.stderr
+    assert "n = 27 inputs" in done.stdout
+    assert "activations" in done.stdout
+    assert [part for part in parts if f"\n{part}" not in done.stdout] == []
 
 
 @pytest.fixture(scope="module")
@@ -53,33 +53,33 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize("name", ["published.pth", "moco.pth.tar"])
 def test_weights_are_compared_without_training(call, files, name):
     words = ("--weights", files / name, "--backbone", "timm/resnet18")
-    said = call("analyze_model.py", *words)
-    assert said.returncode == 0, said.stderr
-    assert "11,176,512 of 11,176,512 parameters (100.00%)" in said.stdout
-    assert "fc.bias (the file's own head, 2 names)" in said.stdout
+    done = call("analyze_model.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert "11,176,512 of 11,176,512 parameters (100.00%)" in done.stdout
+    assert "fc.bias (the file's own head, 2 names)" in done.stdout
     report = json.loads(call("analyze_model.py", *words, "--json").stdout)
     assert (report["fits"], report["parameters_loaded"]) == (True, 11_176_512)
 
 
 def test_weights_that_a_training_refuses_exit_with_1(call, files, write_tiny, tmp_path):
     words = ("analyze_model.py", "--weights", files / "short.pth")
-    said = call(*words, "--backbone", "timm/resnet18")
-    assert said.returncode == 1
-    assert "layer1.0.conv1.weight (1 names)" in said.stdout
-    assert "refused: " in said.stderr
+    done = call(*words, "--backbone", "timm/resnet18")
+    assert done.returncode == 1
+    assert "layer1.0.conv1.weight (1 names)" in done.stdout
+    assert "refused: " in done.stderr
     config = ("--config-file", write_tiny(tmp_path), "model.backbone={name: timm/resnet18}")
-    said = call(*words, *config)
-    assert said.returncode == 1
-    assert "refused: model.weights: " in said.stderr
-    said = call(*words, *config, "model.ignore_missing=[layer1.0.conv1.weight]")
-    assert said.returncode == 0, said.stderr
+    done = call(*words, *config)
+    assert done.returncode == 1
+    assert "refused: model.weights: " in done.stderr
+    done = call(*words, *config, "model.ignore_missing=[layer1.0.conv1.weight]")
+    assert done.returncode == 0, done.stderr
 
 
 def test_weights_alone_must_be_a_run_folder(call, files, tmp_path):
-    said = call("analyze_model.py", "--weights", files / "short.pth")
-    assert said.returncode == 2
-    assert "No model.json" in said.stderr
+    done = call("analyze_model.py", "--weights", files / "short.pth")
+    assert done.returncode == 2
+    assert "No model.json" in done.stderr
     save_backbone(tmp_path, build_backbone("cifar/resnet18", args={"width": 8}), {})
-    said = call("analyze_model.py", "--weights", tmp_path)
-    assert said.returncode == 0, said.stderr
-    assert "(100.00%)" in said.stdout
+    done = call("analyze_model.py", "--weights", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "(100.00%)" in done.stdout

@@ -68,11 +68,11 @@ BAD_LINES = {
 
 @pytest.mark.parametrize("line", BAD_LINES)
 def test_a_bad_command_line_exits_with_2(call, line):
-    said = call(*line.split())
-    assert said.returncode == 2
-    assert BAD_LINES[line] in said.stderr
-    assert "error: " in said.stderr  # argparse's after its usage, with the command's name
-    assert said.stdout == ""
+    done = call(*line.split())
+    assert done.returncode == 2
+    assert BAD_LINES[line] in done.stderr
+    assert "error: " in done.stderr  # argparse's after its usage, with the command's name
+    assert done.stdout == ""
     assert not (ROOT / "nowhere").exists()
 
 

@@ -21,9 +21,9 @@ def check(call, offline_cache, tmp_path):
 
     def run(config_file, *overrides):
         path = tmp_path / "report.json"
-        said = call("check_data.py", "--config-file", config_file, "--json", path, *overrides)
+        done = call("check_data.py", "--config-file", config_file, "--json", path, *overrides)
         report = json.loads(path.read_text()) if path.exists() else None
-        return said.returncode, said.stdout + said.stderr, report
+        return done.returncode, done.stdout + done.stderr, report
 
     return run
 
@@ -136,9 +136,9 @@ def test_the_grid_depends_on_config_and_seed_alone(call, write_tiny, tmp_path, t
     drawn = []
     for name, more in (("a", ()), ("b", ()), ("c", ("seed=1",))):
         words = ("--config-file", path, "--num-images", 3, "--output", tmp_path / f"{name}.png")
-        said = call("visualize_data.py", *words, *more)
-        assert said.returncode == 0, said.stderr
-        assert said.stdout.split() == [str(tmp_path / f"{name}.png")]
+        done = call("visualize_data.py", *words, *more)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [str(tmp_path / f"{name}.png")]
         drawn.append(pixels(tmp_path / f"{name}.png"))
     assert np.array_equal(drawn[0], drawn[1])
     assert drawn[0].std() > 10
@@ -159,8 +159,8 @@ def test_images_are_those_of_the_training_from_start_iter_on(write_tiny, tmp_pat
 
 def test_fewer_images_than_a_batch_are_drawn(call, write_tiny, tmp_path):
     words = ("--config-file", write_tiny(tmp_path), "--output", tmp_path / "a.png")
-    said = call("visualize_data.py", *words, "data.batch_size=99999", "engine.accumulate=3")
-    assert said.returncode == 0, said.stderr
+    done = call("visualize_data.py", *words, "data.batch_size=99999", "engine.accumulate=3")
+    assert done.returncode == 0, done.stderr
     assert pixels(tmp_path / "a.png").std() > 10
 
 

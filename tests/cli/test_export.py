@@ -24,8 +24,8 @@ def run_folder(tmp_path_factory):
 
 def test_a_run_folder_converts_to_detectron2_and_back(call, run_folder, tmp_path):
     file, folder = tmp_path / "new" / "r18.pkl", tmp_path / "back"
-    said = call("convert_weights.py", "--to", "detectron2", run_folder, file)
-    assert said.stdout.split() == [str(file), str(file.with_suffix(".yaml"))]
+    done = call("convert_weights.py", "--to", "detectron2", run_folder, file)
+    assert done.stdout.split() == [str(file), str(file.with_suffix(".yaml"))]
     back = ("convert_weights.py", "--from", "detectron2", file)
     assert call(*back, folder).stdout == f"{folder}: torchvision/resnet18\n"
     metadata = read_metadata(folder)

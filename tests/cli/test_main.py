@@ -29,10 +29,10 @@ QUICK = (
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_help_imports_neither_torch_nor_pydantic(name, tool):
-    said = tool(name, "--help", launcher=["-X", "importtime"])
-    assert said.returncode == 0, said.stderr
-    assert f"python tools/{name}" in said.stdout
-    imported = {line.rpartition("|")[2].strip() for line in said.stderr.splitlines()}
+    done = tool(name, "--help", launcher=["-X", "importtime"])
+    assert done.returncode == 0, done.stderr
+    assert f"python tools/{name}" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imported
     assert imported & {"torch", "pydantic", "yaml", "numpy"} == set()
 
@@ -61,19 +61,19 @@ def trained(tmp_path_factory, tool):
 
 
 def test_train_net_trains(trained):
-    _, folder, said = trained
-    assert said.returncode == 0, said.stderr
-    assert said.stdout.split() == [str(folder / "results.json")]
-    assert "iter 4/4" in said.stderr
+    _, folder, done = trained
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(folder / "results.json")]
+    assert "iter 4/4" in done.stderr
     assert json.loads((folder / "results.json").read_text())["iterations"] == 4
 
 
 def test_eval_only_repeats_the_metrics(trained, call):
     words, folder, _ = trained
-    said = call("train_net.py", *words, "--eval-only")
-    assert said.returncode == 0, said.stderr
+    done = call("train_net.py", *words, "--eval-only")
+    assert done.returncode == 0, done.stderr
     results = json.loads((folder / "results.json").read_text())
-    shown = dict(line.split() for line in said.stdout.splitlines())
+    shown = dict(line.split() for line in done.stdout.splitlines())
     metrics = results["metrics"]
     assert shown == {name: f"{metrics[name]:.2%}" for name in metrics if name != "loss"} | {
         "loss": f"{metrics['loss']:.4f}"
@@ -94,12 +94,12 @@ def test_a_finished_run_is_resumed_only_when_asked(trained, call):
 
 def test_a_dry_run_prints_the_costs_and_writes_nothing(trained, call, tmp_path):
     words, _, _ = trained
-    said = call("train_net.py", *words, f"output_dir={tmp_path / 'none'}", "--dry-run")
-    assert said.returncode == 0, said.stderr
+    done = call("train_net.py", *words, f"output_dir={tmp_path / 'none'}", "--dry-run")
+    assert done.returncode == 0, done.stderr
     for what in ("parameters", "FLOPs", "peak memory", "a step", "the whole run"):
-        assert what in said.stdout
+        assert what in done.stdout
     assert not (tmp_path / "none").exists()
-    stages = [said.stderr.index(f"Reading data.{split}") for split in ("train", "test")]
+    stages = [done.stderr.index(f"Reading data.{split}") for split in ("train", "test")]
     assert stages == sorted(stages)
 
 
@@ -130,8 +130,8 @@ def suite(tmp_path_factory, write_tiny, call):
 
 
 def test_a_suite_runs_once_and_reports(suite, call):
-    folder, words, said = suite
-    assert said.returncode == 0, said.stderr
+    folder, words, done = suite
+    assert done.returncode == 0, done.stderr
     results = sorted((folder / "suite").rglob("results.json"))
     assert [str(path.relative_to(folder / "suite")) for path in results] == [
         f"{method}/{task}/seed0/results.json"
@@ -141,16 +141,16 @@ def test_a_suite_runs_once_and_reports(suite, call):
     of_probe = json.loads(results[1].read_text())
     labels = [of_probe[key] for key in ("method", "name", "role")]
     assert labels == ["tract", "probe", "downstream"]
-    assert "[4/4] seed 0  probe" in said.stderr
+    assert "[4/4] seed 0  probe" in done.stderr
     report = folder / "suite/report.html"
-    assert said.stdout.splitlines()[-1] == str(report)
+    assert done.stdout.splitlines()[-1] == str(report)
     for suffix in (".html", ".md", ".tex", ".json"):
         text = report.with_suffix(suffix).read_text()
         assert "tiny" in text or suffix == ".tex"
         assert "probe" in text
     times = [path.stat().st_mtime_ns for path in results]
     again = call(*words)
-    assert (again.returncode, again.stdout) == (0, said.stdout)
+    assert (again.returncode, again.stdout) == (0, done.stdout)
     assert [path.stat().st_mtime_ns for path in results] == times
 
 
@@ -159,10 +159,10 @@ def test_a_suite_with_a_failed_run_exits_with_1(suite, call, tmp_path):
     for name in ("pretrain", "probe"):  # the runs of the baseline
         shutil.copytree(folder / f"suite/vanilla/{name}", tmp_path / f"vanilla/{name}")
     diverges = ("methods.tract.pretrain={solver.lr: 1e30}", "retries=0")
-    said = call(*words, f"output_dir={tmp_path}", *diverges)
-    assert said.returncode == 1
-    assert "failed: NonFiniteError: " in said.stderr
-    assert "Traceback" not in said.stderr
+    done = call(*words, f"output_dir={tmp_path}", *diverges)
+    assert done.returncode == 1
+    assert "failed: NonFiniteError: " in done.stderr
+    assert "Traceback" not in done.stderr
     assert (tmp_path / "report.html").is_file()
     runs = json.loads((tmp_path / "suite.json").read_text())["runs"]
     states = [(run["method"], run["state"]) for run in runs]
@@ -187,8 +187,8 @@ def test_a_suite_prints_its_own_lines_and_each_warning_once():
 def test_a_report_is_written_from_run_folders(suite, call, tmp_path):
     folder, _, _ = suite
     folders = sorted((folder / "suite").glob("*/*/seed0"))
-    said = call("report.py", *folders, "--output", tmp_path / "report.html", "--title", "Again?")
-    assert said.returncode == 0, said.stderr
+    done = call("report.py", *folders, "--output", tmp_path / "report.html", "--title", "Again?")
+    assert done.returncode == 0, done.stderr
     assert "Again?" in (tmp_path / "report.html").read_text()
-    assert "probe" in said.stdout
-    assert said.stdout.splitlines()[-1] == str(tmp_path / "report.html")
+    assert "probe" in done.stdout
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "report.html")

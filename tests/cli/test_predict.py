@@ -41,11 +41,11 @@ def test_images_of_a_folder_are_predicted(trained, photos, call, tmp_path):
     if not model.detects:
         right, wrong = wrong, right
     words = ("--run", trained, photos, "--output", tmp_path / "out")
-    said = call("predict.py", *words, *wrong)
-    assert said.returncode == 2
-    assert f"{wrong[0]} is for " in said.stderr
-    said = call("predict.py", *words, *right)
-    assert said.returncode == 0, said.stderr
+    done = call("predict.py", *words, *wrong)
+    assert done.returncode == 2
+    assert f"{wrong[0]} is for " in done.stderr
+    done = call("predict.py", *words, *right)
+    assert done.returncode == 0, done.stderr
     entries = entries_of(tmp_path / "out")
     assert [entry["file"] for entry in entries] == [str(photos / n) for n in ("a.png", "b.jpg")]
     assert [(e["width"], e["height"]) for e in entries] == [(70, 50), (40, 90)]
@@ -78,9 +78,9 @@ def test_a_moved_run_predicts_without_data_and_initial_weights(trained, tmp_path
 
 def test_unreadable_inputs_are_reported_and_the_others_predicted(trained, photos, call, tmp_path):
     (photos / "broken.png").write_bytes(b"not an image")
-    said = call("predict.py", "--run", trained, photos, "--output", tmp_path / "out")
-    assert said.returncode == 1
-    assert "broken.png cannot be decoded" in said.stderr
+    done = call("predict.py", "--run", trained, photos, "--output", tmp_path / "out")
+    assert done.returncode == 1
+    assert "broken.png cannot be decoded" in done.stderr
     assert len(entries_of(tmp_path / "out")) == 2
 
 
@@ -88,14 +88,14 @@ def test_earlier_predictions_are_replaced_only_when_asked(trained, photos, call,
     detects = load_trained(trained).detects
     options = ("--min-score", 1) if detects else ()
     words = ("--run", trained, "--output", tmp_path, *options, photos / "a.png")
-    said = call("predict.py", *words)
-    assert said.returncode == 0, said.stderr
+    done = call("predict.py", *words)
+    assert done.returncode == 0, done.stderr
     if detects:
-        assert f"{photos / 'a.png'}  0 of " in said.stdout
-        assert "boxes score 1 or more" in said.stdout
-    said = call("predict.py", *words[:-1], photos / "b.jpg")
-    assert said.returncode == 2
-    assert "predictions.json exists: set another --output, or --overwrite." in said.stderr
+        assert f"{photos / 'a.png'}  0 of " in done.stdout
+        assert "boxes score 1 or more" in done.stdout
+    done = call("predict.py", *words[:-1], photos / "b.jpg")
+    assert done.returncode == 2
+    assert "predictions.json exists: set another --output, or --overwrite." in done.stderr
     assert [entry["file"] for entry in entries_of(tmp_path)] == [str(photos / "a.png")]
     assert call("predict.py", *words[:-1], photos / "b.jpg", "--overwrite").returncode == 0
     assert [entry["file"] for entry in entries_of(tmp_path)] == [str(photos / "b.jpg")]
@@ -109,8 +109,8 @@ def test_the_frames_of_a_video_are_predicted(trained, call, tmp_path):
     assert frame_rate(tmp_path / "clip.mp4") == 5
     back = np.stack([f.permute(1, 2, 0).numpy() for f in read_video(tmp_path / "clip.mp4")])
     assert np.abs(back.astype(int) - np.stack(frames)).mean() < 4  # lossy
-    said = call("predict.py", "--run", trained, tmp_path / "clip.mp4", "--output", tmp_path / "out")
-    assert said.returncode == 0, said.stderr
+    done = call("predict.py", "--run", trained, tmp_path / "clip.mp4", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
     assert [entry["frame"] for entry in entries_of(tmp_path / "out")] == [0, 1]
     if "boxes" in entries_of(tmp_path / "out")[0]:
         assert len(list(read_video(tmp_path / "out/clip.mp4.mp4"))) == 2
@@ -119,6 +119,6 @@ def test_the_frames_of_a_video_are_predicted(trained, call, tmp_path):
 def test_a_video_without_pyav_names_what_to_install(trained, call, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "av", None)
     (tmp_path / "clip.mp4").write_bytes(b"")
-    said = call("predict.py", "--run", trained, tmp_path / "clip.mp4", "--output", tmp_path / "out")
-    assert said.returncode == 1
-    assert "pip install av" in said.stderr
+    done = call("predict.py", "--run", trained, tmp_path / "clip.mp4", "--output", tmp_path / "out")
+    assert done.returncode == 1
+    assert "pip install av" in done.stderr

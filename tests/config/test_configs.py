@@ -171,7 +171,7 @@ def test_the_samples_have_the_images_that_the_configs_name(path, tmp_path, monke
 
 
 @pytest.mark.parametrize("path", SUITES, ids=name_of)
-def test_a_suites_runs_are_configs(path):
+def test_runs_of_a_suite_are_configs(path):
     suite = load_suite(path)
     runs = inspect_runs(suite, draft_runs(suite), lambda config, needed: None)
     stages = ([suite.pretrain] if suite.pretrain else []) + list(suite.tasks.values())
@@ -187,7 +187,7 @@ def test_a_suites_runs_are_configs(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SUITES, ids=name_of)
-def test_a_suites_dry_run_lists_every_run(path, monkeypatch, tmp_path):
+def test_dry_run_of_a_suite_lists_every_run(path, monkeypatch, tmp_path):
     """Without the hub's data, and with a VOC 2007 of three photographs."""
     if path.is_relative_to(BENCHMARKS):
         if path.stem == "voc_engines":

@@ -94,7 +94,7 @@ def test_keys_at_their_default_may_be_written(load):
     assert not load(CLASSIFICATION, off, "solver.step_factor=0.1").tract.enabled
 
 
-def test_the_defaults_are_those_of_dino_and_vissl(load):
+def test_defaults_are_those_of_dino_and_vissl(load):
     evaluation = load(PROBE, "evaluation.svm={}").evaluation
     assert evaluation.knn.ks == [10, 20, 100, 200]
     assert evaluation.knn.temperature == 0.07
@@ -121,7 +121,7 @@ def test_every_probe_of_several_labels_can_be_the_metric(load, metric):
     assert load(VOC_PROBE, few_shot, f"evaluation.metric={metric}").data.has_many_labels
 
 
-def test_the_known_keys_are_the_schema_s():
+def test_known_keys_are_those_of_the_schema():
     keys = known_keys(ClassificationConfig)
     assert len(keys) == len(set(keys))
     assert {"seed", "solver.lr", "data.val.fraction", "engine.log.every_iters"} <= set(keys)

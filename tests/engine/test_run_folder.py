@@ -166,7 +166,7 @@ def test_a_preview_warns_that_the_run_would_be_refused(finished, caplog):
     assert "refused" not in caplog.text
 
 
-def test_a_second_run_is_refused_and_disturbs_nothing(finished):
+def test_a_second_run_is_refused_and_changes_nothing(finished):
     config, folder = finished
     before = contents(folder)
     with held(folder) as pid, pytest.raises(FolderInUseError, match=f"in use by process {pid}"):
@@ -175,7 +175,7 @@ def test_a_second_run_is_refused_and_disturbs_nothing(finished):
     run(config, resume=True)
 
 
-def test_place_speed_and_unknown_defaults_may_differ_on_resume(finished, load_tiny):
+def test_keys_of_place_and_speed_and_missing_defaults_may_differ_on_resume(finished, load_tiny):
     _, folder = finished
     change(folder / "config.yaml", lambda tree: tree["solver"].pop("ema_warmup"))
     change(folder / "config.yaml", lambda tree: tree["data"].pop("repeats"))
@@ -218,7 +218,7 @@ def test_other_weights_under_the_same_config_are_refused(tmp_path, load_tiny, fi
 
 
 @pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_text("{")])
-def test_data_that_cannot_be_compared_are_warned_of(finished, caplog, spoil):
+def test_unreadable_environment_is_a_warning(finished, caplog, spoil):
     config, folder = finished
     spoil(folder / "environment.json")
     run(config, resume=True)
@@ -226,7 +226,7 @@ def test_data_that_cannot_be_compared_are_warned_of(finished, caplog, spoil):
     assert "cannot be compared" in caplog.text
 
 
-def test_another_environment_is_warned_of_and_recorded(finished, caplog):
+def test_another_environment_is_a_warning_and_recorded(finished, caplog):
     config, folder = finished
     change(folder / "environment.json", lambda tree: tree["versions"].update(torch="1.0"))
     run(config, resume=True)
@@ -256,7 +256,7 @@ def test_versions_hardware_and_commit_are_compared():
     assert continue_environment(now, {})[1] == []  # a lost environment.json
 
 
-def test_a_truncated_log_line_stays_a_line_and_temporary_files_are_removed(finished):
+def test_a_truncated_log_line_is_completed_and_temporary_files_are_removed(finished):
     config, folder = finished
     text = (folder / "log.txt").read_text()
     (folder / "log.txt").write_text(f"{text}2026-01-01 00:00:00,000 INFO it")
@@ -305,9 +305,7 @@ def test_resume_hint_depends_on_the_content_of_the_folder(tmp_path, finished):
     assert "Give the same command again" in resume_hint(tmp_path / "nothing")
 
 
-def test_a_folder_is_released_when_a_run_fails_and_removed_if_it_never_began(
-    tmp_path, load_tiny, kill_at
-):
+def test_a_folder_is_released_after_a_failure_and_removed_if_unused(tmp_path, load_tiny, kill_at):
     kill_at(1)
     with pytest.raises(Killed):
         run(load_tiny(tmp_path))

@@ -141,9 +141,9 @@ def test_runs_without_a_classifier_are_refused(finished, load_tiny, call, tmp_pa
         (tmp_path, "new", "it is not a finished run"),
         (finished("own"), "probe", "exists. Name another --output"),
     ):
-        said = call("export_model.py", "--run", source, "--output", tmp_path / output)
-        assert said.returncode == 2
-        assert message in said.stderr
+        done = call("export_model.py", "--run", source, "--output", tmp_path / output)
+        assert done.returncode == 2
+        assert message in done.stderr
     assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match=r"README.md"):
         load_exported(finished("own"))
@@ -196,9 +196,9 @@ def test_an_onnx_file_with_other_logits_is_removed(monkeypatch, tmp_path):
 def test_onnx_without_its_packages_names_what_to_install(finished, call, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     words = ("--run", finished("own"), "--output", tmp_path / "out", "--onnx")
-    said = call("export_model.py", *words)
-    assert said.returncode == 2
-    assert "pip install onnx onnxruntime onnxscript" in said.stderr
+    done = call("export_model.py", *words)
+    assert done.returncode == 2
+    assert "pip install onnx onnxruntime onnxscript" in done.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -127,8 +127,8 @@ def test_a_run_without_test_reports_its_val_and_one_view(load_tiny, tmp_path):
 def test_a_license_is_stated_only_when_given(finished, call, tmp_path):
     for number, given in enumerate((None, "apache-2.0")):
         words = ("--run", finished, "--output", tmp_path / str(number))
-        said = call("export_model.py", *words, *(["--license", given] if given else []))
-        assert said.returncode == 0, said.stderr
+        done = call("export_model.py", *words, *(["--license", given] if given else []))
+        assert done.returncode == 0, done.stderr
         text = (tmp_path / f"{number}/README.md").read_text()
         assert front_matter(text).get("license") == given
         assert ("No license is stated" in text) == (given is None)
@@ -167,12 +167,12 @@ def test_a_model_is_uploaded_only_when_asked(finished, call, tmp_path, monkeypat
     assert hub.calls == []
     more = ("--push-to-hub", "me/model")
     for name, private in (("public", []), ("private", ["--private"])):
-        said = call("export_model.py", *words, tmp_path / name, *more, *private)
-        assert said.returncode == 0, said.stderr
+        done = call("export_model.py", *words, tmp_path / name, *more, *private)
+        assert done.returncode == 0, done.stderr
         create, upload = hub.calls
         assert create == ("create", "me/model", bool(private), True)
         assert upload == ("upload", "me/model", ["README.md", "config.json", "model.safetensors"])
-        assert said.stdout.splitlines()[-1] == "https://hub/me/model"
+        assert done.stdout.splitlines()[-1] == "https://hub/me/model"
         assert "snapshot_download('me/model')" in (tmp_path / name / "README.md").read_text()
         hub.calls.clear()
 
@@ -186,7 +186,7 @@ def test_an_upload_that_would_fail_is_refused(finished, call, tmp_path, monkeypa
     assert "must be owner/name, not 'm'" in call("export_model.py", *words, "m").stderr
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "token")
-    said = call("export_model.py", *words, "me/m", "--private")
-    assert said.returncode == 2
-    assert "me/m exists and is public, and nothing was uploaded" in said.stderr
+    done = call("export_model.py", *words, "me/m", "--private")
+    assert done.returncode == 2
+    assert "me/m exists and is public, and nothing was uploaded" in done.stderr
     assert [kind for kind, *_ in hub.calls] == ["create"]

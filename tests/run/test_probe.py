@@ -30,8 +30,8 @@ def everything(tmp_path_factory, call, write_tiny):
     """Results of all probes on three digits, through the tool, and the run's folder."""
     folder = tmp_path_factory.mktemp("probes")
     path = write_tiny(folder, "probe")
-    said = call("train_net.py", "--config-file", path, *ALL)
-    assert said.returncode == 0, said.stderr
+    done = call("train_net.py", "--config-file", path, *ALL)
+    assert done.returncode == 0, done.stderr
     return json.loads((folder / "run/results.json").read_text()), folder / "run"
 
 

@@ -21,11 +21,11 @@ def test_the_command_in_the_error_replays_the_step(tmp_path, load_tiny, call, ta
         run(config)
     assert not (tmp_path / "run/results.json").exists()
     command = re.search(r"python tools/(\S+) (.*)$", str(caught.value))
-    said = call(command[1], *shlex.split(command[2]))
-    assert said.returncode == 0, said.stderr
-    assert "is not finite" in said.stdout
-    assert "The losses: " in said.stdout
-    backward = any(line.startswith("Backward: ") for line in said.stdout.splitlines())
+    done = call(command[1], *shlex.split(command[2]))
+    assert done.returncode == 0, done.stderr
+    assert "is not finite" in done.stdout
+    assert "The losses: " in done.stdout
+    backward = any(line.startswith("Backward: ") for line in done.stdout.splitlines())
     assert backward or task == "detection"
     calls = "Traceback of forward call"  # of the operation that failed, printed by torch
     assert any(calls in str(warning.message) for warning in recwarn) == backward
