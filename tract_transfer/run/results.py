@@ -126,7 +126,7 @@ def _save_detections(
     folder: Path, model: nn.Module, dataset: DetectionDataset, count: int, device: torch.device
 ) -> None:
     """Write the first `count` images as PNG, and detections.json with detections and truth."""
-    entries = []
+    entries, names = [], dataset.class_names
     make_folder(folder / "detections")
     for index in range(min(count, len(dataset))):
         try:
@@ -134,18 +134,18 @@ def _save_detections(
         except ValueError:  # undecodable
             continue
         with evaluating(model):
-            (found,) = model([image.to(device)])
+            (detections,) = model([image.to(device)])
         path = f"detections/{index:04d}.png"
         with atomic_path(folder / path) as temporary:
             write_png(image, str(temporary))
         entry = {
             "image": path,
-            "boxes": found["boxes"].tolist(),
-            "scores": found["scores"].tolist(),
+            "boxes": detections["boxes"].tolist(),
+            "scores": detections["scores"].tolist(),
+            "labels": [names[label] for label in detections["labels"].tolist()],
+            "truth_boxes": target["boxes"].tolist(),
+            "truth_labels": [names[label] for label in target["labels"].tolist()],
         }
-        entry["labels"] = [dataset.class_names[label] for label in found["labels"].tolist()]
-        entry["truth_boxes"] = target["boxes"].tolist()
-        entry["truth_labels"] = [dataset.class_names[k] for k in target["labels"].tolist()]
         entries.append(entry)
     write_json(folder / "detections.json", entries)
 
