@@ -155,7 +155,7 @@ TABLE = {
     "unknown norm": (D, "model.norm=fixed", ["model.norm: ", "'trained', 'frozen' or 'synced'"]),
     "norm of a backbone without BatchNorm": (D,
         ["model.backbone={name: timm/vgg11, args: {mlp_ratio: 0.01}}", "model.norm=frozen"],
-        ["model.norm: frozen is for BatchNorms", "(command line)"]),
+        ["model.norm: frozen needs BatchNorms", "(command line)"]),
     "unknown optimizer argument": (C, "solver.optimizer_args={beta: 1}", ["solver.optimizer: ",
         "beta"]),
     "momentum where there is none": (C, "solver.optimizer=adamw",
