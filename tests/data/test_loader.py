@@ -111,10 +111,22 @@ def test_detection_batches_are_lists():
     batch = next(iter(loader)).to("cpu")
     assert [target["image_id"] for target in batch.targets] == batch.indices
     assert [int(image[0, 0, 0]) for image in batch.images] == batch.indices
-    loader = eval_loader(
-        Objects(), detection_eval(), batch_size=5, num_workers=0, rank=1, world_size=2
-    )
-    assert [batch.indices for batch in loader] == [[1, 3, 5, 7, 9], [11]]
+
+
+def test_an_evaluation_sees_every_image_once_over_all_processes():
+    def indices(rank, world_size):
+        split = {"rank": rank, "world_size": world_size}
+        loader = eval_loader(Objects(), detection_eval(), batch_size=5, num_workers=0, **split)
+        batches = [batch.indices for batch in loader]
+        assert len(loader) == len(batches)
+        return batches
+
+    assert indices(1, 2) == [[1, 3, 5, 7, 9], [11]]
+    for world_size in (1, 3, 5, 13):
+        shares = [
+            index for rank in range(world_size) for b in indices(rank, world_size) for index in b
+        ]
+        assert sorted(shares) == list(range(12))
 
 
 def test_undecodable_images_are_an_error_or_skipped_and_listed():
