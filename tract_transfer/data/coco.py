@@ -37,15 +37,9 @@ def load_coco(
             of an annotation `id`, `image_id`, `category_id`, `bbox` (x, y, width, height), `area`,
             `iscrowd` and `ignore`. Masks and keypoints are not.
         classes: the category names in label order; by default all, in the order of their ids.
-        key: the config section that errors name.
-        findings: what happens to wrong annotations; by default the first is raised.
-        max_pixels: larger images are not decoded.
+        key, findings, max_pixels: as of `voc.load_voc`, and so are the errors.
 
     An object with `iscrowd` is a crowd and therefore difficult; one with `ignore` is difficult.
-
-    Raises:
-        FileNotFoundError: the json file, the folder or an image is missing.
-        ValueError: an entry is wrong; the message names the file and the entry.
     """
     path, folder = Path(annotations).expanduser(), Path(images).expanduser()
     findings = findings or Findings()

@@ -35,16 +35,14 @@ _NUM_FINGERPRINT_IMAGES = 64
 
 
 class UndecodableImage(ValueError):  # noqa: N818 - reads as what it is
-    """An image that cannot be decoded.
+    """An image that cannot be decoded: its name (`item`) and the reason.
 
-    `item` names it (a file, or `split train row 17`), `reason` says why. A DataLoader re-raises a
-    worker's exception from its text alone: then `item` is that text and `reason` is empty.
+    A DataLoader re-raises a worker's exception from its text alone: then that is the `item`.
     """
 
     def __init__(self, item: str, reason: str = "") -> None:
         super().__init__(item, reason)
-        self.item = item
-        self.reason = reason
+        self.item, self.reason = item, reason
 
     def __str__(self) -> str:
         if not self.reason:
@@ -61,13 +59,7 @@ def decode_image(
     """Decode an image (its first frame) to uint8 RGB (3, H, W).
 
     Transparent pixels are composited over white and 16-bit gray is scaled to 8 bits; PIL converts
-    the other modes.
-
-    Args:
-        stored: the encoded bytes, or their file.
-        item: the image's name in errors.
-        exif: apply the EXIF orientation.
-        max_pixels: the largest width x height, by the header.
+    the other modes. `item` is the image's name in errors.
 
     Raises:
         UndecodableImage: the image is truncated, too large, in none of FORMATS, or has 32-bit
@@ -136,11 +128,7 @@ def read_stored(stored: bytes | Path) -> bytes:
 
 
 class ImageSource:
-    """Where the images of a data set are stored: a subclass defines `stored` and `item`.
-
-    Rows are those of the source, before any selection. An image of more than `max_pixels` is not
-    decoded.
-    """
+    """Where the images of a data set are stored: a subclass defines `stored` and `item`."""
 
     def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
@@ -234,10 +222,9 @@ def fingerprint(
     encoded: Callable[[int], bytes],
     length: int,
 ) -> str:
-    """Return the sha256 (hex) of a data set of `length` images, without reading all of them.
+    """Return the sha256 (hex) of a data set without reading all its images.
 
-    It covers the length, the class names, every annotation in `arrays` and the encoded bytes of
-    up to 64 evenly spaced images.
+    It covers length, class names, annotations (`arrays`) and up to 64 evenly spaced images.
     """
     digest = hashlib.sha256(json.dumps([length, list(class_names)]).encode())
     for array in arrays:
