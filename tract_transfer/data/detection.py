@@ -241,8 +241,7 @@ class DetectionDataset(IndexedImages):
 
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of length, class names, all objects and 64 stored images."""
-        arrays = [self.sizes, *self.objects]
-        return images.fingerprint(self.class_names, arrays, self.encoded, len(self))
+        return images.fingerprint(self, self.sizes, *self.objects)
 
     def select(self, indices: Sequence[int] | np.ndarray, name: str) -> "DetectionDataset":
         """Return the data set of these images, in this order; it keeps all classes."""

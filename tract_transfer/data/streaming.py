@@ -218,8 +218,7 @@ class Stream:
         if self.version is not None:
             about = [self.version, len(self), list(self.class_names)]
             return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-        labels = np.concatenate(list(self.groups.labels()))
-        return images.fingerprint(self.class_names, [labels], self.encoded, len(self))
+        return images.fingerprint(self, np.concatenate(list(self.groups.labels())))
 
     def _count_classes(self) -> np.ndarray:
         labels = np.concatenate(list(self.groups.labels()))

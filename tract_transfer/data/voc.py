@@ -157,11 +157,10 @@ def _parse(xml: Path) -> Element:
 
 def _read_size(annotation: Element) -> Size | None:
     try:
-        height = int(annotation.findtext("size/height") or 0)
-        width = int(annotation.findtext("size/width") or 0)
+        sides = [int(annotation.findtext(f"size/{side}") or 0) for side in ("height", "width")]
     except ValueError:
         return None
-    return annotated_size(height, width)
+    return annotated_size(*sides)
 
 
 def _read_object(image: int, item: str, element: Element, reader: BoxReader) -> None:
