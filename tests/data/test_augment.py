@@ -141,27 +141,6 @@ def test_wrong_arguments_of_a_policy_name_their_key(tmp_path, load_tiny, words, 
         build_transforms(config)
 
 
-@pytest.mark.parametrize(
-    ("key", "words", "says"),
-    [
-        ("transforms", "augment_args: {num_ops: 1}", "augment_args"),
-        ("transforms", "crop: random_resized, pad_px: 4", "pad_px is for crop: pad or resize_"),
-        ("transforms", "crop: resize_random, scale: [0.1, 1]", "scale is for crop: random_"),
-        ("transforms", "erase_prob: 1.5", "data.transforms.erase_prob: "),
-        ("transforms", "rotation_deg: -1", "data.transforms.rotation_deg: "),
-        ("mixup", "", "mixup_alpha or cutmix_alpha"),
-        ("mixup", "mixup_alpha: 0.8, switch_prob: 0.3", "switch_prob"),
-        ("mixup", "mixup_alpha: -1", "data.mixup.mixup_alpha: "),
-        ("mixup", "mixup_alpha: 1, prob: 0", "data.mixup.prob: "),
-    ],
-)
-def test_options_without_effect_are_refused(tmp_path, load_tiny, key, words, says):
-    size = "size_px: 16, " if key == "transforms" else ""
-    with pytest.raises(ConfigError) as error:
-        load_tiny(tmp_path, f"data.{key}={{{size}{words}}}")
-    assert says in str(error.value)
-
-
 def test_the_config_reaches_the_transform(tmp_path, load_tiny):
     words = (
         "{size_px: 16, augment: three_augment, augment_args: {solarize_threshold: 0}, "
