@@ -424,25 +424,21 @@ def load_huggingface_boxes(
     """Load one split of a detection data set.
 
     Args:
-        path, split, config_name, revision, image_column, key, max_pixels: as of `load_huggingface`.
         box_format: `xywh` (COCO), `xyxy` or `cxcywh` (YOLO).
         box_unit: `pixel`, or `relative` to the width and height of the image.
         classes: the class names in label order. Needed if the classes have no feature ClassLabel:
             integers then index it, strings must be in it.
         objects_column: needed if several columns hold boxes. It is a list of structs or a struct
             of lists, with `bbox` and `category`, and optionally `difficult`, `iscrowd` and `area`.
-        findings: what happens to wrong annotations; by default the first is raised.
 
     The columns `height` and `width`, if there are any, are the annotated size. The EXIF orientation
     of images is applied, as `datasets` does, except for images that have the annotated size only as
-    stored. A column `image_id` must not repeat.
-
-    Raises: as `load_huggingface`.
+    stored. A column `image_id` must not repeat. Other arguments and errors are those of
+    `load_huggingface`.
     """
     if box_format not in BOX_FORMATS or box_unit not in ("pixel", "relative"):
         raise ValueError(f"{key}: no box_format {box_format!r} or box_unit {box_unit!r}.")
     at = Location(path, split, config_name, revision, key)
-    findings = findings or Findings()
     rows = open_rows(at)
     image_column = find_image_column(rows.features, image_column, key)
     source = RowImages(rows, image_column, at, max_pixels)
@@ -453,7 +449,7 @@ def load_huggingface_boxes(
             f"{key}.classes is needed, the class names in label order: "
             f"{column.name}.{column.fields['classes']} is no ClassLabel."
         )
-    reader = BoxReader(names, key, findings)
+    reader = BoxReader(names, key, findings or Findings())
     kept = _read_rows(rows, source, column, reader, box_format, box_unit)
     origin = at.origin(rows.info.dataset_name, len(rows))
     return reader.dataset(path, source, kept, upright=True, origin=origin)

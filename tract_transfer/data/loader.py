@@ -30,7 +30,6 @@ class Batch:
     Attributes:
         images: uint8; (B, 3, H, W) for classification, a list of (3, H, W) for detection.
         targets: int64 (B,), or a list of dicts as `DetectionDataset.target` returns.
-        indices: the indices of the images in the data set.
         skipped: file or row, and reason, of each image that cannot be decoded; if that is all of
             them, images and targets are empty lists.
     """
@@ -87,7 +86,7 @@ class SampledDataset(Dataset[_Loaded]):
     Args:
         transform: called with the image, or with image and target if targets are dicts.
         seed: with the sample's epoch, index and copy it seeds torch's CPU generator during the
-            transform; the generator's state is restored afterwards. A plain index is of epoch 0.
+            transform. A plain index is of epoch 0.
         undecodable: `error` raises UndecodableImage; `skip` skips the image and lists it.
     """
 
