@@ -41,12 +41,8 @@ def repeat_factors(
     """Return how often an epoch shows each image, float64 (N,), at least 1 (LVIS, appendix B.2).
 
     The factor of a class in a fraction f of the images is max(1, sqrt(threshold / f)). An image has
-    the largest factor of its classes, or 1 if it has no objects.
-
-    Args:
-        first: int64 (N + 1,); image i has `labels[first[i]:first[i + 1]]`.
-        labels: int64 (M,), in 0..num_classes-1.
-        threshold: the fraction of images below which a class is repeated, in (0, 1].
+    the largest factor of its classes, or 1 if it has no objects. Image i has the int64 labels
+    `labels[first[i]:first[i + 1]]`; `threshold` is in (0, 1].
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"data.repeat_threshold must lie in (0, 1], got {threshold}.")
@@ -114,9 +110,7 @@ class EpochOrder:
             )
         self.batch_size = batch_size
         self.iters_per_epoch = sum(length // batch_size for length in self._lengths)
-        self._seed = seed
-        self._factors = factors
-        self._repeats = repeats
+        self._seed, self._factors, self._repeats = seed, factors, repeats
         self._group_of = torch.from_numpy(group_of)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[list[Sample]]:
