@@ -15,13 +15,7 @@ from tract_transfer.data import sampling, transforms
 from tract_transfer.data.augment import AUGMENTATIONS, BatchMix
 from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.device_cache import BatchAugment, DeviceCache, cached_batches
-from tract_transfer.data.loader import (
-    Batch,
-    SampledDataset,
-    eval_loader,
-    stream_loader,
-    train_loader,
-)
+from tract_transfer.data.loader import Batch, SampledDataset, eval_loader, train_loader
 from tract_transfer.data.streaming import Stream, StreamBatches, StreamEvalBatches, StreamOrder
 
 CPU = torch.device("cpu")
@@ -177,12 +171,7 @@ def build_train_batches(
         workers = {**_workers(section, pin_memory), "seed": config.seed}
 
         def make(batches: Any) -> Iterator[Batch]:
-            if isinstance(train, Stream):
-                limit = train.max_pixels
-                loader = stream_loader(train.title, transform, batches, max_pixels=limit, **workers)
-            else:
-                loader = train_loader(train, transform, batches, **workers)
-            return iter(loader)
+            return iter(train_loader(train, transform, batches, **workers))
 
     return lambda start_iter: make(sampler(start_iter))
 
@@ -210,11 +199,8 @@ def build_eval_loader(
     batch_size = max(1, config.data.batch_size // world_size)
     workers = _workers(config.data, pin_memory)
     if isinstance(dataset, Stream):
-        batches, limit = (
-            StreamEvalBatches(dataset, batch_size, rank, world_size),
-            dataset.max_pixels,
-        )
-        return stream_loader(dataset.title, transform, batches, seed=0, max_pixels=limit, **workers)
+        batches = StreamEvalBatches(dataset, batch_size, rank, world_size)
+        return train_loader(dataset, transform, batches, seed=0, **workers)
     return eval_loader(
         dataset, transform, batch_size=batch_size, rank=rank, world_size=world_size, **workers
     )
