@@ -36,10 +36,9 @@ class PaperRow:
 
 
 def compare_with_paper(tasks: Mapping[str, Sequence[Run]]) -> tuple[list[PaperRow], list[str]]:
-    """Return the paper's rows for tasks, and problems: rows that the paper does not have.
+    """Return the paper's rows for task -> finished runs, and the rows that it does not have.
 
-    Args:
-        tasks: task -> its finished runs; runs without `paper` in their config have no row.
+    Runs without `paper` in their config have no row.
     """
     rows, problems = [], []
     for task, runs in tasks.items():
@@ -51,8 +50,8 @@ def compare_with_paper(tasks: Mapping[str, Sequence[Run]]) -> tuple[list[PaperRo
         for (name, backbone, epochs), group in groups.items():
             numbers = [row for row in read_table() if row["row"] == name]
             if name in _ROWS_BY_BACKBONE:
-                numbers = [row for row in numbers if row["backbone"] == backbone]
-                numbers = [row for row in numbers if float(row["epochs"]) == epochs]
+                setup = (backbone, epochs)
+                numbers = [r for r in numbers if (r["backbone"], float(r["epochs"])) == setup]
             if not numbers:
                 problems.append(
                     f"{task}: the config sets `paper: {name}`, but the paper's tables have no such "
@@ -86,26 +85,21 @@ def _row(task: str, name: str, runs: Sequence[Run], numbers: Mapping[str, str]) 
         if metric in run.metrics:
             values.setdefault(run.method, []).append(run.metrics[metric])
     expected = {"model.backbone.name": backbone, **setup}
-    if epochs:
-        expected["solver.max_epochs"] = float(epochs)
+    expected |= {"solver.max_epochs": float(epochs)} if epochs else {}
     differing = [text for key, value in expected.items() if (text := _differs(key, value, runs))]
     seeds = numbers["seeds"]
     if seeds and any(len(of_method) != int(seeds) for of_method in values.values()):
         ours = ", ".join(f"{len(of_method)} of {method}" for method, of_method in values.items())
         differing.append(f"seeds: {ours} here, {seeds} in the paper")
     official = [run.results["protocol"].get("official splits") for run in runs]
-    return PaperRow(
-        task=task,
-        title=title,
-        metric=metric,
-        paper={
-            side: (_number(numbers[side]), _number(numbers[f"{side}_std"]))
-            for side in ("vanilla", "tract")
-        },
-        ours={method: summarize(of_method) for method, of_method in values.items()},
-        sides={run.method: "tract" if _has_tract(run) else "vanilla" for run in runs},
-        differing=[*differing, *dict.fromkeys(str(text) for text in official if text is not None)],
-    )
+    differing += dict.fromkeys(str(text) for text in official if text is not None)
+    paper = {
+        side: (_number(numbers[side]), _number(numbers[f"{side}_std"]))
+        for side in ("vanilla", "tract")
+    }
+    ours = {method: summarize(of_method) for method, of_method in values.items()}
+    sides = {run.method: "tract" if _has_tract(run) else "vanilla" for run in runs}
+    return PaperRow(task, title, metric, paper, ours, sides, differing)
 
 
 def _differs(key: str, expected: Any, runs: Sequence[Run]) -> str:

@@ -5,10 +5,10 @@ in `failure`, and `problems` names each file that cannot be read: a report shows
 """
 
 import json
-import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -74,20 +74,18 @@ def find_runs(paths: Sequence[Path]) -> RunFolders:
         raise ValueError("No run folders: give at least one folder with a results.json.")
     run_folders = RunFolders()
     for path in map(Path, paths):
-        if not path.is_dir() or _has_any(path, *_RUN_FILES):
-            run_folders.folders.append(path)
-            continue
-        count = len(run_folders.folders)
-        for folder in _outermost(path, SUITE_NAME, *_RUN_FILES):
-            if _has_any(folder, SUITE_NAME):
-                _add_suite(folder, run_folders)
-            else:
-                run_folders.folders.append(folder)
-        if len(run_folders.folders) == count:
+        is_run = not path.is_dir() or _has_any(path, *_RUN_FILES)
+        folders = [path] if is_run else list(_outermost(path, SUITE_NAME, *_RUN_FILES))
+        if not folders:
             raise ValueError(
                 f"No run in {path} or below. A run folder has a config.yaml or results.json, a "
                 f"suite folder a {SUITE_NAME}."
             )
+        for folder in folders:
+            if not is_run and _has_any(folder, SUITE_NAME):
+                _add_suite(folder, run_folders)
+            else:
+                run_folders.folders.append(folder)
     run_folders.folders = list(dict.fromkeys(run_folders.folders))
     return run_folders
 
@@ -121,11 +119,7 @@ def _add_suite(folder: Path, run_folders: RunFolders) -> None:
 
 
 def read_suite(path: Path) -> dict[str, Any]:
-    """Return the contents of a suite.json.
-
-    Raises:
-        ValueError: the file cannot be read, lacks a field, or has another format.
-    """
+    """Return the contents of a suite.json; ValueError if they are unusable."""
     advice = "To report without the plan, give the run folders themselves"
     try:
         suite = json.loads(path.read_text(encoding="utf-8"))
@@ -156,13 +150,10 @@ def read_runs(run_folders: RunFolders) -> list[Run]:
     """
     runs = []
     for folder in run_folders.folders:
-        run = _load_run(folder)
-        if planned := run_folders.planned.get(folder):
-            run = _as_planned(run, planned)
-            methods = [run.method, *map(str, planned.get("also") or ())]
-            runs += [replace(run, method=method) for method in methods]
-        else:
-            runs.append(run)
+        run, planned = _load_run(folder), run_folders.planned.get(folder, {})
+        run = _as_planned(run, planned) if planned else run
+        methods = [run.method, *map(str, planned.get("also") or ())]
+        runs += [replace(run, method=method) for method in methods]
     finished = [run for run in runs if not run.failure]
     seen: dict[tuple[str, str, int | None], Run] = {}
     for run in finished:
@@ -172,18 +163,16 @@ def read_runs(run_folders: RunFolders) -> list[Run]:
                 f"Each task, method and seed must occur once, but {first.folder} and {run.folder} "
                 f"both have {run.task}, {run.method}, seed {run.seed}. Exclude one of them."
             )
-    roles = {run.task: run.role for run in finished}
-    finished_methods = {run.method for run in finished}
-    return [_named_by_path(run, roles, finished_methods) if run.failure else run for run in runs]
+    return [_named_by_path(run, finished) if run.failure else run for run in runs]
 
 
 def _as_planned(run: Run, planned: Mapping[str, Any]) -> Run:
     """Return a run with the method, task, seed and failure of its entry in a suite.json."""
     method, task, seed = planned["method"], planned["task"], planned["seed"]
     failure, state, role = run.failure, run.state, run.role
+    if (failure, run.method, run.task, run.seed) == ("", method, task, seed):
+        return run
     if not failure:
-        if (run.method, run.task, run.seed) == (method, task, seed):
-            return run
         state = "unreadable"
         failure = (
             f"results.json has {run.method}, {run.task}, seed {run.seed}, but the plan has "
@@ -228,12 +217,12 @@ def _load_run(folder: Path) -> Run:
 
 def _with_results(run: Run, results: dict[str, Any]) -> Run:
     """Return the run with its results, or with the reason why they do not count."""
-    results_format = results.get("format", RESULTS_FORMAT)
+    results_format, failure = results.get("format", RESULTS_FORMAT), ""
     if results_format != RESULTS_FORMAT:
         failure = f"results.json has format {results_format!r}, this version reads {RESULTS_FORMAT}"
-        return replace(run, failure=failure, state="unreadable")
-    if fields := _unusable(results, _RESULTS_FIELDS):
+    elif fields := _unusable(results, _RESULTS_FIELDS):
         failure = f"results.json lacks a usable {fields}"
+    if failure:
         return replace(run, failure=failure, state="unreadable")
     results = {**results, **{k: as_dict(results.get(k)) for k in ("details", "protocol")}}
     metrics = {k: float(v) for k, v in results["metrics"].items() if is_finite(v)}
@@ -272,22 +261,20 @@ def _unusable(content: Mapping[str, Any], fields: Mapping[str, type]) -> str:
     )
 
 
-def _named_by_path(run: Run, roles: Mapping[str, str], methods: set[str]) -> Run:
+def _named_by_path(run: Run, finished: Sequence[Run]) -> Run:
     """Return an unfinished run with the task, method and seed in its path."""
-    path = "/".join(run.folder.parts[-3:])
+    path, roles = "/".join(run.folder.parts[-3:]), {other.task: other.role for other in finished}
 
-    def longest_in_path(names: Sequence[str]) -> str:
-        for name in sorted(names, key=lambda name: (-len(name), name)):
-            if re.search(rf"(?:^|[/_.-]){re.escape(name)}(?:$|[/_.-])", path):
-                return name
-        return ""
+    def longest_in_path(names: Iterable[str]) -> str:
+        in_path = [n for n in names if re.search(rf"(?<![^/_.-]){re.escape(n)}(?![^/_.-])", path)]
+        return min(in_path, key=lambda name: (-len(name), name), default="")
 
-    task = run.task or longest_in_path(list(roles))
+    task = run.task or longest_in_path(roles)
     seeds = re.findall(r"seed[-_=]?(\d+)", path)
     return replace(
         run,
         task=task,
-        method=run.method or longest_in_path(list(methods)),
+        method=run.method or longest_in_path(other.method for other in finished),
         seed=int(seeds[-1]) if run.seed is None and seeds else run.seed,
         role=roles.get(task, run.role),
     )
@@ -311,7 +298,7 @@ def _read(path: Path, problems: list[str]) -> Any:
 
 
 def _check_size(value: Any) -> None:
-    """Refuse nested values that are too many for a config."""
+    """Raise ValueError if nested values are too many for a config."""
     remaining, count = [value], 0
     while remaining:
         value = remaining.pop()
@@ -326,11 +313,9 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
-            line = json.loads(text)
+            lines.append(as_dict(json.loads(text)))
         except (ValueError, RecursionError) as error:
             problems.append(f"{path}, line {number}: {error}")
-            continue
-        lines.append(as_dict(line))
     return lines
 
 
@@ -342,7 +327,4 @@ def as_dict(value: Any) -> dict[str, Any]:
 def is_finite(value: Any) -> TypeGuard[float]:
     """Whether a value read from JSON is a finite number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    try:
-        return is_number and math.isfinite(value)
-    except OverflowError:  # an integer larger than any float
-        return False
+    return is_number and abs(value) <= sys.float_info.max  # an integer may be larger than any float

@@ -63,14 +63,10 @@ def tables_of(report: Report) -> list[Table]:
     """Return the tables that have rows, in the order of the page."""
     more = report.all_metrics if len(report.all_metrics) > len(report.results) else []
     tables = [
-        results_table(report.results, report.methods, report.baseline),
+        results_table(report, report.results),
         _statistics(report),
-        replace(
-            results_table(more, report.methods, report.baseline),
-            name="all-metrics",
-            heading="All metrics",
-            notes=[],  # the same as below the results
-        ),
+        # Its notes are the same as below the results.
+        replace(results_table(report, more), name="all-metrics", heading="All metrics", notes=[]),
         _speed_ups(report),
         *(_classes(report, task) for task in report.classes),
         _costs(report),
@@ -81,9 +77,9 @@ def tables_of(report: Report) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def results_table(rows: Sequence[Row], methods: Sequence[str], baseline: str) -> Table:
+def results_table(report: Report, rows: Sequence[Row]) -> Table:
     """Return metrics by task and method; the notes are those of `rows`."""
-    treated = [method for method in methods if method != baseline]
+    methods, treated = report.methods, report.treated
 
     def mean(row: Row, method: str) -> str:
         summary = row.summaries.get(method)
@@ -99,7 +95,7 @@ def results_table(rows: Sequence[Row], methods: Sequence[str], baseline: str) ->
     return Table(
         "results",
         _CAPTIONS["results" if treated else "means"],
-        ["task", "metric", *methods, *(f"{m} − {baseline} [95 %], pairs" for m in treated)],
+        ["task", "metric", *methods, *(f"{m} − {report.baseline} [95 %], pairs" for m in treated)],
         [
             [
                 row.task,
@@ -109,9 +105,9 @@ def results_table(rows: Sequence[Row], methods: Sequence[str], baseline: str) ->
             ]
             for row in rows
         ],
-        words=2,
-        heading="Results",
-        notes=[f"{row.task}: {note}" for row in rows for note in row.notes],
+        2,
+        "Results",
+        [f"{row.task}: {note}" for row in rows for note in row.notes],
     )
 
 
@@ -247,30 +243,24 @@ def _protocol(report: Report, task: str) -> list[Table]:
     for part in report.protocol[task]:
         differing = [
             [key, *("; ".join(values.get(method, [DASH])) for method in methods)]
-            for key, values in part.differing.items()
+            for key, values in part["differing"].items()
         ]
-        shared = [list(item) for item in part.shared.items()]
+        shared = [list(item) for item in part["shared"].items()]
         for state, head, rows in (
             ("where runs differ", ["key", *methods], differing),
             ("the same in every run", ["key", "value"], shared),
         ):
             heading = "" if any(table.rows for table in tables) else f"Protocol of {task}"
-            caption = f"{part.heading}, {state}"
+            caption = f"{part['heading']}, {state}"
             tables.append(Table("protocol", caption, head, rows, len(head), heading, task=task))
     return tables
 
 
 def _unfinished(report: Report) -> Table:
     head = ["task", "method", "seed", "state", "why", "folder"]
-    rows = [
-        [
-            run.task or DASH,
-            run.method or DASH,
-            DASH if run.seed is None else str(run.seed),
-            run.state,
-            run.failure,
-            run.folder.as_posix(),
-        ]
-        for run in report.unfinished
-    ]
+    rows = []
+    for run in report.unfinished:
+        seed = DASH if run.seed is None else str(run.seed)
+        place = [run.task or DASH, run.method or DASH, seed]
+        rows.append([*place, run.state, run.failure, run.folder.as_posix()])
     return Table("unfinished", _CAPTIONS["unfinished"], head, rows, len(head), "Unfinished runs")

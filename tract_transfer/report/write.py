@@ -5,17 +5,17 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
-from dataclasses import is_dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 from tract_transfer import __version__
-from tract_transfer.files import temporary_path
+from tract_transfer.files import atomic_path
 from tract_transfer.report import pictures, statistics
-from tract_transfer.report.content import BASELINE, Report, Row, compare, methods_of
+from tract_transfer.report.content import Report, Row
+from tract_transfer.report.curves import SpeedUp
 from tract_transfer.report.runs import Run
 from tract_transfer.report.tables import Table, results_table, tables_of
 
@@ -44,29 +44,18 @@ _LATEX = {
 
 
 def save_report(report: Report, path: Path) -> None:
-    """Write a report atomically, in the format of the file's suffix.
-
-    Args:
-        path: ends in .html, .md, .tex or .json; its folder is created.
+    """Write a report atomically, in the format of the file's suffix, and create its folder.
 
     Raises:
-        ValueError: another suffix.
-        OSError: the file cannot be written; an existing one is unchanged.
+        ValueError: the suffix is not .html, .md, .tex or .json.
+        DiskFullError: there is no space; an existing file is unchanged.
     """
     if path.suffix not in FORMATS:
         raise ValueError(f"{path}: the suffix of a report must be one of {', '.join(FORMATS)}.")
     text = FORMATS[path.suffix](report)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_path(path)
-    try:
+    with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="replace")  # of a folder's name
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno, f"The report cannot be written ({error.strerror}). Free space or choose "
-            "another location", str(path),
-        ) from error  # fmt: skip
 
 
 def to_html(report: Report) -> str:
@@ -103,25 +92,25 @@ def to_json(report: Report) -> str:
     head = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "tract_transfer": __version__}
     content = {**head, **vars(report)}
     del content["tasks"]
-    return json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False, default=_plain)
+    return f"{text}\n"
 
 
 def _plain(value: Any) -> Any:
-    """Return nested values as JSON has them: "never" for infinite epochs, a run's folder."""
-    if isinstance(value, Row):
-        folders = {method: [run.folder for run in runs] for method, runs in value.missing.items()}
-        value = {**vars(value), "missing": folders}
-    elif isinstance(value, Run):
-        value = {name: getattr(value, name) for name in _JSON_RUN_FIELDS}
-    elif is_dataclass(value):
-        value = vars(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+    """Return a path, a run or another dataclass as JSON has it."""
     if isinstance(value, Path):
         return value.as_posix()
-    return "never" if isinstance(value, float) and math.isinf(value) else value
+    if isinstance(value, Run):
+        return {name: getattr(value, name) for name in _JSON_RUN_FIELDS}
+    content = dict(vars(value))
+    if isinstance(value, Row):
+        content["missing"] = {m: [run.folder for run in runs] for m, runs in value.missing.items()}
+    if isinstance(value, SpeedUp):
+        for key, epochs in (("baseline", value.baseline), ("treated", value.treated)):
+            content[key] = {
+                s: "never" if epoch == math.inf else epoch for s, epoch in epochs.items()
+            }
+    return content
 
 
 def to_markdown(report: Report) -> str:
@@ -163,21 +152,21 @@ def _one_line(text: str) -> str:
     return " ".join(text.split()) if re.search(r"[\n\r\t\v\f\x85\u2028\u2029]", text) else text
 
 
-def text_table(runs: Sequence[Run], baseline: str = BASELINE) -> str:
+def text_table(report: Report) -> str:
     """Return the primary metrics as aligned Markdown for a terminal.
 
     Fractions are in percent; differences are in percentage points with their 95 % interval and the
     number of pairs. Lines below the table report what is missing.
     """
-    table = results_table(compare(runs, baseline), methods_of(runs, baseline), baseline)
+    table = results_table(report, report.results)
     lines = [
         [_one_line(cell).replace("|", "\\|") for cell in row] for row in (table.head, *table.rows)
     ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
     text = [_pipes(map(str.ljust, line, widths)) for line in lines]
-    notes = list(table.notes)
-    notes += [f"Unfinished: {run.folder.as_posix()}: {run.failure}." for run in runs if run.failure]
+    unfinished = [(run.folder.as_posix(), run.failure) for run in report.unfinished]
+    notes = [*table.notes, *(f"Unfinished: {path}: {why}." for path, why in unfinished)]
     return "\n".join([*text, *[""] * bool(notes), *notes])
 
 
