@@ -46,6 +46,7 @@ def write_run(
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = {
         "task": "classification", "output_dir": str(folder), "seed": seed,
+        "name": task, "method": method,
         "model": {"backbone": {"name": "cifar/resnet18", "stem": "cifar"}},
         "tract": {"enabled": method != "vanilla", "lam": 0.1},
         "solver": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "max_epochs": 10},

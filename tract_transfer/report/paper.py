@@ -97,9 +97,9 @@ def _row(task: str, name: str, runs: Sequence[Run], numbers: Mapping[str, str]) 
         side: (_number(numbers[side]), _number(numbers[f"{side}_std"]))
         for side in ("vanilla", "tract")
     }
-    ours = {method: summarize(of_method) for method, of_method in values.items()}
+    summaries = {method: summarize(of_method) for method, of_method in values.items()}
     sides = {run.method: "tract" if _has_tract(run) else "vanilla" for run in runs}
-    return PaperRow(task, title, metric, paper, ours, sides, differing)
+    return PaperRow(task, title, metric, paper, summaries, sides, differing)
 
 
 def _differs(key: str, expected: Any, runs: Sequence[Run]) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -141,9 +141,8 @@ def read_suite(path: Path) -> dict[str, Any]:
 def read_runs(run_folders: RunFolders) -> list[Run]:
     """Read run folders, in their order.
 
-    An unfinished run takes method, task and seed from its suite's plan, or else from its path:
-    `vanilla/finetune/seed-2` belongs to that method and task if another run has finished under
-    these names. A run that methods share comes once for each of them.
+    An unfinished run takes method, task and seed from its suite's plan, or else from its config. A
+    run that methods share comes once for each of them.
 
     Raises:
         ValueError: two finished runs share method, task and seed.
@@ -154,16 +153,15 @@ def read_runs(run_folders: RunFolders) -> list[Run]:
         run = _as_planned(run, planned) if planned else run
         methods = [run.method, *map(str, planned.get("also") or ())]
         runs += [replace(run, method=method) for method in methods]
-    finished = [run for run in runs if not run.failure]
     seen: dict[tuple[str, str, int | None], Run] = {}
-    for run in finished:
+    for run in (run for run in runs if not run.failure):
         first = seen.setdefault((run.task, run.method, run.seed), run)
         if first is not run:
             raise ValueError(
                 f"Each task, method and seed must occur once, but {first.folder} and {run.folder} "
                 f"both have {run.task}, {run.method}, seed {run.seed}. Exclude one of them."
             )
-    return [_named_by_path(run, finished) if run.failure else run for run in runs]
+    return runs
 
 
 def _as_planned(run: Run, planned: Mapping[str, Any]) -> Run:
@@ -197,10 +195,15 @@ def _load_run(folder: Path) -> Run:
     history = _read_lines(folder / "metrics.jsonl", problems)
     config = as_dict(_read(folder / "config.yaml", problems))
     results = _read(folder / "results.json", problems)
-    seed = config.get("seed")
+    seed, weights = config.get("seed"), as_dict(config.get("model")).get("weights")
+    has_tract = as_dict(config.get("tract")).get("enabled") is True
+    method = "tract" if has_tract else "vanilla" if config and not weights else ""
     run = Run(
         folder,
+        task=str(config.get("name") or config.get("task") or ""),
+        method=str(config.get("method") or method),
         seed=seed if isinstance(seed, int) else None,
+        role="downstream" if weights else "pretrain",
         config=config,
         environment=as_dict(_read(folder / "environment.json", problems)),
         history=history,
@@ -261,25 +264,6 @@ def _unusable(content: Mapping[str, Any], fields: Mapping[str, type]) -> str:
     )
 
 
-def _named_by_path(run: Run, finished: Sequence[Run]) -> Run:
-    """Return an unfinished run with the task, method and seed in its path."""
-    path, roles = "/".join(run.folder.parts[-3:]), {other.task: other.role for other in finished}
-
-    def longest_in_path(names: Iterable[str]) -> str:
-        in_path = [n for n in names if re.search(rf"(?<![^/_.-]){re.escape(n)}(?![^/_.-])", path)]
-        return min(in_path, key=lambda name: (-len(name), name), default="")
-
-    task = run.task or longest_in_path(roles)
-    seeds = re.findall(r"seed[-_=]?(\d+)", path)
-    return replace(
-        run,
-        task=task,
-        method=run.method or longest_in_path(other.method for other in finished),
-        seed=int(seeds[-1]) if run.seed is None and seeds else run.seed,
-        role=roles.get(task, run.role),
-    )
-
-
 def _read(path: Path, problems: list[str]) -> Any:
     """Return a parsed JSON or YAML file; None if it is missing or, with a problem, unreadable."""
     if not path.is_file():
@@ -314,7 +298,7 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     for number, text in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
             lines.append(as_dict(json.loads(text)))
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # noqa: PERF203
             problems.append(f"{path}, line {number}: {error}")
     return lines
 

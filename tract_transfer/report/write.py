@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from tract_transfer import __version__
 from tract_transfer.files import atomic_path
@@ -17,7 +18,7 @@ from tract_transfer.report import pictures, statistics
 from tract_transfer.report.content import Report, Row
 from tract_transfer.report.curves import SpeedUp
 from tract_transfer.report.runs import Run
-from tract_transfer.report.tables import Table, results_table, tables_of
+from tract_transfer.report.tables import results_table, tables_of
 
 SCHEMA, SCHEMA_VERSION = "tract_transfer.report", 1
 _JSON_RUN_FIELDS = ("folder", "task", "method", "seed", "state", "failure", "metrics")
@@ -27,13 +28,11 @@ _LIMITS = {
     "printed": 40,  # of them on paper
     "named": 20,  # beside their bars
 }  # fmt: skip
-_MAX_CLASSES_MARKDOWN = 40
 _HTML_FILTERS = (
     "score", "gap", "spread", "interval", "metric_name", "is_loss", "p_value", "count_of",
     "count_missing",
 )  # fmt: skip
 _LATEX_TABLES = ("results", "statistics", "speed-ups", "cost", "paper", "unfinished")
-_LONG = 60  # characters of a cell that LaTeX breaks into lines
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -60,10 +59,7 @@ def save_report(report: Report, path: Path) -> None:
 
 def to_html(report: Report) -> str:
     """Return one HTML page that fetches nothing and runs no script."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    environment = _environment(autoescape=True)
     environment.filters |= {name: getattr(statistics, name) for name in _HTML_FILTERS}
     environment.filters["no_break"] = lambda text: text.replace(" %", "\u00a0%")
     problems = list(report.problems)
@@ -85,6 +81,13 @@ def to_html(report: Report) -> str:
         problems=problems,
         limits=_LIMITS,
     )
+
+
+def _environment(**options: Any) -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, **options,
+    )  # fmt: skip
 
 
 def to_json(report: Report) -> str:
@@ -115,26 +118,10 @@ def _plain(value: Any) -> Any:
 
 def to_markdown(report: Report) -> str:
     """Return a report as GitHub's Markdown, without pictures; names are never markup."""
-    lines = [f"# {escape_markdown(report.title)}"]
-    for sentence in report.answer or ["Nothing is compared: there is no other method."]:
-        lines += ["", escape_markdown(sentence)]
-    for table in tables_of(report):
-        rows, notes = table.rows, table.notes
-        if table.name == "classes" and len(rows) > _MAX_CLASSES_MARKDOWN:
-            omitted = len(rows) - _MAX_CLASSES_MARKDOWN
-            rows = rows[:_MAX_CLASSES_MARKDOWN]
-            notes = [*notes, f"{omitted} classes with smaller changes are omitted."]
-        rules = ["---" if i < table.words else "---:" for i in range(len(table.head))]
-        lines += ["", f"## {escape_markdown(table.heading)}"] if table.heading else []
-        lines += ["", escape_markdown(table.caption), ""]
-        lines += [_pipes(map(escape_markdown, table.head)), _pipes(rules)]
-        lines += [_pipes(map(escape_markdown, row)) for row in rows]
-        lines += [""] * bool(notes) + [f"- {escape_markdown(note)}" for note in notes]
-    if report.problems:
-        lines += ["", "## Unreadable or excluded", ""]
-        lines += [f"- {escape_markdown(problem)}" for problem in report.problems]
-    lines += ["", f"Computed from the run folders by tract_transfer {__version__}."]
-    return "\n".join(lines) + "\n"
+    environment = _environment(finalize=escape_markdown)
+    return environment.get_template("report.md.jinja").render(
+        report=report, version=__version__, tables=tables_of(report), max_classes=40
+    )
 
 
 def escape_markdown(text: str) -> str:
@@ -172,43 +159,17 @@ def text_table(report: Report) -> str:
 
 def to_latex(report: Report) -> str:
     r"""Return the tables, except those of classes and protocols, for \input into a paper."""
+    environment = _environment(
+        finalize=lambda value: value if isinstance(value, Markup) else escape_latex(value),
+        block_start_string="<%", block_end_string="%>",
+        variable_start_string="<<", variable_end_string=">>",
+        comment_start_string="<#", comment_end_string="#>",
+    )  # fmt: skip
+    environment.filters["comment"] = lambda text: Markup(" ".join(text.split()))
     tables = [table for table in tables_of(report) if table.name in _LATEX_TABLES]
-    notes = [*report.answer, *(note for table in tables for note in table.notes)]
-    lines = [
-        f"{report.title}: tables by tract_transfer {__version__}.",
-        r"Needs \usepackage{booktabs}, \usepackage{textcomp} and \usepackage[T1]{fontenc}.",
-        *notes,
-    ]
-    lines = [f"% {' '.join(line.split())}" for line in lines]
-    for table in tables:
-        # No page is wide enough for paths.
-        columns = range(len(table.head) - (table.name == "unfinished"))
-        rows = [[escape_latex(row[i]) for i in columns] for row in (table.head, *table.rows)]
-        head, *body = [f"    {' & '.join(row)} \\\\" for row in rows]
-        lines += [
-            "",
-            r"\begin{table}",
-            r"  \centering\footnotesize",
-            f"  \\caption{{{escape_latex(table.caption)}}}",
-            f"  \\label{{tab:{table.name}}}",
-            f"  \\begin{{tabular}}{{@{{}}{''.join(_alignment(table, i) for i in columns)}@{{}}}}",
-            r"    \toprule",
-            head,
-            r"    \midrule",
-            *body,
-            r"    \bottomrule",
-            r"  \end{tabular}",
-            r"\end{table}",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _alignment(table: Table, column: int) -> str:
-    """Return a column's alignment: numbers to the right, long texts broken into lines."""
-    if column >= table.words:
-        return "r"
-    longest = max(len(row[column]) for row in table.rows)
-    return "l" if longest <= _LONG else r"p{0.5\linewidth}"
+    return environment.get_template("report.tex.jinja").render(
+        report=report, version=__version__, tables=tables
+    )
 
 
 def escape_latex(text: str) -> str:
