@@ -25,12 +25,9 @@ from tract_transfer.report.statistics import (
 
 TITLE, BASELINE = "Does the backbone transfer?", "vanilla"
 _COSTS = {  # name -> unit, in the order of the report
-    "training": "s",
-    "speed": "images/s",
-    "peak memory of the process": "MiB",
-    "peak memory of the GPU": "MiB",
-    "energy of the machine": "kJ",
-}
+    "training": "s", "speed": "images/s", "peak memory of the process": "MiB",
+    "peak memory of the GPU": "MiB", "energy of the machine": "kJ",
+}  # fmt: skip
 _LABELS = ("seed", "output_dir", "name", "method")  # config keys that identify a run
 _FEW_PAIRS = 5
 Values = dict[str, dict[int, float]]  # method -> seed -> value
@@ -64,18 +61,6 @@ class ClassRow:
 
 
 @dataclass(frozen=True)
-class CostRow:
-    """A cost of a task: method -> mean over seeds, number of seeds, ratio to the baseline."""
-
-    task: str
-    quantity: str
-    unit: str
-    means: dict[str, float]
-    counts: dict[str, int]
-    ratios: dict[str, float]
-
-
-@dataclass(frozen=True)
 class Report:
     """The content of a report. All fields but `tasks` are also those of the JSON."""
 
@@ -88,7 +73,8 @@ class Report:
     curves: list[Evaluations]
     speed_ups: list[SpeedUpRow]
     classes: dict[str, list[ClassRow]]  # by task, largest change first
-    costs: list[CostRow]
+    # `task`, `quantity`, `unit`; method -> `means` and `counts` of seeds, `ratios` to the baseline
+    costs: list[dict[str, Any]]
     paper: list[PaperRow]
     # Task -> parts: `heading`, `differing` (key -> method -> values), `shared` (key -> value)
     protocol: dict[str, list[dict[str, Any]]]
@@ -158,14 +144,13 @@ def read_report(
 
 def _baseline(runs: Sequence[Run], name: str) -> str:
     """Return the method to compare with: `name`, or one chosen if it is empty."""
-    methods = sorted({run.method for run in runs if run.method})
-    if not methods or (name or BASELINE) in methods:
-        return name or BASELINE
+    methods, baseline = sorted({run.method for run in runs if run.method}), name or BASELINE
+    if not methods or baseline in methods:
+        return baseline
     if name or len(methods) > 1:
         raise ValueError(
-            f"The runs' methods are {', '.join(methods)}, and none is the baseline "
-            f"{name or BASELINE}. Choose one of them, as in --baseline {methods[0]}, or add runs "
-            f"of {name or BASELINE}."
+            f"The runs' methods are {', '.join(methods)}, and none is the baseline {baseline}. "
+            f"Choose one of them, as in --baseline {methods[0]}, or add runs of {baseline}."
         )
     return methods[0]
 
@@ -205,10 +190,7 @@ def _compare(runs: Sequence[Run], methods: Sequence[str]) -> tuple[list[Row], li
     for task in dict.fromkeys(run.task for run in runs if run.task):
         of_task = [run for run in runs if run.task == task]
         finished = [run for run in of_task if not run.failure]
-        role, primary_metric = (
-            (finished or of_task)[0].role,
-            (finished or of_task)[0].primary_metric,
-        )
+        first = (finished or of_task)[0]
         notes = [*_shared(of_task), *_inconsistent(finished)]
         measured = _measured(finished, methods, lambda run: run.metrics)
         for metric, values in (measured or {"": {method: {} for method in methods}}).items():
@@ -216,9 +198,9 @@ def _compare(runs: Sequence[Run], methods: Sequence[str]) -> tuple[list[Row], li
             missing = {m: [run for run in absent if run.method == m] for m in methods}
             statistics = _statistics(values, methods[0])
             remarks = [*_absent(values, seeds), *notes]
-            row = Row(task, role, metric, values, missing, *statistics, remarks, seeds)
+            row = Row(task, first.role, metric, values, missing, *statistics, remarks, seeds)
             every += [row] if metric else []
-            primary += [row] if metric in ("", primary_metric) else []
+            primary += [row] if metric in ("", first.primary_metric) else []
     for rows in (primary, every):
         rows.sort(key=lambda row: row.role == "pretrain")
     return _corrected(primary), every
@@ -273,11 +255,10 @@ def _inconsistent(runs: Sequence[Run]) -> list[str]:
     """Name what all runs of a task should have in common but do not."""
     records: list[dict[str, Any]] = []
     for run in runs:
-        versions, git, data = (
-            as_dict(run.environment.get(key)) for key in ("versions", "git", "data")
-        )
-        record = {**run.results["protocol"]}
-        record |= {key: run.results.get(key) for key in ("primary_metric", "iterations")}
+        parts = ("versions", "git", "data")
+        versions, git, data = (as_dict(run.environment.get(part)) for part in parts)
+        record = {key: run.results.get(key) for key in ("primary_metric", "iterations")}
+        record = run.results["protocol"] | record
         record |= {f"the images of {split}": fingerprint for split, fingerprint in data.items()}
         record |= {f"the version of {p}": versions.get(p) for p in ("tract_transfer", "torch")}
         records.append(record | {"the code's commit": git.get("commit")})
@@ -307,10 +288,10 @@ def _per_class(run: Run) -> dict[str, Any]:
     return as_dict(parts[0]["per_class"]) if parts else {}
 
 
-def _costs(runs: Sequence[Run], methods: Sequence[str]) -> list[CostRow]:
+def _costs(runs: Sequence[Run], methods: Sequence[str]) -> list[dict[str, Any]]:
     measured, rows = _measured(runs, methods, _costs_of), []
-    for quantity in (quantity for quantity in _COSTS if quantity in measured):
-        values = measured[quantity]
+    for quantity, unit in _COSTS.items():
+        values = measured.get(quantity, {})
         counts = {method: len(by_seed) for method, by_seed in values.items() if by_seed}
         means = {method: sum(values[method].values()) / n for method, n in counts.items()}
         ratios = {
@@ -318,7 +299,8 @@ def _costs(runs: Sequence[Run], methods: Sequence[str]) -> list[CostRow]:
             for method, (ours, theirs) in pairs(values, methods[0]).items()
             if (total := sum(theirs.values()))
         }
-        rows.append(CostRow(runs[0].task, quantity, _COSTS[quantity], means, counts, ratios))
+        row = {"task": runs[0].task, "quantity": quantity, "unit": unit}
+        rows += [{**row, "means": means, "counts": counts, "ratios": ratios}] if means else []
     return rows
 
 
@@ -370,10 +352,7 @@ def _flatten(value: Any, key: str = "") -> dict[str, str]:
         return {k: v for part in parts for k, v in part.items()}
     if not key or isinstance(value, str):
         return {key: value} if key else {}
-    try:
-        return {key: json.dumps(value, default=str)}
-    except TypeError:  # keys that JSON lacks, such as YAML's dates
-        return {key: str(value)}
+    return {key: json.dumps(value, default=str, skipkeys=True)}
 
 
 # The answer: what the downstream tasks show for a method, and no more than that.

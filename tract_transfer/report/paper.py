@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tract_transfer.report.runs import Run
+from tract_transfer.report.runs import Run, look_up
 from tract_transfer.report.statistics import Summary, summarize
 
 _CSV, _YAML = (Path(__file__).parent / f"paper.{suffix}" for suffix in ("csv", "yaml"))
@@ -45,7 +45,7 @@ def compare_with_paper(tasks: Mapping[str, Sequence[Run]]) -> tuple[list[PaperRo
         groups: dict[tuple[str, str, Any], list[Run]] = {}
         for run in runs:
             if isinstance(name := run.config.get("paper"), str):
-                key = (name, run.backbone, _lookup(run.config, "solver.max_epochs"))
+                key = (name, run.backbone, look_up(run.config, "solver.max_epochs"))
                 groups.setdefault(key, []).append(run)
         for (name, backbone, epochs), group in groups.items():
             numbers = [row for row in read_table() if row["row"] == name]
@@ -81,9 +81,8 @@ def _row(task: str, name: str, runs: Sequence[Run], numbers: Mapping[str, str]) 
     if name in _ROWS_BY_BACKBONE:
         title += f", {backbone}, {epochs} epochs"
     values: dict[str, list[float]] = {}
-    for run in runs:
-        if metric in run.metrics:
-            values.setdefault(run.method, []).append(run.metrics[metric])
+    for run in (run for run in runs if metric in run.metrics):
+        values.setdefault(run.method, []).append(run.metrics[metric])
     expected = {"model.backbone.name": backbone, **setup}
     expected |= {"solver.max_epochs": float(epochs)} if epochs else {}
     differing = [text for key, value in expected.items() if (text := _differs(key, value, runs))]
@@ -98,7 +97,7 @@ def _row(task: str, name: str, runs: Sequence[Run], numbers: Mapping[str, str]) 
         for side in ("vanilla", "tract")
     }
     summaries = {method: summarize(of_method) for method, of_method in values.items()}
-    sides = {run.method: "tract" if _has_tract(run) else "vanilla" for run in runs}
+    sides = {run.method: "tract" if run.has_tract else "vanilla" for run in runs}
     return PaperRow(task, title, metric, paper, summaries, sides, differing)
 
 
@@ -107,22 +106,11 @@ def _differs(key: str, expected: Any, runs: Sequence[Run]) -> str:
     if key == "model.backbone.name":
         values = [run.backbone or "unknown" for run in runs]
     else:  # TrAct's options matter only in runs with TrAct
-        relevant = [run for run in runs if _has_tract(run) or not key.startswith("tract.")]
-        values = [_lookup(run.config, key) for run in relevant]
+        relevant = [run for run in runs if run.has_tract or not key.startswith("tract.")]
+        values = [look_up(run.config, key) for run in relevant]
     others = dict.fromkeys(str(value) for value in values if value != expected)
     return f"{key}: {' and '.join(others)} here, {expected} in the paper" if others else ""
 
 
-def _has_tract(run: Run) -> bool:
-    return _lookup(run.config, "tract.enabled") is True
-
-
 def _number(text: str) -> float | None:
     return float(text) if text else None
-
-
-def _lookup(config: Any, key: str) -> Any:
-    """Return the value at a dotted key, or None."""
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config

@@ -52,6 +52,7 @@ class Run:
     seed: int | None = None  # a finished run has one
     role: str = "downstream"  # or "pretrain"
     backbone: str = ""  # "cifar/resnet18"
+    has_tract: bool = False  # TrAct trains the first layer
     metrics: dict[str, float] = field(default_factory=dict)  # finite; fractions, or losses
     primary_metric: str = ""
     results: dict[str, Any] = field(default_factory=dict)  # `details` and `protocol` are dicts
@@ -195,13 +196,14 @@ def _load_run(folder: Path) -> Run:
     history = _read_lines(folder / "metrics.jsonl", problems)
     config = as_dict(_read(folder / "config.yaml", problems))
     results = _read(folder / "results.json", problems)
-    seed, weights = config.get("seed"), as_dict(config.get("model")).get("weights")
-    has_tract = as_dict(config.get("tract")).get("enabled") is True
+    seed, weights = config.get("seed"), look_up(config, "model.weights")
+    has_tract = look_up(config, "tract.enabled") is True
     method = "tract" if has_tract else "vanilla" if config and not weights else ""
     run = Run(
         folder,
         task=str(config.get("name") or config.get("task") or ""),
         method=str(config.get("method") or method),
+        has_tract=has_tract,
         seed=seed if isinstance(seed, int) else None,
         role="downstream" if weights else "pretrain",
         config=config,
@@ -236,7 +238,7 @@ def _with_results(run: Run, results: dict[str, Any]) -> Run:
     ]
     detections = _read(run.folder / "detections.json", problems)
     metadata = as_dict(_read(run.folder / "model.json", problems))
-    backbone = as_dict(as_dict(run.config.get("model")).get("backbone"))
+    backbone = look_up(run.config, "model.backbone.name") or metadata.get("name")
     primary = results["primary_metric"]
     return replace(
         run,
@@ -246,7 +248,7 @@ def _with_results(run: Run, results: dict[str, Any]) -> Run:
         method=results["method"],
         seed=results["seed"],
         role="pretrain" if results.get("role") == "pretrain" else "downstream",
-        backbone=str(backbone.get("name") or metadata.get("name") or ""),
+        backbone=str(backbone or ""),
         metrics=metrics,
         primary_metric=primary,
         results=results,
@@ -301,6 +303,13 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         except (ValueError, RecursionError) as error:  # noqa: PERF203
             problems.append(f"{path}, line {number}: {error}")
     return lines
+
+
+def look_up(config: Any, key: str) -> Any:
+    """Return the value at a dotted key, or None."""
+    for part in key.split("."):
+        config = as_dict(config).get(part)
+    return config
 
 
 def as_dict(value: Any) -> dict[str, Any]:

@@ -205,7 +205,7 @@ _METRICS = {
 
 
 def metric_name(metric: str) -> str:
-    """Return a metric's display name; an unknown metric is its own."""
+    """Return a metric's display name."""
     return _METRICS.get(metric, metric)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tract_transfer.report.content import Report, Row
-from tract_transfer.report.curves import SpeedUp
 from tract_transfer.report.statistics import (
     DASH,
     bounds,
@@ -15,6 +14,7 @@ from tract_transfer.report.statistics import (
     metric_name,
     or_dash,
     p_value,
+    score,
     spread,
 )
 
@@ -120,21 +120,12 @@ def _statistics(report: Report) -> Table:
         for method, d in row.differences.items():
             if d.remark:
                 remarks.setdefault(d.remark, []).append(f"{row.task} ({method})")
-            rows.append(
-                [
-                    row.task,
-                    method,
-                    gap(d.mean, row.metric),
-                    DASH if d.std is None else gap(d.std, row.metric).removeprefix("+"),
-                    interval(d, row.metric),
-                    p_value(d.p_value),
-                    p_value(row.corrected.get(method)),
-                    or_dash(d.effect_size, "{:+.2f}"),
-                    bounds(d.bootstrap, row.metric),
-                    p_value(d.permutation_p),
-                    count_of(d.n, len(row.seeds)),
-                ]
-            )
+            metric = row.metric
+            std = DASH if d.std is None else score(d.std, metric)
+            p, corrected = p_value(d.p_value), p_value(row.corrected.get(method))
+            cells = [row.task, method, gap(d.mean, metric), std, interval(d, metric), p, corrected]
+            cells += [or_dash(d.effect_size, "{:+.2f}"), bounds(d.bootstrap, metric)]
+            rows.append([*cells, p_value(d.permutation_p), count_of(d.n, len(row.seeds))])
     notes = [f"{', '.join(comparisons)}: {remark}" for remark, comparisons in remarks.items()]
     head += ["p, signs", "pairs"]
     return Table("statistics", _CAPTIONS["statistics"], head, rows, words=2, notes=notes)
@@ -142,21 +133,18 @@ def _statistics(report: Report) -> Table:
 
 def _speed_ups(report: Report) -> Table:
     head = ["task", "to reach", "method", f"epochs of {report.baseline}", "epochs"]
-    rows = [
-        [
-            row.task,
-            f"{100 * row.result.target:.2f} % {metric_name(row.metric)} on {row.split} "
-            f"({row.share:.0%} of the end)",
-            row.method,
-            _epochs(row.result.baseline),
-            _epochs(row.result.treated),
-            f"{_speed_up(row.result)}, {count_of(row.pairs, row.seeds)}",
-        ]
-        for row in report.speed_ups
-    ]
-    return Table(
-        "speed-ups", _CAPTIONS["speed-ups"], [*head, "speed-up, pairs"], rows, 3, "Speed-ups"
-    )
+    rows = []
+    for row in report.speed_ups:
+        result = row.result
+        target = f"{100 * result.target:.2f} % {metric_name(row.metric)} on {row.split}"
+        ratio, bounds = or_dash(result.ratio, "× {:.2f}"), f"({result.remark})"
+        if result.low is not None and result.high is not None:
+            bounds = f"[{result.low:.2f}, {result.high:.2f}]"
+        cells = [row.task, f"{target} ({row.share:.0%} of the end)", row.method]
+        cells += [_epochs(result.baseline), _epochs(result.treated)]
+        rows.append([*cells, f"{ratio} {bounds}, {count_of(row.pairs, row.seeds)}"])
+    head.append("speed-up, pairs")
+    return Table("speed-ups", _CAPTIONS["speed-ups"], head, rows, 3, "Speed-ups")
 
 
 def _epochs(by_seed: dict[int, float | None]) -> str:
@@ -167,14 +155,6 @@ def _epochs(by_seed: dict[int, float | None]) -> str:
     early = list(by_seed.values()).count(None)
     counts = {"never": len(by_seed) - len(known) - early, "before the first": early}
     return ", ".join(f"{text} in {n} seed{'s' * (n > 1)}" for text, n in counts.items() if n)
-
-
-def _speed_up(result: SpeedUp) -> str:
-    """Return a speed-up with its interval, or why there is none."""
-    ratio = or_dash(result.ratio, "× {:.2f}")
-    if result.low is None or result.high is None:
-        return f"{ratio} ({result.remark})"
-    return f"{ratio} [{result.low:.2f}, {result.high:.2f}]"
 
 
 def _classes(report: Report, task: str) -> Table:
@@ -209,14 +189,12 @@ def _costs(report: Report) -> Table:
     for row in report.costs:
         cells = []
         for method in report.methods:
-            remarks = [
-                count_missing(row.counts.get(method, 0), report.seeds),
-                or_dash(row.ratios[method], "× {:.2f}") if method in row.ratios else "",
-            ]
-            text = "; ".join(filter(None, remarks))
-            mean = or_dash(row.means.get(method), "{:,.1f}")
-            cells.append(f"{mean} ({text})" if text else mean)
-        rows.append([row.task, f"{row.quantity}, {row.unit}", *cells])
+            count = count_missing(row["counts"].get(method, 0), report.seeds)
+            ratio = f"× {row['ratios'][method]:.2f}" if method in row["ratios"] else ""
+            remarks = "; ".join(filter(None, (count, ratio)))
+            mean = or_dash(row["means"].get(method), "{:,.1f}")
+            cells.append(f"{mean} ({remarks})" if remarks else mean)
+        rows.append([row["task"], f"{row['quantity']}, {row['unit']}", *cells])
     return Table("cost", _CAPTIONS["cost"], ["task", "cost", *report.methods], rows, 2, "Cost")
 
 
@@ -239,15 +217,14 @@ def _paper(report: Report) -> Table:
 def _protocol(report: Report, task: str) -> list[Table]:
     """Return two tables for each part of a protocol: what differs between runs, and the rest."""
     tables: list[Table] = []
-    methods = report.methods
     for part in report.protocol[task]:
         differing = [
-            [key, *("; ".join(values.get(method, [DASH])) for method in methods)]
+            [key, *("; ".join(values.get(method, [DASH])) for method in report.methods)]
             for key, values in part["differing"].items()
         ]
         shared = [list(item) for item in part["shared"].items()]
         for state, head, rows in (
-            ("where runs differ", ["key", *methods], differing),
+            ("where runs differ", ["key", *report.methods], differing),
             ("the same in every run", ["key", "value"], shared),
         ):
             heading = "" if any(table.rows for table in tables) else f"Protocol of {task}"
