@@ -51,13 +51,13 @@ BAD_INPUTS: dict[str, tuple[Make, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
-def test_bad_input_is_refused(tmp_path: Path, name: str, refused) -> None:
+def test_bad_input_is_refused(tmp_path, name, refused):
     make, match = BAD_INPUTS[name]
     arguments = make(tmp_path)
     with refused(name, ValueError, match=match):
         read_report(*arguments)
 
 
-def test_another_suffix_is_refused(tmp_path: Path) -> None:
+def test_another_suffix_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must be one of \.html, \.md, \.tex, \.json"):
         write_report(write_pair(tmp_path), tmp_path / "report.docx")
