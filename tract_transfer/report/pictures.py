@@ -36,18 +36,17 @@ def draw_curves(
         return epochs, [scale * value for value in values]
 
     def losses(run: Run) -> Curve:
-        return _binned(curve_of(run, "loss", "train"))
+        both = curve_of(run, "loss", "train")
+        bins = min(len(both[0]), _MAX_LOSS_POINTS) or 1  # of consecutive points, drawn as means
+        x, y = ([float(part.mean()) for part in np.array_split(v, bins) if len(v)] for v in both)
+        return x, y
 
     figures = []
+    every = "precision against recall, all classes"
     for curve, x, y, title in (
         (scores, "epoch", label, f"{label} against the epoch"),
         (losses, "epoch", "training loss", "training loss against the epoch"),
-        (
-            precision_recall,
-            "recall",
-            "precision at IoU 0.5",
-            "precision against recall, all classes",
-        ),
+        (precision_recall, "recall", "precision at IoU 0.5", every),
     ):
         lines: dict[str, list[Curve]] = {method: [] for method in methods}
         for run in runs:
@@ -56,13 +55,6 @@ def draw_curves(
             figure = visualize.curves(lines, x_label=x, y_label=y)
             figures.append(Markup(visualize.figure_svg(figure, f"{evaluations.task}: {title}")))
     return figures
-
-
-def _binned(curve: Curve) -> Curve:
-    """Return the means of consecutive points, at most `_MAX_LOSS_POINTS` of them."""
-    bins = min(len(curve[0]), _MAX_LOSS_POINTS)
-    x, y = ([float(part.mean()) for part in np.array_split(v, bins)] if bins else [] for v in curve)
-    return x, y
 
 
 def precision_recall(run: Run) -> Curve:

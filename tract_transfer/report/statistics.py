@@ -167,11 +167,7 @@ def sign_flip_test(differences: Floats) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number, in their order (Holm, 1979).
-
-    Calling those below alpha significant makes any false claim with probability at most alpha,
-    however the tests depend on each other.
-    """
+    """Return p-values corrected for their number, in their order (Holm, 1979)."""
     p = np.array(p_values, np.float64)
     order = np.argsort(p, kind="stable")
     factors = len(p) - np.arange(len(p))

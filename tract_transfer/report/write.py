@@ -5,7 +5,6 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +117,8 @@ def _plain(value: Any) -> Any:
 
 def to_markdown(report: Report) -> str:
     """Return a report as GitHub's Markdown, without pictures; names are never markup."""
-    environment = _environment(finalize=escape_markdown)
-    return environment.get_template("report.md.jinja").render(
-        report=report, version=__version__, tables=tables_of(report), max_classes=40
-    )
+    template = _environment(finalize=escape_markdown).get_template("report.md.jinja")
+    return template.render(report=report, version=__version__, tables=tables_of(report))
 
 
 def escape_markdown(text: str) -> str:
@@ -131,10 +128,6 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", r"\\_", text)
 
 
-def _pipes(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def _one_line(text: str) -> str:
     return " ".join(text.split()) if re.search(r"[\n\r\t\v\f\x85\u2028\u2029]", text) else text
 
@@ -142,18 +135,16 @@ def _one_line(text: str) -> str:
 def text_table(report: Report) -> str:
     """Return the primary metrics as aligned Markdown for a terminal.
 
-    Fractions are in percent; differences are in percentage points with their 95 % interval and the
-    number of pairs. Lines below the table report what is missing.
+    Lines below the table report what is missing.
     """
     table = results_table(report, report.results)
-    lines = [
-        [_one_line(cell).replace("|", "\\|") for cell in row] for row in (table.head, *table.rows)
-    ]
+    rows = (table.head, *table.rows)
+    lines = [[_one_line(cell).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     lines.insert(1, ["-" * width for width in widths])
-    text = [_pipes(map(str.ljust, line, widths)) for line in lines]
-    unfinished = [(run.folder.as_posix(), run.failure) for run in report.unfinished]
-    notes = [*table.notes, *(f"Unfinished: {path}: {why}." for path, why in unfinished)]
+    text = [f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines]
+    notes = list(table.notes)
+    notes += [f"Unfinished: {run.folder.as_posix()}: {run.failure}." for run in report.unfinished]
     return "\n".join([*text, *[""] * bool(notes), *notes])
 
 
@@ -167,9 +158,8 @@ def to_latex(report: Report) -> str:
     )  # fmt: skip
     environment.filters["comment"] = lambda text: Markup(" ".join(text.split()))
     tables = [table for table in tables_of(report) if table.name in _LATEX_TABLES]
-    return environment.get_template("report.tex.jinja").render(
-        report=report, version=__version__, tables=tables
-    )
+    template = environment.get_template("report.tex.jinja")
+    return template.render(report=report, version=__version__, tables=tables)
 
 
 def escape_latex(text: str) -> str:
