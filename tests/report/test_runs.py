@@ -36,7 +36,7 @@ def test_parent_folder_stands_for_its_runs(tmp_path):
     (folders[0] / "checkpoints" / "iter_5").mkdir(parents=True)
     (folders[0] / "checkpoints" / "config.yaml").write_text("")
     assert sorted(find_runs([tmp_path]).folders) == sorted(folders)
-    both = find_runs([folders[0], tmp_path]).folders
+    both = list(find_runs([folders[0], tmp_path]).folders)
     assert (both[0], len(both)) == (folders[0], len(folders))
 
 

@@ -31,8 +31,7 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten
 class RunFolders:
     """The run folders of a report; `baseline` and `title` are those of the first suite."""
 
-    folders: list[Path] = field(default_factory=list)
-    planned: dict[Path, dict[str, Any]] = field(default_factory=dict)  # entries of a suite.json
+    folders: dict[Path, dict[str, Any]] = field(default_factory=dict)  # entries of a suite.json
     baseline: str = ""
     title: str = ""
     problems: list[str] = field(default_factory=list)  # what the report excludes, and why
@@ -86,8 +85,7 @@ def find_runs(paths: Sequence[Path]) -> RunFolders:
             if not is_run and _has_any(folder, SUITE_NAME):
                 _add_suite(folder, run_folders)
             else:
-                run_folders.folders.append(folder)
-    run_folders.folders = list(dict.fromkeys(run_folders.folders))
+                run_folders.folders.setdefault(folder, {})
     return run_folders
 
 
@@ -107,8 +105,7 @@ def _has_any(folder: Path, *names: str) -> bool:
 def _add_suite(folder: Path, run_folders: RunFolders) -> None:
     suite = read_suite(folder / SUITE_NAME)
     planned = {folder / run["folder"]: run for run in suite["runs"]}
-    run_folders.folders += planned
-    run_folders.planned |= planned
+    run_folders.folders |= planned
     run_folders.baseline = run_folders.baseline or str(suite.get("baseline") or "")
     run_folders.title = run_folders.title or str(suite.get("title") or "")
     resolved = {path.resolve() for path in planned}
@@ -149,9 +146,8 @@ def read_runs(run_folders: RunFolders) -> list[Run]:
         ValueError: two finished runs share method, task and seed.
     """
     runs = []
-    for folder in run_folders.folders:
-        run, planned = _load_run(folder), run_folders.planned.get(folder, {})
-        run = _as_planned(run, planned) if planned else run
+    for folder, planned in run_folders.folders.items():
+        run = _as_planned(_load_run(folder), planned) if planned else _load_run(folder)
         methods = [run.method, *map(str, planned.get("also") or ())]
         runs += [replace(run, method=method) for method in methods]
     seen: dict[tuple[str, str, int | None], Run] = {}
