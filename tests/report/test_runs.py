@@ -119,6 +119,21 @@ def test_unfinished_runs_keep_their_place(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("config", "task", "method"),
+    [
+        ({"name": "probe", "method": "adamw"}, "probe", "adamw"),
+        ({"name": None, "tract": {"enabled": True}}, "classification", "tract"),
+        ({}, "classification", "vanilla"),
+        ({"model": {"weights": "x"}}, "classification", ""),  # of its pre-training: not known
+    ],
+)
+def test_unfinished_run_is_named_by_its_config(tmp_path, config, task, method):
+    (tmp_path / "config.yaml").write_text(json.dumps({"task": "classification", **config}))
+    (run,) = load_runs([tmp_path])
+    assert (run.task, run.method, run.state) == (task, method, "unfinished")
+
+
+@pytest.mark.parametrize(
     ("change", "failure"),
     [
         ({"metrics": {"top1": float("nan")}}, "results.json has no finite top1"),

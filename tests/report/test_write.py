@@ -77,7 +77,8 @@ def test_json_has_unrounded_numbers_and_a_version(folders, tmp_path):
         (content, "schema schema_version tract_transfer title baseline methods answer results "
          "all_metrics curves speed_ups classes costs paper protocol runs problems"),
         (row, "task role metric values missing summaries differences notes seeds corrected"),
-        (difference, "mean low high p_value n level std effect_size bootstrap permutation_p remark"),
+        (difference, "mean low high p_value n level std effect_size bootstrap permutation_p "
+         "remark"),
         (content["speed_ups"][0], "task metric split method share pairs seeds result"),
         (content["speed_ups"][0]["result"], "target baseline treated ratio low high remark"),
         (content["costs"][0], "task quantity unit means counts ratios"),
