@@ -1,4 +1,4 @@
-"""The configs in docs/guides/detection.md load, and it names every option, detector and protocol."""
+"""The configs in docs/guides/detection.md load; it names every option, detector and protocol."""
 
 import re
 from dataclasses import asdict

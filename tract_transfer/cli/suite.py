@@ -112,7 +112,7 @@ def write_reports(suite: "Suite") -> None:
     paths = {suffix: suite.folder / f"report{suffix}" for suffix in FORMATS}
     for path in paths.values():
         save_report(report, path)
-    print(text_table(report.runs, report.baseline))
+    print(text_table(report))
     print(paths[".html"].resolve())
 
 
