@@ -7,7 +7,9 @@ from small_detectors import detector
 from torch import nn
 
 from tract_transfer.models import Classifier, build_backbone
-from tract_transfer.models.detection.options import BoxOptions, RpnOptions, with_options
+from tract_transfer.models.detection.detectors import with_options
+from tract_transfer.models.detection.roi_heads import BoxOptions
+from tract_transfer.models.detection.rpn import RpnOptions
 from tract_transfer.models.freeze import freeze_stages, set_drop_path, set_norm
 
 
@@ -140,17 +142,9 @@ BAD = {
         detector_on("torchvision_c5", "timm/test_resnet"),
         r"needs a VGG.*fc6 and fc7.*ResNet",
     ),
-    "a dropout of 1": (
-        lambda: detector("torchvision_c5", dropout=1.0),
-        r"^dropout: must be in \[0, 1\), got 1\.0",
-    ),
     "a pool size that fc6 cannot read": (
         lambda: detector("torchvision_c5", box={"pool_size": 14}),
         r"^box\.pool_size: 14 gives fc6 512 x 14\^2 inputs",
-    ),
-    "an unknown policy for difficult objects": (
-        lambda: detector(difficult_in_training="leave"),
-        r"difficult_in_training: must be one of .*got 'leave'",
     ),
     "an unknown rpn option": (rpn(nms_io=0.5), r"^rpn\.nms_io: unknown\. Did you mean 'nms_iou'\?"),
     "an IoU above 1": (rpn(nms_iou=1.5), r"^rpn\.nms_iou: .*less than or equal to 1, got 1\.5"),

@@ -9,8 +9,8 @@ from torch import nn
 from torchvision.models import vgg11
 
 from tract_transfer.models import build_backbone
-from tract_transfer.models.detection.detectors import accept_any_size
-from tract_transfer.models.detection.options import RpnOptions, with_options
+from tract_transfer.models.detection.detectors import accept_any_size, with_options
+from tract_transfer.models.detection.rpn import RpnOptions
 from tract_transfer.models.detection.two_stage import TwoStageDetector
 from tract_transfer.models.freeze import set_norm
 from tract_transfer.models.weights import load_weights

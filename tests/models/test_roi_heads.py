@@ -8,8 +8,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align, roi_pool
 from torchvision.ops.poolers import LevelMapper
 
-from tract_transfer.models.detection.options import BoxOptions
-from tract_transfer.models.detection.roi_heads import BoxHeads, RoiPooler
+from tract_transfer.models.detection.roi_heads import BoxHeads, BoxOptions, RoiPooler
 
 ALL = {"rois_per_image": MANY, "positive_fraction": 1.0}
 UNFILTERED = {"score_threshold": 0.0, "nms_iou": 1.0, "max_detections": MANY}

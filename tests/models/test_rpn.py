@@ -9,13 +9,13 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
 
-from tract_transfer.models.detection.options import RpnOptions
 from tract_transfer.models.detection.rpn import (
     NEGATIVE,
     NEITHER,
     POSITIVE,
     Objects,
     RegionProposals,
+    RpnOptions,
     anchor_grid,
     assign,
     sample,

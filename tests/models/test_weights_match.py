@@ -224,7 +224,7 @@ REFUSED = {
     ),
     "a ViT of timm": (
         lambda _: timm.create_model("vit_tiny_patch16_224", **vit()).state_dict(),
-        "width 24, 2 blocks, patches of 16 px",
+        "width 24 with 2 blocks and patches of 16 px",
     ),
     "a ViT of torchvision": (
         lambda _: torchvision.models.VisionTransformer(32, 16, 1, 2, 8, 8).state_dict(),

@@ -49,19 +49,6 @@ class Portable:
     reason: str | None = None
 
 
-class Logits(nn.Module):
-    """(B, 3, H, W) float RGB in [0, 1] -> (B, K) logits, normalised inside."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.backbone = classifier.backbone
-        self.head = classifier.head
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.backbone.pooled(images))
-        return logits
-
-
 def to_library(classifier: Classifier, size_px: int) -> Portable:
     """Return the classifier as a library's model with the same logits, or else unchanged.
 
@@ -70,7 +57,13 @@ def to_library(classifier: Classifier, size_px: int) -> Portable:
     classifier.eval()
     try:
         portable = _library_model(classifier)
-        _compare(Logits(classifier), classifier.backbone, portable.model, size_px)
+        images = _random_images(size_px)
+        with torch.no_grad():
+            expected = classifier(images)
+            logits = portable.model(classifier.backbone.normalize(images))
+        difference = (logits - expected).abs().max().item()
+        if not difference <= MAX_DIFFERENCE * max(1.0, expected.abs().max().item()):
+            raise ValueError(f"the library's model gives logits that differ by {difference:.1e}")
     except ValueError as error:
         name = classifier.backbone.origin["name"]
         return Portable("tract_transfer", name, {}, classifier, reason=str(error))
@@ -100,7 +93,7 @@ def load_exported(folder: str | Path) -> Classifier:
     metadata = read_metadata(Path(folder))
     if "head" not in metadata:
         raise ValueError(
-            f"{folder} holds no exported classifier. Its README.md says how to load it."
+            f"{folder} holds no classifier of ours. Its README.md shows how to load it."
         )
     backbone = build_from_metadata(metadata)
     head = metadata["head"]
@@ -111,9 +104,7 @@ def load_exported(folder: str | Path) -> Classifier:
     try:
         classifier.load_state_dict(read_tensors(file))
     except RuntimeError as error:  # what load_state_dict raises
-        raise ValueError(
-            f"{file} is not what {METADATA_NAME} beside it describes: {error}"
-        ) from error
+        raise ValueError(f"{file} does not match {METADATA_NAME} beside it: {error}") from error
     return classifier.eval()
 
 
@@ -129,10 +120,9 @@ def export_onnx(classifier: Classifier, size_px: int, file: Path) -> None:
     require_onnx()
     import onnxruntime
 
-    model = Logits(classifier).eval()
-    images = torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
+    images = _random_images(size_px)
     torch.onnx.export(
-        model,
+        classifier.eval(),
         (images,),
         file,
         input_names=["images"],
@@ -147,7 +137,7 @@ def export_onnx(classifier: Classifier, size_px: int, file: Path) -> None:
     for batch in (images, torch.cat([images, 1 - images[:1]])):
         (logits,) = session.run(None, {"images": batch.numpy()})
         with torch.no_grad():
-            difference = (torch.from_numpy(logits) - model(batch)).abs().max().item()
+            difference = (torch.from_numpy(logits) - classifier(batch)).abs().max().item()
         if not difference <= MAX_ONNX_DIFFERENCE:
             file.unlink()
             raise ValueError(
@@ -202,19 +192,13 @@ def _edit_stem(model: nn.Module, backbone: Backbone) -> list[str]:
     theirs = dict(model.named_modules())
     edits = []
     for name in [layer.removeprefix("model.") for layer in backbone.first_layers]:
-        conv = ours[name]
+        conv: Any = ours[name]
         if repr(conv) == repr(theirs[name]) or not isinstance(conv, nn.Conv2d):
             continue
-        channels = conv.in_channels, conv.out_channels
-        options: Any = {
-            "kernel_size": conv.kernel_size[0],
-            "stride": conv.stride[0],
-            "padding": conv.padding[0],
-            "bias": conv.bias is not None,
-        }
-        model.set_submodule(name, nn.Conv2d(*channels, **options))
-        arguments = ", ".join([*map(str, channels), *(f"{k}={v}" for k, v in options.items())])
-        edits.append(f"model.set_submodule({name!r}, torch.nn.Conv2d({arguments}))")
+        shape: Any = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride
+        new = nn.Conv2d(*shape, conv.padding, bias=conv.bias is not None)
+        model.set_submodule(name, new)
+        edits.append(f"model.set_submodule({name!r}, torch.nn.{new})")
     for name in POOL_NAMES:
         if isinstance(ours.get(name), nn.Identity) and not isinstance(theirs[name], nn.Identity):
             model.set_submodule(name, nn.Identity())
@@ -222,10 +206,5 @@ def _edit_stem(model: nn.Module, backbone: Backbone) -> list[str]:
     return edits
 
 
-def _compare(logits: Logits, backbone: Backbone, model: nn.Module, size_px: int) -> None:
-    images = torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = logits(images)
-        difference = (model(backbone.normalize(images)) - expected).abs().max().item()
-    if not difference <= MAX_DIFFERENCE * max(1.0, expected.abs().max().item()):
-        raise ValueError(f"the library's model gives logits that differ by {difference:.1e}")
+def _random_images(size_px: int) -> Tensor:
+    return torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))

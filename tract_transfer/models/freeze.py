@@ -32,7 +32,7 @@ def freeze_stages(backbone: Backbone, count: int) -> None:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
         if isinstance(module, _BatchNorm):
-            _keep_in_eval(module)
+            module.register_forward_pre_hook(_eval_hook)
 
 
 def stage_names(backbone: Backbone) -> list[list[str]]:
@@ -53,12 +53,9 @@ def stage_names(backbone: Backbone) -> list[list[str]]:
     for end in ends:
         inside = [i for i, n in enumerate(names) if n == end or n.startswith(f"{end}.")]
         cuts.append(max(inside) + 1)
-
-    def has_parameters(name: str) -> bool:
-        return any(True for _ in model.get_submodule(name).parameters(recurse=False))
-
     stages = [names[start:stop] for start, stop in pairwise(cuts)]
-    return [stage for stage in stages if any(map(has_parameters, stage))]
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    return [stage for stage in stages if owners & set(stage)]
 
 
 def set_norm(backbone: Backbone, norm: str) -> Backbone:
@@ -80,16 +77,12 @@ def set_norm(backbone: Backbone, norm: str) -> Backbone:
         return backbone
     for module in batch_norms:
         module.requires_grad_(False)
-        _keep_in_eval(module)
+        module.register_forward_pre_hook(_eval_hook)
     return backbone
 
 
-def _keep_in_eval(norm: _BatchNorm) -> None:
-    """Keep a BatchNorm in eval mode, even if the model is set to training."""
-    norm.register_forward_pre_hook(_to_eval)
-
-
-def _to_eval(module: nn.Module, _inputs: Any) -> None:
+def _eval_hook(module: nn.Module, _inputs: Any) -> None:
+    """A forward hook: keep a BatchNorm in eval mode, even if the model is set to training."""
     module.eval()
 
 
@@ -124,12 +117,9 @@ def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
 
     timm sets them to None or an Identity where the rate is 0.
     """
+    kinds = DropPath | nn.Identity | None
     for block in model.modules():
-        names = [
-            name
-            for name, value in {**vars(block), **block._modules}.items()
-            if name.startswith("drop_path")
-            and (value is None or isinstance(value, DropPath | nn.Identity))
-        ]
+        attributes = {**vars(block), **block._modules}.items()
+        names = [n for n, v in attributes if n.startswith("drop_path") and isinstance(v, kinds)]
         if names:
             yield block, names

@@ -50,16 +50,13 @@ def replace_stem(backbone: Backbone, *, keep_pool: bool = False) -> None:
             f"starts with {names}: {old}. Set its patch size instead, such as "
             "model.backbone.args.patch_size=4."
         )
-    new = nn.Conv2d(
-        old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=old.bias is not None
-    )
+    new = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=old.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     if new.bias is not None:
         nn.init.zeros_(new.bias)
     backbone.set_submodule(names[0], new)
-    if keep_pool:
-        return
-    for pool in POOL_NAMES:
+    pools = () if keep_pool else POOL_NAMES
+    for pool in pools:
         if pool in dict(backbone.model.named_modules()):
             backbone.model.set_submodule(pool, nn.Identity())
 
@@ -86,10 +83,9 @@ class NormedPatches(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         patches = F.unfold(images, self.patch_size_px, stride=self.patch_size_px)  # (B, N, L)
         tokens: Tensor = self.after(self.linear(self.before(patches.transpose(1, 2))))
-        grid = [
-            side // step for side, step in zip(images.shape[-2:], self.patch_size_px, strict=True)
-        ]
-        features: Tensor = tokens.transpose(1, 2).unflatten(2, grid)
+        features: Tensor = tokens.transpose(1, 2).unflatten(
+            2, (-1, images.shape[-1] // self.patch_size_px[1])
+        )
         return features
 
 
@@ -119,16 +115,8 @@ def _prepend_whitening(backbone: Backbone) -> None:
         )
     whitening = nn.Conv2d(old.in_channels, 8 * old.in_channels, 2, bias=False)
     whitening.weight.requires_grad_(False)
-    new = nn.Conv2d(
-        whitening.out_channels,
-        old.out_channels,
-        old.kernel_size,
-        stride=old.stride,
-        padding=old.padding,
-        dilation=old.dilation,
-        bias=old.bias is not None,
-        padding_mode=old.padding_mode,
-    )
+    shape = whitening.out_channels, old.out_channels, old.kernel_size, old.stride, old.padding
+    new = nn.Conv2d(*shape, old.dilation, bias=old.bias is not None, padding_mode=old.padding_mode)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     parts = OrderedDict(whitening=whitening, activation=nn.GELU(), convolution=new)
     (name,) = backbone.first_layers

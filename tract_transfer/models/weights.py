@@ -80,9 +80,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Return the content of model.json in the run folder, or beside the weights file, `path`.
 
     Raises:
-        FileNotFoundError: there is no model.json.
-        ValueError: model.json is not JSON or describes no backbone; or it is missing, and `path`
-            is not a weights file either.
+        FileNotFoundError, ValueError: there is no model.json, or it describes no backbone.
     """
     file = _metadata_path(path)
     if not file.is_file():
@@ -227,7 +225,7 @@ def _adapt(
     """
     convert = _conversion(backbone.model)
     try:
-        adapted = weights if convert is None else convert(dict(weights))
+        adapted = convert(dict(weights)) if convert else weights
     except (KeyError, IndexError, RuntimeError, ValueError, AssertionError, AttributeError):
         return weights  # the file has another architecture
     if num_misfits(adapted, model_state) >= num_misfits(weights, model_state):

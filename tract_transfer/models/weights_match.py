@@ -29,7 +29,7 @@ PROBLEMS = {
     "unexpected": "unexpected",
     "not_finite": "not finite",
 }
-# Of several copies of all weights, the one that their authors evaluate.
+# Of several copies of all weights, the one that their authors evaluate; then the shorter prefix.
 _PREFERRED = ("ema", "teacher", "encoder_q", "base_encoder")
 # (has bottleneck blocks, blocks per stage) -> depth of a ResNet
 RESNET_DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
@@ -99,10 +99,8 @@ class MatchReport:
             f"{self.num_parameters:,} parameters ({share:.2%})",
         ]
         lines += [f"resized      {name}: {shapes}" for name, shapes in self.resized.items()]
-        lines += [
-            f"dropped      {few(names)} ({reason}, {len(names)} names)"
-            for reason, names in self.dropped.items()
-        ]
+        for reason, names in self.dropped.items():
+            lines.append(f"dropped      {few(names)} ({reason}, {len(names)} names)")
         for key, title in PROBLEMS.items():
             if names := getattr(self, key):
                 lines.append(f"{title:<12} {few(names)} ({len(names)} names)")
@@ -127,11 +125,7 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
 
 
 def find_prefix(model_names: Iterable[str], file_names: Iterable[str]) -> str:
-    """Return the prefix below which most of the model's names are in a file.
-
-    Of several copies of the same weights an average (`ema`), the teacher or MoCo's query encoder
-    is preferred, and then the shorter prefix.
-    """
+    """Return the prefix below which most of the model's names are in a file; see _PREFERRED."""
     known = set(model_names)
     votes: Counter[str] = Counter()
     for name in file_names:
@@ -141,8 +135,7 @@ def find_prefix(model_names: Iterable[str], file_names: Iterable[str]) -> str:
                 votes[".".join([*parts[:start], ""])] += 1
 
     def rank(prefix: str) -> tuple[int, bool, int]:
-        preferred = any(word in prefix for word in _PREFERRED)
-        return votes[prefix], preferred, -len(prefix)
+        return votes[prefix], any(word in prefix for word in _PREFERRED), -len(prefix)
 
     return max(votes, key=rank, default="")
 
@@ -215,24 +208,20 @@ def _difference(weight: Tensor, tensor: Tensor) -> str:
 
 def looks_like(names_to_tensors: Mapping[str, Tensor]) -> str:
     """Return a sentence that names the architecture of some weights, or an empty string."""
-    names = list(names_to_tensors)
-    blocks = {int(n) for name in names for n in re.findall(r"(?:^|\.)blocks\.(\d+)\.", name)}
-    for name, tensor in names_to_tensors.items():
-        if name.endswith("patch_embed.proj.weight") and tensor.ndim == 4 and blocks:
-            width, size_px = tensor.shape[0], tensor.shape[-1]
-            return (
-                f"It looks like a ViT with timm's names: width {width}, {max(blocks) + 1} blocks, "
-                f"patches of {size_px} px. "
-            )
-    if any("encoder.layers.encoder_layer_0." in name for name in names):
-        return "It looks like a ViT of torchvision's: model.backbone.name=torchvision/vit_... "
-    counts = blocks_per_stage(names, r"layer([1-4])\.(\d+)\.", first=1)
-    if any(counts):
-        bottleneck = any(".conv3.weight" in name for name in names)
-        depth = RESNET_DEPTHS.get((bottleneck, counts))
-        kind = "bottleneck" if bottleneck else "basic"
-        return f"It looks like a ResNet{f'-{depth}' if depth else f' of {counts} {kind} blocks'}. "
-    return ""
+    names = "\n".join(names_to_tensors)
+    patches = [t for n, t in names_to_tensors.items() if n.endswith("patch_embed.proj.weight")]
+    blocks = len(set(re.findall(r"\bblocks\.(\d+)\.", names)))
+    counts = blocks_per_stage(names_to_tensors, r"layer([1-4])\.(\d+)\.", first=1)
+    kind = ""
+    if patches and blocks:
+        width, *_, size_px = patches[0].shape
+        kind = f"timm's ViT of width {width} with {blocks} blocks and patches of {size_px} px"
+    elif "encoder.layers.encoder_layer_0." in names:
+        kind = "a ViT of torchvision's: model.backbone.name=torchvision/vit_..."
+    elif any(counts):
+        depth = RESNET_DEPTHS.get((".conv3.weight" in names, counts))
+        kind = f"a ResNet-{depth}" if depth else f"a ResNet of {counts} blocks"
+    return f"It looks like {kind}. " if kind else ""
 
 
 def blocks_per_stage(names: Iterable[str], pattern: str, first: int) -> tuple[int, ...]:
