@@ -175,8 +175,3 @@ def test_unknown_backbone_names_the_nearest(name):
     with pytest.raises(KeyError) as error:
         build_backbone(name)
     assert UNKNOWN[name] in error.value.args[0]
-
-
-def test_options_made_in_code_are_checked():
-    with pytest.raises(ValueError, match="nms_iou"):
-        BoxOptions(nms_iou=2.0)

@@ -82,14 +82,6 @@ def test_metadata_describes_the_backbone(folder, backbone):
     assert {path.name for path in folder.iterdir()} == {WEIGHTS_NAME, METADATA_NAME}
 
 
-def test_saving_overwrites(tmp_path):
-    for seed in (0, 1):
-        save_backbone(tmp_path, small(seed).to(memory_format=torch.channels_last), {})
-    rebuilt = build_from_metadata(read_metadata(tmp_path))
-    load_weights(rebuilt, tmp_path)
-    assert same(rebuilt, small(1))
-
-
 @pytest.mark.parametrize("name", ["", WEIGHTS_NAME])
 def test_weights_with_another_hash_are_refused(copied, name, refused):
     file = copied / WEIGHTS_NAME
@@ -135,7 +127,7 @@ def save_until(number, folder, backbone):
 
 @pytest.mark.parametrize("existing", ["none", "other", "same"])
 def test_kill_while_saving_never_mixes_weights_and_metadata(folder, backbone, tmp_path, existing):
-    new = backbone if existing == "same" else small(2)
+    new = backbone if existing == "same" else small(2).to(memory_format=torch.channels_last)
     finished, number = False, 0
     while not finished:
         number += 1
@@ -156,14 +148,6 @@ def test_kill_while_saving_never_mixes_weights_and_metadata(folder, backbone, tm
     assert number > 7
     assert same(loaded, new)
     assert has_metadata
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
-def test_pytorch_files_are_read(tmp_path, suffix):
-    file, source, model = tmp_path / f"w{suffix}", small(1), small(0)
-    torch.save({"state_dict": source.state_dict(), "epoch": 3}, file)
-    load_weights(model, file)
-    assert same(model, source)
 
 
 def test_files_without_normalization_keep_that_of_the_backbone(tmp_path):

@@ -238,9 +238,7 @@ def separable(channels: int, size: int, *, stride: int = 1) -> nn.Sequential:
     for step in (stride, 1):
         layers += [
             nn.ReLU(),
-            nn.Conv2d(
-                channels, channels, size, step, padding=size // 2, groups=channels, bias=False
-            ),
+            nn.Conv2d(channels, channels, size, step, size // 2, groups=channels, bias=False),
             nn.Conv2d(channels, channels, 1, bias=False),
             nn.BatchNorm2d(channels),
         ]

@@ -8,6 +8,7 @@ If neither library has such a model, it stays as it is, beside metadata to rebui
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,17 @@ from tract_transfer.models.weights import build_from_metadata, read_metadata
 from tract_transfer.models.weights_file import METADATA_NAME, WEIGHTS_NAME, check_hash, read_tensors
 
 CONFIG_NAME, ONNX_NAME = "config.json", "model.onnx"
-OPSET = 18
+OPSET, ONNX_PACKAGES = 18, ("onnx", "onnxruntime", "onnxscript")
 MAX_DIFFERENCE, MAX_ONNX_DIFFERENCE = 1e-5, 1e-4
 
 
 @dataclass
 class Portable:
-    """A classifier as a library's model.
+    """A classifier as the model `name` of a library (timm, torchvision or tract_transfer).
 
     Attributes:
-        library: `timm`, `torchvision` or `tract_transfer`.
-        name, args: what the library builds the model from.
-        model: the model with its weights, in eval mode. A library's takes normalized images.
+        args: arguments of the library's constructor.
+        model: in eval mode, with its weights. A library's takes normalized images.
         edits: Python lines that give the library's model the stem of ours.
         reason: why it is not a library's model.
     """
@@ -50,10 +50,7 @@ class Portable:
 
 
 def to_library(classifier: Classifier, size_px: int) -> Portable:
-    """Return the classifier as a library's model with the same logits, or else unchanged.
-
-    The logits are compared on images of `size_px`.
-    """
+    """Return a library's model with the classifier's logits at `size_px`, or the classifier."""
     classifier.eval()
     try:
         portable = _library_model(classifier)
@@ -71,10 +68,7 @@ def to_library(classifier: Classifier, size_px: int) -> Portable:
 
 
 def save_portable(folder: Path, portable: Portable, metadata: Mapping[str, Any]) -> None:
-    """Write model.safetensors, and `metadata` as config.json (timm's) or model.json beside it.
-
-    model.json also records the sha256 of the weights.
-    """
+    """Write the weights, and `metadata` as config.json (timm's) or model.json (with their hash)."""
     tensors = {name: t.contiguous().clone() for name, t in portable.model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     is_timm = portable.library == "timm" and not portable.edits
@@ -148,14 +142,8 @@ def export_onnx(classifier: Classifier, size_px: int, file: Path) -> None:
 
 def require_onnx() -> None:
     """Raise an ImportError with the pip command if a package for --onnx is missing."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"--onnx needs more packages ({error}): pip install onnx onnxruntime onnxscript"
-        ) from error
+    if not all(map(find_spec, ONNX_PACKAGES)):
+        raise ImportError(f"--onnx needs more packages: pip install {' '.join(ONNX_PACKAGES)}")
 
 
 def _library_model(classifier: Classifier) -> Portable:
@@ -192,11 +180,12 @@ def _edit_stem(model: nn.Module, backbone: Backbone) -> list[str]:
     theirs = dict(model.named_modules())
     edits = []
     for name in [layer.removeprefix("model.") for layer in backbone.first_layers]:
-        conv: Any = ours[name]
+        conv = ours[name]
         if repr(conv) == repr(theirs[name]) or not isinstance(conv, nn.Conv2d):
             continue
-        shape: Any = conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride
-        new = nn.Conv2d(*shape, conv.padding, bias=conv.bias is not None)
+        sizes: Any = {key: getattr(conv, key) for key in ("kernel_size", "stride", "padding")}
+        sizes["bias"] = conv.bias is not None
+        new: Any = nn.Conv2d(conv.in_channels, conv.out_channels, **sizes)
         model.set_submodule(name, new)
         edits.append(f"model.set_submodule({name!r}, torch.nn.{new})")
     for name in POOL_NAMES:

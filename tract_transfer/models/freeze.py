@@ -15,12 +15,9 @@ from tract_transfer.models.backbone import Backbone
 def freeze_stages(backbone: Backbone, count: int) -> None:
     """Freeze the first `count` stages: their weights and the statistics of their BatchNorms.
 
-    Stages are counted as detectron2 counts those of a ResNet: 1 is the stem, 2 the stem and the
-    first stage, 5 everything. For a VGG, 1 is conv1_x and 5 conv5_x. For a plain ViT, 1 is the
-    patch embedding, and each further stage a quarter of its blocks.
-
-    Raises:
-        ValueError: the backbone has fewer stages.
+    They are counted as detectron2 counts those of a ResNet: 1 is the stem, 2 also the first stage,
+    5 everything. A VGG's are conv1_x to conv5_x; a plain ViT's its patch embedding and quarters of
+    its blocks. More stages than the backbone has are a ValueError.
     """
     stages = stage_names(backbone) if count else []
     if not 0 <= count <= len(stages):
@@ -61,9 +58,8 @@ def stage_names(backbone: Backbone) -> list[list[str]]:
 def set_norm(backbone: Backbone, norm: str) -> Backbone:
     """Make the BatchNorms of a backbone `trained`, `frozen` or `synced`; return the backbone.
 
-    `trained` leaves them as they are; `frozen` fixes statistics and weights (small batches, a
-    pre-trained backbone); `synced` computes statistics over all processes. State dict names stay
-    the same.
+    `frozen` fixes statistics and weights; `synced` computes statistics over all processes. State
+    dict names stay the same.
     """
     if norm not in ("trained", "frozen", "synced"):
         raise ValueError(f"model.norm must be trained, frozen or synced, got {norm!r}.")
@@ -92,10 +88,7 @@ def set_drop_path(model: nn.Module, rate: float, mode: str) -> None:
     Args:
         rate: probability of dropping a branch in training, in [0, 1).
         mode: `constant`: `rate` for every block (DeiT III). `linear`: from 0 for the first block
-            to `rate` for the last, as in timm's ViTs, ResNets, ConvNeXts and Swins.
-
-    Raises:
-        ValueError: an unknown mode, or a model without timm's stochastic depth.
+            to `rate` for the last, as in timm.
     """
     if mode not in ("constant", "linear"):
         raise ValueError(f"model.backbone.drop_path.mode must be constant or linear, got {mode!r}.")
@@ -113,11 +106,8 @@ def set_drop_path(model: nn.Module, rate: float, mode: str) -> None:
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
-    """Yield each residual block with the names of its attributes for stochastic depth.
-
-    timm sets them to None or an Identity where the rate is 0.
-    """
-    kinds = DropPath | nn.Identity | None
+    """Yield each residual block with the names of its attributes for stochastic depth."""
+    kinds = DropPath | nn.Identity | None  # without a DropPath where the rate is 0
     for block in model.modules():
         attributes = {**vars(block), **block._modules}.items()
         names = [n for n, v in attributes if n.startswith("drop_path") and isinstance(v, kinds)]

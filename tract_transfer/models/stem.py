@@ -22,10 +22,8 @@ def change_stem(backbone: Backbone, stem: str) -> None:
 
     `cifar` is a 3x3 convolution of stride 1 without the max-pool. `patch_norm` and
     `dual_patch_norm` add LayerNorms around a patch embedding. `whitened` puts a frozen 2x2
-    convolution, whose filters `whiten` sets, before the first convolution.
-
-    Raises:
-        ValueError: an unknown stem, or one that does not fit the backbone.
+    convolution, whose filters `whiten` sets, before the first convolution. A stem that does not fit
+    the backbone is a ValueError.
     """
     if stem == "cifar":
         replace_stem(backbone)
@@ -47,25 +45,22 @@ def replace_stem(backbone: Backbone, *, keep_pool: bool = False) -> None:
     if old is None or _reads_patches(old):
         raise ValueError(
             "model.backbone.stem: cifar replaces the first convolution of a model, and this one "
-            f"starts with {names}: {old}. Set its patch size instead, such as "
-            "model.backbone.args.patch_size=4."
+            f"starts with {names}: {old}. Set its patch size instead (args.patch_size=4)."
         )
     new = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=old.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     if new.bias is not None:
         nn.init.zeros_(new.bias)
     backbone.set_submodule(names[0], new)
-    pools = () if keep_pool else POOL_NAMES
-    for pool in pools:
-        if pool in dict(backbone.model.named_modules()):
-            backbone.model.set_submodule(pool, nn.Identity())
+    for name, _ in list(backbone.model.named_modules()):
+        if name in POOL_NAMES and not keep_pool:
+            backbone.model.set_submodule(name, nn.Identity())
 
 
 class NormedPatches(nn.Module):
     """A patch embedding of normalized patches, (B, C, H, W) -> (B, O, H / P, W / P).
 
-    The embedding keeps its weights. `dual` adds a second LayerNorm behind it (Dual PatchNorm,
-    Kumar et al. 2023).
+    `dual` adds a second LayerNorm behind it (Dual PatchNorm, Kumar et al. 2023).
     """
 
     def __init__(self, embedding: nn.Conv2d, *, dual: bool) -> None:
@@ -130,17 +125,15 @@ def whiten(backbone: Backbone, batches: Iterable[Tensor]) -> None:
     The filters rotate 2x2 patches of normalized images to their principal directions and scale
     each to mean square 1. Their negatives follow, because a GELU keeps only half of each.
     """
-    moment: Tensor | int = 0
-    count = 0
+    layer = _first_convolution(backbone)
+    assert layer is not None
+    moment, count = layer.weight.new_zeros((), dtype=torch.double), 0
     for images in batches:
         patches = F.unfold(backbone.normalize(images), 2).double()
         moment = moment + torch.einsum("bil,bjl->ij", patches, patches)
         count += patches.shape[0] * patches.shape[2]
-    assert isinstance(moment, Tensor)
     variances, directions = torch.linalg.eigh(moment / count)
     filters = (directions / (variances + WHITENING_EPS).sqrt()).T
-    layer = backbone.get_submodule(backbone.first_layers[0])
-    assert isinstance(layer, nn.Conv2d)
     with torch.no_grad():
         layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 

@@ -6,7 +6,7 @@ file comes with a YAML in detectron2's own keys, which `cfg.merge_from_file` rea
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,10 @@ _RESNETS = {
 
 
 def save_detectron2(path: Path, backbone: Backbone, metadata: Mapping[str, Any]) -> Path:
-    """Write a ResNet as detectron2's `.pkl` or `.pth`, and its config beside it.
+    """Write a ResNet as detectron2's `.pkl` or `.pth`, and its config beside it; return the latter.
 
-    Args:
-        path: ends in .pkl or .pth.
-        backbone: a ResNet of torchvision's architecture, from timm or torchvision.
-        metadata: stored in the file; detectron2 ignores it.
-
-    Returns:
-        The path of the config: `path` with the suffix .yaml.
-
-    Raises:
-        ValueError: detectron2 cannot build this backbone, or `path` has another suffix.
+    `metadata` is stored in the file; detectron2 ignores it. A ValueError reports a backbone that
+    detectron2 cannot build.
     """
     if path.suffix not in (".pkl", ".pth"):
         raise ValueError(f"detectron2 reads .pkl and .pth files, got {path}.")
@@ -110,11 +102,6 @@ def to_detectron2(backbone: Backbone) -> dict[str, Tensor]:
     return tensors
 
 
-def is_detectron2(names: Iterable[str]) -> bool:
-    """Whether the names in a file are those of detectron2's ResNet."""
-    return any(name.endswith("stem.conv1.norm.weight") for name in names)
-
-
 def load_detectron2(
     path: Path, config_file: Path | None = None
 ) -> tuple[Backbone, dict[str, Any], list[str]]:
@@ -124,13 +111,10 @@ def load_detectron2(
 
     Args:
         path: a ResNet alone, or a whole detector, whose heads and pyramid are skipped.
-        config_file: a YAML with INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and
-            MODEL.RESNETS.STRIDE_IN_1X1, as detectron2 writes into each OUTPUT_DIR; by default
-            the one beside the weights.
+        config_file: the config.yaml of its training; by default a YAML beside the weights.
 
     Raises:
-        FileNotFoundError: no weights, or no config.
-        ValueError: the file cannot be read, or holds no ResNet of torchvision's architecture.
+        FileNotFoundError, ValueError: no weights or config; or no ResNet that torchvision has.
     """
     config = _read_config(config_file or path.with_suffix(".yaml"), path)
     content = read_content(path)

@@ -49,16 +49,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_content(file: Path) -> Any:
-    """Return the content of a `.safetensors`, `.pkl` or PyTorch file.
-
-    A `.pkl` may hold only arrays and plain values, a PyTorch file only tensors and plain values.
+    """Return the content of a `.safetensors`, `.pkl` or PyTorch file: tensors and plain values.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file has another format, is truncated, or would run code.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"No weights at {file}. Set model.weights to a file or run folder.")
     with file.open("rb") as stream:
         beginning = stream.read(200).lstrip().lower()
     if not beginning:
@@ -83,15 +79,11 @@ def read_content(file: Path) -> Any:
 
 
 def flat_tensors(content: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors and arrays in nested dicts by dotted path; skip everything else.
-
-    Raises:
-        ValueError: the dicts are nested more than 50 deep, or contain themselves.
-    """
+    """Return the tensors and arrays in nested dicts by dotted path; skip everything else."""
     if not isinstance(content, Mapping):
         return {}
     if prefix.count(".") > MAX_DEPTH:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep, or contains itself")
     flat: dict[str, Tensor] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
@@ -107,13 +99,9 @@ def flat_tensors(content: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def check_hash(file: Path) -> str | None:
-    """Compare model.safetensors with the sha256 in the model.json beside it.
+    """Compare model.safetensors with the sha256 in the model.json beside it, if there is one.
 
-    Returns:
-        None, or a warning that model.json has no hash. Other files are not checked.
-
-    Raises:
-        ValueError: the file is not the one that model.json describes.
+    Returns a warning if model.json has no hash; raises a ValueError if the hashes differ.
     """
     if file.name != WEIGHTS_NAME or not (file.parent / METADATA_NAME).is_file():
         return None

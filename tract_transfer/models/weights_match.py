@@ -46,12 +46,11 @@ class MatchReport:
     """How the names in a weights file match those of a model; names are the model's own.
 
     Attributes:
-        file, prefix: the file, and the prefix of the weights in it, such as `module.encoder_q.`.
+        prefix: of the weights in the file, such as `module.encoder_q.`.
         num_parameters, num_loaded: of the model, and how many of them the file provides.
         resized: name -> shapes before and after.
         dropped: reason -> names in the file.
-        started_anew: missing or misshapen names that `ignore_missing` allows; they keep their
-            initialization.
+        started_anew: missing or misshapen names that `ignore_missing` allows; not loaded.
         missing, misshapen, unexpected, not_finite: why the file is refused.
     """
 
@@ -120,7 +119,7 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"model.ignore_missing: {pattern!r} is none of the backbone's names, such as "
-                f"{few(names)}. Patterns are like those of file names: conv1.*, *.bias."
+                f"{few(names)}. Use patterns such as conv1.* or *.bias."
             )
 
 
@@ -179,31 +178,24 @@ def fill(
     fitting: dict[str, Tensor] = {}
     for name, weight in model_state.items():
         tensor = weights.get(name)
-        if name.endswith("num_batches_tracked") and tensor is None:  # older files lack it
-            continue
-        problem = "" if tensor is None else _difference(weight, tensor)
-        if tensor is not None and not problem:
+        same = tensor is not None and tensor.shape == weight.shape
+        if tensor is not None and same and tensor.is_floating_point() == weight.is_floating_point():
             fitting[name] = tensor
+        elif tensor is None and name.endswith("num_batches_tracked"):  # older files lack it
+            continue
         elif any(fnmatchcase(name, pattern) for pattern in ignore_missing):
             report.started_anew.append(name)
         elif tensor is None:
             report.missing.append(name)
         else:
-            report.misshapen.append(f"{name} {problem}")
+            theirs, ours = (t.dtype if same else tuple(t.shape) for t in (tensor, weight))
+            report.misshapen.append(f"{name} {theirs} for {ours}")
     report.unexpected += [name for name in weights if name not in model_state]
     report.not_finite += [name for name, tensor in fitting.items() if not tensor.isfinite().all()]
     report.loaded += list(fitting)
     report.num_parameters = sum(model_state[name].numel() for name in parameters)
     report.num_loaded = sum(fitting[name].numel() for name in fitting if name in parameters)
     return fitting
-
-
-def _difference(weight: Tensor, tensor: Tensor) -> str:
-    if weight.shape != tensor.shape:
-        return f"{tuple(tensor.shape)} for {tuple(weight.shape)}"
-    if weight.is_floating_point() != tensor.is_floating_point():
-        return f"{tensor.dtype} for {weight.dtype}"
-    return ""
 
 
 def looks_like(names_to_tensors: Mapping[str, Tensor]) -> str:
@@ -233,18 +225,16 @@ def blocks_per_stage(names: Iterable[str], pattern: str, first: int) -> tuple[in
 
 # Names of transformers: ViT, DeiT and DINOv2, then ResNet -> timm. Files have older and newer ones.
 
-_VIT = [
-    (r"embeddings\.cls_token$", "cls_token"),
+_QKV = {"q": "query", "k": "key", "v": "value"}
+_VIT: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"embeddings\.(cls_token|mask_token)$", r"\1"),
     (r"embeddings\.distillation_token$", "dist_token"),
     (r"embeddings\.register_tokens$", "reg_token"),
-    (r"embeddings\.mask_token$", "mask_token"),
     (r"embeddings\.position_embeddings$", "pos_embed"),
     (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
     (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
-    (r"\.attention\.q_proj\.", ".attn.query."),
-    (r"\.attention\.k_proj\.", ".attn.key."),
-    (r"\.attention\.v_proj\.", ".attn.value."),
+    (r"\.attention\.([qkv])_proj\.", lambda m: f".attn.{_QKV[m[1]]}."),
     (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),

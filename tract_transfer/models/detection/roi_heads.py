@@ -29,12 +29,14 @@ from tract_transfer.models.detection.rpn import (
     Objects,
     Positive,
     Share,
+    Sizes,
     assign,
     sample,
 )
 
 SMALLEST_PX = 1e-2
-# A box of 224 px is pooled from stride 2^4 (Lin et al., CVPR 2017, equation 1).
+# A box of 224 px is pooled from stride 2^4, one of half the side from half the stride, and so on
+# (Lin et al., CVPR 2017, equation 1).
 CANONICAL_SIDE_PX, CANONICAL_LEVEL = 224, 4
 
 
@@ -48,8 +50,7 @@ class BoxOptions:
         sampling_ratio: RoIAlign's samples per side of a pooled cell; 0 is one per map cell.
         fg_iou: a proposal is positive from this IoU with an object.
         bg_iou: [low, high): a proposal is background if its largest IoU is in this range.
-        rois_per_image, positive_fraction: proposals in the loss, and the largest share of
-            positives.
+        rois_per_image, positive_fraction: proposals in the loss; largest share of positives.
         box_std: divisors of the offsets and log sizes (x, y, width, height).
         smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is the L1 loss.
         class_agnostic: predict one box per proposal, not one per class.
@@ -108,7 +109,7 @@ class BoxHeads(nn.Module):
         self,
         maps: Sequence[Tensor],
         proposals: list[Tensor],
-        image_sizes: Sequence[tuple[int, int]],
+        image_sizes: Sizes,
         objects: Sequence[Objects] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Return detections and no losses or, with objects, only the losses of a sample.
@@ -116,8 +117,7 @@ class BoxHeads(nn.Module):
         Args:
             maps: feature maps, (B, C, H / stride, W / stride) each.
             proposals: (P, 4) xyxy of each image, in pixels of the padded batch.
-            image_sizes: (height, width) of each image in it, at which boxes are clipped.
-            objects: of each image.
+            image_sizes: of each image in it; boxes are clipped there.
         """
         if objects is not None:
             proposals, labels, truth = self._sample(proposals, objects)
@@ -132,15 +132,12 @@ class BoxHeads(nn.Module):
     def _sample(
         self, proposals: list[Tensor], objects: Sequence[Objects]
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return sampled proposals, their labels (R,) and the boxes (R, 4) of their objects.
-
-        The objects themselves are candidates too.
-        """
+        """Return sampled proposals, their labels (R,) and the boxes (R, 4) of their objects."""
         options = self.options
         low, high = options.bg_iou
         sampled, labels, truth = [], [], []
         for boxes, image in zip(proposals, objects, strict=True):
-            boxes = torch.cat([boxes, image.boxes])
+            boxes = torch.cat([boxes, image.boxes])  # the objects are candidates too
             status, matched = assign(boxes, image, options.fg_iou, (low, high))
             index = torch.cat(sample(status, options.rois_per_image, options.positive_fraction))
             is_object = status[index] == POSITIVE
@@ -201,11 +198,7 @@ class BoxPredictor(nn.Module):
 
 
 class RoiPooler(nn.Module):
-    """(maps, proposals) -> (R, C, S, S) float32, each proposal from the feature map for its size.
-
-    A box of 224 px is pooled from stride 16, one of half the side from half the stride, and so on
-    within the available strides.
-    """
+    """(maps, proposals) -> (R, C, S, S) float32, each box from the feature map for its size."""
 
     def __init__(self, strides: Sequence[int], options: BoxOptions) -> None:
         super().__init__()
@@ -218,7 +211,7 @@ class RoiPooler(nn.Module):
         image = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(proposals)])
         rois = torch.cat([image, boxes], 1)
         # In bfloat16, coordinates would be rounded to 8 bits.
-        used = [maps[level].float() for level in range(len(self.strides))]
+        used = [features.float() for features in maps[: len(self.strides)]]
         if len(used) == 1:
             return self._pool(used[0], rois, self.strides[0])
         level_of = self._level_of(boxes)

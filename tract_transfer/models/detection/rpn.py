@@ -2,7 +2,7 @@
 
 # B images, A anchors or other candidates, G objects, L feature maps
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Sizes = Sequence[tuple[int, int]]  # (height, width) of each image
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -32,13 +33,11 @@ class RpnOptions:
     Attributes:
         anchor_scales: anchor sides in units of the feature map's stride.
         anchor_ratios: height over width.
-        anchor_offset: center of the anchors in a cell: 0.0 is its corner (detectron2,
-            torchvision), 0.5 its middle (py-faster-rcnn).
+        anchor_offset: their center in a cell: 0.0 is its corner, 0.5 its middle (py-faster-rcnn).
         drop_cross_boundary: train without anchors that leave the image (py-faster-rcnn).
         fg_iou: an anchor is positive from this IoU with an object, or if it is the object's best.
         bg_iou: an anchor is negative below this IoU.
-        samples_per_image, positive_fraction: anchors in the loss, and the largest share of
-            positives.
+        samples_per_image, positive_fraction: anchors in the loss; largest share of positives.
         smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is the L1 loss.
         pre_nms_train, pre_nms_test: best anchors of each feature map that enter the NMS.
         post_nms_train, post_nms_test: proposals per image that remain after it.
@@ -95,7 +94,7 @@ class RegionProposals(nn.Module):
     def forward(
         self,
         maps: Sequence[Tensor],
-        image_sizes: Sequence[tuple[int, int]],
+        image_sizes: Sizes,
         scales: Sequence[float],
         objects: Sequence[Objects] | None = None,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -103,7 +102,6 @@ class RegionProposals(nn.Module):
 
         Args:
             maps: L of (B, C, H / stride, W / stride), of the padded batch.
-            image_sizes: (height, width) of each image in the batch.
             scales: the factor by which each image was resized.
             objects: of each image, for the losses.
         """
@@ -116,7 +114,8 @@ class RegionProposals(nn.Module):
         ]
         scores = [level.float().permute(0, 2, 3, 1).flatten(1) for level in logits]
         codes = [level.float().permute(0, 2, 3, 1).reshape(len(level), -1, 4) for level in offsets]
-        proposals = self._propose(anchors, scores, codes, image_sizes, scales)
+        levels = zip(anchors, scores, codes, strict=True)
+        proposals = self._propose(levels, image_sizes, scales)
         if objects is None:
             return proposals, {}
         joined = torch.cat(anchors), torch.cat(scores, 1), torch.cat(codes, 1)
@@ -124,28 +123,22 @@ class RegionProposals(nn.Module):
 
     @torch.no_grad()
     def _propose(
-        self,
-        anchors: list[Tensor],
-        scores: list[Tensor],
-        codes: list[Tensor],
-        image_sizes: Sequence[tuple[int, int]],
-        scales: Sequence[float],
+        self, levels: Iterable[tuple[Tensor, Tensor, Tensor]], sizes: Sizes, scales: Sequence[float]
     ) -> list[Tensor]:
         options = self.options
         before, after = options.pre_nms_test, options.post_nms_test
         if self.training:
             before, after = options.pre_nms_train, options.post_nms_train
-        all_boxes, all_scores, levels = [], [], []
-        for level, (grid, score, code) in enumerate(zip(anchors, scores, codes, strict=True)):
+        best_of_level = []
+        for level, (grid, score, code) in enumerate(levels):
             best, index = score.topk(min(before, score.shape[1]), dim=1)
             chosen = code.gather(1, index[..., None].expand(-1, -1, 4)).flatten(0, 1)
             boxes = self.box_coder.decode_single(chosen, grid[index].flatten(0, 1))
-            all_boxes.append(boxes.view(*index.shape, 4))
-            all_scores.append(best)
-            levels.append(torch.full_like(index, level))
+            boxes = boxes.view(*index.shape, 4)
+            best_of_level.append((boxes, best, torch.full_like(index, level)))
         proposals = []
-        joined = torch.cat(all_boxes, 1), torch.cat(all_scores, 1), torch.cat(levels, 1)
-        for boxes, score, level_of, size, scale in zip(*joined, image_sizes, scales, strict=True):
+        joined = [torch.cat(tensors, 1) for tensors in zip(*best_of_level, strict=True)]
+        for boxes, score, level_of, size, scale in zip(*joined, sizes, scales, strict=True):
             boxes = clip_boxes_to_image(boxes, size)
             large = remove_small_boxes(boxes, max(SMALLEST_PX, options.min_size_px * scale))
             boxes = boxes[large]
@@ -158,13 +151,13 @@ class RegionProposals(nn.Module):
         anchors: Tensor,
         scores: Tensor,
         codes: Tensor,
-        image_sizes: Sequence[tuple[int, int]],
+        sizes: Sizes,
         objects: Sequence[Objects],
     ) -> dict[str, Tensor]:
         """Return both losses as means over the sampled anchors of the batch."""
         options = self.options
         loss_cls, loss_box, count = scores.new_zeros(()), scores.new_zeros(()), 0
-        for score, code, size, truth in zip(scores, codes, image_sizes, objects, strict=True):
+        for score, code, size, truth in zip(scores, codes, sizes, objects, strict=True):
             # Before matching, so that each object has a best anchor among the remaining ones.
             used = torch.ones(len(anchors), dtype=torch.bool, device=anchors.device)
             if options.drop_cross_boundary:
@@ -176,17 +169,13 @@ class RegionProposals(nn.Module):
             positive, index = sampled[0], inside[torch.cat(sampled)]
             is_object = torch.zeros(len(index), device=scores.device)
             is_object[: len(positive)] = 1
-            loss_cls = loss_cls + F.binary_cross_entropy_with_logits(
-                score[index], is_object, reduction="sum"
-            )
-            at_objects = index[: len(positive)]
-            target = self.box_coder.encode_single(
-                truth.boxes[matched[positive]], anchors[at_objects]
-            )
-            loss_box = loss_box + F.smooth_l1_loss(
+            bce = F.binary_cross_entropy_with_logits(score[index], is_object, reduction="sum")
+            boxes, at_objects = truth.boxes[matched[positive]], index[: len(positive)]
+            target = self.box_coder.encode_single(boxes, anchors[at_objects])
+            distance = F.smooth_l1_loss(
                 code[at_objects], target, beta=options.smooth_l1_beta, reduction="sum"
             )
-            count += len(index)
+            loss_cls, loss_box, count = loss_cls + bce, loss_box + distance, count + len(index)
         return {"loss_rpn_cls": loss_cls / max(count, 1), "loss_rpn_box": loss_box / max(count, 1)}
 
 
