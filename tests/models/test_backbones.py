@@ -12,6 +12,10 @@ from tract_transfer.models.cifar import CIFAR_MEAN, CIFAR_STD
 SMALL = {
     "cifar/resnet18": {"width": 16},
     "cifar/vit": {"depth": 1, "width": 48},
+    "cifar/squeezenet": {},
+    "cifar/shufflenet": {},
+    "cifar/nasnet": {"depth": 1, "width": 8},
+    "cifar/wideresnet": {"layers": (1, 1, 1), "channels": (16, 16, 16)},
     "timm/test_resnet": {},
     "timm/test_vit": {},
     "timm/test_convnext": {},

@@ -5,6 +5,7 @@ from timm.loss import BinaryCrossEntropy
 from torch import nn
 
 from tract_transfer.models import HEADS, Backbone, Classifier
+from tract_transfer.models.classifier import FlipClassifier
 
 IMAGES = torch.randint(256, (6, 3, 2, 2), dtype=torch.uint8, generator=torch.Generator())
 TARGETS = torch.tensor([0, 3, 1, 2, 3, 3])
@@ -83,3 +84,11 @@ def test_mlp_head_has_a_hidden_layer_and_drops_only_in_training():
     features = torch.randn(3, 5)
     assert torch.equal(head.eval()(features), head(features))
     assert not torch.equal(head.train()(features), head(features))
+
+
+def test_flipped_logits_are_the_mean_of_both_views():
+    model = classifier().eval()
+    mirrored, both = IMAGES.flip(-1), FlipClassifier(model)
+    assert torch.equal(both(IMAGES), (model(IMAGES) + model(mirrored)) / 2)
+    torch.testing.assert_close(both(IMAGES), both(mirrored))
+    assert not torch.equal(both(IMAGES), model(IMAGES))

@@ -1,8 +1,7 @@
 """What changes about a backbone before training: frozen stages, BatchNorms, stochastic depth."""
 
-from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from timm.layers import DropPath
@@ -21,9 +20,7 @@ def freeze_stages(backbone: Backbone, count: int) -> None:
     """
     stages = stage_names(backbone) if count else []
     if not 0 <= count <= len(stages):
-        raise ValueError(
-            f"model.freeze_at {count} must be at most {len(stages)}, the stages of this backbone."
-        )
+        raise ValueError(f"model.freeze_at {count} must be at most {len(stages)} here.")
     for name in (name for stage in stages[:count] for name in stage):
         module = backbone.model.get_submodule(name)
         for parameter in module.parameters(recurse=False):
@@ -55,14 +52,12 @@ def stage_names(backbone: Backbone) -> list[list[str]]:
     return [stage for stage in stages if owners & set(stage)]
 
 
-def set_norm(backbone: Backbone, norm: str) -> Backbone:
+def set_norm(backbone: Backbone, norm: Literal["trained", "frozen", "synced"]) -> Backbone:
     """Make the BatchNorms of a backbone `trained`, `frozen` or `synced`; return the backbone.
 
     `frozen` fixes statistics and weights; `synced` computes statistics over all processes. State
     dict names stay the same.
     """
-    if norm not in ("trained", "frozen", "synced"):
-        raise ValueError(f"model.norm must be trained, frozen or synced, got {norm!r}.")
     if norm == "trained":
         return backbone
     batch_norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
@@ -82,7 +77,7 @@ def _eval_hook(module: nn.Module, _inputs: Any) -> None:
     module.eval()
 
 
-def set_drop_path(model: nn.Module, rate: float, mode: str) -> None:
+def set_drop_path(model: nn.Module, rate: float, mode: Literal["constant", "linear"]) -> None:
     """Set stochastic depth (Huang et al. 2016) in a timm model: drop residual branches per sample.
 
     Args:
@@ -90,26 +85,19 @@ def set_drop_path(model: nn.Module, rate: float, mode: str) -> None:
         mode: `constant`: `rate` for every block (DeiT III). `linear`: from 0 for the first block
             to `rate` for the last, as in timm.
     """
-    if mode not in ("constant", "linear"):
-        raise ValueError(f"model.backbone.drop_path.mode must be constant or linear, got {mode!r}.")
-    blocks = list(_blocks(model))
+    kinds = DropPath | nn.Identity | None  # without a DropPath where the rate is 0
+    blocks = []
+    for block in model.modules():
+        attributes = {**vars(block), **block._modules}.items()
+        names = [n for n, v in attributes if n.startswith("drop_path") and isinstance(v, kinds)]
+        if names:
+            blocks.append((block, names))
     if not blocks:
         raise ValueError(
-            "model.backbone.drop_path is for timm's models with residual branches, and this one "
-            "has none. Set it to null."
+            "model.backbone.drop_path is for timm's models with residual branches. Set it to null."
         )
     for number, (block, names) in enumerate(blocks):
         share = 1.0 if mode == "constant" else number / max(len(blocks) - 1, 1)
         for name in names:
             layer = DropPath(rate * share) if rate * share else nn.Identity()
             setattr(block, name, layer.train(block.training))
-
-
-def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
-    """Yield each residual block with the names of its attributes for stochastic depth."""
-    kinds = DropPath | nn.Identity | None  # without a DropPath where the rate is 0
-    for block in model.modules():
-        attributes = {**vars(block), **block._modules}.items()
-        names = [n for n, v in attributes if n.startswith("drop_path") and isinstance(v, kinds)]
-        if names:
-            yield block, names

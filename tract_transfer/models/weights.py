@@ -31,13 +31,13 @@ from tract_transfer.models.weights_match import (
     TRAINING_ONLY,
     MatchReport,
     check_patterns,
+    drop,
     few,
     fill,
     find_prefix,
     from_transformers,
     looks_like,
     num_misfits,
-    split_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -147,11 +147,9 @@ def load_weights(
     if warning is not None:
         logger.warning("%s.", warning)
         report.notes.append(warning)
-    weights, dropped = split_weights(tensors, report.prefix, model_state, HEADS)
-    report.dropped |= dropped
+    weights = drop(report, tensors, report.prefix, model_state, HEADS)
     weights = _adapt(backbone, weights, model_state, report, adapt_stem)
-    weights, dropped = split_weights(weights, "", model_state, TRAINING_ONLY)
-    report.dropped |= dropped
+    weights = drop(report, weights, "", model_state, TRAINING_ONLY)
     parameters = {name for name, _ in backbone.model.named_parameters()}
     fitting = fill(report, model_state, parameters, weights, ignore_missing)
     if not report.fits:
@@ -204,8 +202,10 @@ def _adapt(
 ) -> dict[str, Tensor]:
     """Convert `weights` by the function of the model's library, if they then fit better."""
     convert = _conversion(backbone.model)
+    if convert is None:
+        return weights
     try:
-        adapted = convert(dict(weights)) if convert else weights
+        adapted = convert(dict(weights))
     except (KeyError, IndexError, RuntimeError, ValueError, AssertionError, AttributeError):
         return weights  # the file has another architecture
     if num_misfits(adapted, model_state) >= num_misfits(weights, model_state):

@@ -56,16 +56,13 @@ def save_detectron2(path: Path, backbone: Backbone, metadata: Mapping[str, Any])
         raise ValueError(f"detectron2 reads .pkl and .pth files, got {path}.")
     tensors = to_detectron2(backbone)
 
-    def pixels(values: Tensor) -> list[float]:
-        # 4 decimals in 0..255 are finer than float32 in 0..1, and give familiar values: 123.675.
-        return [round(255 * value, 4) for value in values.flatten().tolist()]
-
-    model = {
-        "PIXEL_MEAN": pixels(backbone.mean),
-        "PIXEL_STD": pixels(backbone.std),
-        "RESNETS": _architecture(tensors)[1],
-        "WEIGHTS": str(path),
-    }
+    # 4 decimals in 0..255 are finer than float32 in 0..1, and give familiar values: 123.675.
+    mean, std = (
+        [round(255 * value, 4) for value in values.flatten().tolist()]
+        for values in (backbone.mean, backbone.std)
+    )
+    model = {"PIXEL_MEAN": mean, "PIXEL_STD": std, "RESNETS": _architecture(tensors)[1]}
+    model["WEIGHTS"] = str(path)
     # matching_heuristics lets detectron2 match names below `backbone.bottom_up.` too.
     content = {"__author__": AUTHOR, "matching_heuristics": True, "card": dict(metadata)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +113,8 @@ def load_detectron2(
     Raises:
         FileNotFoundError, ValueError: no weights or config; or no ResNet that torchvision has.
     """
-    config = _read_config(config_file or path.with_suffix(".yaml"), path)
+    config_file = config_file or path.with_suffix(".yaml")
+    channels, mean, std, has_stride_in_1x1 = _read_config(config_file, path)
     content = read_content(path)
     content = content if isinstance(content, dict) else {}
     model, metadata = content.get("model", content), content.get("card")
@@ -137,18 +135,17 @@ def load_detectron2(
             "a file in Caffe2's names with detectron2 first."
         )
     backbone = build_backbone(f"torchvision/{_architecture(resnet)[0]}")
-    if "res2.0.conv3.weight" in resnet and config["MODEL"]["RESNETS"]["STRIDE_IN_1X1"]:
+    if "res2.0.conv3.weight" in resnet and has_stride_in_1x1:
         raise ValueError(
             f"{path} has its strides in the 1x1 convolutions (MODEL.RESNETS.STRIDE_IN_1X1, the "
             "original MSRA models), and torchvision's ResNet in the 3x3. Convert a model trained "
             "with STRIDE_IN_1X1 False."
         )
-    mean, std = (torch.tensor(config["MODEL"][key]) / 255 for key in ("PIXEL_MEAN", "PIXEL_STD"))
     _load(backbone, resnet, path)
-    if config["INPUT"]["FORMAT"] == "BGR":
-        weight, mean, std = backbone.model.conv1.weight.data, mean.flip(0), std.flip(0)
+    if channels == "BGR":
+        weight, mean, std = backbone.model.conv1.weight.data, mean[::-1], std[::-1]
         weight.copy_(weight.flip(1))
-    backbone.set_normalization(mean.tolist(), std.tolist())
+    backbone.set_normalization(*((torch.tensor(v) / 255).tolist() for v in (mean, std)))
     return backbone, metadata if isinstance(metadata, dict) else {}, skipped
 
 
@@ -217,7 +214,8 @@ def _check_outputs(backbone: Backbone, name: str) -> None:
         )
 
 
-def _read_config(file: Path, weights: Path) -> dict[str, Any]:
+def _read_config(file: Path, weights: Path) -> tuple[str, list[float], list[float], bool]:
+    """Return the channel order, mean and std in 0..255, and whether 1x1 convolutions stride."""
     if not file.is_file():
         raise FileNotFoundError(
             f"No {file}, so the channel order and normalization of {weights} are unknown. Give the "
@@ -225,14 +223,13 @@ def _read_config(file: Path, weights: Path) -> dict[str, Any]:
         )
     try:
         config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-        config["MODEL"]["PIXEL_MEAN"], config["MODEL"]["PIXEL_STD"]
-        config["MODEL"]["RESNETS"]["STRIDE_IN_1X1"]
-        image_format = config["INPUT"]["FORMAT"]
+        model, channels = config["MODEL"], config["INPUT"]["FORMAT"]
+        values = model["PIXEL_MEAN"], model["PIXEL_STD"], model["RESNETS"]["STRIDE_IN_1X1"]
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} must have INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and "
             f"MODEL.RESNETS.STRIDE_IN_1X1: {error}. Take the config.yaml that detectron2 wrote."
         ) from error
-    if image_format not in ("RGB", "BGR"):
-        raise ValueError(f"{file}: INPUT.FORMAT must be RGB or BGR, got {image_format}.")
-    return config
+    if channels not in ("RGB", "BGR"):
+        raise ValueError(f"{file}: INPUT.FORMAT must be RGB or BGR, got {channels}.")
+    return channels, *values

@@ -1,10 +1,10 @@
 """Matches the names in a weights file with those of a model, and reports the result."""
 
+import fnmatch
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -116,7 +116,7 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
     """Raise a ValueError for a pattern that matches no name of the model: probably a typo."""
     names = list(names)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not fnmatch.filter(names, pattern):
             raise ValueError(
                 f"model.ignore_missing: {pattern!r} is none of the backbone's names, such as "
                 f"{few(names)}. Use patterns such as conv1.* or *.bias."
@@ -139,25 +139,25 @@ def find_prefix(model_names: Iterable[str], file_names: Iterable[str]) -> str:
     return max(votes, key=rank, default="")
 
 
-def split_weights(
+def drop(
+    report: MatchReport,
     tensors: Mapping[str, Tensor],
     prefix: str,
     model_state: Mapping[str, Tensor],
     superfluous: tuple[str, re.Pattern[str]],
-) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """Return the tensors below `prefix` without it, and the dropped names by reason."""
+) -> dict[str, Tensor]:
+    """Return the tensors below `prefix` without it and without the superfluous; report the rest."""
     reason, pattern = superfluous
     weights: dict[str, Tensor] = {}
-    dropped: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         inner = name.removeprefix(prefix)
         if not name.startswith(prefix):
-            dropped.setdefault(OTHER, []).append(name)
+            report.dropped.setdefault(OTHER, []).append(name)
         elif inner not in model_state and pattern.match(inner):
-            dropped.setdefault(reason, []).append(name)
+            report.dropped.setdefault(reason, []).append(name)
         else:
             weights[inner] = tensor
-    return weights, dropped
+    return weights
 
 
 def num_misfits(weights: Mapping[str, Tensor], model_state: Mapping[str, Tensor]) -> int:
@@ -183,7 +183,7 @@ def fill(
             fitting[name] = tensor
         elif tensor is None and name.endswith("num_batches_tracked"):  # older files lack it
             continue
-        elif any(fnmatchcase(name, pattern) for pattern in ignore_missing):
+        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore_missing):
             report.started_anew.append(name)
         elif tensor is None:
             report.missing.append(name)

@@ -78,12 +78,12 @@ class TwoStageDetector(nn.Module):
             return {**rpn_losses, **box_losses}
         scales = [size[0] / image.shape[-2] for size, image in zip(sizes, images, strict=True)]
         proposals, _ = self.rpn(maps, sizes, scales)
-        detections, _ = self.roi_heads(maps, proposals, sizes)
+        detections: list[dict[str, Tensor]] = self.roi_heads(maps, proposals, sizes)[0]
         for image, size, detected in zip(images, sizes, detections, strict=True):
             ratio_y, ratio_x = image.shape[-2] / size[0], image.shape[-1] / size[1]
             ratios = detected["boxes"].new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
             detected["boxes"] = detected["boxes"] * ratios
-        return detections  # type: ignore[no-any-return]
+        return detections
 
     def _objects(self, target: dict[str, Any]) -> Objects:
         boxes, labels = target["boxes"], target["labels"]
