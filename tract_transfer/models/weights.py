@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+import tract_transfer.models.weights_match as matching
 from tract_transfer.files import atomic_path, sha256_of, sync, write_json
 from tract_transfer.models.backbone import Backbone
 from tract_transfer.models.backbones import build_backbone
@@ -25,20 +26,7 @@ from tract_transfer.models.weights_file import (
     read_tensors,
     recorded_hash,
 )
-from tract_transfer.models.weights_match import (
-    HEADS,
-    OTHER,
-    TRAINING_ONLY,
-    MatchReport,
-    check_patterns,
-    drop,
-    few,
-    fill,
-    find_prefix,
-    from_transformers,
-    looks_like,
-    num_misfits,
-)
+from tract_transfer.models.weights_match import MatchReport, few, looks_like
 
 logger = logging.getLogger(__name__)
 
@@ -141,17 +129,17 @@ def load_weights(
     """
     file = weights_file(path)
     model_state = backbone.model.state_dict()
-    check_patterns(ignore_missing, model_state)
+    matching.check_patterns(ignore_missing, model_state)
     warning = check_hash(file)
     tensors, report, mean, std = _read(file, backbone, model_state)
     if warning is not None:
         logger.warning("%s.", warning)
         report.notes.append(warning)
-    weights = drop(report, tensors, report.prefix, model_state, HEADS)
+    weights = matching.drop(report, tensors, report.prefix, model_state, matching.HEADS)
     weights = _adapt(backbone, weights, model_state, report, adapt_stem)
-    weights = drop(report, weights, "", model_state, TRAINING_ONLY)
+    weights = matching.drop(report, weights, "", model_state, matching.TRAINING_ONLY)
     parameters = {name for name, _ in backbone.model.named_parameters()}
-    fitting = fill(report, model_state, parameters, weights, ignore_missing)
+    fitting = matching.fill(report, model_state, parameters, weights, ignore_missing)
     if not report.fits:
         raise WeightsError(_refusal(report, backbone, weights), report)
     backbone.model.load_state_dict(fitting, strict=False)
@@ -178,11 +166,11 @@ def _read(
     tensors = read_tensors(file)
     if any(name.endswith("stem.conv1.norm.weight") for name in tensors):
         source, _, skipped = load_detectron2(file)
-        report = MatchReport(str(file), "", dropped={OTHER: skipped} if skipped else {})
+        report = MatchReport(str(file), "", dropped={matching.OTHER: skipped} if skipped else {})
         report.notes.append(f"detectron2's names; normalization from {file.with_suffix('.yaml')}")
         return source.model.state_dict(), report, source.mean, source.std
-    tensors = from_transformers(tensors)
-    report = MatchReport(str(file), find_prefix(model_state, tensors))
+    tensors = matching.from_transformers(tensors)
+    report = MatchReport(str(file), matching.find_prefix(model_state, tensors))
     mean = std = None
     if report.prefix == "model." or report.prefix.endswith("backbone.model."):  # saved by us
         outer = report.prefix.removesuffix("model.")
@@ -208,7 +196,7 @@ def _adapt(
         adapted = convert(dict(weights))
     except (KeyError, IndexError, RuntimeError, ValueError, AssertionError, AttributeError):
         return weights  # the file has another architecture
-    if num_misfits(adapted, model_state) >= num_misfits(weights, model_state):
+    if matching.num_misfits(adapted, model_state) >= matching.num_misfits(weights, model_state):
         return weights
     if not adapt_stem:
         kept = {tensor.data_ptr() for tensor in weights.values()}
