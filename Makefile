@@ -19,7 +19,7 @@ torture: $(VENV)/installed  ## kill every kind of run 50 times and compare: abou
 fuzz: $(VENV)/installed  ## 10,000 wrong files for each reader, and as many cases of each law
 	FUZZ_INPUTS=10000 $(BIN)/python -m pytest tests/test_fuzz_*.py tests/test_properties*.py
 
-docs: $(VENV)/installed  ## write the tables of docs/recipes.md and docs/errors.md
+docs: $(VENV)/installed  ## write the tables of docs/reference/recipes.md and docs/reference/errors.md
 	$(BIN)/python docs/generate.py
 
 lint: $(VENV)/installed

@@ -1,10 +1,13 @@
-"""Time of our training step over that of the reference loops: same detector, input and optimizer.
+"""Compare the time of our training step with reference loops: same detector, input and optimizer.
 
-`detectron2`: our Trainer on the detector detectron2 (FPN), over detectron2's SimpleTrainer on a
-GeneralizedRCNN of the same parts. `torchvision`: our Trainer on torchvision_fpn, over the loop of
-torchvision's references/detection on the same model, and `faster_rcnn` on torchvision's own
-FasterRCNN. Random images in memory, float32, on the CPU. Both take turns, step by step; the median
-of the paired ratios is printed.
+- `detectron2`: our Trainer on the detector `detectron2` (FPN); detectron2's SimpleTrainer on a
+  GeneralizedRCNN built from the same parts.
+- `torchvision`: our Trainer on `torchvision_fpn`; the loop of torchvision's references/detection on
+  the same model.
+- `faster_rcnn`: our Trainer on `torchvision_fpn`; that loop on torchvision's FasterRCNN.
+
+Random images in memory, float32, CPU. The two loops alternate step by step. Prints the median of
+the paired ratios.
 
     python benchmarks/detectron2_step.py [--pairs detectron2 torchvision] [--blocks 20]
 """
@@ -35,11 +38,11 @@ from tract_transfer.models import DETECTORS, build_backbone
 from tract_transfer.tract import TrAct
 
 SIZE_PX, NUM_IMAGES, NUM_CLASSES, LR = 320, 2, 20, 1e-3
-Loop = Callable[[], None]  # takes one step
+Loop = Callable[[], None]  # runs one step
 
 
 def make_detector(name: str, **args: Any) -> nn.Module:
-    """A ResNet-18 with a pyramid, as users of both sides have it."""
+    """Build a detector on a ResNet-18."""
     torch.manual_seed(0)
     sizes = {"short_side_px": SIZE_PX, "max_side_px": SIZE_PX}
     backbone = build_backbone("torchvision/resnet18")
@@ -48,7 +51,7 @@ def make_detector(name: str, **args: Any) -> nn.Module:
 
 
 def make_batches() -> list[Batch]:
-    """Images of one size with five objects each."""
+    """Make random images of one size with five objects each."""
     generator = torch.Generator().manual_seed(0)
     batches = []
     for _ in range(4):
@@ -71,7 +74,7 @@ def make_batches() -> list[Batch]:
 
 
 def our_loop(model: nn.Module, batches: Sequence[Batch], folder: Path) -> Loop:
-    """The Trainer with its log."""
+    """Return a step of our Trainer with its logging hook."""
     trainer = Trainer(
         accelerator=Accelerator(cpu=True),
         model=model,
@@ -100,7 +103,7 @@ def our_loop(model: nn.Module, batches: Sequence[Batch], folder: Path) -> Loop:
 
 
 def detectron2_loop(model: nn.Module, batches: Sequence[Batch]) -> Loop:
-    """SimpleTrainer on a GeneralizedRCNN of a copy of the detector's parts."""
+    """Return a step of SimpleTrainer on a GeneralizedRCNN with a copy of the detector's parts."""
     from detectron2.engine import SimpleTrainer
     from detectron2.modeling import GeneralizedRCNN
     from detectron2.structures import Boxes, Instances
@@ -109,9 +112,11 @@ def detectron2_loop(model: nn.Module, batches: Sequence[Batch]) -> Loop:
     from tract_transfer.detectron2.detector import MapBackbone, named_by_stride
 
     model = copy.deepcopy(model)
-    mean, std = (255 * each.flatten() for each in (model.backbone.mean, model.backbone.std))
+    mean, std = (255 * stat.flatten() for stat in (model.backbone.mean, model.backbone.std))
     model.backbone.set_normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    names = [n for n, (own, _) in named_by_stride(model.backbone).items() if own in model.map_names]
+    names = [
+        n for n, (name, _) in named_by_stride(model.backbone).items() if name in model.map_names
+    ]
     model.neck.bottom_up = MapBackbone(model.backbone, names)
     rcnn = GeneralizedRCNN(
         backbone=model.neck,
@@ -145,9 +150,9 @@ def detectron2_loop(model: nn.Module, batches: Sequence[Batch]) -> Loop:
 
 
 def torchvision_loop(model: nn.Module, batches: Sequence[Batch], shift: int) -> Loop:
-    """What train_one_epoch of torchvision's references/detection does in a step.
+    """Return a step of train_one_epoch in torchvision's references/detection.
 
-    Its images are float, converted here and not in the step, as its loader's workers do.
+    Images are converted to float once, outside the step, as its data workers do.
     """
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr=LR, momentum=0.9
@@ -175,8 +180,8 @@ def torchvision_loop(model: nn.Module, batches: Sequence[Batch], shift: int) -> 
     return step
 
 
-def torchvision_s_own() -> nn.Module:
-    """FasterRCNN with the numbers of proposals that torchvision_fpn has by default."""
+def torchvision_faster_rcnn() -> nn.Module:
+    """Build torchvision's FasterRCNN with the default numbers of proposals of torchvision_fpn."""
     torch.manual_seed(0)
     backbone = resnet_fpn_backbone(
         backbone_name="resnet18", weights=None, norm_layer=nn.BatchNorm2d, trainable_layers=5
@@ -191,7 +196,7 @@ def torchvision_s_own() -> nn.Module:
 
 
 def make_pair(name: str, batches: Sequence[Batch], folder: Path) -> dict[str, Loop]:
-    """Our loop and the one it is measured against."""
+    """Return our loop and the reference loop of a comparison."""
     if name == "detectron2":
         model = make_detector("detectron2")
         theirs = detectron2_loop(model, batches)
@@ -199,13 +204,13 @@ def make_pair(name: str, batches: Sequence[Batch], folder: Path) -> dict[str, Lo
         model = make_detector("torchvision_fpn")
         theirs = torchvision_loop(copy.deepcopy(model), batches, shift=0)
     else:
-        model = make_detector("torchvision_fpn", box={"sampling_ratio": 2})  # as it pools
-        theirs = torchvision_loop(torchvision_s_own(), batches, shift=1)
+        model = make_detector("torchvision_fpn", box={"sampling_ratio": 2})  # as FasterRCNN
+        theirs = torchvision_loop(torchvision_faster_rcnn(), batches, shift=1)
     return {"ours": our_loop(model, batches, folder), "theirs": theirs}
 
 
 def measure(loops: dict[str, Loop], blocks: int) -> tuple[list[float], float]:
-    """Return the paired ratios, and the seconds of one of our steps."""
+    """Return the paired ratios and the median seconds of our steps."""
     for step in loops.values():
         for _ in range(3):
             step()
@@ -222,11 +227,11 @@ def measure(loops: dict[str, Loop], blocks: int) -> tuple[list[float], float]:
 
 
 def main() -> None:
-    """Measure and print a ratio for each pair."""
-    known = ["detectron2", "torchvision", "faster_rcnn"]
+    """Measure and print the ratio of each comparison."""
+    comparisons = ["detectron2", "torchvision", "faster_rcnn"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", nargs="+", choices=known, default=known)
-    parser.add_argument("--blocks", type=int, default=20, help="steps of each loop")
+    parser.add_argument("--pairs", nargs="+", choices=comparisons, default=comparisons)
+    parser.add_argument("--blocks", type=int, default=20, help="number of steps of each loop")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     batches = make_batches()
@@ -235,12 +240,12 @@ def main() -> None:
             try:
                 loops = make_pair(name, batches, Path(folder))
             except ImportError as error:
-                print(f"{name}: left out. {error}")
+                print(f"{name}: skipped. {error}")
                 continue
             ratios, seconds = measure(loops, arguments.blocks)
         print(
             f"{name}: ours / theirs median {statistics.median(ratios):.3f} (min {min(ratios):.3f}, "
-            f"max {max(ratios):.3f}, {len(ratios)} pairs of steps; ours {seconds:.2f} s)"
+            f"max {max(ratios):.3f}, {len(ratios)} pairs of steps; our step {seconds:.2f} s)"
         )
 
 

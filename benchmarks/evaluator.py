@@ -1,9 +1,10 @@
-"""Time of our VOC evaluator over that of detectron2's, from detections to numbers, at ten IoUs.
+"""Compare the time of our VOC evaluator with detectron2's, from detections to AP at ten IoUs.
 
-VOC 2007's test set in number: 4,952 images of 20 classes, three objects and 30 detections each,
-random. Ours runs under its `detectron2` protocol, and both must say the same. They take turns; the
-paired ratios are printed. detectron2 reads the annotations as XML in the first turn and keeps them.
-Then the peak memory of ours (tracemalloc), for these images and for twice as many.
+As many images as the VOC 2007 test set (4,952), with 20 classes and three random objects and 30
+random detections per image. Our evaluator uses the `detectron2` protocol, and both must agree. They
+take turns, and the paired ratios are printed. detectron2 parses the XML annotations in the first
+turn and caches them. Then prints the peak memory of our evaluator (tracemalloc) for these images
+and for twice as many.
 
     python benchmarks/evaluator.py [--pairs 3] [--num-images 4952]
 """
@@ -32,39 +33,39 @@ Image = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def random_images(count: int) -> list[Image]:
-    """Objects, and around them detections of all degrees of overlap."""
+    """Make random objects, and detections that overlap them to any degree."""
     generator = torch.Generator().manual_seed(0)
-    made = []
+    images = []
     for image_id in range(count):
         corners = torch.randint(0, 250, (OBJECTS, 2), generator=generator)
         sides = torch.randint(20, 250, (OBJECTS, 2), generator=generator)
         truth = torch.cat([corners, corners + sides], dim=1).float()
         labels = torch.randint(0, len(CLASSES), (OBJECTS,), generator=generator)
-        of = torch.randint(0, OBJECTS, (DETECTIONS,), generator=generator)
-        noise = torch.randn(DETECTIONS, 4, generator=generator) * sides[of].repeat(1, 2) * 0.15
+        owner = torch.randint(0, OBJECTS, (DETECTIONS,), generator=generator)
+        noise = torch.randn(DETECTIONS, 4, generator=generator) * sides[owner].repeat(1, 2) * 0.15
         other = torch.randint(0, len(CLASSES), (DETECTIONS,), generator=generator)
-        right = torch.rand(DETECTIONS, generator=generator) < 0.3
-        found = {
-            "boxes": truth[of] + noise,
+        is_right = torch.rand(DETECTIONS, generator=generator) < 0.3
+        detections = {
+            "boxes": truth[owner] + noise,
             "scores": 0.05 + 0.95 * torch.rand(DETECTIONS, generator=generator) ** 4,
-            "labels": torch.where(right, labels[of], other),
+            "labels": torch.where(is_right, labels[owner], other),
         }
         difficult = torch.rand(OBJECTS, generator=generator) < 0.2
         target = {"boxes": truth, "labels": labels, "difficult": difficult, "image_id": image_id}
-        made.append((found, target))
-    return made
+        images.append((detections, target))
+    return images
 
 
 def ours(images: list[Image]) -> dict[str, float]:
-    """Evaluate with our evaluator, one image at a time."""
+    """Evaluate with our evaluator, image by image."""
     evaluator = VocEvaluator(CLASSES, "detectron2")
-    for found, target in images:
-        evaluator.update([found], [target])
+    for detections, target in images:
+        evaluator.update([detections], [target])
     return evaluator.compute()
 
 
 def write_devkit(folder: Path, images: list[Image]) -> None:
-    """Write the objects as the devkit that detectron2's evaluator reads."""
+    """Write the objects as a VOC devkit, which detectron2's evaluator reads."""
     (folder / "Annotations").mkdir()
     (folder / "ImageSets/Main").mkdir(parents=True)
     for _, target in images:
@@ -80,23 +81,23 @@ def write_devkit(folder: Path, images: list[Image]) -> None:
 
 
 def theirs(images: list[Image], name: str) -> dict[str, float]:
-    """Evaluate with detectron2's evaluator, one image at a time."""
+    """Evaluate with detectron2's evaluator, image by image."""
     from detectron2.evaluation import PascalVOCDetectionEvaluator
     from detectron2.structures import Boxes, Instances
 
     evaluator = PascalVOCDetectionEvaluator(name)
     evaluator.reset()
-    for found, target in images:
+    for detections, target in images:
         output = Instances((500, 500))
-        output.pred_boxes = Boxes(found["boxes"])
-        output.scores, output.pred_classes = found["scores"], found["labels"]
+        output.pred_boxes = Boxes(detections["boxes"])
+        output.scores, output.pred_classes = detections["scores"], detections["labels"]
         inputs = [{"image_id": f"{target['image_id']:06d}"}]
         evaluator.process(inputs, [{"instances": output}])
     return {metric.lower(): value / 100 for metric, value in evaluator.evaluate()["bbox"].items()}
 
 
 def peak_mib(images: list[Image]) -> float:
-    """Peak memory that our evaluator allocates, in MiB."""
+    """Return the peak memory that our evaluator allocates, in MiB."""
     tracemalloc.start()
     ours(images)
     peak = tracemalloc.get_traced_memory()[1]
@@ -105,7 +106,7 @@ def peak_mib(images: list[Image]) -> float:
 
 
 def compare(images: list[Image], pairs: int) -> None:
-    """Time both in turns and print the ratios; stop where they disagree."""
+    """Time both in turns and print the ratios; stop if they disagree."""
     from detectron2.data import MetadataCatalog
 
     with tempfile.TemporaryDirectory() as folder:
@@ -127,10 +128,10 @@ def compare(images: list[Image], pairs: int) -> None:
             ratios.append(seconds[1] / seconds[0])
             print(
                 f"ours {seconds[0]:.2f} s, detectron2 {seconds[1]:.2f} s, ratio {ratios[-1]:.1f}, "
-                f"apart by {apart:.0e}",
+                f"difference {apart:.0e}",
                 flush=True,
             )
-    print(f"median ratio {statistics.median(ratios):.1f} (at least {min(ratios):.1f})")
+    print(f"median ratio {statistics.median(ratios):.1f} (min {min(ratios):.1f})")
 
 
 def main() -> None:
@@ -143,11 +144,11 @@ def main() -> None:
     try:
         import detectron2  # noqa: F401
     except ImportError:
-        print("detectron2 is not installed: no comparison. Install it from its own source.")
+        print("Comparison skipped: detectron2 is not installed. Install it from source.")
     else:
         compare(images, arguments.pairs)
     once, twice = peak_mib(images), peak_mib(random_images(2 * arguments.num_images))
-    print(f"peak memory {once:.0f} MiB, of twice the images {twice:.0f} MiB ({twice / once:.2f})")
+    print(f"peak memory {once:.0f} MiB, for twice the images {twice:.0f} MiB ({twice / once:.2f})")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""Images a second of a fine-tuning: ours over Hugging Face's Trainer, and over timm's loop.
+"""Compare fine-tuning speed in images/s: ours, Hugging Face's Trainer and timm's loop.
 
-The same network, weights, batch, precision, memory format, optimizer (fused AdamW, cosine),
-augmentation (random resized crop, flip, bilinear) and parquet files in all three, on the CPU:
+All three use the same network, weights, batch, precision, memory format, optimizer (fused AdamW,
+cosine), augmentation (random resized crop, flip, bilinear) and parquet files, on the CPU:
 
-ours  what tools/train_net.py builds, with its log, of `data.cache: device` (or `--cache ram`)
-hf    transformers.Trainer, images transformed by torchvision, as in its examples
-timm  its loader with prefetcher, optimizer and scheduler, put together as its train.py does, which
-      is not in its package
+ours  what tools/train_net.py builds, with its log and `data.cache: device` (or `--cache ram`)
+hf    transformers.Trainer, with images transformed by torchvision as in its examples
+timm  timm's loader with prefetcher, optimizer and scheduler, combined as in its train.py (which is
+      not part of the package)
 
-Each gets the number of data workers of `--workers` that is best for it, found first; workers are
-persistent. Then they take turns, each training in a process of its own, timed after its first
-iterations. The median of the paired ratios is printed.
+First finds the best number of data workers from `--workers` for each; workers are persistent. Then
+they take turns, each in a separate process, timed after a warm-up. Prints the median of the paired
+ratios.
 
     python benchmarks/finetune_speed.py --data data/samples/cifar100 [--turns 5] [--iters 60]
 """
@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 
 SIZE_PX, SCALE, LR, WEIGHT_DECAY, LOG_EVERY = 32, (0.3, 1.0), 1e-3, 0.05, 20
-Setup = argparse.Namespace  # the options, which all three share
+Setup = argparse.Namespace  # options shared by all three
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": None}
 CONFIG = """
 task: classification
@@ -55,7 +55,7 @@ engine: {{precision: {precision}, channels_last: true, device: cpu}}
 
 
 class Clock:
-    """Takes the time from iteration `skipped` to iteration `iters`, its last."""
+    """Measures the time from the end of iteration `skipped` to the end of iteration `iters`."""
 
     def __init__(self, setup: Setup) -> None:
         self._first, self._last = setup.skipped, setup.iters
@@ -63,7 +63,7 @@ class Clock:
         self._marks: dict[int, float] = {}
 
     def tick(self, iteration: int) -> None:
-        """Take note that so many iterations are done."""
+        """Record the end of an iteration."""
         self._marks[iteration] = time.perf_counter()
 
     def images_per_second(self) -> float:
@@ -72,18 +72,18 @@ class Clock:
 
 
 def network(setup: Setup, num_classes: int) -> tuple[nn.Module, list[float], list[float]]:
-    """Return the same network for all: images normalised before it, with their mean and std."""
+    """Return the network for normalized images, and their normalization mean and std."""
     from tract_transfer.models import build_backbone
 
     torch.manual_seed(0)
     backbone = build_backbone(setup.backbone["name"], args=setup.backbone.get("args"))
     model = nn.Sequential(backbone.model, nn.Linear(backbone.feature_dim, num_classes))
-    mean, std = (each.flatten().tolist() for each in (backbone.mean, backbone.std))
+    mean, std = (stat.flatten().tolist() for stat in (backbone.mean, backbone.std))
     return model.to(memory_format=torch.channels_last), mean, std
 
 
 def ours(setup: Setup, workers: int) -> float:
-    """What train_net.py builds of a config, with the hook that writes its log."""
+    """Train with what train_net.py builds from a config, with its logging hook."""
     from tract_transfer.build.data import build_data
     from tract_transfer.build.trainer import build_accelerator, build_trainer
     from tract_transfer.config.schema import load_config
@@ -115,7 +115,7 @@ def ours(setup: Setup, workers: int) -> float:
 
 
 class WithLoss(nn.Module):
-    """A network as transformers.Trainer calls it."""
+    """A network with the interface that transformers.Trainer expects."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class WithLoss(nn.Module):
 
 
 def hugging_face(setup: Setup, workers: int) -> float:
-    """transformers.Trainer, with the transforms and the collation of its examples."""
+    """Train with transformers.Trainer, with transforms and collation as in its examples."""
     import datasets
     import transformers
     from torchvision import transforms
@@ -183,7 +183,7 @@ def hugging_face(setup: Setup, workers: int) -> float:
 
 
 def timm_loop(setup: Setup, workers: int) -> float:
-    """timm's parts, put together as its train.py does."""
+    """Train with timm's components, combined as in its train.py."""
     import datasets
     from timm.data import create_dataset, create_loader
     from timm.optim import create_optimizer_v2
@@ -222,7 +222,7 @@ def timm_loop(setup: Setup, workers: int) -> float:
     return clock.images_per_second()
 
 
-WAYS: dict[str, Callable[[Setup, int], float]] = {
+LOOPS: dict[str, Callable[[Setup, int], float]] = {
     "ours": ours,
     "hf": hugging_face,
     "timm": timm_loop,
@@ -230,7 +230,7 @@ WAYS: dict[str, Callable[[Setup, int], float]] = {
 
 
 def once(name: str, workers: int) -> float:
-    """Measure one of them in a process of its own, with the words of this one."""
+    """Measure one loop in a separate process, with the arguments of this one."""
     command = [sys.executable, *sys.argv, "--once", name, str(workers)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -239,22 +239,22 @@ def once(name: str, workers: int) -> float:
 
 
 def best_workers(cache: str, counts: list[int]) -> dict[str, int]:
-    """Return the number of workers that makes each the fastest; ours with `cache: device` has 0."""
+    """Return the fastest number of workers of each loop; 0 for ours with `cache: device`."""
     chosen = {}
-    for name in WAYS:
-        own = [0] if name == "ours" and cache == "device" else counts
-        rates = {count: once(name, count) for count in own} if len(own) > 1 else {own[0]: 0.0}
+    for name in LOOPS:
+        tried = [0] if name == "ours" and cache == "device" else counts
+        rates = {n: once(name, n) for n in tried} if len(tried) > 1 else {tried[0]: 0.0}
         chosen[name] = max(rates, key=lambda count: rates[count])
-        told = ", ".join(f"{rate:,.0f} of {count}" for count, rate in rates.items())
-        print(f"{name}: {chosen[name]} workers (images/s {told})", file=sys.stderr)
+        speeds = ", ".join(f"{n}: {rate:,.0f} images/s" for n, rate in rates.items())
+        print(f"{name}: {chosen[name]} workers ({speeds})", file=sys.stderr)
     return chosen
 
 
 def main() -> None:
-    """Find the workers, measure in turns, and print a Markdown table."""
+    """Find the numbers of workers, measure in turns and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--data", type=Path, required=True, help="a folder of CIFAR-100's parquet files"
+        "--data", type=Path, required=True, help="folder with CIFAR-100 as parquet files"
     )
     parser.add_argument("--label", default="fine_label")
     parser.add_argument(
@@ -265,31 +265,33 @@ def main() -> None:
     parser.add_argument("--cache", choices=("device", "ram"), default="device")
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--iters", type=int, default=60, help="of a turn, with those not timed")
-    parser.add_argument("--skipped", type=int, default=10, help="first iterations, not timed")
-    parser.add_argument("--once", nargs=2, metavar=("WAY", "WORKERS"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--iters", type=int, default=60, help="iterations per turn, with skipped ones"
+    )
+    parser.add_argument("--skipped", type=int, default=10, help="untimed iterations at the start")
+    parser.add_argument("--once", nargs=2, metavar=("LOOP", "WORKERS"), help=argparse.SUPPRESS)
     setup = parser.parse_args()
     if not setup.data.is_dir():
-        parser.error(f"no data at {setup.data}. Set --data to a folder of parquet files")
+        parser.error(f"{setup.data} is not a folder. Set --data to a folder of parquet files")
     if not 0 < setup.skipped < setup.iters:
-        parser.error("--skipped must lie between 0 and --iters")
+        parser.error("--skipped must be greater than 0 and less than --iters")
     setup.data = setup.data.resolve()
     if setup.once:
-        print(WAYS[setup.once[0]](setup, int(setup.once[1])))
+        print(LOOPS[setup.once[0]](setup, int(setup.once[1])))
         return
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {vars(setup)}")
     workers = best_workers(setup.cache, setup.workers)
-    rates: dict[str, list[float]] = {name: [] for name in WAYS}
+    rates: dict[str, list[float]] = {name: [] for name in LOOPS}
     for turn in range(setup.turns):
-        for name in sorted(WAYS, reverse=turn % 2 == 1):
+        for name in sorted(LOOPS, reverse=turn % 2 == 1):
             rates[name].append(once(name, workers[name]))
             print(f"turn {turn}: {name} {rates[name][-1]:,.0f} images/s", file=sys.stderr)
-    print("| | workers | images/s | ours / it |\n| --- | --- | --- | --- |")
-    for name, own in rates.items():
-        ratios = [a / b for a, b in zip(rates["ours"], own, strict=True)]
+    print("| loop | workers | images/s | ours / loop |\n| --- | --- | --- | --- |")
+    for name, speeds in rates.items():
+        ratios = [a / b for a, b in zip(rates["ours"], speeds, strict=True)]
         middle, low, high = statistics.median(ratios), min(ratios), max(ratios)
         print(
-            f"| {name} | {workers[name]} | {statistics.median(own):,.0f} "
+            f"| {name} | {workers[name]} | {statistics.median(speeds):,.0f} "
             f"| {middle:.2f} ({low:.2f} to {high:.2f}) |"
         )
 

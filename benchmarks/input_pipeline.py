@@ -1,12 +1,12 @@
-"""Images a second that reach a training step: `data.cache: device` against what else one would use.
+"""Compare input speed in images/s: `data.cache: device` and other DataLoaders.
 
-CIFAR's recipe (pad 4, crop, flip), or fine-tuning's (random resized crop, flip), batches of 128 at
-32 px, uint8. The others are
+Augmentation as for CIFAR (pad 4, crop, flip) or for fine-tuning (random resized crop, flip),
+batches of 128 at 32 px, uint8. The alternatives are
 - `cache: none`: our DataLoader, which decodes the stored PNGs in every epoch;
-- `cache: ram`: our DataLoader over images that were decoded once;
-- torchvision: its transforms (v2) and torch's DataLoader over pixels in memory, an array that gives
-  PIL images as torchvision.datasets.CIFAR10 does.
-All take turns; the median of the paired ratios is printed, the least and the largest beside it.
+- `cache: ram`: our DataLoader on images decoded once;
+- torchvision: its v2 transforms and torch's DataLoader on an array in memory that returns PIL
+  images, as torchvision.datasets.CIFAR10 does.
+They take turns. Prints the median, minimum and maximum of the paired ratios.
 
     python benchmarks/input_pipeline.py [--data data/samples/cifar10] [--threads 2]
         [--workers 0 2] [--turns 7] [--crops pad random_resized]
@@ -40,7 +40,7 @@ LOADERS = ("cache: none", "cache: ram", "torchvision")
 
 
 class Noise:
-    """10,000 random PNGs, where no folder is given."""
+    """10,000 random PNGs, used if no folder is given."""
 
     def __init__(self) -> None:
         generator, self._stored = np.random.default_rng(SEED), []
@@ -63,7 +63,7 @@ class Noise:
 
 
 class Pictures(Dataset[tuple[torch.Tensor, int]]):
-    """What torchvision.datasets.CIFAR10 is: pixels (N, H, W, 3), and a PIL image at each access."""
+    """Like torchvision.datasets.CIFAR10: pixels (N, H, W, 3), returned as PIL images."""
 
     def __init__(self, dataset: ClassificationDataset, transform: v2.Transform) -> None:
         images = [dataset.image(index) for index in range(len(dataset))]
@@ -79,20 +79,20 @@ class Pictures(Dataset[tuple[torch.Tensor, int]]):
 
 
 def torchvision_transform(crop: str) -> v2.Transform:
-    """Return the same recipe as its users write it."""
+    """Return the same augmentation in torchvision."""
     padded = v2.RandomCrop(SIZE_PX, padding=4)
     cropped = padded if crop == "pad" else v2.RandomResizedCrop(SIZE_PX, scale=SCALE)
     return v2.Compose([cropped, v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
-class Ways:
-    """The ways to a batch, each an endless iterator."""
+class Loaders:
+    """Every DataLoader to compare, as an endless iterator of batches."""
 
     def __init__(self, data: str | None, device: str) -> None:
         self.stored = self._load(data)
         self.decoded = self._load(data)
         self.decoded.cache_images()
-        self.resident = DeviceCache(self.decoded, SIZE_PX, torch.device(device))
+        self.device_cache = DeviceCache(self.decoded, SIZE_PX, torch.device(device))
 
     def _load(self, data: str | None) -> ClassificationDataset:
         if data:
@@ -100,14 +100,14 @@ class Ways:
         labels, names = np.arange(10_000) % 10, [str(k) for k in range(10)]
         return ClassificationDataset("noise", names, labels, Noise())
 
-    def start(self, way: str, crop: str, workers: int) -> Iterator[Any]:
-        """Return the batches of a way."""
+    def start(self, name: str, crop: str, workers: int) -> Iterator[Any]:
+        """Return the batches of a loader."""
         sampler = TrainBatchSampler(EpochOrder(len(self.decoded), BATCH_SIZE, SEED))
-        law = (SIZE_PX, crop, 4, SCALE, 0.5, "bilinear")
-        if way == "device":
-            augment = BatchAugment(*law)
-            return cached_batches(self.resident, sampler, seed=SEED, augment=augment)
-        if way == "torchvision":
+        options = (SIZE_PX, crop, 4, SCALE, 0.5, "bilinear")
+        if name == "device":
+            augment = BatchAugment(*options)
+            return cached_batches(self.device_cache, sampler, seed=SEED, augment=augment)
+        if name == "torchvision":
             pictures = Pictures(self.decoded, torchvision_transform(crop))
             loader = DataLoader(
                 pictures,
@@ -118,13 +118,13 @@ class Ways:
                 persistent_workers=workers > 0,
             )
             return itertools.chain.from_iterable(itertools.repeat(loader))
-        dataset = self.stored if way == "cache: none" else self.decoded
-        transform = classification_train(*law)
+        dataset = self.stored if name == "cache: none" else self.decoded
+        transform = classification_train(*options)
         return iter(train_loader(dataset, transform, sampler, seed=SEED, num_workers=workers))
 
 
 def images_per_second(batches: Iterator[Any], count: int) -> float:
-    """Take `count` batches after a first one, which starts the workers."""
+    """Time `count` batches, after a first one that starts the workers."""
     next(batches)
     _wait_for_device()
     started = time.perf_counter()
@@ -140,36 +140,36 @@ def _wait_for_device() -> None:
 
 
 def main() -> None:
-    """Print a row of a Markdown table for each way but the device's, and number of workers."""
+    """Print a Markdown table with a row for each other loader and number of workers."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="a folder of CIFAR's parquet; else random images")
+    parser.add_argument("--data", help="folder with CIFAR as parquet; default: random images")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2])
     parser.add_argument("--crops", nargs="+", default=["pad", "random_resized"])
     parser.add_argument("--turns", type=int, default=7)
-    parser.add_argument("--batches", type=int, default=60, help="timed batches a turn")
+    parser.add_argument("--batches", type=int, default=60, help="timed batches per turn")
     parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    ways = Ways(arguments.data, arguments.device)
+    loaders = Loaders(arguments.data, arguments.device)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
-    head = "| crop | DataLoader | workers | its images/s | cache: device, images/s | ratio |"
+    head = "| crop | DataLoader | workers | images/s | cache: device, images/s | ratio |"
     print(f"{head}\n| --- | --- | --- | --- | --- | --- |")
     for crop in arguments.crops:
         others = list(itertools.product(LOADERS, arguments.workers))
         rates: dict[Any, list[float]] = {other: [] for other in [*others, ("device", 0)]}
         for turn in range(arguments.turns):
-            for way, workers in sorted(rates, reverse=turn % 2 == 1):
-                count = arguments.batches * (10 if way == "device" else 1)
-                batches = ways.start(way, crop, workers)
-                rates[way, workers].append(images_per_second(batches, count))
-                del batches  # and its workers
+            for name, workers in sorted(rates, reverse=turn % 2 == 1):
+                count = arguments.batches * (10 if name == "device" else 1)
+                batches = loaders.start(name, crop, workers)
+                rates[name, workers].append(images_per_second(batches, count))
+                del batches  # stops its workers
         ours = rates["device", 0]
-        for way, workers in others:
-            theirs = rates[way, workers]
+        for name, workers in others:
+            theirs = rates[name, workers]
             ratios = [our / their for our, their in zip(ours, theirs, strict=True)]
             print(
-                f"| {crop} | {way} | {workers} | {statistics.median(theirs):,.0f} "
+                f"| {crop} | {name} | {workers} | {statistics.median(theirs):,.0f} "
                 f"| {statistics.median(ours):,.0f} | {statistics.median(ratios):.1f} "
                 f"({min(ratios):.1f} to {max(ratios):.1f}) |",
                 flush=True,

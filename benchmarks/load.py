@@ -1,15 +1,13 @@
-"""Whether large data and long runs stay within time and memory: four loads, each in processes of
-its own, by tools/train_net.py as a user runs it.
+"""Measure time and memory of large data sets and long runs, in separate processes.
 
-rows        1,000,000 tiny images in parquet: seconds from the start of the process to the end of
-            the first step (the index of `datasets` is built before, by a dry run), and memory
-            through the run
-iterations  10,000 iterations with log lines, checkpoints and evaluations: memory through the run
-images      100,000 images evaluated, of 30 detections each: peak memory, and that of half of them
-classes     a detector of 1,000 classes: built, trained for 3 steps, evaluated
+rows        1,000,000 tiny images in parquet: seconds from process start to the first log line (a
+            dry run builds the index of `datasets` first), and growth of memory
+iterations  10,000 iterations with log lines, checkpoints and evaluations: growth of memory
+images      100,000 evaluated images of 30 detections each: peak memory, and that of half as many
+classes     a detector with 1,000 classes: built, trained for 3 steps, evaluated
 
-Memory through a run is Pss_Anon (see memory.py) at its end over that at a tenth of it, medians of
-what was seen in the last twentieth and in that around the tenth.
+Trainings run tools/train_net.py. Growth of memory is Pss_Anon (see memory.py) at the end of the run
+over that at a tenth of it: medians over the last twentieth and over a twentieth around the tenth.
 
     OMP_NUM_THREADS=1 python benchmarks/load.py [--cases rows iterations images classes] [--scale 1]
 """
@@ -68,7 +66,7 @@ engine: {{device: cpu}}
 
 
 def write_rows(path: Path, rows: int, *, size_px: int = 8, use_dictionary: bool = True) -> None:
-    """Write `rows` images of ten classes in groups of a thousand: the same ones, over and over."""
+    """Write `rows` images of ten classes in row groups of 1000, repeating the same 1000 images."""
     import datasets
     import numpy as np
     import pyarrow as pa
@@ -95,9 +93,9 @@ def write_rows(path: Path, rows: int, *, size_px: int = 8, use_dictionary: bool 
 
 
 def watch(config: Path, folder: Path) -> tuple[float, list[tuple[int, int]]]:
-    """Run a config; return seconds to its first line, and (iteration, KiB) as time went by."""
+    """Run a config; return seconds to the first log line, and samples of (iteration, KiB)."""
     command = [sys.executable, str(TRAIN), "--config-file", str(config)]
-    started, first, seen = time.perf_counter(), 0.0, []
+    started, first, samples = time.perf_counter(), 0.0, []
     metrics = folder / "run/metrics.jsonl"
     log = (folder / "log.txt").open("w")
     with log, subprocess.Popen(command, stdout=log, stderr=log) as process:
@@ -108,24 +106,26 @@ def watch(config: Path, folder: Path) -> tuple[float, list[tuple[int, int]]]:
                 continue
             first = first or time.perf_counter() - started
             iteration = max(json.loads(line)["iteration"] for line in lines[-2:-1] or lines)
-            seen.append((iteration, anonymous_kib(process.pid)))
+            samples.append((iteration, anonymous_kib(process.pid)))
     if process.returncode:
         raise RuntimeError(f"{' '.join(command)}: {(folder / 'log.txt').read_text()}")
-    return first, seen
+    return first, samples
 
 
-def growth(seen: list[tuple[int, int]], iters: int) -> str:
-    """Return what was seen at a tenth and at the end of the iterations, and their ratio."""
+def growth(samples: list[tuple[int, int]], iters: int) -> str:
+    """Describe memory at a tenth and at the end of the iterations, and its growth."""
 
     def at(low: float, high: float) -> float:
-        return statistics.median(kib for i, kib in seen if low * iters <= i < high * iters and kib)
+        return statistics.median(
+            kib for i, kib in samples if low * iters <= i < high * iters and kib
+        )
 
     early, late = at(0.075, 0.125), at(0.95, 1.0)
     return f"memory {early / 1024:.1f} -> {late / 1024:.1f} MiB, {100 * (late / early - 1):+.2f} %"
 
 
 def train(folder: Path, rows: int, iters: int, often: int) -> str:
-    """Train on `rows` images for `iters` iterations; return what to print."""
+    """Train on `rows` images for `iters` iterations; return the line to print."""
     write_rows(folder / "train.parquet", rows)
     write_rows(folder / "test.parquet", 500)
     config = folder / "config.yaml"
@@ -134,36 +134,36 @@ def train(folder: Path, rows: int, iters: int, often: int) -> str:
     started = time.perf_counter()
     subprocess.run([*command, "--dry-run"], check=True, capture_output=True)
     index = time.perf_counter() - started
-    first, seen = watch(config, folder)
+    first, samples = watch(config, folder)
     return (
-        f"first index {index:.1f} s, then {first:.1f} s to iteration 10; {growth(seen, iters)} "
-        f"({len(seen)} times looked at)"
+        f"indexing {index:.1f} s, then {first:.1f} s to iteration 10; {growth(samples, iters)} "
+        f"({len(samples)} samples)"
     )
 
 
 def rows(folder: Path, scale: float) -> str:
-    """The case of many rows."""
+    """Train on many rows."""
     return train(folder, int(1_000_000 * scale), 2_000, 10_000)
 
 
 def iterations(folder: Path, scale: float) -> str:
-    """The case of many iterations."""
+    """Train for many iterations."""
     iters = int(10_000 * scale)
     return train(folder, 5_000, iters, max(1, iters // 20))
 
 
 def images(folder: Path, scale: float) -> str:
-    """The case of many images: each evaluation in a process of its own."""
+    """Evaluate many images, each number of them in a separate process."""
     texts = []
     for count in (int(50_000 * scale), int(100_000 * scale)):
         command = [sys.executable, __file__, "--evaluate", str(count)]
-        said = subprocess.run(command, check=True, capture_output=True, text=True)
-        texts.append(said.stdout.strip())
+        process = subprocess.run(command, check=True, capture_output=True, text=True)
+        texts.append(process.stdout.strip())
     return "; ".join(texts)
 
 
 def evaluate(count: int) -> str:
-    """Evaluate `count` images of random boxes."""
+    """Evaluate `count` images with random boxes."""
     import torch
 
     from tract_transfer.evaluation import VocEvaluator
@@ -184,23 +184,23 @@ def evaluate(count: int) -> str:
     started = time.perf_counter()
     for image_id in range(count):
         scores = torch.rand(DETECTIONS, generator=generator)
-        found = {"boxes": boxes(DETECTIONS), "scores": scores, "labels": labels(DETECTIONS)}
+        detections = {"boxes": boxes(DETECTIONS), "scores": scores, "labels": labels(DETECTIONS)}
         difficult = torch.zeros(3, dtype=torch.bool)
         truth: dict[str, Any] = {"boxes": boxes(3), "labels": labels(3), "difficult": difficult}
-        evaluator.update([found], [{**truth, "image_id": image_id}])
+        evaluator.update([detections], [{**truth, "image_id": image_id}])
     collected = time.perf_counter() - started
     evaluator.compute()
     seconds = time.perf_counter() - started - collected
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    each = peak * 2**20 / (count * DETECTIONS)
+    bytes_per_detection = peak * 2**20 / (count * DETECTIONS)
     return (
-        f"{count} images: {peak:.0f} MiB over what was there, {each:.0f} bytes a detection, "
+        f"{count} images: {peak:.0f} MiB added, {bytes_per_detection:.0f} bytes per detection, "
         f"collected in {collected:.0f} s, computed in {seconds:.1f} s"
     )
 
 
 def classes(folder: Path, scale: float) -> str:
-    """The case of many classes."""
+    """Train and evaluate a detector with many classes."""
     import numpy as np
     from PIL import Image
 
@@ -215,10 +215,10 @@ def classes(folder: Path, scale: float) -> str:
             Image.fromarray(pixels).save(folder / name)
             entries["images"].append({"id": number, "file_name": name, "height": 96, "width": 96})
             for _ in range(5):
-                box = [int(each) for each in random.integers(0, 40, 2)] + [30, 40]
-                own = {"id": len(entries["annotations"]), "image_id": number, "bbox": box}
-                own["category_id"] = int(random.integers(many))
-                entries["annotations"].append(own)
+                box = [int(corner) for corner in random.integers(0, 40, 2)] + [30, 40]
+                annotation = {"id": len(entries["annotations"]), "image_id": number, "bbox": box}
+                annotation["category_id"] = int(random.integers(many))
+                entries["annotations"].append(annotation)
         content = {**entries, "categories": categories}
         (folder / f"{split}.json").write_text(json.dumps(content))
     config = folder / "config.yaml"
@@ -231,7 +231,7 @@ def classes(folder: Path, scale: float) -> str:
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
     return (
         f"{len(results['details']['class_names'])} classes in {seconds:.1f} s "
-        f"({results['train_seconds'] / 3:.2f} s a step), peak {peak:.0f} MiB, "
+        f"({results['train_seconds'] / 3:.2f} s per step), peak {peak:.0f} MiB, "
         f"ap {results['metrics']['ap']:.4f}"
     )
 
@@ -245,10 +245,10 @@ CASES: dict[str, Callable[[Path, float], str]] = {
 
 
 def main() -> None:
-    """Measure the cases asked for."""
+    """Measure the selected cases."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--scale", type=float, default=1.0, help="a part of the load, for a test")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the load, for tests")
     parser.add_argument("--evaluate", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.evaluate:

@@ -1,7 +1,7 @@
-"""Time of our loop over that of a bare PyTorch loop: same model, data, optimizer and precision.
+"""Compare the time of our loop with a bare PyTorch loop: same model, data, optimizer, precision.
 
-ResNet-18 at 32 px, batch 128, bf16, random images in memory. Both take turns, step by step in
-blocks; the median of the paired ratios is printed.
+ResNet-18 at 32 px, batch 128, bf16, random images in memory. The loops alternate in blocks of
+steps. Prints the median of the paired ratios.
 
     python benchmarks/loop_overhead.py [--blocks 10] [--steps 10]
 """
@@ -31,14 +31,14 @@ BATCH_SIZE, NUM_BATCHES, NUM_CLASSES = 128, 8, 10
 
 
 def make_model() -> nn.Module:
-    """ResNet-18 for 32 px with a linear head."""
+    """Build a ResNet-18 for 32 px with a linear head."""
     torch.manual_seed(0)
     backbone = build_backbone("cifar/resnet18")
     return Classifier(backbone, nn.Linear(backbone.feature_dim, NUM_CLASSES)).train()
 
 
 def bare_loop(batches: list[Batch]) -> Callable[[int], None]:
-    """What a user writes who needs nothing else."""
+    """Return a minimal training loop."""
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     endless = itertools.cycle(batches)
@@ -57,7 +57,7 @@ def bare_loop(batches: list[Batch]) -> Callable[[int], None]:
 
 
 def our_loop(batches: list[Batch], folder: Path) -> Callable[[int], None]:
-    """The Trainer with its log and checkpoint hooks."""
+    """Return the Trainer's loop with its logging and checkpoint hooks."""
     model = make_model()
     metrics = MetricsFile(folder, tensorboard=True)
     trainer = Trainer(
@@ -94,7 +94,7 @@ def main() -> None:
     """Measure and print the ratio."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--blocks", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=10, help="steps a block")
+    parser.add_argument("--steps", type=int, default=10, help="steps per block")
     arguments = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     batches = [

@@ -1,9 +1,9 @@
-"""Peak anonymous memory of a training against the length of the run and the size of the data.
+"""Measure how peak anonymous memory depends on the length of a run and the size of the data.
 
-Each case is a process of its own that trains a small ResNet on a parquet file. Memory is Pss_Anon
-of the process and its workers: shared pages count once, and what Arrow maps from the disk not at
-all. The index that `datasets` builds when it first sees a file is built before (its peak is that
-of a row group of the file, not of the data).
+Each case trains a small ResNet on a parquet file in a separate process. Memory is Pss_Anon of the
+process and its workers: it counts shared pages once, and does not count files mapped by Arrow. A
+dry run first builds the index of `datasets`; its peak depends on the file's row groups and not on
+the size of the data.
 
     python benchmarks/memory.py
 """
@@ -57,7 +57,7 @@ def write_parquet(path: Path, rows: int) -> None:
 
 
 def anonymous_kib(process: int) -> int:
-    """Pss_Anon of a process and its children, in KiB."""
+    """Return Pss_Anon of a process and its children, in KiB."""
     total = 0
     try:
         status = Path(f"/proc/{process}/smaps_rollup").read_text()
@@ -71,7 +71,7 @@ def anonymous_kib(process: int) -> int:
 
 
 def measure(folder: Path, rows: int, iters: int) -> int:
-    """Train in a process of its own; return its peak in KiB."""
+    """Train in a separate process; return its peak in KiB."""
     write_parquet(folder / "train.parquet", rows)
     write_parquet(folder / "test.parquet", 200)
     config = folder / "config.yaml"
@@ -87,12 +87,12 @@ def measure(folder: Path, rows: int, iters: int) -> int:
         peak = max(peak, anonymous_kib(process.pid))
         done.wait(0.05)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+        raise RuntimeError(f"{' '.join(command)} failed with exit code {process.returncode}")
     return peak
 
 
 def main() -> None:
-    """Measure every case and print its ratio to the first."""
+    """Measure every case, and print its peak and the ratio to the first case."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     first = None
     for name, (rows, iters) in CASES.items():

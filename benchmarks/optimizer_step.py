@@ -1,7 +1,7 @@
-"""The time of an optimizer's step: torch's fused one over the plain one, of the same parameters.
+"""Compare the time of torch's fused and default optimizer steps on the same parameters.
 
-One step of each follows the other, with the same gradients; the median of the paired ratios is
-printed, the least and the largest beside it.
+The two alternate step by step, with the same gradients. Prints the median, minimum and maximum of
+the paired ratios.
 
     python benchmarks/optimizer_step.py [--optimizers adam adamw] [--threads 1] [--steps 100]
 """
@@ -18,17 +18,17 @@ from tract_transfer.engine.solver import build_optimizer
 from tract_transfer.models import build_backbone
 
 MODELS = {
-    "ResNet-18 of an eighth of the width": lambda: build_backbone(
+    "ResNet-18, an eighth of the width": lambda: build_backbone(
         "cifar/resnet18", args={"width": 8}
     ),
     "ResNet-18": lambda: build_backbone("cifar/resnet18"),
-    "ViT of 7 blocks, 384 wide": lambda: build_backbone("cifar/vit"),
+    "ViT, 7 blocks, width 384": lambda: build_backbone("cifar/vit"),
     "ResNet-50": lambda: timm.create_model("resnet50"),
 }
 
 
 def step_seconds(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
-    """Time one step with gradients that are there."""
+    """Set gradients, and time one step."""
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     started = time.perf_counter()
@@ -37,7 +37,7 @@ def step_seconds(model: nn.Module, optimizer: torch.optim.Optimizer) -> float:
 
 
 def main() -> None:
-    """Print a row of a Markdown table for each model and optimizer."""
+    """Print a Markdown table with a row for each model and optimizer."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--optimizers", nargs="+", default=["adam", "adamw"])
     parser.add_argument("--models", nargs="+", type=int, default=list(range(len(MODELS))))
@@ -55,8 +55,11 @@ def main() -> None:
                 model, args = make(), {"fused": fused}
                 built = build_optimizer(model, optimizer=optimizer, lr=1e-3, optimizer_args=args)
                 pair.append((model, built))
-            times = [[step_seconds(*each) for each in pair] for _ in range(arguments.steps + 3)]
-            plain, fused_one = zip(*times[3:], strict=True)  # the first make the state
+            times = [
+                [step_seconds(module, built) for module, built in pair]
+                for _ in range(arguments.steps + 3)
+            ]
+            plain, fused_one = zip(*times[3:], strict=True)  # the first steps create the state
             ratios = [b / a for a, b in times[3:]]
             print(
                 f"| {name} | {optimizer} | {1e3 * statistics.median(plain):.2f} "

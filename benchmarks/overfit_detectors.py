@@ -1,11 +1,11 @@
-"""Whether each kind of detector learns: AP on the 20 real photographs that it is trained on.
+"""Check that each kind of detector learns: overfit 20 real photographs and measure AP on them.
 
-Backbones begin at random weights, so the whole detector must learn. A detector with a wrong target,
-box, or gradient cannot tell 20 photographs by heart.
+Backbones start from random weights, so the whole detector must learn. A detector with a wrong
+target, box or gradient cannot overfit 20 images.
 
     python benchmarks/overfit_detectors.py --voc data/samples/voc [--kinds c4] [--precision bf16]
 
-A plain ViT at random weights has no locality built in: it needs more iterations than the others.
+A plain ViT has no locality built in, so from random weights it needs more iterations.
 """
 
 import argparse
@@ -36,16 +36,16 @@ SETTINGS = [
     "engine.grad_clip=10.0",
     "engine.channels_last=true",
 ]
-# As small as will do on a CPU.
+# Small settings that suffice on a CPU.
 SIZE = "short_side_px: 192, max_side_px: 288"
 PROPOSALS = "rpn: {pre_nms_train: 600, post_nms_train: 300, post_nms_test: 300}"
 ROIS = "box: {rois_per_image: 64}"
 NECK = f"fpn_channels: 64, head_dim: 256, {PROPOSALS}, {ROIS}"
 RESNET = "model.backbone.name=torchvision/resnet18"
-# Iterations after which a kind knows its images by heart, where 200 are too few, and its rate.
+# Iterations to overfit where 200 are too few, and learning rates other than 5e-4.
 ITERS = {"detectron2_c4": 300, "vitdet": 600}
 LRS = {"vitdet": 1e-3}
-# Kind -> (what it is, overrides)
+# Kind -> (title, overrides)
 KINDS = {
     "fpn": ("torchvision_fpn, ResNet-18", [RESNET, f"model.detector.args={{{SIZE}, {NECK}}}"]),
     "c4": (
@@ -94,13 +94,13 @@ KINDS = {
 
 
 def write_devkit(voc: Path, folder: Path) -> Path:
-    """Make a devkit of some images of `voc`, sets `learn` and `other`; return its folder."""
-    known = voc / "VOCdevkit" / "VOC2007"
+    """Write a devkit of sets `learn` and `other` with images of `voc`; return its folder."""
+    source = voc / "VOCdevkit" / "VOC2007"
     year = folder / "VOCdevkit" / "VOC2007"
     (year / "ImageSets" / "Main").mkdir(parents=True)
     for name in ("JPEGImages", "Annotations"):
-        (year / name).symlink_to((known / name).resolve())
-    names = (known / "ImageSets" / "Main" / "train.txt").read_text().split()
+        (year / name).symlink_to((source / name).resolve())
+    names = (source / "ImageSets" / "Main" / "train.txt").read_text().split()
     for name, first in (("learn", 0), ("other", NUM_IMAGES)):
         chosen = names[first : first + NUM_IMAGES]
         (year / "ImageSets" / "Main" / f"{name}.txt").write_text("\n".join(chosen) + "\n")
@@ -108,16 +108,16 @@ def write_devkit(voc: Path, folder: Path) -> Path:
 
 
 def main() -> None:
-    """Print a row of a Markdown table for each kind."""
+    """Print a Markdown table with a row for each kind."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--voc", type=Path, required=True, help="folder that holds VOCdevkit")
+    parser.add_argument("--voc", type=Path, required=True, help="folder that contains VOCdevkit")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--iters", type=int, help="default: of each kind")
+    parser.add_argument("--iters", type=int, help="default: depends on the kind")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--lr", type=float, help="default: of each kind")
+    parser.add_argument("--lr", type=float, help="default: depends on the kind")
     parser.add_argument("--tract", action="store_true", help="train with TrAct")
     arguments = parser.parse_args()
-    print("| detector | iterations | AP50 | AP75 | s an iteration |", flush=True)
+    print("| detector | iterations | AP50 | AP75 | s/iteration |", flush=True)
     print("| --- | --- | --- | --- | --- |", flush=True)
     for kind in arguments.kinds:
         title, overrides = KINDS[kind]
@@ -125,7 +125,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             root = write_devkit(arguments.voc, Path(folder))
             learn, other = (f"{{root: {root}, sets: [2007/{name}]}}" for name in ("learn", "other"))
-            words = [
+            settings = [
                 *SETTINGS,
                 *overrides,
                 f"output_dir={folder}/run",
@@ -135,10 +135,10 @@ def main() -> None:
                 f"tract.enabled={str(arguments.tract).lower()}",
             ]
             started = time.perf_counter()
-            run(load_config(CONFIG, [*words, f"data.train={learn}", f"data.test={other}"]))
+            run(load_config(CONFIG, [*settings, f"data.train={learn}", f"data.test={other}"]))
             seconds = time.perf_counter() - started
-            # A run does not report the images it trained on: they are measured afterwards.
-            swapped = [*words, f"data.train={other}", f"data.test={learn}"]
+            # A run does not report on its training images, so evaluate them afterwards.
+            swapped = [*settings, f"data.train={other}", f"data.test={learn}"]
             metrics = evaluate_run(load_config(CONFIG, swapped))
         print(
             f"| {title} | {iters} | {100 * metrics['ap50']:.1f} | {100 * metrics['ap75']:.1f} "

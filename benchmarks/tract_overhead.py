@@ -1,16 +1,16 @@
-"""What TrAct adds to a training step, in time and peak memory, over the same step without it.
+"""Measure the time and peak memory that TrAct adds to a training step.
 
-Three first layers of equal weights share the rest of a model: plain, ours (TrAct's hooks and
-`step()`), and that of the authors' package torch_tract, which replaces the layer. They take turns
-step by step in random order, and so does a second plain one, whose ratio to the first should be 1.
-Since 1 % of a step is less than steps differ by, TrAct's own work is timed too, where it happens in
-the step. Peaks are of what torch allocated, in a process of its own for each variant.
+Three first layers with equal weights share the rest of a model: plain, ours (TrAct's hooks and
+`step()`), and the layer of the authors' package torch_tract. They alternate step by step in random
+order, with a second plain layer whose ratio to the first should be 1. Steps vary by more than 1 %,
+so TrAct's own work is also timed within the step. Peaks are of torch's allocations, measured in a
+separate process for each variant.
 
     python benchmarks/tract_overhead.py [--cases vgg16] [--precisions bf16] [--steps 20]
 
-On a CPU, MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 before it lets glibc
-keep the memory it has. Else a step also fetches the pages again that were given back to the system
-before, and how many hangs on little; with TrAct they can be more.
+On a CPU, set MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_MMAP_THRESHOLD_=4000000000 so that glibc
+keeps its memory. Otherwise steps also pay page faults for memory that was returned to the system.
+Their number varies, and can be higher with TrAct.
 """
 
 # B images, H height and W width in pixels
@@ -48,7 +48,7 @@ VARIANTS = ("plain", "again", "official", "ours")
 
 @dataclass(frozen=True)
 class Case:
-    """A model as it is trained; `images` is (B, H, W)."""
+    """A model and its batch; `images` is (B, H, W)."""
 
     title: str
     build: Callable[[], nn.Module]
@@ -58,13 +58,13 @@ class Case:
 
 
 def cifar_resnet18() -> nn.Module:
-    """ResNet-18 with a 3x3 stem of stride 1; its max-pool is kept, as in the paper."""
+    """Build a ResNet-18 with a 3x3 stem of stride 1 and a max-pool, as in the paper."""
     backbone = build_backbone("cifar/resnet18")
     return nn.Sequential(backbone.model, nn.Linear(backbone.feature_dim, NUM_CLASSES))
 
 
 def vgg16() -> nn.Module:
-    """VGG-16's convolutions, as Faster R-CNN runs them, pooled to a linear head."""
+    """Build VGG-16's convolutions, as in Faster R-CNN, with pooling and a linear head."""
     features = torchvision.models.vgg16().features
     head = (nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, NUM_CLASSES))
     return nn.Sequential(features, *head)
@@ -90,7 +90,7 @@ CASES = {
 
 
 class Bench:
-    """One model, batch and optimizer under any of three first layers."""
+    """One model, batch and optimizer with exchangeable first layers."""
 
     def __init__(
         self, case: Case, batch_size: int, precision: torch.dtype | None, device: torch.device
@@ -107,7 +107,7 @@ class Bench:
         plain = self.model.get_submodule(case.first_layer)
         names = ("plain", "again", "ours", "official")
         self.layers = {name: copy.deepcopy(plain) for name in names}
-        # A layer out of place has no gradient, and SGD passes over its weight.
+        # A layer that is not in use has no gradient, so SGD skips its weight.
         parameters = [*self.model.parameters(), *nn.ModuleDict(self.layers).parameters()]
         self.optimizer = torch.optim.SGD(parameters, lr=1e-4, momentum=0.9)
         self.marks: list[float] | None = None
@@ -117,34 +117,34 @@ class Bench:
         self.mark_hooks(self.layers["ours"])
 
     def mark_hooks(self, layer: nn.Module) -> None:
-        """Mark the time wherever TrAct has a hook: called before and after it registers them."""
+        """Mark the time around TrAct's hooks; call before and after it registers them."""
         layer.register_forward_pre_hook(lambda *_: self.mark())
         layer.register_forward_hook(lambda *_: self.mark())
         layer.weight.register_hook(lambda _: self.mark())
         layer.weight.register_post_accumulate_grad_hook(lambda _: self.mark())
 
     def add_official(self) -> None:
-        """Add the layer of torch_tract where that is installed and trains at this precision."""
+        """Add torch_tract's layer if it is installed and works at this precision."""
         try:
             import torch_tract
 
             self.layers["official"] = torch_tract.TrAct(self.layers["official"])
             self.step("official")
         except (ImportError, RuntimeError) as error:
-            print(f"torch_tract is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+            print(f"torch_tract is skipped: {str(error).splitlines()[0]}", file=sys.stderr)
             del self.layers["official"]
 
     def use(self, variant: str) -> None:
-        """Put a variant's first layer in place."""
+        """Use the first layer of a variant."""
         self.model.set_submodule(self.first_layer, self.layers[variant])
 
     def wait(self) -> None:
-        """Let the device finish what it was given."""
+        """Wait until the device is idle."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def mark(self) -> None:
-        """Note the time, where TrAct's own work is being timed."""
+        """Record the time if TrAct's own work is being timed."""
         if self.marks is not None:
             self.wait()
             self.marks.append(time.perf_counter())
@@ -167,7 +167,7 @@ class Bench:
         return time.perf_counter() - started
 
     def own_work(self) -> tuple[float, float]:
-        """Return the seconds of TrAct's hooks and of its `step()`, within a step."""
+        """Return the seconds that TrAct's hooks and its `step()` take within a step."""
         self.marks = []
         self.step("ours")
         spans = [after - before for before, after in zip(*[iter(self.marks)] * 2, strict=True)]
@@ -176,7 +176,7 @@ class Bench:
 
 
 def interval(ratios: list[float]) -> str:
-    """The median, with its 95 % interval by order statistics."""
+    """Format the median with its 95 % interval from order statistics."""
     ordered, n = sorted(ratios), len(ratios)
     reach = 0.98 * n**0.5
     low, high = max(0, round(n / 2 - reach) - 1), min(n - 1, round(n / 2 + reach))
@@ -184,9 +184,9 @@ def interval(ratios: list[float]) -> str:
 
 
 def allocated_peak(run: Callable[[], object], device: torch.device) -> float:
-    """Run; return the most MiB that torch had allocated at one time, oneDNN's buffers too.
+    """Run; return the peak of torch's allocations in MiB, including oneDNN's buffers.
 
-    What a process holds of the system differs by 5 % from one to the next.
+    The memory of the whole process varies by 5 % between processes.
     """
     if device.type == "cuda":
         run()
@@ -196,22 +196,22 @@ def allocated_peak(run: Callable[[], object], device: torch.device) -> float:
     with tempfile.TemporaryDirectory() as folder:
         profiler.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    counts = [each for each in events if each["name"] == "[memory]"]
+    counts = [event for event in events if event["name"] == "[memory]"]
     first = min(counts, key=operator.itemgetter("ts"))["args"]
-    # An earlier profile of this process left its count.
+    # Subtract the count that an earlier profile of this process left.
     before = first["Total Allocated"] - first["Bytes"]
-    return (max(each["args"]["Total Allocated"] for each in counts) - before) / 2**20
+    return (max(event["args"]["Total Allocated"] for event in counts) - before) / 2**20
 
 
 def peak_of(variant: str, words: list[str]) -> float:
-    """Train a few steps of one variant in a process of its own; return its peak in MiB."""
+    """Train a few steps of one variant in a separate process; return its peak in MiB."""
     command = [sys.executable, __file__, *words, "--peak_of", variant]
-    said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return float(said.stdout)
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return float(process.stdout)
 
 
 def measure_times(bench: Bench, steps: int) -> dict[str, str]:
-    """Return the cells of a table row that are about time."""
+    """Return the cells of a table row on time."""
     random_order = random.Random(0)
     seconds: dict[str, list[float]] = {name: [] for name in VARIANTS if name in bench.layers}
     for name in seconds:
@@ -225,7 +225,7 @@ def measure_times(bench: Bench, steps: int) -> dict[str, str]:
     cells = {"step": f"{1e3 * step:.0f} ms"}
     for name in VARIANTS[1:]:
         pairs = zip(seconds.get(name, ()), seconds["plain"], strict=False)
-        ratios = [own / plain for own, plain in pairs]
+        ratios = [other / plain for other, plain in pairs]
         cells[name] = interval(ratios) if ratios else "fails"
     cells["added"] = f"{1e3 * hook:.1f} + {1e3 * solve:.1f} ms"
     cells["share"] = f"{(hook + solve) / step:.2%}"
@@ -233,7 +233,7 @@ def measure_times(bench: Bench, steps: int) -> dict[str, str]:
 
 
 def measure_peaks(variants: list[str], words: list[str]) -> dict[str, str]:
-    """Return the cells of a table row that are about memory."""
+    """Return the cells of a table row on memory."""
     peaks = {name: peak_of(name, words) for name in variants}
     ratios = [f"{name} {peaks[name] / peaks['plain']:.4f}" for name in variants[1:]]
     return {"peak": f"{peaks['plain']:.0f} MiB", "peaks": ", ".join(ratios)}
@@ -244,16 +244,16 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each variant")
-    parser.add_argument("--no_peaks", action="store_true", help="leave out the memory")
-    parser.add_argument("--batch_size", type=int, help="in place of a case's own")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per variant")
+    parser.add_argument("--no_peaks", action="store_true", help="skip peak memory")
+    parser.add_argument("--batch_size", type=int, help="instead of the case's")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peak_of", choices=VARIANTS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def build(arguments: argparse.Namespace, name: str, precision: str) -> Bench:
-    """Build a case's bench, with torch_tract's layer where it is measured."""
+    """Build the bench of a case, with torch_tract's layer if needed."""
     case, device = CASES[name], torch.device(arguments.device)
     batch_size = arguments.batch_size or case.images[0]
     bench = Bench(case, batch_size, PRECISIONS[precision], device)
@@ -263,20 +263,22 @@ def build(arguments: argparse.Namespace, name: str, precision: str) -> Bench:
 
 
 def train(arguments: argparse.Namespace, name: str, precision: str) -> None:
-    """Take two steps of the variant whose peak is asked for."""
+    """Take two steps of the variant `--peak_of`."""
     bench = build(arguments, name, precision)
     for _ in range(2):
         bench.step(arguments.peak_of)
 
 
 def main() -> None:
-    """Print a row of a Markdown table for each case and precision."""
+    """Print a Markdown table with a row for each case and precision."""
     arguments = parse_arguments()
     device = torch.device(arguments.device)
     if arguments.peak_of is None:
         print(f"{torch.get_num_threads()} threads, torch {torch.__version__}", file=sys.stderr)
-        print("| case | precision | plain step | again / plain | official / plain ", end="")
-        print("| ours / plain | our hooks + step() | of the step | plain peak | peaks / plain |")
+        print(
+            "| case | precision | plain step | second plain / plain | torch_tract / plain ", end=""
+        )
+        print("| ours / plain | hooks + step() | share of the step | plain peak | peaks / plain |")
         print("| --- " * 10 + "|", flush=True)
     for name, precision in itertools.product(arguments.cases, arguments.precisions):
         if arguments.peak_of is not None:
@@ -287,7 +289,7 @@ def main() -> None:
         cells |= measure_times(bench, arguments.steps)
         words = ["--cases", name, "--precisions", precision, "--device", arguments.device]
         words += ["--batch_size", str(len(bench.images))]
-        variants = [each for each in VARIANTS if each in bench.layers and each != "again"]
+        variants = [v for v in VARIANTS if v in bench.layers and v != "again"]
         del bench
         if not arguments.no_peaks:
             cells |= measure_peaks(variants, words)

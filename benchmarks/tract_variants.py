@@ -1,12 +1,12 @@
-"""What TrAct's settings do to the accuracy of short trainings, each paired with plain training.
+"""Measure how TrAct's settings change the accuracy of short trainings, paired with plain training.
 
-A ResNet-18 of half the width learns 4,000 CIFAR-10 images for three epochs, once a seed; runs of
-one seed share initial weights, order and augmentation. `--output` keeps the runs done, and a later
-call goes on from there.
+A half-width ResNet-18 trains on 4,000 CIFAR-10 images for three epochs, once per seed. Runs of a
+seed share initial weights, order and augmentation. `--output` stores finished runs, and a later
+call skips them.
 
     python benchmarks/tract_variants.py --data data/samples/cifar10 [--variants inputs layers]
 
-The folder holds parquet files of the columns img and label, such as those of uoft-cs/cifar10.
+The folder contains parquet files with columns img and label, such as those of uoft-cs/cifar10.
 """
 
 import argparse
@@ -17,14 +17,15 @@ from pathlib import Path
 
 from tract_transfer.build.batches import build_eval_loader
 from tract_transfer.build.data import Data, build_data
-from tract_transfer.build.trainer import build_accelerator, build_evaluator, build_trainer
+from tract_transfer.build.model import build_evaluator
+from tract_transfer.build.trainer import build_accelerator, build_trainer
 from tract_transfer.config.schema import ClassificationConfig, load_config
 from tract_transfer.engine.hooks import evaluate
 from tract_transfer.models import Backbone
 from tract_transfer.report.statistics import paired_difference, summarize
 
-CONFIG = Path(__file__).parents[1] / "configs" / "samples" / "pretrain.yaml"
-SCALES = {  # what images in [0, 1] are divided by; no mean is taken off
+CONFIG = Path(__file__).parent / "configs" / "samples" / "pretrain.yaml"
+SCALES = {  # std for images in [0, 1]; the mean is 0
     "in [0, 1]": 1.0,
     "in [0, 255]": 1 / 255,
 }
@@ -37,7 +38,7 @@ FIRST_BY_SGD = (*ADAM, "solver.first_layer={optimizer: sgd, lr: 0.08, momentum: 
 
 @dataclass(frozen=True)
 class Variant:
-    """A training: what it changes of CONFIG, and the one it is compared with."""
+    """A training: overrides of CONFIG, and the variant to compare it with."""
 
     name: str
     changes: tuple[str, ...] = ()
@@ -82,7 +83,7 @@ GROUPS = {
 
 
 def make_config(variant: Variant, seed: int, arguments: argparse.Namespace) -> ClassificationConfig:
-    """Return the config of one run."""
+    """Load the config of one run."""
     config = load_config(
         CONFIG,
         [
@@ -108,7 +109,7 @@ def accuracy(config: ClassificationConfig, data: Data, inputs: str) -> float:
     if inputs in SCALES:
         backbone.set_normalization(mean=[0.0] * 3, std=[SCALES[inputs]] * 3)
     trainer.train()
-    trainer.state_parts()  # raises what TrAct has to tell
+    trainer.state_parts()  # raises errors that TrAct has deferred
     evaluator = build_evaluator(config, data.class_names)
     test = data.report[1]
     batches = build_eval_loader(config, test, rank=0, world_size=1, pin_memory=False)
@@ -118,48 +119,48 @@ def accuracy(config: ClassificationConfig, data: Data, inputs: str) -> float:
 
 
 class Results:
-    """Accuracies by run, kept in a JSON file where a path is given.
+    """Accuracies of runs, stored in a JSON file if a path is given.
 
-    A run is what this script sets of it; begin another file after a change of the code.
+    The key of a run is its settings in this script; use a new file after changing other code.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.known: dict[str, float] = {}
+        self.accuracies: dict[str, float] = {}
 
     def of(self, variant: Variant, seed: int, data: Data, arguments: argparse.Namespace) -> float:
-        """Return the accuracy of a run, which is carried out unless it was before."""
+        """Return the accuracy of a run, and train it if it is not stored."""
         settings = arguments.images, arguments.epochs, arguments.precision
         key = json.dumps([*settings, variant.inputs, variant.changes, seed])
         self.read()
-        if key not in self.known:
-            found = accuracy(make_config(variant, seed, arguments), data, variant.inputs)
-            print(f"seed {seed}  {found:.4f}  {variant.name}", file=sys.stderr, flush=True)
+        if key not in self.accuracies:
+            top1 = accuracy(make_config(variant, seed, arguments), data, variant.inputs)
+            print(f"seed {seed}  {top1:.4f}  {variant.name}", file=sys.stderr, flush=True)
             self.read()
-            self.known[key] = found
+            self.accuracies[key] = top1
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text(json.dumps(self.known, indent=1))
-        return self.known[key]
+                self.path.write_text(json.dumps(self.accuracies, indent=1))
+        return self.accuracies[key]
 
     def read(self) -> None:
-        """Take up what is in the file, which another process may have added to."""
+        """Merge the file, which another process may have extended."""
         if self.path is not None and self.path.is_file():
-            self.known |= json.loads(self.path.read_text())
+            self.accuracies |= json.loads(self.path.read_text())
 
 
-def row(variant: Variant, found: dict[str, dict[int, float]]) -> str:
-    """Return a row of the table: mean accuracy and paired difference, in %."""
-    own, level = found[variant.name], 0.95
-    cells = [variant.name, f"{100 * summarize(list(own.values())).mean:.1f}"]
+def row(variant: Variant, accuracies: dict[str, dict[int, float]]) -> str:
+    """Format a table row: mean accuracy and paired difference, in %."""
+    accuracy_by_seed = accuracies[variant.name]
+    cells = [variant.name, f"{100 * summarize(list(accuracy_by_seed.values())).mean:.1f}"]
     if variant.name == variant.against:
         cells += ["", ""]
     else:
-        difference = paired_difference(own, found[variant.against], level)
+        difference = paired_difference(accuracy_by_seed, accuracies[variant.against])
         cells.append(f"{100 * difference.mean:+.1f}")
-        known = difference.low is not None and difference.high is not None
+        has_interval = difference.low is not None and difference.high is not None
         cells.append(
-            f"{100 * difference.low:+.1f} .. {100 * difference.high:+.1f}" if known else ""
+            f"{100 * difference.low:+.1f} .. {100 * difference.high:+.1f}" if has_interval else ""
         )
     return "| " + " | ".join(cells) + " |"
 
@@ -173,31 +174,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=3.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--output", type=Path, help="a JSON file that keeps the runs done")
+    parser.add_argument("--output", type=Path, help="JSON file that stores finished runs")
     parser.add_argument("--quick", action="store_true", help="two iterations and one seed")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.images, arguments.epochs, arguments.seeds = 256, 1, 1
     if not Path(arguments.data).is_dir():
-        parser.error(f"no folder {arguments.data}. Set --data to one of CIFAR-10 as parquet files.")
+        parser.error(f"{arguments.data} is not a folder. Set --data to CIFAR-10 as parquet files.")
     return arguments
 
 
 def main() -> None:
-    """Train what is asked for and print a table for each group."""
+    """Train the selected groups and print a table for each."""
     arguments = parse_arguments()
     results = Results(arguments.output)
     data = build_data(make_config(Variant("plain"), 0, arguments))
     for group in arguments.variants:
         variants = GROUPS[group]
-        found: dict[str, dict[int, float]] = {variant.name: {} for variant in variants}
+        accuracies: dict[str, dict[int, float]] = {variant.name: {} for variant in variants}
         for seed in range(arguments.seeds):
             for variant in variants:
-                found[variant.name][seed] = results.of(variant, seed, data, arguments)
+                accuracies[variant.name][seed] = results.of(variant, seed, data, arguments)
         print(f"| {group} | accuracy, % | difference, % | 95 % interval |")
         print("| --- " * 4 + "|")
         for variant in variants:
-            print(row(variant, found))
+            print(row(variant, accuracies))
         print(flush=True)
 
 

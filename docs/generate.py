@@ -1,4 +1,4 @@
-"""Write the tables of docs/recipes.md from configs/, and docs/errors.md from the tests.
+"""Write the tables of docs/reference/recipes.md from configs/, and docs/reference/errors.md from the tests.
 
 python docs/generate.py                  # both; the second runs every test of a bad input
 python docs/generate.py recipes
@@ -16,9 +16,9 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests/support"))  # errors_page
 
-# ---------------------------------------------------------------------------- docs/recipes.md
+# ---------------------------------------------------------------------------- docs/reference/recipes.md
 
-RECIPES = ROOT / "docs/recipes.md"
+RECIPES = ROOT / "docs/reference/recipes.md"
 FOLDERS = ("pretrain", "transfer", "detection", "paper")
 BEGIN = "<!-- The tables are written by docs/generate.py. -->"
 END = "<!-- End of the tables. -->"
@@ -85,7 +85,7 @@ def recipe(file: Path) -> Recipe:
         optimization = _text(part["solver"], part["engine"], tract, part["evaluation"])
     return Recipe(
         _section(file, config),
-        f"[{file.stem}](../{file.relative_to(ROOT).as_posix()})",
+        f"[{file.stem}](../../{file.relative_to(ROOT).as_posix()})",
         _data(changed["data"]),
         _text(part["model"], {"weights": config.model.weights or "none"}),
         _text(part["data"].pop("transforms"), part["data"]),
@@ -157,7 +157,7 @@ def _line(cells: Any) -> str:
 
 
 def recipes_page() -> str:
-    """Return docs/recipes.md with new tables."""
+    """Return docs/reference/recipes.md with new tables."""
     before, begin, rest = RECIPES.read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -165,7 +165,7 @@ def recipes_page() -> str:
     return f"{before}{BEGIN}\n\n{recipe_tables()}\n{END}{after}"
 
 
-# ----------------------------------------------------------------------------- docs/errors.md
+# ----------------------------------------------------------------------------- docs/reference/errors.md
 
 ERRORS_HEAD = """\
 # Bad inputs and their messages
@@ -202,7 +202,7 @@ SECTIONS = {
 
 
 def errors_page(rows: Mapping[str, tuple[str, str]]) -> str:
-    """Return docs/errors.md from bad input -> (package that raises, message)."""
+    """Return docs/reference/errors.md from bad input -> (package that raises, message)."""
     tables: dict[str, list[str]] = {title: [] for title in [*SECTIONS.values(), "Everything else"]}
     for bad_input, (package, message) in sorted(rows.items(), key=lambda row: row[0].lower()):
         code = f"`` {message} ``" if "`" in message else f"`{message}`"

@@ -1,4 +1,4 @@
-"""Tiny runs: a quarter of a ResNet on three digits, and a detector on small scenes."""
+"""Fixtures of all tests: tiny configs, tools, refused inputs, killed runs."""
 
 import contextlib
 import importlib.util
@@ -23,8 +23,8 @@ from tract_transfer.engine.trainer import Trainer
 ROOT = Path(__file__).parents[1]
 
 
-class Said(NamedTuple):
-    """How a tool ended, and what it printed and logged."""
+class ToolResult(NamedTuple):
+    """Exit code and output of a tool; `stderr` includes its log."""
 
     returncode: int
     stdout: str
@@ -41,13 +41,13 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory):
-    """Where the tiny digit scenes are, or will be."""
+    """The folder of the tiny digit scenes, which the first run to use them writes."""
     return tmp_path_factory.mktemp("data") / "scenes"
 
 
 @pytest.fixture(scope="session")
 def write_tiny(scenes):
-    """Write a task's tiny config into a folder, its output beside it; return its path."""
+    """Write a task's tiny config to a folder and return its path; its run goes to `folder/run`."""
 
     def write(folder, task="classification"):
         text = f"output_dir: {folder}/run\n{TEXTS[task]}"
@@ -61,7 +61,7 @@ def write_tiny(scenes):
 
 @pytest.fixture(scope="session")
 def load_tiny(write_tiny):
-    """Load a task's tiny config, written into a folder, with overrides."""
+    """Write a task's tiny config to a folder and load it with overrides."""
 
     def load(folder, *overrides, task="classification"):
         return load_config(write_tiny(folder, task), overrides)
@@ -71,7 +71,7 @@ def load_tiny(write_tiny):
 
 @pytest.fixture(scope="session")
 def tool():
-    """Run a tool as its user does, on one thread; return the finished process."""
+    """Run a tool in a separate process on one thread; return the finished process."""
 
     def run(name, *words, launcher=(), cwd=ROOT):
         command = [sys.executable, *launcher, str(ROOT / "tools" / name), *map(str, words)]
@@ -90,7 +90,7 @@ def tool():
 
 @pytest.fixture(scope="session")
 def call():
-    """Run a tool's main() in this process: a start of Python and torch each would take minutes."""
+    """Run a tool's main() in this process, which saves starting Python and torch every time."""
     loggers = [logging.getLogger(name) for name in ("tract_transfer", "tract_transfer.suite")]
     levels = [logger.level for logger in loggers]
 
@@ -110,11 +110,11 @@ def call():
             patch.chdir(ROOT)
             try:
                 code = module.main()
-            except SystemExit as end:  # argparse's
+            except SystemExit as end:  # raised by argparse
                 code = end.code
             finally:
                 loggers[0].removeHandler(handler)
-        return Said(code, out.getvalue(), err.getvalue())
+        return ToolResult(code, out.getvalue(), err.getvalue())
 
     yield run
     for logger, level in zip(loggers, levels, strict=True):
@@ -123,7 +123,7 @@ def call():
 
 @pytest.fixture(scope="session")
 def refused(tmp_path_factory, pytestconfig):
-    """`pytest.raises` for a bad input with a name, of which docs/errors.md has a row."""
+    """`pytest.raises` for a bad input with a name, of which docs/reference/errors.md has a row."""
     recorder = pytestconfig.pluginmanager.get_plugin(errors_page.RECORDER)
     rows = {} if recorder else errors_page.read_page()
 
@@ -135,14 +135,14 @@ def refused(tmp_path_factory, pytestconfig):
         if recorder:
             recorder.add(what, errors_page.raised_by(caught.tb), message)
         elif not os.environ.get("ERRORS_PAGE_UNCHECKED"):
-            assert rows.get(what) == message, "docs/errors.md has another message: make docs"
+            assert rows.get(what) == message, "docs/reference/errors.md has another message: make docs"
 
     return refuse
 
 
 @pytest.fixture
 def offline_cache(tmp_path, monkeypatch):
-    """Let `datasets` keep what it prepares in the test's folder, and ask no hub."""
+    """Make `datasets` cache in the test's folder and stay off the hub."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -152,7 +152,7 @@ def offline_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def shards(tmp_path):
-    """A folder of parquet shards of 70 rows."""
+    """Parquet shards with 70 rows in a folder."""
     from stream_rows import write_shards
 
     (tmp_path / "shards").mkdir()
@@ -161,7 +161,7 @@ def shards(tmp_path):
 
 @pytest.fixture
 def kill_at(monkeypatch):
-    """Let every training die at the beginning of a step, as one that loses its machine."""
+    """Kill every training at the start of an iteration; `None` stops that."""
 
     step = Trainer.step
 
@@ -183,7 +183,7 @@ def checkpointer(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of one megabyte; where this user may not mount one, a skip."""
+    """A disk of one megabyte; skips the test if this user may not mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(

@@ -1,4 +1,4 @@
-"""What the documents name is there, and their commands parse."""
+"""Links, commands and the reading list of the documentation are valid."""
 
 import ast
 import re
@@ -21,7 +21,7 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_local_links_exist(page):
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     local = [link for link in links if "://" not in link]
     missing = [link for link in local if not (page.parent / link).exists()]
@@ -29,7 +29,7 @@ def test_links_lead_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_commands_name_configs_that_load(page):
+def test_configs_of_commands_load(page):
     for tool, words in commands(page):
         assert (ROOT / "tools" / f"{tool}.py").is_file()
         if "--config-file" not in words:
@@ -39,12 +39,12 @@ def test_commands_name_configs_that_load(page):
         (load_suite if tool == "run_suite" else load_config)(file, overrides)
 
 
-def test_the_readme_has_commands():
+def test_readme_has_training_and_suite_commands():
     assert {tool for tool, _ in commands(ROOT / "README.md")} >= {"train_net", "run_suite"}
 
 
 def linked(page: str, heading: str, until: str = "\n## ") -> list[Path]:
-    """The files that a section of a page links to, in order."""
+    """Return the files that a section of a page links to, in order."""
     text = (ROOT / page).read_text(encoding="utf-8").partition(heading)[2].partition(until)[0]
     return [
         (ROOT / page).parent.joinpath(link).resolve() for link in re.findall(r"\]\(([^)]+)\)", text)
@@ -52,7 +52,7 @@ def linked(page: str, heading: str, until: str = "\n## ") -> list[Path]:
 
 
 def imports_of(file: Path) -> set[str]:
-    """Modules of ours that a file imports (of a package: its __init__ imports)."""
+    """Return the modules of tract_transfer that a file imports, also through package inits."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tract_transfer"):
@@ -63,32 +63,32 @@ def imports_of(file: Path) -> set[str]:
     return names
 
 
-def test_a_reader_can_follow_a_run_through_the_reading_list():
+def test_reading_list_follows_a_run():
     main = linked("docs/architecture.md", "## Follow a run", "For detection")
     assert main == linked("README.md", "follow a classification run through")[:7]
     lines = [len(file.read_text(encoding="utf-8").splitlines()) for file in main]
     assert sum(lines) < 1200, dict(zip([file.name for file in main], lines, strict=True))
     detection = linked("docs/architecture.md", "For detection, replace", "## Contracts")
     for files in (main[1:-1], [*main[1:4], *detection]):
-        seen = imports_of(ROOT / "tract_transfer/cli/train.py")
+        imported = imports_of(ROOT / "tract_transfer/cli/train.py")
         for file in files:
             module = str(file.relative_to(ROOT).with_suffix("")).replace("/", ".")
-            assert module in seen, f"nothing before it in the list imports {module}"
-            seen |= imports_of(file)
+            assert module in imported, f"no file before it in the list imports {module}"
+            imported |= imports_of(file)
     assert "tract_transfer.cli.train" in imports_of(main[0])
     load_config(main[-1])
     text = main[1].read_text(encoding="utf-8")
     calls = ["preflight(", "build_data(", "build_trainer(", "trainer.train()", "write_results("]
-    places = [text.index(call, text.index("def run(")) for call in calls]
-    assert places == sorted(places)
+    positions = [text.index(call, text.index("def run(")) for call in calls]
+    assert positions == sorted(positions)
 
 
-def test_the_readme_quotes_the_report_of_cpu_demo():
+def test_readme_quotes_rows_of_cpu_demo():
     def rows(page: str) -> set[tuple[str, ...]]:
         text = (ROOT / page).read_text(encoding="utf-8").replace("\\", "")
         lines = [line.strip() for line in text.splitlines()]
         return {tuple(c.strip() for c in line.split("|")) for line in lines if line[:1] == "|"}
 
-    quoted = rows("README.md") & rows("docs/cpu_demo.md")
+    quoted = rows("README.md") & rows("docs/reference/cpu_demo.md")
     tasks = {row[1] for row in quoted}
     assert tasks >= {"pretrain", "cifar100", "flowers102", "stanford_cars", "voc"}

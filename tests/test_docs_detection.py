@@ -1,4 +1,4 @@
-"""docs/detection.md loads, and names every option, detector, protocol and policy."""
+"""The configs in docs/guides/detection.md load, and it names every option, detector and protocol."""
 
 import re
 from dataclasses import asdict
@@ -14,11 +14,11 @@ from tract_transfer.models.detection.roi_heads import BoxOptions
 from tract_transfer.models.detection.rpn import RpnOptions
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs/detection.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/guides/detection.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 
-def test_its_blocks_load(tmp_path):
+def test_configs_load(tmp_path):
     path = tmp_path / "detect.yaml"
     base = ROOT / "configs/detection/r18_fpn_voc07.yaml"
     path.write_text(f"_BASE_: {base}\n" + "".join(BLOCKS))
@@ -27,27 +27,27 @@ def test_its_blocks_load(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "defaults"), [("rpn", RpnOptions()), ("box", BoxOptions())])
-def test_it_shows_every_option_with_its_default(name, defaults):
-    told = yaml.safe_load(BLOCKS[1])["model"]["detector"]["args"][name]
-    wanted = {
+def test_every_option_is_shown_with_its_default(name, defaults):
+    shown = yaml.safe_load(BLOCKS[1])["model"]["detector"]["args"][name]
+    expected = {
         option: list(value) if isinstance(value, tuple) else value
         for option, value in asdict(defaults).items()
     }
-    assert {option: round_(value) for option, value in wanted.items()} == told
+    assert {option: round_(value) for option, value in expected.items()} == shown
 
 
 def round_(value):
     return round(value, 3) if isinstance(value, float) else value
 
 
-def test_it_names_every_detector_and_protocol():
+def test_every_detector_and_protocol_is_named():
     for name in [name for registry in (DETECTORS, EVALUATORS) for name, _ in registry]:
         assert f"`{name}`" in PAGE, name
 
 
-def test_it_names_every_key_of_detection_data():
+def test_every_data_key_of_detection_is_named():
     keys = [key for key in known_keys(DetectionConfig) if key.startswith("data.")]
-    own = {key.rpartition(".")[2] for key in keys if key.count(".") == 1}
-    shared = {"num_workers", "cache", "train", "val", "test", "transforms"}  # of every task
-    untold = {key for key in own - shared if not re.search(rf"\b{key}\b", PAGE)}
-    assert untold == set()
+    names = {key.rpartition(".")[2] for key in keys if key.count(".") == 1}
+    shared = {"num_workers", "cache", "train", "val", "test", "transforms"}  # common to all tasks
+    missing = {name for name in names - shared if not re.search(rf"\b{name}\b", PAGE)}
+    assert missing == set()

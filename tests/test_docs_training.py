@@ -1,15 +1,15 @@
-"""The recipes in docs/training.md load, and each option it names is one."""
+"""The configs in docs/guides/training.md load, and it names every option of the transforms."""
 
 import re
 from pathlib import Path
 
 from tract_transfer.config.schema import ClassificationConfig, known_keys, load_config
 
-PAGE = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs/guides/training.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL)
 
 
-def test_the_recipe_loads(tmp_path):
+def test_recipe_loads(tmp_path):
     block, _ = BLOCKS
     path = tmp_path / "recipe.yaml"
     path.write_text(block)
@@ -19,8 +19,8 @@ def test_the_recipe_loads(tmp_path):
     assert config.data.repeats == 3
 
 
-def test_the_stream_s_section_loads(tmp_path):
-    """Over a config of the quickstart, whose other keys a stream takes as they are."""
+def test_streaming_config_loads(tmp_path):
+    """On top of a quickstart config, whose other keys also work with a stream."""
     _, block = BLOCKS
     base = Path(__file__).parents[1] / "configs/quickstart/pretrain.yaml"
     path = tmp_path / "stream.yaml"
@@ -30,9 +30,9 @@ def test_the_stream_s_section_loads(tmp_path):
     assert (section.cache, section.shuffle_rows, section.readers) == ("none", 2048, 8)
 
 
-def test_every_option_of_the_transforms_is_told():
+def test_every_option_of_the_transforms_is_named():
     keys = [key for key in known_keys(ClassificationConfig) if key.startswith("data.transforms.")]
-    told = PAGE.partition("## Images")[2].partition("## Batches")[0]
+    section = PAGE.partition("## Images")[2].partition("## Batches")[0]
     names = {key.rpartition(".")[2] for key in keys}
-    untold = {name for name in names if f"`{name}" not in told}
-    assert untold <= {"flip_prob", "crop_ratio"}  # which every recipe has
+    missing = {name for name in names if f"`{name}" not in section}
+    assert missing <= {"flip_prob", "crop_ratio"}  # shown in the recipe

@@ -1,4 +1,4 @@
-"""The generated pages: docs/recipes.md is what the configs set, docs/errors.md reads back."""
+"""The generated pages: docs/reference/recipes.md is what the configs set, docs/reference/errors.md reads back."""
 
 import importlib.util
 import re
@@ -8,7 +8,7 @@ import errors_page
 import pytest
 import yaml
 
-from tract_transfer.build.weights import check_card
+from tract_transfer.build.weights import _check_origin
 from tract_transfer.config.schema import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -49,7 +49,7 @@ def test_a_changed_config_changes_its_row(tmp_path, monkeypatch):
     (folder / "a.yaml").write_text("\n".join(lines))
     monkeypatch.setattr(generate, "ROOT", tmp_path)
     table = generate.recipe_tables()
-    assert "| [a](../configs/pretrain/a.yaml) | digits: train, test | cifar/resnet18" in table
+    assert "| [a](../../configs/pretrain/a.yaml) | digits: train, test | cifar/resnet18" in table
     assert "sgd, lr 0.25, momentum 0.9, max_epochs 3, cosine, tract.lam 0.2" in table
     assert table.rstrip().endswith("| ours, and a long line of it |")
 
@@ -84,10 +84,10 @@ def test_weights_of_another_run_fit_the_backbone_of_the_config(file):
     config = RUNS[file]
     pretraining = MADE_BY[config.model.weights]
     if config.model.backbone.name is not None:
-        check_card(pretraining.model.backbone.model_dump(), config.model.backbone)
+        _check_origin(pretraining.model.backbone.model_dump(), config.model.backbone)
 
 
-# ----------------------------------------------------------------------------- docs/errors.md
+# ----------------------------------------------------------------------------- docs/reference/errors.md
 
 
 def test_there_are_many_rows_and_each_has_a_message():

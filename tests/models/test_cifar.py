@@ -1,4 +1,4 @@
-"""The paper's ResNet-18 and ViT for 32 px, and the networks of its table 1 (docs/models.md)."""
+"""The paper's ResNet-18 and ViT for 32 px, and the networks of its table 1 (docs/guides/models.md)."""
 
 import csv
 from pathlib import Path
@@ -26,7 +26,7 @@ PUBLISHED = {
     "nasnet": 5.2, "wideresnet": 55.9, "stochasticdepth18": 11.22, "stochasticdepth34": 21.36,
     "stochasticdepth50": 23.71,
 }  # fmt: skip
-# The library has another version: see docs/models.md.
+# The library has another version: see docs/guides/models.md.
 DIFFERENT = {"googlenet", "inceptionresnetv2", "nasnet"}
 # Arguments that make a network small enough to train in a test, with the same kinds of layers.
 _FLAT = {"layers": (1, 1, 1, 1), "channels": (16, 16, 16, 16)}
@@ -150,7 +150,7 @@ def test_vit_is_the_paper_s():
 
 
 def test_docs_list_the_networks(networks):
-    text = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/guides/models.md").read_text(encoding="utf-8")
     lines = []
     for name, backbone in networks.items():
         row, source = ZOO[name][:2] if name in ZOO else ("ResNet18", "timm/resnet18")
@@ -162,4 +162,4 @@ def test_docs_list_the_networks(networks):
             f"`{first}` | {num_inputs} |"
         )
     missing = [line for line in lines if line not in text]
-    assert not missing, "\n".join(["docs/models.md lacks", *missing])
+    assert not missing, "\n".join(["docs/guides/models.md lacks", *missing])

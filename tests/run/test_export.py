@@ -19,7 +19,7 @@ from tract_transfer.run.evaluate import load_trained
 from tract_transfer.run.export import export_run
 from tract_transfer.run.run import run
 
-PAGE = Path(__file__).parents[2] / "docs" / "export.md"
+PAGE = Path(__file__).parents[2] / "docs/guides" / "export.md"
 BACKBONES = {
     "timm": "{name: timm/test_resnet}",
     "cifar stem": "{name: timm/resnet18, stem: cifar}",

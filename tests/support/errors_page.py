@@ -1,4 +1,4 @@
-"""The rows of docs/errors.md: what `refused` records, and holds messages to.
+"""The rows of docs/reference/errors.md: what `refused` records, and holds messages to.
 
 A test says `with refused("a box outside", ValueError): ...`. docs/generate.py runs these tests with
 a Recorder and writes the page; otherwise each message is compared with its row.
@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs/errors.md"
+PAGE = ROOT / "docs/reference/errors.md"
 PACKAGE = ROOT / "tract_transfer"
 RECORDER = "errors-page"
 LONGEST = 200  # characters of a message
@@ -65,7 +65,7 @@ def raised_by(trace: TracebackType | None) -> str:
 
 
 def read_page() -> dict[str, str]:
-    """Return the messages of docs/errors.md by their input."""
+    """Return the messages of docs/reference/errors.md by their input."""
     rows = {}
     for line in PAGE.read_text(encoding="utf-8").splitlines():
         if line.startswith("| ") and line.endswith("` |"):

@@ -1,4 +1,4 @@
-"""What tests read from run folders, and when two of them count as the same run."""
+"""Read run folders, compare runs bit by bit, and kill, resume and lock them."""
 
 import contextlib
 import json
@@ -16,45 +16,46 @@ TIMING = ("images_per_second", "data_fraction")
 CARVED = ("data.val={source: train, fraction: 0.2}", "evaluation.report=best")
 
 
-class Killed(Exception):  # noqa: N818 - it is no error of the run
+class Killed(Exception):  # noqa: N818 - not an error of the run
     pass
 
 
 def entries(folder):
-    """The names of all that lies in a folder, hidden files too."""
+    """Return the names of all entries in a folder, including hidden ones."""
     return sorted(path.name for path in folder.iterdir())
 
 
 def lines_of(folder):
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """Return the lines of metrics.jsonl without timings."""
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
 def results_of(folder):
+    """Return results.json without timings and cost."""
     results = json.loads((folder / "results.json").read_text())
     costs = ("train_seconds", "images_per_second", "cost")
     return {k: v for k, v in results.items() if k not in costs}
 
 
 def scalars_of(folder):
-    """Tag -> (step, value)s in TensorBoard's files, in their order and without any purging."""
+    """Return tag -> [(step, value)] in TensorBoard's files, in order and without purging."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    found = {}
+    scalars = {}
     for path in sorted((folder / "tensorboard").glob("*")):
         for event in EventFileLoader(str(path)).Load():
             for value in event.summary.value:
                 (number,) = value.tensor.float_val
-                found.setdefault(value.tag, []).append((event.step, number))
-    return found
+                scalars.setdefault(value.tag, []).append((event.step, number))
+    return scalars
 
 
 def assert_same_scalars(one, two):
-    """The same numbers in TensorBoard's files, each once, but for those of the clock."""
-    found, others = scalars_of(one), scalars_of(two)
-    assert found.keys() == others.keys()
-    for tag, rows in found.items():
+    """Assert equal scalars in TensorBoard's files, except for timings."""
+    scalars, others = scalars_of(one), scalars_of(two)
+    assert scalars.keys() == others.keys()
+    for tag, rows in scalars.items():
         if not tag.endswith(TIMING):
             assert rows == others[tag], tag
         assert [step for step, _ in rows] == [step for step, _ in others[tag]]
@@ -80,7 +81,7 @@ def truncate(checkpoint):
 
 
 def assert_bits(one, two):
-    """Equal in structure, type, order and bits."""
+    """Assert that two values are equal in structure, type, order and bits."""
     assert type(one) is type(two)
     if torch.is_tensor(one):
         assert one.dtype == two.dtype
@@ -98,7 +99,7 @@ def assert_bits(one, two):
 
 
 def assert_same_run(one, two):
-    """Same weights, optimizer, losses, log and results, to the bit."""
+    """Assert bit-identical weights, optimizer state, log and results."""
     (parts, state, at), (other_parts, other_state, other_at) = last_parts(one), last_parts(two)
     assert at == other_at
     assert_bits(parts, other_parts)
@@ -109,7 +110,7 @@ def assert_same_run(one, two):
 
 
 def run_until_killed(kill_at, iteration, config):
-    """Begin a run that dies at the beginning of a step; the next is not killed."""
+    """Start a run that is killed at the start of an iteration; the next one is not."""
     kill_at(iteration)
     with pytest.raises(Killed):
         run(config)
@@ -117,7 +118,7 @@ def run_until_killed(kill_at, iteration, config):
 
 
 def whole_and_killed(folder, load_tiny, kill_at, *words):
-    """Run a tiny config into `whole`, and into `run` until iteration 5; return the latter's."""
+    """Finish a tiny run in `whole`, and kill one in `run` at iteration 5; return its config."""
     run(load_tiny(folder, *words, f"output_dir={folder / 'whole'}"))
     config = load_tiny(folder, *words)
     run_until_killed(kill_at, 5, config)
@@ -125,9 +126,9 @@ def whole_and_killed(folder, load_tiny, kill_at, *words):
 
 
 def assert_resumes_exactly(kill_at, killed_at, whole, killed, resumed=None):
-    """A run killed at an iteration and resumed is the `whole` one; returns that one's results.
+    """Assert that a killed and resumed run equals the uninterrupted `whole`; return its results.
 
-    The configs differ in output_dir, and in what may change on resume.
+    The configs differ in output_dir, and may differ in keys that can change on resume.
     """
     results = run(whole)
     run_until_killed(kill_at, killed_at, killed)
@@ -149,7 +150,7 @@ with lock_folder(Path(sys.argv[1])):
 
 @contextlib.contextmanager
 def held(folder):
-    """Let another process hold a folder; yield its id."""
+    """Let another process lock a folder; yield its process id."""
     command = [sys.executable, "-c", HOLD, str(folder)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

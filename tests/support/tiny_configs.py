@@ -1,4 +1,4 @@
-"""Tiny runs: a quarter of a ResNet on three digits, and a detector on small scenes."""
+"""Tiny configs: a ResNet-18 of width 8 on three digits, and a detector on small scenes."""
 
 CLASSIFICATION = """\
 task: classification

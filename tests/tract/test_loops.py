@@ -1,4 +1,4 @@
-"""Every loop of docs/tract_loops.md gives the weights of the loop written by hand."""
+"""Every loop of docs/guides/tract_loops.md gives the weights of the loop written by hand."""
 
 import re
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from tract_transfer.tract import TrAct
 
-PAGE = (Path(__file__).parents[2] / "docs" / "tract_loops.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs/guides" / "tract_loops.md").read_text(encoding="utf-8")
 MAX_NORM = 0.1  # of the page
 Batch = tuple[Tensor, Tensor]
 

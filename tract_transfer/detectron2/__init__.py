@@ -44,7 +44,7 @@ def detectron2_detector(
     except ImportError as error:
         raise ImportError(
             "The detector detectron2 needs the package detectron2, which is not on PyPI. Install "
-            f"it from source (see docs/detectron2.md), or use torchvision_fpn ({error})."
+            f"it from source (see docs/guides/detectron2.md), or use torchvision_fpn ({error})."
         ) from error
     if neck == "fpn":
         stages = fpn_stages(backbone, num_classes, options or {}, num_levels)

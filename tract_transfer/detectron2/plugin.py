@@ -1,4 +1,4 @@
-"""TrAct, our backbones and our evaluators in detectron2's own trainers; see docs/detectron2.md.
+"""TrAct, our backbones and our evaluators in detectron2's own trainers; see docs/guides/detectron2.md.
 
 Importing this module imports detectron2 and registers our backbones there.
 """

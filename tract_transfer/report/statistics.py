@@ -16,7 +16,7 @@ Floats = npt.NDArray[np.float64]
 Value = TypeVar("Value")
 LEVEL = 0.95
 # From 4 pairs on, the studentised bootstrap has the coverage it claims, but with 4 it is almost
-# twice as wide as the t interval (docs/report.md has the measurements).
+# twice as wide as the t interval (docs/guides/report.md has the measurements).
 MIN_PAIRS_BOOTSTRAP = 5
 MIN_PAIRS_FLIPPED = 6  # with 5 pairs, the smallest possible p-value is 2 / 2^5 = 6 %
 _RESAMPLES = 4999

@@ -338,7 +338,7 @@ def batch_product(left: Tensor, right: Tensor) -> Tensor:
 def product_dtype(inputs: Tensor) -> torch.dtype:
     """The type of the layer's own product, or float32 if that could not be summed in float32.
 
-    A sum rounded to 16 bits is useless: its inverse would be far off (docs/tract.md).
+    A sum rounded to 16 bits is useless: its inverse would be far off (docs/reference/tract.md).
     """
     device = inputs.device.type
     if inputs.dtype == torch.float64:
