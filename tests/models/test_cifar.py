@@ -1,4 +1,4 @@
-"""The paper's ResNet-18 and ViT for 32 px, and the networks of its table 1 (docs/guides/models.md)."""
+"""The paper's ResNet-18 and ViT for 32 px, and its table 1 (docs/guides/models.md)."""
 
 import csv
 from pathlib import Path

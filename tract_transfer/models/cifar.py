@@ -1,8 +1,8 @@
 """Backbones for 32 px: the paper's ResNet-18 and ViT (figures 3 and 4), and table 1's networks.
 
 Networks that timm or torchvision has are wrapped, with a 3x3 stem of stride 1 and no max-pool;
-SqueezeNet, ShuffleNet and NASNet are implemented here. docs/guides/models.md lists all, and how they
-differ from the implementation behind table 1.
+SqueezeNet, ShuffleNet and NASNet are implemented here. docs/guides/models.md lists all, and how
+they differ from the implementation behind table 1.
 """
 
 from collections import OrderedDict
