@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_exported_is_refused(finished, load_tiny, call, 
     (tmp_path / "there").mkdir()
     for words, message in {
         ("--run", tmp_path / "run", "--output", tmp_path / "x"): "contains a detector",
-        ("--run", tmp_path / "probe", "--output", tmp_path / "x"): "a probe trains nothing",
+        ("--run", tmp_path / "probe", "--output", tmp_path / "x"): "a probe trains no model",
         ("--run", tmp_path, "--output", tmp_path / "x"): "it is not a finished run",
         ("--run", finished("own"), "--output", tmp_path / "there"): "exists. Name another --output",
     }.items():
