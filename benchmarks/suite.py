@@ -82,7 +82,7 @@ def finish(file: Path) -> int:
     from tract_transfer.config.suite import load_suite
     from tract_transfer.run.suite import open_suite
 
-    suite = open_suite(load_suite(file), remember=True)
+    suite = open_suite(load_suite(file))
     for run in suite.runs:
         run.folder.mkdir(parents=True)
         (run.folder / "config.yaml").write_text(dump_yaml(run.config))
@@ -119,7 +119,7 @@ def skip(seeds: int, repeats: int) -> None:
         count = finish(file)
         for known in (False, True):
             if known:
-                suite = open_suite(load_suite(file), remember=False)
+                suite = open_suite(load_suite(file))
                 assert not suite.take_stock()
                 suite.write()
             seconds, cpu = [], []

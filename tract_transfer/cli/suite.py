@@ -57,7 +57,7 @@ def main() -> int:
 
     config = load_suite(arguments.config_file, arguments.overrides)
     refuse = not (arguments.dry_run or arguments.set_aside)
-    suite = open_suite(config, remember=not arguments.dry_run, refuse=refuse)
+    suite = open_suite(config, refuse=refuse)
     if arguments.dry_run:
         print("\n".join(list_plan(suite, suite.take_stock())))
         return 0

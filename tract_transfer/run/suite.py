@@ -1,7 +1,5 @@
 """Plan a suite: from its config to runs with complete configs, checked before any run starts."""
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,22 +8,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tract_transfer import __version__
 from tract_transfer.config.file import ConfigError, Override, override, read_config_file
 from tract_transfer.config.schema import Config, ProbeConfig, check_config
 from tract_transfer.config.suite import OWN_KEYS, PRETRAIN, SuiteConfig
-from tract_transfer.engine.run_folder import LOCK_NAME, deciding_keys, lock_folder
-from tract_transfer.files import make_folder, sha256_of, write_json
+from tract_transfer.engine.run_folder import deciding_keys
+from tract_transfer.files import sha256_of
 from tract_transfer.suite.execute import refuse_others
 from tract_transfer.suite.plan import PlannedRun, order_tasks, run_id
 from tract_transfer.suite.state import FolderState, Job, Suite, inspect_folder
 
-INSPECTIONS_NAME = ".plan.json"
-# The keys of a source that contain local paths; `train` is a part of the training split.
-_PATHS = {
-    "huggingface": ("path",), "voc": ("root",), "coco": ("images", "annotations"),
-    "digits": (), "digit_scenes": (), "train": (),
-}  # fmt: skip
+_sha256_of = cache(sha256_of)
 _HUB_CLASSES = 20  # stands for the number of classes of data on the hub
 
 Fingerprints = Mapping[str, str] | None
@@ -42,32 +34,22 @@ class Draft(NamedTuple):
     needed: Config | None
 
 
-def open_suite(config: SuiteConfig, *, remember: bool, refuse: bool = False) -> Suite:
+def open_suite(config: SuiteConfig, *, refuse: bool = False) -> Suite:
     """Plan a suite and recall what its folder has of it.
 
     Args:
-        remember: write the results of the inspection to the suite's folder, which must be free.
         refuse: refuse folders whose config.yaml shows that they contain other runs, before any data
             are read.
 
     Raises:
         ConfigError: runs cannot work; lists the problems of all, one a line.
-        FolderInUseError: another process executes the suite.
     """
-    folder = Path(config.output_dir)
-    if remember and (folder / LOCK_NAME).exists():
-        with lock_folder(folder):
-            pass
     drafts = draft_runs(config)
-    with Inspector(folder / INSPECTIONS_NAME) as inspector:
-        if refuse and not all(inspector.knows(draft.config, draft.needed) for draft in drafts):
-            states = [inspect_folder(draft.run, backbone_known=False) for draft in drafts]
-            jobs = [Job(draft.run) for draft in drafts]
-            pairs = zip(jobs, states, strict=True)
-            refuse_others([(job, found) for job, found in pairs if found.state == "other"])
-        runs = inspect_runs(config, drafts, inspector.inspect)
-        if remember:
-            inspector.save()
+    if refuse:
+        states = [(Job(d.run), inspect_folder(d.run, backbone_known=False)) for d in drafts]
+        refuse_others([(job, found) for job, found in states if found.state == "other"])
+    with tempfile.TemporaryDirectory() as folder:
+        runs = inspect_runs(config, drafts, Inspector(Path(folder)).inspect)
     return Suite(config, runs)
 
 
@@ -228,21 +210,10 @@ def _id(config: Config, needed_id: str | None, fingerprints: Fingerprints) -> st
     if needed_id is not None:
         deciding["model.weights"] = needed_id
     elif weights not in (None, "pretrained"):
-        deciding["model.weights"] = _weights_sha256(Path(str(weights)))
+        from tract_transfer.models.weights import weights_file
+
+        deciding["model.weights"] = _sha256_of(weights_file(Path(str(weights))))
     return run_id(deciding)
-
-
-@cache
-def _weights_sha256(path: Path) -> str:
-    """Return the hash of a weights file, or of all weights in a folder."""
-    if path.is_file():
-        return sha256_of(path)
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _add(drafts: dict[str, Draft], draft: Draft) -> None:
@@ -299,25 +270,16 @@ class _Problems:
 
 
 class Inspector:
-    """Checks that configs, data and models fit, and remembers the results.
+    """Checks that configs, data and models fit; what decides the result is inspected only once.
 
     Args:
-        saved: file of earlier results, which `save` writes.
+        folder: a temporary folder, for untrained backbones.
     """
 
-    def __init__(self, saved: Path) -> None:
-        self._saved = saved
-        self._known: dict[str, Fingerprints] = _read_known(saved)
-        self._keys: dict[str, str] = {}  # output_dir -> key in _known
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._fingerprints: dict[str, Fingerprints] = {}
         self._backbones: dict[str, Path] = {}  # output_dir -> stand-in for its backbone
-        self._stats: dict[str, list[Any]] = {}
-        self._temporary = tempfile.TemporaryDirectory()
-
-    def __enter__(self) -> "Inspector":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._temporary.cleanup()
 
     def inspect(self, config: Config, needed: Config | None) -> Fingerprints:
         """Return the fingerprints of a config's data; None if they are on the Hugging Face hub.
@@ -329,69 +291,26 @@ class Inspector:
             ValueError, OSError: the data cannot be read, or the config does not fit data or
                 backbone. Data on the hub are not checked.
         """
-        key = self._key(config, needed)
-        if key not in self._known:
-            self._known[key] = self._look(config, needed)
-        return self._known[key]
-
-    def knows(self, config: Config, needed: Config | None) -> bool:
-        """Return whether `inspect` needs neither data nor model."""
-        return self._key(config, needed) in self._known
-
-    def save(self) -> None:
-        """Save the results for the next process."""
-        make_folder(self._saved.parent)
-        write_json(self._saved, self._known)
-
-    def _key(self, config: Config, needed: Config | None) -> str:
-        """Return the hash of all that decides the result of `inspect`."""
-        if config.output_dir not in self._keys:
-            keys = deciding_keys(config.model_dump())
-            val = getattr(config.data, "val", None)
-            if val is None or val.source != "train":
-                keys.pop("seed")  # only a val split held out from train depends on it
-            if needed is not None:
-                keys["model.weights"] = needed.model.model_dump()
-            files = [self._stat(path) for split in _splits(config) for path in _paths(split)]
-            key = run_id({**keys, "version": __version__, "files": files})
-            self._keys[config.output_dir] = key
-        return self._keys[config.output_dir]
-
-    def _stat(self, path: str) -> list[Any]:
-        """Return name, size and modification time of a file, or of all files below a folder."""
-        if path not in self._stats:
-            top = Path(path)
-            stats = []
-            for file in sorted(top.rglob("*")) if top.is_dir() else [top]:
-                try:
-                    stat = file.stat()
-                except OSError:
-                    continue  # reading the data reports it
-                stats.append((str(file), stat.st_size, stat.st_mtime_ns))
-            self._stats[path] = stats
-        return self._stats[path]
-
-    def _look(self, config: Config, needed: Config | None) -> Fingerprints:
-        from tract_transfer.build.data import build_data
-        from tract_transfer.build.model import build_model
-        from tract_transfer.build.trainer import build_accelerator, build_tract, build_trainer
-
-        weights = None if config.model.weights == "pretrained" else config.model.weights
+        keys = deciding_keys(config.model_dump())
+        val = getattr(config.data, "val", None)
+        if val is None or val.source != "train":
+            keys.pop("seed")  # only a val split held out from train depends on it
         if needed is not None:
-            weights = str(self._stand_in(needed))
-        local = _on_any_machine(config, weights)
-        with _names_weights(weights, config.model.weights):
-            if any(_is_on_hub(split) for split in _splits(config)):
-                model = build_model(local, _HUB_CLASSES)
-                if not isinstance(local, ProbeConfig):
-                    build_tract(local, model)
-                return None
-            data = build_data(local)
-            if isinstance(local, ProbeConfig):
-                build_model(local, len(data.class_names))
-            else:
-                build_trainer(local, data, build_accelerator(local))
-        return {name: dataset.fingerprint() for name, dataset in data.splits.items()}
+            keys["model.weights"] = needed.model.model_dump()
+        key = run_id(keys)
+        if key not in self._fingerprints:
+            self._fingerprints[key] = self._build(config, needed)
+        return self._fingerprints[key]
+
+    def _build(self, config: Config, needed: Config | None) -> Fingerprints:
+        weights = config.model.weights
+        if needed is None:
+            return _build(_on_any_machine(config, weights))
+        stand_in = str(self._stand_in(needed))
+        try:
+            return _build(_on_any_machine(config, stand_in))
+        except (ValueError, OSError) as error:  # it must name the run's own weights
+            raise ValueError(str(error).replace(stand_in, str(weights))) from error
 
     def _stand_in(self, config: Config) -> Path:
         """Return a folder with an untrained backbone, as the run of `config` would write it."""
@@ -400,24 +319,33 @@ class Inspector:
 
         key, weights = config.output_dir, config.model.weights
         if key not in self._backbones:
-            if weights == "pretrained":
-                weights = None
-            elif weights is not None:
-                weights = str(self._backbones.get(weights, weights))
-            folder = Path(self._temporary.name) / str(len(self._backbones))
+            if weights in self._backbones:
+                weights = str(self._backbones[weights])
+            folder = self._folder / str(len(self._backbones))
             folder.mkdir()
             save_backbone(folder, build_features(_on_any_machine(config, weights)), {})
             self._backbones[key] = folder
         return self._backbones[key]
 
 
-def _splits(config: Config) -> list[Any]:
+def _build(config: Config) -> Fingerprints:
+    """Build data and model as a run would; return the fingerprints of the data."""
+    from tract_transfer.build.data import build_data
+    from tract_transfer.build.model import build_model
+    from tract_transfer.build.trainer import build_accelerator, build_tract, build_trainer
+
     splits = (getattr(config.data, name, None) for name in ("train", "val", "test"))
-    return [split for split in splits if split is not None]
-
-
-def _paths(split: Any) -> list[str]:
-    return [getattr(split, key) for key in _PATHS[split.source]]
+    if any(split is not None and _is_on_hub(split) for split in splits):
+        model = build_model(config, _HUB_CLASSES)
+        if not isinstance(config, ProbeConfig):
+            build_tract(config, model)
+        return None
+    data = build_data(config)
+    if isinstance(config, ProbeConfig):
+        build_model(config, len(data.class_names))
+    else:
+        build_trainer(config, data, build_accelerator(config))
+    return {name: dataset.fingerprint() for name, dataset in data.splits.items()}
 
 
 def _is_on_hub(split: Any) -> bool:
@@ -428,30 +356,11 @@ def _is_on_hub(split: Any) -> bool:
 
 
 def _on_any_machine(config: Config, weights: str | None) -> Config:
-    """Return a config that can be built on any machine, with other weights."""
+    """Return a config that can be built on any machine, with other weights; none if pretrained."""
+    weights = None if weights == "pretrained" else weights
     model = config.model.model_copy(update={"weights": weights})
     if weights is None:
         model = model.model_copy(update={"ignore_missing": [], "adapt_stem": False})
     data = config.data.model_copy(update={"cache": "none", "num_workers": 0})
     engine = config.engine.model_copy(update={"device": "cpu", "precision": "fp32"})
     return config.model_copy(update={"model": model, "data": data, "engine": engine})
-
-
-@contextmanager
-def _names_weights(weights: str | None, name: str | None) -> Iterator[None]:
-    """Let errors name the run's own weights instead of the stand-in."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if weights is None or weights == name or weights not in str(error):
-            raise
-        raise ValueError(str(error).replace(weights, str(name))) from error
-
-
-def _read_known(file: Path) -> dict[str, Fingerprints]:
-    """Return saved results; {} if the file is missing or broken."""
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}
