@@ -213,7 +213,7 @@ def test_a_suites_dry_run_lists_every_run(path, monkeypatch, tmp_path):
         for name, numbers in (("trainval", "0\n2\n"), ("test", "1\n")):
             (tmp_path / f"data/VOC2007/ImageSets/Main/{name}.txt").write_text(numbers)
     suite = open_suite(load_suite(path, [f"output_dir={tmp_path}/suite"]))
-    lines = list_plan(suite, suite.take_stock())
+    lines = list_plan(suite)
     assert len(lines) == len(suite.runs) >= len(suite.config.methods) * len(suite.config.seeds)
     assert all(line.endswith("  run") for line in lines)
     assert not (tmp_path / "suite").exists()

@@ -91,6 +91,12 @@ def test_id_depends_on_config_data_and_backbone_and_not_on_paths(plan):
     assert changed["vanilla", "probe", 0] == ids["vanilla", "probe", 0]
 
 
+def test_task_comes_after_the_one_it_needs(plan):
+    tasks = {"probe": {"config": "probe.yaml", "needs": "finetune"}, "finetune": "finetune.yaml"}
+    runs = plan(tasks=tasks, seeds=[0])
+    assert [run.task for run in runs[::2]] == ["pretrain", "finetune", "probe"]
+
+
 def test_methods_share_the_runs_that_are_the_same(plan):
     """Their tasks take the backbone of the shared run."""
     methods = {"vanilla": {}, "lower": {"tasks": {"finetune": {"solver.lr": 0.01}}}}
@@ -123,7 +129,7 @@ BAD = {
     "an unknown task": (
         {"tasks": {"finetune": "finetune.yaml",
                    "probe": {"config": "probe.yaml", "needs": "finetnue"}}},
-        r"tasks\.probe\.needs: 'finetnue' is not one of the tasks .* Did you mean finetune\?",
+        r"tasks\.probe\.needs: 'finetnue' is not one of the tasks .* Did you mean 'finetune'\?",
     ),
     "a missing baseline": (
         {"baseline": "tarct"}, r"'tarct' is not one of the methods \['vanilla', 'tract'\]",
@@ -163,11 +169,11 @@ BAD = {
     ),
     "an unknown key of a method": (
         {"methods": {"vanilla": {}, "tract": {"downstream": {"data.batchsize": 3}}}},
-        r"finetune, tract: data\.batchsize: unknown\. Did you mean data\.batch_size\?.*line \d+",
+        r"finetune: data\.batchsize: unknown\. Did you mean data\.batch_size\?.*line \d+",
     ),
     "a key of another task": (
         {"methods": {"vanilla": {}, "tract": {"tasks": {"probe": {"solver": 1}}}}},
-        r"probe, tract: solver: not a key of a probe config",
+        r"probe: solver: not a key of a probe config",
     ),
     "two and a half GPUs": ({"resources": {"gpus": 2.5}}, r"gpus: 2\.5 must be a whole number"),
     "nothing to run": ({"pretrain": None, "tasks": {}}, "there is nothing to run"),
@@ -185,7 +191,7 @@ BAD = {
     "missing weights": (
         {"pretrain": None, "tasks": {"train": "classification.yaml"},
          "methods": {"vanilla": {}, "tract": {"downstream": {"model.weights": "nowhere"}}}},
-        r"train, tract: model\.weights: .*nowhere",
+        r"train: model\.weights: .*nowhere",
     ),
 }  # fmt: skip
 
@@ -233,7 +239,7 @@ def test_plan_lists_what_would_be_done(write, monkeypatch):
     finish(suite.runs[1])
     (suite.runs[1].folder / "config.yaml").write_text("seed: 5\n")
     suite = open_suite(config)
-    lines = list_plan(suite, suite.take_stock())
+    lines = list_plan(suite)
     assert lines[0] == (
         f"{suite.runs[0].id}  out/vanilla/pretrain/seed0 (also again)  skip: finished"
     )

@@ -70,7 +70,7 @@ def test_folders_decide_the_state_of_jobs(suite):
     finish(suite.runs[0])
     cut_off(suite.runs[1])
     finish(suite.runs[3])  # its backbone is not finished
-    assert suite.take_stock() == []
+    assert suite.take_stock() == {}
     assert [(job.state, job.note) for job in suite.jobs[:4]] == [
         ("finished", ""),
         ("waiting", "resumes from iter_0000005"),
@@ -82,13 +82,13 @@ def test_folders_decide_the_state_of_jobs(suite):
 def test_run_whose_backbone_was_retrained_is_another_run(suite):
     finish(suite.runs[0], sha256="w2")
     finish(suite.runs[2], sha256="w1")
-    ((job, found),) = suite.take_stock()
-    assert (job, found.why) == (suite.jobs[2], "its backbone has been retrained since")
+    others = {suite.runs[2].folder: "its backbone has been retrained since"}
+    assert suite.take_stock() == others
     suite = Suite(suite.config, suite.runs)
     cut_off(suite.runs[2])
     suite.jobs[2].begun_with = "w1"
-    ((_, found),) = suite.take_stock()
-    assert found.why == "its backbone has been retrained since it started"
+    (why,) = suite.take_stock().values()
+    assert why == "its backbone has been retrained since it started"
 
 
 def test_folder_without_run_is_new(suite):
@@ -187,10 +187,7 @@ def test_suite_can_be_moved(run):
 def test_backbone_without_hash_is_another_one(suite, run, text):
     finish(suite.runs[0])
     (suite.runs[0].folder / "model.json").write_text(text)
-    others = suite.take_stock()
-    assert [(job.run, found.why) for job, found in others] == [
-        (run, "its backbone has been retrained since")
-    ]
+    assert suite.take_stock() == {run.folder: "its backbone has been retrained since"}
 
 
 def test_folders_are_set_aside_under_numbers(suite):

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -63,10 +63,10 @@ def execute(suite: Suite, launcher: Launcher, screen: Screen, *, set_aside: bool
     return execution.stop_signals[0] if execution.stop_signals else None
 
 
-def refuse_others(others: Sequence[tuple[Job, FolderState]]) -> None:
-    """Raise ConfigError if folders contain other runs."""
+def refuse_others(others: Mapping[Path, str]) -> None:
+    """Raise ConfigError if there are folders that contain other runs; `others` has why."""
     if others:
-        lines = [f"{job.run.folder} contains another run: {found.why}." for job, found in others]
+        lines = [f"{folder} contains another run: {why}." for folder, why in others.items()]
         raise ConfigError(
             "\n".join(lines) + "\nNothing was started. Use --set-aside to move them to set_aside/ "
             "and run them again, or set another output_dir."

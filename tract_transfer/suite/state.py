@@ -111,13 +111,13 @@ class Suite:
             return FolderState("other", "its backbone has been retrained since it started")
         return found
 
-    def take_stock(self) -> list[tuple[Job, FolderState]]:
-        """Set every job's state from its folder; return the jobs whose folder has another run."""
-        others = []
+    def take_stock(self) -> dict[Path, str]:
+        """Set every job's state from its folder; return folders with another run, and why."""
+        others = {}
         for job in self.jobs:
             found = self.inspect(job)
             if found.state == "other":
-                others.append((job, found))
+                others[job.run.folder] = found.why
             elif found.state == "begun":
                 job.note = found.why
             elif found.state == "finished" and self.can_start(job):
