@@ -81,11 +81,7 @@ def _as_section(value: Any) -> Any:
 
 
 class SuiteConfig(Section):
-    """A suite of methods x tasks x seeds.
-
-    `workers` runs execute at a time (null: one locally, no limit on a cluster), and a failed run is
-    retried up to `retries` times.
-    """
+    """A suite of methods x tasks x seeds, with `workers` runs at a time (see docs/suite.md)."""
 
     output_dir: str
     title: str = "Does the backbone transfer?"

@@ -139,13 +139,12 @@ class Execution:
             self._signals_sent += 1
         stopping = self._signals_sent > 0
         for job in self.suite.jobs:
-            if job.state == "waiting" and not stopping and self._is_ready(job):
+            if stopping or job.state != "waiting" or not self.suite.can_start(job):
+                continue
+            if self.launcher.has_room(job.run):
                 self._start(job)
         states = {job.state for job in self.suite.jobs}
         return "running" in states or ("waiting" in states and not stopping)
-
-    def _is_ready(self, job: Job) -> bool:
-        return self.suite.can_start(job) and self.launcher.has_room(job.run)
 
     def _start(self, job: Job) -> None:
         folder = job.run.folder

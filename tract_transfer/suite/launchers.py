@@ -1,6 +1,7 @@
 """Where runs execute: as processes of this machine, tasks of a Ray cluster, or jobs of Slurm."""
 
 import ctypes
+import importlib
 import os
 import re
 import shutil
@@ -20,7 +21,6 @@ import psutil
 from tract_transfer.suite.plan import PlannedRun
 
 LOG_NAME = "console.txt"
-_INSTALL = "{0} is not installed: pip install 'tract_transfer[{1}]', or use --launcher local."
 KILLED = -int(signal.SIGKILL)
 _SLURM_WARNING_SECONDS = 120  # before its time limit a job is asked to write a checkpoint
 _MAX_REQUEUES = 10_000  # of a job after its time limit; submitit's default is 3
@@ -266,22 +266,15 @@ class RayLauncher(Launcher):
     Args:
         address: of the cluster; None starts one on this machine.
         num_cpus: of a cluster that is started here; None is all.
-
-    Raises:
-        ImportError: Ray is not installed.
     """
 
     def __init__(
         self, address: str | None, workers: int | None, *, num_cpus: int | None = None
     ) -> None:
         super().__init__(workers)
-        try:
-            import ray
-        except ImportError as error:
-            raise ImportError(_INSTALL.format("Ray", "ray")) from error
-        self._ray: Any = ray
+        self._ray = _import("ray", "ray")
         local = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, **local)
+        self._ray.init(address=address, log_to_driver=False, **local)
         self._running: dict[PlannedRun, tuple[Any, Attempt]] = {}
 
     def check(self, runs: Sequence[PlannedRun]) -> None:
@@ -357,24 +350,16 @@ class SlurmLauncher(Launcher):
     Args:
         folder: for submitit's own files.
         cluster: `slurm`, or submitit's `local` to try it on one machine.
-
-    Raises:
-        ImportError: submitit is not installed.
-        ValueError: this machine has no Slurm.
     """
 
     def __init__(self, folder: Path, workers: int | None, *, cluster: str = "slurm") -> None:
         super().__init__(workers)
-        try:
-            import submitit
-        except ImportError as error:
-            raise ImportError(_INSTALL.format("submitit", "slurm")) from error
+        self._submitit = _import("submitit", "slurm")
         if cluster == "slurm" and shutil.which("sbatch") is None:
             raise ValueError(
                 "--launcher slurm: this machine has no sbatch. Start the suite where jobs are "
                 "submitted, or use --launcher local."
             )
-        self._submitit: Any = submitit
         self.folder, self.cluster = folder, cluster
         self._running: dict[PlannedRun, tuple[Any, Attempt]] = {}
 
@@ -437,6 +422,14 @@ class SlurmLauncher(Launcher):
             return int(job.result())
         except Exception:  # whatever ended the job, the run can be retried
             return KILLED
+
+
+def _import(package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        hint = f"pip install 'tract_transfer[{extra}]', or use --launcher local."
+        raise ImportError(f"{package} is not installed: {hint}") from error
 
 
 def _thread_variables(count: int) -> dict[str, str]:
