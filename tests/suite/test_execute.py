@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import logging
 import os
 import signal
 import sys
@@ -247,26 +246,26 @@ def test_run_of_a_killed_suite_is_awaited(suite, run, monkeypatch, caplog):
     assert "waiting for it to end" in caplog.text
 
 
-def test_full_disk_fails_runs_that_cannot_start_and_ends_no_others(suite, run, monkeypatch, caplog):
+@pytest.mark.parametrize("cannot_be_written", ["suite.json", ".yaml"])
+def test_full_disk_fails_only_runs_that_cannot_start(
+    suite, run, monkeypatch, caplog, cannot_be_written
+):
+    replace = Path.replace
+
     def full(self, target):
-        raise OSError(28, "No space left on device", str(target))
+        if str(target).endswith(cannot_be_written):
+            raise OSError(28, "No space left on device", str(target))
+        return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", full)
-    with caplog.at_level(logging.ERROR):
-        assert run().result is None
-    assert [job.state for job in suite.jobs] == ["failed"] * 2 + ["blocked"] * 4
-    assert f"DiskFullError: No space left in {suite.folder}/plan: " in suite.jobs[0].error
-    assert "The suite's state cannot be written" in caplog.text
-
-
-def test_full_disk_of_the_state_ends_no_run(suite, run, monkeypatch, caplog):
-    def full(self):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Suite, "write", full)
-    run()
-    assert {job.state for job in suite.jobs} == {"finished"}
-    assert "The suite's state cannot be written" in caplog.text
+    assert run().result is None
+    states = [job.state for job in suite.jobs]
+    if cannot_be_written == "suite.json":
+        assert states == ["finished"] * 6
+        assert "The suite's state cannot be written" in caplog.text
+    else:
+        assert states == ["failed"] * 2 + ["blocked"] * 4
+        assert f"DiskFullError: No space left in {suite.folder}/plan: " in suite.jobs[0].error
 
 
 def test_run_that_cannot_start_has_failed(suite, run):
