@@ -9,8 +9,6 @@ from typing import Any
 
 from tract_transfer.config.suite import ResourcesConfig
 
-_ID_DIGITS = 12
-
 
 @dataclass(frozen=True, eq=False)
 class PlannedRun:
@@ -61,4 +59,4 @@ def run_id(deciding: Mapping[str, Any]) -> str:
             and the backbone it starts from.
     """
     text = json.dumps(deciding, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:_ID_DIGITS]
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
