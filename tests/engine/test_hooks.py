@@ -120,23 +120,22 @@ def test_a_signal_during_an_evaluation_is_followed_by_a_checkpoint(trainer, use_
     assert checkpointer.newest().name == "iter_0000003"
 
 
-def test_a_checkpoint_has_the_skipped_images_of_all_processes(tmp_path, trainer, monkeypatch):
+def test_a_checkpoint_has_the_skipped_images_of_all_processes(trainer, use_hooks, monkeypatch):
     monkeypatch.setattr(
         "tract_transfer.engine.trainer.gather_object", lambda items: [*items, "theirs", *items]
     )
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: None)
-    checkpointer = Checkpointer(tmp_path)
+    checkpointer = use_hooks(None)
     trainer.skipped = ["ours"]
     trainer.iteration = 2
-    SaveCheckpoints(checkpointer, [2]).after_step(trainer)
+    trainer.hooks[1].after_step(trainer)
     _, state, _ = checkpointer.load(checkpointer.newest())
     assert state["skipped"] == trainer.skipped == ["ours", "theirs"]
 
 
-def test_a_diverged_run_writes_no_checkpoint(tmp_path, trainer):
-    checkpointer = Checkpointer(tmp_path)
-    trainer.hooks = [SaveCheckpoints(checkpointer, [2])]
+def test_a_diverged_run_writes_no_checkpoint(trainer, use_hooks):
+    checkpointer = use_hooks(lambda: {"top1": 0.5}, every_iters=2)
 
     def spoil(*_):
         if trainer.iteration == 2:

@@ -5,7 +5,7 @@
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
@@ -34,7 +34,6 @@ from tract_transfer.evaluation.probes import (
 Floats = NDArray[np.float64]
 Point = tuple[float, float]  # learning rate, weight decay
 Train = Callable[[Tensor, Tensor, Sequence[Point]], tuple[Tensor, Tensor]]
-ScoreByC = Callable[[StratifiedKFold], Mapping[float, float]]
 # Fits (drawn rows, test features (N', D), k, sampling).
 Classifier = Callable[[Rows, Features, int, int], Fit]
 
@@ -184,8 +183,8 @@ def logistic_regression(
     Args:
         cs: candidates for C > 0, the weight of the summed loss against half the squared norm.
         max_iters: limit of L-BFGS for one fit.
-        num_classes: K, the columns of the scores, which are log-probabilities. A class without
-            training rows ranks below all others, at 1e-38 or less.
+        num_classes: K, the columns of the scores, which are log-probabilities: 1e-38 or less, and
+            below all others, for a class without training rows.
     """
     val_top1 = accuracy_by_c(selection, cs, max_iters)
     c = max(val_top1, key=val_top1.__getitem__)  # the first of equals, so the smallest
@@ -234,9 +233,7 @@ def _fit_quietly(model: Any, x: NDArray[Any], y: Labels) -> None:
 
 def one_hot_marks(labels: Labels, num_classes: int) -> Labels:
     """Return marks (N, K) of classes (N,): 1 for the row's class, -1 for the others."""
-    marks = np.full((len(labels), num_classes), -1, np.int64)
-    marks[np.arange(len(labels)), labels] = 1
-    return marks
+    return np.where(np.arange(num_classes) == labels[:, None], 1, -1)
 
 
 def linear_svm(
@@ -255,9 +252,6 @@ def linear_svm(
         cs: candidates for C > 0.
         max_iters: limit of liblinear for one fit.
         seed: of the folds.
-
-    Raises:
-        ValueError: no class has both positives and negatives.
     """
     fit_x, score_x = unit_rows(train.x), unit_rows(test_x)
     models = [
@@ -281,31 +275,20 @@ def _fit_svc(
     """Fit one class to marks y (N,) of 1 and -1; None if all are equal."""
     if len(np.unique(y)) < 2:
         return None
-    # dual="auto": the same optimum by whichever form is smaller
-    make = partial(
-        LinearSVC, class_weight={1: 2.0, -1: 1.0}, max_iter=max_iters, dual="auto", random_state=0
-    )
-
-    def precision_by_c(split: StratifiedKFold) -> dict[float, float]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            score = partial(cross_val_score, X=x, y=y, cv=split, scoring="average_precision")
-            return {float(c): score(make(C=c)).mean() for c in sorted(set(cs))}
-
     folds = min(folds, int((y == 1).sum()), int((y == -1).sum()))
-    model = make(C=_cross_validated_c(cs, folds, seed, precision_by_c))
-    _fit_quietly(model, x, y)
-    return model
-
-
-def _cross_validated_c(cs: Sequence[float], folds: int, seed: int, score_by_c: ScoreByC) -> float:
-    """Return the smallest C with the best score over the folds; 1 with a single row of a class."""
-    if folds < 2:
-        return 1.0
-    if len(set(cs)) == 1:
-        return float(cs[0])
-    scores = score_by_c(StratifiedKFold(folds, shuffle=True, random_state=seed))
-    return max(scores, key=scores.__getitem__)
+    candidates = sorted(set(map(float, cs))) if folds > 1 else [1.0]
+    model = LinearSVC(
+        C=candidates[0], class_weight={1: 2.0, -1: 1.0}, max_iter=max_iters, random_state=0,
+        dual="auto",  # the same optimum by whichever form is smaller
+    )  # fmt: skip
+    if len(candidates) == 1:
+        _fit_quietly(model, x, y)
+        return model
+    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    search = GridSearchCV(model, {"C": candidates}, scoring="average_precision", cv=split)
+    _fit_quietly(search, x, y)
+    best: LinearSVC = search.best_estimator_  # of equals, the first
+    return best
 
 
 def check_shots(y: Labels, ks: Sequence[int], class_names: Sequence[str]) -> None:
@@ -360,15 +343,14 @@ def classifier(
     """
 
     def logistic(train: Rows, test_x: Features, k: int, sampling: int) -> Fit:
-        def hits_by_c(split: StratifiedKFold) -> Mapping[float, float]:
-            totals = dict.fromkeys(map(float, sorted(set(cs))), 0.0)
-            for fit, val in split.split(train.x, train.y):
-                parts = Selection(*(Rows(train.x[rows], train.y[rows]) for rows in (fit, val)))
-                for c, value in accuracy_by_c(parts, cs, _FEW_SHOT_MAX_ITERS).items():
+        totals = dict.fromkeys(sorted(map(float, cs)) if min(folds, k) > 1 else [1.0], 0.0)
+        if len(totals) > 1:
+            split = StratifiedKFold(min(folds, k), shuffle=True, random_state=seed + sampling)
+            for parts in split.split(train.x, train.y):
+                selection = Selection(*(Rows(train.x[part], train.y[part]) for part in parts))
+                for c, value in accuracy_by_c(selection, cs, _FEW_SHOT_MAX_ITERS).items():
                     totals[c] += value
-            return totals
-
-        c = _cross_validated_c(cs, min(folds, k), seed + sampling, hits_by_c)
+        c = max(totals, key=totals.__getitem__)  # the first of equals, so the smallest
         scores, converged = _fit_logistic(train, test_x, c, _FEW_SHOT_MAX_ITERS, num_classes)
         return Fit(scores, {"c": c}, {"converged": converged})
 
