@@ -21,7 +21,6 @@ from tract_transfer.engine.trainer import Trainer
 _SELF = Path("/proc/self")
 _POWERCAP = Path("/sys/class/powercap")
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
-ELSEWHERE = "(elsewhere)"
 _WRAPPERS = ("backbone", "model")  # modules that only hold the model proper
 logger = logging.getLogger(__name__)
 
@@ -146,7 +145,7 @@ def measure_blocks(model: nn.Module, run: Callable[[], object], depth: int = 1) 
     ]
     parameters = _num_parameters(model) - sum(block.parameters for block in blocks)
     rest = counts[""] - sum(block.flops for block in blocks)
-    return blocks + ([Block(ELSEWHERE, "", parameters, rest)] if rest or parameters else [])
+    return blocks + ([Block("(elsewhere)", "", parameters, rest)] if rest or parameters else [])
 
 
 def _blocks(model: nn.Module, depth: int, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

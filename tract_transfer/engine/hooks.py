@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
@@ -238,7 +237,7 @@ class Evaluator(Protocol):
         """Return the metrics over all processes; a collective."""
 
     def details(self) -> dict[str, Any]:
-        """Return what accompanies the metrics, as JSON values: protocol, counts, classes."""
+        """Return what accompanies the metrics as JSON: protocol, counts, classes."""
 
 
 def evaluate(
@@ -274,14 +273,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Broadcast the main process's buffers, which a checkpoint holds.
-
-    Each process updates BatchNorm's statistics from its own images, and training shares them only
-    in the next forward.
-    """
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)
