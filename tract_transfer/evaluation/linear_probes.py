@@ -16,7 +16,6 @@ from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, StratifiedKFold
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch import Tensor
@@ -116,11 +115,7 @@ def _logits(
     device: torch.device | str,
 ) -> Iterator[Tensor]:
     """Train on standardized rows; yield logits (G, n, K) for blocks of `scored_x`."""
-    scaler = StandardScaler().fit(fitted.x.astype(np.float64))
-    x, rows = (
-        torch.from_numpy(scaler.transform(part.astype(np.float64)).astype(np.float32))
-        for part in (fitted.x, scored_x)
-    )
+    x, rows = (torch.from_numpy(x).float() for x in _standardized(fitted.x, scored_x))
     weight, bias = train_points(x.to(device), torch.from_numpy(fitted.y).to(device), points)
     for part in rows.split(_BLOCK_ROWS):
         yield torch.matmul(part.to(device), weight).add_(bias[:, None]).cpu()
@@ -188,16 +183,15 @@ def logistic_regression(
     """
     val_top1 = accuracy_by_c(selection, cs, max_iters)
     c = max(val_top1, key=val_top1.__getitem__)  # the first of equals, so the smallest
-    scores, converged = _fit_logistic(train, test_x, c, max_iters, num_classes)
-    details = {"val_top1": {f"{c:g}": value for c, value in val_top1.items()}}
-    return Fit(scores, {"c": c}, {**details, "converged": converged})
+    fit = _fit_logistic(train, test_x, c, max_iters, num_classes)
+    details = {"val_top1": {f"{c:g}": value for c, value in val_top1.items()}, **fit.details}
+    return fit._replace(details=details)
 
 
 def accuracy_by_c(selection: Selection, cs: Sequence[float], max_iters: int) -> dict[float, float]:
     """Return C -> top-1 on `selection.val`, ascending; each C starts from the solution before."""
     fit, val = selection
-    scaler = StandardScaler().fit(fit.x.astype(np.float64))
-    fit_x, val_x = (scaler.transform(rows.x.astype(np.float64)) for rows in selection)
+    fit_x, val_x = _standardized(fit.x, val.x)
     model = LogisticRegression(max_iter=max_iters, warm_start=True)
     accuracies: dict[float, float] = {}
     for c in sorted(set(cs)):
@@ -206,21 +200,25 @@ def accuracy_by_c(selection: Selection, cs: Sequence[float], max_iters: int) -> 
     return accuracies
 
 
-def _fit_logistic(
-    train: Rows, test_x: Features, c: float, max_iters: int, num_classes: int
-) -> tuple[Floats, bool]:
+def _fit_logistic(train: Rows, test_x: Features, c: float, max_iters: int, num_classes: int) -> Fit:
     """Return the log-probabilities (N', K) of test images, and whether the fit converged."""
     regression = LogisticRegression(max_iter=max_iters, C=c)
-    model = make_pipeline(StandardScaler(), regression)
-    _fit_quietly(model, train.x.astype(np.float64), train.y)
-    decision: Floats = model.decision_function(test_x.astype(np.float64))
+    fit_x, score_x = _standardized(train.x, test_x)
+    _fit_quietly(regression, fit_x, train.y)
+    decision: Floats = regression.decision_function(score_x)
     if decision.ndim == 1:  # two classes: scikit-learn gives the log-odds of the second
         decision = np.stack([np.zeros_like(decision), decision], axis=1)
     log_p = log_softmax(decision, axis=1)
     floor = np.minimum(log_p.min(axis=1, keepdims=True), np.log(1e-38)) - 1
     scores = np.repeat(floor, num_classes, axis=1)
     scores[:, regression.classes_] = log_p
-    return scores, bool(regression.n_iter_.max() < max_iters)
+    return Fit(scores, {"c": c}, {"converged": bool(regression.n_iter_.max() < max_iters)})
+
+
+def _standardized(fit_x: Features, other_x: Features) -> list[Floats]:
+    """Return both in float64, with mean 0 and variance 1 of each feature over `fit_x`."""
+    scaler = StandardScaler().fit(fit_x.astype(np.float64))
+    return [scaler.transform(x.astype(np.float64)) for x in (fit_x, other_x)]
 
 
 def _fit_quietly(model: Any, x: NDArray[Any], y: Labels) -> None:
@@ -351,8 +349,7 @@ def classifier(
                 for c, value in accuracy_by_c(selection, cs, _FEW_SHOT_MAX_ITERS).items():
                     totals[c] += value
         c = max(totals, key=totals.__getitem__)  # the first of equals, so the smallest
-        scores, converged = _fit_logistic(train, test_x, c, _FEW_SHOT_MAX_ITERS, num_classes)
-        return Fit(scores, {"c": c}, {"converged": converged})
+        return _fit_logistic(train, test_x, c, _FEW_SHOT_MAX_ITERS, num_classes)
 
     def svm(train: Rows, test_x: Features, k: int, sampling: int) -> Fit:
         if train.y.ndim == 1:
