@@ -127,9 +127,8 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """Return the context in which every forward runs."""
-        return torch.autocast(
-            self.accelerator.device.type, self.precision, enabled=self.precision is not None
-        )
+        device_type = self.accelerator.device.type
+        return torch.autocast(device_type, self.precision, enabled=self.precision is not None)
 
     def train(self) -> None:
         """Train until `is_over`, or to the end of a step with a request to `stop`."""
@@ -188,10 +187,10 @@ class Trainer:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Mix a micro-batch and return the model's losses, by name."""
-        pair = batch.images, batch.targets
-        losses: dict[str, Tensor] = self.model(
-            *(self.mix(*pair, self.iteration) if self.mix else pair)
-        )
+        images, targets = batch.images, batch.targets
+        if self.mix is not None:
+            images, targets = self.mix(images, targets, self.iteration)
+        losses: dict[str, Tensor] = self.model(images, targets)
         return losses
 
     def exclude_time(self, seconds: float) -> None:
@@ -260,12 +259,10 @@ class Trainer:
         self.tract.load_state_dict(parts["tract"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        device = self.accelerator.device
-        losses = {name: total.to(device) for name, total in parts["losses"].items()}
+        losses = {name: t.to(self.accelerator.device) for name, t in parts["losses"].items()}
         self.meter = Meter(losses=losses, steps=state["meter_steps"])
-        self.best = state["best"]
+        self.best, self.skipped = state["best"], list(state["skipped"])
         self.seconds, self.seen_images = state["seconds"], state["seen_images"]
-        self.skipped = list(state["skipped"])
         self.guard.skipped_steps = list(state["passed_over"])
         self.iteration = iteration
 
@@ -289,8 +286,8 @@ class Trainer:
         self.skipped += [item for item in batch.skipped if item not in self.skipped]
         if not len(batch.images):
             raise ValueError(
-                "No image of a training batch can be decoded: "
-                f"{'; '.join(batch.skipped)}. Repair the data, or set a larger data.batch_size."
+                f"No image of a training batch can be decoded: {'; '.join(batch.skipped)}. Repair "
+                "the data, or set a larger data.batch_size."
             )
         return batch
 
