@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from fvcore.common.param_scheduler import ParamScheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
@@ -22,12 +21,13 @@ from tract_transfer.config.schema import Config, DetectionConfig
 from tract_transfer.engine.non_finite import StepGuard
 from tract_transfer.engine.solver import (
     JoinedOptimizer,
+    Schedule,
     build_optimizer,
     build_schedule,
     keep_parameters,
     set_progress,
 )
-from tract_transfer.engine.trainer import Trainer, no_mix
+from tract_transfer.engine.trainer import Trainer
 from tract_transfer.models import Classifier
 from tract_transfer.models.stem import whiten
 from tract_transfer.tract import TrAct, find_first_layers
@@ -143,7 +143,7 @@ def build_trainer(
         grad_clip=engine.grad_clip,
         accumulate=engine.accumulate,
         ema=ema,
-        mix=mix or no_mix,
+        mix=mix,
         patience_iters=patience and length.evaluate_every and patience * length.evaluate_every,
         guard=StepGuard(engine.non_finite, engine.max_skipped, data.train.item),
     )
@@ -212,7 +212,7 @@ def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
     return JoinedOptimizer([first, rest])
 
 
-def _build_schedule(config: TrainedTask, length: TrainLength) -> ParamScheduler:
+def _build_schedule(config: TrainedTask, length: TrainLength) -> Schedule:
     keys = {"schedule", "warmup_start", "step_factor", "end_factor"}
     return build_schedule(
         max_iters=length.max_iters,
