@@ -73,7 +73,7 @@ def our_loop(batches: list[Batch], folder: Path) -> Callable[[int], None]:
         precision=torch.bfloat16,
         hooks=[
             LogProgress(metrics, every_iters=20, iters_per_epoch=390),
-            SaveCheckpoints(Checkpointer(folder / "checkpoints"), [100_000]),
+            SaveCheckpoints(Checkpointer(folder / "checkpoints"), [100_000], metrics),
         ],
     )
     for hook in trainer.hooks:

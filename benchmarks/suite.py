@@ -1,7 +1,7 @@
 """Overhead of a suite: planning and skipping 1,000 finished runs, and the gain of a second worker.
 
 skip        2 methods x 5 tasks x 100 seeds, all finished (made up): seconds of a complete
-            `run_suite.py --dry-run`, the first time and once suite.json has the hashes of configs
+            `run_suite.py --dry-run`
 workers     time of a suite of 8 small trainings of equal length with one worker, divided by the
             time with two workers, one thread each
 
@@ -82,7 +82,7 @@ def finish(file: Path) -> int:
     from tract_transfer.config.suite import load_suite
     from tract_transfer.run.suite import open_suite
 
-    suite = open_suite(load_suite(file), remember=True)
+    suite = open_suite(load_suite(file))
     for run in suite.runs:
         run.folder.mkdir(parents=True)
         (run.folder / "config.yaml").write_text(dump_yaml(run.config))
@@ -110,28 +110,18 @@ def time_of(file: Path, *words: str) -> tuple[float, float, str]:
 
 def skip(seeds: int, repeats: int) -> None:
     """Print how long it takes to plan and skip finished runs."""
-    from tract_transfer.config.suite import load_suite
-    from tract_transfer.run.suite import open_suite
-
     with tempfile.TemporaryDirectory() as text:
-        folder = Path(text)
-        file = write_configs(folder, "skip", seeds, iters=10)
+        file = write_configs(Path(text), "skip", seeds, iters=10)
         count = finish(file)
-        for known in (False, True):
-            if known:
-                suite = open_suite(load_suite(file), remember=False)
-                assert not suite.take_stock()
-                suite.write()
-            seconds, cpu = [], []
-            for _ in range(repeats):
-                wall_clock, of_cpu, output = time_of(file, "--dry-run")
-                assert output.count("skip: finished") == count, output
-                seconds.append(wall_clock)
-                cpu.append(of_cpu)
-            when = "again" if known else "first time"
-            times = f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
-            times += f", {statistics.median(cpu):.2f} s of CPU"
-            print(f"{count} finished runs planned and skipped, {when}: {times}", flush=True)
+        seconds, cpu = [], []
+        for _ in range(repeats):
+            wall_clock, of_cpu, output = time_of(file, "--dry-run")
+            assert output.count("skip: finished") == count, output
+            seconds.append(wall_clock)
+            cpu.append(of_cpu)
+        times = f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+        times += f", {statistics.median(cpu):.2f} s of CPU"
+        print(f"{count} finished runs planned and skipped: {times}", flush=True)
 
 
 def workers(iters: int, repeats: int) -> None:

@@ -1,4 +1,4 @@
-"""Write the tables of docs/reference/recipes.md from configs/, and docs/reference/errors.md from the tests.
+"""Write the generated pages of docs/reference: recipes.md and errors.md.
 
 python docs/generate.py                  # both; the second runs every test of a bad input
 python docs/generate.py recipes
@@ -16,7 +16,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests/support"))  # errors_page
 
-# ---------------------------------------------------------------------------- docs/reference/recipes.md
+# recipes.md
 
 RECIPES = ROOT / "docs/reference/recipes.md"
 FOLDERS = ("pretrain", "transfer", "detection", "paper")
@@ -165,7 +165,7 @@ def recipes_page() -> str:
     return f"{before}{BEGIN}\n\n{recipe_tables()}\n{END}{after}"
 
 
-# ----------------------------------------------------------------------------- docs/reference/errors.md
+# errors.md
 
 ERRORS_HEAD = """\
 # Bad inputs and their messages

@@ -135,7 +135,9 @@ def refused(tmp_path_factory, pytestconfig):
         if recorder:
             recorder.add(what, errors_page.raised_by(caught.tb), message)
         elif not os.environ.get("ERRORS_PAGE_UNCHECKED"):
-            assert rows.get(what) == message, "docs/reference/errors.md has another message: make docs"
+            assert rows.get(what) == message, (
+                "docs/reference/errors.md has another message: make docs"
+            )
 
     return refuse
 

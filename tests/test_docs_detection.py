@@ -1,4 +1,4 @@
-"""The configs in docs/guides/detection.md load, and it names every option, detector and protocol."""
+"""The configs in docs/guides/detection.md load; it names every option, detector and protocol."""
 
 import re
 from dataclasses import asdict
@@ -10,7 +10,8 @@ import yaml
 from tract_transfer.config.schema import DetectionConfig, known_keys, load_config
 from tract_transfer.evaluation import EVALUATORS
 from tract_transfer.models import DETECTORS
-from tract_transfer.models.detection.options import BoxOptions, RpnOptions
+from tract_transfer.models.detection.roi_heads import BoxOptions
+from tract_transfer.models.detection.rpn import RpnOptions
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/guides/detection.md").read_text(encoding="utf-8")

@@ -96,13 +96,7 @@ def test_voc_annotations(voc, content):
 def test_damaged_voc_annotations(voc, data):
     devkit, load = voc
     file = devkit / "Annotations/0.xml"
-    whole = "".join(
-        f"<object><name>{name}</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>9</xmax>"
-        f"<ymax>9</ymax></bndbox></object>"
-        for name in NAMES
-    )
-    size = "<size><width>40</width><height>30</height></size>"
-    file.write_bytes(data.draw(damaged(f"<annotation>{size}{whole}</annotation>".encode())))
+    file.write_bytes(data.draw(damaged((devkit / "Annotations/1.xml").read_bytes())))
     check_reading(load, file)
 
 

@@ -1,10 +1,12 @@
-"""Checkpoints, weights and configs made to be wrong: errors of ours alone, which name the file.
+"""Damaged checkpoints, weights and configs are refused with errors that name the file.
 
-`make fuzz` gives each test 10,000 inputs, others every time; the suite a few, always the same.
+`make fuzz` gives each test 10,000 new inputs; the test suite a few, always the same.
 """
 
+import functools
 import hashlib
 import json
+import operator
 import pickle
 
 import pytest
@@ -19,12 +21,10 @@ from tract_transfer.config.schema import ConfigError, load_config
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.models.weights_file import read_tensors
 
-# ------------------------------------------------------------------------------- checkpoints
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A checkpointer, the one whole checkpoint it has, and that one's files."""
+    """A checkpointer, its only complete checkpoint, and the files of that by name."""
     checkpointer = Checkpointer(tmp_path_factory.mktemp("checkpoints"), keep=9)
     model = {"a": torch.arange(6.0).view(2, 3), "b": [torch.zeros(2), 1, None, "x"]}
     path = checkpointer.save(10, {"model": model, "ema": {"a": torch.ones(3)}}, {"best": None})
@@ -32,67 +32,55 @@ def checkpoint(tmp_path_factory):
 
 
 def seal(content):
-    """The bytes of a state.json whose own hash is right, where it can have one."""
+    """Return the bytes of a state.json with the hash of its content."""
     content.pop("sha256", None)
     digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     return json.dumps({"sha256": digest, **content}).encode()
 
 
-def check_checkpoint(checkpointer, path):
-    found = said_by(lambda: checkpointer.load(path))
-    assert found is None or f"Checkpoint {path} is broken" in found
+def check(checkpoint, changes):
+    """Write changed files; loading may fail only with an error that names the checkpoint."""
+    checkpointer, path, intact = checkpoint
+    for name, content in {**intact, **changes}.items():
+        (path / name).write_bytes(content)
+    message = said_by(lambda: checkpointer.load(path))
+    assert message is None or f"Checkpoint {path} is broken" in message
     assert checkpointer.newest() in (path, None)
 
 
 @fuzzed
 @given(data=st.data())
 def test_damaged_checkpoints(checkpoint, data):
-    """With hashes that fit what they are of, so that the reader goes on behind them."""
-    checkpointer, path, whole = checkpoint
-    name = data.draw(st.sampled_from(sorted(whole)))
-    content = data.draw(damaged(whole[name]))
-    state = json.loads(whole["state.json"])
-    (path / name).write_bytes(content)
+    """Often with the right hashes, so that the reader looks at the content."""
+    intact = checkpoint[2]
+    name = data.draw(st.sampled_from(sorted(intact)))
+    changes = {name: data.draw(damaged(intact[name]))}
     if name != "state.json" and data.draw(st.integers(0, 4)):
-        state["parts"][name.partition(".")[0]]["sha256"] = hashlib.sha256(content).hexdigest()
-        (path / "state.json").write_bytes(seal(state))
-    try:
-        check_checkpoint(checkpointer, path)
-    finally:
-        for file, bytes_ in whole.items():
-            (path / file).write_bytes(bytes_)
+        state = json.loads(intact["state.json"])
+        part = state["parts"][name.partition(".")[0]]
+        part["sha256"] = hashlib.sha256(changes[name]).hexdigest()
+        changes["state.json"] = seal(state)
+    check(checkpoint, changes)
 
 
-def places(node, at=()):
-    """The paths to all values in a tree."""
-    yield at
-    pairs = (
-        node.items()
-        if isinstance(node, dict)
-        else enumerate(node)
-        if isinstance(node, list)
-        else ()
-    )
-    for key, value in pairs:
-        yield from places(value, (*at, key))
+def paths_in(node, path=()):
+    """Yield the paths to all values in a tree."""
+    yield path
+    if isinstance(node, list):
+        node = dict(enumerate(node))
+    for key, value in node.items() if isinstance(node, dict) else ():
+        yield from paths_in(value, (*path, key))
 
 
 @fuzzed
 @given(data=st.data())
-def test_states_made_to_mislead(checkpoint, data):
-    checkpointer, path, whole = checkpoint
-    state = json.loads(whole["state.json"])
+def test_misleading_states(checkpoint, data):
+    state = json.loads(checkpoint[2]["state.json"])
     for _ in range(data.draw(st.integers(1, 3))):
-        *upper, last = data.draw(st.sampled_from([at for at in places(state) if at]))
-        node = state
-        for key in upper:
-            node = node[key]
+        *upper, last = data.draw(st.sampled_from([path for path in paths_in(state) if path]))
+        node = functools.reduce(operator.getitem, upper, state)
         node[last] = data.draw(tree | st.just([["tensor", "model.a"]]) | st.just({"tensor": "x"}))
-    (path / "state.json").write_bytes(seal(state))
-    try:
-        check_checkpoint(checkpointer, path)
-    finally:
-        (path / "state.json").write_bytes(whole["state.json"])
+    check(checkpoint, {"state.json": seal(state)})
 
 
 @fuzzed
@@ -103,12 +91,9 @@ def test_damaged_best(checkpoint, content):
     checkpointer = checkpoint[0]
     file = checkpointer.folder / "best.json"
     file.write_bytes(content)
-    found = said_by(checkpointer.best)
+    message = said_by(checkpointer.best)
     file.unlink()
-    assert found is None or f"{file} is broken" in found
-
-
-# ------------------------------------------------------------------------ weights and configs
+    assert message is None or f"{file} is broken" in message
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +102,7 @@ def weights(tmp_path_factory):
 
 
 def weights_bytes(suffix, folder):
-    tensors, file = {"a.b": torch.rand(3, 2), "c": torch.zeros(4)}, folder / f"whole{suffix}"
+    tensors, file = {"a.b": torch.rand(3, 2), "c": torch.zeros(4)}, folder / f"intact{suffix}"
     if suffix == ".pkl":
         file.write_bytes(pickle.dumps({"model": {k: v.numpy() for k, v in tensors.items()}}))
     elif suffix == ".pth":
@@ -130,14 +115,14 @@ def weights_bytes(suffix, folder):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".safetensors"])
 def test_damaged_weights(weights, suffix):
-    whole, file = weights_bytes(suffix, weights), weights / f"w{suffix}"
+    intact, file = weights_bytes(suffix, weights), weights / f"w{suffix}"
 
     @fuzzed
-    @given(content=damaged(whole))
+    @given(content=damaged(intact))
     def check(content):
         file.write_bytes(content)
-        found = said_by(lambda: read_tensors(file))
-        assert found is None or str(file) in found
+        message = said_by(lambda: read_tensors(file))
+        assert message is None or str(file) in message
 
     check()
 
@@ -155,5 +140,5 @@ def test_damaged_configs(weights, content):
 def test_overrides_of_any_value(weights, key, value):
     file = weights / "y.yaml"
     file.write_text(f"output_dir: x\n{CLASSIFICATION}")
-    found = said_by(lambda: load_config(file, [f"{key}={json.dumps(value)}"]), ConfigError)
-    assert found is None or key.partition(".")[0] in found or "command line" in found
+    message = said_by(lambda: load_config(file, [f"{key}={json.dumps(value)}"]), ConfigError)
+    assert message is None or key.partition(".")[0] in message or "command line" in message

@@ -1,4 +1,4 @@
-"""The generated pages: docs/reference/recipes.md is what the configs set, docs/reference/errors.md reads back."""
+"""recipes.md is what the configs set; errors.md can be read back."""
 
 import importlib.util
 import re
@@ -87,7 +87,7 @@ def test_weights_of_another_run_fit_the_backbone_of_the_config(file):
         _check_origin(pretraining.model.backbone.model_dump(), config.model.backbone)
 
 
-# ----------------------------------------------------------------------------- docs/reference/errors.md
+# errors.md
 
 
 def test_there_are_many_rows_and_each_has_a_message():

@@ -14,7 +14,7 @@ from random_detections import NAMES, loop_ap, loop_iou, rows
 
 from tract_transfer.config.file import dump_yaml, merge, read_config_file
 from tract_transfer.data.findings import Findings
-from tract_transfer.data.sampling import EpochOrder, EvalSampler, TrainBatchSampler
+from tract_transfer.data.sampling import EpochOrder, TrainBatchSampler
 from tract_transfer.data.streaming import StreamOrder
 from tract_transfer.engine.run_folder import flatten
 from tract_transfer.evaluation.classification import label_ranks
@@ -238,14 +238,6 @@ def test_processes_share_an_epoch_and_any_resume_is_the_tail(made, start):
         assert all(0 <= sample.index < count for sample in samples)
         if kind in ("plain", "grouped"):
             assert len({sample.index for sample in samples}) == len(samples)
-
-
-@fuzzed
-@given(count=st.integers(0, 50), world_size=st.integers(1, 9))
-def test_an_evaluation_sees_every_image_once_over_all_processes(count, world_size):
-    samplers = [EvalSampler(count, rank, world_size) for rank in range(world_size)]
-    assert sorted(index for sampler in samplers for index in sampler) == list(range(count))
-    assert all(len(sampler) == len(list(sampler)) for sampler in samplers)
 
 
 @fuzzed

@@ -43,11 +43,7 @@ def temporary_path(path: Path) -> Path:
 
 @contextlib.contextmanager
 def atomic_path(path: Path, needed_bytes: int | None = None) -> Iterator[Path]:
-    """Yield a temporary path to write to, and rename it to `path` at the end.
-
-    Raises:
-        DiskFullError: the disk or a quota is full. After any error, `path` is unchanged.
-    """
+    """Yield a temporary path to write to; without an error, rename it to `path` at the end."""
     temporary = temporary_path(path)
     try:
         with reports_full_disk(path.parent, path.name, needed_bytes):
@@ -67,11 +63,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically.
-
-    Raises:
-        ValueError: a number is not finite; JSON has none of these.
-    """
+    """Write JSON atomically; ValueError for a number that is not finite."""
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
@@ -155,8 +147,10 @@ def redact(content: Any) -> Any:
     prefix of Hugging Face, GitHub, GitLab or AWS. Numbers, booleans and null are never secrets.
     """
     if isinstance(content, str):
-        for secret in _environment_secrets():
-            content = content.replace(secret, HIDDEN)
+        values = [value for name, value in os.environ.items() if _SECRET_NAME.fullmatch(name)]
+        for secret in sorted(values, key=len, reverse=True):
+            if len(secret) >= _SHORTEST and not _HARMLESS.fullmatch(secret):
+                content = content.replace(secret, HIDDEN)
         content = _LOGIN_OR_TOKEN.sub(HIDDEN, content)
         return _NAMED_VALUE.sub(lambda match: match[1] + _hide(match[2]), content)
     if isinstance(content, Mapping):
@@ -170,20 +164,12 @@ def without_secrets(words: Sequence[str]) -> list[str]:
 
 
 def _redact_after(name: str, value: Any) -> Any:
-    if isinstance(value, str) and _SECRET_NAME.fullmatch(name):
-        return _hide(value)
-    return redact(value)
+    is_secret = isinstance(value, str) and _SECRET_NAME.fullmatch(name)
+    return _hide(value) if is_secret else redact(value)
 
 
 def _hide(value: str) -> str:
     return value if _HARMLESS.fullmatch(value) else HIDDEN
-
-
-def _environment_secrets() -> list[str]:
-    """Return the values of environment variables with the name of a secret, longest first."""
-    values = [value for name, value in os.environ.items() if _SECRET_NAME.fullmatch(name)]
-    long = [v for v in values if len(v) >= _SHORTEST and not _HARMLESS.fullmatch(v)]
-    return sorted(long, key=len, reverse=True)
 
 
 def as_yaml(settings: Mapping[str, object]) -> str:

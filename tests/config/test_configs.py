@@ -199,8 +199,8 @@ def test_dry_run_of_a_suite_lists_every_run(path, monkeypatch, tmp_path):
         write_voc(tmp_path / "data", [("dog", (1, 2, 30, 20))])
         for name, numbers in (("trainval", "0\n2\n"), ("test", "1\n")):
             (tmp_path / f"data/VOC2007/ImageSets/Main/{name}.txt").write_text(numbers)
-    suite = open_suite(load_suite(path, [f"output_dir={tmp_path}/suite"]), remember=False)
-    lines = list_plan(suite, suite.take_stock())
+    suite = open_suite(load_suite(path, [f"output_dir={tmp_path}/suite"]))
+    lines = list_plan(suite)
     assert len(lines) == len(suite.runs) >= len(suite.config.methods) * len(suite.config.seeds)
     assert all(line.endswith("  run") for line in lines)
     assert not (tmp_path / "suite").exists()

@@ -1,8 +1,6 @@
 """Checks of a whole data set report every broken or repeated image and count the rest."""
 
-import datasets
 import numpy as np
-import pytest
 from box_data import write_coco, write_voc
 from PIL import Image
 
@@ -10,11 +8,6 @@ from tract_transfer.data.check import check_images, statistics
 from tract_transfer.data.digits import load_digits
 
 OBJECTS = [("dog", (4, 5, 14, 25)), ("cat", (0, 0, 40, 30))]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    datasets.disable_progress_bars()
 
 
 def test_every_broken_image_is_reported_and_the_others_are_measured(tmp_path):

@@ -157,28 +157,6 @@ def exif_of(orientation):
     return exif
 
 
-GRAY = np.full((30, 40), 77, dtype=np.uint8)
-KINDS = {
-    "gray": (Image.fromarray(GRAY), {"format": "JPEG"}),
-    "palette": (Image.fromarray(GRAY).convert("P"), {"format": "PNG"}),
-    "16-bit": (Image.fromarray(GRAY.astype(np.uint16) * 257), {"format": "PNG"}),
-    "CMYK": (Image.fromarray(GRAY).convert("CMYK"), {"format": "JPEG"}),
-    "turned": (
-        Image.fromarray(GRAY.T.copy()).convert("RGB"), {"format": "JPEG", "exif": exif_of(6)},
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("source", ["voc", "coco"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_image_becomes_rgb_of_the_annotated_size(source, kind, tmp_path):
-    dataset = WRITERS[source](tmp_path / "data", GOOD)()
-    image, options = KINDS[kind]
-    image.save(dataset.item(0), **options)
-    assert dataset.image(0).shape == (3, 30, 40)
-    assert (dataset.image(0).float() - 77).abs().max() <= 3
-
-
 CORNERS = np.kron(np.array([[0, 80], [160, 240]], dtype=np.uint8), np.ones((20, 20), np.uint8))
 # How a viewer turns the stored pixels, by EXIF orientation.
 TURNED = {

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tract_transfer.data.images import UndecodableImage, decode_image, fingerprint
+from tract_transfer.data.classification import ClassificationDataset
+from tract_transfer.data.images import UndecodableImage, decode_image
 
 
 def encode(image, format="PNG", **options):
@@ -78,9 +79,14 @@ def test_errors_survive_pickling_and_a_dataloader():
     assert str(UndecodableImage(str(error))) == str(error)
 
 
+class Stored:
+    def __init__(self, data):
+        self.encoded = lambda row: data
+
+
 def test_a_fingerprint_covers_every_part():
     def of(names=("a", "b"), labels=(0, 1, 1), data=b"x"):
-        return fingerprint(names, [np.array(labels)], lambda index: data, len(labels))
+        return ClassificationDataset("x", names, labels, Stored(data)).fingerprint()
 
     assert of() == of()
     assert len({of(), of(names=("b", "a")), of(labels=(0, 1, 0)), of(data=b"y")}) == 4

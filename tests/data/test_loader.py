@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -92,12 +93,10 @@ def test_repetitions_of_an_image_are_augmented_differently_and_reproducibly():
         return list(islice(iter(loader), 4 - start_iter))
 
     batches = load(0)
-    by_image = {}
-    for batch in batches:
-        for index, image in zip(batch.indices, batch.images, strict=True):
-            by_image.setdefault(index, []).append((tuple(image.shape), image.sum().item()))
-    assert {len(shown) for shown in by_image.values()} == {4}
-    assert min(len(set(shown)) for shown in by_image.values()) > 1
+    pairs = [pair for b in batches for pair in zip(b.indices, b.images, strict=True)]
+    shown = Counter(index for index, _, _ in {(i, x.shape, x.sum().item()) for i, x in pairs})
+    assert len(shown) == 12
+    assert min(shown.values()) > 1
     for ours, theirs in ((batches, load(2)), (batches[1:], load(0, start_iter=1))):
         for a, b in zip(ours, theirs, strict=True):
             assert a.indices == b.indices
@@ -111,10 +110,22 @@ def test_detection_batches_are_lists():
     batch = next(iter(loader)).to("cpu")
     assert [target["image_id"] for target in batch.targets] == batch.indices
     assert [int(image[0, 0, 0]) for image in batch.images] == batch.indices
-    loader = eval_loader(
-        Objects(), detection_eval(), batch_size=5, num_workers=0, rank=1, world_size=2
-    )
-    assert [batch.indices for batch in loader] == [[1, 3, 5, 7, 9], [11]]
+
+
+def test_an_evaluation_sees_every_image_once_over_all_processes():
+    def indices(rank, world_size):
+        split = {"rank": rank, "world_size": world_size}
+        loader = eval_loader(Objects(), detection_eval(), batch_size=5, num_workers=0, **split)
+        batches = [batch.indices for batch in loader]
+        assert len(loader) == len(batches)
+        return batches
+
+    assert indices(1, 2) == [[1, 3, 5, 7, 9], [11]]
+    for world_size in (1, 3, 5, 13):
+        shares = [
+            index for rank in range(world_size) for b in indices(rank, world_size) for index in b
+        ]
+        assert sorted(shares) == list(range(12))
 
 
 def test_undecodable_images_are_an_error_or_skipped_and_listed():

@@ -45,16 +45,6 @@ def test_order_depends_on_seed_and_epoch_alone(kind):
         assert len(one) == 6 * order.iters_per_epoch
 
 
-@pytest.mark.parametrize(("count", "kept"), [(23, 20), (20, 20), (5, 5)])
-def test_every_epoch_visits_each_kept_image_once(count, kept):
-    order = EpochOrder(count, 5, seed=1)
-    assert order.iters_per_epoch == kept // 5
-    for number in range(3):
-        samples = epoch(order, number)
-        assert len({sample.index for sample in samples}) == len(samples) == kept
-        assert {sample.copy for sample in samples} == {0}
-
-
 def test_no_batch_mixes_shapes_and_none_is_seen_twice():
     order = EpochOrder(30, 4, seed=0, **KINDS["grouped"])
     assert order.iters_per_epoch == 10 // 4 + 20 // 4

@@ -10,7 +10,7 @@ from stream_rows import CROP, NAMES, indices_of, make_rows, order_of, write_fold
 
 from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.data.huggingface import load_huggingface
-from tract_transfer.data.loader import eval_loader, stream_loader
+from tract_transfer.data.loader import eval_loader, train_loader
 from tract_transfer.data.streaming import (
     StreamBatches,
     StreamEvalBatches,
@@ -115,8 +115,8 @@ def test_a_process_only_reads_the_groups_of_its_readers(stream, monkeypatch):
 def test_workers_change_no_bit(shards, stream, num_workers):
     loaded = load_huggingface(shards, "train")
     batches = StreamBatches(stream, order_of(stream), 1)
-    loader = stream_loader(stream.title, CROP, batches, seed=3, num_workers=num_workers)
-    plain = stream_loader(stream.title, CROP, batches, seed=3, num_workers=0)
+    loader = train_loader(stream, CROP, batches, seed=3, num_workers=num_workers)
+    plain = train_loader(stream, CROP, batches, seed=3, num_workers=0)
     for ours, other in zip(islice(loader, 9), plain, strict=False):
         assert ours.images.shape == (8, 3, 8, 8)
         assert torch.equal(ours.images, other.images)
@@ -128,7 +128,7 @@ def test_an_evaluation_sees_each_image_once_in_order(shards, stream, world_size)
     images = []
     for rank in range(world_size):
         batches = StreamEvalBatches(stream, 9, rank, world_size)
-        part = list(stream_loader(stream.title, CROP, batches, seed=0, num_workers=0))
+        part = list(train_loader(stream, CROP, batches, seed=0, num_workers=0))
         assert len(part) == len(batches)
         images += [image for batch in part for image in batch.images]
     whole = eval_loader(load_huggingface(shards, "train"), CROP, batch_size=70, num_workers=0)
@@ -140,16 +140,15 @@ def test_an_undecodable_image_is_an_error_or_skipped(tmp_path):
     rows = [make_rows(6), make_rows(2, image=broken).cast_column("image", datasets.Image())]
     path = str(tmp_path / "train.parquet")
     datasets.concatenate_datasets(rows).to_parquet(path)
-    stream = stream_huggingface(path, "train")
-    batches = StreamEvalBatches(stream, 12)
 
-    def load(**options):
-        loader = stream_loader(stream.title, CROP, batches, seed=0, num_workers=0, **options)
-        return next(iter(loader))
+    def load(undecodable="error", **options):
+        stream = stream_huggingface(path, "train", **options)
+        options = {"seed": 0, "num_workers": 0, "undecodable": undecodable}
+        return next(iter(train_loader(stream, CROP, StreamEvalBatches(stream, 12), **options)))
 
     with pytest.raises(ValueError, match=r"split train row 6 cannot be decoded"):
         load()
-    batch = load(undecodable="skip")
+    batch = load("skip")
     assert (len(batch.images), len(batch.skipped)) == (6, 2)
     with pytest.raises(ValueError, match=r"data\.max_pixels 4"):
         load(max_pixels=4)

@@ -1,7 +1,6 @@
 """The detector made of detectron2's stages computes what detectron2 does."""
 
 import copy
-import importlib.util
 import json
 import operator
 import sys
@@ -12,6 +11,7 @@ from small_detectors import IMAGES, TARGETS, losses_of, picture, target
 
 from tract_transfer.config.file import ConfigError
 from tract_transfer.models import DETECTORS, build_backbone
+from tract_transfer.models.backbone import Backbone, MapInfo
 from tract_transfer.models.weights import load_weights, save_backbone
 from tract_transfer.run.run import run
 from tract_transfer.tract import TrAct
@@ -26,14 +26,12 @@ SMALL = {
     "fpn": {**COMMON, "MODEL.FPN.OUT_CHANNELS": 16, "MODEL.ROI_BOX_HEAD.FC_DIM": 32},
     "c4": {**COMMON, "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 4},
 }
-needs_detectron2 = pytest.mark.skipif(
-    importlib.util.find_spec("detectron2") is None, reason="detectron2 is not installed"
-)
 both_necks = pytest.mark.parametrize("neck", ["fpn", "c4"])
 pytestmark = pytest.mark.filterwarnings("ignore")  # from detectron2's imports
 
 
 def detector(neck="fpn", options=None, backbone="timm/test_resnet", **args):
+    pytest.importorskip("detectron2")
     torch.manual_seed(0)
     args = {"short_side_px": 64, "max_side_px": 96, **args}
     options = {**SMALL[neck], **(options or {})}
@@ -64,13 +62,12 @@ def as_generalized_rcnn(model):
     return GeneralizedRCNN(backbone=body, proposal_generator=rpn, roi_heads=roi_heads, **pixels)
 
 
-@needs_detectron2
 @both_necks
 def test_losses_and_detections_are_those_of_generalized_rcnn(neck):
+    model = detector(neck).eval()
     from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage
 
-    model = detector(neck).eval()
     reference = as_generalized_rcnn(model)
     inputs = []
     for image, truth in zip(IMAGES, TARGETS, strict=True):
@@ -94,7 +91,6 @@ def test_losses_and_detections_are_those_of_generalized_rcnn(neck):
     assert torch.equal(ours["labels"], theirs.pred_classes)
 
 
-@needs_detectron2
 @both_necks
 def test_every_weight_learns_and_tract_finds_the_first_layer(neck):
     model = detector(neck)
@@ -109,7 +105,6 @@ def test_every_weight_learns_and_tract_finds_the_first_layer(neck):
     assert empty["loss_box"] == empty["loss_rpn_box"] == 0
 
 
-@needs_detectron2
 @torch.no_grad()
 @both_necks
 def test_detections_are_in_the_pixels_of_each_image(neck):
@@ -127,7 +122,6 @@ def test_detections_are_in_the_pixels_of_each_image(neck):
         assert torch.equal(scores, scores.sort(descending=True).values)
 
 
-@needs_detectron2
 def test_boxes_and_scores_are_float32_under_autocast():
     model = detector()
     pooled = []
@@ -142,7 +136,6 @@ def test_boxes_and_scores_are_float32_under_autocast():
     assert len(scores.unique()) > len(scores) / 2  # not rounded to 8 bits
 
 
-@needs_detectron2
 @pytest.mark.parametrize("policy", ["keep", "drop"])
 @both_necks
 def test_difficult_objects_can_be_dropped_and_crowds_are_never_learned(neck, policy):
@@ -158,7 +151,6 @@ def test_difficult_objects_can_be_dropped_and_crowds_are_never_learned(neck, pol
     assert losses_of(model) != losses_of(model, without)
 
 
-@needs_detectron2
 def test_the_pyramid_uses_the_coarsest_strides():
     model = detector(num_levels=3)
     assert model.map_names == ["layer2", "layer3", "layer4"]
@@ -168,7 +160,6 @@ def test_the_pyramid_uses_the_coarsest_strides():
     assert [(sides[1, 2] - sides[1, 0]).item() for sides in anchors] == [64, 128, 256, 512]
 
 
-@needs_detectron2
 def test_a_saved_backbone_includes_the_stage_that_c4_borrows(tmp_path):
     model = detector("c4")
     save_backbone(tmp_path, model.backbone, {})
@@ -179,7 +170,6 @@ def test_a_saved_backbone_includes_the_stage_that_c4_borrows(tmp_path):
     assert not [name for name in model.roi_heads.state_dict() if "res5" in name]
 
 
-@needs_detectron2
 @both_necks
 def test_keys_of_detectron2_reach_its_stages(neck):
     keys = {
@@ -187,10 +177,7 @@ def test_keys_of_detectron2_reach_its_stages(neck):
         "MODEL.PROPOSAL_GENERATOR.MIN_SIZE": (4, "rpn.rpn.min_box_size"),
         "MODEL.ANCHOR_GENERATOR.OFFSET": (0.5, "rpn.rpn.anchor_generator.offset"),
         "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": (7, "roi_heads.heads.batch_size_per_image"),
-        "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (
-            0.5,
-            "roi_heads.heads.box_predictor.smooth_l1_beta",
-        ),
+        "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": (0.5, "roi_heads.heads.box_predictor.smooth_l1_beta"),
         "TEST.DETECTIONS_PER_IMAGE": (3, "roi_heads.heads.box_predictor.test_topk_per_image"),
     }
     plain, changed = detector(neck), detector(neck, {key: v for key, (v, _) in keys.items()})
@@ -202,7 +189,6 @@ def test_keys_of_detectron2_reach_its_stages(neck):
 UNREAD = "do not read this key"
 
 
-@needs_detectron2
 @pytest.mark.parametrize(
     "neck, args, message",
     [
@@ -224,17 +210,14 @@ def test_options_and_backbones_that_do_not_fit_are_refused(neck, args, message):
         detector(neck, **args)
 
 
-@needs_detectron2
 def test_strides_must_be_powers_of_two(monkeypatch):
-    backbone = build_backbone("timm/test_resnet")
-    pyramid = {"a": next(iter(backbone.pyramid().values()))._replace(stride=12)}
-    monkeypatch.setattr(backbone, "pyramid", lambda: pyramid)
+    monkeypatch.setattr(Backbone, "pyramid", lambda _: {"a": MapInfo(8, 12)})
     with pytest.raises(ValueError, match="powers of 2; the stride of a is 12"):
-        DETECTORS.get("detectron2")(backbone, 3)
+        detector()
 
 
-@needs_detectron2
 def test_our_trainer_trains_and_evaluates_it(load_tiny, tmp_path):
+    pytest.importorskip("detectron2")
     sizes = {"MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [32], [64], [96]]}
     args = {"short_side_px": 64, "max_side_px": 64, "options": {**SMALL["fpn"], **sizes}}
     section = json.dumps({"name": "detectron2", "args": args})

@@ -67,8 +67,6 @@ SOLVER = {
     "warm-up as long as the run": (
         schedule(warmup_iters=10), "warm-up of 10 iterations is longer than the run of 10",
     ),
-    "negative warm-up": (schedule(warmup_iters=-1), "warm-up of -1"),
-    "descending steps": (multistep(5, 3), "must ascend"),
     "equal steps": (multistep(5, 5), "must ascend"),
     "step at the end": (multistep(10), "run's end 10"),
     "step in the warm-up": (multistep(3, warmup_iters=3), "warm-up's end 3"),
@@ -97,17 +95,13 @@ def test_an_optimizer_for_gpus_is_refused_without_one(name):
 
 
 def test_a_parameter_cannot_be_in_two_optimizers(refused):
-    model = nn.Linear(2, 2)
-    with refused(
-        "a parameter in two optimizers", ValueError, match="more than one parameter group"
-    ):
-        JoinedOptimizer([torch.optim.SGD(model.parameters(), lr=1.0) for _ in range(2)])
+    optimizers = [torch.optim.SGD([torch.zeros(2)], lr=1.0)] * 2
+    match = "more than one parameter group"
+    with refused("a parameter in two optimizers", ValueError, match=match):
+        JoinedOptimizer(optimizers)
 
 
 def test_a_checkpoint_holds_only_tensors_and_plain_values(refused):
-    with refused(
-        "a checkpoint of other than tensors and plain values",
-        TypeError,
-        match=r"model\.odd: .* not <class 'object'>",
-    ):
+    name, match = "other than tensors and plain values", r"model\.odd: .* not <class 'object'>"
+    with refused(f"a checkpoint of {name}", TypeError, match=match):
         take_tensors({"odd": object()}, "model", {})

@@ -51,15 +51,8 @@ def test_energy_is_the_difference_of_the_counters(tmp_path, monkeypatch):
     assert meter.read(whole=False)["energy_joules"] is None, "a part of a run is not the run"
     write_counter(tmp_path / "intel-rapl:0", 12)
     assert meter.read(whole=True)["energy_joules"] is None, "the counter wrapped"
-
-
-def test_a_machine_without_counters_has_no_numbers(tmp_path, monkeypatch):
-    monkeypatch.setattr(cost, "_POWERCAP", tmp_path)
     monkeypatch.setattr(cost, "_SELF", tmp_path / "nowhere")
-    costs = CostMeter(CPU).read(whole=True)
-    assert costs["peak_memory_bytes"] is None
-    assert costs["energy_joules"] is None
-    assert costs["seconds"] > 0
+    assert CostMeter(CPU).read(whole=True)["peak_memory_bytes"] is None, "Linux alone has a peak"
 
 
 class Net(nn.Module):
@@ -93,18 +86,12 @@ def test_blocks_have_the_cost_counted_by_hand_and_add_up():
     parameters = {"stem": 4 * 27 + 4, "stage": 16 + 8, "head": 25, "(elsewhere)": 25}
     assert {name: block.parameters for name, block in blocks.items()} == parameters
     assert sum(parameters.values()) == sum(p.numel() for p in net.parameters())
-    deep = measure_blocks(net, lambda: net(images), depth=2)
-    assert [block.name for block in deep][:3] == ["stem", "stage.0", "stage.1"]
-    assert sum(block.flops for block in deep) == sum(flops.values())
-
-
-def test_a_method_is_measured_like_a_call_and_wrappers_are_opened():
-    net = nn.ModuleDict({"backbone": nn.ModuleDict({"model": Net()})})
-    images = torch.rand(2, 3, 8, 6)
-    blocks = measure_blocks(net, lambda: net["backbone"]["model"].features(images))
-    flops = {block.name: block.flops for block in blocks}
-    assert flops["backbone.model.stem"] == 2 * 96 * 4 * 27
-    assert flops["backbone.model.head"] == 0
+    # A method is measured like a call, and wrappers are no level.
+    wrapped = nn.ModuleDict({"backbone": nn.ModuleDict({"model": net})})
+    deep = measure_blocks(wrapped, lambda: net.features(images), depth=2)
+    names = [f"backbone.model.{name}" for name in ("stem", "stage.0", "stage.1", "head")]
+    assert [block.name for block in deep[:4]] == names
+    assert [block.flops for block in deep[:4]] == [flops["stem"], flops["stage"], 0, 0]
 
 
 def test_attention_counts_on_every_device():

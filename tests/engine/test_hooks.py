@@ -3,6 +3,7 @@
 import errno
 import json
 import logging
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,27 +21,21 @@ from tract_transfer.engine.hooks import (
     due,
     format_metrics,
 )
-from tract_transfer.engine.trainer import Hook
 from tract_transfer.files import DiskFullError
 
 
-def lines_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def keys_of(path):
-    return [(line["iteration"], line["split"]) for line in lines_of(path)]
+    lines = map(json.loads, path.read_text().splitlines())
+    return [(line["iteration"], line["split"]) for line in lines]
 
 
 @pytest.fixture
-def make_trainer(tmp_path, load_tiny):
+def trainer(tmp_path, load_tiny):
     config = load_tiny(tmp_path, "model.head={name: mlp, args: {hidden_dim: 8, dropout: 0.5}}")
-    return lambda: build_trainer(config, build_data(config), Accelerator(cpu=True))
+    return build_trainer(config, build_data(config), Accelerator(cpu=True))
 
 
-@pytest.fixture
-def trainer(make_trainer):
-    return make_trainer()
+same_trainer = trainer  # one more of the same config
 
 
 @pytest.fixture
@@ -73,9 +68,8 @@ def use_hooks(tmp_path, trainer, metrics):
     return use
 
 
-def test_hooks_do_not_change_a_bit_of_the_training(make_trainer, trainer, metrics, use_hooks):
-    bare = make_trainer()
-    bare.train()
+def test_hooks_do_not_change_a_bit_of_the_training(same_trainer, trainer, metrics, use_hooks):
+    same_trainer.train()
 
     def evaluate():
         with torch.no_grad():
@@ -85,7 +79,7 @@ def test_hooks_do_not_change_a_bit_of_the_training(make_trainer, trainer, metric
 
     use_hooks(evaluate)
     trainer.train()
-    for name, tensor in bare.model.state_dict().items():
+    for name, tensor in same_trainer.model.state_dict().items():
         assert torch.equal(tensor, trainer.model.state_dict()[name]), name
     assert keys_of(metrics.path) == [(i, split) for i in range(1, 7) for split in ("train", "val")]
 
@@ -99,10 +93,7 @@ def test_the_best_is_the_first_of_equals(trainer, use_hooks):
 
 
 def test_a_checkpoint_precedes_its_evaluation(trainer, use_hooks):
-    def fail():
-        raise ValueError("no object")
-
-    checkpointer = use_hooks(fail, every_iters=2)
+    checkpointer = use_hooks(Mock(side_effect=ValueError("no object")), every_iters=2)
     with pytest.raises(ValueError, match="no object"):
         trainer.train()
     assert checkpointer.newest().name == "iter_0000002"
@@ -120,23 +111,22 @@ def test_a_signal_during_an_evaluation_is_followed_by_a_checkpoint(trainer, use_
     assert checkpointer.newest().name == "iter_0000003"
 
 
-def test_a_checkpoint_has_the_skipped_images_of_all_processes(tmp_path, trainer, monkeypatch):
+def test_a_checkpoint_has_the_skipped_images_of_all_processes(trainer, use_hooks, monkeypatch):
     monkeypatch.setattr(
         "tract_transfer.engine.trainer.gather_object", lambda items: [*items, "theirs", *items]
     )
     monkeypatch.setattr(Accelerator, "num_processes", 2)
     monkeypatch.setattr(trainer.accelerator, "wait_for_everyone", lambda: None)
-    checkpointer = Checkpointer(tmp_path)
+    checkpointer = use_hooks(None)
     trainer.skipped = ["ours"]
     trainer.iteration = 2
-    SaveCheckpoints(checkpointer, [2]).after_step(trainer)
+    trainer.hooks[1].after_step(trainer)
     _, state, _ = checkpointer.load(checkpointer.newest())
     assert state["skipped"] == trainer.skipped == ["ours", "theirs"]
 
 
-def test_a_diverged_run_writes_no_checkpoint(tmp_path, trainer):
-    checkpointer = Checkpointer(tmp_path)
-    trainer.hooks = [SaveCheckpoints(checkpointer, [2])]
+def test_a_diverged_run_writes_no_checkpoint(trainer, use_hooks):
+    checkpointer = use_hooks(lambda: {"top1": 0.5}, every_iters=2)
 
     def spoil(*_):
         if trainer.iteration == 2:
@@ -149,24 +139,18 @@ def test_a_diverged_run_writes_no_checkpoint(tmp_path, trainer):
 
 
 def test_hooks_end_after_an_error_too(trainer):
-    ended = []
-
-    class Watch(Hook):
-        def after_step(self, trainer):
-            raise ValueError("no")
-
-        def after_train(self, trainer):
-            ended.append(trainer.iteration)
-
-    trainer.hooks = [Watch()]
+    hook = Mock()
+    hook.after_step.side_effect = ValueError("no")
+    trainer.hooks = [hook]
     with pytest.raises(ValueError, match="no"):
         trainer.train()
-    assert ended == [1]  # otherwise a progress bar would keep the terminal
+    hook.after_train.assert_called_once()  # otherwise a progress bar would keep the terminal
 
 
-def test_due():
+def test_an_interval_is_due_at_its_multiples_and_metrics_are_shown_in_percent():
     assert [i for i in range(10) if due(i, 3)] == [3, 6, 9]
     assert not any(due(i, None) for i in range(10))
+    assert format_metrics({"top1": 0.9125, "loss": 0.34117}) == "top1 91.25%  loss 0.3412"
 
 
 # ------------------------------------------------------------------------------- metrics.jsonl
@@ -228,10 +212,8 @@ def test_lines_are_synced_before_their_checkpoint(trainer, use_hooks, monkeypatc
 
 
 def test_the_error_of_a_full_disk_names_the_file(metrics, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(json, "dumps", full)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(json, "dumps", Mock(side_effect=full))
     with pytest.raises(DiskFullError, match=r"No space left in .*: metrics\.jsonl"):
         metrics.write(1, 0.5, "train", {"loss": 1.0})
 
@@ -240,17 +222,11 @@ def test_progress_is_logged_line_by_line(trainer, metrics, caplog):
     trainer.hooks = [LogProgress(metrics, every_iters=3, iters_per_epoch=4)]
     with caplog.at_level(logging.INFO, "tract_transfer"):
         trainer.train()
-    text = "\n".join(record.message for record in caplog.records)
-    assert "iter 3/6" in text
-    assert "iter 6/6  epoch 1.50  loss" in text
-    assert "eta 0:00:00" in text
-    line = lines_of(metrics.path)[-1]
-    assert line.keys() == {
-        "iteration", "epoch", "split", "loss", "loss_cls", "images_per_second", "data_fraction",
-        "lr",
-    }  # fmt: skip
+    assert "iter 3/6" in caplog.text
+    assert "iter 6/6  epoch 1.50  loss" in caplog.text
+    assert "eta 0:00:00" in caplog.text
+    line = json.loads(metrics.path.read_text().splitlines()[-1])
+    assert " ".join(line) == (
+        "iteration epoch split loss loss_cls images_per_second data_fraction lr"
+    )
     assert 0 <= line["data_fraction"] <= 1
-
-
-def test_fractions_are_shown_in_percent():
-    assert format_metrics({"top1": 0.9125, "loss": 0.34117}) == "top1 91.25%  loss 0.3412"

@@ -3,11 +3,12 @@
 import copy
 import itertools
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate import Accelerator
-from fvcore.common.param_scheduler import ConstantParamScheduler
+from small_trainers import make_trainer
 from torch import nn
 
 from tract_transfer.build.batches import build_train_batches
@@ -17,7 +18,7 @@ from tract_transfer.build.trainer import build_trainer
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.hooks import evaluate, evaluating
-from tract_transfer.engine.trainer import Hook, Trainer
+from tract_transfer.engine.trainer import Hook
 
 
 class Net(nn.Module):
@@ -33,26 +34,6 @@ class Net(nn.Module):
             "loss_cls": nn.functional.cross_entropy(logits, targets),
             "loss_size": logits.square().mean(),
         }
-
-
-class Stub:
-    """Stands in for TrAct: scales the gradient and records its norm."""
-
-    def __init__(self, model=None, scale=1.0):
-        self.model, self.scale = model, scale
-        self.norms = []
-
-    def step(self):
-        if self.model is not None:
-            for parameter in self.model.parameters():
-                parameter.grad.mul_(self.scale)
-            self.norms.append(gradient_norm(self.model))
-
-    def state_dict(self):
-        return {"seen": torch.tensor(len(self.norms))}
-
-    def load_state_dict(self, state):
-        assert "seen" in state
 
 
 def gradient_norm(model):
@@ -72,23 +53,8 @@ def batches_of(size, number=40, skipped=()):
     return batches
 
 
-def make(model, *, batches=None, lr=0.1, max_iters=8, tract=None, **options):
-    def set_lr(optimizer, schedule, progress):
-        optimizer.param_groups[0]["lr"] = lr * schedule(progress)
-        return schedule(progress)
-
-    return Trainer(
-        accelerator=Accelerator(cpu=True),
-        model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9),
-        schedule=ConstantParamScheduler(1.0),
-        set_lr=set_lr,
-        batches=batches or batches_of(4),
-        tract=tract or Stub(),
-        max_iters=max_iters,
-        seed=3,
-        **options,
-    )
+def make(model, *, batches=None, **options):
+    return make_trainer(model, batches or batches_of(4), **options)
 
 
 def assert_bits(one, two):
@@ -98,15 +64,14 @@ def assert_bits(one, two):
         assert torch.equal(tensor, two[name]), name
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_without_tract_it_is_the_plain_pytorch_loop(tmp_path, load_tiny, momentum):
-    config = load_tiny(tmp_path, f"solver.momentum={momentum}", "solver.weight_decay=1e-3")
+def test_without_tract_it_is_the_plain_pytorch_loop(tmp_path, load_tiny):
+    config = load_tiny(tmp_path, "solver.momentum=0.9", "solver.weight_decay=1e-3")
     data = build_data(config)
     trainer = build_trainer(config, data, Accelerator(cpu=True))
     trainer.train()
 
     model = build_model(config, 3).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=momentum, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
     batches = build_train_batches(config, data.train)(0)
     for iteration in range(6):
         for group in optimizer.param_groups:
@@ -150,21 +115,26 @@ def test_logged_losses_are_means_over_the_steps(accumulate):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_tract_changes_the_whole_gradient_once_before_it_is_clipped(accumulate):
-    model, seen = Net(), []
-    stub = Stub(model, scale=100.0)
-    trainer = make(model, tract=stub, grad_clip=0.5, max_iters=4, accumulate=accumulate)
-    trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(gradient_norm(model)))
+    model, norms, clipped = Net(), [], []
+
+    class Scale:
+        def step(self):
+            for parameter in model.parameters():
+                parameter.grad.mul_(100)
+            norms.append(gradient_norm(model))
+
+    trainer = make(model, tract=Scale(), grad_clip=0.5, max_iters=4, accumulate=accumulate)
+    trainer.optimizer.register_step_pre_hook(lambda *_: clipped.append(gradient_norm(model)))
     trainer.train()
-    assert len(stub.norms) == 4
-    assert min(stub.norms) > 1
-    assert seen == pytest.approx([0.5] * 4, rel=1e-4)
+    assert len(norms) == 4
+    assert min(norms) > 1
+    assert clipped == pytest.approx([0.5] * 4, rel=1e-4)
 
 
 @pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("grad_clip", [None, 1.0])
-def test_narrow_precision_trains(precision, grad_clip):
+def test_narrow_precision_trains(precision):
     model = Net()
-    trainer = make(model, precision=precision, grad_clip=grad_clip, max_iters=30)
+    trainer = make(model, precision=precision, max_iters=30)
     batch = next(batches_of(4)(0))
     with torch.no_grad():
         first = sum(model.train()(batch.images, batch.targets).values())
@@ -272,22 +242,12 @@ def test_evaluating_restores_the_mode_of_every_module():
 
 
 def test_evaluate_feeds_every_batch_once_and_returns_skipped_items():
-    class Collect:
-        def __init__(self):
-            self.seen = []
-
-        def update(self, predictions, targets):
-            self.seen.append((predictions, targets))
-
-    model = Net().train()
-    batches = [
-        Batch(torch.randn(n, 6), torch.zeros(n, dtype=torch.int64), [], [f"row {n}"])
-        for n in (4, 1)
-    ]
-    collect = Collect()
-    device = torch.device("cpu")
-    skipped = evaluate(model, batches, collect, device=device, precision=torch.bfloat16)
+    model, evaluator, device = Net().train(), Mock(), torch.device("cpu")
+    batches = [Batch(torch.randn(n, 6), torch.zeros(n), [], [f"row {n}"]) for n in (4, 1)]
+    skipped = evaluate(model, batches, evaluator, device=device, precision=torch.bfloat16)
     assert skipped == ["row 4", "row 1"]
-    assert [len(predictions) for predictions, _ in collect.seen] == [4, 1]
-    assert collect.seen[0][0].dtype == torch.bfloat16
+    predictions = [call.args[0] for call in evaluator.update.call_args_list]
+    assert [(len(part), part.dtype) for part in predictions] == [
+        (4, torch.bfloat16), (1, torch.bfloat16),
+    ]  # fmt: skip
     assert model.training

@@ -61,13 +61,11 @@ def spoil(side, key, value, **options):
 TABLE = {
     "an evaluation without images": (classify, "No image"),
     "labels beyond the classes (evaluation)": (
-        lambda: classify(ZEROS, (0, 1, 2, 7)),
-        r"0\.\.6, got 0\.\.7",
+        lambda: classify(ZEROS, (0, 1, 2, 7)), r"0\.\.6, got 0\.\.7",
     ),
     "logits of another number of classes": (lambda: classify(ZEROS[:, 1:]), r"logits \(B, 7\)"),
     "logits that are not finite": (
-        lambda: classify(torch.tensor([[NAN, torch.inf, *[0.0] * 5]] * 2), (0, 1)),
-        "4 of 14",
+        lambda: classify(torch.tensor([[NAN, torch.inf, *[0.0] * 5]] * 2), (0, 1)), "4 of 14",
     ),
     "top5 of too few classes": (
         lambda: check_metric("logistic_top5", 5),
@@ -91,8 +89,7 @@ TABLE = {
         r"evaluation\.knn\.ks must be in 1\.\.200",
     ),
     "a linear probe that always diverges": (
-        lambda: train_linear(lrs=[1e5], weight_decays=[1e3]),
-        r"Lower evaluation\.linear\.lrs",
+        lambda: train_linear(lrs=[1e5], weight_decays=[1e3]), r"Lower evaluation\.linear\.lrs",
     ),
     "marks without negatives": (lambda: svm(abs(MARKS.y)), "No class has both"),
     "more shots than a class has images": (
@@ -104,17 +101,14 @@ TABLE = {
         "class 'y' has 1 training images",
     ),
     "training images that show no class": (
-        lambda: check_shots(np.array([[0, -1]]), [1], ["x", "y"]),
-        "No training image shows a class",
+        lambda: check_shots(np.array([[0, -1]]), [1], ["x", "y"]), "No training image shows a",
     ),
     "a detection evaluation without images": (lambda: detect(made=[]), "No image"),
     "scores that are not finite": (
-        lambda: spoil(0, "scores", lambda scores: scores * NAN),
-        r"rows of image_id \d+",
+        lambda: spoil(0, "scores", lambda scores: scores * NAN), r"rows of image_id \d+",
     ),
     "boxes that are not finite": (
-        lambda: spoil(0, "boxes", lambda boxes: boxes / 0),
-        r"rows of image_id \d+",
+        lambda: spoil(0, "boxes", lambda boxes: boxes / 0), r"rows of image_id \d+",
     ),
     "more labels than boxes": (
         lambda: spoil(1, "labels", lambda labels: labels.repeat(2)),
@@ -125,18 +119,15 @@ TABLE = {
         "2 predictions for 1",
     ),
     "an image evaluated twice": (
-        lambda: detect(made=images()[:2] * 2),
-        "once: 2 were repeated, first image_id",
+        lambda: detect(made=images()[:2] * 2), "once: 2 were repeated, first image_id",
     ),
     "labels that count the background as a class": (
-        lambda: detect(names=NAMES[:2]),
-        r"0\.\.1, got 0\.\.2.*background",
+        lambda: detect(names=NAMES[:2]), r"0\.\.1, got 0\.\.2.*background",
     ),
     "an evaluated split whose objects are all difficult": (
-        lambda: spoil(1, "difficult", torch.ones_like, protocol="area"),
-        "not difficult",
+        lambda: spoil(1, "difficult", torch.ones_like, protocol="area"), "not difficult",
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -31,13 +31,10 @@ def evaluate(logits=LOGITS, labels=LABELS, batch=64):
     return evaluator.compute(), evaluator.details()
 
 
-@pytest.mark.parametrize("k", [1, 2, 5])
-def test_top_k_is_scikit_learns(k):
-    expected = sk.top_k_accuracy_score(LABELS, LOGITS, k=k, labels=range(7))
-    assert (label_ranks(LOGITS, LABELS) < k).mean() == pytest.approx(expected, abs=1e-15)
-
-
-def test_confusion_matrix_and_per_class_accuracy_are_scikit_learns():
+def test_top_k_confusion_matrix_and_per_class_accuracy_are_scikit_learns():
+    for k in (1, 2, 5):
+        expected = sk.top_k_accuracy_score(LABELS, LOGITS, k=k, labels=range(7))
+        assert (label_ranks(LOGITS, LABELS) < k).mean() == pytest.approx(expected, abs=1e-15)
     predicted = LOGITS.argmax(1)
     confusion = confusion_matrix(predicted, LABELS, 7)
     np.testing.assert_array_equal(confusion, sk.confusion_matrix(LABELS, predicted))
@@ -68,15 +65,6 @@ def test_evaluator_equals_the_functions_for_any_batch_size(batch):
     assert metrics["loss"] == pytest.approx(cross_entropy(LOGITS, LABELS).mean(), rel=1e-13)
     assert details["confusion_matrix"] == confusion.tolist()
     assert json.loads(json.dumps(details, allow_nan=False)) == details
-
-
-def test_relabelling_the_classes_only_permutes_the_confusion_matrix():
-    to = RNG.permutation(7)
-    metrics, details = evaluate()
-    moved, moved_details = evaluate(LOGITS[:, np.argsort(to)], to[LABELS])
-    assert moved == pytest.approx(metrics)
-    confusion = np.array(moved_details["confusion_matrix"])
-    np.testing.assert_array_equal(confusion[np.ix_(to, to)], details["confusion_matrix"])
 
 
 def test_absent_classes_are_none_and_excluded_from_the_mean():

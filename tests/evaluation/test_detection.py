@@ -1,7 +1,5 @@
 """Evaluators of detections: invariances of every protocol, and COCO's metrics by pycocotools."""
 
-import contextlib
-import io
 import json
 import tracemalloc
 from dataclasses import replace
@@ -41,13 +39,9 @@ def test_perfect_detections_score_one_and_none_score_zero(protocol):
 
 
 @every_protocol
-def test_the_order_of_images_changes_nothing(protocol):
+def test_the_order_of_images_and_the_scale_of_boxes_change_nothing(protocol):
     made = images(seed=3)
     assert evaluate(made[::-1], protocol)[0] == evaluate(made, protocol)[0]
-
-
-def test_the_scale_of_boxes_changes_nothing():
-    made = images(seed=3)
     scaled = [(d | {"boxes": d["boxes"] * 4}, t | {"boxes": t["boxes"] * 4}) for d, t in made]
     assert evaluate(scaled)[0] == evaluate(made)[0]
 
@@ -79,13 +73,8 @@ def test_absent_classes_are_named_and_excluded(protocol):
     assert json.loads(json.dumps(details, allow_nan=False)) == details
     assert f"({protocol})" in details["protocol"]
     assert details["num_detections"] == sum(len(d["scores"]) for d, _ in made)
-
-
-def test_absent_classes_of_detectron2_are_named_and_count_as_zero():
-    metrics, evaluator = evaluate(images(), "detectron2")
-    details = evaluator.details()
-    assert metrics["ap50"] == pytest.approx(sum(details["per_class"].values()) / 4)
-    assert details["absent_classes"] == ["emu"]
+    metrics, evaluator = evaluate(made, "detectron2")  # where they count as 0
+    assert metrics["ap50"] == pytest.approx(sum(evaluator.details()["per_class"].values()) / 4)
 
 
 def test_a_protocol_can_be_defined_by_the_user():
@@ -103,18 +92,16 @@ def test_bfloat16_predictions_are_accepted():
     assert evaluate(half)[0] == evaluate(made)[0]  # small integers and eighths are exact
 
 
-def test_memory_grows_with_the_detections_and_not_with_the_image_size():
+def test_memory_grows_linearly_with_the_detections():
     made = images(200)
-    large = [(d | {"boxes": d["boxes"] * 100}, t | {"boxes": t["boxes"] * 100}) for d, t in made]
     twice = made + [(d, t | {"image_id": t["image_id"] + 10_000}) for d, t in made]
     peaks = []
-    for part in (made, large, twice):
+    for part in (made, twice):
         tracemalloc.start()
         evaluate(part)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.1 * peaks[0]
-    assert peaks[2] < 2.2 * peaks[0]
+    assert peaks[1] < 2.2 * peaks[0]
 
 
 # ------------------------------------------------------------------------------------- COCO
@@ -140,20 +127,19 @@ def pycocotools_stats(detections, objects, num_classes):
                 **{key: values[i].item() for key, values in columns.items()},
             }
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = coco.COCO()
-        ids = {*objects.image_ids.tolist(), *detections.image_ids.tolist()}
-        truth.dataset = {
-            "images": [{"id": i} for i in ids],
-            "annotations": [*annotations(objects, iscrowd=objects.difficult, area=objects.areas)],
-            "categories": [{"id": k} for k in range(num_classes)],
-        }
-        truth.createIndex()
-        results = truth.loadRes([*annotations(detections, score=detections.scores)])
-        evaluation = cocoeval.COCOeval(truth, results, "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
+    truth = coco.COCO()
+    ids = {*objects.image_ids.tolist(), *detections.image_ids.tolist()}
+    truth.dataset = {
+        "images": [{"id": i} for i in ids],
+        "annotations": [*annotations(objects, iscrowd=objects.difficult, area=objects.areas)],
+        "categories": [{"id": k} for k in range(num_classes)],
+    }
+    truth.createIndex()
+    results = truth.loadRes([*annotations(detections, score=detections.scores)])
+    evaluation = cocoeval.COCOeval(truth, results, "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
     return dict(zip(STATS, evaluation.stats.tolist(), strict=True))
 
 

@@ -86,27 +86,18 @@ def test_unrounded_random_detections_score_the_same(tmp_path, method):
         of_label = detections.labels == label
         boxes = detections.boxes_xyxy[of_label].astype(float) + np.array([1, 1, 0, 0])
         scores = detections.scores[of_label].astype(float)
+        columns = detections.image_ids[of_label], scores, boxes
         lines = [
             " ".join([f"{i:06d}", *map(repr, [score, *box])])
-            for i, score, box in zip(
-                detections.image_ids[of_label].tolist(),
-                scores.tolist(),
-                boxes.tolist(),
-                strict=True,
-            )
+            for i, score, box in zip(*(column.tolist() for column in columns), strict=True)
         ]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     result = voc_ap(detections, objects, NAMES, replace(UNROUNDED, method=method), COCO_IOUS)
     for label, name in enumerate(NAMES[:3]):
         for t, iou in enumerate(COCO_IOUS):
-            _, _, ap = theirs.voc_eval(
-                str(tmp_path / "{}.txt"),
-                str(tmp_path / "Annotations/{}.xml"),
-                str(tmp_path / "ImageSets/Main/val.txt"),
-                name,
-                ovthresh=iou,
-                use_07_metric=method != "area",
-            )
+            files = ("{}.txt", "Annotations/{}.xml", "ImageSets/Main/val.txt")
+            paths = [str(tmp_path / file) for file in files]
+            _, _, ap = theirs.voc_eval(*paths, name, iou, use_07_metric=method != "area")
             assert result.ap[label, t] == pytest.approx(ap, abs=1e-12)
 
 

@@ -50,9 +50,10 @@ def probe(test_x=TEST.x, selection=SELECTION, lrs=(0.01, 0.1), weight_decays=(0.
     return linear_probe(TRAIN, test_x, selection=selection, **options)
 
 
-@pytest.mark.parametrize(("lr", "weight_decay"), POINTS)
-def test_a_setting_is_torchs_sgd(lr, weight_decay):
-    weight, bias = train_linear(X, Y, [(lr, weight_decay)], **OPTIONS)
+@pytest.mark.parametrize("i", range(3))
+def test_a_setting_of_a_grid_is_torchs_sgd(i):
+    weights, biases = train_linear(X, Y, POINTS, **OPTIONS)
+    lr, weight_decay = POINTS[i]
     layer = torch.nn.Linear(6, 4)
     torch.nn.init.zeros_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
@@ -72,19 +73,8 @@ def test_a_setting_is_torchs_sgd(lr, weight_decay):
             torch.nn.functional.cross_entropy(layer(X[rows]), Y[rows]).backward()
             optimizer.step()
             cosine.step()
-    torch.testing.assert_close(weight[0].T, layer.weight.detach(), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(bias[0], layer.bias.detach(), atol=1e-5, rtol=1e-4)
-
-
-def test_a_setting_learns_the_same_alone_or_in_a_grid_and_depends_on_the_seed():
-    weights, biases = train_linear(X, Y, POINTS, **OPTIONS)
-    for i, point in enumerate(POINTS):
-        weight, bias = train_linear(X, Y, [point], **OPTIONS)
-        torch.testing.assert_close(weights[i], weight[0])
-        torch.testing.assert_close(biases[i], bias[0])
-    assert not torch.equal(weights[0], weights[2])  # weight decay has an effect
-    assert torch.equal(weights, train_linear(X, Y, POINTS, **OPTIONS)[0])
-    assert not torch.equal(weights, train_linear(X, Y, POINTS, **{**OPTIONS, "seed": 6})[0])
+    torch.testing.assert_close(weights[i].T, layer.weight.detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(biases[i], layer.bias.detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_long_training_is_logistic_regression():
@@ -142,7 +132,7 @@ def test_it_is_scikit_learns_on_all_of_train_with_the_selected_c():
     assert top1(result) > 0.8
 
 
-def test_c_is_selected_on_the_selection_only():
+def test_c_is_selected_on_the_selection_alone():
     selection, cs = Selection(clusters(60, seed=3), clusters(60, seed=4)), (1e-6, 1e-2, 1.0, 1e4)
     accuracies = accuracy_by_c(selection, cs, 500)
     for c, value in accuracies.items():
@@ -170,8 +160,7 @@ def test_absent_classes_have_a_column_that_never_wins(present):
 
 
 def test_a_class_with_one_row_is_fitted_and_unfinished_fits_are_reported():
-    y = TRAIN.y.copy()
-    y[0] = 4
+    y = np.where(np.arange(200) == 0, 4, TRAIN.y)
     result = logistic(Rows(TRAIN.x, y), max_iters=1, num_classes=5)
     assert result.scores.shape == (80, 5)
     assert not result.details["converged"]
@@ -219,6 +208,7 @@ def test_rows_that_do_not_count_lengths_and_other_test_images_change_nothing():
     np.testing.assert_array_equal(scores[:, 1], svm(Rows(moved, MARKS.y)).scores[:, 1])
     np.testing.assert_allclose(svm(Rows(MARKS.x * 3, MARKS.y)).scores, scores, atol=1e-3)
     np.testing.assert_allclose(svm(test_x=MARKS.x[:1]).scores, scores[:1])
+    assert svm(max_iters=1).details["fits_at_max_iters"] == 3  # unfinished fits are counted
 
 
 def test_a_class_without_positives_ranks_last_and_one_with_a_single_row_has_c_1():
@@ -229,10 +219,6 @@ def test_a_class_without_positives_ranks_last_and_one_with_a_single_row_has_c_1(
     assert result.chosen["c"][5] == 1.0
     assert (result.scores[:, 4] < result.scores[:, [0, 1, 2, 3, 5]].min(1)).all()
     assert top1(result) > 0.8
-
-
-def test_unfinished_fits_are_counted():
-    assert svm(max_iters=1).details["fits_at_max_iters"] == 3
 
 
 # --------------------------------------------------------------------------------- few shots
@@ -253,16 +239,11 @@ def test_a_draw_has_k_rows_of_each_class(k):
         assert {tuple(row) for row in drawn.x} <= {tuple(row) for row in TRAIN.x}
 
 
-def test_a_draw_depends_on_seed_sampling_and_k_only():
-    def xs(seed, samplings=3, k=2):
-        return [drawn.x for drawn in draws(TRAIN, k, samplings, seed)]
-
-    np.testing.assert_array_equal(xs(0), xs(0, samplings=5)[:3])
-    assert (xs(0)[0] != xs(0)[1]).any()
-    assert (xs(0)[0] != xs(1)[0]).any()
-
-
-def test_a_class_without_rows_is_skipped():
+def test_a_draw_depends_on_seed_and_sampling_and_skips_a_class_without_rows():
+    xs = [[drawn.x for drawn in draws(TRAIN, 2, 3, seed)] for seed in (0, 1)]
+    np.testing.assert_array_equal(xs[0], [drawn.x for drawn in draws(TRAIN, 2, 5, seed=0)][:3])
+    assert (xs[0][0] != xs[0][1]).any()
+    assert (xs[0][0] != xs[1][0]).any()
     y = TRAIN.y + (TRAIN.y >= 2)
     check_shots(y, [1, 50], "abcde")
     (drawn,) = draws(Rows(TRAIN.x, y), 3, 1, seed=0)
@@ -287,7 +268,9 @@ def test_one_shot_logistic_regression_uses_c_1_and_more_shots_select_on_the_draw
     expected = fitted_pipeline(1.0, one).predict_log_proba(TEST.x.astype(float))
     np.testing.assert_allclose(result.scores, expected, atol=1e-6)
     (more,) = draws(TRAIN, 20, 1, seed=0)
-    assert few_shot("logistic", (1e-9, 1.0))(more, TEST.x, 20, 0).chosen["c"] in (1e-9, 1.0)
+    result = few_shot("logistic", (1e-9, 1.0))(more, TEST.x, 20, 0)
+    assert result.chosen == {"c": 1.0}
+    assert top1(result) > 0.6
     assert few_shot("logistic", (5.0,))(more, TEST.x, 20, 0).chosen == {"c": 5.0}
 
 
@@ -296,15 +279,6 @@ def test_as_many_classes_as_rows_do_not_warn():
     many = Rows(TRAIN.x[:40], np.arange(40))
     scores = few_shot("logistic", (1.0,), num_classes=40)(many, TEST.x, 1, 0).scores
     assert scores.shape == (80, 40)
-
-
-@pytest.mark.parametrize("name", ["logistic", "svm", "knn"])
-def test_few_shot_fits_are_reproducible(name):
-    (drawn,) = draws(TRAIN, 8, 1, seed=0)
-    result = few_shot(name, (0.1, 1.0))(drawn, TEST.x, 8, 0)
-    again = few_shot(name, (0.1, 1.0))(drawn, TEST.x, 8, 0)
-    np.testing.assert_array_equal(result.scores, again.scores)
-    assert top1(result) > 0.6
 
 
 def test_few_shot_svm_and_knn_are_the_probes_on_the_drawn_rows():

@@ -51,16 +51,14 @@ def test_ap_is_the_definition(monkeypatch, seed, max_pairs):
     assert all(kind.any() for kind in counted)  # the data reach every branch
 
 
-def test_empty_boxes_overlap_nothing():
-    a = np.array([[0, 0, 0, 0], [5, 5, 2, 2], [0, 0, 4, 4]])
-    assert paired_iou(a, np.array([[0, 0, 0, 0]] * 3), 0).tolist() == [0, 0, 0]
-
-
 def test_eleven_points_reach_a_recall_of_exactly_a_tenth():
     for n in range(1, 11):
         recall, precision = np.arange(1, n + 1) / 10, np.ones(n)
         assert average_precision(recall, precision, "11point") == pytest.approx((n + 1) / 11)
         assert average_precision(recall, precision, "area") == pytest.approx(n / 10)
+        misses = int(n in (3, 6, 7))  # the float points 3 * 0.1, 6 * 0.1 and 7 * 0.1
+        ap = average_precision(recall, precision, "11point_float")
+        assert ap == pytest.approx((n + 1 - misses) / 11)
     assert average_precision(np.array([]), np.array([]), "11point") == 0
     assert average_precision(np.array([]), np.array([]), "area") == 0
     recall, precision = np.array([0.25, 0.25, 0.5, 0.75]), np.array([1, 0.5, 0.2, 0.6])
@@ -96,6 +94,8 @@ def test_duplicates_are_false_positives_and_difficult_objects_ignore_detections(
 
 
 def test_an_iou_of_half_matches_unless_strict_and_pixel_offset_raises_it():
+    empty = np.array([[0, 0, 0, 0], [5, 5, 2, 2], [0, 0, 4, 4]])
+    assert paired_iou(empty, np.zeros((3, 4)), 0).tolist() == [0, 0, 0]
     half = one_image([(0, 0, 10, 5)], [0.9])
     assert outcomes(half, KIT, [0.5, 0.55]) == [[1], [0]]
     assert outcomes(half, replace(KIT, iou_strict=True)) == [[0]]
@@ -122,13 +122,6 @@ def test_scores_and_boxes_are_rounded_before_ranking_and_matching():
     for decimals, ap in ((None, 0), (2, 0), (1, 1)):
         protocol = replace(AREA, round_boxes=decimals)
         assert voc_ap(*near, NAMES, protocol, [0.5]).ap[0, 0] == ap
-
-
-def test_a_recall_of_three_tenths_misses_the_float_point():
-    recall, precision = np.arange(1, 11) / 10, np.ones(10)
-    assert average_precision(recall[:3], precision[:3], "11point") == 4 / 11
-    assert average_precision(recall[:3], precision[:3], "11point_float") == 3 / 11
-    assert average_precision(recall, precision, "11point_float") == 1
 
 
 def test_interpolated_precision_is_the_best_at_that_recall_or_more():

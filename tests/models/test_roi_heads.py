@@ -8,8 +8,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.ops import MultiScaleRoIAlign, box_iou, roi_align, roi_pool
 from torchvision.ops.poolers import LevelMapper
 
-from tract_transfer.models.detection.options import BoxOptions
-from tract_transfer.models.detection.roi_heads import BoxHeads, RoiPooler
+from tract_transfer.models.detection.roi_heads import BoxHeads, BoxOptions, RoiPooler
 
 ALL = {"rois_per_image": MANY, "positive_fraction": 1.0}
 UNFILTERED = {"score_threshold": 0.0, "nms_iou": 1.0, "max_detections": MANY}
@@ -40,36 +39,18 @@ def heads(num_classes: int = 3, **options) -> BoxHeads:
     return model
 
 
-class BackgroundFirst(nn.Module):
-    """Our predictor with torchvision's order of classes."""
-
-    def __init__(self, predictor: nn.Module) -> None:
-        super().__init__()
-        self.predictor = predictor
-
-    def forward(self, features):
-        logits, codes = self.predictor(features)
-        return logits.roll(1, 1), torch.cat([torch.zeros(len(codes), 4), codes.flatten(1)], 1)
-
-
-class TorchvisionPooler(nn.Module):
-    """Our pooler with torchvision's arguments."""
-
-    def __init__(self, pooler: nn.Module) -> None:
-        super().__init__()
-        self.pooler = pooler
-
-    def forward(self, features, proposals, _sizes):
-        return self.pooler(list(features.values()), proposals)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_heads_are_those_of_torchvision(training):
     ours = heads(**ALL, score_threshold=0.2).train(training)
+
+    def background_first(features):
+        logits, codes = ours.box_predictor(features)
+        return logits.roll(1, 1), torch.cat([torch.zeros(len(codes), 4), codes.flatten(1)], 1)
+
     theirs = RoIHeads(
-        TorchvisionPooler(ours.pooler),
+        lambda features, proposals, _sizes: ours.pooler(list(features.values()), proposals),
         ours.box_head,
-        BackgroundFirst(ours.box_predictor),
+        background_first,
         fg_iou_thresh=0.5,
         bg_iou_thresh=0.5,
         batch_size_per_image=MANY,

@@ -153,7 +153,9 @@ def test_stems_that_a_task_cannot_use_are_refused(tmp_path, load_tiny):
     with pytest.raises(ConfigError, match=frozen):
         build_trainer(config, build_data(config), build_accelerator(config))
     config = load_tiny(tmp_path, "model.backbone.stem=whitened", task="detection")
-    with pytest.raises(ConfigError, match=r"model.backbone.stem: whitened is made from the images"):
+    with pytest.raises(
+        ConfigError, match=r"model.backbone.stem: whitened is computed from the training"
+    ):
         build_features(config)
     for key in ("mean: [-0.1, 0, 0]", "mean: [1.1, 0, 0]", "std: [0, 1, 1]"):
         with pytest.raises(ConfigError, match=r"model.backbone.(mean|std).0: Input should be"):

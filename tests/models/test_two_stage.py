@@ -1,12 +1,15 @@
 """What the detector does around its two stages: resizing, padding, objects, pixels."""
 
+import json
+
 import pytest
 import torch
 from small_detectors import picture, target
 from torch import nn
 
 from tract_transfer.models import Backbone
-from tract_transfer.models.detection.two_stage import TwoStageDetector
+from tract_transfer.models.detection.two_stage import FlipDetector, TwoStageDetector
+from tract_transfer.run.run import run
 
 
 class Patches(nn.Module):
@@ -141,3 +144,60 @@ def test_crowds_are_never_objects():
     crowd = torch.tensor([False, True])
     truth = target([[0, 0, 4, 4], [5, 5, 9, 9]], [4, 5], [True, True], crowd=crowd)
     assert objects_of(truth, difficult_in_training="keep").labels.tolist() == [4]
+
+
+# Test-time flipping
+
+
+class Fixed(nn.Module):
+    """A detector that finds the same in every image."""
+
+    def __init__(self, boxes, scores, labels):
+        super().__init__()
+        values = {"boxes": boxes, "scores": scores, "labels": labels}
+        self.detections = {key: torch.tensor(value) for key, value in values.items()}
+
+    def forward(self, images):
+        return [dict(self.detections) for _ in images]
+
+
+def test_boxes_are_mirrored_at_the_width_of_their_image():
+    boxes, images = [[1.0, 2.0, 4.0, 6.0]], [picture(8, width) for width in (9, 12, 31)]
+    both = FlipDetector(Fixed(boxes, [0.5], [0]))(images)
+    for image, detections in zip(images, both, strict=True):
+        width = image.shape[-1]
+        assert detections["boxes"].tolist() == [*boxes, [width - 4.0, 2.0, width - 1.0, 6.0]]
+
+
+@pytest.mark.parametrize(
+    "options, scores, labels",
+    [
+        ({}, [0.9, 0.6, 0.3, 0.3], [2, 1, 1, 1]),
+        ({"max_detections": 2}, [0.9, 0.6], [2, 1]),
+        ({"nms_iou": 0.3}, [0.9, 0.6], [2, 1]),  # the IoU of 3..9 and 0..6 is 1/3
+    ],
+)
+def test_overlaps_of_a_class_are_merged_and_the_best_remain(options, scores, labels):
+    image = picture(8, 12)  # 12 wide: 3..9 is its own mirror image, 0..6 becomes 6..12
+    boxes = [[3.0, 0.0, 9.0, 8.0], [3.0, 0.0, 9.0, 7.0], [0.0, 0.0, 6.0, 8.0]]
+    (detections,) = FlipDetector(Fixed(boxes, [0.6, 0.9, 0.3], [1, 2, 1]), **options)([image])
+    assert detections["scores"].tolist() == pytest.approx(scores)
+    assert detections["labels"].tolist() == labels
+
+
+@pytest.mark.parametrize("task", ["classification", "detection"])
+def test_flipping_changes_the_evaluation_and_not_the_training(load_tiny, tmp_path, task):
+    results = {}
+    for flip in ("false", "true"):
+        folder = tmp_path / flip
+        folder.mkdir()
+        config = load_tiny(folder, f"evaluation.flip={flip}", "solver.max_iters=2", task=task)
+        results[flip] = run(config)
+    weights = [(tmp_path / flip / "run/model.safetensors").read_bytes() for flip in results]
+    assert weights[0] == weights[1]
+    assert "mirror" in results["true"]["protocol"]["views"]
+    assert "views" not in results["false"]["protocol"]
+    key = "loss" if task == "classification" else "num_detections"
+    measured = [{**r["metrics"], **r["details"]}[key] for r in results.values()]
+    assert measured[0] != measured[1]
+    assert json.dumps(results["true"], allow_nan=False)

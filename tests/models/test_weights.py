@@ -82,14 +82,6 @@ def test_metadata_describes_the_backbone(folder, backbone):
     assert {path.name for path in folder.iterdir()} == {WEIGHTS_NAME, METADATA_NAME}
 
 
-def test_saving_overwrites(tmp_path):
-    for seed in (0, 1):
-        save_backbone(tmp_path, small(seed).to(memory_format=torch.channels_last), {})
-    rebuilt = build_from_metadata(read_metadata(tmp_path))
-    load_weights(rebuilt, tmp_path)
-    assert same(rebuilt, small(1))
-
-
 @pytest.mark.parametrize("name", ["", WEIGHTS_NAME])
 def test_weights_with_another_hash_are_refused(copied, name, refused):
     file = copied / WEIGHTS_NAME
@@ -135,7 +127,7 @@ def save_until(number, folder, backbone):
 
 @pytest.mark.parametrize("existing", ["none", "other", "same"])
 def test_kill_while_saving_never_mixes_weights_and_metadata(folder, backbone, tmp_path, existing):
-    new = backbone if existing == "same" else small(2)
+    new = backbone if existing == "same" else small(2).to(memory_format=torch.channels_last)
     finished, number = False, 0
     while not finished:
         number += 1
@@ -156,14 +148,6 @@ def test_kill_while_saving_never_mixes_weights_and_metadata(folder, backbone, tm
     assert number > 7
     assert same(loaded, new)
     assert has_metadata
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
-def test_pytorch_files_are_read(tmp_path, suffix):
-    file, source, model = tmp_path / f"w{suffix}", small(1), small(0)
-    torch.save({"state_dict": source.state_dict(), "epoch": 3}, file)
-    load_weights(model, file)
-    assert same(model, source)
 
 
 def test_files_without_normalization_keep_that_of_the_backbone(tmp_path):
@@ -192,22 +176,6 @@ def test_only_patterns_allow_missing_names(tmp_path):
     assert torch.equal(model.model.conv1[0].weight, source.model.conv1[0].weight)
     with pytest.raises(WeightsError, match="does not fit"):  # nothing would be loaded
         load_weights(build_backbone("cifar/vit", args={"depth": 1}), file, ignore_missing=["*"])
-
-
-def test_weights_of_another_architecture_or_shape_change_nothing(folder, tmp_path, refused):
-    wide, narrow = (build_backbone("cifar/resnet18", args={"width": w}) for w in (16, 8))
-    torch.save(wide.state_dict(), tmp_path / "w.pth")
-    shapes = r"of another shape layer1\.0\.conv1\.weight \(16, 64, 3, 3\) for \(8, 64, 3, 3\)"
-    vit = build_backbone("cifar/vit", args={"depth": 1})
-    names = r"another architecture's.*and \d+ more.*model\.backbone"
-    for name, model, path, match in (
-        ("weights of a ResNet in a ViT", vit, folder, names),
-        ("weights of another width", narrow, tmp_path / "w.pth", shapes),
-    ):
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        with refused(name, ValueError, match=match):
-            load_weights(model, path)
-        assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
 def test_missing_files_are_named(tmp_path):

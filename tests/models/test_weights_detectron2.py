@@ -161,7 +161,7 @@ def test_files_without_a_resnet_are_refused(resnet18, tmp_path, match):
 
 def test_incomplete_weights_and_other_suffixes_are_refused(resnet18, saved, tmp_path):
     edit(saved[0], lambda model: model.pop("res4.0.shortcut.norm.bias"))
-    with pytest.raises(ValueError, match=r"missing \['layer3.0.downsample.1.bias'\]"):
+    with pytest.raises(ValueError, match=r'Missing .*"layer3.0.downsample.1.bias"'):
         load_detectron2(saved[0])
     with pytest.raises(ValueError, match=r"reads \.pkl and \.pth files"):
         save_detectron2(tmp_path / "r18.safetensors", resnet18, {})

@@ -1,63 +1,52 @@
 """Bad inputs of reports: name -> the arguments of `read_report`, and the message."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 from report_runs import write_pair, write_report
 
 from tract_transfer.report.content import read_report
 
-Make = Callable[[Path], list[Any]]  # folder -> arguments
 
-
-def with_suite(text: str) -> Make:
-    def make(folder: Path) -> list[Any]:
+def with_suite(text):
+    def make(folder):
         (folder / "suite.json").write_text(text)
         return [[folder]]
 
     return make
 
 
-BAD_INPUTS: dict[str, tuple[Make, str]] = {
+SUITES = {
+    "{oops": "cannot be read",
+    '{"format": 2, "runs": []}': "must have format 1, got 2",
+    "[]": "must have format 1, got None",
+    '{"format": 1, "runs": [{"method": "a"}]}':
+        r"runs\[0\] lacks a usable task, seed, folder, state",
+    '{"format": 1}': r"runs\[0\] lacks",
+}  # fmt: skip
+BAD_INPUTS = {  # name -> (folder -> arguments), message
     "a report of no folder": (lambda _: [[]], "at least one folder"),
     "a report of a folder without runs": (lambda folder: [[folder]], r"No run in .* or below"),
     "a report of two runs of one seed": (
         lambda folder: [[*write_pair(folder), *write_pair(folder / "again")]],
-        r"seed 0\. Exclude one of them",
-    ),
-    "a baseline that no run has": (
-        lambda folder: [write_pair(folder), "plain"],
-        r"methods are tract, vanilla, and none is the baseline plain\.",
-    ),
+        r"seed 0\. Exclude one of them"),
+    "a baseline that no run has": (lambda folder: [write_pair(folder), "plain"],
+        r"methods are tract, vanilla, and none is the baseline plain\."),
     "several methods and no baseline": (
         lambda folder: [
             [*write_pair(folder)[3:], *write_pair(folder / "more", treated="other")[3:]]
         ],
-        r"none is the baseline vanilla\. .* --baseline other",
-    ),
-    "a suite.json of {oops": (with_suite("{oops"), "cannot be read"),
-    'a suite.json of {"format": 2, "runs": []}': (
-        with_suite('{"format": 2, "runs": []}'), "must have format 1, got 2",
-    ),
-    "a suite.json of []": (with_suite("[]"), "must have format 1, got None"),
-    'a suite.json of {"format": 1, "runs": [{"method": "a"}]}': (
-        with_suite('{"format": 1, "runs": [{"method": "a"}]}'),
-        r"runs\[0\] lacks a usable task, seed, folder, state",
-    ),
-    'a suite.json of {"format": 1}': (with_suite('{"format": 1}'), r"runs\[0\] lacks"),
+        r"none is the baseline vanilla\. .* --baseline other"),
+    **{f"a suite.json of {text}": (with_suite(text), match) for text, match in SUITES.items()},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
-def test_bad_input_is_refused(tmp_path: Path, name: str, refused) -> None:
+def test_bad_input_is_refused(tmp_path, name, refused):
     make, match = BAD_INPUTS[name]
     arguments = make(tmp_path)
     with refused(name, ValueError, match=match):
         read_report(*arguments)
 
 
-def test_another_suffix_is_refused(tmp_path: Path) -> None:
+def test_another_suffix_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must be one of \.html, \.md, \.tex, \.json"):
         write_report(write_pair(tmp_path), tmp_path / "report.docx")

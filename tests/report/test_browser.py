@@ -42,9 +42,7 @@ def browser() -> Iterator[Chromium]:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1440, 390])
-def test_page_renders_without_errors_or_requests(
-    browser: Chromium, report: Path, width: int, dark: bool
-) -> None:
+def test_page_renders_without_errors_or_requests(browser, report, width, dark):
     browser.open(report, width, 900, dark=dark)
     assert browser.evaluate("matchMedia('(prefers-color-scheme: dark)').matches") is dark
     assert browser.requests() == [report.resolve().as_uri()]
@@ -58,7 +56,7 @@ def test_page_renders_without_errors_or_requests(
     assert browser.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
 
 
-def test_text_has_enough_contrast(browser: Chromium, report: Path) -> None:
+def test_text_has_enough_contrast(browser, report):
     """WCAG asks for 4.5, in the light and in the dark scheme."""
     for dark in (False, True):
         browser.open(report, 1440, 900, dark=dark)
@@ -80,9 +78,7 @@ def contrast(one: str, other: str) -> float:
     return (lighter + 0.05) / (darker + 0.05)
 
 
-def test_phone_shows_differences_without_horizontal_scrolling(
-    browser: Chromium, report: Path
-) -> None:
+def test_phone_shows_differences_without_horizontal_scrolling(browser, report):
     browser.open(report, 390, 844)
     right_edges = browser.evaluate(
         "[...document.querySelectorAll('table.results')].slice(0, 1).flatMap(table => "
@@ -98,7 +94,7 @@ def test_phone_shows_differences_without_horizontal_scrolling(
     assert {"speed-up, pairs", "why", "bootstrap"} <= set(browser.evaluate(labels))
 
 
-def test_browser_reports_requests_and_errors(browser: Chromium, tmp_path: Path) -> None:
+def test_browser_reports_requests_and_errors(browser, tmp_path):
     page = tmp_path / "bad.html"
     page.write_text("<title>x</title><img src='missing.png'><script>throw new Error('oh')</script>")
     browser.open(page, 800, 600)
@@ -106,9 +102,7 @@ def test_browser_reports_requests_and_errors(browser: Chromium, tmp_path: Path) 
     assert any("oh" in error for error in browser.errors())
 
 
-def test_printed_page_shows_collapsed_parts(
-    browser: Chromium, report: Path, tmp_path: Path
-) -> None:
+def test_printed_page_shows_collapsed_parts(browser, report, tmp_path):
     browser.open(report, 1440, 900)
     cells = "[...document.querySelectorAll('details table:not(.classes) td')]"
     hidden = f"{cells}.filter(cell => !cell.checkVisibility())"

@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from report_runs import compare_runs, edit_json, load_runs, page_text, render, write_pair, write_run
+from report_runs import edit_json, page_text, render, write_pair, write_run
 
-from tract_transfer.report.content import answer, mean_over_tasks, read_report
+from tract_transfer.report.content import read_report
 from tract_transfer.report.statistics import paired_difference
 from tract_transfer.report.tables import tables_of
 from tract_transfer.report.write import text_table
@@ -36,22 +36,17 @@ def write_two_seeds(root: Path, methods: tuple[str, ...], tasks: tuple[str, ...]
 
 
 def sentence_of(folders: list[Path]) -> str:
-    (sentence,) = answer(compare_runs(folders), "vanilla")
+    (sentence,) = read_report(folders).answer
     return sentence
 
 
-def test_mean_over_tasks_is_paired_by_seed(tmp_path: Path) -> None:
+def test_mean_over_tasks_is_paired_by_seed(tmp_path):
     folders = write_gains(tmp_path, {"a": THREE, "b": dict.fromkeys(BASE, 0)})
-    mean = mean_over_tasks(compare_runs(folders), "tract", "vanilla")
-    expected = paired_difference({0: 0.02, 1: 0.03, 2: 0.025}, dict.fromkeys(range(3), 0.0))
-    assert mean is not None
-    assert (mean.mean, mean.low, mean.p_value) == pytest.approx(
-        (expected.mean, expected.low, expected.p_value)
-    )
+    mean = paired_difference({0: 0.02, 1: 0.03, 2: 0.025}, dict.fromkeys(range(3), 0.0))
     assert sentence_of(folders) == (
-        "On average over 2 downstream tasks, tract is 2.50 points ahead of vanilla, 95 % interval "
-        "[+1.26, +3.74] over 3 paired seeds: significant; it is ahead on 1 of 2 tasks, "
-        "significantly (Holm) ahead on 1 (a)."
+        f"On average over 2 downstream tasks, tract is {100 * mean.mean:.2f} points ahead of "
+        f"vanilla, 95 % interval [{100 * mean.low:+.2f}, {100 * mean.high:+.2f}] over 3 paired "
+        "seeds: significant; it is ahead on 1 of 2 tasks, significantly (Holm) ahead on 1 (a)."
     )
     assert sentence_of(folders) in page_text(folders).replace("\xa0", " ")
 
@@ -86,9 +81,7 @@ EQUAL = dict.fromkeys(BASE, 0.02)
     ids=["missing seed", "noise", "behind", "one pair", "two equal pairs", "three equal pairs",
          "cancels", "small"],
 )  # fmt: skip
-def test_answer_states_no_more_than_the_numbers_show(
-    tmp_path: Path, gains: dict[str, dict[int, float]], start: str, end: str
-) -> None:
+def test_answer_states_no_more_than_the_numbers_show(tmp_path, gains, start, end):
     folders = write_gains(tmp_path, gains)
     folders.append(write_run(tmp_path, "tract", "pre", 0, {"top1": 0.9}, role="pretrain"))
     sentence = sentence_of(folders)
@@ -96,53 +89,45 @@ def test_answer_states_no_more_than_the_numbers_show(
     assert sentence.endswith(end)
 
 
-def test_lower_loss_is_ahead_and_enters_no_mean(tmp_path: Path) -> None:
+def test_lower_loss_is_ahead_and_enters_no_mean(tmp_path):
     losses = {"vanilla": 0.5, "tract": 0.4}
-    folders = [
-        write_run(tmp_path, method, "a", 0, {"loss": loss}) for method, loss in losses.items()
-    ]
-    assert sentence_of(folders) == (
+    folders = [write_run(tmp_path, m, "a", 0, {"loss": loss}) for m, loss in losses.items()]
+    report = read_report(folders)
+    assert report.answer == [
         "tract is ahead on 1 of 1 task; no task has enough pairs, or spread, for a test."
-    )
-    assert "−0.1000 [one pair, no interval], 1" in text_table(load_runs(folders))
-    assert read_report(folders).speed_ups == []
+    ]
+    assert "−0.1000 [one pair, no interval], 1" in text_table(report)
+    assert report.speed_ups == []
 
 
-def test_answer_names_methods_without_a_pair(tmp_path: Path) -> None:
-    folders = write_pair(tmp_path)[:3]
-    folders.append(write_run(tmp_path, "tract", "finetune", 9, {"top1": 0.9}))
-    assert sentence_of(folders) == (
+def test_holm_counts_every_comparison_of_downstream_tasks(tmp_path):
+    folders = write_gains(tmp_path, {"a": THREE, "b": {0: 0.02, 1: 0.01, 2: 0.03}})
+    folders.append(write_run(tmp_path, "tract", "pre", 0, {"top1": 0.9}, role="pretrain"))
+    a, b, pre = read_report(folders).results
+    low, high = sorted(row.differences["tract"].p_value for row in (a, b))
+    assert a.corrected["tract"] == pytest.approx(2 * low)
+    assert b.corrected["tract"] == pytest.approx(max(high, 2 * low))
+    assert pre.corrected == {}
+
+
+def test_means_are_over_all_seeds_and_differences_over_shared_ones(tmp_path):
+    folders = write_pair(tmp_path)[1:]
+    folders.append(write_run(tmp_path, "tract", "finetune", 7, {"top1": 0.9}))
+    (row,) = read_report(folders).results
+    assert (row.differences["tract"].n, row.summaries["tract"].n) == (2, 4)
+    assert row.notes == ["vanilla has no result for seeds 0, 7."]
+    assert sentence_of([folders[0], folders[-1]]) == (
         "tract and vanilla do not share a finished seed of a downstream task yet."
     )
 
 
-def test_holm_counts_every_comparison_of_downstream_tasks(tmp_path: Path) -> None:
-    folders = write_gains(tmp_path, {"a": THREE, "b": {0: 0.02, 1: 0.01, 2: 0.03}})
-    folders.append(write_run(tmp_path, "tract", "pre", 0, {"top1": 0.9}, role="pretrain"))
-    a, b, pre = compare_runs(folders)
-    p_values = sorted([a.differences["tract"].p_value or 0, b.differences["tract"].p_value or 0])
-    assert a.corrected["tract"] == pytest.approx(2 * p_values[0])
-    assert b.corrected["tract"] == pytest.approx(max(p_values[1], 2 * p_values[0]))
-    assert pre.corrected == {}
-
-
-def test_means_are_over_all_seeds_and_differences_over_shared_ones(tmp_path: Path) -> None:
-    folders = write_pair(tmp_path)[1:]
-    folders.append(write_run(tmp_path, "tract", "finetune", 7, {"top1": 0.9}))
-    (row,) = compare_runs(folders)
-    assert (row.differences["tract"].n, row.summaries["tract"].n) == (2, 4)
-    assert row.notes == ["vanilla has no result for seeds 0, 7."]
-
-
 @pytest.mark.parametrize("methods", [("adamw",), ("vanilla", "tract")])
-def test_every_format_counts_the_seeds_that_a_task_lacks(
-    tmp_path: Path, methods: tuple[str, ...]
-) -> None:
+def test_every_format_counts_the_seeds_that_a_task_lacks(tmp_path, methods):
     folders = write_two_seeds(tmp_path, methods, ("finetune", "other"))
     for method in methods:
         shutil.rmtree(tmp_path / method / "finetune" / "seed1")
     report = read_report([folder for folder in folders if folder.exists()])
-    texts = {**render(report), ".txt": text_table(report.runs, report.baseline)}
+    texts = {**render(report), ".txt": text_table(report)}
     (note,) = report.results[0].notes
     verb = "have" if len(methods) > 1 else "has"
     assert note == f"{' and '.join(methods)} {verb} no result for seed 1."
@@ -159,17 +144,17 @@ def test_every_format_counts_the_seeds_that_a_task_lacks(
     assert "2 of 2" not in "".join(texts.values())
 
 
-def test_differences_between_runs_of_a_task_are_noted(tmp_path: Path) -> None:
+def test_differences_between_runs_of_a_task_are_noted(tmp_path):
     folders = write_pair(tmp_path)
     folders.append(write_run(tmp_path, "tract", "probe", 0, {"top1": 0.5}, iterations=500))
     folders.append(write_run(tmp_path, "vanilla", "probe", 0, {"top1": 0.5}, iterations=400))
     text = page_text(folders)
-    assert "The runs differ in iterations: compare with care." in text
-    assert "tract.enabled false true" in text
-    assert "data.digits.train sha256 1f3c9a" in text
+    differs = "The runs differ in iterations: compare with care."
+    facts = (differs, "tract.enabled false true", "data.digits.train sha256 1f3c9a")
+    assert all(fact in text for fact in facts)
 
 
-def test_costs_count_the_runs_that_have_them(tmp_path: Path) -> None:
+def test_costs_count_the_runs_that_have_them(tmp_path):
     """The memory of a resumed run is not reported."""
     folders = write_two_seeds(tmp_path, ("vanilla", "tract"), ("finetune",))
     edit_json(folders[0] / "results.json", cost={"energy_joules": {"gpu": 1e3}})
@@ -178,24 +163,21 @@ def test_costs_count_the_runs_that_have_them(tmp_path: Path) -> None:
     assert f"{memory} 512.0 (1 of 2) 640.0 (× 1.25)" in texts[".html"]
     assert f"{memory} | 512.0 (1 of 2) | 640.0 (× 1.25) |" in texts[".md"]
     assert rf"{memory} & 512.0 (1 of 2) & 640.0 ($\times$ 1.25) " in texts[".tex"]
-    costs = {row["quantity"]: row["counts"] for row in json.loads(texts[".json"])["costs"]}
-    assert costs["peak memory of the process"] == {"vanilla": 1, "tract": 2}
+    counts = {row["quantity"]: row["counts"] for row in read_report(folders).costs}
+    assert counts["peak memory of the process"] == {"vanilla": 1, "tract": 2}
     assert "training, s 31.7 33.7 (× 1.06)" in texts[".html"]
     assert "energy of the machine, kJ 1.2 2.5 (× 2.00)" in texts[".html"]
     alone = render([folders[0], folders[1], folders[3]])[".md"]
     assert f"{memory} | 512.0 (1 of 2) | 640.0 (1 of 2; × 1.25) |" in alone
 
 
-def test_seeds_without_an_epoch_are_counted(tmp_path: Path) -> None:
+def test_seeds_without_an_epoch_are_counted(tmp_path):
     """The method starts above the lowest target, and one of its seeds never reaches the highest."""
     folders = write_two_seeds(tmp_path, ("vanilla", "tract"), ("finetune",))
     curves = ([0.5, 0.8], [0.5, 0.8], [0.7, 0.9], [0.7, 0.75])
     for folder, values in zip(folders, curves, strict=True):
-        lines = [
-            json.dumps({"epoch": epoch, "split": "val", "top1": value})
-            for epoch, value in enumerate(values, 1)
-        ]
-        (folder / "metrics.jsonl").write_text("\n".join(lines))
+        lines = [{"epoch": i, "split": "val", "top1": value} for i, value in enumerate(values, 1)]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (table,) = (table for table in tables_of(read_report(folders)) if table.name == "speed-ups")
     assert [row[3:5] for row in table.rows] == [
         ["1.3", "before the first in 2 seeds"],
@@ -204,28 +186,24 @@ def test_seeds_without_an_epoch_are_counted(tmp_path: Path) -> None:
     ]
 
 
-def test_probe_has_its_classes_in_the_details_of_its_name(tmp_path: Path) -> None:
+def test_probe_has_its_classes_in_the_details_of_its_name(tmp_path):
     folder = write_run(tmp_path, "vanilla", "probe", 0, {"knn20_top1": 0.5})
     details = {"linear": {"per_class": {"cat": 0.1}}, "knn20": {"per_class": {"dog": 0.2}}}
     edit_json(folder / "results.json", details=details)
     assert [row.name for row in read_report([folder]).classes["probe"]] == ["dog"]
 
 
-def test_classes_that_change_beyond_chance_are_counted(tmp_path: Path) -> None:
-    folders = [
-        write_run(tmp_path, method, "a", seed, {"top1": 0.5}, per_class={"cat": cat, "dog": dog})
-        for method, values in (
-            ("vanilla", [(0.5, 0.5)] * 3), ("tract", [(0.7, 0.4), (0.71, 0.6), (0.72, 0.5)]),
-        )
-        for seed, (cat, dog) in enumerate(values)
-    ]  # fmt: skip
+def test_classes_that_change_beyond_chance_are_counted(tmp_path):
+    for seed, (cat, dog) in enumerate([(0.7, 0.4), (0.71, 0.6), (0.72, 0.5)]):
+        for method, classes in (("vanilla", (0.5, 0.5)), ("tract", (cat, dog))):
+            per_class = dict(zip(("cat", "dog"), classes, strict=True))
+            write_run(tmp_path, method, "a", seed, {"top1": 0.5}, per_class=per_class)
     note = "2 classes have an interval. It excludes zero for 1 that gain and 0 that lose; chance"
-    texts = render(folders)
-    assert note in texts[".html"]
-    assert note in texts[".md"]
+    texts = render([tmp_path])
+    assert all(note in texts[suffix] for suffix in (".html", ".md"))
 
 
-def test_report_of_one_method_has_no_differences(tmp_path: Path) -> None:
+def test_report_of_one_method_has_no_differences(tmp_path):
     folders = write_pair(tmp_path)[3:]
     report = read_report(folders)
     assert (report.baseline, report.methods, report.treated) == ("tract", ["tract"], [])
@@ -234,5 +212,4 @@ def test_report_of_one_method_has_no_differences(tmp_path: Path) -> None:
     for suffix, text in texts.items():
         assert ("83.83" in text) == (suffix != ".json")
         assert "ifferences pair" not in text
-    only = "These folders contain only one method, tract: nothing is compared."
-    assert only in texts[".html"]
+    assert "contain only one method, tract: nothing is compared." in texts[".html"]

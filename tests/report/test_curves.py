@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tract_transfer.report.curves import epochs_to_reach, lowest_end, speed_up
+from tract_transfer.report.curves import epochs_to_reach, speed_up
 
 SLOW = ([1.0, 2.0, 4.0], [0.2, 0.4, 0.8])
 
@@ -50,9 +50,3 @@ def test_interval_of_logarithms_inverts_with_the_ratio():
     assert [inverse.ratio, inverse.low, inverse.high] == pytest.approx(
         [1 / result.ratio, 1 / result.high, 1 / result.low]
     )
-
-
-def test_every_seed_reaches_the_lowest_end():
-    curves = {0: SLOW, 1: ([1.0, 2.0], [0.9, 0.5])}
-    assert lowest_end(curves) == 0.5
-    assert all(epochs_to_reach(curve, 0.5) != math.inf for curve in curves.values())

@@ -5,11 +5,11 @@ from typing import get_args
 
 import pytest
 import yaml
-from report_runs import load_runs, page_text, write_run
+from report_runs import page_text, write_run
 
 from tract_transfer.config.schema import PaperRow, load_config
-from tract_transfer.report.content import by_task
-from tract_transfer.report.paper import compare_with_paper, read_setups, read_table
+from tract_transfer.report.content import read_report
+from tract_transfer.report.paper import read_setups, read_table
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "paper"
 
@@ -21,10 +21,6 @@ def write_like(root: Path, config_file: str, method: str, *overrides: str) -> Pa
     folder = write_run(root, method, "task", 0, {config.evaluation.metric: 0.7})
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
     return folder
-
-
-def rows_of(folders: list[Path]):
-    return compare_with_paper(by_task(load_runs(folders)))
 
 
 def test_config_setups_and_numbers_have_the_same_rows():
@@ -52,14 +48,13 @@ def test_configs_of_the_paper_differ_only_in_seeds(tmp_path, file):
     if file.startswith("t4"):  # the backbone's name is in the folder of weights, which is missing
         overrides = ["model.backbone.name=timm/deit3_small_patch16_224"]
     folders = [write_like(tmp_path, f"{file}.yaml", m, *overrides) for m in ("vanilla", "tract")]
-    rows, problems = rows_of(folders)
-    assert rows
-    assert problems == []
-    for row in rows:
+    report = read_report(folders)
+    assert report.paper
+    assert report.problems == []
+    seeds = "seeds: 1 of vanilla, 1 of tract here"
+    for row in report.paper:
         assert row.sides == {"vanilla": "vanilla", "tract": "tract"}
-        assert all(
-            text.startswith("seeds: 1 of vanilla, 1 of tract here") for text in row.differing
-        )
+        assert all(text.startswith(seeds) for text in row.differing)
 
 
 def test_differences_in_setup_are_named(tmp_path):
@@ -67,23 +62,22 @@ def test_differences_in_setup_are_named(tmp_path):
     file = "t1_cifar100_resnet18.yaml"
     folders = [write_like(tmp_path, file, "vanilla", *words)]
     folders.append(write_like(tmp_path, file, "tract", "tract.lam=0.2", *words))
-    (row,), _ = rows_of(folders)
+    (row,) = read_report(folders).paper
     assert row.title == "table 1, CIFAR-100, cifar/resnet18, 133 epochs"
     assert row.paper == {"vanilla": (None, None), "tract": (75.86, 0.20)}
-    assert "data.batch_size: 64 here, 128 in the paper" in row.differing
-    assert "tract.lam: 0.2 here, 0.1 in the paper" in row.differing
     text = page_text(folders)
     assert f"task {row.title} top-1 accuracy – 75.86 ± 0.20" in text
-    assert "data.batch_size: 64 here, 128 in the paper" in text
+    for key, ours, theirs in (("data.batch_size", 64, 128), ("tract.lam", 0.2, 0.1)):
+        assert f"{key}: {ours} here, {theirs} in the paper" in row.differing
+        assert f"{key}: {ours} here, {theirs} in the paper" in text
 
 
-def test_row_that_the_paper_lacks_is_a_problem(tmp_path):
-    assert rows_of([write_like(tmp_path, "f5_imagenet_resnet18.yaml", "vanilla")]) == (
+def test_row_that_the_paper_lacks_is_a_problem_and_no_row_is_none(tmp_path):
+    report = read_report([write_like(tmp_path, "f5_imagenet_resnet18.yaml", "vanilla")])
+    assert (report.paper, report.problems) == (
         [],
         ["task: the config sets `paper: t2`, but the paper's tables have no such row for "
          "torchvision/resnet18 and 90.0 epochs"],
     )  # fmt: skip
-
-
-def test_runs_that_name_no_row_have_none(tmp_path):
-    assert rows_of([write_run(tmp_path, "vanilla", "task", 0, {"top1": 0.5})]) == ([], [])
+    report = read_report([write_run(tmp_path, "vanilla", "unnamed", 0, {"top1": 0.5})])
+    assert (report.paper, report.problems) == ([], [])

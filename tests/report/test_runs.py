@@ -7,14 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import (
-    edit_json,
-    load_runs,
-    page_text,
-    render,
-    write_pair,
-    write_run,
-)
+from report_runs import edit_json, load_runs, page_text, render, write_pair, write_run
 
 from tract_transfer.report.content import read_report
 from tract_transfer.report.runs import find_runs
@@ -27,30 +20,27 @@ def write_suite(root: Path, changes: dict[tuple[str, int], dict[str, Any]] | Non
     runs = [
         {
             "id": f"{method}{seed}", "method": method, "task": "finetune", "seed": seed,
-            "folder": f"{method}/finetune/seed{seed}", "needs": None, "state": "finished",
-            "attempts": 1, "error": None, "seconds": 2.0, **(changes or {}).get((method, seed), {}),
+            "folder": f"{method}/finetune/seed{seed}", "state": "finished", "attempts": 1,
+            "error": None, **(changes or {}).get((method, seed), {}),
         }
         for method in ("vanilla", "tract")
         for seed in range(3)
     ]  # fmt: skip
-    plan = {
-        "format": 1, "title": "A plan", "baseline": "vanilla", "methods": ["vanilla", "tract"],
-        "tasks": ["pretrain", "finetune"], "seeds": [0, 1, 2], "runs": runs,
-    }  # fmt: skip
+    plan = {"format": 1, "title": "A plan", "baseline": "vanilla", "runs": runs}
     (root / "suite.json").write_text(json.dumps(plan))
     return root
 
 
-def test_parent_folder_stands_for_its_runs(tmp_path: Path) -> None:
+def test_parent_folder_stands_for_its_runs(tmp_path):
     folders = write_pair(tmp_path / "runs")
     (folders[0] / "checkpoints" / "iter_5").mkdir(parents=True)
     (folders[0] / "checkpoints" / "config.yaml").write_text("")
     assert sorted(find_runs([tmp_path]).folders) == sorted(folders)
-    both = find_runs([folders[0], tmp_path]).folders
+    both = list(find_runs([folders[0], tmp_path]).folders)
     assert (both[0], len(both)) == (folders[0], len(folders))
 
 
-def test_plan_gives_title_baseline_and_states(tmp_path: Path) -> None:
+def test_plan_gives_title_baseline_and_states(tmp_path):
     changes = {
         ("vanilla", 2): {"folder": "nowhere"},
         ("tract", 0): {"state": "failed", "error": "ValueError: <b>bad</b>", "attempts": 2},
@@ -77,7 +67,7 @@ def test_plan_gives_title_baseline_and_states(tmp_path: Path) -> None:
     assert "4 did not finish." in text
 
 
-def test_task_without_finished_run_keeps_its_row(tmp_path: Path) -> None:
+def test_task_without_finished_run_keeps_its_row(tmp_path):
     suite = write_suite(tmp_path)
     runs = json.loads((suite / "suite.json").read_text())["runs"]
     runs.append({**runs[0], "task": "detect", "folder": "d", "state": "waiting"})
@@ -85,17 +75,16 @@ def test_task_without_finished_run_keeps_its_row(tmp_path: Path) -> None:
     assert "detect no run has finished – seed 0 is waiting" in page_text([suite])
 
 
-def test_runs_outside_the_plan_are_excluded_and_named(tmp_path: Path) -> None:
+def test_runs_outside_the_plan_are_excluded_and_named(tmp_path):
     suite = write_suite(tmp_path / "s")
     shutil.copytree(suite / "tract/finetune/seed0", suite / "old/finetune/seed0")
     report = read_report([suite])
     assert len(report.runs) == 6
-    (problem,) = report.problems
-    assert problem.startswith(f"{suite / 'old/finetune/seed0'} is a run that")
-    assert problem.endswith("does not plan: excluded")
+    run, plan = suite / "old/finetune/seed0", suite / "suite.json"
+    assert report.problems == [f"{run} is a run that {plan} does not plan: excluded"]
 
 
-def test_run_that_methods_share_counts_for_each(tmp_path: Path) -> None:
+def test_run_that_methods_share_counts_for_each(tmp_path):
     suite = write_suite(tmp_path, {("vanilla", seed): {"also": ["low_lr"]} for seed in range(3)})
     (row,) = read_report([suite]).results
     assert row.values["low_lr"] == row.values["vanilla"] == {0: 0.8, 1: 0.82, 2: 0.81}
@@ -109,11 +98,10 @@ def test_run_that_methods_share_counts_for_each(tmp_path: Path) -> None:
     assert [len(row.missing[method]) for method in ("vanilla", "tract", "low_lr")] == [1, 0, 1]
 
 
-def test_unfinished_runs_keep_their_place(tmp_path: Path) -> None:
+def test_unfinished_runs_keep_their_place(tmp_path):
     folders = write_pair(tmp_path)
     (folders[-1] / "results.json").unlink()
-    broken = tmp_path / "tract" / "finetune" / "seed8"
-    broken.mkdir()
+    broken = write_run(tmp_path, "tract", "finetune", 8, {"top1": 0.5})
     (broken / "results.json").write_text("{oops")
     (broken / "metrics.jsonl").write_text('{"iteration": 5}\n{"iter')
     folders += [broken, tmp_path / "elsewhere"]
@@ -127,7 +115,22 @@ def test_unfinished_runs_keep_their_place(tmp_path: Path) -> None:
     assert f"{broken / 'results.json'}: Expecting property name" in text
     assert f"{broken / 'metrics.jsonl'}, line 2: " in text
     assert f"– – – missing the folder does not exist {tmp_path / 'elsewhere'}" in text
-    assert f"Unfinished: {tmp_path / 'elsewhere'}: the" in text_table(load_runs(folders))
+    assert f"Unfinished: {tmp_path / 'elsewhere'}: the" in text_table(read_report(folders))
+
+
+@pytest.mark.parametrize(
+    ("config", "task", "method"),
+    [
+        ({"name": "probe", "method": "adamw"}, "probe", "adamw"),
+        ({"name": None, "tract": {"enabled": True}}, "classification", "tract"),
+        ({}, "classification", "vanilla"),
+        ({"model": {"weights": "x"}}, "classification", ""),  # of its pre-training: not known
+    ],
+)
+def test_unfinished_run_is_named_by_its_config(tmp_path, config, task, method):
+    (tmp_path / "config.yaml").write_text(json.dumps({"task": "classification", **config}))
+    (run,) = load_runs([tmp_path])
+    assert (run.task, run.method, run.state) == (task, method, "unfinished")
 
 
 @pytest.mark.parametrize(
@@ -138,9 +141,7 @@ def test_unfinished_runs_keep_their_place(tmp_path: Path) -> None:
         ({"format": 7}, "results.json has format 7, this version reads 1"),
     ],
 )
-def test_unusable_results_state_why(
-    tmp_path: Path, change: dict[str, object], failure: str
-) -> None:
+def test_unusable_results_state_why(tmp_path, change, failure):
     folder = write_run(tmp_path, "vanilla", "finetune", 0, {"top1": 0.5})
     edit_json(folder / "results.json", **change)
     (run,) = load_runs([folder])
@@ -169,7 +170,7 @@ DIGITS = "1" + "0" * 400
     ids=["aliases", "contains itself", "list of itself", "dates", "digits", "score", "data",
          "metadata"],
 )  # fmt: skip
-def test_no_content_of_a_run_makes_a_report_fail(tmp_path: Path, name: str, text: str) -> None:
+def test_no_content_of_a_run_makes_a_report_fail(tmp_path, name, text):
     folders = write_pair(tmp_path)
     (folders[0] / name).write_text(text)
     page = render(folders)[".html"]

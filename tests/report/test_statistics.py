@@ -28,9 +28,6 @@ def test_summary_has_the_sample_standard_deviation():
     assert (summary.mean, summary.n) == (pytest.approx(0.3), 3)
     assert summary.std == pytest.approx(math.sqrt((0.04 + 0.01 + 0.09) / 2))
     assert summarize([0.5]).std is None
-    for values in ([], [0.1, math.nan]):
-        with pytest.raises(ValueError, match="finite"):
-            summarize(values)
 
 
 @pytest.mark.parametrize("n", [2, 3, 10])
@@ -79,14 +76,6 @@ def test_differences_that_cancel_have_no_sign():
     assert difference.p_value == pytest.approx(1)
     assert difference.low == -difference.high
     assert paired_difference({0: 1e-6}, {0: 0.0}).mean == 1e-6
-
-
-def test_values_that_cannot_be_paired_are_refused():
-    with pytest.raises(ValueError, match=r"treated has \[2, 3\], baseline has \[0, 1, 3\]"):
-        paired_difference({2: 0.5, 3: 0.5}, {0: 0.5, 1: 0.5, 3: 0.5})
-    for values in ({0: math.nan}, {}):
-        with pytest.raises(ValueError, match="one or more finite numbers"):
-            paired_difference(values, values)
 
 
 def test_holm_is_the_step_down_of_bonferroni():

@@ -1,10 +1,8 @@
 """Executing a suite with a launcher that decides how its attempts end."""
 
 import contextlib
-import functools
 import io
 import json
-import logging
 import os
 import signal
 import sys
@@ -24,8 +22,6 @@ from tract_transfer.suite.launchers import Launcher
 from tract_transfer.suite.screen import Screen
 from tract_transfer.suite.state import Suite
 
-JOB = {"job": "7", "stop_file": "plan/a.stop"}
-
 
 def name_of(run):
     return f"{run.method}/{run.task}"
@@ -38,8 +34,6 @@ class Fake(Launcher):
         stop: signal that this process gets with every start; attempts end when they are stopped.
     """
 
-    name = "local"
-
     def __init__(self, codes=None, workers=1, stop=None):
         super().__init__(workers)
         self.codes, self.signal = codes or {}, stop
@@ -51,7 +45,6 @@ class Fake(Launcher):
         self.most = max(self.most, len(self._running))
         if self.signal is not None:
             os.kill(os.getpid(), self.signal)
-        return JOB
 
     def _exit_code(self, run):
         if self.signal is not None:
@@ -64,9 +57,6 @@ class Fake(Launcher):
 
     def stop(self, number):
         self.stops.append(number)
-
-    def end_jobs(self, left):
-        pass
 
     @property
     def started(self):
@@ -134,6 +124,7 @@ def test_attempt_gets_the_complete_config_in_a_file(suite, run):
     assert attempt.command == [sys.executable, *command]
     assert yaml.safe_load(file.read_text()) == planned.config
     assert attempt.log == planned.folder / "console.txt"
+    assert attempt.stop_file.read_text() == f"{attempt.session} 0"
     assert suite.jobs[2].begun_with == "w1"
 
 
@@ -159,7 +150,7 @@ def test_failure_stops_only_the_runs_that_need_it(suite, run):
     [
         ([1], 1, 2, None),
         ([1, 1], 1, 2, "exit code 1"),
-        ([-9, -9], 1, 2, "SIGKILL, as when memory"),
+        ([-9, -9], 1, 2, "(Killed), as when memory"),
         ([2], 3, 1, "exit code 2"),  # config or data must be changed first
         (["no results"], 0, 1, "exit code 0, but no results (new)"),
     ],
@@ -216,7 +207,6 @@ def test_signal_stops_the_runs_and_leaves_the_rest_waiting(suite, run, number):
     assert signal.getsignal(number) is before
     assert set(states(suite).values()) == {"waiting"}
     assert suite.jobs[0].error is None
-    assert not (suite.folder / ".owner.json").exists()
     assert run(suite=again(suite)).result is None
 
 
@@ -235,42 +225,6 @@ def test_second_signal_kills_the_runs(run):
     assert launcher.stops == [signal.SIGKILL]
 
 
-def test_running_jobs_are_recorded_until_they_have_ended(suite, run):
-    """Even if the suite fails, or the next one is killed while it ends them."""
-    launcher = Fake()
-    launcher.ended = lambda: 1 / (not launcher.started) and []
-    with pytest.raises(ZeroDivisionError):
-        run(launcher)
-    left = {str(suite.runs[0].folder): JOB}
-    assert json.loads((suite.folder / ".owner.json").read_text())["jobs"] == left
-    seen = []
-    launcher = Fake()
-
-    def interrupted(jobs):
-        seen.append(jobs)
-        raise KeyboardInterrupt
-
-    launcher.end_jobs = interrupted
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            run(launcher, suite=again(suite))
-    assert seen == [left, left]
-    run(suite=again(suite))
-    assert not (suite.folder / ".owner.json").exists()
-
-
-def test_jobs_of_slurm_are_refused_by_other_launchers(suite, run, refused):
-    """They would run beside the same runs, started again."""
-    jobs = {"out/vanilla/voc/seed0": JOB, "out/tract/voc/seed0": JOB, "a": {"pid": 1}}
-    (suite.folder / ".owner.json").write_text(json.dumps({"jobs": jobs}))
-    launcher = Fake()
-    launcher.end_jobs = functools.partial(Launcher.end_jobs, launcher)
-    message = r"out/vanilla/voc/seed0, out/tract/voc/seed0: .* Use --launcher slurm, which lets"
-    with refused("leftovers of another launcher", FileExistsError, match=message):
-        run(launcher)
-    assert launcher.started == []
-
-
 def test_second_suite_learns_who_holds_the_folder(suite, run):
     with held(suite.folder) as pid, pytest.raises(FolderInUseError, match=f"process {pid} on"):
         run()
@@ -283,34 +237,35 @@ def test_run_of_a_killed_suite_is_awaited(suite, run, monkeypatch, caplog):
     suite.runs[0].folder.mkdir(parents=True)
     with contextlib.ExitStack() as stack, caplog.at_level("INFO"):
         pid = stack.enter_context(held(suite.runs[0].folder))
-        monkeypatch.setattr("tract_transfer.suite.execute.time.sleep", lambda _: stack.close())
+        close = {0.2: stack.close}  # not before the other session has been noticed
+        name = "tract_transfer.suite.execute.time.sleep"
+        monkeypatch.setattr(name, lambda seconds: close.get(seconds, int)())
         launcher = run(suite=again(suite))
     assert len(launcher.started) == 6
     assert f"is in use by process {pid} " in caplog.text
     assert "waiting for it to end" in caplog.text
 
 
-def test_full_disk_fails_runs_that_cannot_start_and_ends_no_others(suite, run, monkeypatch, caplog):
+@pytest.mark.parametrize("cannot_be_written", ["suite.json", ".yaml"])
+def test_full_disk_fails_only_runs_that_cannot_start(
+    suite, run, monkeypatch, caplog, cannot_be_written
+):
+    replace = Path.replace
+
     def full(self, target):
-        raise OSError(28, "No space left on device", str(target))
+        if str(target).endswith(cannot_be_written):
+            raise OSError(28, "No space left on device", str(target))
+        return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", full)
-    monkeypatch.setattr(Suite, "write_slurm_jobs", lambda self, jobs: None)
-    with caplog.at_level(logging.ERROR):
-        assert run().result is None
-    assert [job.state for job in suite.jobs] == ["failed"] * 2 + ["blocked"] * 4
-    assert f"DiskFullError: No space left in {suite.folder}/plan: " in suite.jobs[0].error
-    assert "The suite's state cannot be written" in caplog.text
-
-
-def test_full_disk_of_the_state_ends_no_run(suite, run, monkeypatch, caplog):
-    def full(self):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Suite, "write", full)
-    run()
-    assert {job.state for job in suite.jobs} == {"finished"}
-    assert "The suite's state cannot be written" in caplog.text
+    assert run().result is None
+    states = [job.state for job in suite.jobs]
+    if cannot_be_written == "suite.json":
+        assert states == ["finished"] * 6
+        assert "The suite's state cannot be written" in caplog.text
+    else:
+        assert states == ["failed"] * 2 + ["blocked"] * 4
+        assert f"DiskFullError: No space left in {suite.folder}/plan: " in suite.jobs[0].error
 
 
 def test_run_that_cannot_start_has_failed(suite, run):

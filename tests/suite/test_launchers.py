@@ -15,14 +15,13 @@ import psutil
 import pytest
 from suites import COUNTS, ENDS, attempt_in, run_of, wait, wait_for
 
-from tract_transfer.suite import launchers
 from tract_transfer.suite.launchers import (
     LocalLauncher,
     RayLauncher,
     SlurmLauncher,
-    find_gpus,
     this_machine,
     why_it_ended,
+    write_stop_file,
 )
 
 # Ends by SIGTERM as a run does, and resumes from what it left then.
@@ -90,10 +89,15 @@ def test_attempt_returns_its_exit_code_and_appends_to_its_log(tmp_path, log):
     assert sorted(log.read_text().split()) == ["one", "two", "why", "why"]
 
 
-def test_stop_file_stops_an_attempt_and_keeps_a_queued_one_from_starting(tmp_path, log):
+@pytest.mark.parametrize("session", ["this", "another"])
+def test_stop_or_another_session_ends_an_attempt_and_keeps_a_queued_one_from_starting(
+    tmp_path, log, session
+):
     attempt = attempt_in(tmp_path, ENDS)
+    write_stop_file(attempt.stop_file, "this")
     thread, codes = begin(attempt)
-    attempt.stop(signal.SIGTERM)
+    attempt.stop_file.write_text("")  # it is being written
+    write_stop_file(attempt.stop_file, session, signal.SIGTERM if session == "this" else 0)
     thread.join(60)
     assert codes == [7]
     log.unlink()
@@ -121,7 +125,7 @@ def test_attempt_gets_one_signal_when_the_suite_is_killed(tmp_path, log):
         "import sys, time; from pathlib import Path; from tract_transfer.suite.launchers import *\n"
         "assert 'torch' not in sys.modules\n"
         "command = [sys.executable, '-S', '-c', sys.argv[2]]\n"
-        "Attempt(command, Path(sys.argv[1]), Path('stop')).start(); time.sleep(60)"
+        "Attempt(command, Path(sys.argv[1]), Path('stop'), '').start(); time.sleep(60)"
     )
     command = [sys.executable, "-c", script, str(log), COUNTS]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2]) as suite:
@@ -133,9 +137,8 @@ def test_attempt_gets_one_signal_when_the_suite_is_killed(tmp_path, log):
 @pytest.mark.parametrize(
     ("code", "text", "why"),
     [
-        (-9, "iter 3\n", "ended by SIGKILL, as when memory runs out; see {log}"),
-        (-11, "iter 3\n", "ended by SIGSEGV; see {log}"),
-        (-200, "", "ended by signal 200; see {log}"),
+        (-9, "iter 3\n", "ended by signal 9 (Killed), as when memory runs out; see {log}"),
+        (-11, "iter 3\n", "ended by signal 11 (Segmentation fault); see {log}"),
         (1, None, "exit code 1 (see {log})"),
         (1, "", "exit code 1 (see {log})"),
         (1, "a\nNoRoomError: /x\nMake room.\n", "NoRoomError: /x Make room. (see {log})"),
@@ -202,28 +205,17 @@ def wait_for_end(pid):
             time.sleep(0.02)
 
 
+NO_MACHINE = "voc needs .*, and no machine of the Ray cluster"
 IMPOSSIBLE = {
-    "more cpus than the machine has": (
-        "local",
-        {"cpus": 5},
-        r"resources\.cpus: voc needs 5, and this machine has 4",
-    ),
-    "more GPUs than the machine has": (
-        "local",
-        {"gpus": 1},
-        r"resources\.gpus: voc needs 1, and this machine has 0",
-    ),
-    "more memory than the machine has": (
-        "local",
-        {"memory_gb": 9},
-        r"resources\.memory_gb: voc needs 9, and this machine",
-    ),
+    "more cpus than the machine has": ("local", {"cpus": 5}, r"cpus: voc needs 5, and .* 4"),
+    "more GPUs than the machine has": ("local", {"gpus": 1}, r"gpus: voc needs 1, and .* 0"),
+    "more memory than the machine has": ("local", {"memory_gb": 9}, r"memory_gb: voc needs 9"),
     "a Slurm run without hours": ("slurm", {}, r"resources\.hours: voc has none"),
     "half a GPU on Slurm": ("slurm", {"hours": 1, "gpus": 0.5}, r"resources\.gpus: voc needs 0\.5"),
-    "cpus of Ray": ("ray", {"cpus": 3}, "voc needs .*, and no machine of the Ray cluster"),
-    "gpus of Ray": ("ray", {"gpus": 1}, "voc needs .*, and no machine of the Ray cluster"),
-    "memory of Ray": ("ray", {"memory_gb": 1e6}, "voc needs .*, and no machine of the Ray cluster"),
-}
+    "cpus of Ray": ("ray", {"cpus": 3}, NO_MACHINE),
+    "gpus of Ray": ("ray", {"gpus": 1}, NO_MACHINE),
+    "memory of Ray": ("ray", {"memory_gb": 1e6}, NO_MACHINE),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -295,17 +287,15 @@ def test_processes_of_a_failed_run_end_with_it(tmp_path, log):
     wait_for_end(int(log.read_text()))
 
 
-def test_this_machine_is_measured(monkeypatch):
-    assert find_gpus({"CUDA_VISIBLE_DEVICES": "0, GPU-5f,"}) == ["0", "GPU-5f"]
-    assert (
-        find_gpus({"CUDA_VISIBLE_DEVICES": "-1"}) == find_gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
-    )
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+@pytest.mark.parametrize(("visible", "count"), [("0, GPU-5f,", 2), ("-1", 0), ("", 0)])
+def test_this_machine_is_measured(monkeypatch, visible, count):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     launcher = this_machine(5)
     assert launcher.workers == 5
     assert 1 <= launcher.cores <= psutil.cpu_count()
     assert launcher.memory_gb == pytest.approx(psutil.virtual_memory().total / 2**30)
-    launcher.check([run_of(gpus=1)])
+    with pytest.raises(ValueError, match=f"needs 3, and this machine has {count}"):
+        launcher.check([run_of(gpus=3)])
 
 
 # Ray
@@ -373,56 +363,45 @@ def test_machine_without_slurm_is_refused(tmp_path, monkeypatch, refused):
 
 def test_preempted_job_is_queued_again_and_resumes(slurm, tmp_path, log):
     run = run_of(hours=0.1)
-    handle = slurm.start(run, attempt_in(tmp_path, RUN))
+    slurm.start(run, attempt_in(tmp_path, RUN))
     wait_for("ready", log)
-    for task in psutil.Process(int(handle["job"])).children():
+    for task in psutil.Process(int(slurm._running[run][0].job_id)).children():
         task.send_signal(signal.SIGUSR2)  # as Slurm does
     assert wait(slurm) == [(run, 0)]
     assert log.read_text().split() == ["ready", "resumed"]
 
 
-def test_job_of_a_killed_suite_ends_before_the_next_suite_starts(slurm, tmp_path, log):
-    handle = slurm.start(run_of(hours=0.1), attempt_in(tmp_path, RUN))
-    wait_for("ready", log)
-    SlurmLauncher(tmp_path / "slurm", 1, cluster="local").end_jobs({"run": handle})
-    assert (tmp_path / "checkpoint").exists()
-
-
 @pytest.fixture
 def commands(tmp_path, monkeypatch):
-    """A launcher with commands in place of Slurm's, and the file of the commands called."""
+    """Returns a launcher with commands in place of Slurm's, which write `called`."""
     pytest.importorskip("submitit")
-    (tmp_path / "bin").mkdir()
-    scripts = {"sbatch": "echo 'error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1", "srun": ""}
-    scripts |= {"scancel": "", "sacct": "exit 1"}  # sacct reports no job
-    for name, script in scripts.items():
-        file = tmp_path / "bin" / name
-        file.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/called\n{script}\n')
-        file.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    return SlurmLauncher(tmp_path / "slurm", None), tmp_path / "called"
+
+    def make(sbatch):
+        (tmp_path / "bin").mkdir()
+        scripts = {"sbatch": sbatch, "srun": "", "scancel": "", "sacct": "exit 1"}
+        for name, script in scripts.items():
+            file = tmp_path / "bin" / name
+            file.write_text(f'#!/bin/sh\necho "{name} $*" >> {tmp_path}/called\n{script}\n')
+            file.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+        return SlurmLauncher(tmp_path / "slurm", None)
+
+    return make
 
 
 def test_job_that_slurm_refuses_is_a_failure_of_its_run(commands, tmp_path):
+    slurm = commands("echo 'error: QOSMaxSubmitJobPerUserLimit' >&2; exit 1")
     with pytest.raises(OSError, match=r"seed 0  voc.*QOSMaxSubmitJobPerUserLimit.* workers"):
-        commands[0].start(run_of(hours=1), attempt_in(tmp_path))
+        slurm.start(run_of(hours=1), attempt_in(tmp_path))
 
 
-@pytest.mark.parametrize("ends", [True, False])
-def test_leftover_job_is_cancelled_only_while_it_is_queued_or_if_it_does_not_end(
-    commands, tmp_path, monkeypatch, caplog, ends
-):
-    """It may be writing its checkpoint; Slurm knows whether it is still queued."""
-    slurm, called = commands
-    result = tmp_path / "slurm/7_0_result.pkl"
-    (tmp_path / "slurm").mkdir()
-    if ends:
-        monkeypatch.setattr(launchers.time, "sleep", lambda seconds: result.touch())
-    else:
-        monkeypatch.setattr(launchers, "ENDING_SECONDS", 0.1)
-        monkeypatch.setattr(launchers, "_CANCEL_SECONDS", 0.1)
-    slurm.end_jobs({"run": {"job": "7", "stop_file": str(tmp_path / "plan/a.stop")}})
-    assert (tmp_path / "plan/a.stop").read_text() == "15"
-    cancelled = [line for line in called.read_text().splitlines() if line.startswith("scancel")]
-    assert cancelled == ["scancel --state=PENDING 7", *([] if ends else ["scancel 7"])]
-    assert ("Job 7 did not end and is cancelled" in caplog.text) is not ends
+def test_stopped_job_is_cancelled_only_while_it_is_queued(commands, tmp_path):
+    """A running one may write a checkpoint. A second signal cancels it."""
+    slurm = commands("echo Submitted batch job 7")
+    slurm.start(run_of(hours=1), attempt_in(tmp_path))
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        slurm.stop(number)
+        assert (tmp_path / "stop").read_text() == f"this {int(number)}"
+    called = (tmp_path / "called").read_text().splitlines()
+    cancelled = [line for line in called if line.startswith("scancel")]
+    assert cancelled == ["scancel --state=PENDING 7", "scancel 7"]

@@ -1,35 +1,11 @@
-"""The graph of a suite's runs."""
+"""A run of a suite, and its id."""
 
 from dataclasses import replace
 
 import pytest
 from suites import run_of
 
-from tract_transfer.suite.plan import order_tasks, run_id
-
-
-def test_task_comes_after_the_one_it_needs_and_otherwise_in_order_of_the_file():
-    needs = {"probe": "finetune", "finetune": "pretrain", "voc": None, "pretrain": None}
-    assert order_tasks(needs) == ["pretrain", "finetune", "probe", "voc"]
-    needs = {"pretrain": None, "b": "pretrain", "a": "pretrain", "c": None}
-    assert order_tasks(needs) == list(needs)
-
-
-@pytest.mark.parametrize(
-    ("needs", "message"),
-    [
-        ({"a": "b", "b": "a"}, "tasks.a.needs: circular: a needs b needs a"),
-        ({"a": "a"}, "a needs a"),
-        ({"x": "a", "a": "b", "b": "c", "c": "b"}, "b needs c needs b"),
-        (
-            {"finetune": None, "a": "finetnue"},
-            "'finetnue' is not one of the tasks.*Did you mean finetune?",
-        ),
-    ],
-)
-def test_circles_and_unknown_tasks_are_refused(needs, message, refused):
-    with refused(f"suite tasks whose needs are {needs}", ValueError, match=message):
-        order_tasks(needs)
+from tract_transfer.suite.plan import run_id
 
 
 def test_id_depends_on_values_and_not_on_their_order():

@@ -1,4 +1,4 @@
-"""What a suite shows while it runs, and how it estimates times."""
+"""What a suite shows while it runs."""
 
 import io
 import json
@@ -9,8 +9,7 @@ import pytest
 from rich.console import Console
 from suites import run_of
 
-from tract_transfer.suite import screen
-from tract_transfer.suite.screen import Screen, duration, fraction_done, result_line, suite_left
+from tract_transfer.suite.screen import Screen, fraction_done, result_line
 from tract_transfer.suite.state import Job
 
 SOLVER = {"max_iters": 200, "max_epochs": None}
@@ -25,21 +24,6 @@ def log(folder, **line):
         file.write(json.dumps(line) + "\n")
 
 
-class Now:
-    seconds = 100.0
-
-    def monotonic(self):
-        return self.seconds
-
-
-@pytest.fixture
-def now(monkeypatch):
-    """Stands for the clock."""
-    now = Now()
-    monkeypatch.setattr(screen, "time", now)
-    return now
-
-
 def test_last_complete_line_tells_the_fraction_done(tmp_path):
     job = job_of(tmp_path)
     assert fraction_done(job) is None
@@ -50,47 +34,24 @@ def test_last_complete_line_tells_the_fraction_done(tmp_path):
     assert fraction_done(job) == 55 / 200
     assert fraction_done(job_of(tmp_path, solver={"max_epochs": 1.1})) == pytest.approx(0.5)
     assert fraction_done(job_of(tmp_path, solver=None)) is None  # a probe's
+    for text in ("", "no json\n", "[1]\n", '{"iteration": "x"}\n'):
+        (tmp_path / "metrics.jsonl").write_text(text)
+        assert fraction_done(job) is None
 
 
-@pytest.mark.parametrize("text", ["", "no json\n", "[1]\n", '{"iteration": "x"}\n'])
-def test_metrics_without_progress_are_no_error(tmp_path, text):
-    (tmp_path / "metrics.jsonl").write_text(text)
-    assert fraction_done(job_of(tmp_path)) is None
-
-
-def test_time_of_the_suite_needs_a_finished_run_of_every_open_task():
-    done = job_of(state="finished", seconds=30.0)
-    other = job_of(state="finished", seconds=10.0)
-    waiting = [job_of() for _ in range(4)]
-    assert suite_left([done, other, *waiting], {}) == 80
-    running = [job_of(Path("r"), state="running"), job_of(Path("s"), state="running")]
-    left = {Path("r"): 5.0, Path("s"): 15.0}
-    assert suite_left([done, other, *waiting, *running], left) == (80 + 20) / 2
-    assert suite_left([done, job_of(task="probe")], {}) is None
-    assert suite_left([done, job_of(task="probe", state="failed")], {}) == 0
-
-
-def test_durations_and_results_are_formatted():
-    assert [duration(seconds) for seconds in (0, 59.6, 245, 3723)] == [
-        "0:00", "1:00", "4:05", "1:02:03",
-    ]  # fmt: skip
+def test_results_are_formatted():
     results = {"primary_metric": "top1", "metrics": {"top1": 0.9125}}
     assert result_line(results) == "top1 91.25%"
     assert result_line({**results, "metrics": {"top1": None}}) == "top1 None"
 
 
-def test_every_change_is_a_line_and_progress_is_shown_once_a_minute(tmp_path, now):
+def test_every_change_is_a_line(tmp_path):
     out = io.StringIO()
     first = job_of(state="finished")
     job = job_of(tmp_path, state="running", attempts=2, note="resumes from iter_0000050")
-    log(tmp_path, iteration=50)
     with Screen(3, Console(file=out, width=20)) as lines:
         lines.skipped(first)
         lines.started(job)
-        lines.show([first, job])
-        now.seconds += 61
-        log(tmp_path, iteration=100)  # what a resumed run did before does not count
-        lines.show([first, job])
         lines.show([first, job])
         job.state = "waiting"
         lines.ended(job, "failed, and is retried: [red]why[/red]")
@@ -99,21 +60,19 @@ def test_every_change_is_a_line_and_progress_is_shown_once_a_minute(tmp_path, no
     assert out.getvalue().splitlines() == [
         "[1/3] seed 0  voc  vanilla  finished before",
         "[1/3] seed 0  voc  vanilla  started (resumes from iter_0000050)",
-        "[1/3] seed 0  voc  vanilla  running 50%, 2:02 left",
-        "1 finished, 1 running; about 2:02 left",
         "[1/3] seed 0  voc  vanilla  failed, and is retried: [red]why[/red]",
-        "[2/3] seed 0  voc  vanilla  top1 50.00%  (1:01; 1 earlier start)",
+        "[2/3] seed 0  voc  vanilla  top1 50.00%  (0:01:01; 1 earlier start)",
     ]
 
 
-def test_terminal_shows_progress_below_the_lines_every_second(tmp_path, now):
+def test_terminal_shows_progress_below_the_lines(tmp_path):
     out = io.StringIO()
-    job = job_of(tmp_path, state="running")
+    running, unknown = job_of(tmp_path, state="running"), job_of(state="running")
     log(tmp_path, iteration=50)
-    with Screen(2, Console(file=out, force_terminal=True, width=60)) as lines:
-        lines.show([job])
-        assert "running" not in out.getvalue()
-        now.seconds += 1
-        lines.show([job, job_of()])
-        assert "[0/2] seed 0  voc  vanilla  running 25%" in out.getvalue()
-        assert "1 running, 1 waiting" in out.getvalue()
+    with Screen(2, Console(file=out, force_terminal=True, width=100)) as lines:
+        for job in (running, unknown):
+            lines.started(job)
+        lines.show([running, unknown])
+        assert "25%" in out.getvalue()
+        running.state = "finished"
+        lines.ended(running, "")

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from tract_transfer.report.content import Report, Row, compare, read_report
+from tract_transfer.report.content import Report, read_report
 from tract_transfer.report.runs import Run, find_runs, read_runs
 from tract_transfer.report.write import FORMATS, save_report
 
@@ -46,6 +46,7 @@ def write_run(
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     config = {
         "task": "classification", "output_dir": str(folder), "seed": seed,
+        "name": task, "method": method,
         "model": {"backbone": {"name": "cifar/resnet18", "stem": "cifar"}},
         "tract": {"enabled": method != "vanilla", "lam": 0.1},
         "solver": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9, "max_epochs": 10},
@@ -103,11 +104,6 @@ def edit_json(path: Path, **changes: object) -> None:
 def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Read the runs that `paths` are, plan or contain."""
     return read_runs(find_runs(paths))
-
-
-def compare_runs(paths: Sequence[Path]) -> list[Row]:
-    """Compare the primary metrics of runs with vanilla's."""
-    return compare(load_runs(paths), "vanilla")
 
 
 def write_report(paths: Sequence[Path], path: Path, *, title: str | None = None) -> Path:

@@ -79,7 +79,7 @@ def cut_off(run):
 
 def attempt_in(folder, script="pass", **environment):
     command = [sys.executable, "-S", "-c", script]
-    return Attempt(command, folder / "console.txt", folder / "plan/a.stop", environment)
+    return Attempt(command, folder / "console.txt", folder / "stop", "this", environment)
 
 
 def wait(launcher, seconds=120):

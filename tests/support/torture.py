@@ -41,7 +41,7 @@ from tract_transfer.engine import checkpoint  # noqa: E402
 
 GROUP_ENDS_WITHIN_SECONDS = 60
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
-HIDDEN_FILES = (".lock", ".plan.json")  # a lock, and what a suite has read of its data
+HIDDEN_FILES = (".lock",)
 
 
 def die_at(number: int | None, folder: Path) -> Callable[[], int]:

@@ -10,11 +10,6 @@ from tract_transfer.models import DETECTORS, HEADS, Classifier, build_backbone
 from tract_transfer.tract import TrAct, find_first_layers
 
 
-def on_meta(build, *args, **kwargs) -> nn.Module:
-    with torch.device("meta"):
-        return build(*args, **kwargs)
-
-
 def test_our_models_declare_their_first_layers():
     backbone = build_backbone("cifar/resnet18", args={"width": 16})
     assert find_first_layers(backbone) == ["model.conv1"]
@@ -26,45 +21,32 @@ def test_our_models_declare_their_first_layers():
 
 
 @pytest.mark.parametrize(
-    "name, first",
+    "build, name, first",
     [
-        ("vit_tiny_patch16_224", ["patch_embed.proj"]),
-        ("convnext_atto", ["stem.0"]),
-        ("tf_mobilenetv3_small_minimal_100", ["conv_stem"]),
-        ("mixer_s32_224", ["stem.proj"]),
-        ("repvgg_a0", ["stem.conv_kxk.conv", "stem.conv_1x1.conv"]),
-        ("crossvit_9_240", ["patch_embed.0.proj", "patch_embed.1.proj"]),
+        (timm.create_model, "vit_tiny_patch16_224", ["patch_embed.proj"]),
+        (timm.create_model, "tf_mobilenetv3_small_minimal_100", ["conv_stem"]),
+        (timm.create_model, "mixer_s32_224", ["stem.proj"]),
+        (timm.create_model, "repvgg_a0", ["stem.conv_kxk.conv", "stem.conv_1x1.conv"]),
+        (timm.create_model, "crossvit_9_240", ["patch_embed.0.proj", "patch_embed.1.proj"]),
+        (torchvision.models.get_model, "resnet18", ["conv1"]),
+        (torchvision.models.get_model, "swin_t", ["features.0.0"]),
+        (torchvision.models.get_model, "vit_b_16", ["conv_proj"]),
+        # Its squeeze-and-excitation has 4 channels.
+        (torchvision.models.get_model, "efficientnet_b0", ["features.0.0"]),
     ],
 )
-def test_timm_models_declare_their_first_convolutions(name, first):
-    model = on_meta(timm.create_model, name)
-    assert find_first_layers(model) == first
-    assert TrAct(model).layer_names == first
-
-
-@pytest.mark.parametrize(
-    "name, first",
-    [
-        ("resnet18", "conv1"),
-        ("vgg11", "features.0"),
-        ("swin_t", "features.0.0"),
-        ("vit_b_16", "conv_proj"),
-        ("efficientnet_b0", "features.0.0"),  # its squeeze-and-excitation has 4 channels
-    ],
-)
-def test_other_models_have_one_convolution_that_reads_images(name, first):
-    model = on_meta(torchvision.models.get_model, name)
-    assert find_first_layers(model) == [first]
-    assert TrAct(model).layer_names == [first]
+def test_models_declare_their_first_layers_or_have_one_that_reads_images(build, name, first):
+    with torch.device("meta"):
+        model = build(name)
+    assert find_first_layers(model) == TrAct(model).layer_names == first
 
 
 def test_layers_by_kind_and_channels():
     for channels in (1, 2, 4):
         model = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
         assert find_first_layers(model) == ["0"]
-    assert find_first_layers(nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Linear(8, 2))) == [
-        "1"
-    ]
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Linear(8, 2))
+    assert find_first_layers(plain) == ["1"]
     foreign = nn.Module()
     foreign.first_layers = nn.Sequential(nn.Conv2d(3, 4, 3))  # a module, not names
     assert find_first_layers(foreign) == ["first_layers.0"]

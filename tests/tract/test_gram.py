@@ -197,11 +197,6 @@ def test_windows_of_any_shape_in_chunks_of_any_size(seed, monkeypatch):
         assert relative_error(gram_matrix(layer, images)[0], rows.T @ rows) < 1e-6, (layer, size)
 
 
-def test_fast_lengths_have_only_small_factors():
-    lengths = [lags_module._fast_length(least) for least in (1, 7, 11, 13, 121, 118, 2049)]
-    assert lengths == [1, 7, 12, 14, 125, 120, 2058]
-
-
 @pytest.fixture
 def products_as_on_cuda(monkeypatch):
     """Factors of 16 bits, sums of float32, and no Fourier transforms."""
@@ -242,9 +237,6 @@ def test_only_dilated_windows_are_unfolded(caplog):
         assert not caplog.text
         gram_matrix(nn.Conv2d(3, 4, 3, dilation=2), torch.randn(2, 3, 9, 9))
     assert "TrAct unfolds the input of a dilated convolution" in caplog.text
-
-
-# ---------------------------------------------------------------------------------- memory
 
 
 class Memory(TorchDispatchMode):
@@ -293,30 +285,17 @@ def test_memory_is_at_most_twice_the_input(name, autocast, monkeypatch):
     assert gram.nbytes < memory.peak_bytes <= 2 * images.nbytes
 
 
-# -------------------------------------------------------------------------- damped inverse
-
-
 @pytest.mark.parametrize("lam", [1e-30, 1e-9])
 @pytest.mark.parametrize("num_inputs", [27, 768])
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 255.0])
+@pytest.mark.parametrize("scale", [0, 1e-3, 255.0])
 def test_tiny_lam_stays_finite_on_a_matrix_of_rank_one(lam, num_inputs, scale):
+    """And blank images, whose relative lam is zero, change nothing."""
     layer = nn.Linear(num_inputs, 4)
-    tract = TrAct(layer, lam)
+    tract = TrAct(layer, lam, lam_mode="absolute" if scale else "relative")
     layer(scale * torch.ones(50, num_inputs)).sum().backward()
     tract.step()
     assert torch.isfinite(layer.weight.grad).all()
-    assert layer.weight.grad.any()
-
-
-def test_blank_images_under_a_relative_lam_change_nothing():
-    layer = nn.Linear(6, 4)
-    tract = TrAct(layer, lam_mode="relative")
-    layer(torch.zeros(5, 6)).sum().backward()
-    tract.step()
-    assert torch.equal(layer.weight.grad, torch.zeros(4, 6))
-
-
-# --------------------------------------------------- as on a GPU: nothing waits for a value
+    assert layer.weight.grad.any() == bool(scale)
 
 
 def test_no_step_waits_for_the_device():

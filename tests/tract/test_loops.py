@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm.utils
 import torch
-from timm.optim import Lookahead, create_optimizer_v2
+from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -77,16 +77,8 @@ def blocks(heading: str) -> list[str]:
 
 def names(model: nn.Module, **more: Any) -> dict[str, Any]:
     """The names that a block uses."""
-    return {
-        "torch": torch,
-        "TrAct": TrAct,
-        "cross_entropy": cross_entropy,
-        "model": model,
-        "optimizer": momentum(model),
-        "batches": batches(),
-        "device": "cpu",
-        **more,
-    }
+    given = {"torch": torch, "TrAct": TrAct, "cross_entropy": cross_entropy, "device": "cpu"}
+    return {**given, "model": model, "optimizer": momentum(model), "batches": batches(), **more}
 
 
 def test_every_block_of_the_page_compiles():
@@ -188,26 +180,14 @@ class WithLoss(nn.Module):
 def test_hugging_face_trainer(clips, tmp_path, accelerate_on_cpu):
     transformers = pytest.importorskip("transformers")
     model = tiny()
-    dataset = [
-        {"images": image, "labels": label}
-        for batch in batches()
-        for image, label in zip(*batch, strict=True)
-    ]
+    samples = [sample for batch in batches() for sample in zip(*batch, strict=True)]
+    dataset = [{"images": image, "labels": label} for image, label in samples]
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        num_train_epochs=1,
-        optim="sgd",
-        optim_args="momentum=0.9",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=MAX_NORM if clips else 0,
-        train_sampling_strategy="sequential",
-        report_to="none",
-        disable_tqdm=True,
-    )
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2, num_train_epochs=1,
+        optim="sgd", optim_args="momentum=0.9", learning_rate=0.1, lr_scheduler_type="constant",
+        max_grad_norm=MAX_NORM if clips else 0, train_sampling_strategy="sequential",
+    )  # fmt: skip
     space = names(WithLoss(model), arguments=arguments, dataset=dataset)
     exec(blocks("Hugging Face Trainer")[0], space)
     assert space["trainer"].state.global_step == 2
@@ -226,18 +206,13 @@ def test_lightning(way, clips, accumulate):
     if way == "callback":
         module_block = module_block.replace("TrAct(self.model).attach(optimizer)", "pass")
     exec(module_block + callback_block, space)
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     trainer = space["lightning"].Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=1,
-        accumulate_grad_batches=accumulate,
+        accelerator="cpu", devices=1, max_epochs=1, accumulate_grad_batches=accumulate,
         gradient_clip_val=MAX_NORM if clips else None,
         callbacks=[space["TrActCallback"]()] if way == "callback" else [],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+        **dict.fromkeys(quiet, False),
+    )  # fmt: skip
     trainer.fit(space["Classifier"](model), DataLoader(batches(), batch_size=None))
     clip = {"attach": "before", "callback": "after"}[way] if clips else ""
     assert_same(model, by_hand(batches() if accumulate == 1 else pairs(), clip))
@@ -268,13 +243,3 @@ def test_timm(clips, scales):
         if updates:
             optimizer.zero_grad()
     assert_same(model, by_hand(pairs(), "before" if clips else ""))
-
-
-def test_optimizer_inside_a_wrapper_without_hooks_can_be_attached_to():
-    model = tiny()
-    inner, tract = momentum(model), TrAct(model)
-    tract.attach(inner)
-    images, labels = batches()[0]
-    cross_entropy(model(images), labels).backward()
-    Lookahead(inner).step()
-    assert tract.num_steps == 1

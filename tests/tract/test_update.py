@@ -1,6 +1,7 @@
 """TrAct's update against its formula, dz x^T (x x^T / b + lam I)^-1, and what it leaves alone."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -14,13 +15,10 @@ from tract_transfer.tract import TrAct, gram_matrix
 
 def formula(layer: nn.Module, inputs: torch.Tensor, lam: float) -> torch.Tensor:
     """The update for the loss sum(z^2) / 2 of the pre-activations z, whose gradient is dz = z."""
-    if isinstance(layer, nn.Linear):
-        rows = inputs.reshape(-1, layer.in_features)
-    else:
-        unfolded = nn.functional.unfold(
-            inputs, layer.kernel_size, layer.dilation, layer.padding, layer.stride
-        )
-        rows = unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    if isinstance(layer, nn.Conv2d):
+        how = layer.kernel_size, layer.dilation, layer.padding, layer.stride
+        rows = nn.functional.unfold(inputs, *how).mT.flatten(0, 1)
     dz = rows @ layer.weight.detach().flatten(1).T + layer.bias.detach()
     matrix = rows.T @ rows / len(rows) + lam * torch.eye(rows.shape[1], dtype=rows.dtype)
     return (dz.T @ rows @ torch.linalg.inv(matrix)).reshape(layer.weight.shape)
@@ -58,16 +56,15 @@ def test_update_is_the_authors(name):
     if isinstance(layer, nn.Linear):
         theirs = torch_tract.TrActLinear(6, 4, lambda_=0.1)
     else:
-        theirs = torch_tract.TrActConv2d(
-            3, 4, layer.kernel_size, layer.stride, layer.padding, lambda_=0.1
-        )
+        how = layer.kernel_size, layer.stride, layer.padding
+        theirs = torch_tract.TrActConv2d(3, 4, *how, lambda_=0.1)
     theirs.double().load_state_dict(layer.state_dict())
     theirs(inputs).square().sum().backward()
     tract = TrAct(layer, 0.1, layers=[""])
     layer(inputs).square().sum().backward()
     tract.step()
-    torch.testing.assert_close(layer.weight.grad, theirs.weight.grad, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(layer.bias.grad, theirs.bias.grad, rtol=1e-9, atol=1e-9)
+    for ours, other in ((layer.weight, theirs.weight), (layer.bias, theirs.bias)):
+        torch.testing.assert_close(ours.grad, other.grad, rtol=1e-9, atol=1e-9)
 
 
 def test_step_moves_the_pre_activations():
@@ -82,27 +79,6 @@ def test_step_moves_the_pre_activations():
         layer.weight -= layer.weight.grad
         moved = before - layer(inputs)
     torch.testing.assert_close(moved, 4 * dz, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("scale", [1e-2, 3.0, 255.0])
-def test_a_relative_lam_knows_no_scale(scale):
-    """With lam relative, W' = dz (c x)^T (c^2 (x x^T / b + lam t I))^-1 = W'(x) / c for one dz."""
-    inputs, dz = torch.randn(9, 6).double(), torch.randn(9, 4).double()
-    updates = []
-    for factor in (1.0, scale):
-        layer = nn.Linear(6, 4).double()
-        tract = TrAct(layer, 0.1, lam_mode="relative")
-        layer(factor * inputs).backward(dz)
-        tract.step()
-        updates.append(layer.weight.grad)
-    torch.testing.assert_close(updates[1] * scale, updates[0], rtol=1e-9, atol=1e-9)
-
-
-def test_large_lam_gives_the_plain_gradient_over_lam():
-    plain, images = small_model().double(), images_like(4, 3, 8, 8).double()
-    backward(plain, images)
-    update = update_of(small_model().double(), images, lam=1e6)
-    torch.testing.assert_close(update * 1e6, plain[0].weight.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("layers", [None, [], ["0"], ["0", "4", "0"]])
@@ -173,23 +149,6 @@ def test_compiled_model_steps_as_an_eager_one(fullgraph, has_run):
     assert not tracts[1]._watched[0].reached
 
 
-def test_clipping_after_sees_the_treated_norm_and_before_the_plain_one():
-    images, models = images_like(4, 3, 8, 8), [small_model() for _ in range(4)]
-    treated, plain, after, before = models
-    tracts = {model: TrAct(model) for model in (treated, after, before)}
-    for model in models:
-        backward(model, images)
-    tracts[treated].step()
-    norms = [torch.cat([p.grad.flatten() for p in m.parameters()]).norm() for m in (treated, plain)]
-    tracts[after].step()
-    nn.utils.clip_grad_norm_(after.parameters(), 0.5 * float(norms[0]))
-    nn.utils.clip_grad_norm_(before.parameters(), 0.5 * float(norms[1]))
-    tracts[before].step()
-    for model in (after, before):
-        torch.testing.assert_close(model[0].weight.grad, treated[0].weight.grad / 2)
-    assert not torch.isclose(*norms)
-
-
 def test_autocast_sums_in_float32():
     model, images = small_model(), images_like(4, 3, 8, 8)
     tract = TrAct(model)
@@ -234,9 +193,6 @@ def test_package_exports_tract_and_the_model_may_be_the_layer():
         _ = tract_transfer.TrAkt
 
 
-# ---------------------------------------------------------------------------- update_every
-
-
 def test_factor_stays_between_two_measurements(monkeypatch):
     """The forwards of the steps between are not summed, so they cost nothing."""
     calls = []
@@ -270,14 +226,10 @@ def test_measurement_that_is_not_finite_is_not_kept(broken):
             means.append(gram_matrix(model[0], batch)[0] / (4 * 16))
         model.zero_grad()
         backward(model, batch)
-        if step == broken:
-            with pytest.raises(
-                RuntimeError, match=f"The input of 0 is not finite in step {broken}"
-            ):
-                tract.step()
-            assert not model[0].weight.grad.any()
-        else:
+        message = f"The input of 0 is not finite in step {broken}"
+        with pytest.raises(RuntimeError, match=message) if step == broken else nullcontext():
             tract.step()
+        assert step != broken or not model[0].weight.grad.any()
     expected = 0.9 * means[0] + 0.1 * means[1]
     torch.testing.assert_close(tract.state_dict()["mean.0"], expected)
 

@@ -105,16 +105,22 @@ def micro_batch_without_images_after_zero_grad(model, tract, images):
     backward(model, images)
 
 
-def weight_replaced_by_loading(model, tract, images):
+def weight_replaced_by(replace):
+    def scenario(model, tract, images):
+        replace(model)
+        earlier_step(model, tract, images)
+        gradient_zeroed_by(nn.Module.zero_grad)(model, tract, images)
+
+    scenario.__name__ = f"weight_replaced_by_{replace.__name__}"
+    return scenario
+
+
+def loading(model):
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
-    earlier_step(model, tract, images)
-    gradient_zeroed_by(nn.Module.zero_grad)(model, tract, images)
 
 
-def weight_replaced_by_hand(model, tract, images):
+def hand(model):
     model[0].weight = nn.Parameter(model[0].weight.detach().clone())
-    earlier_step(model, tract, images)
-    gradient_zeroed_by(nn.Module.zero_grad)(model, tract, images)
 
 
 def activation_checkpointing(model, tract, images, use_reentrant=False):
@@ -148,12 +154,6 @@ def moved_after_a_forward(model, tract, images):
     backward(model, images)
 
 
-def other_memory_format(model, tract, images):
-    backward(
-        model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
-    )
-
-
 def explicit_padding(model, tract, images):
     """Zeros of the padding are rows like others; the forward uses the attribute as it is set."""
     model[0].padding = (0, 0)
@@ -173,14 +173,12 @@ def explicit_padding(model, tract, images):
         gradients_of_several_tasks_joined_by_hand,
         *map(gradient_zeroed_by, (nn.Module.zero_grad, zero_in_place, zero_by_assignment)),
         micro_batch_without_images_after_zero_grad,
-        weight_replaced_by_loading,
-        weight_replaced_by_hand,
+        *map(weight_replaced_by, (loading, hand)),
         activation_checkpointing,
         reentrant_checkpointing,
         input_changed_by_another_hook,
         input_passed_by_name,
         moved_after_a_forward,
-        other_memory_format,
         explicit_padding,
     ],
 )

@@ -1,7 +1,6 @@
 """From splits to batches: transforms, epoch order, mixing and loaders."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -20,13 +19,7 @@ from tract_transfer.data import sampling, transforms
 from tract_transfer.data.augment import AUGMENTATIONS, BatchMix
 from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.device_cache import BatchAugment, DeviceCache, cached_batches
-from tract_transfer.data.loader import (
-    Batch,
-    SampledDataset,
-    eval_loader,
-    stream_loader,
-    train_loader,
-)
+from tract_transfer.data.loader import Batch, SampledDataset, eval_loader, train_loader
 from tract_transfer.data.streaming import Stream, StreamBatches, StreamEvalBatches, StreamOrder
 
 CPU = torch.device("cpu")
@@ -159,11 +152,9 @@ def build_train_batches(
         return lambda start: cached_batches(images, sampler(start), seed=seed, augment=augment)
     transform, _ = build_transforms(config)
     workers = _workers(config)
-    if isinstance(train, Stream):
-        load: Any = partial(stream_loader, train.title, transform, max_pixels=train.max_pixels)
-    else:
-        load = partial(train_loader, train, transform)
-    return lambda start_iter: iter(load(sampler(start_iter), seed=seed, **workers))
+    return lambda start_iter: iter(
+        train_loader(train, transform, sampler(start_iter), seed=seed, **workers)
+    )
 
 
 def build_eval_loader(
@@ -173,11 +164,8 @@ def build_eval_loader(
     _, transform = build_transforms(config)
     batch_size, workers = max(1, config.data.batch_size // world_size), _workers(config)
     if isinstance(dataset, Stream):
-        batches, limit = (
-            StreamEvalBatches(dataset, batch_size, rank, world_size),
-            dataset.max_pixels,
-        )
-        return stream_loader(dataset.title, transform, batches, seed=0, max_pixels=limit, **workers)
+        batches = StreamEvalBatches(dataset, batch_size, rank, world_size)
+        return train_loader(dataset, transform, batches, seed=0, **workers)
     return eval_loader(
         dataset, transform, batch_size=batch_size, rank=rank, world_size=world_size, **workers
     )

@@ -24,7 +24,7 @@ from tract_transfer.engine.hooks import Evaluator
 from tract_transfer.evaluation import EVALUATORS, ClassificationEvaluator
 from tract_transfer.models import DETECTORS, HEADS, Backbone, Classifier
 from tract_transfer.models.classifier import FlipClassifier
-from tract_transfer.models.detection.options import BoxOptions
+from tract_transfer.models.detection.roi_heads import BoxOptions
 from tract_transfer.models.detection.two_stage import FlipDetector
 from tract_transfer.models.freeze import freeze_stages, set_drop_path, set_norm
 

@@ -27,7 +27,7 @@ from tract_transfer.engine.solver import (
     keep_parameters,
     set_progress,
 )
-from tract_transfer.engine.trainer import Trainer, no_mix
+from tract_transfer.engine.trainer import Trainer
 from tract_transfer.models import Classifier
 from tract_transfer.models.stem import whiten
 from tract_transfer.tract import TrAct, find_first_layers
@@ -130,7 +130,7 @@ def build_trainer(
         grad_clip=engine.grad_clip,
         accumulate=engine.accumulate,
         ema=ema,
-        mix=mix or no_mix,
+        mix=mix,
         patience_iters=patience and length.evaluate_every and patience * length.evaluate_every,
         guard=StepGuard(engine.non_finite, engine.max_skipped, data.train.item),
     )

@@ -49,7 +49,7 @@ def main() -> int:
     paths = [stem.with_name(f"{stem.name}.{name}") for name in formats]
     for path in paths:
         save_report(report, path)
-    print(text_table(report.runs, report.baseline))
+    print(text_table(report))
     for path in paths:
         print(path.resolve())
     return 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tract_transfer.suite.launchers import Launcher
     from tract_transfer.suite.state import Suite
 
-SHOWN = ("tract_transfer.suite", "tract_transfer.run.suite")
+SHOWN = "tract_transfer.suite"
 
 
 def parse() -> argparse.Namespace:
@@ -56,17 +56,15 @@ def main() -> int:
     from tract_transfer.suite.screen import Screen
 
     config = load_suite(arguments.config_file, arguments.overrides)
-    refuse = not (arguments.dry_run or arguments.set_aside)
-    suite = open_suite(config, remember=not arguments.dry_run, refuse=refuse)
+    suite = open_suite(config, refuse=not (arguments.dry_run or arguments.set_aside))
     if arguments.dry_run:
-        print("\n".join(list_plan(suite, suite.take_stock())))
+        print("\n".join(list_plan(suite)))
         return 0
     launcher = make_launcher(arguments, config)
     try:
         launcher.check(suite.runs)
-        stop_signal = execute(
-            suite, launcher, Screen(len(suite.runs)), set_aside=arguments.set_aside
-        )
+        screen = Screen(len(suite.runs))
+        stop_signal = execute(suite, launcher, screen, set_aside=arguments.set_aside)
     finally:
         launcher.close()
     if stop_signal is not None:
@@ -77,17 +75,13 @@ def main() -> int:
 
 
 def make_filter() -> Callable[[logging.LogRecord], bool]:
-    """Return a filter that passes the suite's own lines, and each warning once.
-
-    Runs share data and therefore warnings; the log.txt of each run has everything.
-    """
+    """Return a filter that passes the suite's own lines, and each warning once: runs share data."""
     seen: set[str] = set()
 
     def is_shown(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        is_new_warning = record.levelno > logging.INFO and text not in seen
-        seen.add(text)
-        return is_new_warning or record.name.startswith(SHOWN)
+        is_new = record.getMessage() not in seen
+        seen.add(record.getMessage())
+        return (is_new and record.levelno > logging.INFO) or record.name.startswith(SHOWN)
 
     return is_shown
 
@@ -112,7 +106,7 @@ def write_reports(suite: "Suite") -> None:
     paths = {suffix: suite.folder / f"report{suffix}" for suffix in FORMATS}
     for path in paths.values():
         save_report(report, path)
-    print(text_table(report.runs, report.baseline))
+    print(text_table(report))
     print(paths[".html"].resolve())
 
 

@@ -208,11 +208,12 @@ def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
 
 def explain(key: str, message: str, origins: Origins, place: str | None = None) -> str:
     """Return `key: message (place)`, by default the line of the nearest section that has one."""
-    place = _place_of(key, origins) if place is None else place
+    place = place_of(key, origins) if place is None else place
     return (f"{key}: " if key else "") + message + (f" ({place})" if place else "")
 
 
-def _place_of(key: str, origins: Origins) -> str:
+def place_of(key: str, origins: Origins) -> str:
+    """Return where a key, or the section that contains it, is set."""
     while key and key not in origins:
         key = key.rpartition(".")[0]
     return origins.get(key, "")
@@ -228,20 +229,20 @@ def explain_all(
     lines: dict[str, None] = {}
     for problem in error.errors():
         key = _dotted(problem["loc"], tree)
-        place = _place_of(key, origins)
+        place = place_of(key, origins)
         message = problem["msg"].removeprefix("Value error, ")
         match problem["type"]:
             case "extra_forbidden":
                 message = _unknown(key, tree, known)
             case "missing":  # from a section that may have replaced one with this key
                 message = "required, but not set."
-                place = _place_of(key.rpartition(".")[0], origins)
+                place = place_of(key.rpartition(".")[0], origins)
             case "union_tag_not_found" | "union_tag_invalid" as kind:
                 message = "required, but not set." if key else f"required, one of {[*known]}."
                 if kind == "union_tag_invalid":
                     message = "{tag!r} is none of {expected_tags}.".format(**problem["ctx"])
                 key = f"{key}.source" if key else "task"
-                place = _place_of(key, origins)
+                place = place_of(key, origins)
             case "value_error" | "unused_key" as kind:
                 if kind == "unused_key":
                     unused = ".".join(filter(None, [key, problem["ctx"]["key"]]))

@@ -13,6 +13,7 @@ from tract_transfer.config.file import (
     Override,
     explain,
     explain_all,
+    place_of,
     read_config_file,
 )
 from tract_transfer.config.schema import known_keys
@@ -43,9 +44,7 @@ class ResourcesConfig(Section):
     @model_validator(mode="after")
     def _check_gpus(self) -> "ResourcesConfig":
         if self.gpus is not None and self.gpus > 1 and self.gpus % 1:
-            raise ValueError(
-                f"resources.gpus: {self.gpus} must be a whole number, or a share below 1"
-            )
+            raise ValueError(f"gpus: {self.gpus} must be a whole number, or a share below 1")
         return self
 
 
@@ -82,11 +81,7 @@ def _as_section(value: Any) -> Any:
 
 
 class SuiteConfig(Section):
-    """A suite of methods x tasks x seeds.
-
-    `workers` runs execute at a time (null: one locally, no limit on a cluster), and a failed run is
-    retried up to `retries` times.
-    """
+    """A suite of methods x tasks x seeds, with `workers` runs at a time (see docs/suite.md)."""
 
     output_dir: str
     title: str = "Does the backbone transfer?"
@@ -136,7 +131,7 @@ class SuiteConfig(Section):
         if task == PRETRAIN:
             parts = {"pretrain": section.pretrain}
         return [
-            Override(key, value, self._origin(f"methods.{method}.{part}.{key}"))
+            Override(key, value, place_of(f"methods.{method}.{part}.{key}", self._origins))
             for part, values in parts.items()
             for key, value in values.items()
         ]
@@ -150,12 +145,6 @@ class SuiteConfig(Section):
         section = self.pretrain if task == PRETRAIN else self.tasks[task]
         assert section is not None
         return section
-
-    def _origin(self, key: str) -> str:
-        """Return where a key, or the section that contains it, is set."""
-        while key and key not in self._origins:
-            key = key.rpartition(".")[0]
-        return self._origins.get(key, "")
 
 
 def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:

@@ -28,20 +28,13 @@ def rand_augment(
 ) -> v2.Transform:
     """RandAugment (Cubuk et al. 2020): `num_ops` operations of one magnitude in sequence.
 
-    Args:
-        magnitude: in 0..num_magnitude_bins - 1.
-        fill: RGB in 0..255 of pixels from outside the image; None is black.
-
-    Raises:
-        ValueError: num_ops or magnitude is out of range.
+    `fill` is the RGB in 0..255 of pixels from outside the image; None is black.
     """
     if num_ops < 1:
         raise ValueError(f"num_ops: must be 1 or more, got {num_ops}.")
     if not 0 <= magnitude < num_magnitude_bins:
-        raise ValueError(
-            f"magnitude: must lie in 0..num_magnitude_bins - 1 = {num_magnitude_bins - 1}, got "
-            f"{magnitude}."
-        )
+        largest = f"num_magnitude_bins - 1 = {num_magnitude_bins - 1}"
+        raise ValueError(f"magnitude: must lie in 0..{largest}, got {magnitude}.")
     mode = interpolation_mode(interpolation)
     return v2.RandAugment(num_ops, magnitude, num_magnitude_bins, mode, _color(fill))
 
@@ -67,11 +60,7 @@ def trivial_augment(
     interpolation: str = "nearest",
     fill: Sequence[int] | None = None,
 ) -> v2.Transform:
-    """TrivialAugment, wide (Mueller and Hutter 2021): one operation of any magnitude.
-
-    Raises:
-        ValueError: num_magnitude_bins is out of range.
-    """
+    """TrivialAugment, wide (Mueller and Hutter 2021): one operation of any magnitude."""
     if num_magnitude_bins < 2:
         raise ValueError(f"num_magnitude_bins: must be 2 or more, got {num_magnitude_bins}.")
     mode = interpolation_mode(interpolation)
@@ -86,24 +75,15 @@ def three_augment(
 
     Args:
         solarize_threshold: in 0..255; values from it up are inverted.
-        blur_sigma_px: the smallest and the largest standard deviation of the blur; the kernel
-            extends to three times the largest.
-
-    Raises:
-        ValueError: blur_sigma_px is no range above 0.
+        blur_sigma_px: smallest and largest standard deviation; the kernel extends to thrice that.
     """
     if len(blur_sigma_px) != 2 or not 0 < blur_sigma_px[0] <= blur_sigma_px[1]:
         raise ValueError(
             f"blur_sigma_px: must be the smallest and the largest, above 0, got {blur_sigma_px}."
         )
     low, high = blur_sigma_px
-    return v2.RandomChoice(
-        [
-            v2.Grayscale(num_output_channels=3),
-            v2.RandomSolarize(solarize_threshold, p=1.0),
-            v2.GaussianBlur(2 * math.ceil(3 * high) + 1, (low, high)),
-        ]
-    )
+    blur = v2.GaussianBlur(2 * math.ceil(3 * high) + 1, (low, high))
+    return v2.RandomChoice([v2.Grayscale(3), v2.RandomSolarize(solarize_threshold, p=1.0), blur])
 
 
 def interpolation_mode(name: str) -> InterpolationMode:
@@ -132,9 +112,6 @@ class BatchMix:
         cutmix_alpha: of the Beta distribution of CutMix's area (Yun et al. 2019); 0 disables.
         prob: probability of mixing the images of an iteration.
         switch_prob: probability of CutMix if both are enabled.
-
-    Raises:
-        ValueError: both are disabled.
     """
 
     def __init__(
@@ -157,11 +134,7 @@ class BatchMix:
         self._seed = seed
 
     def __call__(self, images: Tensor, targets: Tensor, iteration: int) -> tuple[Tensor, Tensor]:
-        """Mix a batch.
-
-        Args:
-            images: (B, 3, H, W), uint8 or float in [0, 1].
-            targets: int64 (B,).
+        """Mix (B, 3, H, W), uint8 or float in [0, 1], and int64 (B,).
 
         Returns:
             Images, float32 in [0, 1] after mixup, and targets, float32 (B, K) whose rows add up to

@@ -22,21 +22,13 @@ _SMALL_PX2, _LARGE_PX2 = 32.0**2, 96.0**2
 
 @dataclass
 class ImageCheck:
-    """The result of decoding every image of a data set.
+    """The result of decoding every image of a data set."""
 
-    Attributes:
-        problems: the error of each image that cannot be used.
-        sizes: (height, width) of the others.
-        items: an image's name by the sha256 (hex) of its pixels; of equal images the first.
-        repeated: pairs of images with the same pixels.
-        turned: warnings about images whose EXIF orientation is not applied.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    sizes: list[Size] = field(default_factory=list)
-    items: dict[str, str] = field(default_factory=dict)
-    repeated: list[tuple[str, str]] = field(default_factory=list)
-    turned: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # errors of images that cannot be used
+    sizes: list[Size] = field(default_factory=list)  # of the others
+    items: dict[str, str] = field(default_factory=dict)  # sha256 (hex) of pixels -> first name
+    repeated: list[tuple[str, str]] = field(default_factory=list)  # names of equal images
+    turned: list[str] = field(default_factory=list)  # warnings: EXIF orientation is not applied
 
 
 def check_images(dataset: Checked, progress: Progress | None = None) -> ImageCheck:
@@ -67,11 +59,7 @@ def check_images(dataset: Checked, progress: Progress | None = None) -> ImageChe
 
 
 def statistics(dataset: Checked, sizes: list[Size]) -> dict[str, Any]:
-    """Return statistics of a data set as plain types; a spread is min, median, mean and max.
-
-    Args:
-        sizes: (height, width) of the images that can be used.
-    """
+    """Return statistics of a data set and its usable images' `sizes` as plain types."""
     heights, widths = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
     result: dict[str, Any] = {
         "images": len(dataset),
@@ -90,9 +78,8 @@ def statistics(dataset: Checked, sizes: list[Size]) -> dict[str, Any]:
 def _box_statistics(dataset: DetectionDataset, counts: dict[str, int]) -> dict[str, Any]:
     objects = dataset.objects
     per_image = np.diff(objects.first)
-    pairs = np.unique(
-        np.stack([np.repeat(np.arange(len(dataset)), per_image), objects.labels]), axis=1
-    )
+    image_of = np.repeat(np.arange(len(dataset)), per_image)
+    pairs = np.unique(np.stack([image_of, objects.labels]), axis=1)
     images_with = np.bincount(pairs[1], minlength=len(counts)).tolist()
     widths, heights = (objects.boxes[:, 2:] - objects.boxes[:, :2]).astype(np.float64).T
     is_small, is_large = objects.areas < _SMALL_PX2, objects.areas > _LARGE_PX2
@@ -105,9 +92,7 @@ def _box_statistics(dataset: DetectionDataset, counts: dict[str, int]) -> dict[s
         "box_width_px": _spread(widths),
         "box_height_px": _spread(heights),
         "box_width_over_height": _spread(widths / np.maximum(heights, 1e-9)),
-        "small_medium_large": [
-            int(chosen.sum()) for chosen in (is_small, ~(is_small | is_large), is_large)
-        ],
+        "small_medium_large": [int(x.sum()) for x in (is_small, ~(is_small | is_large), is_large)],
         "classes": {
             name: {"images": images, "objects": count}
             for (name, count), images in zip(counts.items(), images_with, strict=True)

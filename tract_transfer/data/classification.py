@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tract_transfer.data import images
 from tract_transfer.data.findings import Origin
-from tract_transfer.data.images import ImageSource, IndexedImages
+from tract_transfer.data.images import ImageSource, IndexedImages, fingerprint
 
 RENUMBER = (
     "Number them 0, 1, ... with class_encode_column on all splits together, and save_to_disk."
@@ -42,7 +41,7 @@ class ClassificationDataset(IndexedImages):
 
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of length, class names, labels and 64 images' stored bytes."""
-        return images.fingerprint(self.class_names, [self.labels], self.encoded, len(self))
+        return fingerprint(self, self.labels)
 
     def select(self, indices: Sequence[int] | np.ndarray, name: str) -> "ClassificationDataset":
         """Return the data set of these images, in this order; it keeps all classes."""
@@ -57,10 +56,7 @@ def hold_out(
     """Split off a stratified validation set.
 
     It gets `round(fraction * count)` images of each class: at least one if the class has two, and
-    never all. The parts are disjoint and complete, and depend only on the arguments.
-
-    Returns:
-        (the rest, the held-out part), both in the order of the data set.
+    never all. Returns (the rest, the held-out part), both in the order of the data set.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie in (0, 1), got {fraction}.")
@@ -88,9 +84,8 @@ def shown_classes(dataset: Any) -> set[int] | None:
 def join_integer_classes(datasets: Mapping[str, Any]) -> None:
     """Give all splits whose labels are integers without names the same classes.
 
-    The K classes are "0", "1", ... up to the largest label in any split, so they do not depend on
-    which images a split holds. A class without images stays: labels are never renumbered, and
-    `check_same_classes` warns.
+    The K classes are "0", "1", ... up to the largest label in any split. A class without images
+    stays: labels are never renumbered, and `check_same_classes` warns.
 
     Raises:
         ValueError: all images are of one class, or most classes have no image in any split, as
@@ -119,20 +114,13 @@ def join_integer_classes(datasets: Mapping[str, Any]) -> None:
 
 
 def check_same_classes(datasets: Mapping[str, Any]) -> list[str]:
-    """Check that a label means the same class in all splits, and return warnings.
+    """Check that the splits have the same classes in the same order; the first is the reference.
 
-    Names and order of the classes must be equal: an image folder that lacks one class shifts the
-    labels of all later ones, which no result would reveal. A class without examples shifts nothing
-    and gives a warning.
-
-    Args:
-        datasets: by split, `{"train": ..., "val": ...}`; the first is the reference.
+    An image folder that lacks one class shifts the labels of all later ones, which no result would
+    reveal. A class without examples shifts nothing and gives a warning.
 
     Returns:
         Warnings, such as `test has no example of 13 of 102 classes: a, b, ...`.
-
-    Raises:
-        ValueError: two splits differ in names or order of their classes.
     """
     reference = next(iter(datasets))
     names = datasets[reference].class_names

@@ -37,15 +37,9 @@ def load_coco(
             of an annotation `id`, `image_id`, `category_id`, `bbox` (x, y, width, height), `area`,
             `iscrowd` and `ignore`. Masks and keypoints are not.
         classes: the category names in label order; by default all, in the order of their ids.
-        key: the config section that errors name.
-        findings: what happens to wrong annotations; by default the first is raised.
-        max_pixels: larger images are not decoded.
+        key, findings, max_pixels: as of `voc.load_voc`, and so are the errors.
 
     An object with `iscrowd` is a crowd and therefore difficult; one with `ignore` is difficult.
-
-    Raises:
-        FileNotFoundError: the json file, the folder or an image is missing.
-        ValueError: an entry is wrong; the message names the file and the entry.
     """
     path, folder = Path(annotations).expanduser(), Path(images).expanduser()
     findings = findings or Findings()
@@ -134,18 +128,16 @@ def _read_images(
     index_of: dict[int | str | None, int] = {}
     for entry, item in _entries(tree, "images", path, reader.findings):
         name = entry.get("file_name")
-        try:
-            if not isinstance(name, str) or not is_below(folder, name):
-                raise ValueError(
-                    f"{item}: file_name must be a path below {folder}, not {name!r}. Correct it."
-                )
-            if str(file := folder / name) in files:
-                raise ValueError(f"{item}: the file {name} is already used. Correct it.")
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"{item}: {file} does not exist. Add it, or set {reader.key}.images."
-                )
-        except (ValueError, FileNotFoundError) as error:
+        error: Exception | None = None
+        if not isinstance(name, str) or not is_below(folder, name):
+            message = f"file_name must be a path below {folder}, not {name!r}. Correct it."
+            error = ValueError(f"{item}: {message}")
+        elif str(file := folder / name) in files:
+            error = ValueError(f"{item}: the file {name} is already used. Correct it.")
+        elif not file.is_file():
+            message = f"{file} does not exist. Add it, or set {reader.key}.images."
+            error = FileNotFoundError(f"{item}: {message}")
+        if error is not None:
             reader.findings.report(error)
             continue
         size = annotated_size(entry.get("height"), entry.get("width")) or stored_size(file)
@@ -165,13 +157,6 @@ def _read_object(image: int, item: str, name: str, entry: Entry, reader: BoxRead
         reader.findings.report(ValueError(message))
         return
     x, y, width, height = map(float, written)
-    reader.add_object(
-        image,
-        item,
-        name,
-        (x, y, x + width, y + height),
-        f"x, y, w, h {written}",
-        difficult=bool(ignore),
-        crowd=bool(crowd),
-        area=entry.get("area"),
-    )
+    box, flags = (x, y, x + width, y + height), {"difficult": bool(ignore), "crowd": bool(crowd)}
+    text = f"x, y, w, h {written}"
+    reader.add_object(image, item, name, box, text, area=entry.get("area"), **flags)

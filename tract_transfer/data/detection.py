@@ -49,12 +49,7 @@ class Objects(NamedTuple):
 
 
 class BoxReader:
-    """Checks the annotations that a reader of any format finds, and makes a data set of them.
-
-    Args:
-        class_names: in label order; different names.
-        key: the config section that errors name.
-    """
+    """Checks the annotations that a reader of any format finds, and makes a data set of them."""
 
     def __init__(self, class_names: Sequence[str], key: str, findings: Findings) -> None:
         if not class_names or len(set(class_names)) < len(class_names):
@@ -89,11 +84,9 @@ class BoxReader:
         """Check an object of an image and add it; a wrong one is reported to the findings.
 
         Args:
-            item: the object's name in messages.
-            name: its class.
+            item: the object's name in messages; `name` is its class.
             box: xyxy pixels, 0-based, x2 and y2 exclusive; None if it cannot be read.
             written: the box as the annotation states it, or why it cannot be read.
-            crowd: a region of many objects, which is always difficult.
             area: used if it is a finite number, else the area of the box.
         """
         size = self._sizes[image]
@@ -226,21 +219,14 @@ class DetectionDataset(IndexedImages):
         )
 
     def target(self, index: int) -> dict[str, Any]:
-        """Return an image's objects.
+        """Return boxes, labels, difficult, crowd and area of an image's objects as in `Objects`.
 
-        Returns:
-            boxes: float32 (n, 4) xyxy pixels, 0-based, x2 and y2 exclusive.
-            labels: int64 (n,) in 0..K-1.
-            difficult: bool (n,), true for every crowd.
-            crowd: bool (n,), regions of many objects (COCO).
-            area: float32 (n,), square pixels of the image as stored; transforms keep it.
-            image_id: the index.
+        `image_id` is the index. Transforms keep `area`, which is of the image as stored.
         """
         rows = slice(*self.objects.first[index : index + 2].tolist())
         names = ("boxes", "labels", "difficult", "crowd", "area")
-        arrays = zip(names, self.objects[1:], strict=True)
-        target: dict[str, Any] = {k: torch.from_numpy(v[rows].copy()) for k, v in arrays}
-        return {**target, "image_id": index}
+        parts = [torch.from_numpy(array[rows].copy()) for array in self.objects[1:]]
+        return {**dict(zip(names, parts, strict=True)), "image_id": index}
 
     def size(self, index: int) -> Size:
         """Return an image's annotated (height, width), without decoding it."""
@@ -255,9 +241,7 @@ class DetectionDataset(IndexedImages):
 
     def fingerprint(self) -> str:
         """Return the sha256 (hex) of length, class names, all objects and 64 stored images."""
-        return images.fingerprint(
-            self.class_names, [self.sizes, *self.objects], self.encoded, len(self)
-        )
+        return images.fingerprint(self, self.sizes, *self.objects)
 
     def select(self, indices: Sequence[int] | np.ndarray, name: str) -> "DetectionDataset":
         """Return the data set of these images, in this order; it keeps all classes."""

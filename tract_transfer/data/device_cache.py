@@ -37,11 +37,9 @@ class DeviceCache:
     Args:
         size_px: P; the short side is resized to it once, and the result must be square. None: all
             images have one size and keep it.
-        interpolation: of that resizing: nearest, bilinear or bicubic.
-        undecodable: `skip` excludes images that cannot be decoded; batches list them.
+        undecodable: `error` raises UndecodableImage; `skip` excludes the image, batches list it.
 
     Raises:
-        UndecodableImage: an image cannot be decoded, and is not to be skipped.
         ValueError: an image is not square, or of another size; or the memory is too small.
     """
 
@@ -54,65 +52,50 @@ class DeviceCache:
         interpolation: str = "bilinear",
         undecodable: str = "error",
     ) -> None:
-        self._dataset = dataset
         self.skipped: dict[int, str] = {}
-        skip = undecodable == "skip"
-        side = size_px or self._first_side(skip)
-        shape = (len(dataset), 3, side, side)
-        needed, available = math.prod(shape), _available_bytes(device)
-        if needed > available:
-            raise ValueError(
-                f"data.cache: device needs {needed / 2**30:.1f} GiB for {len(dataset)} images of "
-                f"{side} px, and {device} has {available / 2**30:.1f} GiB. Set data.cache: none."
-            )
-        self.images = torch.zeros(shape, dtype=torch.uint8, device=device)
-        resize = v2.Resize(side, InterpolationMode(interpolation))
+        mode, images = InterpolationMode(interpolation), None
+        resize = v2.Resize(size_px, mode) if size_px else v2.Identity()
         for index in range(len(dataset)):
-            image = self._decode(index, skip)
-            if image is None:
+            try:
+                image = dataset.image(index)
+            except UndecodableImage as error:
+                if undecodable != "skip":
+                    raise
+                self.skipped[index] = f"{error.item}: {error.reason}"
                 continue
-            image = resize(image) if size_px else image
-            if image.shape[1:] != shape[2:]:
+            image = resize(image)
+            side = size_px or image.shape[1] if images is None else images.shape[-1]
+            if image.shape != (3, side, side):
                 expected = "square images" if size_px else f"all images to be {side} px square"
                 raise ValueError(
                     f"data.cache: device needs {expected}, and image {index} is {image.shape[2]} x "
                     f"{image.shape[1]} px{f' with its short side at {side}' if size_px else ''}. "
                     "Set data.cache: none or ram."
                 )
-            self.images[index] = image.to(device)
+            if images is None:
+                images = _empty((len(dataset), 3, side, side), device)
+            images[index] = image.to(device)
+        if images is None:
+            raise ValueError("data.cache: device found no image that can be decoded.")
+        self.images = images
         labels = [dataset.target(index) for index in range(len(dataset))]
         self.labels = torch.tensor(labels, dtype=torch.int64, device=device)
 
-    def _decode(self, index: int, skip: bool) -> Tensor | None:
-        try:
-            return self._dataset.image(index)
-        except UndecodableImage as error:
-            if not skip:
-                raise
-            self.skipped[index] = f"{error.item}: {error.reason}"
-            return None
 
-    def _first_side(self, skip: bool) -> int:
-        """Return the height of the first image that can be decoded."""
-        images = (self._decode(index, skip) for index in range(len(self._dataset)))
-        for image in images:
-            if image is not None:
-                return image.shape[1]
-        raise ValueError("data.cache: device found no image that can be decoded.")
-
-
-def _available_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)
+def _empty(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return uint8 zeros of a shape if they fit in the free memory of the device."""
+    is_cuda, needed = device.type == "cuda", math.prod(shape)
+    free = torch.cuda.mem_get_info(device)[0] if is_cuda else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"data.cache: device needs {needed / 2**30:.1f} GiB for {shape[0]} images of "
+            f"{shape[-1]} px, and {device} has {free / 2**30:.1f} GiB. Set data.cache: none."
+        )
+    return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
 def cached_batches(
-    data: DeviceCache,
-    sampler: Iterable[Sequence[Sample]],
-    *,
-    seed: int,
-    augment: "BatchAugment",
+    data: DeviceCache, sampler: Iterable[Sequence[Sample]], *, seed: int, augment: "BatchAugment"
 ) -> Iterator[Batch]:
     """Yield the micro-batches of `sampler`, each image augmented by its own random numbers."""
     for samples in sampler:
@@ -132,8 +115,7 @@ def cached_batches(
 def hashed_uniform(seed: int, rows: NDArray[np.uint64], count: int) -> NDArray[np.float64]:
     """Return numbers in [0, 1), (B, count): a function of the seed and each of `rows` (B, parts).
 
-    Each part is added to the state, which SplitMix64's finalizer scrambles (Steele, Lea, Flood,
-    OOPSLA 2014).
+    The generator is SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
     """
     state = np.full((len(rows), 1), mix(seed), dtype=np.uint64)
     for part in rows.T:
@@ -161,9 +143,6 @@ class BatchAugment:
     Attributes:
         num_draws: how many random numbers in [0, 1) an image needs.
         takes_native_size: whether images are cropped as decoded, not first resized to `size_px`.
-
-    Raises:
-        ValueError: the crop cannot be done in batches.
     """
 
     def __init__(

@@ -1,11 +1,10 @@
 """The built-in data: scikit-learn's handwritten digits, alone and on photographs."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -71,7 +70,6 @@ def load_digits(
     Args:
         split: `train` (1,442) or `test` (355: every fifth of each digit).
         classes: only these digits, with labels 0..K-1 in the given order; all ten by default.
-        key: the config section that errors name.
     """
     if split not in ("train", "test"):
         raise ValueError(f"digits has no split {split!r}. Set {key}.split to train or test.")
@@ -96,17 +94,9 @@ def load_digit_scenes(
     findings: Findings | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> DetectionDataset:
-    """Load digits on photographs, which are first written to `root` as a VOC devkit.
-
-    Args:
-        root: by default a folder in output/data, one for each size and number of scenes.
-        num_train, num_test, size_px: as of `write_digit_scenes`.
-        split, key, findings, max_pixels: as of `voc.load_voc`.
-    """
-    default = Path(f"output/data/digit_scenes_{num_train}_{num_test}_{size_px}")
-    folder = write_digit_scenes(
-        Path(root or default), num_train=num_train, num_test=num_test, size_px=size_px
-    )
+    """Load digits on photographs: `write_digit_scenes` to `root`, by default in output/data."""
+    default = f"output/data/digit_scenes_{num_train}_{num_test}_{size_px}"
+    folder = write_digit_scenes(Path(root or default), 0, num_train, num_test, size_px)
     return load_voc(
         folder, [f"2007/{split}"], DIGIT_NAMES, key=key, findings=findings, max_pixels=max_pixels
     )
@@ -121,10 +111,7 @@ def write_digit_scenes(
     in a scene of 128 and in proportion in others, on crops of two photographs. Train and test
     scenes show digits of their own split. A digit that is largely covered or hardly visible is
     `difficult`. The files depend only on the arguments. A root written with the same arguments is
-    reused; an interrupted call leaves no root.
-
-    Raises:
-        ValueError: `root` contains other files.
+    reused, and one with other files refused; an interrupted call leaves no root.
     """
     counts = {"train": num_train, "test": num_test}
     parameters = {"digit_scenes": _SCENES_VERSION, "seed": seed}
@@ -132,18 +119,15 @@ def write_digit_scenes(
     if _already_written(root, parameters):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(mkdtemp(prefix=f".{root.name}.", dir=root.parent))
-    try:
-        _write_devkit(temporary / "VOC2007", seed, counts, size_px)
-        (temporary / "digit_scenes.json").write_text(json.dumps(parameters) + "\n")
-        temporary.chmod(0o755)  # mkdtemp's 0700 excludes other users
+    with TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as temporary:
+        written = Path(temporary) / root.name
+        _write_devkit(written / "VOC2007", seed, counts, size_px)
+        (written / "digit_scenes.json").write_text(json.dumps(parameters) + "\n")
         try:
-            temporary.rename(root)
+            written.rename(root)
         except OSError:  # another process was faster
             if not _already_written(root, parameters):
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return root
 
 

@@ -20,8 +20,6 @@ class Findings:
         invalid_boxes: `error`, or `clip`: a box is clipped to its image, and dropped if nothing
             remains or its numbers are not finite. `clipped_boxes` lists every such box.
         collect: append every problem to `problems` and skip the item that has it.
-
-    An overhang below one pixel is a rounding error: the box is clipped and not reported.
     """
 
     def __init__(self, invalid_boxes: str = "error", collect: bool = False) -> None:
@@ -49,11 +47,8 @@ class Findings:
     def check_box(self, box: Box, size: Size, item: str, written: str) -> Box | None:
         """Return the box clipped to its image, or None if it cannot be used.
 
-        Args:
-            box: xyxy pixels, 0-based, x2 and y2 exclusive.
-            size: (height, width) of its image.
-            item: the object's name in messages.
-            written: the numbers as the annotation states them.
+        Messages name it `item`, and state it as the annotation does (`written`). An overhang below
+        one pixel is a rounding error and not reported.
         """
         if not all(map(math.isfinite, box)):
             self.report_box(f"{item}: the box must have finite numbers, not {written}")
@@ -66,10 +61,8 @@ class Findings:
         clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
         remains = min(clipped[2] - clipped[0], clipped[3] - clipped[1]) >= _MIN_SIDE_PX
         if max(-x1, -y1, x2 - width, y2 - height) >= _OVERHANG_PX or not remains:
-            message = (
-                f"{item}: the box must lie in the image of {width}x{height} pixels, but is "
-                f"{written}"
-            )
+            image = f"the image of {width}x{height} pixels"
+            message = f"{item}: the box must lie in {image}, but is {written}"
             if not (self._clip and remains):
                 self.report_box(message)
                 return None
@@ -79,13 +72,11 @@ class Findings:
 
 def is_below(folder: Path, file: str | Path) -> bool:
     """Whether `file`, relative to `folder`, is a path below it. Links in it may lead out of it."""
-    for top, path in (
-        (folder.absolute(), folder.absolute() / file),
-        (folder.resolve(), folder / file),  # the folder itself may be reached through a link
-    ):
-        if Path(os.path.normpath(top)) in Path(os.path.normpath(path)).parents:
-            return True
-    return False
+    path = Path(os.path.normpath(folder.absolute() / file))
+    # The folder itself may be reached through a link.
+    return not {Path(os.path.normpath(folder.absolute())), folder.resolve()}.isdisjoint(
+        path.parents
+    )
 
 
 # Where a data set comes from, and the official split sizes of well-known ones.
@@ -119,54 +110,42 @@ class KnownDataset(NamedTuple):
     """
 
     title: str
-    names: tuple[str, ...]
+    names: str
     images: Mapping[str, int]
     trap: str = ""
 
 
-def _known(title: str, names: str, trap: str = "", **images: int) -> KnownDataset:
-    return KnownDataset(title, tuple(names.split()), images, trap)
-
-
 KNOWN = (
-    _known("CIFAR-10", "uoft-cs/cifar10 cifar10", train=50_000, test=10_000),
-    _known("CIFAR-100", "uoft-cs/cifar100 cifar100", train=50_000, test=10_000),
-    _known(
-        "Oxford Flowers-102",
-        "dpdl-benchmark/oxford_flowers102 nelorth/oxford-flowers flowers102 oxfordflowers102 "
-        "oxfordflowers",
+    KnownDataset("CIFAR-10", "uoft-cs/cifar10 cifar10", {"train": 50_000, "test": 10_000}),
+    KnownDataset("CIFAR-100", "uoft-cs/cifar100 cifar100", {"train": 50_000, "test": 10_000}),
+    KnownDataset("Oxford Flowers-102", "dpdl-benchmark/oxford_flowers102 nelorth/oxford-flowers "
+        "flowers102 oxfordflowers102 oxfordflowers",
+        {"train": 1_020, "validation": 1_020, "test": 6_149},
         "nelorth/oxford-flowers has 7,169 and 1,020 images and its labels in the order of strings; "
-        "dpdl-benchmark/oxford_flowers102 is the official split",
-        train=1_020,
-        validation=1_020,
-        test=6_149,
-    ),
-    _known("Stanford Cars", "tanganke/stanford_cars stanfordcars", train=8_144, test=8_041),
-    _known("MNIST", "ylecun/mnist mnist", train=60_000, test=10_000),
-    _known(
-        "Fashion-MNIST", "zalando-datasets/fashion_mnist fashionmnist", train=60_000, test=10_000
-    ),
-    _known("Food-101", "ethz/food101 food101", train=75_750, validation=25_250, test=25_250),
-    _known(
-        "ImageNet-1k",
-        "ilsvrc/imagenet-1k imagenet1k",
-        train=1_281_167,
-        validation=50_000,
-        test=100_000,
-    ),
-    _known("COCO 2014", "", train=82_783, validation=40_504),
-    _known(
-        "COCO 2017",
-        "detection-datasets/coco coco2017",
-        "without the images that show no object there are 117,266 and 4,952",
-        train=118_287,
-        validation=5_000,
-    ),
-    _known("VOC 2007", "", train=2_501, val=2_510, trainval=5_011, test=4_952),
-    _known("VOC 2012", "", train=5_717, val=5_823, trainval=11_540),
-)
+        "dpdl-benchmark/oxford_flowers102 is the official split"),
+    KnownDataset("Stanford Cars", "tanganke/stanford_cars stanfordcars",
+        {"train": 8_144, "test": 8_041}),
+    KnownDataset("MNIST", "ylecun/mnist mnist", {"train": 60_000, "test": 10_000}),
+    KnownDataset("Fashion-MNIST", "zalando-datasets/fashion_mnist fashionmnist",
+        {"train": 60_000, "test": 10_000}),
+    KnownDataset("Food-101", "ethz/food101 food101",
+        {"train": 75_750, "validation": 25_250, "test": 25_250}),
+    KnownDataset("ImageNet-1k", "ilsvrc/imagenet-1k imagenet1k",
+        {"train": 1_281_167, "validation": 50_000, "test": 100_000}),
+    KnownDataset("COCO 2014", "", {"train": 82_783, "validation": 40_504}),
+    KnownDataset("COCO 2017", "detection-datasets/coco coco2017",
+        {"train": 118_287, "validation": 5_000},
+        "without the images that show no object there are 117,266 and 4,952"),
+    KnownDataset("VOC 2007", "", {"train": 2_501, "val": 2_510, "trainval": 5_011, "test": 4_952}),
+    KnownDataset("VOC 2012", "", {"train": 5_717, "val": 5_823, "trainval": 11_540}),
+)  # fmt: skip
 _BY_TITLE = {known.title: known for known in KNOWN}
 _ALIASES = {"val": "validation", "valid": "validation"}
+
+
+def split_names(split: str) -> list[str]:
+    """Return the names in a split such as `train[:10%]+test`."""
+    return [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
 
 
 def check_size(
@@ -177,19 +156,16 @@ def check_size(
     Args:
         path: hub id, folder or file; local data go by the name of their folder.
         declared: the name that a saved data set states for itself.
-        split: as in the config, such as `train`, `train+validation` or `train[:10%]`. A slice
-            never counts as differing.
-        count: the number of images in it.
+        split: as in the config, such as `train+validation`. A slice never counts as differing.
 
     Returns:
         None if the data set or the split is not known here.
     """
     names = {_normalized(n) for n in ((path,) if is_hub else (declared, _folder_name(path))) if n}
     for known in KNOWN:
-        if names & {_normalized(name) for name in known.names}:
-            parts = [re.split(r"[\[(]", part)[0].strip() for part in split.split("+")]
-            official = [known.images.get(_ALIASES.get(part, part)) for part in parts]
-            return _compare(known, split, official, count)
+        if names & set(map(_normalized, known.names.split())):
+            official = [known.images.get(_ALIASES.get(n, n)) for n in split_names(split)]
+            return _compare(known.title, split, official, count, known.trap)
     return None
 
 
@@ -199,7 +175,7 @@ def check_voc_sets(sets: Sequence[str], count: int) -> SizeCheck | None:
     for year, _, name in (voc_set.removeprefix("VOC").partition("/") for voc_set in sets):
         known = _BY_TITLE.get(f"VOC {year}")
         official.append(known.images.get(name) if known else None)
-    return _compare(KnownDataset("VOC", (), {}), "+".join(sets), official, count)
+    return _compare("VOC", "+".join(sets), official, count)
 
 
 def check_coco_file(annotations: Path, count: int) -> SizeCheck | None:
@@ -208,32 +184,33 @@ def check_coco_file(annotations: Path, count: int) -> SizeCheck | None:
     known = _BY_TITLE.get(f"COCO {match[2]}") if match else None
     if match is None or known is None:
         return None
-    return _compare(known, match[1], [known.images[_ALIASES.get(match[1], match[1])]], count)
+    official = known.images[_ALIASES.get(match[1], match[1])]
+    return _compare(known.title, match[1], [official], count, known.trap)
 
 
 def size_checks(datasets: Mapping[str, Any]) -> dict[str, SizeCheck]:
-    """Return how the sizes of splits compare with official ones, by split, where any are known."""
+    """Return how the sizes of splits compare with official ones, by split, if they are known."""
     checks = {split: dataset.origin.size_check for split, dataset in datasets.items()}
     return {split: check for split, check in checks.items() if check is not None}
 
 
 def _compare(
-    known: KnownDataset, split: str, official: Sequence[int | None], count: int
+    title: str, split: str, official: Sequence[int | None], count: int, trap: str = ""
 ) -> SizeCheck | None:
     """These texts are part of a run's protocol in results.json: keep them stable."""
-    if None in official:
+    sizes = [size for size in official if size is not None]
+    if len(sizes) < len(official):
         return None
-    total = sum(size for size in official if size is not None)
+    text, total = f"{title} {split}: ", sum(sizes)
     if "[" in split:
-        text = f"{known.title} {split}: {count:,} images, a slice of the official {total:,}"
-        return SizeCheck(text, False)
+        return SizeCheck(f"{text}{count:,} images, a slice of the official {total:,}", False)
     if count == total:
-        return SizeCheck(f"{known.title} {split}: all {total:,} official images", False)
-    text = (
-        f"{known.title} {split}: {count:,} images, but the official split has {total:,}: numbers "
-        "on it do not compare with published ones"
+        return SizeCheck(f"{text}all {total:,} official images", False)
+    text += (
+        f"{count:,} images, but the official split has {total:,}: numbers on it do not compare "
+        "with published ones"
     )
-    return SizeCheck(f"{text} ({known.trap})" if known.trap else text, True)
+    return SizeCheck(f"{text} ({trap})" if trap else text, True)
 
 
 def _folder_name(path: str) -> str:

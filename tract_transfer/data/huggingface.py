@@ -17,7 +17,15 @@ from tract_transfer.data.detection import (
     is_numbers,
     stored_size,
 )
-from tract_transfer.data.findings import Box, Findings, Origin, Size, check_size, is_below
+from tract_transfer.data.findings import (
+    Box,
+    Findings,
+    Origin,
+    Size,
+    check_size,
+    is_below,
+    split_names,
+)
 from tract_transfer.data.images import MAX_PIXELS, ImageSource, decode_image
 from tract_transfer.registry import did_you_mean
 
@@ -35,7 +43,7 @@ _FIELDS = {
 
 
 class Location(NamedTuple):
-    """One split of a data set: the arguments of `load_huggingface` that say where it is."""
+    """Where a split is: arguments of `load_huggingface`."""
 
     path: str
     split: str
@@ -66,9 +74,8 @@ class Location(NamedTuple):
         return folder
 
     def check_split(self, known: Sequence[str]) -> list[str]:
-        """Return the names in a split such as `train[:10%]+test`; refuse unknown ones."""
-        names = [re.split(r"[\[(]", part)[0].strip() for part in self.split.split("+")]
-        for name in names:
+        """Return the names in the split; refuse unknown ones."""
+        for name in (names := split_names(self.split)):
             if name not in known:
                 raise ValueError(
                     f"{self.path} has no split {name!r}.{did_you_mean(name, known)} "
@@ -137,16 +144,13 @@ def open_rows(at: Location) -> Any:
     import datasets
 
     if at.is_hub:
+        where = {"split": at.split, "revision": at.revision}
         with hub_errors(at):
-            rows = datasets.load_dataset(
-                at.path, at.config_name, split=at.split, revision=at.revision
-            )
+            rows = datasets.load_dataset(at.path, at.config_name, **where)
     elif is_saved(folder := at.folder()):
         rows = open_saved(at)
     elif folder.is_file() or parquet_files(folder):
-        rows = _open_files(
-            at, "parquet", {k: list(map(str, v)) for k, v in split_files(at).items()}
-        )
+        rows = _open_files(at, "parquet", split_files(at))
     else:
         splits = [name for name in _SPLIT_NAMES if (folder / name).is_dir()]
         folders = {name: folder / name for name in splits} or {_own_split(folder): folder}
@@ -214,16 +218,16 @@ def parquet_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
 
 
-def split_files(at: Location) -> dict[str, list[Path]]:
+def split_files(at: Location) -> dict[str, list[str]]:
     """Return the parquet files of each split that `at.split` names; refuse an incomplete copy."""
-    path, groups = at.folder(), dict[str, list[Path]]()
+    path, groups = at.folder(), dict[str, list[str]]()
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{path} is neither a parquet file nor a folder. Set {at.key}.path.")
-        groups[_own_split(path)] = [path]
+        groups[_own_split(path)] = [str(path)]
     for file in [] if path.is_file() else parquet_files(path):
         name, _, total = re.fullmatch(r"(.+?)(-\d+-of-(\d+))?", file.stem).groups()  # type: ignore[union-attr]
-        groups.setdefault(name, []).append(file)
+        groups.setdefault(name, []).append(str(file))
         count = len(list(file.parent.glob(f"{name}-*-of-{total}.parquet")))
         if total is not None and count != int(total):
             raise ValueError(
@@ -290,11 +294,7 @@ def find_label_column(features: Mapping[str, Any], column: str | None, key: str)
 
 
 def _find_column(features: Mapping[str, Any], column: str | None, feature: type, key: str) -> str:
-    types = {
-        name: str(kind.dtype) if type(kind).__name__ == "Value" else type(kind).__name__
-        for name, kind in features.items()
-    }
-    listed = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+    listed = _listed(features)
     if column is None:
         candidates = [name for name, kind in features.items() if isinstance(kind, feature)]
         if len(candidates) != 1:
@@ -307,6 +307,12 @@ def _find_column(features: Mapping[str, Any], column: str | None, feature: type,
         hint = did_you_mean(column, features)
         raise ValueError(f"{key}: no column {column!r}.{hint} Columns: {listed}.")
     return column
+
+
+def _listed(features: Mapping[str, Any]) -> str:
+    types = {n: type(kind).__name__ for n, kind in features.items()}
+    types |= {n: features[n].dtype for n, kind in types.items() if kind == "Value"}
+    return ", ".join(f"{name} ({kind})" for name, kind in types.items())
 
 
 def named_classes(feature: Any, column: str, at: Location) -> list[str] | None:
@@ -362,7 +368,6 @@ def load_huggingface(
             `/` or `~`, or exists, is local: the hub is never asked.
         split: a split's name, or a slice such as `train[:10%]`. A single parquet file or image
             folder is the split it is named after, or else `train`.
-        config_name: the configuration of a hub data set.
         revision: branch, tag or commit of a hub id.
         image_column, label_column: needed unless exactly one column has the feature `Image` or
             `ClassLabel`. A named label column may hold integers, whose classes are "0", "1", ...
@@ -419,25 +424,21 @@ def load_huggingface_boxes(
     """Load one split of a detection data set.
 
     Args:
-        path, split, config_name, revision, image_column, key, max_pixels: as of `load_huggingface`.
         box_format: `xywh` (COCO), `xyxy` or `cxcywh` (YOLO).
         box_unit: `pixel`, or `relative` to the width and height of the image.
         classes: the class names in label order. Needed if the classes have no feature ClassLabel:
             integers then index it, strings must be in it.
         objects_column: needed if several columns hold boxes. It is a list of structs or a struct
             of lists, with `bbox` and `category`, and optionally `difficult`, `iscrowd` and `area`.
-        findings: what happens to wrong annotations; by default the first is raised.
 
     The columns `height` and `width`, if there are any, are the annotated size. The EXIF orientation
     of images is applied, as `datasets` does, except for images that have the annotated size only as
-    stored. A column `image_id` must not repeat.
-
-    Raises: as `load_huggingface`.
+    stored. A column `image_id` must not repeat. Other arguments and errors are those of
+    `load_huggingface`.
     """
     if box_format not in BOX_FORMATS or box_unit not in ("pixel", "relative"):
         raise ValueError(f"{key}: no box_format {box_format!r} or box_unit {box_unit!r}.")
     at = Location(path, split, config_name, revision, key)
-    findings = findings or Findings()
     rows = open_rows(at)
     image_column = find_image_column(rows.features, image_column, key)
     source = RowImages(rows, image_column, at, max_pixels)
@@ -448,19 +449,14 @@ def load_huggingface_boxes(
             f"{key}.classes is needed, the class names in label order: "
             f"{column.name}.{column.fields['classes']} is no ClassLabel."
         )
-    reader = BoxReader(names, key, findings)
+    reader = BoxReader(names, key, findings or Findings())
     kept = _read_rows(rows, source, column, reader, box_format, box_unit)
     origin = at.origin(rows.info.dataset_name, len(rows))
     return reader.dataset(path, source, kept, upright=True, origin=origin)
 
 
 def _read_rows(
-    rows: Any,
-    source: RowImages,
-    column: "_ObjectsColumn",
-    reader: BoxReader,
-    box_format: str,
-    box_unit: str,
+    rows: Any, source: RowImages, column: "_ObjectsColumn", reader: BoxReader, form: str, unit: str
 ) -> list[int]:
     """Add the images and objects of all rows; return the rows, each image_id once."""
     kept: list[int] = []
@@ -481,13 +477,13 @@ def _read_rows(
         except ValueError as error:
             reader.findings.report(error)
             continue
-        unit = size if box_unit == "relative" else (1, 1)
         for count, entry in enumerate(entries, start=1):
-            name = _class_name(entry["classes"], column.class_names or reader.class_names)
+            name, names = entry["classes"], column.class_names or reader.class_names
+            name = names[name] if type(name) is int and 0 <= name < len(names) else str(name)
             box, written = None, f"the box must be four numbers, not {entry['boxes']!r}"
             if is_numbers(entry["boxes"]):
-                box = _to_xyxy(entry["boxes"], box_format, unit)
-                written = f"{box_format} {entry['boxes']}"
+                box = _to_xyxy(entry["boxes"], form, size if unit == "relative" else (1, 1))
+                written = f"{form} {entry['boxes']}"
             reader.add_object(
                 image,
                 f"{item} object {count} ({name})",
@@ -496,7 +492,7 @@ def _read_rows(
                 written,
                 difficult=bool(entry.get("difficult")),
                 crowd=bool(entry.get("crowd")),
-                area=entry.get("area") if box_unit == "pixel" else None,
+                area=entry.get("area") if unit == "pixel" else None,
             )
     return kept
 
@@ -526,11 +522,10 @@ def _find_objects(features: Mapping[str, Any], name: str | None, key: str) -> _O
     if name is None and len(columns) == 1:
         return next(iter(columns.values()))
     if name not in columns:
-        listed = ", ".join(f"{name} ({type(kind).__name__})" for name, kind in features.items())
         given = "" if name is None else f" {name!r} does not.{did_you_mean(name, columns)}"
         raise ValueError(
             f"One column must hold objects with bbox and category, and {len(columns)} do.{given} "
-            f"Set {key}.objects_column. Columns: {listed}."
+            f"Set {key}.objects_column. Columns: {_listed(features)}."
         )
     return columns[name]
 
@@ -546,12 +541,6 @@ def _entries(cell: Any, column: _ObjectsColumn, item: str) -> list[dict[str, Any
         raise ValueError(f"{item}: the fields of its objects differ in length: {counts}.")
     rows = zip(*lists.values(), strict=True)
     return [dict(zip(lists, values, strict=True)) for values in rows]
-
-
-def _class_name(value: Any, names: Sequence[str]) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
-        return names[value]
-    return str(value)
 
 
 def _to_xyxy(written: Sequence[float], box_format: str, unit: Size) -> Box:

@@ -6,7 +6,7 @@ import json
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from fractions import Fraction
 from functools import cache
@@ -35,16 +35,14 @@ _NUM_FINGERPRINT_IMAGES = 64
 
 
 class UndecodableImage(ValueError):  # noqa: N818 - reads as what it is
-    """An image that cannot be decoded.
+    """An image that cannot be decoded: its name (`item`) and the reason.
 
-    `item` names it (a file, or `split train row 17`), `reason` says why. A DataLoader re-raises a
-    worker's exception from its text alone: then `item` is that text and `reason` is empty.
+    A DataLoader re-raises a worker's exception from its text alone: then that is the `item`.
     """
 
     def __init__(self, item: str, reason: str = "") -> None:
         super().__init__(item, reason)
-        self.item = item
-        self.reason = reason
+        self.item, self.reason = item, reason
 
     def __str__(self) -> str:
         if not self.reason:
@@ -61,13 +59,7 @@ def decode_image(
     """Decode an image (its first frame) to uint8 RGB (3, H, W).
 
     Transparent pixels are composited over white and 16-bit gray is scaled to 8 bits; PIL converts
-    the other modes.
-
-    Args:
-        stored: the encoded bytes, or their file.
-        item: the image's name in errors.
-        exif: apply the EXIF orientation.
-        max_pixels: the largest width x height, by the header.
+    the other modes. `item` is the image's name in errors.
 
     Raises:
         UndecodableImage: the image is truncated, too large, in none of FORMATS, or has 32-bit
@@ -136,11 +128,7 @@ def read_stored(stored: bytes | Path) -> bytes:
 
 
 class ImageSource:
-    """Where the images of a data set are stored: a subclass defines `stored` and `item`.
-
-    Rows are those of the source, before any selection. An image of more than `max_pixels` is not
-    decoded.
-    """
+    """Where the images of a data set are stored: a subclass defines `stored` and `item`."""
 
     def __init__(self, max_pixels: int = MAX_PIXELS) -> None:
         self._max_pixels = max_pixels
@@ -182,14 +170,14 @@ class IndexedImages:
         self.origin = origin or Origin()
         self._source = source
         self._rows = np.arange(length) if rows is None else np.asarray(rows, dtype=np.int64)
-        self._cache: list[Tensor | None] | None = None
+        self._cached: dict[int, Tensor] = {}  # by row, so selections share it
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def image(self, index: int) -> Tensor:
         """Return an image, uint8 RGB (3, H, W). Raises UndecodableImage."""
-        cached = self._cache[index] if self._cache is not None else None
+        cached = self._cached.get(int(self._rows[index]))
         return self._decode(index) if cached is None else cached
 
     def _decode(self, index: int) -> Tensor:
@@ -208,19 +196,13 @@ class IndexedImages:
         selected = copy(self)
         selected.name = name
         selected._rows = self._rows[np.asarray(indices, dtype=np.int64)]
-        if self._cache is not None:
-            selected._cache = [self._cache[index] for index in indices]
         return selected
 
     def cache_images(self) -> None:
         """Decode every image once into RAM; an undecodable image raises when it is accessed."""
-        cached: list[Tensor | None] = []
-        for index in range(len(self)):
-            try:
-                cached.append(self.image(index))
-            except UndecodableImage:  # noqa: PERF203 - decoding takes far longer
-                cached.append(None)
-        self._cache = cached
+        for index, row in enumerate(self._rows.tolist()):
+            with suppress(UndecodableImage):
+                self._cached[row] = self.image(index)
 
 
 def content_hashes(encoded: Callable[[int], bytes], length: int) -> list[str]:
@@ -228,23 +210,14 @@ def content_hashes(encoded: Callable[[int], bytes], length: int) -> list[str]:
     return [hashlib.sha256(encoded(index)).hexdigest() for index in range(length)]
 
 
-def fingerprint(
-    class_names: Sequence[str],
-    arrays: Iterable[np.ndarray],
-    encoded: Callable[[int], bytes],
-    length: int,
-) -> str:
-    """Return the sha256 (hex) of a data set of `length` images, without reading all of them.
-
-    It covers the length, the class names, every annotation in `arrays` and the encoded bytes of
-    up to 64 evenly spaced images.
-    """
-    digest = hashlib.sha256(json.dumps([length, list(class_names)]).encode())
-    for array in arrays:
+def fingerprint(dataset: Any, *annotations: np.ndarray) -> str:
+    """Return the sha256 (hex) of length, class names, annotations and 64 images' stored bytes."""
+    digest = hashlib.sha256(json.dumps([len(dataset), list(dataset.class_names)]).encode())
+    for array in annotations:
         digest.update(f"{array.shape}{array.dtype.str}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
-    for index in _spread(length):
-        digest.update(hashlib.sha256(encoded(index)).digest())
+    for index in _spread(len(dataset)):
+        digest.update(hashlib.sha256(dataset.encoded(index)).digest())
     return digest.hexdigest()
 
 
@@ -256,8 +229,8 @@ def estimated_bytes(encoded: Callable[[int], bytes], length: int) -> int:
 
 def _spread(length: int) -> list[int]:
     """Return up to 64 evenly spaced indices."""
-    spread = np.linspace(0, length - 1, min(length, _NUM_FINGERPRINT_IMAGES)).round()
-    return [int(index) for index in spread]
+    indices = np.linspace(0, length - 1, min(length, _NUM_FINGERPRINT_IMAGES)).round()
+    return [int(index) for index in indices]
 
 
 # Frames of a video file, read and written by PyAV if it is installed.

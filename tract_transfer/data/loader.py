@@ -12,16 +12,15 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from tract_transfer.data.images import MAX_PIXELS, UndecodableImage, decode_image
-from tract_transfer.data.sampling import EvalSampler, Sample, TrainBatchSampler, mix
-from tract_transfer.data.streaming import StreamedSample
+from tract_transfer.data.images import UndecodableImage, decode_image
+from tract_transfer.data.sampling import Sample, mix
+from tract_transfer.data.streaming import Stream, StreamedSample
 
 
 @dataclass
@@ -31,7 +30,6 @@ class Batch:
     Attributes:
         images: uint8; (B, 3, H, W) for classification, a list of (3, H, W) for detection.
         targets: int64 (B,), or a list of dicts as `DetectionDataset.target` returns.
-        indices: the indices of the images in the data set.
         skipped: file or row, and reason, of each image that cannot be decoded; if that is all of
             them, images and targets are empty lists.
     """
@@ -86,10 +84,9 @@ class SampledDataset(Dataset[_Loaded]):
     """A data set and its transform, with its own random state for every sample.
 
     Args:
-        dataset: the source of images and targets.
         transform: called with the image, or with image and target if targets are dicts.
         seed: with the sample's epoch, index and copy it seeds torch's CPU generator during the
-            transform; the generator's state is restored afterwards. A plain index is of epoch 0.
+            transform. A plain index is of epoch 0.
         undecodable: `error` raises UndecodableImage; `skip` skips the image and lists it.
     """
 
@@ -107,19 +104,20 @@ class SampledDataset(Dataset[_Loaded]):
         self._seed = seed
         self._skip = undecodable == "skip"
 
-    def __getitem__(self, sample: Any) -> _Loaded:
-        sample = sample if isinstance(sample, Sample) else Sample(0, sample)
-        return self._loaded(sample, self._dataset)
-
-    def _loaded(self, sample: Sample, dataset: ImageDataset) -> _Loaded:
-        epoch, index, copy = sample
+    def __getitem__(self, key: Any) -> _Loaded:
+        """Load an index, a Sample, or a StreamedSample."""
+        if isinstance(key, StreamedSample):
+            epoch, index, copy = key.sample
+        else:
+            epoch, index, copy = key if isinstance(key, Sample) else Sample(0, key)
+            key = index
         try:
-            image = dataset.image(index)
+            image = self._dataset.image(key)
         except UndecodableImage as error:
             if not self._skip:
                 raise
             return _Loaded(index, None, None, f"{error.item}: {error.reason}")
-        target = dataset.target(index)
+        target = self._dataset.target(key)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed the accelerators too.
             parts = (epoch, index, copy) if copy else (epoch, index)
@@ -132,47 +130,48 @@ class SampledDataset(Dataset[_Loaded]):
 
 
 @dataclass
-class _StreamedImage:
-    """The data set of one streamed sample, which a worker decodes."""
+class _StreamedRows:
+    """What a worker needs of a stream: this process reads its rows, and workers decode them."""
 
     title: str
     max_pixels: int
-    stored: bytes | Path = b""
-    label: int = -1
 
-    def __len__(self) -> int:
-        return 1
+    def image(self, key: StreamedSample) -> Tensor:
+        item = f"{self.title} row {key.sample.index}"
+        return decode_image(key.row.stored, item, max_pixels=self.max_pixels)
 
-    def image(self, index: int) -> Tensor:
-        item = f"{self.title} row {index}"
-        return decode_image(self.stored, item, max_pixels=self.max_pixels)
-
-    def target(self, index: int) -> int:
-        return self.label
-
-
-class _StreamedImages(SampledDataset):
-    """Transforms the samples of a stream, which carry their images."""
-
-    _dataset: _StreamedImage
-
-    def __getitem__(self, sample: StreamedSample) -> _Loaded:
-        return self._loaded(sample.sample, replace(self._dataset, **sample.row._asdict()))
+    def target(self, key: StreamedSample) -> int:
+        return key.row.label
 
 
 def train_loader(
     dataset: ImageDataset,
     transform: Callable[..., Any],
-    sampler: TrainBatchSampler,
+    batches: Iterable[Any],
     *,
     seed: int,
     num_workers: int,
     undecodable: str = "error",
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """Return the endless loader of one process's micro-batches; see SampledDataset."""
-    samples = SampledDataset(dataset, transform, seed, undecodable)
-    return _loader(samples, sampler, num_workers=num_workers, pin_memory=pin_memory)
+    """Return the loader of one process's micro-batches; see SampledDataset.
+
+    `batches` are a TrainBatchSampler, or of a stream StreamBatches or StreamEvalBatches. Neither
+    the rows that are read nor their order depends on the number of workers.
+    """
+    source: Any = dataset
+    if isinstance(dataset, Stream):
+        source = _StreamedRows(dataset.title, dataset.max_pixels)
+    _end_workers_at_exit()
+    return _Loader(
+        SampledDataset(source, transform, seed, undecodable),  # type: ignore[arg-type]
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        collate_fn=_collate,
+        worker_init_fn=_ignore_signals,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else each iterator draws from the global one
+    )
 
 
 def eval_loader(
@@ -186,47 +185,19 @@ def eval_loader(
     undecodable: str = "error",
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """Return the loader of one process's share, in order, each image once.
+    """Return the loader of every `world_size`-th image from `rank`, each once, without padding.
 
     `batch_size` counts the images of this process; the last batch may be smaller.
     """
-    samples = SampledDataset(dataset, transform, 0, undecodable)
-    sampler = EvalSampler(len(dataset), rank, world_size)
-    batches = BatchSampler(sampler, batch_size, drop_last=False)
-    return _loader(samples, batches, num_workers=num_workers, pin_memory=pin_memory)
-
-
-def stream_loader(
-    title: str,
-    transform: Callable[..., Any],
-    batches: Iterable[list[StreamedSample]],
-    *,
-    seed: int,
-    num_workers: int,
-    undecodable: str = "error",
-    max_pixels: int = MAX_PIXELS,
-    pin_memory: bool = False,
-) -> DataLoader[Batch]:
-    """Return the loader of a stream: this process reads `batches`, and workers decode them.
-
-    So neither the rows that are read nor their order depends on the number of workers.
-    """
-    samples = _StreamedImages(_StreamedImage(title, max_pixels), transform, seed, undecodable)
-    return _loader(samples, batches, num_workers=num_workers, pin_memory=pin_memory)
-
-
-def _loader(
-    samples: Dataset[_Loaded], batches: Any, *, num_workers: int, pin_memory: bool
-) -> DataLoader[Batch]:
-    _end_workers_at_exit()
-    return _Loader(
-        samples,  # type: ignore[arg-type]
-        batch_sampler=batches,
+    batches = BatchSampler(range(rank, len(dataset), world_size), batch_size, drop_last=False)
+    return train_loader(
+        dataset,
+        transform,
+        batches,
+        seed=0,
         num_workers=num_workers,
-        collate_fn=_collate,
-        worker_init_fn=_ignore_signals,
+        undecodable=undecodable,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # else each iterator draws from the global one
     )
 
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 _GROUPS = ("wide or square", "tall")
 
@@ -42,12 +41,8 @@ def repeat_factors(
     """Return how often an epoch shows each image, float64 (N,), at least 1 (LVIS, appendix B.2).
 
     The factor of a class in a fraction f of the images is max(1, sqrt(threshold / f)). An image has
-    the largest factor of its classes, or 1 if it has no objects.
-
-    Args:
-        first: int64 (N + 1,); image i has `labels[first[i]:first[i + 1]]`.
-        labels: int64 (M,), in 0..num_classes-1.
-        threshold: the fraction of images below which a class is repeated, in (0, 1].
+    the largest factor of its classes, or 1 if it has no objects. Image i has the int64 labels
+    `labels[first[i]:first[i + 1]]`; `threshold` is in (0, 1].
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"data.repeat_threshold must lie in (0, 1], got {threshold}.")
@@ -71,16 +66,14 @@ class EpochOrder:
         groups: int64 (N,) of 0 and 1; all images of a batch are of one group. Each group drops what
             does not fill a batch, and the batches are shuffled.
         factors: float64 (N,), at least 1; an image is shown floor or ceil of its factor times, with
-            its factor as the mean. An epoch has round(sum of factors) images, in each group if
-            there are groups: to get a whole number, the factors are scaled by less than half an
-            image in total.
+            its factor as the mean. An epoch, or each group of it, has round(sum of factors) images,
+            to which the factors are scaled.
         repeats: how often an image is shown, each time as another copy (repeated augmentation,
-            Hoffer et al. 2020); not with groups or factors. As in DeiT, every image of the
-            permutation is repeated, batches are cut from that, and an epoch still shows N images:
-            all copies of the first N / repeats. Within a batch all first copies come first, then
-            all second ones and so on, so that processes, micro-batches and neighbors, which mixup
-            mixes, have different images. If B is no multiple of `repeats`, the first and the last
-            image of a batch may share their copies with the neighboring batch.
+            Hoffer et al. 2020); not with groups or factors. As in DeiT, an epoch still has N
+            images: all copies of the first N / repeats of the permutation. A batch has all first
+            copies first, then all second ones and so on, so that processes, micro-batches and
+            neighbors, which mixup mixes, have different images. If B is no multiple of `repeats`,
+            neighboring batches may share the copies of an image.
 
     Raises:
         ValueError: the batch is larger than the data, or would only have copies of one image.
@@ -117,9 +110,7 @@ class EpochOrder:
             )
         self.batch_size = batch_size
         self.iters_per_epoch = sum(length // batch_size for length in self._lengths)
-        self._seed = seed
-        self._factors = factors
-        self._repeats = repeats
+        self._seed, self._factors, self._repeats = seed, factors, repeats
         self._group_of = torch.from_numpy(group_of)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[list[Sample]]:
@@ -145,8 +136,8 @@ class EpochOrder:
     ) -> tuple[Tensor, Tensor]:
         """Return the images of an epoch with their repetitions, and the number of each repetition.
 
-        Systematic sampling: the factors are laid end to end on a line, and an image is shown once
-        for every integer (plus one random offset) in its part, so the sum is constant.
+        Systematic sampling: an image is shown once for every integer (plus one random offset) in
+        its part of a line along which the factors lie.
         """
         parts = []
         for group, length in enumerate(self._lengths):
@@ -184,8 +175,7 @@ class EpochOrder:
 
     def _in_group(self, order: Tensor, group: int) -> Tensor:
         """Return whether each image of `order` is in a group, bool."""
-        number = int(self._group_of[self._members[group][0]])
-        return self._group_of[order] == number
+        return self._group_of[order] == self._group_of[self._members[group][0]]
 
 
 def check_batch_size(batch_size: int, num_images: int) -> None:
@@ -209,7 +199,7 @@ def check_divides(batch_size: int, world_size: int, accumulate: int) -> None:
         )
 
 
-class TrainBatchSampler(Sampler[list[Sample]]):
+class TrainBatchSampler:
     """The endless sequence of one process's micro-batches.
 
     A batch, the images of one optimizer step over all processes, is cut into `accumulate`
@@ -225,36 +215,17 @@ class TrainBatchSampler(Sampler[list[Sample]]):
         world_size: int = 1,
         accumulate: int = 1,
     ) -> None:
-        assert 0 <= rank < world_size
-        assert start_iter >= 0
-        assert accumulate >= 1
+        assert 0 <= rank < world_size and start_iter >= 0
         check_divides(order.batch_size, world_size, accumulate)
         self._order = order
         self._start_iter = start_iter
-        self._rank = rank
-        self._world_size = world_size
-        self._micro_size = order.batch_size // accumulate
+        self._part = order.batch_size // accumulate // world_size
+        self._starts = range(rank * self._part, order.batch_size, world_size * self._part)
 
     def __iter__(self) -> Iterator[list[Sample]]:
         epoch, position = divmod(self._start_iter, self._order.iters_per_epoch)
-        part = self._micro_size // self._world_size
         while True:
             for batch in self._order.batches(epoch, position):
-                for start in range(0, self._order.batch_size, self._micro_size):
-                    first = start + self._rank * part
-                    yield batch[first : first + part]
+                for start in self._starts:
+                    yield batch[start : start + self._part]
             epoch, position = epoch + 1, 0
-
-
-class EvalSampler(Sampler[int]):
-    """Every `world_size`-th index from `rank`: each image once, without padding."""
-
-    def __init__(self, num_samples: int, rank: int, world_size: int) -> None:
-        assert 0 <= rank < world_size
-        self._indices = range(rank, num_samples, world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)

@@ -59,21 +59,20 @@ class Row(NamedTuple):
 
 
 class ParquetGroups:
-    """The row groups of parquet files, read a few rows at a time.
+    """The row groups of parquet files, which are paths or URLs that fsspec knows (`hf://`).
 
-    `files` are paths or URLs of any file system that fsspec knows, such as `hf://`. `counts` are
-    the rows of each group, int64 (G,).
+    `counts` are the rows of each group, int64 (G,).
     """
 
     def __init__(self, files: Sequence[str], image_column: str, label_column: str) -> None:
         self._columns = (image_column, label_column)
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
             footers = list(pool.map(_footer, files))
-        sizes = [[f.row_group(g).num_rows for g in range(f.num_row_groups)] for f in footers]
-        self.counts = np.array([size for of_file in sizes for size in of_file], dtype=np.int64)
+        of_file = zip(files, footers, strict=True)
+        numbered = [(file, f, n) for file, f in of_file for n in range(f.num_row_groups)]
+        self.counts = np.array([f.row_group(n).num_rows for _, f, n in numbered], dtype=np.int64)
         self._files = list(files)
-        numbers = [range(len(of_file)) for of_file in sizes]
-        self._groups = [(f, n) for f, of_file in zip(files, numbers, strict=True) for n in of_file]
+        self._groups = [(file, n) for file, _, n in numbered]
 
     def rows(self, group: int, first: int = 0) -> Iterator[Row]:
         """Read a group from its row `first`; this reads the file's pages before it too."""
@@ -143,10 +142,8 @@ def _batches(file: str, columns: Sequence[str], groups: list[int] | None) -> Ite
 def _rows_of_table(table: Any, image_column: str, label_column: str) -> Iterator[Row]:
     cells = table.column(image_column).to_pylist()
     for cell, label in zip(cells, as_labels(table.column(label_column)).tolist(), strict=True):
-        if cell is None:
-            yield Row(b"", label)
-        else:
-            yield Row(Path(cell["path"]) if cell["bytes"] is None else cell["bytes"], label)
+        cell = cell or {"bytes": b""}
+        yield Row(Path(cell["path"]) if cell["bytes"] is None else cell["bytes"], label)
 
 
 # A stream: a data set whose images are fast to read only in order.
@@ -156,19 +153,13 @@ def _rows_of_table(table: Any, image_column: str, label_column: str) -> Iterator
 class Stream:
     """Images and their classes in groups of rows; the index of an image is the number of its row.
 
-    Reading an image opens its group, so only reading in order is fast. Memory does not grow with
-    the number of images.
+    Reading an image opens its group, so only reading in order is fast.
 
     Attributes:
         title: the split's name in errors.
-        key: the config section that errors name.
         version: identifies the data on the hub; None for local data.
         class_counts: the number of images of each class, int64 (K,); None for data on the hub,
             whose labels would all have to be downloaded.
-        max_pixels: larger images are not decoded.
-
-    Raises:
-        ValueError: a label is not one of the classes.
     """
 
     name: str
@@ -227,18 +218,13 @@ class Stream:
         if self.version is not None:
             about = [self.version, len(self), list(self.class_names)]
             return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-        labels = np.concatenate(list(self.groups.labels()))
-        return images.fingerprint(self.class_names, [labels], self.encoded, len(self))
+        return images.fingerprint(self, np.concatenate(list(self.groups.labels())))
 
     def _count_classes(self) -> np.ndarray:
-        num_classes, begin = len(self.class_names), 0
-        counts = np.zeros(num_classes, dtype=np.int64)
-        for labels in self.groups.labels():
-            for at in np.flatnonzero((labels < 0) | (labels >= num_classes))[:1].tolist():
-                self._check_label(begin + at, int(labels[at]))
-            counts += np.bincount(labels, minlength=num_classes)
-            begin += len(labels)
-        return counts
+        labels = np.concatenate(list(self.groups.labels()))
+        for index in np.flatnonzero((labels < 0) | (labels >= len(self.class_names)))[:1].tolist():
+            self._check_label(index, int(labels[index]))
+        return np.bincount(labels, minlength=len(self.class_names))
 
     def _row(self, index: int) -> Row:
         if self._last[0] != index:
@@ -271,24 +257,17 @@ def stream_huggingface(
     """Open one split of an image classification data set without loading it.
 
     Of parquet and saved rows, only the sizes of the groups and, if they are local, the labels are
-    read. An image folder, whose files are only listed, is loaded by `load_huggingface`.
-
-    Args:
-        path, split, config_name, revision, image_column, label_column, key, max_pixels: as of
-            `load_huggingface`. Parquet cannot be sliced, and data sets of the hub must be parquet.
-        num_classes: of a label column of integers without names: "0", "1", ...
-
-    Raises:
-        FileNotFoundError: the path does not exist, or the hub has no such data set.
-        ConnectionError: the hub does not answer.
-        ValueError: the split, a column or a label does not fit, or the format cannot be streamed.
+    read. An image folder, whose files are only listed, is loaded by `load_huggingface`, whose
+    arguments and errors these are. Parquet cannot be sliced, and data sets of the hub must be
+    parquet. Integer labels without names, "0", "1", ..., need `num_classes`.
     """
     at = Location(path, split, config_name, revision, key)
     opened = _open_rows(at)
     if opened is None:
         if num_classes is not None:
-            message = f"{key}.num_classes: the folders of {path} are its classes. Remove it."
-            raise ValueError(message)
+            raise ValueError(
+                f"{key}.num_classes: the folders of {path} are its classes. Remove it."
+            )
         return load_huggingface(path, split, key=key, max_pixels=max_pixels)
     rows, files, features = opened
     columns = (
@@ -330,7 +309,7 @@ def _open_rows(at: Location) -> tuple[Any, list[str], Any] | None:
         )
     if at.is_hub:
         return None, *_hub_files(at)
-    files = [str(file) for group in split_files(at).values() for file in group]
+    files = [file for group in split_files(at).values() for file in group]
     return None, files, _features(files)
 
 
@@ -384,10 +363,8 @@ class StreamOrder:
     """The batches of every epoch of a stream.
 
     An epoch shows every row once. Rows that do not fill its last batch are dropped: those of other
-    groups in every epoch.
-
-    Each reader reads a stretch of the shuffled groups. A block is as many iterations as fill the
-    shuffle buffer; in it, the rows of each reader are shuffled.
+    groups in every epoch. Each reader reads a stretch of the shuffled groups. A block is as many
+    iterations as fill the shuffle buffer; in it, the rows of each reader are shuffled.
 
     Args:
         counts: int64 (G,), the rows of each group.
@@ -396,9 +373,6 @@ class StreamOrder:
             batches, at least one. None is 2048.
         readers: Q, which divides B; None is the greatest common divisor of 8 and B. The batches
             depend on it, but not on the number of processes, which must divide it.
-
-    Raises:
-        ValueError: a batch is larger than the data, or no multiple of the readers.
     """
 
     def __init__(
@@ -450,7 +424,7 @@ class StreamOrder:
     def mixed(self, count: int, epoch: int, iteration: int) -> list[int]:
         """Return the order of `count` rows of a batch in one process.
 
-        Neighbours in a batch, which mixup mixes, are not neighbours in the stream.
+        Neighbors in a batch, which mixup mixes, are not neighbors in the stream.
         """
         order: list[int] = self._permutation(count, epoch, iteration, -1, -1).tolist()
         return order
@@ -475,10 +449,6 @@ class StreamBatches:
 
     Each process has the same number of readers, and reads one block ahead. The sequence from
     `start_iter` is the tail of the one from 0: the block that contains it is read completely.
-
-    Raises:
-        ValueError: the batch cannot be divided among processes and micro-batches, or the readers
-            among processes.
     """
 
     def __init__(
@@ -490,8 +460,7 @@ class StreamBatches:
         world_size: int = 1,
         accumulate: int = 1,
     ) -> None:
-        assert 0 <= rank < world_size
-        assert start_iter >= 0
+        assert 0 <= rank < world_size and start_iter >= 0
         check_divides(order.batch_size, world_size, accumulate)
         if order.readers % world_size:
             raise ValueError(
@@ -499,9 +468,7 @@ class StreamBatches:
                 f"{order.readers}. Set data.readers to {world_size}, or to a multiple of it that "
                 "divides data.batch_size."
             )
-        self._stream = stream
-        self._order = order
-        self._start_iter = start_iter
+        self._stream, self._order, self._start_iter = stream, order, start_iter
         per_process = order.readers // world_size
         self._readers = range(rank * per_process, (rank + 1) * per_process)
         self._micro_size = order.batch_size // world_size // accumulate
@@ -534,7 +501,7 @@ class StreamBatches:
         with ThreadPoolExecutor(len(self._readers), "stream") as pool:
             ahead = None
             while True:
-                readers = [self._read(order.spans(epoch, r, block)) for r in self._readers]
+                readers = [self._read(epoch, reader, block) for reader in self._readers]
                 for number in range(block, num_blocks):
                     count = order.iters_of_block(number) * order.share
                     reading = [pool.submit(_take, rows, count) for rows in readers]
@@ -543,8 +510,8 @@ class StreamBatches:
                     ahead = epoch, number, [future.result() for future in reading]
                 epoch, block = epoch + 1, 0
 
-    def _read(self, spans: list[Span]) -> Iterator[tuple[int, Row]]:
-        for span in spans:
+    def _read(self, *where: int) -> Iterator[tuple[int, Row]]:
+        for span in self._order.spans(*where):
             yield from islice(self._stream.read(span.group, span.first), span.length)
 
 

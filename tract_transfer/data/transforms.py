@@ -4,6 +4,7 @@ All random numbers are from torch's global CPU generator, which the loader seeds
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor
@@ -36,25 +37,30 @@ def classification_train(
     The steps are, in this order: crop, flip, rotation, `augment`, color jitter, erasing.
 
     Args:
-        size_px: side of the result.
         crop: `pad`: resize the short side to `size_px`, pad `pad_px` zeros on every side, crop at
             random (the CIFAR recipe). `resize_random`: the same, padded by reflection (DeiT III's
             simple random crop). `random_resized`: crop a fraction of the area within `scale` and
             resize it (the ImageNet recipe). `none`: resize to the square.
-        pad_px: only for `pad` and `resize_random`.
-        scale: only for `random_resized`.
-        flip_prob: probability of a horizontal flip.
         interpolation: nearest, bilinear or bicubic; the latter two antialiased.
-        rotation_deg: the largest angle of a rotation in either direction; corners are black, pixels
-            the nearest ones.
+        rotation_deg: the largest angle in either direction; corners are black, pixels the nearest.
         augment: a policy of `AUGMENTATIONS`.
-        color_jitter: brightness, contrast and saturation are scaled by factors between 1 - this
-            and 1 + this, drawn independently.
+        color_jitter: brightness, contrast and saturation are each scaled by 1 - this to 1 + this.
         erase_prob: probability of filling a rectangle of 2 to 33 % of the area with ImageNet's mean
             color (Zhong et al. 2020).
     """
-    steps = [*_crop(size_px, crop, pad_px, scale, interpolation)]
-    steps.append(v2.RandomHorizontalFlip(flip_prob))
+    mode = interpolation_mode(interpolation)
+    crops: dict[str, list[Any]] = {
+        "pad": [v2.Resize(size_px, mode), v2.RandomCrop(size_px, padding=pad_px)],
+        "resize_random": [
+            v2.Resize(size_px, mode),
+            v2.RandomCrop(size_px, padding=pad_px, padding_mode="reflect"),
+        ],
+        "random_resized": [v2.RandomResizedCrop(size_px, scale=scale, interpolation=mode)],
+        "none": [v2.Resize((size_px, size_px), mode)],
+    }
+    if crop not in crops:
+        raise ValueError(f"crop must be one of {list(crops)}, got {crop!r}.")
+    steps = [*crops[crop], v2.RandomHorizontalFlip(flip_prob)]
     if rotation_deg:
         steps.append(v2.RandomRotation(rotation_deg))
     if augment is not None:
@@ -66,31 +72,13 @@ def classification_train(
     return cast(ImageTransform, v2.Compose(steps))
 
 
-def _crop(
-    size_px: int, crop: str, pad_px: int, scale: tuple[float, float], interpolation: str
-) -> list[ImageTransform]:
-    mode = interpolation_mode(interpolation)
-    if crop == "pad":
-        return [v2.Resize(size_px, mode), v2.RandomCrop(size_px, padding=pad_px)]
-    if crop == "resize_random":
-        reflected = v2.RandomCrop(size_px, padding=pad_px, padding_mode="reflect")
-        return [v2.Resize(size_px, mode), reflected]
-    if crop == "random_resized":
-        return [v2.RandomResizedCrop(size_px, scale=scale, interpolation=mode)]
-    if crop == "none":
-        return [v2.Resize((size_px, size_px), mode)]
-    raise ValueError(f"crop must be pad, resize_random, random_resized or none, got {crop!r}.")
-
-
 def classification_eval(
     size_px: int, crop_ratio: float, interpolation: str, resize: str = "short"
 ) -> ImageTransform:
     """Return the test transform, uint8 (3, H, W) -> uint8 (3, size_px, size_px).
 
     Args:
-        size_px: side of the result.
         crop_ratio: side of the center crop divided by the short side of the resized image.
-        interpolation: nearest, bilinear or bicubic; the latter two antialiased.
         resize: `short`: resize the short side to round(size_px / crop_ratio), then crop the center.
             `whole`: resize the whole image to the square, which changes its aspect ratio.
     """
@@ -101,9 +89,8 @@ def classification_eval(
         raise ValueError(f"resize must be short or whole, got {resize!r}.")
     if resize == "whole":
         if crop_ratio != 1:
-            raise ValueError(
-                f"resize: whole crops nothing: crop_ratio must be 1, got {crop_ratio}."
-            )
+            message = f"resize: whole crops nothing: crop_ratio must be 1, got {crop_ratio}."
+            raise ValueError(message)
         return cast(ImageTransform, v2.Resize((size_px, size_px), mode))
     short = v2.Resize(round(size_px / crop_ratio), mode)
     return cast(ImageTransform, v2.Compose([short, v2.CenterCrop(size_px)]))
@@ -128,28 +115,21 @@ def detection_train(
             f"short_sides_px must be positive and at most max_side_px, got {list(short_sides_px)} "
             f"and {max_side_px}."
         )
-    return _DetectionTrain(short_sides_px, max_side_px, flip_prob, photometric_prob)
+    # Colors first, as detectors mostly enlarge images: fewer pixels to change.
+    distort = [v2.RandomPhotometricDistort(p=photometric_prob)] if photometric_prob else []
+    resize = v2.RandomShortestSize(list(short_sides_px), max_size=max_side_px)
+    steps = v2.Compose([*distort, resize, v2.RandomHorizontalFlip(flip_prob)])
+    return partial(_transform_boxes, steps)
 
 
-class _DetectionTrain:
-    def __init__(
-        self,
-        short_sides_px: Sequence[int],
-        max_side_px: int,
-        flip_prob: float,
-        photometric_prob: float,
-    ) -> None:
-        # Colors first, as detectors mostly enlarge images: fewer pixels to change.
-        distort = [v2.RandomPhotometricDistort(p=photometric_prob)] if photometric_prob else []
-        resize = v2.RandomShortestSize(list(short_sides_px), max_size=max_side_px)
-        self._pipeline = v2.Compose([*distort, resize, v2.RandomHorizontalFlip(flip_prob)])
-
-    def __call__(self, image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        size = (image.shape[-2], image.shape[-1])
-        boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
-        image, boxes = self._pipeline(tv_tensors.Image(image), boxes)
-        changed = {"boxes": boxes.as_subclass(Tensor), "scale": image.shape[-2] / size[0]}
-        return image.as_subclass(Tensor), {**target, **changed}
+def _transform_boxes(
+    steps: Callable[..., Any], image: Tensor, target: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    size = (image.shape[-2], image.shape[-1])
+    boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=size)
+    image, boxes = steps(tv_tensors.Image(image), boxes)
+    changed = {"boxes": boxes.as_subclass(Tensor), "scale": image.shape[-2] / size[0]}
+    return image.as_subclass(Tensor), {**target, **changed}
 
 
 def detection_eval() -> DetectionTransform:

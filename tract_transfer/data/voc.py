@@ -71,21 +71,30 @@ def _annotations(
     """Yield (annotation, its XML file, image file) of each image of the sets, once."""
     line_of: dict[Path, str] = {}
     for voc_set in sets:
-        for line, xml, image in _read_split(root, voc_set, reader):
+        devkit, path = _find_split(root, voc_set, reader.key)
+        # Bytes that are no UTF-8 become an id that does not exist, which is reported with its line.
+        text, count = path.read_text(encoding="utf-8", errors="replace"), 0
+        for number, line in enumerate(text.splitlines(), start=1):
+            fields = line.split()
+            if not fields or (len(fields) == 2 and fields[1] == "-1"):
+                continue
+            count, item = count + 1, f"{path} line {number}"
             try:
-                if (first := line_of.setdefault(xml, line)) != line:
-                    message = f"{line} repeats {xml.stem!r}, already in {first}. Remove one."
+                xml, image = _find_files(devkit, item, fields)
+                if (first := line_of.setdefault(xml, item)) != item:
+                    message = f"{item} repeats {xml.stem!r}, already in {first}. Remove one."
                     raise ValueError(message)
                 annotation = _parse(xml)
-            except ValueError as error:
+            except (ValueError, FileNotFoundError) as error:
                 reader.findings.report(error)
-                continue
-            yield annotation, xml, image
+            else:
+                yield annotation, xml, image
+        if count == 0:
+            raise ValueError(f"{path} names no image. Set {reader.key}.sets to a split that does.")
 
 
-def _read_split(root: Path, voc_set: str, reader: BoxReader) -> Iterator[tuple[str, Path, Path]]:
-    """Yield (split file and line, XML file, image file) of each image of a set."""
-    key = reader.key
+def _find_split(root: Path, voc_set: str, key: str) -> tuple[Path, Path]:
+    """Return the devkit of a set, and its split file."""
     year, slash, split = voc_set.partition("/")
     if not (year and slash and split):
         raise ValueError(f"{key}.sets: {voc_set!r} must be <year>/<split>, as 2007/trainval.")
@@ -96,22 +105,7 @@ def _read_split(root: Path, voc_set: str, reader: BoxReader) -> Iterator[tuple[s
         raise FileNotFoundError(
             f"{path} does not exist.{did_you_mean(split, known)} Set {key}.sets to one of {known}."
         )
-    # Bytes that are no UTF-8 become an id that does not exist, which is reported with its line.
-    text, count = path.read_text(encoding="utf-8", errors="replace"), 0
-    for number, line in enumerate(text.splitlines(), start=1):
-        fields = line.split()
-        if not fields or (len(fields) == 2 and fields[1] == "-1"):
-            continue
-        count += 1
-        item = f"{path} line {number}"
-        try:
-            xml, image = _find_files(devkit, item, fields)
-        except (ValueError, FileNotFoundError) as error:
-            reader.findings.report(error)
-            continue
-        yield item, xml, image
-    if count == 0:
-        raise ValueError(f"{path} names no image. Set {key}.sets to a split that does.")
+    return devkit, path
 
 
 def _find_devkit(root: Path, year: str, key: str) -> Path:
@@ -157,11 +151,10 @@ def _parse(xml: Path) -> Element:
 
 def _read_size(annotation: Element) -> Size | None:
     try:
-        height = int(annotation.findtext("size/height") or 0)
-        width = int(annotation.findtext("size/width") or 0)
+        sides = [int(annotation.findtext(f"size/{side}") or 0) for side in ("height", "width")]
     except ValueError:
         return None
-    return annotated_size(height, width)
+    return annotated_size(*sides)
 
 
 def _read_object(image: int, item: str, element: Element, reader: BoxReader) -> None:

@@ -30,12 +30,7 @@ def detectron2_detector(
         num_levels: number of backbone strides used by the pyramid, the coarsest ones; None uses 4,
             or all if there are fewer. Only for neck fpn.
         options: overrides of the detectron2 keys that its stages read, such as
-            {"MODEL.RPN.NMS_THRESH": 0.8}.
-
-    Raises:
-        ImportError: detectron2 is not installed.
-        ValueError: the backbone does not fit; or an option is unknown, has the wrong type, or is
-            determined by the backbone and the data.
+            {"MODEL.RPN.NMS_THRESH": 0.8}; the backbone and the data determine other keys.
     """
     try:
         with warnings.catch_warnings():
@@ -46,20 +41,17 @@ def detectron2_detector(
             "The detector detectron2 needs the package detectron2, which is not on PyPI. Install "
             f"it from source (see docs/guides/detectron2.md), or use torchvision_fpn ({error})."
         ) from error
-    if neck == "fpn":
-        stages = fpn_stages(backbone, num_classes, options or {}, num_levels)
-    elif num_levels is None:
-        stages = c4_stages(backbone, num_classes, options or {})
-    else:
+    if neck == "c4" and num_levels is not None:
         raise ValueError("num_levels: only neck fpn has levels; c4 reads one map. Remove it.")
+    if neck == "fpn":
+        stages, size_divisor = fpn_stages(backbone, num_classes, options or {}, num_levels)
+    else:
+        stages, size_divisor = c4_stages(backbone, num_classes, options or {})
     return TwoStageDetector(
         backbone,
-        stages.neck,
-        stages.rpn,
-        stages.roi_heads,
-        stages.map_names,
+        *stages,
         short_side_px=short_side_px,
         max_side_px=max_side_px,
-        size_divisor=stages.size_divisor,
+        size_divisor=size_divisor,
         difficult_in_training=difficult_in_training,
     )

@@ -7,7 +7,7 @@ Importing this module imports detectron2.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import detectron2.modeling
 from detectron2 import model_zoo
@@ -25,6 +25,8 @@ from tract_transfer.models.backbone import Backbone, MapInfo
 from tract_transfer.models.detection.rpn import Objects
 from tract_transfer.registry import did_you_mean
 
+# Neck, RPN and ROI heads of a TwoStageDetector, and our names of the feature maps that they read.
+Stages = tuple[nn.Module, nn.Module, nn.Module, list[str]]
 _OUR_LOSS_NAMES = {"loss_rpn_loc": "loss_rpn_box", "loss_box_reg": "loss_box"}
 # Anchor sides divided by the stride of their level, as in detectron2's own configs.
 _ANCHOR_SCALES = {"fpn": (8,), "c4": (2, 4, 8, 16, 32)}
@@ -36,11 +38,7 @@ _TWO_LAYER_HEAD = ("NUM_FC", "FC_DIM", "NUM_CONV", "CONV_DIM", "NORM")
 
 
 def named_by_stride(backbone: Backbone) -> dict[str, tuple[str, MapInfo]]:
-    """Return {"res2": (our name, channels and stride), ...}, finest first: res2 has stride 2^2.
-
-    Raises:
-        ValueError: a stride is not a power of 2, or the backbone takes one image size only.
-    """
+    """Return {"res2": (our name, channels and stride), ...}, finest first: res2 has stride 2^2."""
     if backbone.image_size_px is not None:
         raise ValueError(
             "detectron2 needs a backbone for images of any size, and this one takes only "
@@ -81,9 +79,6 @@ class MapBackbone(PrecomputedMaps):
 
     Args:
         out_features: names of the feature maps to return; None returns all.
-
-    Raises:
-        ValueError: no such feature map, or as `named_by_stride`.
     """
 
     def __init__(self, backbone: Backbone, out_features: Sequence[str] | None = None) -> None:
@@ -107,33 +102,15 @@ class MapBackbone(PrecomputedMaps):
 
 def build_pyramid(cfg: CfgNode, bottom_up: PrecomputedMaps, names: Sequence[str]) -> FPN:
     """Return MODEL.FPN on the feature maps `names`, with a pooled level on top."""
-    top = LastLevelMaxPool()
+    top, section = LastLevelMaxPool(), cfg.MODEL.FPN
     top.in_feature = f"p{_level(names[-1])}"  # detectron2 assumes p5
-    section = cfg.MODEL.FPN
-    return FPN(
-        bottom_up,
-        list(names),
-        section.OUT_CHANNELS,
-        norm=section.NORM,
-        top_block=top,
-        fuse_type=section.FUSE_TYPE,
-    )
-
-
-class Stages(NamedTuple):
-    """The parts of a TwoStageDetector, and the names of the backbone's feature maps they read."""
-
-    neck: nn.Module
-    rpn: nn.Module
-    roi_heads: nn.Module
-    map_names: list[str]
-    size_divisor: int
+    return FPN(bottom_up, list(names), section.OUT_CHANNELS, section.NORM, top, section.FUSE_TYPE)
 
 
 def fpn_stages(
     backbone: Backbone, num_classes: int, options: Mapping[str, Any], num_levels: int | None
-) -> Stages:
-    """Build the stages of Base-RCNN-FPN; see `detectron2_detector` for arguments and errors."""
+) -> tuple[Stages, int]:
+    """Return the stages of Base-RCNN-FPN, and the divisor of image sizes."""
     named = named_by_stride(backbone)
     num_levels = num_levels or min(4, len(named))
     if not 2 <= num_levels <= len(named):
@@ -150,11 +127,13 @@ def fpn_stages(
     shapes = neck.output_shape()
     rpn = Detectron2Proposals(build_proposal_generator(cfg, shapes), rpn_names)
     heads = Detectron2Heads(build_roi_heads(cfg, shapes), box_names)
-    return Stages(neck, rpn, heads, [name for name, _ in used.values()], 2 ** levels[-1])
+    return (neck, rpn, heads, [name for name, _ in used.values()]), 2 ** levels[-1]
 
 
-def c4_stages(backbone: Backbone, num_classes: int, options: Mapping[str, Any]) -> Stages:
-    """Build the stages of Base-RCNN-C4, whose res5 is the backbone's layer4."""
+def c4_stages(
+    backbone: Backbone, num_classes: int, options: Mapping[str, Any]
+) -> tuple[Stages, int]:
+    """Return the stages of Base-RCNN-C4, whose res5 is the backbone's layer4, and the divisor."""
     stages = dict(backbone.model.named_children())
     shapes = {
         name: ShapeSpec(**info._asdict())
@@ -170,27 +149,23 @@ def c4_stages(backbone: Backbone, num_classes: int, options: Mapping[str, Any]) 
     cfg = _config("c4", num_classes, names, names, options)
     section = cfg.MODEL.ROI_BOX_HEAD
     pooled = ShapeSpec(channels=backbone.map_info["layer4"].channels, height=1, width=1)
+    resolution, ratio = section.POOLER_RESOLUTION, section.POOLER_SAMPLING_RATIO
     heads = Res5ROIHeads(
         in_features=names,
-        pooler=ROIPooler(
-            output_size=section.POOLER_RESOLUTION,
-            scales=(1 / stride,),
-            sampling_ratio=section.POOLER_SAMPLING_RATIO,
-            pooler_type=section.POOLER_TYPE,
-        ),
+        pooler=ROIPooler(resolution, (1 / stride,), ratio, section.POOLER_TYPE),
         res5=BorrowedStage(stages["layer4"]),
         box_predictor=FastRCNNOutputLayers(cfg, pooled),
         **ROIHeads.from_config(cfg),
     )
     rpn = Detectron2Proposals(build_proposal_generator(cfg, shapes), names)
-    return Stages(nn.Identity(), rpn, Detectron2Heads(heads, names), ["layer3"], stride)
+    return (nn.Identity(), rpn, Detectron2Heads(heads, names), ["layer3"]), stride
 
 
 def _config(
     neck: str,
     num_classes: int,
-    rpn_names: Sequence[str],
-    box_names: Sequence[str],
+    rpn_names: list[str],
+    box_names: list[str],
     options: Mapping[str, Any],
 ) -> CfgNode:
     """Return detectron2's base config of the neck with the user's options."""
@@ -198,12 +173,17 @@ def _config(
     cfg.merge_from_file(model_zoo.get_config_file(f"Base-RCNN-{neck.upper()}.yaml"))
     cfg.MODEL.DEVICE = "cpu"  # where the stages are built; the whole detector is moved later
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
-    cfg.MODEL.RPN.IN_FEATURES = list(rpn_names)
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = list(box_names)
+    cfg.MODEL.RPN.IN_FEATURES, cfg.MODEL.ROI_HEADS.IN_FEATURES = rpn_names, box_names
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [
         [scale * 2 ** _level(name) for scale in _ANCHOR_SCALES[neck]] for name in rpn_names
     ]
-    readable = _readable_keys(cfg, neck)
+    sections = ("FPN", *_SECTIONS) if neck == "fpn" else _SECTIONS
+    unread = _DETERMINED if neck == "fpn" else (*_DETERMINED, *_TWO_LAYER_HEAD)
+    readable = [
+        f"MODEL.{part}.{key}" for part in sections for key in cfg.MODEL[part] if key not in unread
+    ]
+    readable = [key for key in readable if "FED_LOSS" not in key]  # needs a registered dataset
+    readable.append("TEST.DETECTIONS_PER_IMAGE")
     for key, value in options.items():
         if key not in readable:
             hint = did_you_mean(key, readable) or f" Known: {', '.join(readable)}."
@@ -216,18 +196,6 @@ def _config(
         except (ValueError, AssertionError) as error:
             raise ValueError(f"options.{key}: {error}") from error
     return cfg
-
-
-def _readable_keys(cfg: CfgNode, neck: str) -> list[str]:
-    sections = ("FPN", *_SECTIONS) if neck == "fpn" else _SECTIONS
-    unread = _DETERMINED if neck == "fpn" else (*_DETERMINED, *_TWO_LAYER_HEAD)
-    keys = [
-        f"MODEL.{section}.{key}"
-        for section in sections
-        for key in cfg.MODEL[section]
-        if key not in unread and "FED_LOSS" not in key  # needs a dataset registered in detectron2
-    ]
-    return [*keys, "TEST.DETECTIONS_PER_IMAGE"]
 
 
 def _level(name: str) -> int:

@@ -1,4 +1,4 @@
-"""TrAct, our backbones and our evaluators in detectron2's own trainers; see docs/guides/detectron2.md.
+"""TrAct, backbones and evaluators in detectron2's own trainers (docs/guides/detectron2.md).
 
 Importing this module imports detectron2 and registers our backbones there.
 """
@@ -49,16 +49,10 @@ def add_tract_config(cfg: CfgNode) -> None:
 
 
 def attach_tract(cfg: CfgNode, model: nn.Module, optimizer: Optimizer) -> TrAct | None:
-    """Make every `optimizer.step()` start with TrAct's step, before detectron2 clips gradients.
+    """Make every `optimizer.step()` start with TrAct's step, if SOLVER.TRACT.ENABLED.
 
     This replaces the optimizer's `step`. DefaultTrainer never calls an `after_backward` hook, and
-    an optimizer's step pre-hook runs after detectron2's clipping.
-
-    Returns:
-        The TrAct, or None if SOLVER.TRACT.ENABLED is False.
-
-    Raises:
-        ValueError: the layer is missing, unsupported, or frozen (MODEL.BACKBONE.FREEZE_AT).
+    an optimizer's step pre-hook runs after detectron2 clips gradients.
     """
     section = cfg.SOLVER.TRACT
     if not section.ENABLED:
@@ -105,22 +99,14 @@ def build_tract_transfer_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MapBa
     """Build the backbone of MODEL.TRACT_BACKBONE with its weights; detectron2 normalizes images.
 
     MODEL.BACKBONE.FREEZE_AT counts its stages as those of a ResNet.
-
-    Raises:
-        ValueError: the config's normalization is not the backbone's, or the backbone does not fit.
     """
     backbone = _build_weighted(cfg)
     expected = _normalization(backbone)
-    actual = {
-        "INPUT.FORMAT": cfg.INPUT.FORMAT,
-        "MODEL.PIXEL_MEAN": list(cfg.MODEL.PIXEL_MEAN),
-        "MODEL.PIXEL_STD": list(cfg.MODEL.PIXEL_STD),
-    }
-    same = actual["INPUT.FORMAT"] == expected["INPUT.FORMAT"] and all(
-        len(actual[key]) == 3 and np.allclose(actual[key], expected[key], rtol=0, atol=0.01)
-        for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
-    )
-    if not same:
+    values = cfg.INPUT.FORMAT, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
+    actual = dict(zip(expected, values, strict=True))
+    pairs = zip(values[1:], list(expected.values())[1:], strict=True)
+    same = all(len(ours) == 3 and np.allclose(ours, its, 0, 0.01) for ours, its in pairs)
+    if cfg.INPUT.FORMAT != "RGB" or not same:
         raise ValueError(
             f"{backbone.origin['name']} needs {json.dumps(expected)}, got {json.dumps(actual)}. "
             "Call set_normalization(cfg)."
@@ -180,11 +166,7 @@ class VocDatasetEvaluator(DatasetEvaluator):  # type: ignore[misc]
     """Our evaluators for a dataset registered in detectron2's catalogs.
 
     The difficult flags are read from the XML files of a VOC dataset, as detectron2 drops them, and
-    from `iscrowd` for other datasets.
-
-    Args:
-        dataset_name: registered, with `thing_classes`.
-        protocol: one of EVALUATORS.
+    from `iscrowd` for other datasets. `protocol` is one of EVALUATORS.
     """
 
     def __init__(self, dataset_name: str, protocol: str = "voc2007_devkit") -> None:

@@ -48,10 +48,7 @@ def reports_damage(file: str, advice: str = "") -> Iterator[None]:
 
 @dataclass
 class Checkpointer:
-    """Writes and reads the checkpoints of a run; keeps the last `keep` and the best.
-
-    Only the process that holds the run folder may call the methods that write.
-    """
+    """Writes and reads the checkpoints of a run; keeps the last `keep` and the best."""
 
     folder: Path
     keep: int = 1
@@ -62,9 +59,6 @@ class Checkpointer:
         Args:
             parts: state dicts by the stem of their file name.
             state: plain values for state.json.
-
-        Raises:
-            DiskFullError: the disk is full; earlier checkpoints are unchanged.
         """
         final = self._path(iteration)
         if final.exists():
@@ -111,11 +105,7 @@ class Checkpointer:
             self._archive(path)
 
     def load(self, path: Path) -> tuple[dict[str, Tree], dict[str, Any], int]:
-        """Return (parts, state, iteration) of a checkpoint.
-
-        Raises:
-            ValueError: a file is missing or damaged.
-        """
+        """Return (parts, state, iteration) of a checkpoint; ValueError if it is damaged."""
         content = verified(path)
         with reports_damage(f"Checkpoint {path}"):
             parts = {
@@ -130,11 +120,7 @@ class Checkpointer:
         self._prune(iteration)
 
     def best(self) -> Path | None:
-        """Return the checkpoint that is marked best.
-
-        Raises:
-            ValueError: best.json is damaged.
-        """
+        """Return the checkpoint that is marked best; ValueError if best.json is damaged."""
         file = self.folder / BEST_NAME
         if not file.exists():
             return None
@@ -142,11 +128,7 @@ class Checkpointer:
             return self._path(int(json.loads(file.read_text())["iteration"]))
 
     def repair_best(self, best: Mapping[str, float] | None, iteration: int) -> None:
-        """Make best.json name an intact checkpoint again, after a resume.
-
-        Args:
-            best: iteration and value of the best, from the checkpoint that the run resumes from.
-            iteration: of that checkpoint. Later evaluations will be repeated.
+        """Restore best.json for a run that resumes from `iteration` with this `best`.
 
         Raises:
             ValueError: the best checkpoint itself is damaged.
@@ -215,11 +197,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def verified(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's state.json after checking all hashes.
-
-    Raises:
-        ValueError: a file is missing or damaged.
-    """
+    """Return the content of a checkpoint's state.json; ValueError if a hash does not match."""
     with reports_damage(f"Checkpoint {path}"):
         content: dict[str, Any] = json.loads((path / STATE_NAME).read_text())
         if content.pop("sha256") != _hash(content):
@@ -242,9 +220,7 @@ def take_tensors(tree: Tree, name: str, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = tree.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {"tensor": name}
     if isinstance(tree, Mapping):
-        return {
-            "dict": [[key, take_tensors(v, f"{name}.{key}", tensors)] for key, v in tree.items()]
-        }
+        return {"dict": [[k, take_tensors(v, f"{name}.{k}", tensors)] for k, v in tree.items()]}
     if isinstance(tree, list | tuple):
         return {"list": [take_tensors(v, f"{name}.{i}", tensors) for i, v in enumerate(tree)]}
     if tree is None or isinstance(tree, bool | int | float | str):

@@ -21,7 +21,6 @@ from tract_transfer.engine.trainer import Trainer
 _SELF = Path("/proc/self")
 _POWERCAP = Path("/sys/class/powercap")
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024  # the unit of ru_maxrss
-ELSEWHERE = "(elsewhere)"
 _WRAPPERS = ("backbone", "model")  # modules that only hold the model proper
 logger = logging.getLogger(__name__)
 
@@ -48,30 +47,23 @@ class CostMeter:
     def read(self, *, whole: bool) -> dict[str, Any]:
         """Return `seconds`, `peak_memory_bytes` and `energy_joules`.
 
-        Args:
-            whole: whether the meter has measured the whole run. A resumed run has no memory and
-                energy, because the last part's are not the run's.
-
-        Returns:
-            Memory by "process" (Linux) and "gpu", energy by counter; None if there is none.
+        Memory is by "process" (Linux) and "gpu", energy by counter; None if there is none, or if
+        the meter has not measured the `whole` run but its last part.
         """
-        memory = {}
-        if self._can_reset:
-            status = dict(
-                line.split(":", 1) for line in (_SELF / "status").read_text().splitlines()
-            )
-            memory["process"] = int(status["VmHWM"].split()[0]) * 1024
-        if self.device.type == "cuda":
+        seconds = time.perf_counter() - self._started
+        memory, used = {}, {}
+        if self._can_reset and whole:
+            status = (_SELF / "status").read_text().partition("VmHWM:")[2]
+            memory["process"] = int(status.split()[0]) * 1024
+        if self.device.type == "cuda" and whole:
             memory["gpu"] = torch.cuda.max_memory_allocated(self.device)
-        used = {
-            name: joules - self._joules[name]
-            for name, joules in _joules(self.device).items()
-            if joules >= self._joules.get(name, float("inf"))  # a counter may have wrapped
-        }
+        for name, joules in _joules(self.device).items() if whole else ():
+            if joules >= self._joules.get(name, float("inf")):  # a counter may have wrapped
+                used[name] = joules - self._joules[name]
         return {
-            "seconds": time.perf_counter() - self._started,
-            "peak_memory_bytes": memory or None if whole else None,
-            "energy_joules": used or None if whole else None,
+            "seconds": seconds,
+            "peak_memory_bytes": memory or None,
+            "energy_joules": used or None,
         }
 
 
@@ -95,7 +87,7 @@ def _joules(device: torch.device) -> dict[str, float]:
 
 
 class Block(NamedTuple):
-    """A part of a model by its dotted name; `flops` are those of a forward."""
+    """A part of a model by its dotted name, with the FLOPs of a forward."""
 
     name: str
     kind: str
@@ -114,12 +106,9 @@ class FirstLayer(NamedTuple):
 
 
 def count_flops(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
-    """Run an evaluation; return the FLOPs of each called module by dotted name, the total as "".
+    """Evaluate with `run`; return the FLOPs of each called module by dotted name, the total as "".
 
     A multiply-add counts as two. Only convolutions, matrix products and attention count.
-
-    Args:
-        run: calls the model, or a method of it.
     """
     # torch does not count the fused attention of CPUs.
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -138,12 +127,10 @@ def count_flops(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
 
 
 def measure_blocks(model: nn.Module, run: Callable[[], object], depth: int = 1) -> list[Block]:
-    """Run an evaluation and return the cost of every block, in order.
+    """Evaluate with `run` and return the cost of every block, in order.
 
-    What belongs to no block is `(elsewhere)`. See `count_flops`.
-
-    Args:
-        depth: how many levels of modules to open; `backbone` and `model` are not levels.
+    `depth` levels of modules are opened; `backbone` and `model` are not levels. What belongs to no
+    block is `(elsewhere)`.
     """
     counts = count_flops(model, run)
 
@@ -158,7 +145,7 @@ def measure_blocks(model: nn.Module, run: Callable[[], object], depth: int = 1) 
     ]
     parameters = _num_parameters(model) - sum(block.parameters for block in blocks)
     rest = counts[""] - sum(block.flops for block in blocks)
-    return blocks + ([Block(ELSEWHERE, "", parameters, rest)] if rest or parameters else [])
+    return blocks + ([Block("(elsewhere)", "", parameters, rest)] if rest or parameters else [])
 
 
 def _blocks(model: nn.Module, depth: int, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -173,12 +160,10 @@ def _blocks(model: nn.Module, depth: int, prefix: str = "") -> Iterator[tuple[st
 def measure_first_layers(
     model: nn.Module, names: list[str], run: Callable[[], object], num_images: int
 ) -> list[FirstLayer]:
-    """Run an evaluation of `num_images` images and return the sizes of the named layers."""
+    """Evaluate `num_images` images with `run` and return the sizes of the named layers."""
     counts, layers = count_flops(model, run), []
     for name in names:
-        layer = model.get_submodule(name)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
+        layer, weight = model.get_submodule(name), model.get_parameter(f"{name}.weight")
         outputs, inputs = len(weight), weight[0].numel()
         rows = counts[name] // (2 * outputs * inputs * num_images)
         layers.append(FirstLayer(name, type(layer).__name__, outputs, inputs, rows))
@@ -186,10 +171,9 @@ def measure_first_layers(
 
 
 def saved_bytes(model: nn.Module, run: Callable[[], object]) -> int:
-    """Return the bytes that a training forward keeps for its backward, besides the weights.
+    """Return the bytes, besides weights, that a training forward keeps for its backward.
 
-    Args:
-        run: calls the model, or a method of it, and returns what holds the graph.
+    `run` calls the model, or a method of it, and returns what holds the graph.
     """
     tensors = [*model.parameters(), *model.buffers()]
     weights = {tensor.untyped_storage().data_ptr() for tensor in tensors}
@@ -216,10 +200,7 @@ def dry_run(
     num_eval_batches: int,
     num_evaluations: int,
 ) -> dict[str, str]:
-    """Run two steps and one evaluation batch; return measurements and estimates to print.
-
-    FLOPs are those of one test image's forward. Memory is the peak of the process or the GPU.
-    """
+    """Run two steps and one evaluation batch; return measurements and estimates to print."""
     device = trainer.accelerator.device
     batches = trainer.batches(0)
     trainer.model.train()

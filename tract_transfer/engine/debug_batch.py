@@ -25,20 +25,20 @@ DEBUG_NAME = "debug_batch.safetensors"
 
 
 class DebugBatch(NamedTuple):
-    """A step that is not finite."""
+    """A step that is not finite, the state dict of the model before it, and its micro-batches."""
 
     iteration: int  # steps before it
     process: int  # rank of the process whose images these are
-    about: dict[str, Any]  # its losses and image names, an entry of `NonFiniteError.steps`
-    model: dict[str, Tensor]  # state dict before the step
-    batches: list[dict[str, Any]]  # `images`, `targets` and `indices` of each micro-batch
+    about: dict[str, Any]  # an entry of `NonFiniteError.steps`
+    model: dict[str, Tensor]
+    batches: list[dict[str, Any]]
 
 
 @contextlib.contextmanager
 def keep_debug_batch(trainer: Trainer, folder: Path) -> Iterator[None]:
     """On a NonFiniteError, save the step in `folder` and add the command that replays it.
 
-    Each process that is to blame saves its own file, numbered from the second process on.
+    Each process that is to blame saves its own file.
     """
     try:
         yield
@@ -63,9 +63,9 @@ def save_debug_batch(file: Path, trainer: Trainer, about: Mapping[str, Any]) -> 
     """Save the current step of `trainer` atomically; its images are loaded again."""
     batches = itertools.islice(trainer.batches(trainer.iteration), trainer.accumulate)
     tree = {
-        "model": trainer.accelerator.unwrap_model(trainer.model).state_dict(),
+        "model": trainer.unwrapped.state_dict(),
         "batches": [
-            {"images": batch.images, "targets": batch.targets, "indices": batch.indices}
+            {name: getattr(batch, name) for name in ("images", "targets", "indices")}
             for batch in batches
         ],
     }
@@ -81,12 +81,7 @@ def save_debug_batch(file: Path, trainer: Trainer, about: Mapping[str, Any]) -> 
 
 
 def load_debug_batch(file: Path) -> DebugBatch:
-    """Load the file of `save_debug_batch`.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is another file, or damaged.
-    """
+    """Load a file; FileNotFoundError without one, ValueError if it is another or damaged."""
     if not file.is_file():
         raise FileNotFoundError(f"No debug batch at {file}: a run saves one if it is not finite.")
     with reports_damage(f"The debug batch {file}"), safe_open(file, "pt") as opened:
@@ -106,12 +101,9 @@ def replay(trainer: Trainer, kept: DebugBatch, batches: Sequence[Batch]) -> list
         batches: the micro-batches, on the trainer's device; the caller loads the weights.
     """
     trainer.iteration = kept.iteration
-    model = trainer.accelerator.unwrap_model(trainer.model).train()
-    lines = [
-        f"{name} is not finite before the step"
-        for name, parameter in model.named_parameters()
-        if not _is_finite(parameter)
-    ]
+    model = trainer.unwrapped.train()
+    parameters = list(model.named_parameters())
+    lines = [f"{n} is not finite before the step" for n, p in parameters if not _is_finite(p)]
     seed_all(trainer.seed, kept.iteration, kept.process)
     for number, batch in enumerate(batches, start=1):
         of = f" of micro-batch {number}" if len(batches) > 1 else ""
@@ -119,7 +111,7 @@ def replay(trainer: Trainer, kept: DebugBatch, batches: Sequence[Batch]) -> list
             with _watch_outputs(model) as outputs, trainer.autocast():
                 losses = trainer.losses(batch)
                 loss = torch.stack(list(losses.values())).sum()
-            values = [f"{name} {float(value.detach()):g}" for name, value in losses.items()]
+            values = [f"{name} {value.item():g}" for name, value in losses.items()]
             lines.append(f"The losses{of}: {', '.join(values)}")
             lines += [f"{output}{of}" for output in outputs[:1]]
             try:
@@ -128,9 +120,7 @@ def replay(trainer: Trainer, kept: DebugBatch, batches: Sequence[Batch]) -> list
                 lines.append(f"Backward: {str(error).splitlines()[0]}{of}")
     if all(_is_finite(loss) for loss in losses.values()):
         lines += [
-            f"The gradient of {name} is not finite"
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None and not _is_finite(parameter.grad)
+            f"The gradient of {n} is not finite" for n, p in parameters if not _is_finite(p.grad)
         ]
     return lines
 
@@ -138,21 +128,20 @@ def replay(trainer: Trainer, kept: DebugBatch, batches: Sequence[Batch]) -> list
 @contextlib.contextmanager
 def _watch_outputs(model: nn.Module) -> Iterator[list[str]]:
     """Yield a list that collects, in the order of calls, layers whose output is not finite."""
-    found: list[str] = []
+    lines: list[str] = []
 
     def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not all(map(_is_finite, tree_leaves(output))):
-            layer = f"{name or 'the model'} ({type(module).__name__})"
-            if all(map(_is_finite, tree_leaves(inputs))):
-                found.append(f"The first output that is not finite: {layer}")
-            else:
-                found.append(f"Not finite: the input of {layer}")
+        if not _is_finite(output):
+            what = "The first output that is not finite:"
+            if not _is_finite(inputs):
+                what = "Not finite: the input of"
+            lines.append(f"{what} {name or 'the model'} ({type(module).__name__})")
 
     with contextlib.ExitStack() as handles:
         for name, module in model.named_modules():
             handles.enter_context(module.register_forward_hook(partial(look, name)))
-        yield found
+        yield lines
 
 
-def _is_finite(value: Any) -> bool:
-    return not torch.is_tensor(value) or bool(value.isfinite().all())
+def _is_finite(tree: Any) -> bool:
+    return all(bool(leaf.isfinite().all()) for leaf in tree_leaves(tree) if torch.is_tensor(leaf))

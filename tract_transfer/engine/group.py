@@ -1,6 +1,7 @@
 """Agreement between the processes of a group, lost processes, and signals that stop a run."""
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -27,11 +28,7 @@ Item = TypeVar("Item")
 
 
 def main_first(accelerator: Accelerator, work: Callable[[], object]) -> None:
-    """Do `work` on the main process while the others wait; if it fails, all processes fail.
-
-    Raises:
-        RuntimeError: on the others, with the message of the main process's error.
-    """
+    """Do `work` on the main process while the others wait; if it fails, all processes fail."""
     failure: Exception | None = None
     if accelerator.is_main_process:
         try:
@@ -82,31 +79,22 @@ class Stopped(BaseException):
 
 @dataclass
 class StopRequest:
-    """A signal's request to stop the run.
+    """A signal's request to stop the run."""
 
-    Attributes:
-        number: the signal, set by its handler at any moment; None before.
-        can_wait: whether the run checks `number` itself; else the handler raises Stopped.
-    """
-
-    number: int | None = None
-    can_wait: bool = False
+    number: int | None = None  # the signal, set by its handler at any moment
+    can_wait: bool = False  # the run checks `number` itself; else the handler raises Stopped
 
     def shared(self, accelerator: Accelerator) -> int | None:
         """Return the signal that any process of the group has received; a collective."""
-        number = self.number or 0
-        if accelerator.num_processes > 1:
-            largest = torch.tensor(number, device=accelerator.device)
-            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
-            number = int(largest)
-        return number or None
+        if accelerator.num_processes == 1:
+            return self.number
+        largest = torch.tensor(self.number or 0, device=accelerator.device)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+        return int(largest) or None
 
     def watched(self, batches: Iterable[Item]) -> Iterator[Item]:
         """Yield batches until a signal arrives; call `check` afterwards."""
-        for batch in batches:
-            if self.number is not None:
-                return
-            yield batch
+        return itertools.takewhile(lambda _: self.number is None, batches)
 
     def check(self, accelerator: Accelerator) -> None:
         """Raise Stopped if any process has received a signal; a collective."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
@@ -40,11 +39,7 @@ class MetricsFile:
         self._board: Any = None
 
     def write(self, iteration: int, epoch: float, split: str, values: Mapping[str, float]) -> None:
-        """Append a line of the training, or of an evaluation on `split`.
-
-        Raises:
-            DiskFullError: the disk is full.
-        """
+        """Append a line of the training (split "train") or of an evaluation on `split`."""
         line = {"iteration": iteration, "epoch": round(epoch, 6), "split": split, **values}
         with reports_full_disk(self.path.parent, self.path.name), self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
@@ -64,8 +59,7 @@ class MetricsFile:
         kept = [
             line
             for line in self._read()
-            if line["iteration"] < iteration
-            or (line["iteration"] == iteration and line["split"] == "train")
+            if line["iteration"] < iteration + (line["split"] == "train")
         ]
         if self.path.exists():
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -160,22 +154,18 @@ class LogProgress(Hook):
 
 @dataclass
 class SaveCheckpoints(Hook):
-    """Saves a checkpoint at each of the intervals, at the end, and after a signal.
-
-    The earlier lines of `metrics` are synced first.
-    """
+    """Syncs `metrics` and saves a checkpoint at the intervals, at the end and after a signal."""
 
     checkpointer: Checkpointer
     every_iters: Sequence[int | None]
-    metrics: MetricsFile | None = None
+    metrics: MetricsFile
 
     def after_step(self, trainer: Trainer) -> None:
         last = trainer.stop_signal is not None or trainer.iteration == trainer.max_iters
         if last or any(due(trainer.iteration, every) for every in self.every_iters):
             trainer.share()
             if trainer.accelerator.is_main_process:
-                if self.metrics is not None:
-                    self.metrics.sync()
+                self.metrics.sync()
                 self.checkpointer.save(trainer.iteration, trainer.state_parts(), trainer.state())
             trainer.accelerator.wait_for_everyone()
 
@@ -247,7 +237,7 @@ class Evaluator(Protocol):
         """Return the metrics over all processes; a collective."""
 
     def details(self) -> dict[str, Any]:
-        """Return what accompanies the metrics, as JSON values: protocol, counts, classes."""
+        """Return what accompanies the metrics as JSON: protocol, counts, classes."""
 
 
 def evaluate(
@@ -283,14 +273,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def share_buffers(model: nn.Module, accelerator: Accelerator) -> None:
-    """Broadcast the main process's buffers, which a checkpoint holds.
-
-    Each process updates BatchNorm's statistics from its own images, and training shares them only
-    in the next forward.
-    """
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():
-            torch.distributed.broadcast(buffer, src=0)

@@ -21,13 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or gradient is not finite.
+    """A loss or gradient is not finite; `steps` has `process`, `losses` and `images` of each."""
 
-    Attributes:
-        steps: for each process where it happened: `process`, `losses` (name -> text), `images`.
-    """
-
-    def __init__(self, message: str, steps: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(self, message: str, steps: Sequence[Mapping[str, Any]] = ()) -> None:
         super().__init__(message)
         self.steps = list(steps)
 
@@ -61,7 +57,6 @@ class StepGuard:
         model: nn.Module,
         losses: Sequence[Mapping[str, Tensor]],
         indices: Sequence[Sequence[int]],
-        *,
         iteration: int,
         accelerator: Accelerator,
         scaler: torch.amp.GradScaler,
@@ -74,12 +69,9 @@ class StepGuard:
             losses: of each micro-batch, by name.
             indices: of the images of each micro-batch.
             iteration: number of the step, from 1.
-
-        Raises:
-            NonFiniteError: it may not, and `stop` or `max_skipped` ends the training.
         """
-        values = torch.stack([loss.detach() for by_name in losses for loss in by_name.values()])
-        finite = values.isfinite().all()
+        every_loss = [loss.detach() for by_name in losses for loss in by_name.values()]
+        finite = torch.stack(every_loss).isfinite().all()
         if not scaler.is_enabled():
             finite = finite & gradient_norm(model.parameters()).isfinite()
         if accelerator.num_processes > 1:
@@ -88,15 +80,17 @@ class StepGuard:
         if bool(finite):
             return True
         steps = self._describe(accelerator.process_index, losses, indices)
-        message = f"{_cause(steps)} in iteration {iteration}. {describe_images(steps)}"
-        if self.non_finite == "stop":
-            raise NonFiniteError(f"{message} {_ADVICE}", steps)
-        if len(self.skipped_steps) == self.max_skipped:
-            raise NonFiniteError(
-                f"{message} {self.max_skipped} steps have been skipped already, which is "
-                f"engine.max_skipped. {_ADVICE}",
-                steps,
+        values = ", ".join(f"{name} {value}" for name, value in steps[0]["losses"].items())
+        message = (
+            f"The {steps[0]['broken']} is not finite ({values}) in iteration {iteration}. "
+            f"{describe_images(steps)}"
+        )
+        if self.non_finite == "skip" and len(self.skipped_steps) == self.max_skipped:
+            message += (
+                f" {self.max_skipped} steps have been skipped already, which is engine.max_skipped."
             )
+        if self.non_finite == "stop" or len(self.skipped_steps) == self.max_skipped:
+            raise NonFiniteError(f"{message} {_ADVICE}", steps)
         for buffer, before in self._buffers:
             buffer.copy_(before)
         self.skipped_steps.append({"iteration": iteration, "processes": steps})
@@ -108,15 +102,11 @@ class StepGuard:
         if scaler.is_enabled() and scaler.get_scale() < SMALLEST_SCALE:
             raise NonFiniteError(
                 f"The gradient is not finite at any scale by iteration {iteration}: the gradient "
-                f"scaler is at {scaler.get_scale():g}. {_ADVICE}",
-                [],
+                f"scaler is at {scaler.get_scale():g}. {_ADVICE}"
             )
 
     def _describe(
-        self,
-        process: int,
-        losses: Sequence[Mapping[str, Tensor]],
-        indices: Sequence[Sequence[int]],
+        self, process: int, losses: Sequence[Mapping[str, Tensor]], indices: Sequence[Sequence[int]]
     ) -> list[dict[str, Any]]:
         """Return the losses and images of the processes and micro-batches that are to blame."""
         broken = [not all(bool(v.isfinite()) for v in by_name.values()) for by_name in losses]
@@ -125,10 +115,7 @@ class StepGuard:
         step = {
             "process": process,
             "broken": any(broken),
-            # As text: JSON has no NaN.
-            "losses": {
-                name: f"{float(loss.detach()):g}" for name, loss in losses[blamed[0]].items()
-            },
+            "losses": {name: f"{loss.item():g}" for name, loss in losses[blamed[0]].items()},
             "images": [self.name_of(index) for micro in blamed for index in indices[micro]],
         }
         steps: list[dict[str, Any]] = gather_object([step])
@@ -147,11 +134,6 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norm: Tensor = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def _cause(steps: Sequence[Mapping[str, Any]]) -> str:
-    losses = ", ".join(f"{name} {value}" for name, value in steps[0]["losses"].items())
-    return f"The {steps[0]['broken']} is not finite ({losses})"
 
 
 def describe_images(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from fvcore.common.param_scheduler import (
@@ -11,7 +10,6 @@ from fvcore.common.param_scheduler import (
     CosineParamScheduler,
     LinearParamScheduler,
     MultiStepParamScheduler,
-    ParamScheduler,
 )
 from timm.optim import (
     create_optimizer_v2,
@@ -25,6 +23,7 @@ from torch.optim import Optimizer
 
 from tract_transfer.registry import did_you_mean
 
+Schedule = Callable[[float], float]
 # Arguments of timm's factory that name the parameters which muon leaves to AdamW.
 FALLBACK = ("fallback_list", "fallback_no_weight_decay")
 _FACTORY = {"layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale", "param_group_fn"}
@@ -45,24 +44,20 @@ def build_optimizer(
     layer_decay: float | None = None,
     optimizer_args: Mapping[str, Any] | None = None,
 ) -> Optimizer:
-    """Build one of timm's optimizers over the trainable parameters of `model`.
+    """Build one of timm's optimizers; a schedule multiplies the `base_lr` of parameter groups.
 
-    `sgd` is plain SGD unless `nesterov` is set (timm's own `sgd` always is Nesterov's). The
-    `base_lr` of each parameter group is what a schedule multiplies.
+    `sgd` is plain SGD unless `nesterov` is set (timm's own `sgd` always is Nesterov's).
 
     Args:
         momentum: None takes 0.9 if the optimizer has one.
         decay_all: decay biases and normalization layers too; False exempts them, and the parameters
             in the model's `no_weight_decay()`, as timm's recipes do (position embeddings).
-        bias_lr_factor: learning rate of parameters named bias, over `lr` (Caffe's recipes: 2).
+        bias_lr_factor: learning rate of biases, over `lr` (Caffe's recipes: 2).
         bias_weight_decay: theirs in place of `weight_decay` (Caffe's recipes: 0).
         layer_decay: learning rate of each layer over that of the next (BEiT, with timm's layers);
             the head has `lr`. Needs the model's `group_matcher()`.
         optimizer_args: further arguments of the optimizer's constructor, such as betas and eps.
             `fallback_list` names parameters, by patterns, that muon leaves to AdamW.
-
-    Raises:
-        ValueError: unknown optimizer, argument that it does not take, or options in conflict.
     """
     arguments = dict(optimizer_args or {})
     fallback = {key: arguments.pop(key) for key in FALLBACK if key in arguments}
@@ -83,21 +78,16 @@ def build_optimizer(
         arguments["fused"] = True
     name = "momentum" if optimizer == "sgd" and not nesterov else optimizer  # timm's plain SGD
     try:
-        return _create(name, groups, lr=lr, weight_decay=weight_decay, **arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            built: Optimizer = create_optimizer_v2(groups, name, lr, weight_decay, **arguments)
     except (TypeError, AssertionError) as error:  # timm asserts that APEX's have a GPU
         raise ValueError(
             f"solver.optimizer {optimizer} with optimizer_args {optimizer_args}: {error}"
         ) from error
-
-
-def _create(name: str, groups: list[dict[str, Any]], **arguments: Any) -> Optimizer:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        optimizer: Optimizer = create_optimizer_v2(groups, opt=name, **arguments)
-    for group in optimizer.param_groups:
-        group["lr"] *= group.get("lr_scale", 1.0)
-        group["base_lr"] = group["lr"]
-    return optimizer
+    for group in built.param_groups:
+        group["base_lr"] = group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
+    return built
 
 
 def _check_optimizer(
@@ -131,8 +121,8 @@ def _check_optimizer(
 def _can_be_fused(model: nn.Module, arguments: Mapping[str, Any]) -> bool:
     """Whether to use the fused step of torch's Adam and AdamW by default.
 
-    It walks through memory, not by strides: weights, gradients and moments need the same layout,
-    and only contiguous weights are certain to have it.
+    It walks through memory, not by strides, and only contiguous weights are sure to have the layout
+    of their gradients and moments.
     """
     parameters = list(model.parameters())
     return (
@@ -150,39 +140,35 @@ def _groups(
     fallback: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Return timm's parameter groups: by weight decay, and with `layer_decay` by layer."""
-    settings = {
+    settings: dict[str, Any] = {
         "weight_decay": weight_decay,
         "weight_decay_exclude_1d": not decay_all,
         "no_weight_decay_list": () if decay_all else getattr(model, "no_weight_decay", set)(),
         **fallback,
     }
-    groups: list[dict[str, Any]]
     if layer_decay is None:
-        groups = param_groups_weight_decay(model, **settings)
-    elif hasattr(model, "group_matcher"):
-        groups = param_groups_layer_decay(model, layer_decay=layer_decay, **settings)
-    else:
-        raise ValueError(
-            f"solver.layer_decay is for classifiers; {type(model).__name__} has no group_matcher. "
-            "Set it to null."
-        )
-    return groups
+        return list(param_groups_weight_decay(model, **settings))
+    if hasattr(model, "group_matcher"):
+        return list(param_groups_layer_decay(model, layer_decay=layer_decay, **settings))
+    raise ValueError(
+        f"solver.layer_decay is for classifiers; {type(model).__name__} has no group_matcher. "
+        "Set it to null."
+    )
 
 
 def _bias_groups(
     model: nn.Module, weights: tuple[float, float], biases: tuple[float, float]
 ) -> list[dict[str, Any]]:
     """Return up to two groups, weights and biases, with their (learning rate, weight decay)."""
-    groups: list[dict[str, Any]] = [
-        {"params": [], "lr": lr, "weight_decay": decay} for lr, decay in (weights, biases)
-    ]
+    params: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[name.rpartition(".")[2] == "bias"]["params"].append(parameter)
-    return [group for group in groups if group["params"]]
+            params[name.rpartition(".")[2] == "bias"].append(parameter)
+    pairs = zip(params, (weights, biases), strict=True)
+    return [{"params": p, "lr": lr, "weight_decay": decay} for p, (lr, decay) in pairs if p]
 
 
-def set_progress(optimizer: Optimizer, schedule: ParamScheduler, progress: float) -> float:
+def set_progress(optimizer: Optimizer, schedule: Schedule, progress: float) -> float:
     """Set the learning rate of every group for `progress` in [0, 1); return the factor."""
     factor = float(schedule(progress))
     for group in optimizer.param_groups:
@@ -200,7 +186,7 @@ def build_schedule(
     step_factor: float = 0.1,
     end_factor: float = 0.0,
     iters_per_epoch: int = 1,
-) -> ParamScheduler:
+) -> Schedule:
     """Return the factor on the base learning rate as a function of progress in [0, 1).
 
     Args:
@@ -210,11 +196,10 @@ def build_schedule(
         warmup_iters: length of a linear rise from `warmup_start` to the start of the schedule.
 
     Raises:
-        ValueError: unknown schedule, a warm-up or step outside the run, or a first epoch with
-            learning rate 0.
+        ValueError: a warm-up or step outside the run, or a first epoch with learning rate 0.
     """
     _check_schedule(schedule, max_iters, warmup_iters, warmup_start, list(steps_iters))
-    main: ParamScheduler
+    main: Schedule
     if schedule == "multistep":
         main = MultiStepParamScheduler(
             [step_factor**power for power in range(len(steps_iters) + 1)],
@@ -232,7 +217,14 @@ def build_schedule(
             lengths=[1 - rest, rest],  # fvcore requires a sum of exactly 1
             interval_scaling=["rescaled", "rescaled"],
         )
-    return _ByEpoch(main, max_iters, iters_per_epoch) if schedule == "cosine_epochs" else main
+    if schedule != "cosine_epochs":
+        return main
+
+    def by_epoch(progress: float) -> float:
+        epoch = round(progress * max_iters) // iters_per_epoch
+        return float(main(epoch * iters_per_epoch / max_iters))
+
+    return by_epoch
 
 
 def _check_schedule(
@@ -256,20 +248,6 @@ def _check_schedule(
             f"solver: the steps {steps} must ascend between the warm-up's end {warmup_iters} and "
             f"the run's end {max_iters} (in iterations)."
         )
-
-
-@dataclass
-class _ByEpoch(ParamScheduler):  # type: ignore[misc]
-    """A schedule that is constant in each epoch, at its value at the start of the epoch."""
-
-    schedule: ParamScheduler
-    max_iters: int
-    iters_per_epoch: int
-
-    def __call__(self, where: float) -> float:
-        iteration = round(where * self.max_iters)
-        start = iteration - iteration % self.iters_per_epoch
-        return float(self.schedule(start / self.max_iters))
 
 
 class JoinedOptimizer(Optimizer):

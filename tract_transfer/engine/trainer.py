@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from fvcore.common.param_scheduler import ParamScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,6 +17,7 @@ from tract_transfer.data.loader import Batch
 from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.group import StopRequest
 from tract_transfer.engine.non_finite import StepGuard
+from tract_transfer.engine.solver import Schedule
 from tract_transfer.tract import TrAct
 
 
@@ -25,13 +25,13 @@ class Hook:
     """Watches a training; it never changes parameters, gradients or random state."""
 
     def before_train(self, trainer: "Trainer") -> None:
-        """Called once, before the first step of a training or of a resumed one."""
+        """Called before the first step, and before the first after a resume."""
 
     def after_step(self, trainer: "Trainer") -> None:
         """Called after each step, when `trainer.iteration` steps are done."""
 
     def after_train(self, trainer: "Trainer") -> None:
-        """Called once after the last step, also if a signal or an error ended the training."""
+        """Called at the end, also after a signal or an error."""
 
 
 @dataclass
@@ -46,16 +46,9 @@ class Meter:
 
     def count(self, losses: Sequence[Mapping[str, Tensor]]) -> None:
         """Add the losses of a step's micro-batches, without a synchronization."""
-        for name, loss in ((name, loss) for by_name in losses for name, loss in by_name.items()):
-            value = loss.detach().double()
-            total = self.losses.get(name)
-            self.losses[name] = value if total is None else total + value
+        for name, loss in (item for by_name in losses for item in by_name.items()):
+            self.losses[name] = self.losses.get(name, 0) + loss.detach().double()
         self.steps += 1
-
-
-def no_mix(images: Any, targets: Any, iteration: int) -> tuple[Any, Any]:
-    """Return images and targets unchanged."""
-    return images, targets
 
 
 @dataclass
@@ -71,8 +64,8 @@ class Trainer:
         grad_clip: largest norm of the whole gradient, or None.
         accumulate: micro-batches of a step.
         ema: averaged weights, updated after every step.
-        mix: mixup, CutMix or another change of a micro-batch on its device; a function of images,
-            targets and the iteration alone.
+        mix: mixup, CutMix or another change of a micro-batch on its device, as a function of
+            images, targets and the iteration; None changes nothing.
         patience_iters: training ends if an evaluation is this many iterations or more after `best`.
         guard: decides about steps whose losses or gradient are not finite.
     """
@@ -80,8 +73,8 @@ class Trainer:
     accelerator: Accelerator
     model: nn.Module
     optimizer: Optimizer
-    schedule: ParamScheduler
-    set_lr: Callable[[Optimizer, ParamScheduler, float], float]
+    schedule: Schedule
+    set_lr: Callable[[Optimizer, Schedule, float], float]
     batches: Callable[[int], Iterator[Batch]]
     tract: TrAct
     max_iters: int
@@ -90,7 +83,7 @@ class Trainer:
     grad_clip: float | None = None
     accumulate: int = 1
     ema: ModelEmaV3 | None = None
-    mix: Callable[[Any, Any, int], tuple[Any, Any]] = no_mix
+    mix: Callable[[Any, Any, int], tuple[Any, Any]] | None = None
     patience_iters: int | None = None
     hooks: Sequence[Hook] = ()
     guard: StepGuard = field(default_factory=StepGuard)
@@ -111,9 +104,12 @@ class Trainer:
     @property
     def evaluated_model(self) -> nn.Module:
         """The model that is evaluated: the averaged one if there is one."""
-        if self.ema is not None:
-            averaged: nn.Module = self.ema.module
-            return averaged
+        model: nn.Module = self.ema.module if self.ema else self.unwrapped
+        return model
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        """The trained model without the accelerator's wrapper."""
         model: nn.Module = self.accelerator.unwrap_model(self.model)
         return model
 
@@ -131,9 +127,8 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         """Return the context in which every forward runs."""
-        return torch.autocast(
-            self.accelerator.device.type, self.precision, enabled=self.precision is not None
-        )
+        device_type = self.accelerator.device.type
+        return torch.autocast(device_type, self.precision, enabled=self.precision is not None)
 
     def train(self) -> None:
         """Train until `is_over`, or to the end of a step with a request to `stop`."""
@@ -192,12 +187,14 @@ class Trainer:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Mix a micro-batch and return the model's losses, by name."""
-        images, targets = self.mix(batch.images, batch.targets, self.iteration)
+        images, targets = batch.images, batch.targets
+        if self.mix is not None:
+            images, targets = self.mix(images, targets, self.iteration)
         losses: dict[str, Tensor] = self.model(images, targets)
         return losses
 
     def exclude_time(self, seconds: float) -> None:
-        """Exclude time that was not spent in training, such as an evaluation's, from its speed."""
+        """Exclude the time of an evaluation from the speed of the training."""
         self.meter.started += seconds
         self._last += seconds
 
@@ -206,18 +203,15 @@ class Trainer:
         values = self.mean_losses()
         meter, self.meter = self.meter, Meter()
         seconds = self.meter.started - meter.started
-        counts: dict[str, float] = {}
+        if values:
+            values = {"loss": sum(values.values()), **values}
         if self.guard.non_finite == "skip":
-            counts["skipped_steps"] = len(self.guard.skipped_steps)
+            values["skipped_steps"] = len(self.guard.skipped_steps)
         if self.scaler.is_enabled():
-            counts["loss_scale"] = self.scaler.get_scale()
-        return {
-            **({"loss": sum(values.values())} if values else {}),
-            **values,
-            **counts,
-            "images_per_second": meter.images * self.accelerator.num_processes / seconds,
-            "data_fraction": meter.data_seconds / seconds,
-        }
+            values["loss_scale"] = self.scaler.get_scale()
+        values["images_per_second"] = meter.images * self.accelerator.num_processes / seconds
+        values["data_fraction"] = meter.data_seconds / seconds
+        return values
 
     def mean_losses(self) -> dict[str, float]:
         """Return mean losses since the last reading; a collective."""
@@ -235,15 +229,13 @@ class Trainer:
 
     def state_parts(self) -> dict[str, Any]:
         """Return the tensors of a checkpoint."""
-        model = self.accelerator.unwrap_model(self.model)
-        parts = {
-            "model": model.state_dict(),
+        return {
+            "model": self.unwrapped.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "tract": self.tract.state_dict(),
+            **({"ema": self.ema.module.state_dict()} if self.ema else {}),
+            "losses": self.meter.losses,
         }
-        if self.ema is not None:
-            parts["ema"] = self.ema.module.state_dict()
-        return {**parts, "losses": self.meter.losses}
 
     def state(self) -> dict[str, Any]:
         """Return the plain values of a checkpoint."""
@@ -263,34 +255,26 @@ class Trainer:
         """Load what `state_parts` and `state` returned; training resumes to the same bits."""
         self.load_weights(parts)
         self.optimizer.load_state_dict(parts["optimizer"])
-        _match_memory_layout(self.optimizer)
-        _restore_step_support(self.optimizer)
+        _adapt_loaded_state(self.optimizer)
         self.tract.load_state_dict(parts["tract"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        device = self.accelerator.device
-        losses = {name: total.to(device) for name, total in parts["losses"].items()}
+        losses = {name: t.to(self.accelerator.device) for name, t in parts["losses"].items()}
         self.meter = Meter(losses=losses, steps=state["meter_steps"])
-        self.best = state["best"]
+        self.best, self.skipped = state["best"], list(state["skipped"])
         self.seconds, self.seen_images = state["seconds"], state["seen_images"]
-        self.skipped = list(state["skipped"])
         self.guard.skipped_steps = list(state["passed_over"])
         self.iteration = iteration
 
     def load_weights(self, parts: Mapping[str, Any]) -> None:
         """Load only the weights, to evaluate them."""
-        self.accelerator.unwrap_model(self.model).load_state_dict(parts["model"])
+        self.unwrapped.load_state_dict(parts["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(parts["ema"])
 
     def _is_finite(self, losses: list[dict[str, Tensor]], indices: Sequence[Sequence[int]]) -> bool:
         return self.guard.allows_step(
-            self.model,
-            losses,
-            indices,
-            iteration=self.iteration + 1,
-            accelerator=self.accelerator,
-            scaler=self.scaler,
+            self.model, losses, indices, self.iteration + 1, self.accelerator, self.scaler
         )
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
@@ -302,29 +286,19 @@ class Trainer:
         self.skipped += [item for item in batch.skipped if item not in self.skipped]
         if not len(batch.images):
             raise ValueError(
-                "No image of a training batch can be decoded: "
-                f"{'; '.join(batch.skipped)}. Repair the data, or set a larger data.batch_size."
+                f"No image of a training batch can be decoded: {'; '.join(batch.skipped)}. Repair "
+                "the data, or set a larger data.batch_size."
             )
         return batch
 
 
-def _match_memory_layout(optimizer: Optimizer) -> None:
-    """Give an optimizer's state of each weight the memory layout of that weight.
-
-    Tensors of a checkpoint are contiguous, and fused steps walk through memory, not by strides.
-    """
-    for weight in (weight for group in optimizer.param_groups for weight in group["params"]):
-        state = optimizer.state.get(weight, {})
+def _adapt_loaded_state(optimizer: Optimizer) -> None:
+    """Adapt a loaded state to the weights, and the optimizer to the state."""
+    # Tensors of a checkpoint are contiguous, and fused steps walk through memory, not by strides.
+    for weight, state in optimizer.state.items():
         for name, value in state.items():
             if torch.is_tensor(value) and value.shape == weight.shape:
                 state[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-
-
-def _restore_step_support(optimizer: Optimizer) -> None:
-    """Tell gradient scalers which kind of step a loaded optimizer has: fused or not.
-
-    The loaded options say so, but torch notes whether a step takes the scale when the optimizer is
-    created.
-    """
+    # Gradient scalers read whether a step is fused from the optimizer as it was created.
     if not any(group.get("fused") for group in optimizer.param_groups):
         optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]

@@ -45,15 +45,7 @@ class ClassificationEvaluator:
         self._result: NDArray[np.int64] | None = None
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            predictions: (B, K) logits.
-            targets: (B,) labels in 0..K-1.
-
-        Raises:
-            ValueError: a wrong shape or label, or a logit that is not finite.
-        """
+        """Add a batch of finite logits (B, K) and labels (B,) in 0..K-1."""
         num_classes = len(self.class_names)
         logits = predictions.detach().cpu().double().numpy()
         labels = targets.detach().cpu().numpy()
@@ -63,22 +55,19 @@ class ClassificationEvaluator:
         self._loss_sum += float(cross_entropy(logits, labels).sum())
 
     def compute(self) -> dict[str, float]:
-        """Return `top1`, `mean_per_class`, `loss` (nats) and, with more than 5 classes, `top5`.
-
-        Raises:
-            ValueError: no process evaluated an image.
-        """
+        """Return `top1`, `mean_per_class`, `loss` (nats) and, with more than 5 classes, `top5`."""
         rows = all_rows([(self._confusion, self._top5_hits, self._loss_sum)])
-        confusion: NDArray[np.int64] = np.sum([row[0] for row in rows], axis=0)
+        confusions, top5_hits, loss_sums = zip(*rows, strict=True)
+        confusion: NDArray[np.int64] = np.sum(confusions, axis=0)
         num_images = int(confusion.sum())
         if num_images == 0:
             raise ValueError("No image was evaluated. Check that the evaluated split has rows.")
         self._result = confusion
         metrics = {"top1": float(np.trace(confusion)) / num_images}
         if len(self.class_names) > 5:
-            metrics["top5"] = sum(row[1] for row in rows) / num_images
+            metrics["top5"] = sum(top5_hits) / num_images
         metrics["mean_per_class"] = float(np.nanmean(per_class_accuracy(confusion)))
-        metrics["loss"] = sum(row[2] for row in rows) / num_images
+        metrics["loss"] = sum(loss_sums) / num_images
         return metrics
 
     def details(self) -> dict[str, Any]:
@@ -148,20 +137,15 @@ def confusion_matrix(predicted: Ints, labels: Ints, num_classes: int) -> NDArray
 
 def per_class_accuracy(confusion: Ints) -> NDArray[np.float64]:
     """Return (K,) the accuracy (recall) of each true class, nan where it has no image."""
-    num_images = confusion.sum(axis=1)
-    accuracy = np.full(len(num_images), np.nan)
-    np.divide(np.diagonal(confusion), num_images, out=accuracy, where=num_images > 0)
+    with np.errstate(invalid="ignore"):
+        accuracy: NDArray[np.float64] = np.diagonal(confusion) / confusion.sum(axis=1)
     return accuracy
 
 
 def multilabel_metrics(
     scores: Floats, marks: Ints, class_names: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return `map_11point` and `map_area`, and details; arguments as `class_average_precision`.
-
-    Raises:
-        ValueError: no class has a positive.
-    """
+    """Return `map_11point` and `map_area`, and details; arguments as `class_average_precision`."""
     metrics: dict[str, float] = {}
     details: dict[str, Any] = {
         "protocol": "Average precision of images ranked by score, for each class, at 11 recalls "

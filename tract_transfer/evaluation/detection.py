@@ -60,9 +60,6 @@ class DetectionEvaluator:
             predictions: for each image boxes (n, 4) xyxy, scores (n,), labels (n,).
             targets: for each image boxes (m, 4) xyxy, labels (m,), difficult (m,), image_id, and
                 optionally area (m,), which defaults to the box's.
-
-        Raises:
-            ValueError: as many predictions as targets are needed; nan or inf in boxes or scores.
         """
         if len(predictions) != len(targets):
             raise ValueError(f"Got {len(predictions)} predictions for {len(targets)} targets.")
@@ -75,11 +72,7 @@ class DetectionEvaluator:
             self._images.append((image_id, detections, objects))
 
     def compute(self) -> dict[str, float]:
-        """Return the metrics over the images of all processes.
-
-        Raises:
-            ValueError: no image, a repeated image, a label that is not a class, or no object.
-        """
+        """Return the metrics over the images of all processes."""
         images = all_rows(self._images)
         if not images:
             raise ValueError("No image was evaluated. Check that the evaluated split has rows.")
@@ -145,11 +138,7 @@ def voc_metrics(
     class_names: Sequence[str],
     protocol: VocProtocol,
 ) -> Measured:
-    """Return `ap50`, `ap75` and `ap` (mean over IoU 0.50:0.05:0.95), means over classes.
-
-    Raises:
-        ValueError: as `count_objects`.
-    """
+    """Return `ap50`, `ap75` and `ap` (mean over IoU 0.50:0.05:0.95), means over classes."""
     result = voc_ap(detections, ground_truth, class_names, protocol, COCO_IOUS)
     as_zero = protocol.absent_as_zero
     mean = (np.nan_to_num(result.ap) if as_zero else result.ap[result.npos > 0]).mean(axis=0)
@@ -164,21 +153,14 @@ def coco_metrics(
 
     `ap`, `ap50`, `ap75`, `ar1`, `ar10`, `ar`, and `ap` and `ar` of `_small`, `_medium` and `_large`
     if there is an object of that size.
-
-    Raises:
-        ValueError: as `count_objects`.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
     npos = count_objects(detections, ground_truth, len(class_names))
     image_ids = np.union1d(detections.image_ids, ground_truth.image_ids).tolist()
-    truth = COCO(
-        {
-            "images": [{"id": image_id} for image_id in image_ids],
-            "categories": [{"id": k, "name": name} for k, name in enumerate(class_names)],
-            "annotations": _coco_annotations(ground_truth),
-        }
-    )
+    categories = [{"id": k, "name": name} for k, name in enumerate(class_names)]
+    images, annotations = [{"id": i} for i in image_ids], _coco_annotations(ground_truth)
+    truth = COCO({"images": images, "categories": categories, "annotations": annotations})
     boxes_xywh = _xywh(detections.boxes_xyxy)
     rows = np.c_[detections.image_ids, boxes_xywh, detections.scores, detections.labels]
     results = truth.loadRes(rows)

@@ -5,7 +5,7 @@
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import log_softmax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.pipeline import make_pipeline
+from sklearn.model_selection import GridSearchCV, StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch import Tensor
@@ -34,7 +33,6 @@ from tract_transfer.evaluation.probes import (
 Floats = NDArray[np.float64]
 Point = tuple[float, float]  # learning rate, weight decay
 Train = Callable[[Tensor, Tensor, Sequence[Point]], tuple[Tensor, Tensor]]
-ScoreByC = Callable[[StratifiedKFold], Mapping[float, float]]
 # Fits (drawn rows, test features (N', D), k, sampling).
 Classifier = Callable[[Rows, Features, int, int], Fit]
 
@@ -117,11 +115,7 @@ def _logits(
     device: torch.device | str,
 ) -> Iterator[Tensor]:
     """Train on standardized rows; yield logits (G, n, K) for blocks of `scored_x`."""
-    scaler = StandardScaler().fit(fitted.x.astype(np.float64))
-    x, rows = (
-        torch.from_numpy(scaler.transform(part.astype(np.float64)).astype(np.float32))
-        for part in (fitted.x, scored_x)
-    )
+    x, rows = (torch.from_numpy(x).float() for x in _standardized(fitted.x, scored_x))
     weight, bias = train_points(x.to(device), torch.from_numpy(fitted.y).to(device), points)
     for part in rows.split(_BLOCK_ROWS):
         yield torch.matmul(part.to(device), weight).add_(bias[:, None]).cpu()
@@ -184,21 +178,20 @@ def logistic_regression(
     Args:
         cs: candidates for C > 0, the weight of the summed loss against half the squared norm.
         max_iters: limit of L-BFGS for one fit.
-        num_classes: K, the columns of the scores, which are log-probabilities. A class without
-            training rows ranks below all others, at 1e-38 or less.
+        num_classes: K, the columns of the scores, which are log-probabilities: 1e-38 or less, and
+            below all others, for a class without training rows.
     """
     val_top1 = accuracy_by_c(selection, cs, max_iters)
     c = max(val_top1, key=val_top1.__getitem__)  # the first of equals, so the smallest
-    scores, converged = _fit_logistic(train, test_x, c, max_iters, num_classes)
-    details = {"val_top1": {f"{c:g}": value for c, value in val_top1.items()}}
-    return Fit(scores, {"c": c}, {**details, "converged": converged})
+    fit = _fit_logistic(train, test_x, c, max_iters, num_classes)
+    details = {"val_top1": {f"{c:g}": value for c, value in val_top1.items()}, **fit.details}
+    return fit._replace(details=details)
 
 
 def accuracy_by_c(selection: Selection, cs: Sequence[float], max_iters: int) -> dict[float, float]:
     """Return C -> top-1 on `selection.val`, ascending; each C starts from the solution before."""
     fit, val = selection
-    scaler = StandardScaler().fit(fit.x.astype(np.float64))
-    fit_x, val_x = (scaler.transform(rows.x.astype(np.float64)) for rows in selection)
+    fit_x, val_x = _standardized(fit.x, val.x)
     model = LogisticRegression(max_iter=max_iters, warm_start=True)
     accuracies: dict[float, float] = {}
     for c in sorted(set(cs)):
@@ -207,21 +200,25 @@ def accuracy_by_c(selection: Selection, cs: Sequence[float], max_iters: int) -> 
     return accuracies
 
 
-def _fit_logistic(
-    train: Rows, test_x: Features, c: float, max_iters: int, num_classes: int
-) -> tuple[Floats, bool]:
+def _fit_logistic(train: Rows, test_x: Features, c: float, max_iters: int, num_classes: int) -> Fit:
     """Return the log-probabilities (N', K) of test images, and whether the fit converged."""
     regression = LogisticRegression(max_iter=max_iters, C=c)
-    model = make_pipeline(StandardScaler(), regression)
-    _fit_quietly(model, train.x.astype(np.float64), train.y)
-    decision: Floats = model.decision_function(test_x.astype(np.float64))
+    fit_x, score_x = _standardized(train.x, test_x)
+    _fit_quietly(regression, fit_x, train.y)
+    decision: Floats = regression.decision_function(score_x)
     if decision.ndim == 1:  # two classes: scikit-learn gives the log-odds of the second
         decision = np.stack([np.zeros_like(decision), decision], axis=1)
     log_p = log_softmax(decision, axis=1)
     floor = np.minimum(log_p.min(axis=1, keepdims=True), np.log(1e-38)) - 1
     scores = np.repeat(floor, num_classes, axis=1)
     scores[:, regression.classes_] = log_p
-    return scores, bool(regression.n_iter_.max() < max_iters)
+    return Fit(scores, {"c": c}, {"converged": bool(regression.n_iter_.max() < max_iters)})
+
+
+def _standardized(fit_x: Features, other_x: Features) -> list[Floats]:
+    """Return both in float64, with mean 0 and variance 1 of each feature over `fit_x`."""
+    scaler = StandardScaler().fit(fit_x.astype(np.float64))
+    return [scaler.transform(x.astype(np.float64)) for x in (fit_x, other_x)]
 
 
 def _fit_quietly(model: Any, x: NDArray[Any], y: Labels) -> None:
@@ -234,9 +231,7 @@ def _fit_quietly(model: Any, x: NDArray[Any], y: Labels) -> None:
 
 def one_hot_marks(labels: Labels, num_classes: int) -> Labels:
     """Return marks (N, K) of classes (N,): 1 for the row's class, -1 for the others."""
-    marks = np.full((len(labels), num_classes), -1, np.int64)
-    marks[np.arange(len(labels)), labels] = 1
-    return marks
+    return np.where(np.arange(num_classes) == labels[:, None], 1, -1)
 
 
 def linear_svm(
@@ -255,9 +250,6 @@ def linear_svm(
         cs: candidates for C > 0.
         max_iters: limit of liblinear for one fit.
         seed: of the folds.
-
-    Raises:
-        ValueError: no class has both positives and negatives.
     """
     fit_x, score_x = unit_rows(train.x), unit_rows(test_x)
     models = [
@@ -281,31 +273,20 @@ def _fit_svc(
     """Fit one class to marks y (N,) of 1 and -1; None if all are equal."""
     if len(np.unique(y)) < 2:
         return None
-    # dual="auto": the same optimum by whichever form is smaller
-    make = partial(
-        LinearSVC, class_weight={1: 2.0, -1: 1.0}, max_iter=max_iters, dual="auto", random_state=0
-    )
-
-    def precision_by_c(split: StratifiedKFold) -> dict[float, float]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            score = partial(cross_val_score, X=x, y=y, cv=split, scoring="average_precision")
-            return {float(c): score(make(C=c)).mean() for c in sorted(set(cs))}
-
     folds = min(folds, int((y == 1).sum()), int((y == -1).sum()))
-    model = make(C=_cross_validated_c(cs, folds, seed, precision_by_c))
-    _fit_quietly(model, x, y)
-    return model
-
-
-def _cross_validated_c(cs: Sequence[float], folds: int, seed: int, score_by_c: ScoreByC) -> float:
-    """Return the smallest C with the best score over the folds; 1 with a single row of a class."""
-    if folds < 2:
-        return 1.0
-    if len(set(cs)) == 1:
-        return float(cs[0])
-    scores = score_by_c(StratifiedKFold(folds, shuffle=True, random_state=seed))
-    return max(scores, key=scores.__getitem__)
+    candidates = sorted(set(map(float, cs))) if folds > 1 else [1.0]
+    model = LinearSVC(
+        C=candidates[0], class_weight={1: 2.0, -1: 1.0}, max_iter=max_iters, random_state=0,
+        dual="auto",  # the same optimum by whichever form is smaller
+    )  # fmt: skip
+    if len(candidates) == 1:
+        _fit_quietly(model, x, y)
+        return model
+    split = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    search = GridSearchCV(model, {"C": candidates}, scoring="average_precision", cv=split)
+    _fit_quietly(search, x, y)
+    best: LinearSVC = search.best_estimator_  # of equals, the first
+    return best
 
 
 def check_shots(y: Labels, ks: Sequence[int], class_names: Sequence[str]) -> None:
@@ -360,17 +341,15 @@ def classifier(
     """
 
     def logistic(train: Rows, test_x: Features, k: int, sampling: int) -> Fit:
-        def hits_by_c(split: StratifiedKFold) -> Mapping[float, float]:
-            totals = dict.fromkeys(map(float, sorted(set(cs))), 0.0)
-            for fit, val in split.split(train.x, train.y):
-                parts = Selection(*(Rows(train.x[rows], train.y[rows]) for rows in (fit, val)))
-                for c, value in accuracy_by_c(parts, cs, _FEW_SHOT_MAX_ITERS).items():
+        totals = dict.fromkeys(sorted(map(float, cs)) if min(folds, k) > 1 else [1.0], 0.0)
+        if len(totals) > 1:
+            split = StratifiedKFold(min(folds, k), shuffle=True, random_state=seed + sampling)
+            for parts in split.split(train.x, train.y):
+                selection = Selection(*(Rows(train.x[part], train.y[part]) for part in parts))
+                for c, value in accuracy_by_c(selection, cs, _FEW_SHOT_MAX_ITERS).items():
                     totals[c] += value
-            return totals
-
-        c = _cross_validated_c(cs, min(folds, k), seed + sampling, hits_by_c)
-        scores, converged = _fit_logistic(train, test_x, c, _FEW_SHOT_MAX_ITERS, num_classes)
-        return Fit(scores, {"c": c}, {"converged": converged})
+        c = max(totals, key=totals.__getitem__)  # the first of equals, so the smallest
+        return _fit_logistic(train, test_x, c, _FEW_SHOT_MAX_ITERS, num_classes)
 
     def svm(train: Rows, test_x: Features, k: int, sampling: int) -> Fit:
         if train.y.ndim == 1:

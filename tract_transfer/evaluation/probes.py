@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,19 +45,12 @@ class Selection(NamedTuple):
     val: Rows
 
 
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """The result of a probe.
-
-    Attributes:
-        scores: (N, K) of the test images; the largest is the prediction.
-        chosen: the selected hyperparameters by name.
-        details: JSON-able, such as the score of each candidate.
-    """
+class Fit(NamedTuple):
+    """A probe's scores (N, K) of the test images, its hyperparameters, and JSON-able details."""
 
     scores: Scores
-    chosen: dict[str, Any] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
+    chosen: Mapping[str, Any] = {}
+    details: Mapping[str, Any] = {}
 
 
 @torch.inference_mode()
@@ -70,20 +62,16 @@ def extract_features(
     Args:
         model_pooled: images on `device` to features (B, D); its model must be in eval mode.
         batches: each with `images` (B, 3, H, W) and `indices` (B,).
-        device: where the model is.
-
-    Raises:
-        ValueError: no batch, or features that are not finite.
     """
-    features: list[Tensor] = []
-    indices: list[Tensor] = []
+    features: list[Features] = []
+    indices: list[int] = []
     for batch in batches:
         pooled = model_pooled(batch.images.to(device, non_blocking=True))
-        features.append(pooled.float().cpu())
-        indices.append(torch.as_tensor(batch.indices).cpu().long())
+        features.append(pooled.float().cpu().numpy())
+        indices += map(int, batch.indices)
     if not features:
         raise ValueError("No batch to extract features from. Check that the split has rows.")
-    x, index = torch.cat(features).numpy(), torch.cat(indices).numpy()
+    x, index = np.concatenate(features), np.array(indices, np.int64)
     invalid = index[(~np.isfinite(x)).any(axis=1)].tolist()
     if invalid:
         listed = ", ".join(map(str, invalid[:5])) + ", ..." * (len(invalid) > 5)
@@ -95,15 +83,12 @@ def extract_features(
 
 
 class Extracted(NamedTuple):
-    """Features (N, D), the indices (N,) of their images, and the items that cannot be decoded.
-
-    `was_kept`: they were read from the cache.
-    """
+    """Features (N, D), the indices (N,) of their images, and the items that cannot be decoded."""
 
     features: Features
     indices: Labels
     skipped: list[str]
-    was_kept: bool = False
+    was_kept: bool = False  # read from the cache
 
 
 def feature_key(
@@ -119,18 +104,13 @@ def feature_key(
     digest = hashlib.sha256(json.dumps([_CACHE_VERSION, described], sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    for image_hash in image_hashes:
-        digest.update(image_hash.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    digest.update("".join(image_hashes).encode())
     return digest.hexdigest()
 
 
 def cached_features(folder: Path, key: str, extract: Callable[[], Extracted]) -> Extracted:
-    """Return the features stored in `folder` under `key`; extract and store missing ones.
-
-    A file that cannot be read is logged and replaced. Files are written atomically.
-    """
+    """Return the features stored in `folder` under `key`; extract and store missing ones."""
     path = folder / f"{key}.safetensors"
     if path.is_file():
         try:
@@ -190,11 +170,7 @@ def knn_predict(
 
     A neighbour with cosine similarity s votes with weight exp(s / temperature) (Wu et al. 2018, as
     in DINO). Weights are relative to the nearest neighbour's, so they do not overflow. A zero
-    vector has similarity 0 to everything. Similarities are computed once for all `ks`, in blocks
-    of test images.
-
-    Raises:
-        ValueError: `ks` are not in 1..len(train.x).
+    vector has similarity 0 to everything.
     """
     check_ks(ks, len(train.x))
     train_unit, test_unit = unit_rows(train.x), unit_rows(test_x)

@@ -73,8 +73,7 @@ class VocProtocol:
         round_boxes: decimals of the detected coordinates, as float32; None does not round.
         stable_ties: rank equal scores by image id, then by order in the image. False uses NumPy's
             default argsort, whose order depends on the machine.
-        absent_as_zero: a class without an object that counts has AP 0 in the mean instead of being
-            excluded. Either way it is reported as absent.
+        absent_as_zero: the mean counts a class without an object as 0 instead of excluding it.
     """
 
     name: str
@@ -108,25 +107,20 @@ class VocProtocol:
         )
 
 
-_KIT = VocProtocol(
-    "voc2007_devkit", "as defined by VOCevaldet.m of the VOC 2007 development kit", "11point"
-)
-_AREA = VocProtocol(
-    "area", "as defined by VOCevaldet.m of the development kits since VOC 2010", "area"
-)
-_DETECTRON2 = VocProtocol(
-    "detectron2",
-    "equal to detectron2's pascal_voc_evaluation for VOC 2007",
-    "11point_float",
-    iou_strict=True,
-    min_offset=1,
-    pixel_offset=1,
-    round_scores=3,
-    round_boxes=1,
-    stable_ties=False,
-    absent_as_zero=True,
-)
-PROTOCOLS = {protocol.name: protocol for protocol in (_KIT, _AREA, _DETECTRON2)}
+_ALL = (
+    VocProtocol(
+        "voc2007_devkit", "as defined by VOCevaldet.m of the VOC 2007 development kit", "11point"
+    ),
+    VocProtocol(
+        "area", "as defined by VOCevaldet.m of the development kits since VOC 2010", "area"
+    ),
+    VocProtocol(
+        "detectron2", "equal to detectron2's pascal_voc_evaluation for VOC 2007", "11point_float",
+        iou_strict=True, min_offset=1, pixel_offset=1, round_scores=3, round_boxes=1,
+        stable_ties=False, absent_as_zero=True,
+    ),
+)  # fmt: skip
+PROTOCOLS = {protocol.name: protocol for protocol in _ALL}
 
 
 class ClassResults(NamedTuple):
@@ -148,11 +142,7 @@ def voc_ap(
     protocol: VocProtocol,
     iou_thresholds: Sequence[float],
 ) -> ClassResults:
-    """Return the average precision of every class at every IoU threshold.
-
-    Raises:
-        ValueError: a label is not in 0..K-1, or no object counts.
-    """
+    """Return the average precision of every class at every IoU threshold."""
     K = len(class_names)
     npos = count_objects(detections, ground_truth, K)
     outcome, order = match(detections, ground_truth, protocol, iou_thresholds)
@@ -170,11 +160,7 @@ def voc_ap(
 
 
 def count_objects(detections: Detections, ground_truth: GroundTruth, num_classes: int) -> Ints:
-    """Return (K,) the number of objects of each class that are not difficult.
-
-    Raises:
-        ValueError: a label is not in 0..K-1, or no class has such an object.
-    """
+    """Return (K,) the number of objects of each class that are not difficult, and check labels."""
     for kind, labels in (("detections", detections.labels), ("objects", ground_truth.labels)):
         if labels.size and (labels.min() < 0 or labels.max() >= num_classes):
             raise ValueError(
@@ -191,11 +177,7 @@ def count_objects(detections: Detections, ground_truth: GroundTruth, num_classes
 
 
 def average_precision(recall: Floats, precision: Floats, method: Method) -> float:
-    """Return the average of `interpolated_precision` over recall by one of METHODS.
-
-    "11point" is VOC 2007's, "11point_float" py-faster-rcnn's and detectron2's, "area" that of VOC
-    2010 and later.
-    """
+    """Return the average of `interpolated_precision` over recall by one of METHODS."""
     if method == "area":
         best = interpolated_precision(recall, precision, recall)
         return float((np.diff(recall, prepend=0.0) * best).sum())
@@ -221,10 +203,9 @@ def match(
 ) -> tuple[NDArray[np.int8], NDArray[np.intp]]:
     """Rank the detections and decide which are TRUE_POSITIVE, FALSE_POSITIVE or IGNORED.
 
-    A detection is assigned to the object of its image and class with which it overlaps most (the
-    first of equals), difficult or not. If the overlap is too small, it is false; if the object is
-    difficult, it is ignored. Of the others assigned to an object, the one with the best score is
-    true and the rest are false.
+    A detection belongs to the object of its image and class with which it overlaps most (the first
+    of equals), difficult or not. If the overlap is too small, it is false; if the object is
+    difficult, it is ignored. Of the others of an object, the one with the best score is true.
 
     Returns:
         outcome (T, N), best first within each label, and order (N,), the detections' indices.

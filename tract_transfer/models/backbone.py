@@ -22,8 +22,7 @@ class MapInfo(NamedTuple):
 class Backbone(nn.Module):
     """A feature extractor with one state dict and two outputs: pooled features and feature maps.
 
-    Images are RGB, (B, 3, H, W), uint8 or float in [0, 1]. The backbone normalizes them with
-    buffers that are part of its state dict.
+    Images are RGB, (B, 3, H, W), uint8 or float in [0, 1]; buffers `mean` and `std` normalize them.
 
     Attributes:
         origin: name, stem and args of the `build_backbone` call that made it.

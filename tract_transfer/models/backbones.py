@@ -28,8 +28,7 @@ def build_backbone(
     """Build `timm/<model>`, `torchvision/<model>` or an entry of BACKBONES such as cifar/resnet18.
 
     Args:
-        stem: "default", or a replacement from stem.py: "cifar", "patch_norm", "dual_patch_norm" or
-            "whitened".
+        stem: "default", or a replacement; see `change_stem`.
         args: arguments of the model's constructor.
         pretrained: load the library's pre-trained weights (from its hub).
 
@@ -38,23 +37,20 @@ def build_backbone(
         ValueError: the constructor rejects `args`, or the stem does not fit.
     """
     check_backbone_name(name)
+    args = args or {}
     source, _, model_name = name.partition("/")
     is_library = source in ("timm", "torchvision")
     build = BACKBONES.get(source if is_library else name)
     if pretrained and not is_library:
         raise ValueError(f"{name} has no published weights; set model.weights to a path.")
     try:
-        if is_library:
-            backbone = build(model_name, args or {}, pretrained)
-        else:
-            backbone = build(**(args or {}))
+        backbone = build(model_name, args, pretrained) if is_library else build(**args)
     except (TypeError, AssertionError, RuntimeError) as error:  # what constructors raise
-        raise ValueError(
-            f"{name} cannot be built with model.backbone.args {args}: {error}"
-        ) from error
+        message = f"{name} cannot be built with model.backbone.args {args}: {error}"
+        raise ValueError(message) from error
     assert isinstance(backbone, Backbone)
     change_stem(backbone, stem)
-    backbone.origin = {"name": name, "stem": stem, "args": args or {}}
+    backbone.origin = {"name": name, "stem": stem, "args": args}
     return backbone
 
 
@@ -70,8 +66,7 @@ def check_backbone_name(name: str) -> None:
         models = torchvision.models.list_models(module=torchvision.models)
         if model not in models:
             hint = did_you_mean(model, models)
-            message = f"torchvision has no classification model {model!r}.{hint} Known: {models}"
-            raise KeyError(message)
+            raise KeyError(f"torchvision has no classification model {model!r}.{hint} {models}")
 
 
 class TimmBackbone(Backbone):
@@ -150,9 +145,7 @@ class TorchvisionBackbone(Backbone):
 def torchvision_backbone(model_name: str, args: dict[str, Any], pretrained: bool) -> Backbone:
     """Wrap `torchvision.models.get_model(model_name, **args)`."""
     inception = model_name in ("googlenet", "inception_v3")
-    if inception and pretrained:
-        # These weights expect images in [-1, 1]. torchvision would convert to that range inside
-        # the model, and model.json would not record it.
+    if inception and pretrained:  # convert images to [-1, 1] here, where model.json records it
         args = {"transform_input": False, **args}
     elif inception:
         args = {"aux_logits": False, "init_weights": True, **args}
@@ -160,15 +153,11 @@ def torchvision_backbone(model_name: str, args: dict[str, Any], pretrained: bool
     model = torchvision.models.get_model(model_name, weights=weights, **args)
     if inception and pretrained:
         model.aux_logits, model.AuxLogits = False, None
-    first = next(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv2d) and module.in_channels == 3
-    )
+    readers = [n for n, m in model.named_modules() if getattr(m, "in_channels", None) == 3]
     backbone = TorchvisionBackbone(
         model,
         feature_dim=_remove_classifier(model),
-        first_layers=[first],
+        first_layers=readers[:1],
         mean=(0.5, 0.5, 0.5) if inception and pretrained else IMAGENET_MEAN,
         std=(0.5, 0.5, 0.5) if inception and pretrained else IMAGENET_STD,
         image_size_px=getattr(model, "image_size", None),

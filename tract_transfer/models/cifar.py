@@ -1,8 +1,8 @@
 """Backbones for 32 px: the paper's ResNet-18 and ViT (figures 3 and 4), and table 1's networks.
 
 Networks that timm or torchvision has are wrapped, with a 3x3 stem of stride 1 and no max-pool;
-SqueezeNet, ShuffleNet and NASNet are implemented here. docs/guides/models.md lists all, and how they
-differ from the implementation behind table 1.
+SqueezeNet, ShuffleNet and NASNet are implemented here. docs/guides/models.md lists all, and how
+they differ from the implementation behind table 1.
 """
 
 from collections import OrderedDict
@@ -49,28 +49,17 @@ def cifar_vit(
     depth: int = 7, width: int = 384, num_heads: int = 12, patch_size_px: int = 4
 ) -> Backbone:
     """The paper's ViT for 32 px: 4x4 patches, a class token, MLPs of the same width (figure 4)."""
-    args = {
-        "img_size": 32,
-        "patch_size": patch_size_px,
-        "depth": depth,
-        "num_heads": num_heads,
-        "embed_dim": width,
-        "mlp_ratio": 1,
-    }
+    args = {"img_size": 32, "patch_size": patch_size_px, "depth": depth, "num_heads": num_heads}
+    args |= {"embed_dim": width, "mlp_ratio": 1}
     backbone = timm_backbone("vit_small_patch16_224", args, False)
     backbone.set_normalization(CIFAR_MEAN, CIFAR_STD)
     return backbone
 
 
 class Net(NamedTuple):
-    """A network of table 1.
+    """A network of table 1: its row, and `timm/<model>`, `torchvision/<model>` or `own` (below).
 
-    Attributes:
-        row: its name in the table.
-        source: `timm/<model>` or `torchvision/<model>`; `own` for the networks below.
-        args: arguments of the library's constructor.
-        at_stride_1: modules whose stride becomes 1.
-        without: modules that are removed.
+    `args` are the constructor's; modules `at_stride_1` lose their stride, others are left out.
     """
 
     row: str
@@ -88,13 +77,8 @@ ZOO = {
     "mobilenetv2": Net("MobileNetV2", "timm/mobilenetv2_100"),
     "shufflenet": Net("ShuffleNet", "own"),
     "shufflenetv2": Net("ShuffleNetV2", "torchvision/shufflenet_v2_x1_0"),
-    "vgg11": Net("VGG-11", "torchvision/vgg11_bn"),
-    "vgg13": Net("VGG-13", "torchvision/vgg13_bn"),
-    "vgg16": Net("VGG-16", "torchvision/vgg16_bn"),
-    "vgg19": Net("VGG-19", "torchvision/vgg19_bn"),
-    "densenet121": Net("DenseNet121", "torchvision/densenet121"),
-    "densenet161": Net("DenseNet161", "torchvision/densenet161"),
-    "densenet201": Net("DenseNet201", "torchvision/densenet201"),
+    **{f"vgg{n}": Net(f"VGG-{n}", f"torchvision/vgg{n}_bn") for n in (11, 13, 16, 19)},
+    **{f"densenet{n}": Net(f"DenseNet{n}", f"torchvision/densenet{n}") for n in (121, 161, 201)},
     "googlenet": Net("GoogLeNet", "torchvision/googlenet", without=("maxpool1", "maxpool2")),
     "inceptionv3": Net("Inception-v3", "timm/inception_v3", without=("Pool1", "Pool2")),
     "inceptionv4": Net(
@@ -106,18 +90,14 @@ ZOO = {
         "Inception-RN-v2", "timm/inception_resnet_v2", without=("maxpool_3a", "maxpool_5a")
     ),
     "xception": Net("Xception", "timm/legacy_xception"),
-    "resnet34": Net("ResNet34", "timm/resnet34", _PLAIN),
-    "resnet50": Net("ResNet50", "timm/resnet50", _PLAIN),
-    "resnet101": Net("ResNet101", "timm/resnet101", _PLAIN),
-    "resnet152": Net("ResNet152", "timm/resnet152", _PLAIN),
+    **{f"resnet{n}": Net(f"ResNet{n}", f"timm/resnet{n}", _PLAIN) for n in (34, 50, 101, 152)},
     "resnext50": Net("ResNeXt50", "timm/resnext50_32x4d", _PLAIN),
     "resnext101": Net("ResNeXt101", "timm/resnext101_32x4d", _PLAIN),
     "resnext152": Net("ResNeXt152", "timm/resnext50_32x4d", {**_PLAIN, "layers": (3, 4, 36, 3)}),
-    "seresnet18": Net("SE-ResNet18", "timm/seresnet18", _PLAIN),
-    "seresnet34": Net("SE-ResNet34", "timm/seresnet34", _PLAIN),
-    "seresnet50": Net("SE-ResNet50", "timm/seresnet50", _PLAIN),
-    "seresnet101": Net("SE-ResNet101", "timm/seresnet101", _PLAIN),
-    "seresnet152": Net("SE-ResNet152", "timm/seresnet152", _PLAIN),
+    **{
+        f"seresnet{n}": Net(f"SE-ResNet{n}", f"timm/seresnet{n}", _PLAIN)
+        for n in (18, 34, 50, 101, 152)
+    },
     "nasnet": Net("NASNet", "own"),
     "wideresnet": Net(
         "Wide-RN-40-10",
@@ -125,10 +105,10 @@ ZOO = {
         {**_PLAIN, "layers": (6, 6, 6), "channels": (160, 320, 640), "stem_chs": 16},
         without=("stem.pool",),
     ),
-    "stochasticdepth18": Net("StochD-RN-18", "timm/resnet18", _DROPPED),
-    "stochasticdepth34": Net("StochD-RN-34", "timm/resnet34", _DROPPED),
-    "stochasticdepth50": Net("StochD-RN-50", "timm/resnet50", _DROPPED),
-    "stochasticdepth101": Net("StochD-RN-101", "timm/resnet101", _DROPPED),
+    **{
+        f"stochasticdepth{n}": Net(f"StochD-RN-{n}", f"timm/resnet{n}", _DROPPED)
+        for n in (18, 34, 50, 101)
+    },
 }
 
 
@@ -150,19 +130,12 @@ def _build(net: Net, **args: Any) -> Backbone:
     for name in net.at_stride_1:
         layer = model.get_submodule(name)
         layer.stride = (1, 1) if isinstance(layer, nn.Conv2d) else 1
-    if net.row.startswith("ResNeXt"):
-        _group_first_convolutions(model)
-    return backbone
-
-
-def _group_first_convolutions(model: nn.Module) -> None:
-    """Group the first 1x1 convolution of each ResNeXt block, as table 1's networks do."""
-    for block in model.modules():
-        if isinstance(block, Bottleneck):
-            old = block.conv1
-            groups = block.conv2.groups
+    for block in model.modules() if net.row.startswith("ResNeXt") else ():
+        if isinstance(block, Bottleneck):  # table 1's ResNeXts group the first convolution too
+            old, groups = block.conv1, block.conv2.groups
             block.conv1 = nn.Conv2d(old.in_channels, old.out_channels, 1, groups=groups, bias=False)
             nn.init.kaiming_normal_(block.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return backbone
 
 
 for _name, _net in ZOO.items():
@@ -183,7 +156,7 @@ def cifar_squeezenet() -> Backbone:
         if number in (4, 8):
             layers.append(nn.MaxPool2d(2))
         inputs = width
-    return _wrap(TorchvisionBackbone, _pooled(layers), inputs, "features.0.0")
+    return _pooled(layers, inputs)
 
 
 @BACKBONES.register("cifar/shufflenet")
@@ -195,7 +168,7 @@ def cifar_shufflenet() -> Backbone:
         for index in range(depth):
             layers.append(ShuffleUnit(inputs, width, groups=3, stride=1 if index else 2))
             inputs = width
-    return _wrap(TorchvisionBackbone, _pooled(layers), inputs, "features.0.0")
+    return _pooled(layers, inputs)
 
 
 @BACKBONES.register("cifar/nasnet")
@@ -205,20 +178,16 @@ def cifar_nasnet(depth: int = 4, width: int = 44) -> Backbone:
     return _wrap(NasnetBackbone, model, model.feature_dim, "stem.0")
 
 
-def _pooled(layers: Sequence[nn.Module]) -> nn.Sequential:
-    """Return `layers` and the spatial mean of their output: (B, 3, H, W) -> (B, D)."""
+def _pooled(layers: Sequence[nn.Module], feature_dim: int) -> Backbone:
+    """Return a backbone whose features are the spatial mean after `layers`."""
     features, pool = nn.Sequential(*layers), nn.AdaptiveAvgPool2d(1)
-    return nn.Sequential(OrderedDict(features=features, pool=pool, flatten=nn.Flatten()))
+    model = nn.Sequential(OrderedDict(features=features, pool=pool, flatten=nn.Flatten()))
+    return _wrap(TorchvisionBackbone, model, feature_dim, "features.0.0")
 
 
 def _wrap(kind: type[Backbone], model: nn.Module, feature_dim: int, first_layer: str) -> Backbone:
-    backbone = kind(
-        model,
-        feature_dim=feature_dim,
-        first_layers=[first_layer],
-        mean=CIFAR100_MEAN,
-        std=CIFAR100_STD,
-    )
+    options: Any = {"feature_dim": feature_dim, "first_layers": [first_layer]}
+    backbone = kind(model, **options, mean=CIFAR100_MEAN, std=CIFAR100_STD)
     backbone.usual_size_px = 32
     return backbone
 
@@ -269,9 +238,7 @@ def separable(channels: int, size: int, *, stride: int = 1) -> nn.Sequential:
     for step in (stride, 1):
         layers += [
             nn.ReLU(),
-            nn.Conv2d(
-                channels, channels, size, step, padding=size // 2, groups=channels, bias=False
-            ),
+            nn.Conv2d(channels, channels, size, step, size // 2, groups=channels, bias=False),
             nn.Conv2d(channels, channels, 1, bias=False),
             nn.BatchNorm2d(channels),
         ]

@@ -1,6 +1,7 @@
 """The classifier: a backbone and a head."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ class Classifier(nn.Module):
         label_smoothing: the share of each target that is spread evenly over all classes.
         loss: `cross_entropy`, or `bce`: binary cross-entropy per class, averaged over images and
             classes (Wightman et al. 2021).
-        bce_target_threshold: targets above it become 1, all others 0. With 0 (DeiT III) both
-            classes of a mixed image are fully present. None keeps targets as they are.
+        bce_target_threshold: targets of bce above it become 1, all others 0. With 0 (DeiT III)
+            both classes of a mixed image are fully present. None keeps targets as they are.
     """
 
     def __init__(
@@ -35,16 +36,10 @@ class Classifier(nn.Module):
         head: nn.Module,
         label_smoothing: float = 0.0,
         *,
-        loss: str = "cross_entropy",
+        loss: Literal["cross_entropy", "bce"] = "cross_entropy",
         bce_target_threshold: float | None = None,
     ) -> None:
         super().__init__()
-        if loss not in ("cross_entropy", "bce"):
-            raise ValueError(f"loss must be cross_entropy or bce, got {loss!r}.")
-        if bce_target_threshold is not None and (loss != "bce" or label_smoothing):
-            raise ValueError(
-                "bce_target_threshold needs loss: bce and label_smoothing: 0, which it would undo."
-            )
         self.backbone = backbone
         self.head = head
         self.label_smoothing = label_smoothing

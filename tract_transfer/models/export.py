@@ -8,6 +8,7 @@ If neither library has such a model, it stays as it is, beside metadata to rebui
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,17 @@ from tract_transfer.models.weights import build_from_metadata, read_metadata
 from tract_transfer.models.weights_file import METADATA_NAME, WEIGHTS_NAME, check_hash, read_tensors
 
 CONFIG_NAME, ONNX_NAME = "config.json", "model.onnx"
-OPSET = 18
+OPSET, ONNX_PACKAGES = 18, ("onnx", "onnxruntime", "onnxscript")
 MAX_DIFFERENCE, MAX_ONNX_DIFFERENCE = 1e-5, 1e-4
 
 
 @dataclass
 class Portable:
-    """A classifier as a library's model.
+    """A classifier as the model `name` of a library (timm, torchvision or tract_transfer).
 
     Attributes:
-        library: `timm`, `torchvision` or `tract_transfer`.
-        name, args: what the library builds the model from.
-        model: the model with its weights, in eval mode. A library's takes normalized images.
+        args: arguments of the library's constructor.
+        model: in eval mode, with its weights. A library's takes normalized images.
         edits: Python lines that give the library's model the stem of ours.
         reason: why it is not a library's model.
     """
@@ -49,28 +49,18 @@ class Portable:
     reason: str | None = None
 
 
-class Logits(nn.Module):
-    """(B, 3, H, W) float RGB in [0, 1] -> (B, K) logits, normalised inside."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self.backbone = classifier.backbone
-        self.head = classifier.head
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.backbone.pooled(images))
-        return logits
-
-
 def to_library(classifier: Classifier, size_px: int) -> Portable:
-    """Return the classifier as a library's model with the same logits, or else unchanged.
-
-    The logits are compared on images of `size_px`.
-    """
+    """Return a library's model with the classifier's logits at `size_px`, or the classifier."""
     classifier.eval()
     try:
         portable = _library_model(classifier)
-        _compare(Logits(classifier), classifier.backbone, portable.model, size_px)
+        images = _random_images(size_px)
+        with torch.no_grad():
+            expected = classifier(images)
+            logits = portable.model(classifier.backbone.normalize(images))
+        difference = (logits - expected).abs().max().item()
+        if not difference <= MAX_DIFFERENCE * max(1.0, expected.abs().max().item()):
+            raise ValueError(f"the library's model gives logits that differ by {difference:.1e}")
     except ValueError as error:
         name = classifier.backbone.origin["name"]
         return Portable("tract_transfer", name, {}, classifier, reason=str(error))
@@ -78,10 +68,7 @@ def to_library(classifier: Classifier, size_px: int) -> Portable:
 
 
 def save_portable(folder: Path, portable: Portable, metadata: Mapping[str, Any]) -> None:
-    """Write model.safetensors, and `metadata` as config.json (timm's) or model.json beside it.
-
-    model.json also records the sha256 of the weights.
-    """
+    """Write the weights, and `metadata` as config.json (timm's) or model.json (with their hash)."""
     tensors = {name: t.contiguous().clone() for name, t in portable.model.state_dict().items()}
     save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
     is_timm = portable.library == "timm" and not portable.edits
@@ -100,7 +87,7 @@ def load_exported(folder: str | Path) -> Classifier:
     metadata = read_metadata(Path(folder))
     if "head" not in metadata:
         raise ValueError(
-            f"{folder} holds no exported classifier. Its README.md says how to load it."
+            f"{folder} holds no classifier of ours. Its README.md shows how to load it."
         )
     backbone = build_from_metadata(metadata)
     head = metadata["head"]
@@ -111,9 +98,7 @@ def load_exported(folder: str | Path) -> Classifier:
     try:
         classifier.load_state_dict(read_tensors(file))
     except RuntimeError as error:  # what load_state_dict raises
-        raise ValueError(
-            f"{file} is not what {METADATA_NAME} beside it describes: {error}"
-        ) from error
+        raise ValueError(f"{file} does not match {METADATA_NAME} beside it: {error}") from error
     return classifier.eval()
 
 
@@ -129,10 +114,9 @@ def export_onnx(classifier: Classifier, size_px: int, file: Path) -> None:
     require_onnx()
     import onnxruntime
 
-    model = Logits(classifier).eval()
-    images = torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
+    images = _random_images(size_px)
     torch.onnx.export(
-        model,
+        classifier.eval(),
         (images,),
         file,
         input_names=["images"],
@@ -147,7 +131,7 @@ def export_onnx(classifier: Classifier, size_px: int, file: Path) -> None:
     for batch in (images, torch.cat([images, 1 - images[:1]])):
         (logits,) = session.run(None, {"images": batch.numpy()})
         with torch.no_grad():
-            difference = (torch.from_numpy(logits) - model(batch)).abs().max().item()
+            difference = (torch.from_numpy(logits) - classifier(batch)).abs().max().item()
         if not difference <= MAX_ONNX_DIFFERENCE:
             file.unlink()
             raise ValueError(
@@ -158,14 +142,8 @@ def export_onnx(classifier: Classifier, size_px: int, file: Path) -> None:
 
 def require_onnx() -> None:
     """Raise an ImportError with the pip command if a package for --onnx is missing."""
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f"--onnx needs more packages ({error}): pip install onnx onnxruntime onnxscript"
-        ) from error
+    if not all(map(find_spec, ONNX_PACKAGES)):
+        raise ImportError(f"--onnx needs more packages: pip install {' '.join(ONNX_PACKAGES)}")
 
 
 def _library_model(classifier: Classifier) -> Portable:
@@ -205,16 +183,11 @@ def _edit_stem(model: nn.Module, backbone: Backbone) -> list[str]:
         conv = ours[name]
         if repr(conv) == repr(theirs[name]) or not isinstance(conv, nn.Conv2d):
             continue
-        channels = conv.in_channels, conv.out_channels
-        options: Any = {
-            "kernel_size": conv.kernel_size[0],
-            "stride": conv.stride[0],
-            "padding": conv.padding[0],
-            "bias": conv.bias is not None,
-        }
-        model.set_submodule(name, nn.Conv2d(*channels, **options))
-        arguments = ", ".join([*map(str, channels), *(f"{k}={v}" for k, v in options.items())])
-        edits.append(f"model.set_submodule({name!r}, torch.nn.Conv2d({arguments}))")
+        sizes: Any = {key: getattr(conv, key) for key in ("kernel_size", "stride", "padding")}
+        sizes["bias"] = conv.bias is not None
+        new: Any = nn.Conv2d(conv.in_channels, conv.out_channels, **sizes)
+        model.set_submodule(name, new)
+        edits.append(f"model.set_submodule({name!r}, torch.nn.{new})")
     for name in POOL_NAMES:
         if isinstance(ours.get(name), nn.Identity) and not isinstance(theirs[name], nn.Identity):
             model.set_submodule(name, nn.Identity())
@@ -222,10 +195,5 @@ def _edit_stem(model: nn.Module, backbone: Backbone) -> list[str]:
     return edits
 
 
-def _compare(logits: Logits, backbone: Backbone, model: nn.Module, size_px: int) -> None:
-    images = torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = logits(images)
-        difference = (model(backbone.normalize(images)) - expected).abs().max().item()
-    if not difference <= MAX_DIFFERENCE * max(1.0, expected.abs().max().item()):
-        raise ValueError(f"the library's model gives logits that differ by {difference:.1e}")
+def _random_images(size_px: int) -> Tensor:
+    return torch.rand(2, 3, size_px, size_px, generator=torch.Generator().manual_seed(0))

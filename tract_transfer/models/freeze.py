@@ -1,8 +1,7 @@
 """What changes about a backbone before training: frozen stages, BatchNorms, stochastic depth."""
 
-from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from timm.layers import DropPath
@@ -15,24 +14,19 @@ from tract_transfer.models.backbone import Backbone
 def freeze_stages(backbone: Backbone, count: int) -> None:
     """Freeze the first `count` stages: their weights and the statistics of their BatchNorms.
 
-    Stages are counted as detectron2 counts those of a ResNet: 1 is the stem, 2 the stem and the
-    first stage, 5 everything. For a VGG, 1 is conv1_x and 5 conv5_x. For a plain ViT, 1 is the
-    patch embedding, and each further stage a quarter of its blocks.
-
-    Raises:
-        ValueError: the backbone has fewer stages.
+    They are counted as detectron2 counts those of a ResNet: 1 is the stem, 2 also the first stage,
+    5 everything. A VGG's are conv1_x to conv5_x; a plain ViT's its patch embedding and quarters of
+    its blocks. More stages than the backbone has are a ValueError.
     """
     stages = stage_names(backbone) if count else []
     if not 0 <= count <= len(stages):
-        raise ValueError(
-            f"model.freeze_at {count} must be at most {len(stages)}, the stages of this backbone."
-        )
+        raise ValueError(f"model.freeze_at {count} must be at most {len(stages)} here.")
     for name in (name for stage in stages[:count] for name in stage):
         module = backbone.model.get_submodule(name)
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
         if isinstance(module, _BatchNorm):
-            _keep_in_eval(module)
+            module.register_forward_pre_hook(_eval_hook)
 
 
 def stage_names(backbone: Backbone) -> list[list[str]]:
@@ -53,23 +47,17 @@ def stage_names(backbone: Backbone) -> list[list[str]]:
     for end in ends:
         inside = [i for i, n in enumerate(names) if n == end or n.startswith(f"{end}.")]
         cuts.append(max(inside) + 1)
-
-    def has_parameters(name: str) -> bool:
-        return any(True for _ in model.get_submodule(name).parameters(recurse=False))
-
     stages = [names[start:stop] for start, stop in pairwise(cuts)]
-    return [stage for stage in stages if any(map(has_parameters, stage))]
+    owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+    return [stage for stage in stages if owners & set(stage)]
 
 
-def set_norm(backbone: Backbone, norm: str) -> Backbone:
+def set_norm(backbone: Backbone, norm: Literal["trained", "frozen", "synced"]) -> Backbone:
     """Make the BatchNorms of a backbone `trained`, `frozen` or `synced`; return the backbone.
 
-    `trained` leaves them as they are; `frozen` fixes statistics and weights (small batches, a
-    pre-trained backbone); `synced` computes statistics over all processes. State dict names stay
-    the same.
+    `frozen` fixes statistics and weights; `synced` computes statistics over all processes. State
+    dict names stay the same.
     """
-    if norm not in ("trained", "frozen", "synced"):
-        raise ValueError(f"model.norm must be trained, frozen or synced, got {norm!r}.")
     if norm == "trained":
         return backbone
     batch_norms = [module for module in backbone.modules() if isinstance(module, _BatchNorm)]
@@ -80,56 +68,36 @@ def set_norm(backbone: Backbone, norm: str) -> Backbone:
         return backbone
     for module in batch_norms:
         module.requires_grad_(False)
-        _keep_in_eval(module)
+        module.register_forward_pre_hook(_eval_hook)
     return backbone
 
 
-def _keep_in_eval(norm: _BatchNorm) -> None:
-    """Keep a BatchNorm in eval mode, even if the model is set to training."""
-    norm.register_forward_pre_hook(_to_eval)
-
-
-def _to_eval(module: nn.Module, _inputs: Any) -> None:
+def _eval_hook(module: nn.Module, _inputs: Any) -> None:
+    """A forward hook: keep a BatchNorm in eval mode, even if the model is set to training."""
     module.eval()
 
 
-def set_drop_path(model: nn.Module, rate: float, mode: str) -> None:
+def set_drop_path(model: nn.Module, rate: float, mode: Literal["constant", "linear"]) -> None:
     """Set stochastic depth (Huang et al. 2016) in a timm model: drop residual branches per sample.
 
     Args:
         rate: probability of dropping a branch in training, in [0, 1).
         mode: `constant`: `rate` for every block (DeiT III). `linear`: from 0 for the first block
-            to `rate` for the last, as in timm's ViTs, ResNets, ConvNeXts and Swins.
-
-    Raises:
-        ValueError: an unknown mode, or a model without timm's stochastic depth.
+            to `rate` for the last, as in timm.
     """
-    if mode not in ("constant", "linear"):
-        raise ValueError(f"model.backbone.drop_path.mode must be constant or linear, got {mode!r}.")
-    blocks = list(_blocks(model))
+    kinds = DropPath | nn.Identity | None  # without a DropPath where the rate is 0
+    blocks = []
+    for block in model.modules():
+        attributes = {**vars(block), **block._modules}.items()
+        names = [n for n, v in attributes if n.startswith("drop_path") and isinstance(v, kinds)]
+        if names:
+            blocks.append((block, names))
     if not blocks:
         raise ValueError(
-            "model.backbone.drop_path is for timm's models with residual branches, and this one "
-            "has none. Set it to null."
+            "model.backbone.drop_path is for timm's models with residual branches. Set it to null."
         )
     for number, (block, names) in enumerate(blocks):
         share = 1.0 if mode == "constant" else number / max(len(blocks) - 1, 1)
         for name in names:
             layer = DropPath(rate * share) if rate * share else nn.Identity()
             setattr(block, name, layer.train(block.training))
-
-
-def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[str]]]:
-    """Yield each residual block with the names of its attributes for stochastic depth.
-
-    timm sets them to None or an Identity where the rate is 0.
-    """
-    for block in model.modules():
-        names = [
-            name
-            for name, value in {**vars(block), **block._modules}.items()
-            if name.startswith("drop_path")
-            and (value is None or isinstance(value, DropPath | nn.Identity))
-        ]
-        if names:
-            yield block, names

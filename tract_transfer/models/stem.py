@@ -22,10 +22,8 @@ def change_stem(backbone: Backbone, stem: str) -> None:
 
     `cifar` is a 3x3 convolution of stride 1 without the max-pool. `patch_norm` and
     `dual_patch_norm` add LayerNorms around a patch embedding. `whitened` puts a frozen 2x2
-    convolution, whose filters `whiten` sets, before the first convolution.
-
-    Raises:
-        ValueError: an unknown stem, or one that does not fit the backbone.
+    convolution, whose filters `whiten` sets, before the first convolution. A stem that does not fit
+    the backbone is a ValueError.
     """
     if stem == "cifar":
         replace_stem(backbone)
@@ -47,28 +45,22 @@ def replace_stem(backbone: Backbone, *, keep_pool: bool = False) -> None:
     if old is None or _reads_patches(old):
         raise ValueError(
             "model.backbone.stem: cifar replaces the first convolution of a model, and this one "
-            f"starts with {names}: {old}. Set its patch size instead, such as "
-            "model.backbone.args.patch_size=4."
+            f"starts with {names}: {old}. Set its patch size instead (args.patch_size=4)."
         )
-    new = nn.Conv2d(
-        old.in_channels, old.out_channels, 3, stride=1, padding=1, bias=old.bias is not None
-    )
+    new = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=old.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     if new.bias is not None:
         nn.init.zeros_(new.bias)
     backbone.set_submodule(names[0], new)
-    if keep_pool:
-        return
-    for pool in POOL_NAMES:
-        if pool in dict(backbone.model.named_modules()):
-            backbone.model.set_submodule(pool, nn.Identity())
+    for name, _ in list(backbone.model.named_modules()):
+        if name in POOL_NAMES and not keep_pool:
+            backbone.model.set_submodule(name, nn.Identity())
 
 
 class NormedPatches(nn.Module):
     """A patch embedding of normalized patches, (B, C, H, W) -> (B, O, H / P, W / P).
 
-    The embedding keeps its weights. `dual` adds a second LayerNorm behind it (Dual PatchNorm,
-    Kumar et al. 2023).
+    `dual` adds a second LayerNorm behind it (Dual PatchNorm, Kumar et al. 2023).
     """
 
     def __init__(self, embedding: nn.Conv2d, *, dual: bool) -> None:
@@ -86,10 +78,9 @@ class NormedPatches(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         patches = F.unfold(images, self.patch_size_px, stride=self.patch_size_px)  # (B, N, L)
         tokens: Tensor = self.after(self.linear(self.before(patches.transpose(1, 2))))
-        grid = [
-            side // step for side, step in zip(images.shape[-2:], self.patch_size_px, strict=True)
-        ]
-        features: Tensor = tokens.transpose(1, 2).unflatten(2, grid)
+        features: Tensor = tokens.transpose(1, 2).unflatten(
+            2, (-1, images.shape[-1] // self.patch_size_px[1])
+        )
         return features
 
 
@@ -119,16 +110,8 @@ def _prepend_whitening(backbone: Backbone) -> None:
         )
     whitening = nn.Conv2d(old.in_channels, 8 * old.in_channels, 2, bias=False)
     whitening.weight.requires_grad_(False)
-    new = nn.Conv2d(
-        whitening.out_channels,
-        old.out_channels,
-        old.kernel_size,
-        stride=old.stride,
-        padding=old.padding,
-        dilation=old.dilation,
-        bias=old.bias is not None,
-        padding_mode=old.padding_mode,
-    )
+    shape = whitening.out_channels, old.out_channels, old.kernel_size, old.stride, old.padding
+    new = nn.Conv2d(*shape, old.dilation, bias=old.bias is not None, padding_mode=old.padding_mode)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     parts = OrderedDict(whitening=whitening, activation=nn.GELU(), convolution=new)
     (name,) = backbone.first_layers
@@ -142,17 +125,15 @@ def whiten(backbone: Backbone, batches: Iterable[Tensor]) -> None:
     The filters rotate 2x2 patches of normalized images to their principal directions and scale
     each to mean square 1. Their negatives follow, because a GELU keeps only half of each.
     """
-    moment: Tensor | int = 0
-    count = 0
+    layer = _first_convolution(backbone)
+    assert layer is not None
+    moment, count = layer.weight.new_zeros((), dtype=torch.double), 0
     for images in batches:
         patches = F.unfold(backbone.normalize(images), 2).double()
         moment = moment + torch.einsum("bil,bjl->ij", patches, patches)
         count += patches.shape[0] * patches.shape[2]
-    assert isinstance(moment, Tensor)
     variances, directions = torch.linalg.eigh(moment / count)
     filters = (directions / (variances + WHITENING_EPS).sqrt()).T
-    layer = backbone.get_submodule(backbone.first_layers[0])
-    assert isinstance(layer, nn.Conv2d)
     with torch.no_grad():
         layer.weight.copy_(torch.cat([filters, -filters]).view_as(layer.weight))
 

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+import tract_transfer.models.weights_match as matching
 from tract_transfer.files import atomic_path, sha256_of, sync, write_json
 from tract_transfer.models.backbone import Backbone
 from tract_transfer.models.backbones import build_backbone
-from tract_transfer.models.weights_detectron2 import is_detectron2, load_detectron2
+from tract_transfer.models.weights_detectron2 import load_detectron2
 from tract_transfer.models.weights_file import (
     METADATA_NAME,
     WEIGHTS_NAME,
@@ -25,20 +26,7 @@ from tract_transfer.models.weights_file import (
     read_tensors,
     recorded_hash,
 )
-from tract_transfer.models.weights_match import (
-    HEADS,
-    OTHER,
-    TRAINING_ONLY,
-    MatchReport,
-    check_patterns,
-    few,
-    fill,
-    find_prefix,
-    from_transformers,
-    looks_like,
-    num_misfits,
-    split_weights,
-)
+from tract_transfer.models.weights_match import MatchReport, few, looks_like
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +34,8 @@ logger = logging.getLogger(__name__)
 def save_backbone(folder: Path, backbone: Backbone, metadata: Mapping[str, Any]) -> None:
     """Write the weights, and model.json with `metadata` (method, seed, data, ...) beside them.
 
-    Both files are written atomically. model.json records the sha256 of the weights. If it describes
-    other weights, it is removed first, so that a kill in between leaves weights without metadata
-    and never with wrong metadata.
+    Both files are written atomically. A model.json of other weights is removed in between: a kill
+    leaves weights without metadata, and never with wrong ones.
     """
     tensors = {name: tensor.contiguous() for name, tensor in backbone.state_dict().items()}
     needed_bytes = sum(tensor.nbytes for tensor in tensors.values())
@@ -80,9 +67,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """Return the content of model.json in the run folder, or beside the weights file, `path`.
 
     Raises:
-        FileNotFoundError: there is no model.json.
-        ValueError: model.json is not JSON or describes no backbone; or it is missing, and `path`
-            is not a weights file either.
+        FileNotFoundError, ValueError: there is no model.json, or it describes no backbone.
     """
     file = _metadata_path(path)
     if not file.is_file():
@@ -90,8 +75,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
             read_tensors(path)  # its errors come first: a web page needs another fix
         raise FileNotFoundError(
             f"No {METADATA_NAME} at {file.parent}, so the backbone of {path} is unknown. Set "
-            f"model.backbone.name{_hub_name(file.parent)}, or model.weights to a finished run "
-            "folder."
+            "model.backbone.name, or model.weights to a finished run folder."
         )
     try:
         metadata = json.loads(file.read_text(encoding="utf-8"))
@@ -104,15 +88,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def _metadata_path(path: Path) -> Path:
     return (path if path.is_dir() else path.parent) / METADATA_NAME
-
-
-def _hub_name(folder: Path) -> str:
-    """Return `=timm/<architecture>` from timm's config.json in the folder, or an empty string."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return f"=timm/{config['architecture']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def build_from_metadata(metadata: Mapping[str, Any]) -> Backbone:
@@ -137,37 +112,34 @@ def load_weights(
 ) -> MatchReport:
     """Load a weights file into a backbone: all of its weights or none.
 
-    Prefixes of any wrapper are stripped, the file's own head is dropped, and position embeddings
-    are resized (by timm). The normalization mean and std are loaded if the file has them.
+    Prefixes of wrappers are stripped, the file's head is dropped, position embeddings are resized
+    (by timm), and mean and std are loaded if the file has them.
 
     Args:
-        path: a `.safetensors`, `.pth`, `.pt`, `.bin` or `.pkl` file (nothing in it is executed),
-            or a folder with model.safetensors or pytorch_model.bin.
-        ignore_missing: patterns, like those of file names, of weights that may be missing or have
-            another shape in the file; they keep their initialization.
+        path: a `.safetensors`, `.pth`, `.pt`, `.bin` or `.pkl` file, or a folder with
+            model.safetensors or pytorch_model.bin. Nothing in it is executed.
+        ignore_missing: patterns (conv1.*) of weights that may be missing or have another shape;
+            they keep their initialization.
         adapt_stem: resample a patch embedding to the backbone's patch size, as timm does.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file cannot be read, is not the one that its model.json describes, or a
-            pattern matches no name.
+        FileNotFoundError, ValueError: no such file; it cannot be read, is not the one that its
+            model.json describes, or a pattern matches no name.
         WeightsError: names, shapes or values do not fit; nothing was loaded.
     """
     file = weights_file(path)
     model_state = backbone.model.state_dict()
-    check_patterns(ignore_missing, model_state)
+    matching.check_patterns(ignore_missing, model_state)
     warning = check_hash(file)
     tensors, report, mean, std = _read(file, backbone, model_state)
     if warning is not None:
         logger.warning("%s.", warning)
         report.notes.append(warning)
-    weights, dropped = split_weights(tensors, report.prefix, model_state, HEADS)
-    report.dropped |= dropped
+    weights = matching.drop(report, tensors, report.prefix, model_state, matching.HEADS)
     weights = _adapt(backbone, weights, model_state, report, adapt_stem)
-    weights, dropped = split_weights(weights, "", model_state, TRAINING_ONLY)
-    report.dropped |= dropped
+    weights = matching.drop(report, weights, "", model_state, matching.TRAINING_ONLY)
     parameters = {name for name, _ in backbone.model.named_parameters()}
-    fitting = fill(report, model_state, parameters, weights, ignore_missing)
+    fitting = matching.fill(report, model_state, parameters, weights, ignore_missing)
     if not report.fits:
         raise WeightsError(_refusal(report, backbone, weights), report)
     backbone.model.load_state_dict(fitting, strict=False)
@@ -178,11 +150,7 @@ def load_weights(
 
 
 def weights_file(path: Path) -> Path:
-    """Return the weights file at `path`, or in the folder `path`.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """Return the weights file at `path` or in the folder `path`; else raise FileNotFoundError."""
     names = (WEIGHTS_NAME, "pytorch_model.bin")
     files = [path / name for name in names] if path.is_dir() else [path]
     for file in files:
@@ -196,14 +164,13 @@ def _read(
 ) -> tuple[dict[str, Tensor], MatchReport, Tensor | None, Tensor | None]:
     """Return a file's tensors in timm's and torchvision's names, a new report, mean and std."""
     tensors = read_tensors(file)
-    if is_detectron2(tensors):
+    if any(name.endswith("stem.conv1.norm.weight") for name in tensors):
         source, _, skipped = load_detectron2(file)
-        report = MatchReport(str(file), "", dropped={OTHER: skipped} if skipped else {})
-        config_file = file.with_suffix(".yaml")
-        report.notes.append(f"detectron2's names; normalization from {config_file}")
+        report = MatchReport(str(file), "", dropped={matching.OTHER: skipped} if skipped else {})
+        report.notes.append(f"detectron2's names; normalization from {file.with_suffix('.yaml')}")
         return source.model.state_dict(), report, source.mean, source.std
-    tensors = from_transformers(tensors)
-    report = MatchReport(str(file), find_prefix(model_state, tensors))
+    tensors = matching.from_transformers(tensors)
+    report = MatchReport(str(file), matching.find_prefix(model_state, tensors))
     mean = std = None
     if report.prefix == "model." or report.prefix.endswith("backbone.model."):  # saved by us
         outer = report.prefix.removesuffix("model.")
@@ -221,26 +188,23 @@ def _adapt(
     report: MatchReport,
     adapt_stem: bool,
 ) -> dict[str, Tensor]:
-    """Convert `weights` with the library's own function for the model's family, if it fits better.
-
-    The patch embedding is resampled only if `adapt_stem` allows it.
-    """
+    """Convert `weights` by the function of the model's library, if they then fit better."""
     convert = _conversion(backbone.model)
+    if convert is None:
+        return weights
     try:
-        adapted = weights if convert is None else convert(dict(weights))
+        adapted = convert(dict(weights))
     except (KeyError, IndexError, RuntimeError, ValueError, AssertionError, AttributeError):
         return weights  # the file has another architecture
-    if num_misfits(adapted, model_state) >= num_misfits(weights, model_state):
+    if matching.num_misfits(adapted, model_state) >= matching.num_misfits(weights, model_state):
         return weights
     if not adapt_stem:
         kept = {tensor.data_ptr() for tensor in weights.values()}
         stems = [name for name in _stem_weights(backbone) if name in weights and name in adapted]
         adapted |= {name: weights[name] for name in stems if adapted[name].data_ptr() not in kept}
-    report.resized = {
-        name: f"{tuple(weights[name].shape)} -> {tuple(tensor.shape)}"
-        for name, tensor in adapted.items()
-        if name in weights and weights[name].shape != tensor.shape
-    }
+    for name, old in weights.items():
+        if name in adapted and old.shape != adapted[name].shape:
+            report.resized[name] = f"{tuple(old.shape)} -> {tuple(adapted[name].shape)}"
     used = {tensor.data_ptr() for tensor in adapted.values()}
     unused = [n for n, t in weights.items() if n not in adapted and t.data_ptr() not in used]
     if unused:
@@ -270,8 +234,8 @@ def _refusal(report: MatchReport, backbone: Backbone, weights: Mapping[str, Tens
     other_names = report.missing or report.unexpected
     if report.not_finite and not (other_names or misshapen):
         return (
-            f"{start}: NaN or infinite values in {few(report.not_finite)}. It is damaged, or was "
-            "saved by a training that diverged: take an earlier checkpoint or another copy."
+            f"{start}: NaN or infinite values in {few(report.not_finite)}. It is damaged, or the "
+            "training diverged: take an earlier checkpoint or another copy."
         )
     if misshapen and not other_names and set(misshapen) <= set(_stem_weights(backbone)):
         return (

@@ -6,7 +6,7 @@ file comes with a YAML in detectron2's own keys, which `cfg.merge_from_file` rea
 
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from tract_transfer.models.weights_match import RESNET_DEPTHS, blocks_per_stage
 AUTHOR = "tract_transfer"
 # Where a ResNet is in an FPN detector, in a C4 detector, or alone.
 _PREFIX = re.compile(r"(?:backbone\.bottom_up\.|backbone\.|roi_heads\.(?=res5))?")
-_STEM = "stem.conv1.weight"
 # The names of timm and torchvision -> detectron2's, rule by rule.
 _RULES = [
     (r"^conv1\.", "stem.conv1."),
@@ -48,33 +47,22 @@ _RESNETS = {
 
 
 def save_detectron2(path: Path, backbone: Backbone, metadata: Mapping[str, Any]) -> Path:
-    """Write a ResNet as detectron2's `.pkl` or `.pth`, and its config beside it.
+    """Write a ResNet as detectron2's `.pkl` or `.pth`, and its config beside it; return the latter.
 
-    Args:
-        path: ends in .pkl or .pth.
-        backbone: a ResNet of torchvision's architecture, from timm or torchvision.
-        metadata: stored in the file; detectron2 ignores it.
-
-    Returns:
-        The path of the config: `path` with the suffix .yaml.
-
-    Raises:
-        ValueError: detectron2 cannot build this backbone, or `path` has another suffix.
+    `metadata` is stored in the file; detectron2 ignores it. A ValueError reports a backbone that
+    detectron2 cannot build.
     """
     if path.suffix not in (".pkl", ".pth"):
         raise ValueError(f"detectron2 reads .pkl and .pth files, got {path}.")
     tensors = to_detectron2(backbone)
 
-    def pixels(values: Tensor) -> list[float]:
-        # 4 decimals in 0..255 are finer than float32 in 0..1, and give familiar values: 123.675.
-        return [round(255 * value, 4) for value in values.flatten().tolist()]
-
-    model = {
-        "PIXEL_MEAN": pixels(backbone.mean),
-        "PIXEL_STD": pixels(backbone.std),
-        "RESNETS": _resnets_section(tensors),
-        "WEIGHTS": str(path),
-    }
+    # 4 decimals in 0..255 are finer than float32 in 0..1, and give familiar values: 123.675.
+    mean, std = (
+        [round(255 * value, 4) for value in values.flatten().tolist()]
+        for values in (backbone.mean, backbone.std)
+    )
+    model = {"PIXEL_MEAN": mean, "PIXEL_STD": std, "RESNETS": _architecture(tensors)[1]}
+    model["WEIGHTS"] = str(path)
     # matching_heuristics lets detectron2 match names below `backbone.bottom_up.` too.
     content = {"__author__": AUTHOR, "matching_heuristics": True, "card": dict(metadata)}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,18 +90,13 @@ def to_detectron2(backbone: Backbone) -> dict[str, Tensor]:
         renamed = _detectron2_name(name)
         if _NAME.fullmatch(renamed) is None:
             raise ValueError(
-                f"{backbone.origin.get('name')} has a {name}, and detectron2's ResNet has no such "
-                "layer. A plain ResNet of timm or torchvision with its 7x7 stem can be converted; "
-                "for others use the backbone itself: build_tract_transfer_backbone."
+                f"{backbone.origin['name']} has a {name}, and detectron2's ResNet has no such "
+                "layer. Convert a plain ResNet of timm or torchvision with its 7x7 stem, or use "
+                "the backbone itself there: build_tract_transfer_backbone."
             )
         tensors[renamed] = tensor.detach().cpu().clone()
-    _check_outputs(backbone, _resnet_name(tensors))
+    _check_outputs(backbone, _architecture(tensors)[0])
     return tensors
-
-
-def is_detectron2(names: Iterable[str]) -> bool:
-    """Whether the names in a file are those of detectron2's ResNet."""
-    return any(name.endswith("stem.conv1.norm.weight") for name in names)
 
 
 def load_detectron2(
@@ -125,15 +108,13 @@ def load_detectron2(
 
     Args:
         path: a ResNet alone, or a whole detector, whose heads and pyramid are skipped.
-        config_file: a YAML with INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and
-            MODEL.RESNETS.STRIDE_IN_1X1, as detectron2 writes into each OUTPUT_DIR; by default
-            the one beside the weights.
+        config_file: the config.yaml of its training; by default a YAML beside the weights.
 
     Raises:
-        FileNotFoundError: no weights, or no config.
-        ValueError: the file cannot be read, or holds no ResNet of torchvision's architecture.
+        FileNotFoundError, ValueError: no weights or config; or no ResNet that torchvision has.
     """
-    config = _read_config(config_file or path.with_suffix(".yaml"), path)
+    config_file = config_file or path.with_suffix(".yaml")
+    channels, mean, std, has_stride_in_1x1 = _read_config(config_file, path)
     content = read_content(path)
     content = content if isinstance(content, dict) else {}
     model, metadata = content.get("model", content), content.get("card")
@@ -153,35 +134,32 @@ def load_detectron2(
             f"{path} holds no ResNet in detectron2's names (stem.conv1.weight, ...). Load and save "
             "a file in Caffe2's names with detectron2 first."
         )
-    backbone = build_backbone(f"torchvision/{_resnet_name(resnet)}")
-    if "res2.0.conv3.weight" in resnet and config["MODEL"]["RESNETS"]["STRIDE_IN_1X1"]:
+    backbone = build_backbone(f"torchvision/{_architecture(resnet)[0]}")
+    if "res2.0.conv3.weight" in resnet and has_stride_in_1x1:
         raise ValueError(
             f"{path} has its strides in the 1x1 convolutions (MODEL.RESNETS.STRIDE_IN_1X1, the "
-            "original MSRA models), and torchvision's ResNet in the 3x3: the same weights would "
-            "compute something else. Convert a model trained with STRIDE_IN_1X1 False."
+            "original MSRA models), and torchvision's ResNet in the 3x3. Convert a model trained "
+            "with STRIDE_IN_1X1 False."
         )
-    mean, std = (torch.tensor(config["MODEL"][key]) / 255 for key in ("PIXEL_MEAN", "PIXEL_STD"))
-    if config["INPUT"]["FORMAT"] == "BGR":
-        resnet[_STEM], mean, std = resnet[_STEM].flip(1), mean.flip(0), std.flip(0)
-    backbone.set_normalization(mean.tolist(), std.tolist())
     _load(backbone, resnet, path)
+    if channels == "BGR":
+        weight, mean, std = backbone.model.conv1.weight.data, mean[::-1], std[::-1]
+        weight.copy_(weight.flip(1))
+    backbone.set_normalization(*((torch.tensor(v) / 255).tolist() for v in (mean, std)))
     return backbone, metadata if isinstance(metadata, dict) else {}, skipped
 
 
 def _load(backbone: Backbone, resnet: Mapping[str, Tensor], path: Path) -> None:
-    state = {
-        name: (weight, resnet.get(_detectron2_name(name)))
-        for name, weight in backbone.model.state_dict().items()
-        if not name.endswith("num_batches_tracked")
-    }
-    missing = [name for name, (_, tensor) in state.items() if tensor is None]
-    misshapen = [n for n, (w, t) in state.items() if t is not None and t.shape != w.shape]
-    if missing or misshapen:
+    state = backbone.model.state_dict()
+    names = {name: _detectron2_name(name) for name in state}
+    counts = {name: count for name, count in state.items() if name.endswith("num_batches_tracked")}
+    tensors = {name: resnet[theirs] for name, theirs in names.items() if theirs in resnet}
+    try:
+        backbone.model.load_state_dict({**counts, **tensors})
+    except RuntimeError as error:
         raise ValueError(
-            f"{path} does not fit torchvision's {backbone.origin['name']}: missing {missing[:4]}, "
-            f"of another shape {misshapen[:4]}. Convert weights of the whole ResNet."
-        )
-    backbone.model.load_state_dict({name: t for name, (_, t) in state.items()}, strict=False)
+            f"{path} does not fit {backbone.origin['name']}: convert the whole ResNet. {error}"
+        ) from error
 
 
 def _detectron2_name(name: str) -> str:
@@ -190,38 +168,28 @@ def _detectron2_name(name: str) -> str:
     return name
 
 
-def _resnets_section(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the keys of MODEL.RESNETS for this ResNet."""
+def _architecture(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
+    """Return torchvision's name of the ResNet with these weights, and MODEL.RESNETS for it."""
     bottleneck = "res2.0.conv3.weight" in tensors
-    blocks = blocks_per_stage(tensors, r"res([2-5])\.(\d+)\.", first=2)
-    depth = RESNET_DEPTHS.get((bottleneck, blocks))
-    if depth is None or _STEM not in tensors:
+    kind, last = ("bottleneck", 3) if bottleneck else ("basic", 2)
+    blocks = blocks_per_stage(tensors, r"res([2-5])\.(\d+)\.conv2.weight", first=2)
+    depth = RESNET_DEPTHS.get((bottleneck, blocks), 0)
+    width, inputs = tensors["res2.0.conv2.weight"].shape[:2] if depth else (0, 1)
+    groups = width // inputs if bottleneck and depth else 1
+    if (depth, groups, width // groups) not in _RESNETS:
         raise ValueError(
-            f"detectron2's ResNets have the depths {sorted(RESNET_DEPTHS.values())}, and this one "
-            f"has {blocks} {'bottleneck' if bottleneck else 'basic'} blocks in its stages."
+            f"torchvision has no ResNet with {blocks} {kind} blocks in its stages and {groups} "
+            f"groups of {width // groups} channels, only {sorted(_RESNETS.values())}."
         )
-    width, inputs = tensors["res2.0.conv2.weight"].shape[:2]
-    groups = width // inputs if bottleneck else 1
-    return {
+    section = {
         "DEPTH": depth,
         "NUM_GROUPS": groups,
         "WIDTH_PER_GROUP": width // groups,
-        "RES2_OUT_CHANNELS": tensors[f"res2.0.conv{3 if bottleneck else 2}.weight"].shape[0],
-        "STEM_OUT_CHANNELS": tensors[_STEM].shape[0],
+        "RES2_OUT_CHANNELS": tensors[f"res2.0.conv{last}.weight"].shape[0],
+        "STEM_OUT_CHANNELS": 64,
         "STRIDE_IN_1X1": False,
     }
-
-
-def _resnet_name(tensors: Mapping[str, Tensor]) -> str:
-    """Return torchvision's name of the ResNet with these weights."""
-    section = _resnets_section(tensors)
-    key = (section["DEPTH"], section["NUM_GROUPS"], section["WIDTH_PER_GROUP"])
-    if key not in _RESNETS:
-        raise ValueError(
-            f"torchvision has no ResNet of (depth, groups, width of a group) {key}, only "
-            f"{sorted(_RESNETS)}."
-        )
-    return _RESNETS[key]
+    return _RESNETS[depth, groups, width // groups], section
 
 
 @torch.no_grad()
@@ -241,13 +209,13 @@ def _check_outputs(backbone: Backbone, name: str) -> None:
         same = False
     if not same:
         raise ValueError(
-            f"{backbone.origin.get('name')} (stem {backbone.origin.get('stem')}) is not the "
-            f"{name} that detectron2 would build from its weights. Use the backbone itself "
-            "there: build_tract_transfer_backbone."
+            f"{backbone.origin['name']} (stem {backbone.origin['stem']}) is not the {name} that "
+            "detectron2 would build. Use the backbone itself there: build_tract_transfer_backbone."
         )
 
 
-def _read_config(file: Path, weights: Path) -> dict[str, Any]:
+def _read_config(file: Path, weights: Path) -> tuple[str, list[float], list[float], bool]:
+    """Return the channel order, mean and std in 0..255, and whether 1x1 convolutions stride."""
     if not file.is_file():
         raise FileNotFoundError(
             f"No {file}, so the channel order and normalization of {weights} are unknown. Give the "
@@ -255,14 +223,13 @@ def _read_config(file: Path, weights: Path) -> dict[str, Any]:
         )
     try:
         config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-        config["MODEL"]["PIXEL_MEAN"], config["MODEL"]["PIXEL_STD"]
-        config["MODEL"]["RESNETS"]["STRIDE_IN_1X1"]
-        image_format = config["INPUT"]["FORMAT"]
+        model, channels = config["MODEL"], config["INPUT"]["FORMAT"]
+        values = model["PIXEL_MEAN"], model["PIXEL_STD"], model["RESNETS"]["STRIDE_IN_1X1"]
     except (yaml.YAMLError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} must have INPUT.FORMAT, MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and "
             f"MODEL.RESNETS.STRIDE_IN_1X1: {error}. Take the config.yaml that detectron2 wrote."
         ) from error
-    if image_format not in ("RGB", "BGR"):
-        raise ValueError(f"{file}: INPUT.FORMAT must be RGB or BGR, got {image_format}.")
-    return config
+    if channels not in ("RGB", "BGR"):
+        raise ValueError(f"{file}: INPUT.FORMAT must be RGB or BGR, got {channels}.")
+    return channels, *values

@@ -36,8 +36,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     """Return all tensors of a file by their dotted path in it, such as `state_dict.conv1.weight`.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: the file cannot be read, or holds no tensors.
+        FileNotFoundError, ValueError: no such file; it cannot be read, or holds no tensors.
     """
     content = read_content(file)
     try:
@@ -45,24 +44,17 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     except ValueError as error:
         raise ValueError(_unreadable(file, error)) from error
     if not tensors:
-        raise ValueError(
-            f"{file} holds no state dict (names to tensors). Set model.weights to a file of "
-            "weights."
-        )
+        raise ValueError(f"{file} holds no state dict. Set model.weights to a file of weights.")
     return tensors
 
 
 def read_content(file: Path) -> Any:
-    """Return the content of a `.safetensors`, `.pkl` or PyTorch file.
-
-    A `.pkl` may hold only arrays and plain values, a PyTorch file only tensors and plain values.
+    """Return the content of a `.safetensors`, `.pkl` or PyTorch file: tensors and plain values.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file has another format, is truncated, or would run code.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"No weights at {file}. Set model.weights to a file or run folder.")
     with file.open("rb") as stream:
         beginning = stream.read(200).lstrip().lower()
     if not beginning:
@@ -87,15 +79,11 @@ def read_content(file: Path) -> Any:
 
 
 def flat_tensors(content: Any, prefix: str = "") -> dict[str, Tensor]:
-    """Return the tensors and arrays in nested dicts by dotted path; skip everything else.
-
-    Raises:
-        ValueError: the dicts are nested more than 50 deep, or contain themselves.
-    """
+    """Return the tensors and arrays in nested dicts by dotted path; skip everything else."""
     if not isinstance(content, Mapping):
         return {}
     if prefix.count(".") > MAX_DEPTH:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep, or contains itself")
     flat: dict[str, Tensor] = {}
     for key, value in content.items():
         name = f"{prefix}{key}"
@@ -103,19 +91,17 @@ def flat_tensors(content: Any, prefix: str = "") -> dict[str, Tensor]:
             flat.update(flat_tensors(value, f"{name}."))
         elif isinstance(value, Tensor):
             flat[name] = value.detach()
-        elif isinstance(value, np.ndarray) and value.dtype.kind in "fiu":
-            flat[name] = torch.from_numpy(np.array(value))
+        elif isinstance(value, np.ndarray | _Array):
+            array = np.array(value.array if isinstance(value, _Array) else value)
+            if array.dtype.kind in "fiu":
+                flat[name] = torch.from_numpy(array)
     return flat
 
 
 def check_hash(file: Path) -> str | None:
-    """Compare model.safetensors with the sha256 in the model.json beside it.
+    """Compare model.safetensors with the sha256 in the model.json beside it, if there is one.
 
-    Returns:
-        None, or a warning that model.json has no hash. Other files are not checked.
-
-    Raises:
-        ValueError: the file is not the one that model.json describes.
+    Returns a warning if model.json has no hash; raises a ValueError if the hashes differ.
     """
     if file.name != WEIGHTS_NAME or not (file.parent / METADATA_NAME).is_file():
         return None
@@ -127,8 +113,7 @@ def check_hash(file: Path) -> str | None:
         raise ValueError(
             f"{file} is not what was written, by the sha256 in {METADATA_NAME} ({expected[:12]}; "
             f"the file has {actual[:12]}). It is damaged, or from another run. Copy both files "
-            "again, or write them again from the run's checkpoint: remove its results.json and "
-            "run it with --resume."
+            "again, or remove the run's results.json and run it with --resume to write them."
         )
     return None
 
@@ -172,19 +157,18 @@ class Refused(pickle.UnpicklingError):
 
 
 def load_plain_pickle(data: bytes) -> Any:
-    """Return the dicts, lists, strings, numbers and arrays of numbers in a pickle.
+    """Return the dicts, lists, strings, numbers and arrays (`_Array`) of numbers in a pickle.
 
     Raises:
         Refused: it holds anything else.
-        ValueError: it is damaged, or nested more than 50 deep.
+        ValueError: it is damaged.
     """
     try:
-        content = _Unpickler(io.BytesIO(data), encoding="latin1").load()
+        return _Unpickler(io.BytesIO(data), encoding="latin1").load()
     except Refused:
         raise
     except Exception as error:  # damaged: UnpicklingError, KeyError, IndexError, ...
         raise ValueError(str(error) or type(error).__name__) from error
-    return _with_arrays(content, 0)
 
 
 class _Dtype:
@@ -201,10 +185,10 @@ class _Dtype:
 
 
 class _Array:
-    """Stands for numpy's `_reconstruct`: an empty array, filled by its state."""
+    """Stands for numpy's `_reconstruct`: `array` is empty until its state fills it."""
 
     def __init__(self, *_: Any) -> None:
-        self.array: np.ndarray | None = None
+        self.array = np.empty(0)
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, is_fortran, raw = state
@@ -286,16 +270,3 @@ class _Unpickler(pickle._Unpickler):
         pickle.BUILD[0]: load_build,
         pickle.BYTEARRAY8[0]: load_bytearray8,
     }
-
-
-def _with_arrays(value: Any, depth: int) -> Any:
-    """Replace each `_Array` in a tree by its array."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
-    if isinstance(value, _Array):
-        return value.array
-    if isinstance(value, Mapping):
-        return {key: _with_arrays(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_with_arrays(item, depth + 1) for item in value]
-    return value

@@ -1,10 +1,10 @@
 """Matches the names in a weights file with those of a model, and reports the result."""
 
+import fnmatch
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ PROBLEMS = {
     "unexpected": "unexpected",
     "not_finite": "not finite",
 }
-# Of several copies of all weights, the one that their authors evaluate.
+# Of several copies of all weights, the one that their authors evaluate; then the shorter prefix.
 _PREFERRED = ("ema", "teacher", "encoder_q", "base_encoder")
 # (has bottleneck blocks, blocks per stage) -> depth of a ResNet
 RESNET_DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
@@ -46,12 +46,11 @@ class MatchReport:
     """How the names in a weights file match those of a model; names are the model's own.
 
     Attributes:
-        file, prefix: the file, and the prefix of the weights in it, such as `module.encoder_q.`.
+        prefix: of the weights in the file, such as `module.encoder_q.`.
         num_parameters, num_loaded: of the model, and how many of them the file provides.
         resized: name -> shapes before and after.
         dropped: reason -> names in the file.
-        started_anew: missing or misshapen names that `ignore_missing` allows; they keep their
-            initialization.
+        started_anew: missing or misshapen names that `ignore_missing` allows; not loaded.
         missing, misshapen, unexpected, not_finite: why the file is refused.
     """
 
@@ -99,10 +98,8 @@ class MatchReport:
             f"{self.num_parameters:,} parameters ({share:.2%})",
         ]
         lines += [f"resized      {name}: {shapes}" for name, shapes in self.resized.items()]
-        lines += [
-            f"dropped      {few(names)} ({reason}, {len(names)} names)"
-            for reason, names in self.dropped.items()
-        ]
+        for reason, names in self.dropped.items():
+            lines.append(f"dropped      {few(names)} ({reason}, {len(names)} names)")
         for key, title in PROBLEMS.items():
             if names := getattr(self, key):
                 lines.append(f"{title:<12} {few(names)} ({len(names)} names)")
@@ -119,19 +116,15 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
     """Raise a ValueError for a pattern that matches no name of the model: probably a typo."""
     names = list(names)
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not fnmatch.filter(names, pattern):
             raise ValueError(
                 f"model.ignore_missing: {pattern!r} is none of the backbone's names, such as "
-                f"{few(names)}. Patterns are like those of file names: conv1.*, *.bias."
+                f"{few(names)}. Use patterns such as conv1.* or *.bias."
             )
 
 
 def find_prefix(model_names: Iterable[str], file_names: Iterable[str]) -> str:
-    """Return the prefix below which most of the model's names are in a file.
-
-    Of several copies of the same weights an average (`ema`), the teacher or MoCo's query encoder
-    is preferred, and then the shorter prefix.
-    """
+    """Return the prefix below which most of the model's names are in a file; see _PREFERRED."""
     known = set(model_names)
     votes: Counter[str] = Counter()
     for name in file_names:
@@ -141,31 +134,30 @@ def find_prefix(model_names: Iterable[str], file_names: Iterable[str]) -> str:
                 votes[".".join([*parts[:start], ""])] += 1
 
     def rank(prefix: str) -> tuple[int, bool, int]:
-        preferred = any(word in prefix for word in _PREFERRED)
-        return votes[prefix], preferred, -len(prefix)
+        return votes[prefix], any(word in prefix for word in _PREFERRED), -len(prefix)
 
     return max(votes, key=rank, default="")
 
 
-def split_weights(
+def drop(
+    report: MatchReport,
     tensors: Mapping[str, Tensor],
     prefix: str,
     model_state: Mapping[str, Tensor],
     superfluous: tuple[str, re.Pattern[str]],
-) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """Return the tensors below `prefix` without it, and the dropped names by reason."""
+) -> dict[str, Tensor]:
+    """Return the tensors below `prefix` without it and without the superfluous; report the rest."""
     reason, pattern = superfluous
     weights: dict[str, Tensor] = {}
-    dropped: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         inner = name.removeprefix(prefix)
         if not name.startswith(prefix):
-            dropped.setdefault(OTHER, []).append(name)
+            report.dropped.setdefault(OTHER, []).append(name)
         elif inner not in model_state and pattern.match(inner):
-            dropped.setdefault(reason, []).append(name)
+            report.dropped.setdefault(reason, []).append(name)
         else:
             weights[inner] = tensor
-    return weights, dropped
+    return weights
 
 
 def num_misfits(weights: Mapping[str, Tensor], model_state: Mapping[str, Tensor]) -> int:
@@ -186,17 +178,18 @@ def fill(
     fitting: dict[str, Tensor] = {}
     for name, weight in model_state.items():
         tensor = weights.get(name)
-        if name.endswith("num_batches_tracked") and tensor is None:  # older files lack it
-            continue
-        problem = "" if tensor is None else _difference(weight, tensor)
-        if tensor is not None and not problem:
+        same = tensor is not None and tensor.shape == weight.shape
+        if tensor is not None and same and tensor.is_floating_point() == weight.is_floating_point():
             fitting[name] = tensor
-        elif any(fnmatchcase(name, pattern) for pattern in ignore_missing):
+        elif tensor is None and name.endswith("num_batches_tracked"):  # older files lack it
+            continue
+        elif any(fnmatch.fnmatchcase(name, pattern) for pattern in ignore_missing):
             report.started_anew.append(name)
         elif tensor is None:
             report.missing.append(name)
         else:
-            report.misshapen.append(f"{name} {problem}")
+            theirs, ours = (t.dtype if same else tuple(t.shape) for t in (tensor, weight))
+            report.misshapen.append(f"{name} {theirs} for {ours}")
     report.unexpected += [name for name in weights if name not in model_state]
     report.not_finite += [name for name, tensor in fitting.items() if not tensor.isfinite().all()]
     report.loaded += list(fitting)
@@ -205,34 +198,22 @@ def fill(
     return fitting
 
 
-def _difference(weight: Tensor, tensor: Tensor) -> str:
-    if weight.shape != tensor.shape:
-        return f"{tuple(tensor.shape)} for {tuple(weight.shape)}"
-    if weight.is_floating_point() != tensor.is_floating_point():
-        return f"{tensor.dtype} for {weight.dtype}"
-    return ""
-
-
 def looks_like(names_to_tensors: Mapping[str, Tensor]) -> str:
     """Return a sentence that names the architecture of some weights, or an empty string."""
-    names = list(names_to_tensors)
-    blocks = {int(n) for name in names for n in re.findall(r"(?:^|\.)blocks\.(\d+)\.", name)}
-    for name, tensor in names_to_tensors.items():
-        if name.endswith("patch_embed.proj.weight") and tensor.ndim == 4 and blocks:
-            width, size_px = tensor.shape[0], tensor.shape[-1]
-            return (
-                f"It looks like a ViT with timm's names: width {width}, {max(blocks) + 1} blocks, "
-                f"patches of {size_px} px. "
-            )
-    if any("encoder.layers.encoder_layer_0." in name for name in names):
-        return "It looks like a ViT of torchvision's: model.backbone.name=torchvision/vit_... "
-    counts = blocks_per_stage(names, r"layer([1-4])\.(\d+)\.", first=1)
-    if any(counts):
-        bottleneck = any(".conv3.weight" in name for name in names)
-        depth = RESNET_DEPTHS.get((bottleneck, counts))
-        kind = "bottleneck" if bottleneck else "basic"
-        return f"It looks like a ResNet{f'-{depth}' if depth else f' of {counts} {kind} blocks'}. "
-    return ""
+    names = "\n".join(names_to_tensors)
+    patches = [t for n, t in names_to_tensors.items() if n.endswith("patch_embed.proj.weight")]
+    blocks = len(set(re.findall(r"\bblocks\.(\d+)\.", names)))
+    counts = blocks_per_stage(names_to_tensors, r"layer([1-4])\.(\d+)\.", first=1)
+    kind = ""
+    if patches and blocks:
+        width, *_, size_px = patches[0].shape
+        kind = f"timm's ViT of width {width} with {blocks} blocks and patches of {size_px} px"
+    elif "encoder.layers.encoder_layer_0." in names:
+        kind = "a ViT of torchvision's: model.backbone.name=torchvision/vit_..."
+    elif any(counts):
+        depth = RESNET_DEPTHS.get((".conv3.weight" in names, counts))
+        kind = f"a ResNet-{depth}" if depth else f"a ResNet of {counts} blocks"
+    return f"It looks like {kind}. " if kind else ""
 
 
 def blocks_per_stage(names: Iterable[str], pattern: str, first: int) -> tuple[int, ...]:
@@ -244,18 +225,16 @@ def blocks_per_stage(names: Iterable[str], pattern: str, first: int) -> tuple[in
 
 # Names of transformers: ViT, DeiT and DINOv2, then ResNet -> timm. Files have older and newer ones.
 
-_VIT = [
-    (r"embeddings\.cls_token$", "cls_token"),
+_QKV = {"q": "query", "k": "key", "v": "value"}
+_VIT: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"embeddings\.(cls_token|mask_token)$", r"\1"),
     (r"embeddings\.distillation_token$", "dist_token"),
     (r"embeddings\.register_tokens$", "reg_token"),
-    (r"embeddings\.mask_token$", "mask_token"),
     (r"embeddings\.position_embeddings$", "pos_embed"),
     (r"embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"(?:encoder\.)?layers?\.(\d+)\.", r"blocks.\1."),
     (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
-    (r"\.attention\.q_proj\.", ".attn.query."),
-    (r"\.attention\.k_proj\.", ".attn.key."),
-    (r"\.attention\.v_proj\.", ".attn.value."),
+    (r"\.attention\.([qkv])_proj\.", lambda m: f".attn.{_QKV[m[1]]}."),
     (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),

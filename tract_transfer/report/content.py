@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -25,12 +25,9 @@ from tract_transfer.report.statistics import (
 
 TITLE, BASELINE = "Does the backbone transfer?", "vanilla"
 _COSTS = {  # name -> unit, in the order of the report
-    "training": "s",
-    "speed": "images/s",
-    "peak memory of the process": "MiB",
-    "peak memory of the GPU": "MiB",
-    "energy of the machine": "kJ",
-}
+    "training": "s", "speed": "images/s", "peak memory of the process": "MiB",
+    "peak memory of the GPU": "MiB", "energy of the machine": "kJ",
+}  # fmt: skip
 _LABELS = ("seed", "output_dir", "name", "method")  # config keys that identify a run
 _FEW_PAIRS = 5
 Values = dict[str, dict[int, float]]  # method -> seed -> value
@@ -64,27 +61,6 @@ class ClassRow:
 
 
 @dataclass(frozen=True)
-class CostRow:
-    """A cost of a task: method -> mean over seeds, number of seeds, ratio to the baseline."""
-
-    task: str
-    quantity: str
-    unit: str
-    means: dict[str, float]
-    counts: dict[str, int]
-    ratios: dict[str, float]
-
-
-@dataclass(frozen=True)
-class ProtocolPart:
-    """A part of a task's protocol: key -> method -> values if runs differ, else key -> value."""
-
-    heading: str
-    differing: dict[str, dict[str, list[str]]]
-    shared: dict[str, str]
-
-
-@dataclass(frozen=True)
 class Report:
     """The content of a report. All fields but `tasks` are also those of the JSON."""
 
@@ -97,9 +73,11 @@ class Report:
     curves: list[Evaluations]
     speed_ups: list[SpeedUpRow]
     classes: dict[str, list[ClassRow]]  # by task, largest change first
-    costs: list[CostRow]
+    # `task`, `quantity`, `unit`; method -> `means` and `counts` of seeds, `ratios` to the baseline
+    costs: list[dict[str, Any]]
     paper: list[PaperRow]
-    protocol: dict[str, list[ProtocolPart]]  # by task
+    # Task -> parts: `heading`, `differing` (key -> method -> values), `shared` (key -> value)
+    protocol: dict[str, list[dict[str, Any]]]
     runs: list[Run]
     problems: list[str]  # what could not be read, and what is excluded
     tasks: dict[str, list[Run]]  # finished runs, downstream tasks first
@@ -107,7 +85,7 @@ class Report:
     @property
     def treated(self) -> list[str]:
         """The methods that are compared with the baseline."""
-        return [method for method in self.methods if method != self.baseline]
+        return self.methods[1:]
 
     @property
     def seeds(self) -> int:
@@ -125,10 +103,7 @@ def read_report(
 ) -> Report:
     """Read run folders, suite folders, and folders that contain either, into one report.
 
-    Args:
-        baseline: the method to compare with; None takes the suite's, or "vanilla", or the only
-            method.
-        title: None takes the suite's.
+    Without `baseline`, the suite's is compared with, or "vanilla", or the only method.
 
     Raises:
         ValueError: no run, an unusable suite.json, two runs with the same task, method and seed, no
@@ -137,60 +112,47 @@ def read_report(
     run_folders = find_runs(paths)
     runs = read_runs(run_folders)
     baseline = _baseline(runs, baseline or run_folders.baseline)
-    methods = methods_of(runs, baseline)
-    rows, tasks = compare(runs, baseline), by_task(runs)
+    named = dict.fromkeys(run.method for run in runs if run.method)  # in order of appearance
+    methods = sorted(named, key=lambda method: method != baseline)
+    tasks: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.role == "pretrain"):
+        if not run.failure:
+            tasks.setdefault(run.task, []).append(run)
+    results, all_metrics = _compare(runs, methods)
+    downstream = [row for row in results if row.role == "downstream"]
     curves = [evaluations_of(of_task) for of_task in tasks.values()]
     paper, unmatched = compare_with_paper(tasks)
+    unreadable = [problem for run in runs for problem in run.problems]
     return Report(
         title=title or run_folders.title or TITLE,
         baseline=baseline,
         methods=methods,
-        answer=answer(rows, baseline),
-        results=rows,
-        all_metrics=compare(runs, baseline, every_metric=True),
+        answer=[_sentence(method, downstream, baseline) for method in methods[1:]],
+        results=results,
+        all_metrics=all_metrics,
         curves=curves,
-        speed_ups=speed_ups(curves, baseline, len(rows[0].seeds) if rows else 0),
-        classes={task: _classes(of_task, methods, baseline) for task, of_task in tasks.items()},
-        costs=[row for of_task in tasks.values() for row in _costs(of_task, methods, baseline)],
+        speed_ups=speed_ups(curves, baseline, len(results[0].seeds) if results else 0),
+        classes={task: _classes(of_task, methods) for task, of_task in tasks.items()},
+        costs=[row for of_task in tasks.values() for row in _costs(of_task, methods)],
         paper=paper,
         protocol={task: _protocol(of_task) for task, of_task in tasks.items()},
         runs=runs,
-        problems=[
-            *run_folders.problems,
-            *unmatched,
-            *(text for run in runs for text in run.problems),
-        ],
+        problems=[*run_folders.problems, *unmatched, *unreadable],
         tasks=tasks,
     )
 
 
 def _baseline(runs: Sequence[Run], name: str) -> str:
     """Return the method to compare with: `name`, or one chosen if it is empty."""
-    methods = sorted({run.method for run in runs if run.method})
-    if not methods or (name or BASELINE) in methods:
-        return name or BASELINE
+    methods, baseline = sorted({run.method for run in runs if run.method}), name or BASELINE
+    if not methods or baseline in methods:
+        return baseline
     if name or len(methods) > 1:
         raise ValueError(
-            f"The runs' methods are {', '.join(methods)}, and none is the baseline "
-            f"{name or BASELINE}. Choose one of them, as in --baseline {methods[0]}, or add runs "
-            f"of {name or BASELINE}."
+            f"The runs' methods are {', '.join(methods)}, and none is the baseline {baseline}. "
+            f"Choose one of them, as in --baseline {methods[0]}, or add runs of {baseline}."
         )
     return methods[0]
-
-
-def methods_of(runs: Sequence[Run], baseline: str) -> list[str]:
-    """Return the methods in order of appearance, the baseline first."""
-    methods = dict.fromkeys(run.method for run in runs if run.method)
-    return sorted(methods, key=lambda method: method != baseline)
-
-
-def by_task(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Return task -> its finished runs, downstream tasks first."""
-    tasks: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: run.role == "pretrain"):
-        if not run.failure:
-            tasks.setdefault(run.task, []).append(run)
-    return tasks
 
 
 def _measured(
@@ -218,35 +180,34 @@ def _statistics(
     return summaries, differences
 
 
-def compare(runs: Sequence[Run], baseline: str, every_metric: bool = False) -> list[Row]:
-    """Return a row for each task's primary metric, or for every metric, downstream tasks first.
+def _compare(runs: Sequence[Run], methods: Sequence[str]) -> tuple[list[Row], list[Row]]:
+    """Return the rows of the tasks' primary metrics, and of every metric; downstream tasks first.
 
     Means are over all seeds of a method, differences over the seeds it shares with the baseline.
     """
-    methods = methods_of(runs, baseline)
     seeds = sorted({run.seed for run in runs if run.task and run.seed is not None})
-    rows = []
+    primary, every = [], []
     for task in dict.fromkeys(run.task for run in runs if run.task):
         of_task = [run for run in runs if run.task == task]
         finished = [run for run in of_task if not run.failure]
+        first = (finished or of_task)[0]
+        notes = [*_shared(of_task), *_inconsistent(finished)]
         measured = _measured(finished, methods, lambda run: run.metrics)
-        primary = finished[0].primary_metric if finished else ""
-        for metric in measured if every_metric else [primary]:
-            values = measured.get(metric, {method: {} for method in methods})
+        for metric, values in (measured or {"": {method: {} for method in methods}}).items():
             absent = [run for run in of_task if run.failure or metric not in run.metrics]
             missing = {m: [run for run in absent if run.method == m] for m in methods}
-            notes = [*_absent(values, seeds), *_shared(of_task), *_inconsistent(finished)]
-            role = (finished or of_task)[0].role
-            statistics = _statistics(values, baseline)
-            rows.append(Row(task, role, metric, values, missing, *statistics, notes, seeds))
-    rows.sort(key=lambda row: row.role == "pretrain")
-    if not every_metric:
-        _correct(rows)
-    return rows
+            statistics = _statistics(values, methods[0])
+            remarks = [*_absent(values, seeds), *notes]
+            row = Row(task, first.role, metric, values, missing, *statistics, remarks, seeds)
+            every += [row] if metric else []
+            primary += [row] if metric in ("", first.primary_metric) else []
+    for rows in (primary, every):
+        rows.sort(key=lambda row: row.role == "pretrain")
+    return _corrected(primary), every
 
 
-def _correct(rows: list[Row]) -> None:
-    """Add p-values corrected for all comparisons of downstream tasks together."""
+def _corrected(rows: list[Row]) -> list[Row]:
+    """Return rows with p-values corrected for all comparisons of downstream tasks together."""
     tests = {
         (row.task, method): difference.p_value
         for row in rows
@@ -255,8 +216,10 @@ def _correct(rows: list[Row]) -> None:
         if difference.p_value is not None
     }
     corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
-    for row in rows:
-        row.corrected.update({m: p for (task, m), p in corrected.items() if task == row.task})
+    return [
+        replace(row, corrected={m: p for (task, m), p in corrected.items() if task == row.task})
+        for row in rows
+    ]
 
 
 # Notes on a row: reasons for care when comparing its values.
@@ -281,10 +244,10 @@ def _shared(runs: Sequence[Run]) -> list[str]:
     methods: dict[Path, list[str]] = {}
     for run in runs:
         methods.setdefault(run.folder, []).append(run.method)
-    groups = dict.fromkeys(tuple(group) for group in methods.values() if len(group) > 1)
     return [
         f"{' and '.join(group)} share one run per seed: their settings do not affect this task."
-        for group in groups
+        for group in dict.fromkeys(map(tuple, methods.values()))
+        if len(group) > 1
     ]
 
 
@@ -292,11 +255,10 @@ def _inconsistent(runs: Sequence[Run]) -> list[str]:
     """Name what all runs of a task should have in common but do not."""
     records: list[dict[str, Any]] = []
     for run in runs:
-        versions, git, data = (
-            as_dict(run.environment.get(key)) for key in ("versions", "git", "data")
-        )
-        record = {**run.results["protocol"]}
-        record |= {key: run.results.get(key) for key in ("primary_metric", "iterations")}
+        parts = ("versions", "git", "data")
+        versions, git, data = (as_dict(run.environment.get(part)) for part in parts)
+        record = {key: run.results.get(key) for key in ("primary_metric", "iterations")}
+        record = run.results["protocol"] | record
         record |= {f"the images of {split}": fingerprint for split, fingerprint in data.items()}
         record |= {f"the version of {p}": versions.get(p) for p in ("tract_transfer", "torch")}
         records.append(record | {"the code's commit": git.get("commit")})
@@ -308,16 +270,14 @@ def _inconsistent(runs: Sequence[Run]) -> list[str]:
 # Classes, costs and protocol of a task's finished runs.
 
 
-def _classes(runs: Sequence[Run], methods: Sequence[str], baseline: str) -> list[ClassRow]:
+def _classes(runs: Sequence[Run], methods: Sequence[str]) -> list[ClassRow]:
     rows = [
-        ClassRow(name, *_statistics(values, baseline, resample=False))
+        ClassRow(name, *_statistics(values, methods[0], resample=False))
         for name, values in _measured(runs, methods, _per_class).items()
     ]
-
-    def largest_change(row: ClassRow) -> float:
-        return max((abs(difference.mean) for difference in row.differences.values()), default=0.0)
-
-    return sorted(rows, key=largest_change, reverse=True)
+    return sorted(
+        rows, key=lambda row: -max((abs(d.mean) for d in row.differences.values()), default=0.0)
+    )
 
 
 def _per_class(run: Run) -> dict[str, Any]:
@@ -328,18 +288,19 @@ def _per_class(run: Run) -> dict[str, Any]:
     return as_dict(parts[0]["per_class"]) if parts else {}
 
 
-def _costs(runs: Sequence[Run], methods: Sequence[str], baseline: str) -> list[CostRow]:
+def _costs(runs: Sequence[Run], methods: Sequence[str]) -> list[dict[str, Any]]:
     measured, rows = _measured(runs, methods, _costs_of), []
-    for quantity in (quantity for quantity in _COSTS if quantity in measured):
-        values = measured[quantity]
+    for quantity, unit in _COSTS.items():
+        values = measured.get(quantity, {})
         counts = {method: len(by_seed) for method, by_seed in values.items() if by_seed}
         means = {method: sum(values[method].values()) / n for method, n in counts.items()}
-        totals = {
-            method: [sum(by_seed.values()) for by_seed in both]
-            for method, both in pairs(values, baseline).items()
+        ratios = {
+            method: sum(ours.values()) / total
+            for method, (ours, theirs) in pairs(values, methods[0]).items()
+            if (total := sum(theirs.values()))
         }
-        ratios = {method: ours / theirs for method, (ours, theirs) in totals.items() if theirs}
-        rows.append(CostRow(runs[0].task, quantity, _COSTS[quantity], means, counts, ratios))
+        row = {"task": runs[0].task, "quantity": quantity, "unit": unit}
+        rows += [{**row, "means": means, "counts": counts, "ratios": ratios}] if means else []
     return rows
 
 
@@ -358,7 +319,7 @@ def _costs_of(run: Run) -> dict[str, Any]:
     }
 
 
-def _protocol(runs: Sequence[Run]) -> list[ProtocolPart]:
+def _protocol(runs: Sequence[Run]) -> list[dict[str, Any]]:
     methods = {run.method for run in runs}
     parts: dict[str, dict[str, dict[str, list[str]]]] = {}  # heading -> key -> method -> values
     for run in runs:
@@ -375,12 +336,12 @@ def _protocol(runs: Sequence[Run]) -> list[ProtocolPart]:
     protocol = []
     for heading, keys in parts.items():
         shared = {
-            key: next(iter(values.values()))[0]
+            key: texts.pop()
             for key, values in keys.items()
-            if values.keys() == methods and len(set().union(*values.values())) == 1
+            if values.keys() == methods and len(texts := set().union(*values.values())) == 1
         }
         differing = {key: values for key, values in keys.items() if key not in shared}
-        protocol.append(ProtocolPart(heading, differing, shared))
+        protocol.append({"heading": heading, "differing": differing, "shared": shared})
     return protocol
 
 
@@ -391,58 +352,38 @@ def _flatten(value: Any, key: str = "") -> dict[str, str]:
         return {k: v for part in parts for k, v in part.items()}
     if not key or isinstance(value, str):
         return {key: value} if key else {}
-    try:
-        return {key: json.dumps(value, default=str)}
-    except TypeError:  # keys that JSON lacks, such as YAML's dates
-        return {key: str(value)}
+    return {key: json.dumps(value, default=str, skipkeys=True)}
 
 
-# The answer: what the downstream tasks show for each method, and no more than that.
-
-
-def answer(rows: Sequence[Row], baseline: str) -> list[str]:
-    """Return a sentence for each method but the baseline: its gain over tasks, and how certain.
-
-    Args:
-        rows: of the primary metrics, from `compare`.
-    """
-    methods = dict.fromkeys(m for row in rows for m in row.values if m != baseline)
-    downstream = [row for row in rows if row.role == "downstream"]
-    return [_sentence(method, downstream, baseline) for method in methods]
-
-
-def mean_over_tasks(rows: Sequence[Row], method: str, baseline: str) -> PairedDifference | None:
-    """Return the difference of the means over downstream tasks, paired by seed.
-
-    Only seeds that both methods have on every task count. The interval is for new seeds on these
-    tasks, not for other tasks.
-
-    Returns:
-        None if there is no such seed, or if a task is judged by a loss.
-    """
-    downstream = [row for row in rows if row.role == "downstream"]
-    if not downstream or any(is_loss(row.metric) for row in downstream):
-        return None
-    both = (method, baseline)
-    seeds = set.intersection(*(set(row.values.get(m, {})) for row in downstream for m in both))
-    means = [
-        {seed: fmean(row.values[m][seed] for row in downstream) for seed in sorted(seeds)}
-        for m in both
-    ]
-    return paired_difference(*means) if seeds else None
+# The answer: what the downstream tasks show for a method, and no more than that.
 
 
 def _sentence(method: str, rows: Sequence[Row], baseline: str) -> str:
+    """Return the gain of a method over downstream tasks, and how certain it is."""
     measured = [row for row in rows if method in row.differences]
     if not measured:
         return f"{method} and {baseline} do not share a finished seed of a downstream task yet."
-    overall = mean_over_tasks(measured, method, baseline)
-    parts = [] if overall is None else [_averaged(method, measured, baseline, overall)]
-    if overall is None or len(measured) > 1:
+    overall = _mean_over_tasks(measured, method, baseline)
+    parts = [_averaged(method, measured, baseline, overall)] if overall else []
+    if not parts or len(measured) > 1:
         parts.append(f"{'it' if parts else method} {_counted(method, measured)}")
     if unmeasured := len(rows) - len(measured):
         parts.append(f"{unmeasured} task{'s have' if unmeasured > 1 else ' has'} no pair yet")
     return f"{'; '.join(parts)}."
+
+
+def _mean_over_tasks(rows: Sequence[Row], method: str, baseline: str) -> PairedDifference | None:
+    """Return the difference of the means over tasks, paired by the seeds that all tasks have.
+
+    The interval is for new seeds on these tasks, not for other tasks. None if there is no such
+    seed, or if a task is judged by a loss.
+    """
+    if any(is_loss(row.metric) for row in rows):
+        return None
+    both = (method, baseline)
+    seeds = sorted(set.intersection(*(set(row.values[m]) for row in rows for m in both)))
+    means = [{seed: fmean(row.values[m][seed] for row in rows) for seed in seeds} for m in both]
+    return paired_difference(*means) if seeds else None
 
 
 def _averaged(method: str, rows: Sequence[Row], baseline: str, overall: PairedDifference) -> str:
@@ -472,17 +413,17 @@ def _counted(method: str, rows: Sequence[Row]) -> str:
     """Count the tasks on which a method is ahead and behind, and where that is significant."""
     signs = {row.task: -1 if is_loss(row.metric) else 1 for row in rows}
     gains = {row.task: signs[row.task] * row.differences[method].mean for row in rows}
-    sides = {
-        "ahead": [task for task, gain in gains.items() if gain > 0],
-        "behind": [task for task, gain in gains.items() if gain < 0],
-    }
-    text = f"is ahead on {len(sides['ahead'])} of {len(rows)} task{'s' * (len(rows) > 1)}"
-    text += f" and behind on {len(sides['behind'])}" if sides["behind"] else ""
+    ahead, behind = [t for t, gain in gains.items() if gain > 0], [t for t in gains if gains[t] < 0]
+    text = f"is ahead on {len(ahead)} of {len(rows)} task{'s' * (len(rows) > 1)}"
+    text += f" and behind on {len(behind)}" if behind else ""
     if not any(method in row.corrected for row in rows):
         return f"{text}; no task has enough pairs, or spread, for a test"
     significant = {row.task for row in rows if row.corrected.get(method, 1) < 0.05}
-    clear = {side: [t for t in tasks if t in significant] for side, tasks in sides.items()}
-    counts = [f"{side} on {len(ts)} ({', '.join(ts)})" for side, ts in clear.items() if ts]
+    counts = [
+        f"{side} on {len(clear)} ({', '.join(clear)})"
+        for side, tasks in (("ahead", ahead), ("behind", behind))
+        if (clear := [task for task in tasks if task in significant])
+    ]
     if not counts:
         return f"{text}, on none significantly (Holm)"
     return f"{text}, significantly (Holm) {' and '.join(counts)}"

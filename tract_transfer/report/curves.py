@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from tract_transfer.report.runs import Run, is_finite
 from tract_transfer.report.statistics import is_loss, paired_difference, pairs, seed_list
 
@@ -87,7 +85,8 @@ def speed_ups(
         if is_loss(task.metric):
             continue
         for method, (treated, untreated) in pairs(task.curves, baseline).items():
-            end, n = lowest_end(untreated), len(untreated)
+            end = min(values[-1] for _, values in untreated.values())  # every seed reaches it
+            n = len(untreated)
             rows += [
                 SpeedUpRow(
                     task.task, task.metric, task.split, method, share, n, expected_seeds,
@@ -98,17 +97,8 @@ def speed_ups(
     return rows
 
 
-def lowest_end(curves: Mapping[int, Curve]) -> float:
-    """Return the lowest final value of all seeds: every seed reaches it."""
-    return min(values[-1] for _, values in curves.values())
-
-
 def speed_up(treated: Mapping[int, Curve], baseline: Mapping[int, Curve], target: float) -> SpeedUp:
-    """Compare the epochs at which two methods reach `target`; higher values are better.
-
-    Args:
-        treated: seed -> curve, for the seeds of `baseline`.
-    """
+    """Compare the epochs at which two methods, seed -> curve, reach `target` from below."""
     epochs, baseline_epochs = (
         {seed: epochs_to_reach(curves[seed], target) for seed in sorted(curves)}
         for curves in (treated, baseline)
@@ -134,18 +124,14 @@ def speed_up(treated: Mapping[int, Curve], baseline: Mapping[int, Curve], target
 def epochs_to_reach(curve: Curve, target: float) -> float | None:
     """Return the epoch at which a curve first reaches `target`, interpolated linearly.
 
-    Returns:
-        Infinity if it never does; None if its first point already does: the epoch is unknown.
+    Infinity if it never does; None if its first point already does: the epoch is unknown.
     """
-    epochs, values = (np.asarray(part, np.float64) for part in curve)
-    reached = np.flatnonzero(values >= target)
-    if not reached.size:
-        return math.inf
-    i = reached[0]
-    if i == 0:
-        return None
+    epochs, values = curve
+    i = next((i for i, value in enumerate(values) if value >= target), None)
+    if not i:
+        return math.inf if i is None else None
     share = (target - values[i - 1]) / (values[i] - values[i - 1])
-    return float(epochs[i - 1] + share * (epochs[i] - epochs[i - 1]))
+    return epochs[i - 1] + share * (epochs[i] - epochs[i - 1])
 
 
 def _unknown(name: str, epochs: Mapping[int, float | None]) -> str:
@@ -154,6 +140,4 @@ def _unknown(name: str, epochs: Mapping[int, float | None]) -> str:
     early = [seed for seed, epoch in epochs.items() if epoch is None]
     if never:
         return f"{name} never reached it with {seed_list(never)}"
-    if early:
-        return f"{name} exceeded it at the first evaluation with {seed_list(early)}"
-    return ""
+    return f"{name} exceeded it at the first evaluation with {seed_list(early)}" if early else ""

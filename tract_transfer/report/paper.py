@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tract_transfer.report.runs import Run
+from tract_transfer.report.runs import Run, look_up
 from tract_transfer.report.statistics import Summary, summarize
 
 _CSV, _YAML = (Path(__file__).parent / f"paper.{suffix}" for suffix in ("csv", "yaml"))
@@ -36,23 +36,22 @@ class PaperRow:
 
 
 def compare_with_paper(tasks: Mapping[str, Sequence[Run]]) -> tuple[list[PaperRow], list[str]]:
-    """Return the paper's rows for tasks, and problems: rows that the paper does not have.
+    """Return the paper's rows for task -> finished runs, and the rows that it does not have.
 
-    Args:
-        tasks: task -> its finished runs; runs without `paper` in their config have no row.
+    Runs without `paper` in their config have no row.
     """
     rows, problems = [], []
     for task, runs in tasks.items():
         groups: dict[tuple[str, str, Any], list[Run]] = {}
         for run in runs:
             if isinstance(name := run.config.get("paper"), str):
-                key = (name, run.backbone, _lookup(run.config, "solver.max_epochs"))
+                key = (name, run.backbone, look_up(run.config, "solver.max_epochs"))
                 groups.setdefault(key, []).append(run)
         for (name, backbone, epochs), group in groups.items():
             numbers = [row for row in read_table() if row["row"] == name]
             if name in _ROWS_BY_BACKBONE:
-                numbers = [row for row in numbers if row["backbone"] == backbone]
-                numbers = [row for row in numbers if float(row["epochs"]) == epochs]
+                setup = (backbone, epochs)
+                numbers = [r for r in numbers if (r["backbone"], float(r["epochs"])) == setup]
             if not numbers:
                 problems.append(
                     f"{task}: the config sets `paper: {name}`, but the paper's tables have no such "
@@ -82,30 +81,24 @@ def _row(task: str, name: str, runs: Sequence[Run], numbers: Mapping[str, str]) 
     if name in _ROWS_BY_BACKBONE:
         title += f", {backbone}, {epochs} epochs"
     values: dict[str, list[float]] = {}
-    for run in runs:
-        if metric in run.metrics:
-            values.setdefault(run.method, []).append(run.metrics[metric])
+    for run in (run for run in runs if metric in run.metrics):
+        values.setdefault(run.method, []).append(run.metrics[metric])
     expected = {"model.backbone.name": backbone, **setup}
-    if epochs:
-        expected["solver.max_epochs"] = float(epochs)
+    expected |= {"solver.max_epochs": float(epochs)} if epochs else {}
     differing = [text for key, value in expected.items() if (text := _differs(key, value, runs))]
     seeds = numbers["seeds"]
     if seeds and any(len(of_method) != int(seeds) for of_method in values.values()):
         ours = ", ".join(f"{len(of_method)} of {method}" for method, of_method in values.items())
         differing.append(f"seeds: {ours} here, {seeds} in the paper")
     official = [run.results["protocol"].get("official splits") for run in runs]
-    return PaperRow(
-        task=task,
-        title=title,
-        metric=metric,
-        paper={
-            side: (_number(numbers[side]), _number(numbers[f"{side}_std"]))
-            for side in ("vanilla", "tract")
-        },
-        ours={method: summarize(of_method) for method, of_method in values.items()},
-        sides={run.method: "tract" if _has_tract(run) else "vanilla" for run in runs},
-        differing=[*differing, *dict.fromkeys(str(text) for text in official if text is not None)],
-    )
+    differing += dict.fromkeys(str(text) for text in official if text is not None)
+    paper = {
+        side: (_number(numbers[side]), _number(numbers[f"{side}_std"]))
+        for side in ("vanilla", "tract")
+    }
+    summaries = {method: summarize(of_method) for method, of_method in values.items()}
+    sides = {run.method: "tract" if run.has_tract else "vanilla" for run in runs}
+    return PaperRow(task, title, metric, paper, summaries, sides, differing)
 
 
 def _differs(key: str, expected: Any, runs: Sequence[Run]) -> str:
@@ -113,22 +106,11 @@ def _differs(key: str, expected: Any, runs: Sequence[Run]) -> str:
     if key == "model.backbone.name":
         values = [run.backbone or "unknown" for run in runs]
     else:  # TrAct's options matter only in runs with TrAct
-        relevant = [run for run in runs if _has_tract(run) or not key.startswith("tract.")]
-        values = [_lookup(run.config, key) for run in relevant]
+        relevant = [run for run in runs if run.has_tract or not key.startswith("tract.")]
+        values = [look_up(run.config, key) for run in relevant]
     others = dict.fromkeys(str(value) for value in values if value != expected)
     return f"{key}: {' and '.join(others)} here, {expected} in the paper" if others else ""
 
 
-def _has_tract(run: Run) -> bool:
-    return _lookup(run.config, "tract.enabled") is True
-
-
 def _number(text: str) -> float | None:
     return float(text) if text else None
-
-
-def _lookup(config: Any, key: str) -> Any:
-    """Return the value at a dotted key, or None."""
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config

@@ -27,56 +27,48 @@ def draw_curves(
     runs: Sequence[Run], evaluations: Evaluations, methods: Sequence[str]
 ) -> list[Markup]:
     """Draw one task's evaluations, training loss, and precision against recall."""
-    metric, scale = evaluations.metric, 1 if is_loss(evaluations.metric) else 100
-    by_method = {method: [run for run in runs if run.method == method] for method in methods}
-    scores = {
-        method: [
-            (epochs, [scale * value for value in values])
-            for epochs, values in evaluations.curves.get(method, {}).values()
-        ]
-        for method in methods
-    }
-    losses = {
-        method: [_binned(curve_of(run, "loss", "train")) for run in of_method]
-        for method, of_method in by_method.items()
-    }
-    precisions = {
-        method: [curve for run in of_method if (curve := precision_recall(run))]
-        for method, of_method in by_method.items()
-    }
-    label = f"{metric_name(metric)} on {evaluations.split}" + ("" if scale == 1 else " (%)")
+    metric = evaluations.metric
+    scale, unit = (1, "") if is_loss(metric) else (100, " (%)")
+    label = f"{metric_name(metric)} on {evaluations.split}{unit}"
+
+    def scores(run: Run) -> Curve:
+        epochs, values = curve_of(run, metric, evaluations.split)
+        return epochs, [scale * value for value in values]
+
+    def losses(run: Run) -> Curve:
+        both = curve_of(run, "loss", "train")
+        bins = min(len(both[0]), _MAX_LOSS_POINTS) or 1  # of consecutive points, drawn as means
+        x, y = ([float(part.mean()) for part in np.array_split(v, bins) if len(v)] for v in both)
+        return x, y
+
     figures = []
-    for curves, x, y, title in (
+    every = "precision against recall, all classes"
+    for curve, x, y, title in (
         (scores, "epoch", label, f"{label} against the epoch"),
         (losses, "epoch", "training loss", "training loss against the epoch"),
-        (precisions, "recall", "precision at IoU 0.5", "precision against recall, all classes"),
+        (precision_recall, "recall", "precision at IoU 0.5", every),
     ):
-        lines = {m: [line for line in c if len(line[0]) > 1] for m, c in curves.items()}
+        lines: dict[str, list[Curve]] = {method: [] for method in methods}
+        for run in runs:
+            lines[run.method] += [line] if len((line := curve(run))[0]) > 1 else []
         if any(lines.values()):
             figure = visualize.curves(lines, x_label=x, y_label=y)
             figures.append(Markup(visualize.figure_svg(figure, f"{evaluations.task}: {title}")))
     return figures
 
 
-def _binned(curve: Curve) -> Curve:
-    """Return the means of consecutive points, at most `_MAX_LOSS_POINTS` of them."""
-    bins = min(len(curve[0]), _MAX_LOSS_POINTS)
-    x, y = ([float(part.mean()) for part in np.array_split(v, bins)] if bins else [] for v in curve)
-    return x, y
+def precision_recall(run: Run) -> Curve:
+    """Return recalls and precisions at IoU 0.5 from `pr_curves` in the details of results.
 
-
-def precision_recall(run: Run) -> Curve | None:
-    """Return recalls and precisions at IoU 0.5, averaged over classes; None without readable ones.
-
-    They come from `pr_curves` in the details of detection results.
+    Precisions are averaged over classes; both are empty if there are no readable ones.
     """
     by_class = run.results["details"].get("pr_curves")
     try:
         precision = np.array(list(by_class.values()), np.float64)  # (classes, recalls)
     except (AttributeError, TypeError, ValueError):
-        return None
+        return [], []
     if precision.ndim != 2 or not precision.size or not np.isfinite(precision).all():
-        return None
+        return [], []
     return np.linspace(0, 1, precision.shape[1]).tolist(), precision.mean(axis=0).tolist()
 
 
@@ -93,23 +85,16 @@ def draw_detections(
 ) -> list[dict[str, Any]]:
     """Draw, for each task, the images on which every method's run of one seed has detections.
 
-    Args:
-        problems: receives what cannot be drawn.
-
-    Returns:
-        A dict for each task: `task`, `seed`, `images` (name, method -> SVG), `shared` (number of
-        images that could be drawn), `weak` (whether no detection reaches `MIN_SCORE`).
+    Returns a dict for each task: `task`, `seed`, `images` (name, method -> SVG), `shared` (number
+    of images that could be drawn), `weak` (whether no detection reaches `MIN_SCORE`). What cannot
+    be drawn is appended to `problems`.
     """
-    parts: list[dict[str, Any]] = []
-    room = _MAX_PICTURES
+    parts, room = [], _MAX_PICTURES
     for task, runs in tasks.items():
         chosen = _matched([run for run in runs if run.detections])
         entries = {m: {str(d.get("image")): d for d in r.detections} for m, r in chosen.items()}
-        shared = [
-            image
-            for image in next(iter(entries.values()), {})
-            if all(image in of_method for of_method in entries.values())
-        ]
+        first = next(iter(entries.values()), {})
+        shared = [i for i in first if all(i in of_method for of_method in entries.values())]
         if not shared:
             continue
         names = shared[: min(_MAX_IMAGES, room // len(chosen))]
@@ -124,10 +109,8 @@ def draw_detections(
             images.append((name, pictures))
         room -= len(images) * len(chosen)
         if images or not room:
-            seed = next(iter(chosen.values())).seed
-            parts.append(
-                {"task": task, "seed": seed, "images": images, "shared": len(shared), "weak": weak}
-            )
+            part = {"task": task, "seed": next(iter(chosen.values())).seed, "images": images}
+            parts.append(part | {"shared": len(shared), "weak": weak})
     return parts
 
 
@@ -161,12 +144,10 @@ def _detection(run: Run, entry: Mapping[str, Any], weak: bool) -> Markup:
 def draw_filters(runs: Sequence[Run], problems: list[str]) -> dict[str, Any] | None:
     """Draw the first layer of one run of each method, after pre-training if there is one.
 
-    Args:
-        problems: receives what cannot be read.
+    What cannot be read is appended to `problems`.
     """
-    saved = [
-        run for run in runs if not run.failure and (run.folder / "model.safetensors").is_file()
-    ]
+    finished = [run for run in runs if not run.failure]
+    saved = [run for run in finished if (run.folder / "model.safetensors").is_file()]
     chosen = _matched(sorted(saved, key=lambda run: run.role != "pretrain"))
     cells = {}
     for method, run in chosen.items():

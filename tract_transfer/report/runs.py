@@ -5,9 +5,9 @@ in `failure`, and `problems` names each file that cannot be read: a report shows
 """
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,8 +31,7 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten
 class RunFolders:
     """The run folders of a report; `baseline` and `title` are those of the first suite."""
 
-    folders: list[Path] = field(default_factory=list)
-    planned: dict[Path, dict[str, Any]] = field(default_factory=dict)  # entries of a suite.json
+    folders: dict[Path, dict[str, Any]] = field(default_factory=dict)  # entries of a suite.json
     baseline: str = ""
     title: str = ""
     problems: list[str] = field(default_factory=list)  # what the report excludes, and why
@@ -52,6 +51,7 @@ class Run:
     seed: int | None = None  # a finished run has one
     role: str = "downstream"  # or "pretrain"
     backbone: str = ""  # "cifar/resnet18"
+    has_tract: bool = False  # TrAct trains the first layer
     metrics: dict[str, float] = field(default_factory=dict)  # finite; fractions, or losses
     primary_metric: str = ""
     results: dict[str, Any] = field(default_factory=dict)  # `details` and `protocol` are dicts
@@ -74,21 +74,18 @@ def find_runs(paths: Sequence[Path]) -> RunFolders:
         raise ValueError("No run folders: give at least one folder with a results.json.")
     run_folders = RunFolders()
     for path in map(Path, paths):
-        if not path.is_dir() or _has_any(path, *_RUN_FILES):
-            run_folders.folders.append(path)
-            continue
-        count = len(run_folders.folders)
-        for folder in _outermost(path, SUITE_NAME, *_RUN_FILES):
-            if _has_any(folder, SUITE_NAME):
-                _add_suite(folder, run_folders)
-            else:
-                run_folders.folders.append(folder)
-        if len(run_folders.folders) == count:
+        is_run = not path.is_dir() or _has_any(path, *_RUN_FILES)
+        folders = [path] if is_run else list(_outermost(path, SUITE_NAME, *_RUN_FILES))
+        if not folders:
             raise ValueError(
                 f"No run in {path} or below. A run folder has a config.yaml or results.json, a "
                 f"suite folder a {SUITE_NAME}."
             )
-    run_folders.folders = list(dict.fromkeys(run_folders.folders))
+        for folder in folders:
+            if not is_run and _has_any(folder, SUITE_NAME):
+                _add_suite(folder, run_folders)
+            else:
+                run_folders.folders.setdefault(folder, {})
     return run_folders
 
 
@@ -108,8 +105,7 @@ def _has_any(folder: Path, *names: str) -> bool:
 def _add_suite(folder: Path, run_folders: RunFolders) -> None:
     suite = read_suite(folder / SUITE_NAME)
     planned = {folder / run["folder"]: run for run in suite["runs"]}
-    run_folders.folders += planned
-    run_folders.planned |= planned
+    run_folders.folders |= planned
     run_folders.baseline = run_folders.baseline or str(suite.get("baseline") or "")
     run_folders.title = run_folders.title or str(suite.get("title") or "")
     resolved = {path.resolve() for path in planned}
@@ -121,11 +117,7 @@ def _add_suite(folder: Path, run_folders: RunFolders) -> None:
 
 
 def read_suite(path: Path) -> dict[str, Any]:
-    """Return the contents of a suite.json.
-
-    Raises:
-        ValueError: the file cannot be read, lacks a field, or has another format.
-    """
+    """Return the contents of a suite.json; ValueError if they are unusable."""
     advice = "To report without the plan, give the run folders themselves"
     try:
         suite = json.loads(path.read_text(encoding="utf-8"))
@@ -147,43 +139,35 @@ def read_suite(path: Path) -> dict[str, Any]:
 def read_runs(run_folders: RunFolders) -> list[Run]:
     """Read run folders, in their order.
 
-    An unfinished run takes method, task and seed from its suite's plan, or else from its path:
-    `vanilla/finetune/seed-2` belongs to that method and task if another run has finished under
-    these names. A run that methods share comes once for each of them.
+    An unfinished run takes method, task and seed from its suite's plan, or else from its config. A
+    run that methods share comes once for each of them.
 
     Raises:
         ValueError: two finished runs share method, task and seed.
     """
     runs = []
-    for folder in run_folders.folders:
-        run = _load_run(folder)
-        if planned := run_folders.planned.get(folder):
-            run = _as_planned(run, planned)
-            methods = [run.method, *map(str, planned.get("also") or ())]
-            runs += [replace(run, method=method) for method in methods]
-        else:
-            runs.append(run)
-    finished = [run for run in runs if not run.failure]
+    for folder, planned in run_folders.folders.items():
+        run = _as_planned(_load_run(folder), planned) if planned else _load_run(folder)
+        methods = [run.method, *map(str, planned.get("also") or ())]
+        runs += [replace(run, method=method) for method in methods]
     seen: dict[tuple[str, str, int | None], Run] = {}
-    for run in finished:
+    for run in (run for run in runs if not run.failure):
         first = seen.setdefault((run.task, run.method, run.seed), run)
         if first is not run:
             raise ValueError(
                 f"Each task, method and seed must occur once, but {first.folder} and {run.folder} "
                 f"both have {run.task}, {run.method}, seed {run.seed}. Exclude one of them."
             )
-    roles = {run.task: run.role for run in finished}
-    finished_methods = {run.method for run in finished}
-    return [_named_by_path(run, roles, finished_methods) if run.failure else run for run in runs]
+    return runs
 
 
 def _as_planned(run: Run, planned: Mapping[str, Any]) -> Run:
     """Return a run with the method, task, seed and failure of its entry in a suite.json."""
     method, task, seed = planned["method"], planned["task"], planned["seed"]
     failure, state, role = run.failure, run.state, run.role
+    if (failure, run.method, run.task, run.seed) == ("", method, task, seed):
+        return run
     if not failure:
-        if (run.method, run.task, run.seed) == (method, task, seed):
-            return run
         state = "unreadable"
         failure = (
             f"results.json has {run.method}, {run.task}, seed {run.seed}, but the plan has "
@@ -208,10 +192,16 @@ def _load_run(folder: Path) -> Run:
     history = _read_lines(folder / "metrics.jsonl", problems)
     config = as_dict(_read(folder / "config.yaml", problems))
     results = _read(folder / "results.json", problems)
-    seed = config.get("seed")
+    seed, weights = config.get("seed"), look_up(config, "model.weights")
+    has_tract = look_up(config, "tract.enabled") is True
+    method = "tract" if has_tract else "vanilla" if config and not weights else ""
     run = Run(
         folder,
+        task=str(config.get("name") or config.get("task") or ""),
+        method=str(config.get("method") or method),
+        has_tract=has_tract,
         seed=seed if isinstance(seed, int) else None,
+        role="downstream" if weights else "pretrain",
         config=config,
         environment=as_dict(_read(folder / "environment.json", problems)),
         history=history,
@@ -228,12 +218,12 @@ def _load_run(folder: Path) -> Run:
 
 def _with_results(run: Run, results: dict[str, Any]) -> Run:
     """Return the run with its results, or with the reason why they do not count."""
-    results_format = results.get("format", RESULTS_FORMAT)
+    results_format, failure = results.get("format", RESULTS_FORMAT), ""
     if results_format != RESULTS_FORMAT:
         failure = f"results.json has format {results_format!r}, this version reads {RESULTS_FORMAT}"
-        return replace(run, failure=failure, state="unreadable")
-    if fields := _unusable(results, _RESULTS_FIELDS):
+    elif fields := _unusable(results, _RESULTS_FIELDS):
         failure = f"results.json lacks a usable {fields}"
+    if failure:
         return replace(run, failure=failure, state="unreadable")
     results = {**results, **{k: as_dict(results.get(k)) for k in ("details", "protocol")}}
     metrics = {k: float(v) for k, v in results["metrics"].items() if is_finite(v)}
@@ -244,7 +234,7 @@ def _with_results(run: Run, results: dict[str, Any]) -> Run:
     ]
     detections = _read(run.folder / "detections.json", problems)
     metadata = as_dict(_read(run.folder / "model.json", problems))
-    backbone = as_dict(as_dict(run.config.get("model")).get("backbone"))
+    backbone = look_up(run.config, "model.backbone.name") or metadata.get("name")
     primary = results["primary_metric"]
     return replace(
         run,
@@ -254,7 +244,7 @@ def _with_results(run: Run, results: dict[str, Any]) -> Run:
         method=results["method"],
         seed=results["seed"],
         role="pretrain" if results.get("role") == "pretrain" else "downstream",
-        backbone=str(backbone.get("name") or metadata.get("name") or ""),
+        backbone=str(backbone or ""),
         metrics=metrics,
         primary_metric=primary,
         results=results,
@@ -269,27 +259,6 @@ def _unusable(content: Mapping[str, Any], fields: Mapping[str, type]) -> str:
         key
         for key, kind in fields.items()
         if not isinstance(content.get(key), kind) or isinstance(content.get(key), bool)
-    )
-
-
-def _named_by_path(run: Run, roles: Mapping[str, str], methods: set[str]) -> Run:
-    """Return an unfinished run with the task, method and seed in its path."""
-    path = "/".join(run.folder.parts[-3:])
-
-    def longest_in_path(names: Sequence[str]) -> str:
-        for name in sorted(names, key=lambda name: (-len(name), name)):
-            if re.search(rf"(?:^|[/_.-]){re.escape(name)}(?:$|[/_.-])", path):
-                return name
-        return ""
-
-    task = run.task or longest_in_path(list(roles))
-    seeds = re.findall(r"seed[-_=]?(\d+)", path)
-    return replace(
-        run,
-        task=task,
-        method=run.method or longest_in_path(list(methods)),
-        seed=int(seeds[-1]) if run.seed is None and seeds else run.seed,
-        role=roles.get(task, run.role),
     )
 
 
@@ -311,7 +280,7 @@ def _read(path: Path, problems: list[str]) -> Any:
 
 
 def _check_size(value: Any) -> None:
-    """Refuse nested values that are too many for a config."""
+    """Raise ValueError if nested values are too many for a config."""
     remaining, count = [value], 0
     while remaining:
         value = remaining.pop()
@@ -326,12 +295,17 @@ def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
     lines = []
     for number, text in enumerate(path.read_bytes().splitlines() if path.is_file() else (), 1):
         try:
-            line = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            lines.append(as_dict(json.loads(text)))
+        except (ValueError, RecursionError) as error:  # noqa: PERF203
             problems.append(f"{path}, line {number}: {error}")
-            continue
-        lines.append(as_dict(line))
     return lines
+
+
+def look_up(config: Any, key: str) -> Any:
+    """Return the value at a dotted key, or None."""
+    for part in key.split("."):
+        config = as_dict(config).get(part)
+    return config
 
 
 def as_dict(value: Any) -> dict[str, Any]:
@@ -342,7 +316,4 @@ def as_dict(value: Any) -> dict[str, Any]:
 def is_finite(value: Any) -> TypeGuard[float]:
     """Whether a value read from JSON is a finite number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    try:
-        return is_number and math.isfinite(value)
-    except OverflowError:  # an integer larger than any float
-        return False
+    return is_number and abs(value) <= sys.float_info.max  # an integer may be larger than any float

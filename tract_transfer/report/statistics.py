@@ -1,7 +1,4 @@
-"""Spread over seeds, paired differences, and how every report format writes them as text.
-
-All functions are pure; those that draw at random use a fixed seed.
-"""
+"""Spread over seeds, paired differences, and how every report format writes them as text."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,10 +14,8 @@ Value = TypeVar("Value")
 LEVEL = 0.95
 # From 4 pairs on, the studentised bootstrap has the coverage it claims, but with 4 it is almost
 # twice as wide as the t interval (docs/guides/report.md has the measurements).
-MIN_PAIRS_BOOTSTRAP = 5
-MIN_PAIRS_FLIPPED = 6  # with 5 pairs, the smallest possible p-value is 2 / 2^5 = 6 %
-_RESAMPLES = 4999
-_MAX_EXACT_PAIRS = 14
+_MIN_BOOTSTRAP = 5
+_MIN_FLIPPED = 6  # with 5 pairs, the smallest possible p-value is 2 / 2^5 = 6 %
 # 0.3 - 0.1 differs from 0.2 by rounding: a spread this small is no spread.
 _ROUNDING = 1e-12
 
@@ -49,9 +44,9 @@ class PairedDifference:
     level: float = LEVEL
     std: float | None = None  # of the differences; None for one seed
     effect_size: float | None = None  # Hedges's g; None below 3 pairs or without spread
-    # None below `MIN_PAIRS_BOOTSTRAP` pairs, without spread, or if equal differences unbound it
+    # None below `_MIN_BOOTSTRAP` pairs, without spread, or if equal differences unbound it
     bootstrap: tuple[float, float] | None = None
-    permutation_p: float | None = None  # None below `MIN_PAIRS_FLIPPED` pairs or without spread
+    permutation_p: float | None = None  # None below `_MIN_FLIPPED` pairs or without spread
     remark: str = ""  # what `n` is too small to show
 
     @property
@@ -61,41 +56,29 @@ class PairedDifference:
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Return mean and standard deviation.
-
-    Raises:
-        ValueError: `values` is empty or has a non-finite value.
-    """
-    _check_finite("values", values)
+    """Return mean and standard deviation of one or more values."""
     std = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Summary(float(np.mean(values)), std, len(values))
 
 
 def paired_difference(
-    treated: Mapping[int, float],
-    baseline: Mapping[int, float],
-    *,
-    resample: bool = True,
+    treated: Mapping[int, float], baseline: Mapping[int, float], *, resample: bool = True
 ) -> PairedDifference:
-    """Compare two methods seed by seed.
+    """Compare two methods, seed -> metric, over one or more seeds that must be the same.
 
-    Args:
-        treated: seed -> metric.
-        baseline: seed -> metric, for the same seeds.
-        resample: whether to compute the bootstrap and the sign-flip test, the slow part.
-
-    Raises:
-        ValueError: the seeds differ, there are none, or a metric is not finite.
+    `resample` adds the bootstrap and the sign-flip test, the slow part.
     """
-    differences, largest = _paired(treated, baseline)
-    n, mean = len(differences), float(differences.mean())
-    if abs(mean) <= _ROUNDING * largest:
+    assert treated.keys() == baseline.keys(), (treated, baseline)
+    a, b = (np.array([values[s] for s in sorted(baseline)]) for values in (treated, baseline))
+    differences, n, rounding = a - b, len(a), _ROUNDING * float(np.abs([a, b]).max())
+    mean = float(differences.mean())
+    if abs(mean) <= rounding:
         mean = 0.0  # the differences cancel: the sign of the rounding error means nothing
     if n == 1:
         remark = "One pair: no interval and no test; even the sign may be chance."
         return PairedDifference(mean, None, None, None, n, remark=remark)
     std = float(differences.std(ddof=1))
-    if std <= _ROUNDING * math.sqrt(n) * largest:
+    if std <= rounding * math.sqrt(n):
         remark = (
             f"All {n} pairs show the same difference: without spread there is no interval and no "
             "test. This points to a small test set, not to certainty."
@@ -111,10 +94,8 @@ def paired_difference(
         n,
         std=std,
         effect_size=effect_size(differences) if n > 2 else None,
-        bootstrap=(
-            studentised_bootstrap(differences) if resample and n >= MIN_PAIRS_BOOTSTRAP else None
-        ),
-        permutation_p=sign_flip_test(differences) if resample and n >= MIN_PAIRS_FLIPPED else None,
+        bootstrap=studentised_bootstrap(differences) if resample and n >= _MIN_BOOTSTRAP else None,
+        permutation_p=sign_flip_test(differences) if resample and n >= _MIN_FLIPPED else None,
         remark=_few_pairs(n),
     )
 
@@ -124,29 +105,14 @@ def pairs(
 ) -> dict[str, tuple[dict[int, Value], dict[int, Value]]]:
     """Return method -> its values and the baseline's, by the seeds that both have.
 
-    Args:
-        values: method -> seed -> value; methods that share no seed with the baseline are omitted.
+    `values` is method -> seed -> value; methods that share no seed with the baseline are omitted.
     """
-    both = {}
-    for method, by_seed in values.items():
-        seeds = sorted(by_seed.keys() & values.get(baseline, {}).keys())
-        if method != baseline and seeds:
-            base = values[baseline]
-            both[method] = {s: by_seed[s] for s in seeds}, {s: base[s] for s in seeds}
-    return both
-
-
-def _paired(treated: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[Floats, float]:
-    """Return treated - baseline (n,) in order of seeds, and the largest absolute value of both."""
-    if treated.keys() != baseline.keys():
-        raise ValueError(
-            "Both methods must have the same seeds: treated has "
-            f"{sorted(treated)}, baseline has {sorted(baseline)}."
-        )
-    a, b = ([values[seed] for seed in sorted(treated)] for values in (treated, baseline))
-    _check_finite("treated", a)
-    _check_finite("baseline", b)
-    return np.subtract(a, b), float(np.abs([a, b]).max())
+    base = values.get(baseline, {})
+    return {
+        method: ({s: by_seed[s] for s in seeds}, {s: base[s] for s in seeds})
+        for method, by_seed in values.items()
+        if method != baseline and (seeds := sorted(by_seed.keys() & base.keys()))
+    }
 
 
 def effect_size(differences: Floats) -> float:
@@ -160,16 +126,12 @@ def effect_size(differences: Floats) -> float:
     return float(differences.mean() / differences.std(ddof=1) * math.exp(log_factor))
 
 
-def studentised_bootstrap(
-    differences: Floats, resamples: int = _RESAMPLES
-) -> tuple[float, float] | None:
+def studentised_bootstrap(differences: Floats, resamples: int = 4999) -> tuple[float, float] | None:
     """Return the bootstrap-t interval of the mean of (n,) differences (Efron, 1981).
 
     Each of B `resamples` is divided by its own standard error; t is infinite where that is zero.
     scipy's bootstrap has no such method, and its BCa covers far less than 95 % for few pairs.
-
-    Returns:
-        The interval, or None if too many resamples without spread leave it unbounded.
+    None if too many resamples without spread leave the interval unbounded.
     """
     n = len(differences)
     drawn = differences[np.random.default_rng(0).integers(0, n, (resamples, n))]  # (B, n)
@@ -199,17 +161,13 @@ def sign_flip_test(differences: Floats) -> float:
 
     test = stats.permutation_test(
         (differences,), absolute_mean, permutation_type="samples", alternative="greater",
-        vectorized=True, n_resamples=2**_MAX_EXACT_PAIRS, random_state=0,
+        vectorized=True, n_resamples=2**14, random_state=0,
     )  # fmt: skip
     return float(test.pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for their number, in their order (Holm, 1979).
-
-    Calling those below alpha significant makes any false claim with probability at most alpha,
-    however the tests depend on each other.
-    """
+    """Return p-values corrected for their number, in their order (Holm, 1979)."""
     p = np.array(p_values, np.float64)
     order = np.argsort(p, kind="stable")
     factors = len(p) - np.arange(len(p))
@@ -223,17 +181,12 @@ def _few_pairs(n: int) -> str:
             "Two pairs: the interval extends 12.7 standard errors to either side, so only a "
             "difference far larger than its spread can be significant."
         )
-    if n < MIN_PAIRS_FLIPPED:
+    if n < _MIN_FLIPPED:
         return (
             f"{n} pairs: interval and test assume normally distributed differences, which {n} "
             f"pairs cannot verify. A sign-flip test cannot get below p = {2 / 2**n:.2g}."
         )
     return ""
-
-
-def _check_finite(name: str, values: Sequence[float]) -> None:
-    if len(values) == 0 or not np.isfinite(values).all():
-        raise ValueError(f"{name} must be one or more finite numbers, got {list(values)}.")
 
 
 # Numbers as text, the same in every format of the report.
@@ -248,7 +201,7 @@ _METRICS = {
 
 
 def metric_name(metric: str) -> str:
-    """Return a metric's display name; an unknown metric is its own."""
+    """Return a metric's display name."""
     return _METRICS.get(metric, metric)
 
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from tract_transfer.report.content import Report, Row
-from tract_transfer.report.curves import SpeedUp
 from tract_transfer.report.statistics import (
     DASH,
     bounds,
@@ -15,6 +14,7 @@ from tract_transfer.report.statistics import (
     metric_name,
     or_dash,
     p_value,
+    score,
     spread,
 )
 
@@ -63,14 +63,10 @@ def tables_of(report: Report) -> list[Table]:
     """Return the tables that have rows, in the order of the page."""
     more = report.all_metrics if len(report.all_metrics) > len(report.results) else []
     tables = [
-        results_table(report.results, report.methods, report.baseline),
+        results_table(report, report.results),
         _statistics(report),
-        replace(
-            results_table(more, report.methods, report.baseline),
-            name="all-metrics",
-            heading="All metrics",
-            notes=[],  # the same as below the results
-        ),
+        # Its notes are the same as below the results.
+        replace(results_table(report, more), name="all-metrics", heading="All metrics", notes=[]),
         _speed_ups(report),
         *(_classes(report, task) for task in report.classes),
         _costs(report),
@@ -81,9 +77,9 @@ def tables_of(report: Report) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def results_table(rows: Sequence[Row], methods: Sequence[str], baseline: str) -> Table:
+def results_table(report: Report, rows: Sequence[Row]) -> Table:
     """Return metrics by task and method; the notes are those of `rows`."""
-    treated = [method for method in methods if method != baseline]
+    methods, treated = report.methods, report.treated
 
     def mean(row: Row, method: str) -> str:
         summary = row.summaries.get(method)
@@ -99,7 +95,7 @@ def results_table(rows: Sequence[Row], methods: Sequence[str], baseline: str) ->
     return Table(
         "results",
         _CAPTIONS["results" if treated else "means"],
-        ["task", "metric", *methods, *(f"{m} − {baseline} [95 %], pairs" for m in treated)],
+        ["task", "metric", *methods, *(f"{m} − {report.baseline} [95 %], pairs" for m in treated)],
         [
             [
                 row.task,
@@ -109,9 +105,9 @@ def results_table(rows: Sequence[Row], methods: Sequence[str], baseline: str) ->
             ]
             for row in rows
         ],
-        words=2,
-        heading="Results",
-        notes=[f"{row.task}: {note}" for row in rows for note in row.notes],
+        2,
+        "Results",
+        [f"{row.task}: {note}" for row in rows for note in row.notes],
     )
 
 
@@ -124,21 +120,12 @@ def _statistics(report: Report) -> Table:
         for method, d in row.differences.items():
             if d.remark:
                 remarks.setdefault(d.remark, []).append(f"{row.task} ({method})")
-            rows.append(
-                [
-                    row.task,
-                    method,
-                    gap(d.mean, row.metric),
-                    DASH if d.std is None else gap(d.std, row.metric).removeprefix("+"),
-                    interval(d, row.metric),
-                    p_value(d.p_value),
-                    p_value(row.corrected.get(method)),
-                    or_dash(d.effect_size, "{:+.2f}"),
-                    bounds(d.bootstrap, row.metric),
-                    p_value(d.permutation_p),
-                    count_of(d.n, len(row.seeds)),
-                ]
-            )
+            metric = row.metric
+            std = DASH if d.std is None else score(d.std, metric)
+            p, corrected = p_value(d.p_value), p_value(row.corrected.get(method))
+            cells = [row.task, method, gap(d.mean, metric), std, interval(d, metric), p, corrected]
+            cells += [or_dash(d.effect_size, "{:+.2f}"), bounds(d.bootstrap, metric)]
+            rows.append([*cells, p_value(d.permutation_p), count_of(d.n, len(row.seeds))])
     notes = [f"{', '.join(comparisons)}: {remark}" for remark, comparisons in remarks.items()]
     head += ["p, signs", "pairs"]
     return Table("statistics", _CAPTIONS["statistics"], head, rows, words=2, notes=notes)
@@ -146,21 +133,18 @@ def _statistics(report: Report) -> Table:
 
 def _speed_ups(report: Report) -> Table:
     head = ["task", "to reach", "method", f"epochs of {report.baseline}", "epochs"]
-    rows = [
-        [
-            row.task,
-            f"{100 * row.result.target:.2f} % {metric_name(row.metric)} on {row.split} "
-            f"({row.share:.0%} of the end)",
-            row.method,
-            _epochs(row.result.baseline),
-            _epochs(row.result.treated),
-            f"{_speed_up(row.result)}, {count_of(row.pairs, row.seeds)}",
-        ]
-        for row in report.speed_ups
-    ]
-    return Table(
-        "speed-ups", _CAPTIONS["speed-ups"], [*head, "speed-up, pairs"], rows, 3, "Speed-ups"
-    )
+    rows = []
+    for row in report.speed_ups:
+        result = row.result
+        target = f"{100 * result.target:.2f} % {metric_name(row.metric)} on {row.split}"
+        ratio, bounds = or_dash(result.ratio, "× {:.2f}"), f"({result.remark})"
+        if result.low is not None and result.high is not None:
+            bounds = f"[{result.low:.2f}, {result.high:.2f}]"
+        cells = [row.task, f"{target} ({row.share:.0%} of the end)", row.method]
+        cells += [_epochs(result.baseline), _epochs(result.treated)]
+        rows.append([*cells, f"{ratio} {bounds}, {count_of(row.pairs, row.seeds)}"])
+    head.append("speed-up, pairs")
+    return Table("speed-ups", _CAPTIONS["speed-ups"], head, rows, 3, "Speed-ups")
 
 
 def _epochs(by_seed: dict[int, float | None]) -> str:
@@ -171,14 +155,6 @@ def _epochs(by_seed: dict[int, float | None]) -> str:
     early = list(by_seed.values()).count(None)
     counts = {"never": len(by_seed) - len(known) - early, "before the first": early}
     return ", ".join(f"{text} in {n} seed{'s' * (n > 1)}" for text, n in counts.items() if n)
-
-
-def _speed_up(result: SpeedUp) -> str:
-    """Return a speed-up with its interval, or why there is none."""
-    ratio = or_dash(result.ratio, "× {:.2f}")
-    if result.low is None or result.high is None:
-        return f"{ratio} ({result.remark})"
-    return f"{ratio} [{result.low:.2f}, {result.high:.2f}]"
 
 
 def _classes(report: Report, task: str) -> Table:
@@ -213,14 +189,12 @@ def _costs(report: Report) -> Table:
     for row in report.costs:
         cells = []
         for method in report.methods:
-            remarks = [
-                count_missing(row.counts.get(method, 0), report.seeds),
-                or_dash(row.ratios[method], "× {:.2f}") if method in row.ratios else "",
-            ]
-            text = "; ".join(filter(None, remarks))
-            mean = or_dash(row.means.get(method), "{:,.1f}")
-            cells.append(f"{mean} ({text})" if text else mean)
-        rows.append([row.task, f"{row.quantity}, {row.unit}", *cells])
+            count = count_missing(row["counts"].get(method, 0), report.seeds)
+            ratio = f"× {row['ratios'][method]:.2f}" if method in row["ratios"] else ""
+            remarks = "; ".join(filter(None, (count, ratio)))
+            mean = or_dash(row["means"].get(method), "{:,.1f}")
+            cells.append(f"{mean} ({remarks})" if remarks else mean)
+        rows.append([row["task"], f"{row['quantity']}, {row['unit']}", *cells])
     return Table("cost", _CAPTIONS["cost"], ["task", "cost", *report.methods], rows, 2, "Cost")
 
 
@@ -243,34 +217,27 @@ def _paper(report: Report) -> Table:
 def _protocol(report: Report, task: str) -> list[Table]:
     """Return two tables for each part of a protocol: what differs between runs, and the rest."""
     tables: list[Table] = []
-    methods = report.methods
     for part in report.protocol[task]:
         differing = [
-            [key, *("; ".join(values.get(method, [DASH])) for method in methods)]
-            for key, values in part.differing.items()
+            [key, *("; ".join(values.get(method, [DASH])) for method in report.methods)]
+            for key, values in part["differing"].items()
         ]
-        shared = [list(item) for item in part.shared.items()]
+        shared = [list(item) for item in part["shared"].items()]
         for state, head, rows in (
-            ("where runs differ", ["key", *methods], differing),
+            ("where runs differ", ["key", *report.methods], differing),
             ("the same in every run", ["key", "value"], shared),
         ):
             heading = "" if any(table.rows for table in tables) else f"Protocol of {task}"
-            caption = f"{part.heading}, {state}"
+            caption = f"{part['heading']}, {state}"
             tables.append(Table("protocol", caption, head, rows, len(head), heading, task=task))
     return tables
 
 
 def _unfinished(report: Report) -> Table:
     head = ["task", "method", "seed", "state", "why", "folder"]
-    rows = [
-        [
-            run.task or DASH,
-            run.method or DASH,
-            DASH if run.seed is None else str(run.seed),
-            run.state,
-            run.failure,
-            run.folder.as_posix(),
-        ]
-        for run in report.unfinished
-    ]
+    rows = []
+    for run in report.unfinished:
+        seed = DASH if run.seed is None else str(run.seed)
+        place = [run.task or DASH, run.method or DASH, seed]
+        rows.append([*place, run.state, run.failure, run.folder.as_posix()])
     return Table("unfinished", _CAPTIONS["unfinished"], head, rows, len(head), "Unfinished runs")

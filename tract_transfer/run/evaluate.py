@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import broadcast, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -36,7 +36,7 @@ from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.cost import dry_run, dry_run_features
 from tract_transfer.engine.debug_batch import load_debug_batch, replay
 from tract_transfer.engine.determinism import deterministic
-from tract_transfer.engine.hooks import evaluate, evaluating, share_buffers
+from tract_transfer.engine.hooks import evaluate, evaluating
 from tract_transfer.engine.non_finite import describe_images
 from tract_transfer.engine.run_folder import check_run_folder
 from tract_transfer.engine.trainer import Trainer
@@ -53,7 +53,8 @@ def measure(
 ) -> Measured:
     """Evaluate the trainer's model on `dataset`; a signal raises Stopped."""
     evaluator = build_evaluator(config, class_names)
-    share_buffers(trainer.evaluated_model, trainer.accelerator)
+    # Processes update BatchNorm's statistics apart; a checkpoint holds those of the main process.
+    broadcast(list(trainer.evaluated_model.buffers()))
     skipped = evaluate(
         build_evaluated(config, trainer.evaluated_model),
         trainer.stop.watched(eval_batches(config, dataset, trainer.accelerator)),

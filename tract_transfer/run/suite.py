@@ -1,7 +1,5 @@
 """Plan a suite: from its config to runs with complete configs, checked before any run starts."""
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,27 +8,32 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tract_transfer import __version__
-from tract_transfer.config.file import ConfigError, Override, override, read_config_file
+from tract_transfer.build.data import build_data
+from tract_transfer.build.model import build_features, build_model, preflight
+from tract_transfer.build.trainer import build_accelerator, build_tract, build_trainer
+from tract_transfer.config.file import (
+    ConfigError,
+    Origins,
+    Override,
+    override,
+    read_config_file,
+)
 from tract_transfer.config.schema import Config, ProbeConfig, check_config
 from tract_transfer.config.suite import OWN_KEYS, PRETRAIN, SuiteConfig
-from tract_transfer.engine.run_folder import LOCK_NAME, deciding_keys, lock_folder
-from tract_transfer.files import make_folder, sha256_of, write_json
+from tract_transfer.engine.run_folder import deciding_keys
+from tract_transfer.files import sha256_of
+from tract_transfer.models.weights import save_backbone, weights_file
+from tract_transfer.registry import did_you_mean
 from tract_transfer.suite.execute import refuse_others
-from tract_transfer.suite.plan import PlannedRun, order_tasks, run_id
-from tract_transfer.suite.state import FolderState, Job, Suite, inspect_folder
+from tract_transfer.suite.plan import PlannedRun, run_id
+from tract_transfer.suite.state import Suite, inspect_folder
 
-INSPECTIONS_NAME = ".plan.json"
-# The keys of a source that contain local paths; `train` is a part of the training split.
-_PATHS = {
-    "huggingface": ("path",), "voc": ("root",), "coco": ("images", "annotations"),
-    "digits": (), "digit_scenes": (), "train": (),
-}  # fmt: skip
+_sha256_of = cache(sha256_of)
 _HUB_CLASSES = 20  # stands for the number of classes of data on the hub
 
 Fingerprints = Mapping[str, str] | None
 # (config, config of the run whose backbone it takes) -> fingerprints of its data, or None if only
-# the run can compute them. Raises ValueError or OSError if the run cannot work.
+# the run can compute them. Raises ValueError or OSError if config, data and backbone do not fit.
 Inspect = Callable[[Config, Config | None], Fingerprints]
 
 
@@ -42,48 +45,34 @@ class Draft(NamedTuple):
     needed: Config | None
 
 
-def open_suite(config: SuiteConfig, *, remember: bool, refuse: bool = False) -> Suite:
+def open_suite(config: SuiteConfig, *, refuse: bool = False) -> Suite:
     """Plan a suite and recall what its folder has of it.
 
     Args:
-        remember: write the results of the inspection to the suite's folder, which must be free.
         refuse: refuse folders whose config.yaml shows that they contain other runs, before any data
             are read.
 
     Raises:
         ConfigError: runs cannot work; lists the problems of all, one a line.
-        FolderInUseError: another process executes the suite.
     """
-    folder = Path(config.output_dir)
-    if remember and (folder / LOCK_NAME).exists():
-        with lock_folder(folder):
-            pass
     drafts = draft_runs(config)
-    with Inspector(folder / INSPECTIONS_NAME) as inspector:
-        if refuse and not all(inspector.knows(draft.config, draft.needed) for draft in drafts):
-            states = [inspect_folder(draft.run, backbone_known=False) for draft in drafts]
-            jobs = [Job(draft.run) for draft in drafts]
-            pairs = zip(jobs, states, strict=True)
-            refuse_others([(job, found) for job, found in pairs if found.state == "other"])
-        runs = inspect_runs(config, drafts, inspector.inspect)
-        if remember:
-            inspector.save()
+    if refuse:
+        found = {d.run.folder: inspect_folder(d.run, backbone_known=False) for d in drafts}
+        refuse_others({path: each.why for path, each in found.items() if each.state == "other"})
+    with tempfile.TemporaryDirectory() as folder:
+        runs = inspect_runs(config, drafts, Inspector(Path(folder)).inspect)
     return Suite(config, runs)
 
 
-def list_plan(suite: Suite, others: Sequence[tuple[Job, FolderState]]) -> list[str]:
-    """Return a line for every run: its id, its folder and what would be done.
-
-    Args:
-        others: what `Suite.take_stock` returned.
-    """
-    why = {job.run.folder: found.why for job, found in others}
+def list_plan(suite: Suite) -> list[str]:
+    """Return a line for every run: its id, its folder and what would be done."""
+    others = suite.take_stock()
     lines = []
     for job in suite.jobs:
         run = job.run
         action = "skip: finished" if job.state == "finished" else job.note or "run"
-        if run.folder in why:
-            action = f"contains another run: {why[run.folder]}"
+        if run.folder in others:
+            action = f"contains another run: {others[run.folder]}"
         also = f" (also {', '.join(run.also)})" if run.also else ""
         lines.append(f"{run.id}  {run.folder}{also}  {action}")
     return lines
@@ -96,31 +85,24 @@ def draft_runs(suite: SuiteConfig) -> list[Draft]:
         ConfigError: lists the problems of all runs, one a line.
     """
     needs = _needs(suite)
-    try:
-        tasks = order_tasks(needs)
-    except ValueError as error:
-        key, _, message = str(error).partition(": ")
-        raise suite.error(key, message) from None
     seeds = _seeds(suite, needs)
     _check_overrides(suite, needs)
     read = cache(read_config_file)
     drafts: dict[str, Draft] = {}  # by id
     ids: dict[tuple[str, int, str], str] = {}  # (method, seed, task) -> id
-    problems = _Problems(suite)
+    problems: dict[str, None] = {}
     for seed in suite.seeds:
-        for task in [task for task in tasks if seed in seeds[task]]:
+        for task in [task for task in needs if seed in seeds[task]]:
             for method in suite.methods:
                 needed_id = ids.get((method, seed, needs[task] or ""))
                 if needs[task] and needed_id is None:
                     continue  # the run that it needs has a problem
                 needed = drafts[needed_id] if needed_id else None
-                with problems.of(method, task):
-                    overrides = _overrides(suite, method, task, seed, needed)
-                    config = check_config(*override(*read(suite.path(task)), overrides))
-                    draft = _draft(suite, config, task, needed)
+                with _collects(problems, task):
+                    draft = _draft(suite, read(suite.path(task)), method, task, seed, needed)
                     _add(drafts, draft)
                     ids[method, seed, task] = draft.run.id
-    problems.refuse()
+    _refuse(problems)
     _check_methods_differ(suite, ids)
     return list(drafts.values())
 
@@ -132,27 +114,41 @@ def inspect_runs(suite: SuiteConfig, drafts: Sequence[Draft], inspect: Inspect) 
         ConfigError: lists the problems of all runs, one a line.
     """
     runs: dict[Path, PlannedRun] = {}
-    problems = _Problems(suite)
+    problems: dict[str, None] = {}
     for draft in drafts:
         run = draft.run
         if run.needs and run.needs not in runs:
             continue  # the run that it needs has a problem
-        with problems.of(run.method, run.task):
+        with _collects(problems, run.task):
             prints = inspect(draft.config, draft.needed)
             needed_id = runs[run.needs].id if run.needs else None
             id_ = _id(draft.config, needed_id, prints)
             runs[run.folder] = replace(run, id=id_, fingerprints=prints)
-    problems.refuse()
+    _refuse(problems)
     return list(runs.values())
 
 
 def _needs(suite: SuiteConfig) -> dict[str, str | None]:
-    """Return task -> the task whose backbone it takes."""
+    """Return task -> the task whose backbone it takes; each comes after the one it needs."""
     needs: dict[str, str | None] = {PRETRAIN: None} if suite.pretrain else {}
-    for name, task in suite.tasks.items():
-        by_default = suite.pretrain is None and "needs" not in task.model_fields_set
-        needs[name] = None if by_default else task.needs
-    return needs
+    for name, section in suite.tasks.items():
+        by_default = suite.pretrain is None and "needs" not in section.model_fields_set
+        needs[name] = None if by_default else section.needs
+    ordered: dict[str, str | None] = {}
+    for task in needs:
+        chain = [task]
+        while (needed := needs[chain[-1]]) is not None and needed not in ordered:
+            if needed not in needs:
+                hint = f"{did_you_mean(needed, needs)} null keeps the weights of the task's config."
+                message = f"{needed!r} is not one of the tasks {list(needs)}.{hint}"
+                raise suite.error(f"tasks.{chain[-1]}.needs", message)
+            if needed in chain:
+                circle = " needs ".join([*chain[chain.index(needed) :], needed])
+                message = f"circular: {circle}. Break the circle."
+                raise suite.error(f"tasks.{task}.needs", message)
+            chain.append(needed)
+        ordered |= {name: needs[name] for name in reversed(chain)}
+    return ordered
 
 
 def _seeds(suite: SuiteConfig, needs: Mapping[str, str | None]) -> dict[str, list[int]]:
@@ -192,30 +188,30 @@ def _check_overrides(suite: SuiteConfig, needs: Mapping[str, str | None]) -> Non
                     )
 
 
-def _overrides(
-    suite: SuiteConfig, method: str, task: str, seed: int, needed: Draft | None
-) -> list[Override]:
-    """Return a method's overrides, and the keys that the suite sets."""
+def _draft(
+    suite: SuiteConfig,
+    tree: tuple[dict[str, Any], Origins],
+    method: str,
+    task: str,
+    seed: int,
+    needed: Draft | None,
+) -> Draft:
+    """Return a run: the config of its task, a method's overrides, and what the suite sets."""
     folder = Path(suite.output_dir) / method / task / f"seed{seed}"
     values = {"name": task, "method": method, "seed": seed, "output_dir": str(folder)}
     if needed is not None:
         values["model.weights"] = str(needed.run.folder)
     own = [Override(key, value, "the suite") for key, value in values.items()]
-    return [*suite.overrides(method, task), *own]
-
-
-def _draft(suite: SuiteConfig, config: Config, task: str, needed: Draft | None) -> Draft:
-    if needed is None and config.model.weights not in (None, "pretrained"):
-        from tract_transfer.build.weights import check_backbone
-
-        check_backbone(config)
+    config = check_config(*override(*tree, [*suite.overrides(method, task), *own]))
+    if needed is None:
+        preflight(config)
     run = PlannedRun(
         id=_id(config, needed.run.id if needed else None, None),
-        method=str(config.method),
+        method=method,
         task=task,
-        seed=config.seed,
+        seed=seed,
         config=config.model_dump(),
-        folder=Path(config.output_dir),
+        folder=folder,
         needs=needed.run.folder if needed else None,
         resources=suite.resources_of(task),
     )
@@ -228,21 +224,8 @@ def _id(config: Config, needed_id: str | None, fingerprints: Fingerprints) -> st
     if needed_id is not None:
         deciding["model.weights"] = needed_id
     elif weights not in (None, "pretrained"):
-        deciding["model.weights"] = _weights_sha256(Path(str(weights)))
+        deciding["model.weights"] = _sha256_of(weights_file(Path(str(weights))))
     return run_id(deciding)
-
-
-@cache
-def _weights_sha256(path: Path) -> str:
-    """Return the hash of a weights file, or of all weights in a folder."""
-    if path.is_file():
-        return sha256_of(path)
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("*.bin")):
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def _add(drafts: dict[str, Draft], draft: Draft) -> None:
@@ -274,150 +257,78 @@ def _check_methods_differ(suite: SuiteConfig, ids: Mapping[tuple[str, int, str],
             )
 
 
-class _Problems:
-    """Collects what is wrong with the runs of a suite, each problem once."""
+@contextmanager
+def _collects(problems: dict[str, None], task: str) -> Iterator[None]:
+    """Collect the error of a run, a line at a time and each line once."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        problems.update(dict.fromkeys(f"{task}: {line}" for line in str(error).splitlines()))
 
-    def __init__(self, suite: SuiteConfig) -> None:
-        self._suite = suite
-        self._lines: dict[str, None] = {}
 
-    @contextmanager
-    def of(self, method: str, task: str) -> Iterator[None]:
-        """Collect an error of a run; it names the method if the method's override caused it."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            places = {place for _, _, place in self._suite.overrides(method, task) if place}
-            for line in str(error).splitlines():
-                by_method = any(place in line for place in places)
-                self._lines[f"{task}, {method}: {line}" if by_method else f"{task}: {line}"] = None
-
-    def refuse(self) -> None:
-        """Raise ConfigError if there are problems."""
-        if self._lines:
-            raise ConfigError("\n".join(self._lines))
+def _refuse(problems: Mapping[str, None]) -> None:
+    if problems:
+        raise ConfigError("\n".join(problems))
 
 
 class Inspector:
-    """Checks that configs, data and models fit, and remembers the results.
+    """Checks that configs, data and models fit; what decides the result is inspected only once."""
 
-    Args:
-        saved: file of earlier results, which `save` writes.
-    """
-
-    def __init__(self, saved: Path) -> None:
-        self._saved = saved
-        self._known: dict[str, Fingerprints] = _read_known(saved)
-        self._keys: dict[str, str] = {}  # output_dir -> key in _known
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder  # for the stand-ins
+        self._fingerprints: dict[str, Fingerprints] = {}
         self._backbones: dict[str, Path] = {}  # output_dir -> stand-in for its backbone
-        self._stats: dict[str, list[Any]] = {}
-        self._temporary = tempfile.TemporaryDirectory()
-
-    def __enter__(self) -> "Inspector":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._temporary.cleanup()
 
     def inspect(self, config: Config, needed: Config | None) -> Fingerprints:
-        """Return the fingerprints of a config's data; None if they are on the Hugging Face hub.
-
-        Args:
-            needed: the config of the run whose backbone it takes, which may not have run yet.
-
-        Raises:
-            ValueError, OSError: the data cannot be read, or the config does not fit data or
-                backbone. Data on the hub are not checked.
-        """
-        key = self._key(config, needed)
-        if key not in self._known:
-            self._known[key] = self._look(config, needed)
-        return self._known[key]
-
-    def knows(self, config: Config, needed: Config | None) -> bool:
-        """Return whether `inspect` needs neither data nor model."""
-        return self._key(config, needed) in self._known
-
-    def save(self) -> None:
-        """Save the results for the next process."""
-        make_folder(self._saved.parent)
-        write_json(self._saved, self._known)
-
-    def _key(self, config: Config, needed: Config | None) -> str:
-        """Return the hash of all that decides the result of `inspect`."""
-        if config.output_dir not in self._keys:
-            keys = deciding_keys(config.model_dump())
-            val = getattr(config.data, "val", None)
-            if val is None or val.source != "train":
-                keys.pop("seed")  # only a val split held out from train depends on it
-            if needed is not None:
-                keys["model.weights"] = needed.model.model_dump()
-            files = [self._stat(path) for split in _splits(config) for path in _paths(split)]
-            key = run_id({**keys, "version": __version__, "files": files})
-            self._keys[config.output_dir] = key
-        return self._keys[config.output_dir]
-
-    def _stat(self, path: str) -> list[Any]:
-        """Return name, size and modification time of a file, or of all files below a folder."""
-        if path not in self._stats:
-            top = Path(path)
-            stats = []
-            for file in sorted(top.rglob("*")) if top.is_dir() else [top]:
-                try:
-                    stat = file.stat()
-                except OSError:
-                    continue  # reading the data reports it
-                stats.append((str(file), stat.st_size, stat.st_mtime_ns))
-            self._stats[path] = stats
-        return self._stats[path]
-
-    def _look(self, config: Config, needed: Config | None) -> Fingerprints:
-        from tract_transfer.build.data import build_data
-        from tract_transfer.build.model import build_model
-        from tract_transfer.build.trainer import build_accelerator, build_tract, build_trainer
-
-        weights = None if config.model.weights == "pretrained" else config.model.weights
+        """See `Inspect`. The needed run may not have run yet; data on the hub are not read."""
+        keys = deciding_keys(config.model_dump())
+        val = getattr(config.data, "val", None)
+        if val is None or val.source != "train":
+            keys.pop("seed")  # only a val split held out from train depends on it
         if needed is not None:
-            weights = str(self._stand_in(needed))
-        local = _on_any_machine(config, weights)
-        with _names_weights(weights, config.model.weights):
-            if any(_is_on_hub(split) for split in _splits(config)):
-                model = build_model(local, _HUB_CLASSES)
-                if not isinstance(local, ProbeConfig):
-                    build_tract(local, model)
-                return None
-            data = build_data(local)
-            if isinstance(local, ProbeConfig):
-                build_model(local, len(data.class_names))
-            else:
-                build_trainer(local, data, build_accelerator(local))
-        return {name: dataset.fingerprint() for name, dataset in data.splits.items()}
+            keys["model.weights"] = needed.model.model_dump()
+        key = run_id(keys)
+        if key not in self._fingerprints:
+            self._fingerprints[key] = self._build(config, needed)
+        return self._fingerprints[key]
+
+    def _build(self, config: Config, needed: Config | None) -> Fingerprints:
+        weights = config.model.weights
+        if needed is None:
+            return _build(_on_any_machine(config, weights))
+        stand_in = str(self._stand_in(needed))
+        try:
+            return _build(_on_any_machine(config, stand_in))
+        except (ValueError, OSError) as error:  # it must name the run's own weights
+            raise ValueError(str(error).replace(stand_in, str(weights))) from error
 
     def _stand_in(self, config: Config) -> Path:
         """Return a folder with an untrained backbone, as the run of `config` would write it."""
-        from tract_transfer.build.model import build_features
-        from tract_transfer.models.weights import save_backbone
-
         key, weights = config.output_dir, config.model.weights
         if key not in self._backbones:
-            if weights == "pretrained":
-                weights = None
-            elif weights is not None:
-                weights = str(self._backbones.get(weights, weights))
-            folder = Path(self._temporary.name) / str(len(self._backbones))
+            if weights in self._backbones:
+                weights = str(self._backbones[weights])
+            folder = self._folder / str(len(self._backbones))
             folder.mkdir()
             save_backbone(folder, build_features(_on_any_machine(config, weights)), {})
             self._backbones[key] = folder
         return self._backbones[key]
 
 
-def _splits(config: Config) -> list[Any]:
+def _build(config: Config) -> Fingerprints:
+    """Build data and model as a run would; return the fingerprints of the data."""
     splits = (getattr(config.data, name, None) for name in ("train", "val", "test"))
-    return [split for split in splits if split is not None]
-
-
-def _paths(split: Any) -> list[str]:
-    return [getattr(split, key) for key in _PATHS[split.source]]
+    if any(split is not None and _is_on_hub(split) for split in splits):
+        model = build_model(config, _HUB_CLASSES)
+        if not isinstance(config, ProbeConfig):
+            build_tract(config, model)
+        return None
+    data = build_data(config)
+    if isinstance(config, ProbeConfig):
+        build_model(config, len(data.class_names))
+    else:
+        build_trainer(config, data, build_accelerator(config))
+    return {name: dataset.fingerprint() for name, dataset in data.splits.items()}
 
 
 def _is_on_hub(split: Any) -> bool:
@@ -428,30 +339,11 @@ def _is_on_hub(split: Any) -> bool:
 
 
 def _on_any_machine(config: Config, weights: str | None) -> Config:
-    """Return a config that can be built on any machine, with other weights."""
+    """Return a config that can be built on any machine, with other weights; none if pretrained."""
+    weights = None if weights == "pretrained" else weights
     model = config.model.model_copy(update={"weights": weights})
     if weights is None:
         model = model.model_copy(update={"ignore_missing": [], "adapt_stem": False})
     data = config.data.model_copy(update={"cache": "none", "num_workers": 0})
     engine = config.engine.model_copy(update={"device": "cpu", "precision": "fp32"})
     return config.model_copy(update={"model": model, "data": data, "engine": engine})
-
-
-@contextmanager
-def _names_weights(weights: str | None, name: str | None) -> Iterator[None]:
-    """Let errors name the run's own weights instead of the stand-in."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if weights is None or weights == name or weights not in str(error):
-            raise
-        raise ValueError(str(error).replace(weights, str(name))) from error
-
-
-def _read_known(file: Path) -> dict[str, Fingerprints]:
-    """Return saved results; {} if the file is missing or broken."""
-    try:
-        known = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return known if isinstance(known, dict) else {}

@@ -7,9 +7,9 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,25 +18,21 @@ from tract_transfer.config.file import ConfigError, dump_yaml
 from tract_transfer.engine.run_folder import FolderInUseError, lock_folder
 from tract_transfer.files import REFUSED, make_folder, remove_temporary_files, write_text
 from tract_transfer.suite.launchers import (
-    ENDING_SECONDS,
     LOG_NAME,
+    POLL_SECONDS,
     Attempt,
-    Handle,
     Launcher,
     why_it_ended,
+    write_stop_file,
 )
 from tract_transfer.suite.screen import Screen, result_line
-from tract_transfer.suite.state import (
-    FolderState,
-    Job,
-    Suite,
-    backbone_sha256,
-)
+from tract_transfer.suite.state import FolderState, Job, Suite, backbone_sha256
 
-PLAN_NAME = "plan"  # folder of the runs' configs
+PLAN_NAME = "plan"  # folder of the runs' configs and of the stop file
 _TRAIN = (sys.executable, "-m", "tract_transfer.cli.train")
-_SHOWN_CONFLICTS = 5
-_POLL_SECONDS = 0.2
+# For a run to end after a signal: a step or a batch of an evaluation, and a checkpoint.
+_ENDING_SECONDS = 600.0
+_STEP_SECONDS = 0.2
 logger = logging.getLogger(__name__)
 
 
@@ -48,18 +44,17 @@ def execute(suite: Suite, launcher: Launcher, screen: Screen, *, set_aside: bool
 
     Raises:
         FolderInUseError: another process executes the suite.
-        FileExistsError: jobs of Slurm are left, and this is another launcher.
         ConfigError: folders contain other runs, and `set_aside` is off.
     """
-    make_folder(suite.folder)
+    make_folder(suite.folder / PLAN_NAME)
     with lock_folder(suite.folder):
         for folder in (suite.folder, suite.folder / PLAN_NAME):
             remove_temporary_files(folder)
-        _end_leftovers(suite, launcher)
+        execution = Execution(suite, launcher, screen, set_aside=set_aside)
+        _await_leftovers(suite)
         others = suite.take_stock()
         if not set_aside:
             refuse_others(others)
-        execution = Execution(suite, launcher, screen, set_aside=set_aside)
         with screen, _stops_on_signals(execution):
             for job in suite.jobs:
                 if job.state == "finished":
@@ -68,40 +63,30 @@ def execute(suite: Suite, launcher: Launcher, screen: Screen, *, set_aside: bool
     return execution.stop_signals[0] if execution.stop_signals else None
 
 
-def refuse_others(others: Sequence[tuple[Job, FolderState]]) -> None:
-    """Refuse folders that contain other runs.
-
-    Raises:
-        ConfigError: there are any.
-    """
-    if not others:
-        return
-    lines = [f"{job.run.folder} contains another run: {found.why}." for job, found in others]
-    if len(lines) > _SHOWN_CONFLICTS:
-        lines[_SHOWN_CONFLICTS:] = [f"... and {len(lines) - _SHOWN_CONFLICTS} more."]
-    raise ConfigError(
-        "\n".join(lines) + "\nNothing was started. Use --set-aside to move them to set_aside/ and "
-        "run them again, or set another output_dir."
-    )
+def refuse_others(others: Mapping[Path, str]) -> None:
+    """Raise ConfigError if there are folders that contain other runs; `others` has why."""
+    if others:
+        lines = [f"{folder} contains another run: {why}." for folder, why in others.items()]
+        raise ConfigError(
+            "\n".join(lines) + "\nNothing was started. Use --set-aside to move them to set_aside/ "
+            "and run them again, or set another output_dir."
+        )
 
 
-def _end_leftovers(suite: Suite, launcher: Launcher) -> None:
+def _await_leftovers(suite: Suite) -> None:
     """Wait until the runs that a killed suite left running have ended.
 
-    They got SIGTERM when it ended (see `Attempt.start`), and hold the locks of their folders while
-    they write a checkpoint. Jobs of Slurm are asked to end.
+    They got SIGTERM when it ended, or get it now because this is another session (see `Attempt`),
+    and hold the locks of their folders while they write a checkpoint.
     """
-    jobs = suite.read_slurm_jobs()
-    launcher.end_jobs(jobs)
-    suite.write_slurm_jobs({})
-    end = time.monotonic() + ENDING_SECONDS
+    if suite.interrupted:
+        time.sleep(2 * POLL_SECONDS)  # until those on other machines have read the session
+    end = time.monotonic() + _ENDING_SECONDS
     for folder in suite.interrupted:
-        if str(folder) in jobs:
-            continue
         if holder := _holder(folder):
             logger.info("%s A suite that was killed left it; waiting for it to end.", holder)
         while _holder(folder) and time.monotonic() < end:
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_STEP_SECONDS)
 
 
 def _holder(run_folder: Path) -> str:
@@ -113,13 +98,6 @@ def _holder(run_folder: Path) -> str:
         return str(error)
     except FileNotFoundError:
         return ""
-
-
-@dataclass
-class _Running:
-    attempt: Attempt
-    handle: Handle | None
-    started: float
 
 
 class Execution:
@@ -137,8 +115,11 @@ class Execution:
         self.set_aside = set_aside
         self.stop_signals: list[int] = []
         self._signals_sent = 0
-        self._running: dict[Path, _Running] = {}
+        self._started: dict[Path, float] = {}  # folder of a running run -> when it was started
         self._failures: dict[Path, int] = {}
+        self._stop_file = suite.folder / PLAN_NAME / "stop"
+        self._session = uuid.uuid4().hex
+        write_stop_file(self._stop_file, self._session)  # ends what another session left
 
     def run(self) -> None:
         """Execute the jobs; return when none is left, or all have stopped."""
@@ -146,7 +127,7 @@ class Execution:
         self._record()
         while self._step():
             self.screen.show(self.suite.jobs)
-            time.sleep(_POLL_SECONDS)
+            time.sleep(_STEP_SECONDS)
         self.screen.show(self.suite.jobs)
 
     def _step(self) -> bool:
@@ -158,13 +139,12 @@ class Execution:
             self._signals_sent += 1
         stopping = self._signals_sent > 0
         for job in self.suite.jobs:
-            if job.state == "waiting" and not stopping and self._is_ready(job):
+            if stopping or job.state != "waiting" or not self.suite.can_start(job):
+                continue
+            if self.launcher.has_room(job.run):
                 self._start(job)
         states = {job.state for job in self.suite.jobs}
         return "running" in states or ("waiting" in states and not stopping)
-
-    def _is_ready(self, job: Job) -> bool:
-        return self.suite.can_start(job) and self.launcher.has_room(job.run)
 
     def _start(self, job: Job) -> None:
         folder = job.run.folder
@@ -179,12 +159,11 @@ class Execution:
             if found.state == "other":
                 job.note = f"moved another run to {self.suite.set_aside(folder)}: {found.why}"
                 found = FolderState("new")
-            attempt = self._prepare(job)
-            handle = self.launcher.start(job.run, attempt)
+            self.launcher.start(job.run, self._prepare(job))
         except OSError as error:
             self._fail(job, f"{type(error).__name__}: {error}")
             return
-        self._running[folder] = _Running(attempt, handle, time.monotonic())
+        self._started[folder] = time.monotonic()
         if found.state == "new" and folder not in self._failures:
             job.attempts, job.spent = 0, 0.0  # of earlier attempts nothing is left
         if found.state == "begun":
@@ -200,20 +179,17 @@ class Execution:
         """Write the run's complete config; return the attempt that runs it."""
         run = job.run
         job.begun_with = backbone_sha256(run)
-        plan = self.suite.folder / PLAN_NAME
-        config_file = plan / f"{run.id}.yaml"
-        make_folder(plan)
+        config_file = self.suite.folder / PLAN_NAME / f"{run.id}.yaml"
         write_text(config_file, dump_yaml(run.config))
         command = [*_TRAIN, "--config-file", str(config_file), "--resume"]
         if run.processes > 1:
             command += ["--num-gpus", str(run.processes)]
-        return Attempt(command, run.folder / LOG_NAME, plan / f"{run.id}.stop")
+        return Attempt(command, run.folder / LOG_NAME, self._stop_file, self._session)
 
     def _handle_end(self, job: Job, code: int) -> None:
         """Update a job whose attempt has ended: finished, stopped, to be retried, or failed."""
-        folder = job.run.folder
-        ended = self._running.pop(folder)
-        job.last = time.monotonic() - ended.started
+        folder, log = job.run.folder, job.run.folder / LOG_NAME
+        job.last = time.monotonic() - self._started.pop(folder)
         job.spent += job.last
         found = self.suite.inspect(job)
         if found.state == "finished":
@@ -223,11 +199,9 @@ class Execution:
             job.state, job.note = "waiting", "stopped"
             self._record()
             return
-        why = why_it_ended(code, ended.attempt.log)
+        why = why_it_ended(code, log)
         if code == 0:
-            why = (
-                f"exit code 0, but no results ({found.why or found.state}); see {ended.attempt.log}"
-            )
+            why = f"exit code 0, but no results ({found.why or found.state}); see {log}"
         self._failures[folder] = self._failures.get(folder, 0) + 1
         if code == REFUSED or self._failures[folder] > self.suite.config.retries:
             self._fail(job, why)
@@ -258,11 +232,8 @@ class Execution:
                 self.screen.ended(job, f"blocked: {job.error}")
 
     def _record(self) -> None:
-        """Write the state of the jobs, and which attempts are running."""
+        """Write the state of the jobs."""
         try:
-            running = self._running.items()
-            jobs = {str(folder): each.handle for folder, each in running if each.handle}
-            self.suite.write_slurm_jobs(jobs)
             self.suite.write()
         except OSError as error:  # a full disk must not end runs that can still write
             logger.error("The suite's state cannot be written: %s", error)
@@ -276,7 +247,7 @@ def _stops_on_signals(execution: Execution) -> Iterator[None]:
         execution.stop_signals.append(number)
 
     numbers = (signal.SIGTERM, signal.SIGINT)
-    before: dict[int, Any | Callable[..., Any]] = {n: signal.signal(n, handle) for n in numbers}
+    before: dict[int, Any] = {n: signal.signal(n, handle) for n in numbers}
     try:
         yield
     finally:

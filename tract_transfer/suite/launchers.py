@@ -1,15 +1,16 @@
 """Where runs execute: as processes of this machine, tasks of a Ray cluster, or jobs of Slurm."""
 
 import ctypes
-import logging
+import importlib
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,30 +21,24 @@ import psutil
 from tract_transfer.suite.plan import PlannedRun
 
 LOG_NAME = "console.txt"
-_INSTALL = "{0} is not installed: pip install 'tract_transfer[{1}]', or use --launcher local."
 KILLED = -int(signal.SIGKILL)
-# For a run to end after a signal: a step or a batch of an evaluation, and a checkpoint.
-ENDING_SECONDS = 600.0
-_CANCEL_SECONDS = 60.0  # for Slurm to end a cancelled job
 _SLURM_WARNING_SECONDS = 120  # before its time limit a job is asked to write a checkpoint
 _MAX_REQUEUES = 10_000  # of a job after its time limit; submitit's default is 3
 _RAY_GET_SECONDS = 1.0  # never wait for the result of a task that still runs
-_POLL_SECONDS = 0.5
+POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
 _ERROR = re.compile(r"^(?:error|failed|[^:\n]*Error)(?=:|$)", re.MULTILINE)
 _SHOWN_CHARACTERS = 1200  # of an error
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-logger = logging.getLogger(__name__)
-# Plain values by which another process finds an attempt that outlives this one: a job of Slurm.
-Handle = dict[str, Any]
 
 
 @dataclass
 class Attempt:
     """One attempt at a run: a process of its own, so that a crash ends only that run.
 
-    Calling it on another machine runs the command and returns its exit code. Files are the only way
-    to reach it there: a signal number in `stop_file` is sent to the process.
+    Calling it on another machine runs the command and returns its exit code. There it reads
+    `stop_file`, which has the current session of the suite and the signal to send. If that is
+    another session, the suite was killed and started again, and the run gets SIGTERM.
 
     Attributes:
         log: its standard output and error are appended to this file.
@@ -53,7 +48,8 @@ class Attempt:
     command: Sequence[str]
     log: Path
     stop_file: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
+    session: str
+    environment: dict[str, str] = field(default_factory=dict)
     folder: Path = field(default_factory=Path.cwd)
     _process: "subprocess.Popen[bytes] | None" = field(default=None, init=False, repr=False)
     _signalled: bool = field(default=False, init=False, repr=False)
@@ -78,19 +74,19 @@ class Attempt:
 
     def __call__(self) -> int:
         """Run the command to its end; return its exit code, negative for a signal."""
-        if (number := _read_number(self.stop_file)) is not None:
+        if number := self._requested():
             return 128 + number  # stopped while it was queued
         self._signalled = False  # it may have been, in an earlier job
         process = self._process = self.start()
         while (code := process.poll()) is None:
-            if (number := _read_number(self.stop_file)) is not None:
+            if number := self._requested():
                 self._signal(process, number)
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         return code
 
     def stop(self, number: int) -> None:
-        """Send the attempt a signal by its stop file, wherever it runs."""
-        _write_stop_file(self.stop_file, number)
+        """Send a signal to all attempts of this session, wherever they run."""
+        write_stop_file(self.stop_file, self.session, number)
 
     def checkpoint(self) -> Any:
         """Let the run write a checkpoint and queue it again; Slurm takes the machine back."""
@@ -102,6 +98,14 @@ class Attempt:
             self._process = None  # a process cannot be pickled
         return submitit.helpers.DelayedSubmission(self)
 
+    def _requested(self) -> int:
+        """Return the signal that this attempt should get; 0 for none."""
+        try:
+            session, number = self.stop_file.read_text().split()
+        except (OSError, ValueError):  # it is being written
+            return 0
+        return int(number) if session == self.session else int(signal.SIGTERM)
+
     def _signal(self, process: "subprocess.Popen[bytes]", number: int) -> None:
         """Send at most one signal: a second one would end the run without a checkpoint."""
         if not self._signalled:
@@ -109,38 +113,32 @@ class Attempt:
             self._signalled = True
 
 
+def write_stop_file(path: Path, session: str, number: int = 0) -> None:
+    """Write the current session of a suite, and the signal that its attempts should get."""
+    path.write_text(f"{session} {int(number)}")
+
+
 class Launcher:
     """Starts attempts and reports how they ended.
 
     Attributes:
-        name: the value of --launcher.
         workers: maximum number of runs at a time; None leaves it to the cluster.
     """
-
-    name: str
 
     def __init__(self, workers: int | None) -> None:
         self.workers = workers
         self._running: dict[PlannedRun, Any] = {}  # what `start` keeps of an attempt
 
     def check(self, runs: Sequence[PlannedRun]) -> None:
-        """Refuse runs that this launcher can never start.
-
-        Raises:
-            ValueError: names key, run and fix.
-        """
+        """Raise ValueError, with key, run and fix, if this launcher can never start a run."""
         raise NotImplementedError
 
     def has_room(self, run: PlannedRun) -> bool:
         """Return whether a run can start now."""
         return self.workers is None or len(self._running) < self.workers
 
-    def start(self, run: PlannedRun, attempt: Attempt) -> Handle | None:
-        """Start an attempt at a run; return a handle if it can outlive this process.
-
-        Raises:
-            OSError: it cannot be started.
-        """
+    def start(self, run: PlannedRun, attempt: Attempt) -> None:
+        """Start an attempt at a run; raise OSError if it cannot be started."""
         raise NotImplementedError
 
     def ended(self) -> list[tuple[PlannedRun, int]]:
@@ -154,19 +152,6 @@ class Launcher:
     def stop(self, number: int) -> None:
         """Ask all runs to write a checkpoint and end; SIGKILL ends them at once."""
         raise NotImplementedError
-
-    def end_jobs(self, left: Mapping[str, Handle]) -> None:
-        """End the jobs that a killed suite left, by run folder, each with a checkpoint.
-
-        Raises:
-            FileExistsError: this launcher cannot end them.
-        """
-        if left:
-            raise FileExistsError(
-                f"{', '.join(left)}: started with --launcher slurm by a suite that was killed, and "
-                "may still be running. Nothing was started. Use --launcher slurm, which lets them "
-                "write a checkpoint. If they have ended, remove .owner.json in the suite's folder."
-            )
 
     def close(self) -> None:
         """Release what the launcher holds."""
@@ -184,8 +169,6 @@ class LocalLauncher(Launcher):
         gpus: names of the GPUs, as in CUDA_VISIBLE_DEVICES.
         memory_gb: memory of the machine.
     """
-
-    name = "local"
 
     def __init__(self, workers: int, *, cores: int, gpus: Sequence[str], memory_gb: float) -> None:
         super().__init__(workers)
@@ -211,23 +194,21 @@ class LocalLauncher(Launcher):
         if not super().has_room(run) or self._choose_gpus(run) is None:
             return False
         runs = [*self._running, run]
-        cpus = sum(self._threads(each) for each in runs)
+        cpus = sum(map(self._threads, runs))
         memory_gb = sum(each.resources.memory_gb or 0 for each in runs)
         return not self._running or (cpus <= self.cores and memory_gb <= self.memory_gb)
 
-    def start(self, run: PlannedRun, attempt: Attempt) -> Handle | None:
+    def start(self, run: PlannedRun, attempt: Attempt) -> None:
         """Start a process with its own threads and GPUs."""
         shares = self._choose_gpus(run)
         assert shares is not None
         # An empty CUDA_VISIBLE_DEVICES keeps a run without a GPU off the first one.
-        threads = max(1, self._threads(run) // run.processes)
-        devices = {"CUDA_VISIBLE_DEVICES": ",".join(shares)}
-        attempt.environment = {**attempt.environment, **thread_variables(threads), **devices}
+        attempt.environment["CUDA_VISIBLE_DEVICES"] = ",".join(shares)
+        attempt.environment |= _thread_variables(max(1, self._threads(run) // run.processes))
         process = attempt.start()
         for gpu, share in shares.items():
             self._free[gpu] -= share
         self._running[run] = (process, shares)
-        return None
 
     def stop(self, number: int) -> None:
         """Send every process a signal."""
@@ -250,9 +231,8 @@ class LocalLauncher(Launcher):
     def _threads(self, run: PlannedRun) -> int:
         """Return the cores of a run: its own, or a worker's share within OMP_NUM_THREADS."""
         limit = os.environ.get("OMP_NUM_THREADS", "")
-        limited = limit.isdecimal() and int(limit) > 0
-        share = min(self._threads_per_worker, int(limit)) if limited else self._threads_per_worker
-        return run.resources.cpus or share
+        share = self._threads_per_worker
+        return run.resources.cpus or min(share, int(limit) if limit.isdecimal() else share) or 1
 
     def _choose_gpus(self, run: PlannedRun) -> dict[str, float] | None:
         """Return GPU -> share for a run; {} if it needs none, None if too few are free."""
@@ -266,23 +246,18 @@ class LocalLauncher(Launcher):
 
 
 def this_machine(workers: int) -> LocalLauncher:
-    """Return a launcher with all cores, GPUs and memory of this machine."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Linux
-        cores = os.cpu_count() or 1
-    memory_gb = psutil.virtual_memory().total / 2**30
-    return LocalLauncher(workers, cores=cores, gpus=find_gpus(os.environ), memory_gb=memory_gb)
-
-
-def find_gpus(environment: Mapping[str, str]) -> list[str]:
-    """Return the names of the GPUs, as in CUDA_VISIBLE_DEVICES."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    """Return a launcher with all cores, visible GPUs and memory of this machine."""
     import torch
 
-    return [str(index) for index in range(torch.cuda.device_count())]  # does not initialize CUDA
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        gpus = [str(index) for index in range(torch.cuda.device_count())]  # does not initialize it
+    else:
+        gpus = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    memory_gb = psutil.virtual_memory().total / 2**30
+    return LocalLauncher(workers, cores=cores, gpus=gpus, memory_gb=memory_gb)
 
 
 class RayLauncher(Launcher):
@@ -291,24 +266,15 @@ class RayLauncher(Launcher):
     Args:
         address: of the cluster; None starts one on this machine.
         num_cpus: of a cluster that is started here; None is all.
-
-    Raises:
-        ImportError: Ray is not installed.
     """
-
-    name = "ray"
 
     def __init__(
         self, address: str | None, workers: int | None, *, num_cpus: int | None = None
     ) -> None:
         super().__init__(workers)
-        try:
-            import ray
-        except ImportError as error:
-            raise ImportError(_INSTALL.format("Ray", "ray")) from error
-        self._ray: Any = ray
+        self._ray = _import("ray", "ray")
         local = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
-        ray.init(address=address, log_to_driver=False, **local)
+        self._ray.init(address=address, log_to_driver=False, **local)
         self._running: dict[PlannedRun, tuple[Any, Attempt]] = {}
 
     def check(self, runs: Sequence[PlannedRun]) -> None:
@@ -322,15 +288,14 @@ class RayLauncher(Launcher):
                     "all of it. Ask for less, or add a machine."
                 )
 
-    def start(self, run: PlannedRun, attempt: Attempt) -> Handle | None:
+    def start(self, run: PlannedRun, attempt: Attempt) -> None:
         """Submit an attempt as a task; Ray sets CUDA_VISIBLE_DEVICES."""
         needed = _ray_resources(run)
-        attempt.environment = {**attempt.environment, **thread_variables(run.threads)}
-        attempt.stop_file.unlink(missing_ok=True)
+        attempt.environment |= _thread_variables(run.threads)
         task = self._ray.remote(
             num_cpus=needed["CPU"],
             num_gpus=needed.get("GPU", 0),
-            memory=needed.get("memory", 0) or None,
+            memory=needed.get("memory"),
             max_retries=0,  # the suite counts retries
         )(_call)
         try:
@@ -338,7 +303,6 @@ class RayLauncher(Launcher):
         except self._ray.exceptions.RayError as error:
             raise OSError(f"Ray refused {run.title}: {error}") from error
         self._running[run] = (reference, attempt)
-        return None
 
     def stop(self, number: int) -> None:
         """Stop the attempts; those that Ray has not started yet never start."""
@@ -372,12 +336,12 @@ def _call(attempt: Attempt) -> int:
 
 def _ray_resources(run: PlannedRun) -> dict[str, float]:
     """Return what a run needs, in Ray's names; memory in bytes."""
-    needed = {"CPU": float(run.resources.cpus or 1)}
-    if run.resources.gpus:
-        needed["GPU"] = run.resources.gpus
-    if run.resources.memory_gb:
-        needed["memory"] = run.resources.memory_gb * 2**30
-    return needed
+    needed = {
+        "CPU": float(run.resources.cpus or 1),
+        "GPU": run.resources.gpus or 0.0,
+        "memory": (run.resources.memory_gb or 0) * 2**30,
+    }
+    return {key: amount for key, amount in needed.items() if amount}
 
 
 class SlurmLauncher(Launcher):
@@ -386,26 +350,16 @@ class SlurmLauncher(Launcher):
     Args:
         folder: for submitit's own files.
         cluster: `slurm`, or submitit's `local` to try it on one machine.
-
-    Raises:
-        ImportError: submitit is not installed.
-        ValueError: this machine has no Slurm.
     """
-
-    name = "slurm"
 
     def __init__(self, folder: Path, workers: int | None, *, cluster: str = "slurm") -> None:
         super().__init__(workers)
-        try:
-            import submitit
-        except ImportError as error:
-            raise ImportError(_INSTALL.format("submitit", "slurm")) from error
+        self._submitit = _import("submitit", "slurm")
         if cluster == "slurm" and shutil.which("sbatch") is None:
             raise ValueError(
                 "--launcher slurm: this machine has no sbatch. Start the suite where jobs are "
                 "submitted, or use --launcher local."
             )
-        self._submitit: Any = submitit
         self.folder, self.cluster = folder, cluster
         self._running: dict[PlannedRun, tuple[Any, Attempt]] = {}
 
@@ -423,7 +377,7 @@ class SlurmLauncher(Launcher):
                     "whole GPUs. Ask for 1."
                 )
 
-    def start(self, run: PlannedRun, attempt: Attempt) -> Handle | None:
+    def start(self, run: PlannedRun, attempt: Attempt) -> None:
         """Submit an attempt as a job."""
         needed = run.resources
         executor = self._submitit.AutoExecutor(
@@ -440,8 +394,7 @@ class SlurmLauncher(Launcher):
             "slurm_signal_delay_s": _SLURM_WARNING_SECONDS,
         }
         executor.update_parameters(**{k: v for k, v in parameters.items() if v is not None})
-        attempt.environment = {**attempt.environment, **thread_variables(run.threads)}
-        attempt.stop_file.unlink(missing_ok=True)
+        attempt.environment |= _thread_variables(run.threads)
         try:
             job = executor.submit(attempt)
         except RuntimeError as error:  # submitit's, with the message of sbatch
@@ -450,36 +403,15 @@ class SlurmLauncher(Launcher):
                 "number of jobs, set workers to that limit."
             ) from error
         self._running[run] = (job, attempt)
-        return {"job": job.job_id, "stop_file": str(attempt.stop_file)}
 
     def stop(self, number: int) -> None:
-        """Stop the jobs; cancel those that are still queued."""
+        """Stop the jobs; cancel those that are still queued, as Slurm knows for certain."""
         for job, attempt in self._running.values():
             attempt.stop(number)
             if number == signal.SIGKILL:
                 job.cancel(check=False)
-            else:
-                self._cancel_if_queued(job)
-
-    def end_jobs(self, left: Mapping[str, Handle]) -> None:
-        """Let jobs write a checkpoint and end; cancel those that do not end in time."""
-        jobs = [self._submitit.SlurmJob(self.folder, handle["job"]) for handle in left.values()]
-        for job, handle in zip(jobs, left.values(), strict=True):
-            _write_stop_file(Path(handle["stop_file"]), signal.SIGTERM)
-            self._cancel_if_queued(job)
-        late = self._wait(jobs, ENDING_SECONDS)
-        for job in late:
-            logger.warning("Job %s did not end and is cancelled.", job.job_id)
-            job.cancel(check=False)
-        self._wait(late, _CANCEL_SECONDS)
-
-    def _wait(self, jobs: Sequence[Any], seconds: float) -> Sequence[Any]:
-        """Wait until jobs have ended; return those that have not in time."""
-        end = time.monotonic() + seconds
-        while jobs and time.monotonic() < end:
-            time.sleep(_POLL_SECONDS)
-            jobs = [job for job in jobs if not self._has_ended(job)]
-        return jobs
+            elif self.cluster == "slurm":
+                subprocess.run(["scancel", "--state=PENDING", job.job_id], check=False)
 
     def _exit_code(self, run: PlannedRun) -> int | None:
         """Return the exit code; a job without a result counts as killed."""
@@ -491,34 +423,24 @@ class SlurmLauncher(Launcher):
         except Exception:  # whatever ended the job, the run can be retried
             return KILLED
 
-    def _cancel_if_queued(self, job: Any) -> None:
-        """Cancel a job that has not started.
 
-        Slurm decides: the state known here may be old, and a running job would be ended without a
-        checkpoint.
-        """
-        if self.cluster == "slurm":
-            subprocess.run(["scancel", "--state=PENDING", job.job_id], check=False)
-
-    def _has_ended(self, job: Any) -> bool:
-        has_result: bool = job.paths.result_pickle.exists()
-        return has_result or (self.cluster == "slurm" and bool(job.done()))
+def _import(package: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        hint = f"pip install 'tract_transfer[{extra}]', or use --launcher local."
+        raise ImportError(f"{package} is not installed: {hint}") from error
 
 
-def thread_variables(count: int) -> dict[str, str]:
-    """Return the environment variables that give a process `count` threads."""
+def _thread_variables(count: int) -> dict[str, str]:
     return dict.fromkeys(_THREADS, str(count))
 
 
 def why_it_ended(code: int, log: Path) -> str:
     """Explain a failure by the exit code and the last error in the log."""
     if code < 0:
-        try:
-            name = signal.Signals(-code).name
-        except ValueError:
-            name = f"signal {-code}"
-        hint = ", as when memory runs out" if -code == signal.SIGKILL else ""
-        return f"ended by {name}{hint}; see {log}"
+        hint = ", as when memory runs out" if code == KILLED else ""
+        return f"ended by signal {-code} ({signal.strsignal(-code)}){hint}; see {log}"
     return f"{_last_error(log) or f'exit code {code}'} (see {log})"
 
 
@@ -531,9 +453,7 @@ def _last_error(log: Path) -> str:
     except OSError:
         return ""
     start = max((match.start() for match in _ERROR.finditer(text)), default=text.rfind("\n") + 1)
-    error = " ".join(text[start:].splitlines())
-    if len(error) > _SHOWN_CHARACTERS:
-        error = error[:_SHOWN_CHARACTERS].rpartition(" ")[0] + " ..."
+    error = textwrap.shorten(text[start:], _SHOWN_CHARACTERS, placeholder=" ...")
     return error.removeprefix("error: ").removeprefix("failed: ")
 
 
@@ -543,18 +463,6 @@ def _end_with_parent() -> Callable[[], object] | None:
         return None
     prctl = ctypes.CDLL(None).prctl  # not in the child: between fork and exec it must not look up
     return lambda: prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-
-
-def _read_number(file: Path) -> int | None:
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _write_stop_file(path: Path, number: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(str(int(number)))
 
 
 def _kill_group(pid: int) -> None:

@@ -1,16 +1,13 @@
-"""The runs of a suite as a graph: what each run is, and which run's backbone it takes."""
+"""A run of a suite, and its id."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from tract_transfer.config.suite import ResourcesConfig
-
-_ID_DIGITS = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,33 +59,4 @@ def run_id(deciding: Mapping[str, Any]) -> str:
             and the backbone it starts from.
     """
     text = json.dumps(deciding, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:_ID_DIGITS]
-
-
-def order_tasks(needs: Mapping[str, str | None]) -> list[str]:
-    """Return the tasks so that each comes after the one it needs.
-
-    Args:
-        needs: task -> the task it needs, or None; every task is a key.
-
-    Raises:
-        ValueError: a task needs an unknown task or, directly or indirectly, itself.
-    """
-    for task, needed in needs.items():
-        if needed is not None and needed not in needs:
-            close = get_close_matches(needed, needs, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(
-                f"tasks.{task}.needs: {needed!r} is not one of the tasks {list(needs)}.{hint} "
-                "null keeps the weights of the task's own config."
-            )
-    ordered: dict[str, None] = {}
-    for task in needs:
-        chain = [task]
-        while (needed := needs[chain[-1]]) is not None and needed not in ordered:
-            if needed in chain:
-                circle = " needs ".join([*chain[chain.index(needed) :], needed])
-                raise ValueError(f"tasks.{task}.needs: circular: {circle}. Break the circle.")
-            chain.append(needed)
-        ordered.update(dict.fromkeys(reversed(chain)))
-    return list(ordered)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -23,10 +23,9 @@ from tract_transfer.files import (
     make_folder,
     write_json,
 )
-from tract_transfer.suite.launchers import Handle
 from tract_transfer.suite.plan import PlannedRun
 
-_SLURM_JOBS_NAME = ".owner.json"
+_HISTORY = ("attempts", "seconds", "spent", "begun_with")  # what an entry recalls of its run
 _SHOWN_KEYS = 5  # of a config that differs
 
 
@@ -39,7 +38,7 @@ class Job:
         attempts: how often it was started since its folder was new.
         error: why the last attempt failed, or why the run is blocked.
         seconds: total time of its attempts, once it is finished.
-        config_sha256: of the config.yaml that was found to be the run's own.
+        config_sha256: of config.yaml, once it is finished.
         note: what the next attempt does, for the screen.
         spent: seconds of its attempts so far, except those that a kill of the suite cut off.
         last: seconds of its last attempt in this session.
@@ -107,20 +106,18 @@ class Suite:
         """Return what a job's run folder contains."""
         known = self.can_start(job)
         weights = backbone_sha256(job.run) if known else None
-        found = inspect_folder(
-            job.run, weights, backbone_known=known, known_config_sha256=job.config_sha256
-        )
+        found = inspect_folder(job.run, weights, backbone_known=known)
         if found.state == "begun" and known and job.begun_with not in (None, weights):
             return FolderState("other", "its backbone has been retrained since it started")
         return found
 
-    def take_stock(self) -> list[tuple[Job, FolderState]]:
-        """Set every job's state from its folder; return the jobs whose folder has another run."""
-        others = []
+    def take_stock(self) -> dict[Path, str]:
+        """Set every job's state from its folder; return folders with another run, and why."""
+        others = {}
         for job in self.jobs:
             found = self.inspect(job)
             if found.state == "other":
-                others.append((job, found))
+                others[job.run.folder] = found.why
             elif found.state == "begun":
                 job.note = found.why
             elif found.state == "finished" and self.can_start(job):
@@ -128,20 +125,6 @@ class Suite:
             elif found.state == "finished":
                 job.note = "finished, if its backbone turns out the same"
         return others
-
-    def read_slurm_jobs(self) -> dict[str, Handle]:
-        """Return the jobs of Slurm that may be running, by run folder."""
-        jobs = _read_json(self.folder / _SLURM_JOBS_NAME).get("jobs")
-        jobs = jobs if isinstance(jobs, dict) else {}
-        return {run: handle for run, handle in jobs.items() if "job" in handle}
-
-    def write_slurm_jobs(self, jobs: Mapping[str, Handle]) -> None:
-        """Write which jobs of Slurm are running, for the next process if this one is killed."""
-        path = self.folder / _SLURM_JOBS_NAME
-        if jobs:
-            write_json(path, {"jobs": dict(jobs)})
-        else:
-            path.unlink(missing_ok=True)
 
     def set_aside(self, run_folder: Path) -> Path:
         """Move another run's folder to set_aside/; return its new path."""
@@ -170,21 +153,13 @@ class Suite:
 
     def _entry(self, job: Job) -> dict[str, Any]:
         run = job.run
+        progress = ("state", "attempts", "error", "seconds", "config_sha256", "begun_with")
         return {
-            "id": run.id,
-            "method": run.method,
-            "task": run.task,
-            "seed": run.seed,
+            **{key: getattr(run, key) for key in ("id", "method", "task", "seed", "also")},
             "folder": os.path.relpath(run.folder, self.folder),
             "needs": os.path.relpath(run.needs, self.folder) if run.needs else None,
-            "state": job.state,
-            "attempts": job.attempts,
-            "error": job.error,
-            "seconds": job.seconds,
-            "also": list(run.also),
-            "config_sha256": job.config_sha256,
+            **{key: getattr(job, key) for key in progress},
             "spent": round(job.spent, 1),
-            "begun_with": job.begun_with,
         }
 
     def _recall(self) -> list[Job]:
@@ -199,32 +174,18 @@ class Suite:
         jobs = []
         for run in self.runs:
             entry = history.get((os.path.relpath(run.folder, self.folder), run.id), {})
-            jobs.append(
-                Job(
-                    run,
-                    attempts=int(entry.get("attempts") or 0),
-                    seconds=entry.get("seconds"),
-                    config_sha256=str(entry.get("config_sha256") or ""),
-                    spent=float(entry.get("spent") or 0.0),
-                    begun_with=entry.get("begun_with"),
-                )
-            )
+            jobs.append(Job(run, **{key: entry[key] for key in _HISTORY if key in entry}))
         return jobs
 
 
 def inspect_folder(
-    run: PlannedRun,
-    backbone: str | None = None,
-    *,
-    backbone_known: bool = True,
-    known_config_sha256: str = "",
+    run: PlannedRun, backbone: str | None = None, *, backbone_known: bool = True
 ) -> FolderState:
     """Return what a run's folder contains.
 
     Args:
         backbone: sha256 of the backbone that the run takes; None if its metadata has none.
         backbone_known: False while that backbone is not trained yet.
-        known_config_sha256: of a config.yaml that need not be compared again.
     """
     folder = run.folder
     results, broken = _read_results(folder / RESULTS_NAME)
@@ -241,9 +202,7 @@ def inspect_folder(
     sha256 = hashlib.sha256(text).hexdigest()
     # A suite can be moved: if a hash identifies the backbone, its path does not matter.
     by_hash = results is not None and (backbone is not None or not backbone_known)
-    if sha256 != known_config_sha256 and (why := _config_changes(text, run, by_hash)):
-        return FolderState("other", why)
-    if why := _data_changes(run):
+    if why := _config_changes(text, run, by_hash) or _data_changes(run):
         return FolderState("other", why)
     if results is None:
         newest = max((path.name for path in checkpoints), default="the beginning")
@@ -259,8 +218,7 @@ def backbone_sha256(run: PlannedRun) -> str | None:
     if weights in (None, "pretrained"):
         return None
     path = Path(weights)
-    sha256 = _read_json((path if path.is_dir() else path.parent) / "model.json").get("sha256")
-    return None if sha256 is None else str(sha256)
+    return _read_json((path if path.is_dir() else path.parent) / "model.json").get("sha256")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -276,24 +234,22 @@ def _read_results(path: Path) -> tuple[dict[str, Any] | None, str]:
     """Return complete results, or those of another format; else None and what is broken."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
+        is_other = results.get("format", RESULTS_FORMAT) != RESULTS_FORMAT
+        if is_other or results["primary_metric"] in results["metrics"]:
+            return results, ""
     except FileNotFoundError:
         return None, ""
     except (OSError, ValueError) as error:
         return None, f"{path.name} cannot be read ({error})"
-    if isinstance(results, dict) and results.get("format", RESULTS_FORMAT) != RESULTS_FORMAT:
-        return results, ""
-    if not isinstance(results, dict) or not isinstance(results.get("metrics"), dict):
-        return None, f"{path.name} has no metrics"
-    if results.get("primary_metric") not in results["metrics"]:
-        return None, f"{path.name} lacks its primary metric"
-    return results, ""
+    except (AttributeError, LookupError, TypeError):
+        pass
+    return None, f"{path.name} lacks its primary metric"
 
 
 def _config_changes(text: bytes, run: PlannedRun, weights_may_move: bool) -> str:
     """Return how the config.yaml in a folder differs from a run's config; "" if it does not."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        config = yaml.load(text, loader)
+        config = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (yaml.YAMLError, ValueError) as error:
         return f"{CONFIG_NAME} is not YAML ({error})"
     if not isinstance(config, dict):
@@ -312,7 +268,5 @@ def _data_changes(run: PlannedRun) -> str:
     then, now = _read_json(run.folder / ENVIRONMENT_NAME).get("data"), run.fingerprints
     if not isinstance(then, dict):
         return f"{ENVIRONMENT_NAME} has no fingerprints of its data"
-    splits = sorted(
-        split for split in then.keys() | now.keys() if then.get(split) != now.get(split)
-    )
+    splits = sorted({split for split, _ in then.items() ^ now.items()})
     return f"other images or labels in data.{' and data.'.join(splits)}" if splits else ""

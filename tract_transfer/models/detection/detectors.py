@@ -1,14 +1,15 @@
 """Faster R-CNN on torchvision's parts, for any backbone whose feature maps fit.
 
-Each detector takes the argument groups `rpn` (RpnOptions) and `box` (BoxOptions) of options.py.
-`short_side_px`, `max_side_px` and `difficult_in_training` are those of TwoStageDetector. A backbone
-that does not fit is a ValueError.
+Each detector takes the options `rpn` (RpnOptions) and `box` (BoxOptions) as dicts, and
+`short_side_px`, `max_side_px` and `difficult_in_training` (see TwoStageDetector). A backbone that
+does not fit is a ValueError.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, Literal
+from dataclasses import fields, is_dataclass, replace
+from typing import Annotated, Any, TypeVar
 
+from pydantic import Field, ValidationError
 from timm.layers import Format, LayerNorm2d
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
@@ -16,20 +17,20 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from tract_transfer.models.backbone import Backbone
-from tract_transfer.models.detection.options import BoxOptions, RpnOptions, with_options
 from tract_transfer.models.detection.roi_heads import (
     BoxHeads,
+    BoxOptions,
     LayersHead,
     StageHead,
     fully_connected,
 )
-from tract_transfer.models.detection.rpn import RegionProposals
-from tract_transfer.models.detection.two_stage import TwoStageDetector
-from tract_transfer.registry import Registry
+from tract_transfer.models.detection.rpn import RegionProposals, RpnOptions
+from tract_transfer.models.detection.two_stage import Difficult, TwoStageDetector
+from tract_transfer.registry import Registry, did_you_mean
 
 DETECTORS = Registry("DETECTORS")
-Difficult = Literal["keep", "drop", "ignore"]
 NOTHING: Mapping[str, Any] = {}
+Options = TypeVar("Options")
 
 ONE_MAP_RPN = RpnOptions(
     anchor_scales=(2.0, 4.0, 8.0, 16.0, 32.0),
@@ -74,17 +75,12 @@ def torchvision_fpn(
     maps = dict(list(maps.items())[-num_levels:])
     strides = [info.stride for info in maps.values()]
     channels = [info.channels for info in maps.values()]
-    return TwoStageDetector(
-        backbone,
-        FeaturePyramidNetwork(channels, fpn_channels, LastLevelMaxPool()),
-        RegionProposals(fpn_channels, [*strides, 2 * strides[-1]], rpn_options),
-        _two_layer_heads(fpn_channels, strides, head_dim, num_classes, box_options),
-        list(maps),
-        short_side_px=short_side_px,
-        max_side_px=max_side_px,
-        size_divisor=strides[-1],
-        difficult_in_training=difficult_in_training,
-    )
+    neck = FeaturePyramidNetwork(channels, fpn_channels, LastLevelMaxPool())
+    proposals = RegionProposals(fpn_channels, [*strides, 2 * strides[-1]], rpn_options)
+    box_head = TwoMLPHead(fpn_channels * box_options.pool_size**2, head_dim)
+    heads = BoxHeads(strides, box_head, head_dim, num_classes, box_options)
+    images = short_side_px, max_side_px, difficult_in_training
+    return TwoStageDetector(backbone, neck, proposals, heads, list(maps), strides[-1], *images)
 
 
 @DETECTORS.register("torchvision_vitdet")
@@ -118,17 +114,12 @@ def torchvision_vitdet(
             "torchvision_fpn."
         )
     strides = [info.stride // 4, info.stride // 2, info.stride, 2 * info.stride]
-    return TwoStageDetector(
-        backbone,
-        SimplePyramid(info.channels, fpn_channels),
-        RegionProposals(fpn_channels, [*strides, 2 * strides[-1]], rpn_options),
-        _two_layer_heads(fpn_channels, strides, head_dim, num_classes, box_options),
-        [name],
-        short_side_px=short_side_px,
-        max_side_px=max_side_px,
-        size_divisor=strides[-1],
-        difficult_in_training=difficult_in_training,
-    )
+    neck = SimplePyramid(info.channels, fpn_channels)
+    proposals = RegionProposals(fpn_channels, [*strides, 2 * strides[-1]], rpn_options)
+    box_head = TwoMLPHead(fpn_channels * box_options.pool_size**2, head_dim)
+    heads = BoxHeads(strides, box_head, head_dim, num_classes, box_options)
+    images = short_side_px, max_side_px, difficult_in_training
+    return TwoStageDetector(backbone, neck, proposals, heads, [name], strides[-1], *images)
 
 
 def accept_any_size(backbone: Backbone) -> None:
@@ -153,13 +144,6 @@ def _check_any_size(backbone: Backbone, detector: str) -> None:
             f"{detector} needs a backbone for images of any size, and this one takes "
             f"{backbone.image_size_px} px alone."
         )
-
-
-def _two_layer_heads(
-    channels: int, strides: list[int], head_dim: int, num_classes: int, options: BoxOptions
-) -> BoxHeads:
-    box_head = TwoMLPHead(channels * options.pool_size**2, head_dim)
-    return BoxHeads(strides, box_head, head_dim, num_classes, options)
 
 
 class SimplePyramid(nn.Module):
@@ -232,16 +216,11 @@ def torchvision_c4(
     synced = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
     norm = nn.SyncBatchNorm if synced else nn.BatchNorm2d
     box_head = StageHead(stages["layer4"], norm(feature_dim) if extra_norm else nn.Identity())
+    proposals = RegionProposals(info.channels, [info.stride], rpn_options)
+    heads = BoxHeads([info.stride], box_head, feature_dim, num_classes, box_options)
+    images = short_side_px, max_side_px, difficult_in_training
     return TwoStageDetector(
-        backbone,
-        nn.Identity(),
-        RegionProposals(info.channels, [info.stride], rpn_options),
-        BoxHeads([info.stride], box_head, feature_dim, num_classes, box_options),
-        ["layer3"],
-        short_side_px=short_side_px,
-        max_side_px=max_side_px,
-        size_divisor=info.stride,
-        difficult_in_training=difficult_in_training,
+        backbone, nn.Identity(), proposals, heads, ["layer3"], info.stride, *images
     )
 
 
@@ -252,7 +231,7 @@ def torchvision_c5(
     *,
     short_side_px: int = 600,
     max_side_px: int = 1000,
-    dropout: float = 0.5,
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5,
     difficult_in_training: Difficult = "keep",
     rpn: Mapping[str, Any] = NOTHING,
     box: Mapping[str, Any] = NOTHING,
@@ -274,14 +253,28 @@ def torchvision_c5(
             f"{box_options.pool_size}^2 inputs, and it reads {inputs}. Set 7."
         )
     box_head, feature_dim = LayersHead([fc6, fc7], dropout), fc7.weight.shape[0]
-    return TwoStageDetector(
-        backbone,
-        nn.Identity(),
-        RegionProposals(info.channels, [info.stride], rpn_options),
-        BoxHeads([info.stride], box_head, feature_dim, num_classes, box_options),
-        [name],
-        short_side_px=short_side_px,
-        max_side_px=max_side_px,
-        size_divisor=info.stride,
-        difficult_in_training=difficult_in_training,
-    )
+    proposals = RegionProposals(info.channels, [info.stride], rpn_options)
+    heads = BoxHeads([info.stride], box_head, feature_dim, num_classes, box_options)
+    images = short_side_px, max_side_px, difficult_in_training
+    return TwoStageDetector(backbone, nn.Identity(), proposals, heads, [name], info.stride, *images)
+
+
+def with_options(defaults: Options, given: Mapping[str, Any], group: str) -> Options:
+    """Return `defaults` updated with `given`; `group` is the name of the argument.
+
+    Raises:
+        ValueError: an unknown name, or a value of the wrong type or range: `group.name: problem`.
+    """
+    assert is_dataclass(defaults) and not isinstance(defaults, type)
+    names = [field.name for field in fields(defaults)]
+    for name in given:
+        if name not in names:
+            hint = did_you_mean(name, names)
+            raise ValueError(f"{group}.{name}: unknown.{hint} {group} takes {names}.")
+    try:
+        return replace(defaults, **given)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join([group, *(str(part) for part in problem["loc"])])
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{name}: {message}, got {problem['input']!r}.") from error

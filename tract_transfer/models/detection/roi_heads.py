@@ -3,9 +3,12 @@
 # R proposals of all images, C channels, S side of the pooled cells, D features, K classes
 
 from collections.abc import Sequence
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import (
@@ -18,20 +21,67 @@ from torchvision.ops import (
 )
 
 from tract_transfer.models.backbone import Backbone
-from tract_transfer.models.detection.options import BoxOptions
-from tract_transfer.models.detection.rpn import POSITIVE, Objects, assign, sample
+from tract_transfer.models.detection.rpn import (
+    POSITIVE,
+    STRICT,
+    Count,
+    NotNegative,
+    Objects,
+    Positive,
+    Share,
+    Sizes,
+    assign,
+    sample,
+)
 
 SMALLEST_PX = 1e-2
-# A box of 224 px is pooled from stride 2^4 (Lin et al., CVPR 2017, equation 1).
+# A box of 224 px is pooled from stride 2^4, one of half the side from half the stride, and so on
+# (Lin et al., CVPR 2017, equation 1).
 CANONICAL_SIDE_PX, CANONICAL_LEVEL = 224, 4
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class BoxOptions:
+    """The box head: its inputs, training samples and detections.
+
+    Attributes:
+        pooler: `roi_align` interpolates between cells, `roi_pool` takes the maximum of whole cells.
+        pool_size: side of the pooled features, in cells.
+        sampling_ratio: RoIAlign's samples per side of a pooled cell; 0 is one per map cell.
+        fg_iou: a proposal is positive from this IoU with an object.
+        bg_iou: [low, high): a proposal is background if its largest IoU is in this range.
+        rois_per_image, positive_fraction: proposals in the loss; largest share of positives.
+        box_std: divisors of the offsets and log sizes (x, y, width, height).
+        smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is the L1 loss.
+        class_agnostic: predict one box per proposal, not one per class.
+        score_threshold, nms_iou, max_detections: which detections remain.
+    """
+
+    pooler: Literal["roi_align", "roi_pool"] = "roi_align"
+    pool_size: Count = 7
+    sampling_ratio: Annotated[int, Field(ge=0)] = 0
+    fg_iou: Share = 0.5
+    bg_iou: Annotated[Sequence[Share], Field(min_length=2, max_length=2)] = (0.0, 0.5)
+    rois_per_image: Count = 512
+    positive_fraction: Share = 0.25
+    box_std: Annotated[Sequence[Positive], Field(min_length=4, max_length=4)] = (0.1, 0.1, 0.2, 0.2)
+    smooth_l1_beta: NotNegative = 1 / 9
+    class_agnostic: bool = False
+    score_threshold: Share = 0.05
+    nms_iou: Share = 0.5
+    max_detections: Count = 100
+
+    def __post_init__(self) -> None:
+        low, high = self.bg_iou
+        if not low < high <= self.fg_iou:
+            raise ValueError(f"bg_iou [{low}, {high}) must be a range below fg_iou {self.fg_iou}")
 
 
 class BoxHeads(nn.Module):
     """Pools each proposal, classifies it and corrects its box.
 
-    `detections, losses = heads(maps, proposals, image_sizes, objects)`: in training the losses of a
-    sample of the proposals; in eval a dict per image: `boxes` (N, 4) float32 xyxy, `scores` (N,)
-    descending, `labels` (N,) in 0..K-1. K is the background.
+    Detections are a dict per image: `boxes` (N, 4) float32 xyxy, `scores` (N,) descending, `labels`
+    (N,) in 0..K-1. K is the background.
 
     Args:
         strides: of the feature maps that are pooled.
@@ -59,16 +109,15 @@ class BoxHeads(nn.Module):
         self,
         maps: Sequence[Tensor],
         proposals: list[Tensor],
-        image_sizes: Sequence[tuple[int, int]],
+        image_sizes: Sizes,
         objects: Sequence[Objects] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Return detections and no losses or, with objects, no detections and both losses.
+        """Return detections and no losses or, with objects, only the losses of a sample.
 
         Args:
             maps: feature maps, (B, C, H / stride, W / stride) each.
             proposals: (P, 4) xyxy of each image, in pixels of the padded batch.
-            image_sizes: (height, width) of each image in it, at which boxes are clipped.
-            objects: of each image.
+            image_sizes: of each image in it; boxes are clipped there.
         """
         if objects is not None:
             proposals, labels, truth = self._sample(proposals, objects)
@@ -83,16 +132,13 @@ class BoxHeads(nn.Module):
     def _sample(
         self, proposals: list[Tensor], objects: Sequence[Objects]
     ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Return sampled proposals, their labels (R,) and the boxes (R, 4) of their objects.
-
-        The objects themselves are candidates too.
-        """
+        """Return sampled proposals, their labels (R,) and the boxes (R, 4) of their objects."""
         options = self.options
         low, high = options.bg_iou
         sampled, labels, truth = [], [], []
         for boxes, image in zip(proposals, objects, strict=True):
-            boxes = torch.cat([boxes, image.boxes])
-            status, matched = assign(boxes, image, fg_iou=options.fg_iou, bg_iou=(low, high))
+            boxes = torch.cat([boxes, image.boxes])  # the objects are candidates too
+            status, matched = assign(boxes, image, options.fg_iou, (low, high))
             index = torch.cat(sample(status, options.rois_per_image, options.positive_fraction))
             is_object = status[index] == POSITIVE
             object_index = matched[index[is_object]]
@@ -152,11 +198,7 @@ class BoxPredictor(nn.Module):
 
 
 class RoiPooler(nn.Module):
-    """(maps, proposals) -> (R, C, S, S) float32, each proposal from the feature map for its size.
-
-    A box of 224 px is pooled from stride 16, one of half the side from half the stride, and so on
-    within the available strides.
-    """
+    """(maps, proposals) -> (R, C, S, S) float32, each box from the feature map for its size."""
 
     def __init__(self, strides: Sequence[int], options: BoxOptions) -> None:
         super().__init__()
@@ -169,7 +211,7 @@ class RoiPooler(nn.Module):
         image = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(proposals)])
         rois = torch.cat([image, boxes], 1)
         # In bfloat16, coordinates would be rounded to 8 bits.
-        used = [maps[level].float() for level in range(len(self.strides))]
+        used = [features.float() for features in maps[: len(self.strides)]]
         if len(used) == 1:
             return self._pool(used[0], rois, self.strides[0])
         level_of = self._level_of(boxes)
@@ -182,20 +224,16 @@ class RoiPooler(nn.Module):
 
     def _level_of(self, boxes: Tensor) -> Tensor:
         side = box_area(boxes).sqrt() / CANONICAL_SIDE_PX
-        level = (
-            torch.floor(CANONICAL_LEVEL + torch.log2(side + 1e-8))
-            - self.strides[0].bit_length()
-            + 1
-        )
+        finest = self.strides[0].bit_length() - 1
+        level = torch.floor(CANONICAL_LEVEL + torch.log2(side + 1e-8)) - finest
         return level.clamp(0, len(self.strides) - 1).long()
 
     def _pool(self, features: Tensor, rois: Tensor, stride: int) -> Tensor:
         size, ratio = self.options.pool_size, self.options.sampling_ratio
-        pooled: Tensor = (
-            roi_pool(features, rois, size, 1 / stride)
-            if self.options.pooler == "roi_pool"
-            else roi_align(features, rois, size, 1 / stride, ratio, aligned=True)
-        )
+        if self.options.pooler == "roi_pool":
+            pooled: Tensor = roi_pool(features, rois, size, 1 / stride)
+        else:
+            pooled = roi_align(features, rois, size, 1 / stride, ratio, aligned=True)
         return pooled
 
 
@@ -217,8 +255,6 @@ class LayersHead(nn.Module):
 
     def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d], dropout: float) -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout: must be in [0, 1), got {dropout}.")
         self._borrowed = tuple(layers)
         self.dropout = dropout
 

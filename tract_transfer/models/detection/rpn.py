@@ -2,21 +2,68 @@
 
 # B images, A anchors or other candidates, G objects, L feature maps
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import batched_nms, box_area, box_iou, clip_boxes_to_image, remove_small_boxes
 
-from tract_transfer.models.detection.options import RpnOptions
-
 POSITIVE, NEGATIVE, NEITHER = 1, 0, -1
 IGNORED_SHARE = 0.5
 SMALLEST_PX = 1e-3  # the log size of a proposal without area is not finite
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+Sizes = Sequence[tuple[int, int]]  # (height, width) of each image
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RpnOptions:
+    """The region proposal network: its anchors, training samples and proposals.
+
+    Attributes:
+        anchor_scales: anchor sides in units of the feature map's stride.
+        anchor_ratios: height over width.
+        anchor_offset: their center in a cell: 0.0 is its corner, 0.5 its middle (py-faster-rcnn).
+        drop_cross_boundary: train without anchors that leave the image (py-faster-rcnn).
+        fg_iou: an anchor is positive from this IoU with an object, or if it is the object's best.
+        bg_iou: an anchor is negative below this IoU.
+        samples_per_image, positive_fraction: anchors in the loss; largest share of positives.
+        smooth_l1_beta: where the box loss turns from quadratic to linear; 0 is the L1 loss.
+        pre_nms_train, pre_nms_test: best anchors of each feature map that enter the NMS.
+        post_nms_train, post_nms_test: proposals per image that remain after it.
+        nms_iou: of two proposals that overlap more than this, the better one remains.
+        min_size_px: minimum side of a proposal, in pixels of the image before resizing.
+    """
+
+    anchor_scales: Annotated[Sequence[Positive], Field(min_length=1)] = (8.0,)
+    anchor_ratios: Annotated[Sequence[Positive], Field(min_length=1)] = (0.5, 1.0, 2.0)
+    anchor_offset: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    drop_cross_boundary: bool = False
+    fg_iou: Share = 0.7
+    bg_iou: Share = 0.3
+    samples_per_image: Count = 256
+    positive_fraction: Share = 0.5
+    smooth_l1_beta: NotNegative = 1 / 9
+    pre_nms_train: Count = 2000
+    pre_nms_test: Count = 1000
+    post_nms_train: Count = 1000
+    post_nms_test: Count = 1000
+    nms_iou: Share = 0.7
+    min_size_px: NotNegative = 0.0
+
+    def __post_init__(self) -> None:
+        if self.bg_iou > self.fg_iou:
+            raise ValueError(f"bg_iou {self.bg_iou} must not exceed fg_iou {self.fg_iou}")
 
 
 class Objects(NamedTuple):
@@ -34,9 +81,7 @@ class Objects(NamedTuple):
 class RegionProposals(nn.Module):
     """Proposes boxes from feature maps of the given strides, with one head for all.
 
-    `proposals, losses = rpn(maps, image_sizes, scales, objects)`: the proposals of an image are
-    (P, 4) float32 xyxy, best first; without objects there are no losses. Boxes are computed in
-    float32, even under autocast.
+    Boxes are computed in float32, even under autocast.
     """
 
     def __init__(self, channels: int, strides: Sequence[int], options: RpnOptions) -> None:
@@ -49,15 +94,14 @@ class RegionProposals(nn.Module):
     def forward(
         self,
         maps: Sequence[Tensor],
-        image_sizes: Sequence[tuple[int, int]],
+        image_sizes: Sizes,
         scales: Sequence[float],
         objects: Sequence[Objects] | None = None,
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Propose boxes.
+        """Return proposals of each image, (P, 4) xyxy, best first; with objects also losses.
 
         Args:
             maps: L of (B, C, H / stride, W / stride), of the padded batch.
-            image_sizes: (height, width) of each image in the batch.
             scales: the factor by which each image was resized.
             objects: of each image, for the losses.
         """
@@ -69,9 +113,9 @@ class RegionProposals(nn.Module):
             for features, stride in zip(maps, self.strides, strict=True)
         ]
         scores = [level.float().permute(0, 2, 3, 1).flatten(1) for level in logits]
-        # (B, H W A, 4)
         codes = [level.float().permute(0, 2, 3, 1).reshape(len(level), -1, 4) for level in offsets]
-        proposals = self._propose(anchors, scores, codes, image_sizes, scales)
+        levels = zip(anchors, scores, codes, strict=True)
+        proposals = self._propose(levels, image_sizes, scales)
         if objects is None:
             return proposals, {}
         joined = torch.cat(anchors), torch.cat(scores, 1), torch.cat(codes, 1)
@@ -79,30 +123,22 @@ class RegionProposals(nn.Module):
 
     @torch.no_grad()
     def _propose(
-        self,
-        anchors: list[Tensor],
-        scores: list[Tensor],
-        codes: list[Tensor],
-        image_sizes: Sequence[tuple[int, int]],
-        scales: Sequence[float],
+        self, levels: Iterable[tuple[Tensor, Tensor, Tensor]], sizes: Sizes, scales: Sequence[float]
     ) -> list[Tensor]:
         options = self.options
-        before, after = (
-            (options.pre_nms_train, options.post_nms_train)
-            if self.training
-            else (options.pre_nms_test, options.post_nms_test)
-        )
-        all_boxes, all_scores, levels = [], [], []
-        for level, (grid, score, code) in enumerate(zip(anchors, scores, codes, strict=True)):
+        before, after = options.pre_nms_test, options.post_nms_test
+        if self.training:
+            before, after = options.pre_nms_train, options.post_nms_train
+        best_of_level = []
+        for level, (grid, score, code) in enumerate(levels):
             best, index = score.topk(min(before, score.shape[1]), dim=1)
             chosen = code.gather(1, index[..., None].expand(-1, -1, 4)).flatten(0, 1)
             boxes = self.box_coder.decode_single(chosen, grid[index].flatten(0, 1))
-            all_boxes.append(boxes.view(*index.shape, 4))
-            all_scores.append(best)
-            levels.append(torch.full_like(index, level))
+            boxes = boxes.view(*index.shape, 4)
+            best_of_level.append((boxes, best, torch.full_like(index, level)))
         proposals = []
-        joined = torch.cat(all_boxes, 1), torch.cat(all_scores, 1), torch.cat(levels, 1)
-        for boxes, score, level_of, size, scale in zip(*joined, image_sizes, scales, strict=True):
+        joined = [torch.cat(tensors, 1) for tensors in zip(*best_of_level, strict=True)]
+        for boxes, score, level_of, size, scale in zip(*joined, sizes, scales, strict=True):
             boxes = clip_boxes_to_image(boxes, size)
             large = remove_small_boxes(boxes, max(SMALLEST_PX, options.min_size_px * scale))
             boxes = boxes[large]
@@ -115,41 +151,31 @@ class RegionProposals(nn.Module):
         anchors: Tensor,
         scores: Tensor,
         codes: Tensor,
-        image_sizes: Sequence[tuple[int, int]],
+        sizes: Sizes,
         objects: Sequence[Objects],
     ) -> dict[str, Tensor]:
         """Return both losses as means over the sampled anchors of the batch."""
         options = self.options
         loss_cls, loss_box, count = scores.new_zeros(()), scores.new_zeros(()), 0
-        for score, code, size, truth in zip(scores, codes, image_sizes, objects, strict=True):
-            inside = torch.arange(len(anchors), device=anchors.device)
+        for score, code, size, truth in zip(scores, codes, sizes, objects, strict=True):
             # Before matching, so that each object has a best anchor among the remaining ones.
+            used = torch.ones(len(anchors), dtype=torch.bool, device=anchors.device)
             if options.drop_cross_boundary:
-                inside = torch.where(_lies_inside(anchors, size))[0]
-            status, matched = assign(
-                anchors[inside],
-                truth,
-                fg_iou=options.fg_iou,
-                bg_iou=(0.0, options.bg_iou),
-                best_is_positive=True,
-            )
-            positive, negative = sample(
-                status, options.samples_per_image, options.positive_fraction
-            )
-            sampled = inside[torch.cat([positive, negative])]
-            is_object = torch.zeros(len(sampled), device=scores.device)
+                used = (clip_boxes_to_image(anchors, size) == anchors).all(1)
+            inside = torch.where(used)[0]
+            ious = options.fg_iou, (0.0, options.bg_iou)
+            status, matched = assign(anchors[inside], truth, *ious, best_is_positive=True)
+            sampled = sample(status, options.samples_per_image, options.positive_fraction)
+            positive, index = sampled[0], inside[torch.cat(sampled)]
+            is_object = torch.zeros(len(index), device=scores.device)
             is_object[: len(positive)] = 1
-            loss_cls = loss_cls + F.binary_cross_entropy_with_logits(
-                score[sampled], is_object, reduction="sum"
+            bce = F.binary_cross_entropy_with_logits(score[index], is_object, reduction="sum")
+            boxes, at_objects = truth.boxes[matched[positive]], index[: len(positive)]
+            target = self.box_coder.encode_single(boxes, anchors[at_objects])
+            distance = F.smooth_l1_loss(
+                code[at_objects], target, beta=options.smooth_l1_beta, reduction="sum"
             )
-            positive_anchors = inside[positive]
-            target = self.box_coder.encode_single(
-                truth.boxes[matched[positive]], anchors[positive_anchors]
-            )
-            loss_box = loss_box + F.smooth_l1_loss(
-                code[positive_anchors], target, beta=options.smooth_l1_beta, reduction="sum"
-            )
-            count += len(sampled)
+            loss_cls, loss_box, count = loss_cls + bce, loss_box + distance, count + len(index)
         return {"loss_rpn_cls": loss_cls / max(count, 1), "loss_rpn_box": loss_box / max(count, 1)}
 
 
@@ -166,18 +192,12 @@ def anchor_grid(
     return torch.cat([centers - halves, centers + halves], -1).view(-1, 4)
 
 
-def _lies_inside(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    height, width = size
-    left, top, right, bottom = boxes.unbind(-1)
-    return (left >= 0) & (top >= 0) & (right <= width) & (bottom <= height)
-
-
 def assign(
     candidates: Tensor,
     objects: Objects,
-    *,
     fg_iou: float,
     bg_iou: tuple[float, float],
+    *,
     best_is_positive: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Match each candidate with the object that it overlaps most.
@@ -223,12 +243,10 @@ def within(boxes: Tensor, regions: Tensor) -> Tensor:
 
 def sample(status: Tensor, count: int, positive_fraction: float) -> tuple[Tensor, Tensor]:
     """Draw indices of positives, up to their fraction of `count`, and of negatives for the rest."""
-    positive = torch.where(status == POSITIVE)[0]
-    negative = torch.where(status == NEGATIVE)[0]
-    positive = _draw(positive, int(count * positive_fraction))
-    return positive, _draw(negative, count - len(positive))
 
+    def draw(kind: int, limit: int) -> Tensor:
+        indices = torch.where(status == kind)[0]
+        return indices[torch.randperm(len(indices), device=indices.device)[:limit]]
 
-def _draw(indices: Tensor, count: int) -> Tensor:
-    order = torch.randperm(len(indices), device=indices.device)
-    return indices[order[:count]]
+    positive = draw(POSITIVE, int(count * positive_fraction))
+    return positive, draw(NEGATIVE, count - len(positive))

@@ -1,7 +1,7 @@
 """Faster R-CNN as one module, and its test-time flipping."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torchvision.ops import batched_nms
 from tract_transfer.models.backbone import Backbone
 from tract_transfer.models.detection.rpn import Objects
 
-DIFFICULT = ("keep", "drop", "ignore")
+Difficult = Literal["keep", "drop", "ignore"]
 
 
 class TwoStageDetector(nn.Module):
@@ -27,8 +27,8 @@ class TwoStageDetector(nn.Module):
         rpn: (maps, image_sizes, scales, objects) -> (proposals, losses).
         roi_heads: (maps, proposals, image_sizes, objects) -> (detections, losses).
         map_names: the feature maps that the neck reads.
-        short_side_px, max_side_px: size of test images.
         size_divisor: batches are padded to a multiple of it.
+        short_side_px, max_side_px: size of test images.
         difficult_in_training: whether objects marked difficult are objects (`keep`), background
             (`drop`), or neither (`ignore`).
     """
@@ -40,25 +40,20 @@ class TwoStageDetector(nn.Module):
         rpn: nn.Module,
         roi_heads: nn.Module,
         map_names: Sequence[str],
-        *,
+        size_divisor: int,
         short_side_px: int,
         max_side_px: int,
-        size_divisor: int,
-        difficult_in_training: str = "keep",
+        difficult_in_training: Difficult = "keep",
     ) -> None:
         super().__init__()
-        if difficult_in_training not in DIFFICULT:
-            raise ValueError(
-                f"difficult_in_training: must be one of {DIFFICULT}, got {difficult_in_training!r}."
-            )
         self.backbone = backbone
         self.neck = neck
         self.rpn = rpn
         self.roi_heads = roi_heads
         self.map_names = list(map_names)
+        self.size_divisor = size_divisor
         self.short_side_px = short_side_px
         self.max_side_px = max_side_px
-        self.size_divisor = size_divisor
         self.difficult_in_training = difficult_in_training
 
     def forward(
@@ -83,11 +78,12 @@ class TwoStageDetector(nn.Module):
             return {**rpn_losses, **box_losses}
         scales = [size[0] / image.shape[-2] for size, image in zip(sizes, images, strict=True)]
         proposals, _ = self.rpn(maps, sizes, scales)
-        detections, _ = self.roi_heads(maps, proposals, sizes)
-        return [
-            _to_pixels_of(image, size, detected)
-            for image, size, detected in zip(images, sizes, detections, strict=True)
-        ]
+        detections: list[dict[str, Tensor]] = self.roi_heads(maps, proposals, sizes)[0]
+        for image, size, detected in zip(images, sizes, detections, strict=True):
+            ratio_y, ratio_x = image.shape[-2] / size[0], image.shape[-1] / size[1]
+            ratios = detected["boxes"].new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+            detected["boxes"] = detected["boxes"] * ratios
+        return detections
 
     def _objects(self, target: dict[str, Any]) -> Objects:
         boxes, labels = target["boxes"], target["labels"]
@@ -110,10 +106,8 @@ class TwoStageDetector(nn.Module):
 
     def _pad(self, images: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
         """Join images to one batch, padded with the mean color: 0 after normalization."""
-        height, width = (
-            -(-max(sides) // self.size_divisor) * self.size_divisor
-            for sides in zip(*sizes, strict=True)
-        )
+        step = self.size_divisor
+        height, width = (-(-max(sides) // step) * step for sides in zip(*sizes, strict=True))
         batch = self.backbone.mean.expand(len(images), 3, height, width).clone()
         for row, image in zip(batch, images, strict=True):
             row[:, : image.shape[-2], : image.shape[-1]] = _as_float(image)
@@ -122,15 +116,6 @@ class TwoStageDetector(nn.Module):
 
 def _as_float(image: Tensor) -> Tensor:
     return image.float() / 255 if image.dtype == torch.uint8 else image
-
-
-def _to_pixels_of(
-    image: Tensor, size: tuple[int, int], detections: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """Scale boxes from the resized (height, width) back to the image."""
-    ratio_y, ratio_x = image.shape[-2] / size[0], image.shape[-1] / size[1]
-    scale = detections["boxes"].new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
-    return {**detections, "boxes": detections["boxes"] * scale}
 
 
 class FlipDetector(nn.Module):
@@ -151,15 +136,13 @@ class FlipDetector(nn.Module):
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         plain = self.detector(images)
         mirrored = self.detector([image.flip(-1) for image in images])
-        return [
-            self._merge(first, mirror(second, image.shape[-1]))
-            for image, first, second in zip(images, plain, mirrored, strict=True)
-        ]
-
-    def _merge(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
-        both = {key: torch.cat([first[key], second[key]]) for key in ("boxes", "scores", "labels")}
-        kept = batched_nms(both["boxes"], both["scores"], both["labels"], self.nms_iou)
-        return {key: rows[kept[: self.max_detections]] for key, rows in both.items()}
+        detections = []
+        for image, first, second in zip(images, plain, mirrored, strict=True):
+            second = mirror(second, image.shape[-1])
+            both = {key: torch.cat([rows, second[key]]) for key, rows in first.items()}
+            kept = batched_nms(both["boxes"], both["scores"], both["labels"], self.nms_iou)
+            detections.append({k: rows[kept[: self.max_detections]] for k, rows in both.items()})
+        return detections
 
 
 def mirror(detections: dict[str, Tensor], width_px: int) -> dict[str, Tensor]:
