@@ -100,11 +100,12 @@ def train(
                 **training_results(config, data, length, trainer, reported, measured),
                 "weights_match": weights_match,
                 "leaks": overlap,
-                "cost": cost.read(whole=is_new),
             }
             if is_main:
                 metrics_file.write(trainer.iteration, results["epochs"], split, measured.metrics)
                 save_model(config, data, trainer, folder, results)
+            results["cost"] = cost.read(whole=is_new)
+            if is_main:
                 write_results(folder, results)
     logger.info("%s %s", split, format_metrics(results["metrics"]))
     accelerator.wait_for_everyone()

@@ -4,8 +4,8 @@ import numpy as np
 from box_data import write_coco, write_voc
 from PIL import Image
 
-from tract_transfer.data.check import check_images, statistics
 from tract_transfer.data.digits import load_digits
+from tract_transfer.run.check_data import check_images, statistics
 
 OBJECTS = [("dog", (4, 5, 14, 25)), ("cat", (0, 0, 40, 30))]
 
