@@ -5,18 +5,18 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart test torture fuzz docs lint clean
 
-quickstart: $(VENV)/installed  ## the whole way on embedded data: a few minutes on two cores
+quickstart: $(VENV)/installed  ## pre-train, transfer and report on embedded data: a few minutes
 	$(BIN)/python tools/run_suite.py --config-file configs/suites/quickstart.yaml
 
 test: lint  ## lint, types and tests
 	$(BIN)/python -m pytest -n 2
 
-torture: $(VENV)/installed  ## kill every kind of run 50 times and compare: about half an hour
+torture: $(VENV)/installed  ## kill every kind of run 50 times, resume and compare: half an hour
 	$(BIN)/python -m pytest tests/run/test_group.py
 	$(BIN)/python tests/support/torture.py
 	$(BIN)/python tests/support/torture.py --kills 12 --signal TERM
 
-fuzz: $(VENV)/installed  ## 10,000 wrong files for each reader, and as many cases of each law
+fuzz: $(VENV)/installed  ## 10,000 invalid files for each reader, 10,000 cases of each law
 	FUZZ_INPUTS=10000 $(BIN)/python -m pytest tests/test_fuzz_*.py tests/test_properties*.py
 
 docs: $(VENV)/installed  ## write the tables of docs/reference/recipes.md and docs/reference/errors.md
