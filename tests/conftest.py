@@ -34,6 +34,11 @@ class ToolResult(NamedTuple):
 TEXTS = {"classification": CLASSIFICATION, "probe": PROBE, "detection": DETECTION}
 
 
+def pytest_collection_modifyitems(items):
+    """Start slow tests first, so that no process waits for one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)

@@ -91,6 +91,7 @@ def test_variants_without_data_name_the_option(call, tmp_path, capsys):
     assert "Set --data" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_stream_is_measured_over_a_training(call):
     said = call("streaming_memory.py", "--rows", 300, "--iters", 40)
     (row,) = table(said.out)

@@ -129,6 +129,7 @@ def suite(tmp_path_factory, write_tiny, call):
     return folder, words, call(*words)
 
 
+@pytest.mark.slow
 def test_a_suite_runs_once_and_reports(suite, call):
     folder, words, done = suite
     assert done.returncode == 0, done.stderr

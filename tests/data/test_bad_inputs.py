@@ -655,5 +655,5 @@ def test_a_run_is_evaluated_under_another_protocol_but_not_with_other_classes(
     details = json.loads((tmp_path / "run/evaluation.json").read_text())["details"]
     assert "detectron2" in details["protocol"]
     more = [f"data.{split}.classes=[cat, dog, eel]" for split in ("train", "test")]
-    with pytest.raises(ValueError, match="other classes"):
+    with pytest.raises(ValueError, match="data of the same classes"):
         evaluate_run(load_tiny(tmp_path, *words, *more, task="detection"))

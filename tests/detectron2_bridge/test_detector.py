@@ -232,7 +232,7 @@ def test_without_detectron2_the_error_names_the_installation(load_tiny, tmp_path
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, "tract_transfer.detectron2.detector", raising=False)
     monkeypatch.setitem(sys.modules, "detectron2", None)
-    with pytest.raises(ImportError, match=r"from source \(see docs/detectron2\.md\)"):
+    with pytest.raises(ImportError, match=r"from source \(see docs/guides/detectron2\.md\)"):
         DETECTORS.get("detectron2")(build_backbone("timm/test_resnet"), 3)
     config = load_tiny(tmp_path, "model.detector={name: detectron2}", task="detection")
     with pytest.raises(ConfigError, match="Install it from source"):

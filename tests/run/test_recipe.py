@@ -52,6 +52,7 @@ def test_a_killed_recipe_resumes_to_the_same_bits(
     assert "mixup_alpha: 0.8" in results["protocol"]["mixing"]
 
 
+@pytest.mark.slow
 def test_a_group_of_processes_ends_together(tmp_path, write_tiny, tool):
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
     path = write_tiny(tmp_path)

@@ -101,6 +101,7 @@ def test_a_broken_checkpoint_costs_only_time(tmp_path, load_tiny, kill_at, caplo
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["SIGTERM", "SIGUSR1"])
 def test_a_run_ended_by_a_signal_resumes(tmp_path, write_tiny, number):
     words = ["solver.max_iters=60", "engine.log.every_iters=1", "data.num_workers=1"]
