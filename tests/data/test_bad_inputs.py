@@ -82,16 +82,19 @@ def empty_folder(folder):
     load_huggingface(str(folder / "pets"), "train")
 
 
-def cell_of_another_file(folder):
-    picture(1).save(folder / "secret.png")
-    (folder / "data").mkdir()
-    cells = [{"bytes": None, "path": str(folder / "secret.png")}] * 2
-    feature = datasets.Image(decode=False)
-    made = make_rows([0, 1], image=(feature, cells)).with_format("arrow")
-    datasets.Dataset(made.data).cast_column("image", datasets.Image()).to_parquet(
-        folder / "data/train.parquet"
-    )
-    load_huggingface(str(folder / "data"), "train").image(0)
+def cell_of_another_file(load):
+    def make(folder):
+        picture(1).save(folder / "secret.png")
+        (folder / "data").mkdir()
+        cells = [{"bytes": None, "path": str(folder / "secret.png")}] * 2
+        feature = datasets.Image(decode=False)
+        made = make_rows([0, 1], image=(feature, cells)).with_format("arrow")
+        datasets.Dataset(made.data).cast_column("image", datasets.Image()).to_parquet(
+            folder / "data/train.parquet"
+        )
+        load(str(folder / "data"), "train").image(0)
+
+    return make
 
 
 HUGGING_FACE = {
@@ -146,7 +149,8 @@ HUGGING_FACE = {
        for dtype, feature, labels in [("string", STRING, ["b", "a"]),
            ("float32", datasets.Value("float32"), [0.0, 1.0]),
            ("List", datasets.List(INTEGER), [[0, 1], [1]])]},
-    "a parquet cell that names a file elsewhere": (cell_of_another_file, ValueError, "not below"),
+    "a parquet cell that names a file elsewhere": (
+        cell_of_another_file(load_huggingface), ValueError, "row 0 is the file .* not below"),
 }  # fmt: skip
 
 
@@ -209,6 +213,8 @@ STREAMS = {
         ValueError, r"has one class, \['cat'\]"),
     "a streamed parquet file cut short": (streamed_broken_file, ValueError,
         "no complete parquet file"),
+    "a streamed parquet cell that names a file elsewhere": (
+        cell_of_another_file(stream_huggingface), ValueError, "row 0 is the file .* not below"),
     "streamed shards of other classes": (other_shards, ValueError,
         r"same columns and classes, and .*00001-of-00002"),
     "data.readers that do not divide the batch": (batches(readers=3), ValueError,

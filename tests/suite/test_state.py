@@ -7,6 +7,7 @@ import pytest
 from suites import cut_off, finish, make_suite
 
 from tract_transfer.config.file import ConfigError
+from tract_transfer.files import redact
 from tract_transfer.report.runs import read_suite
 from tract_transfer.suite.execute import refuse_others
 from tract_transfer.suite.state import Suite, inspect_folder
@@ -159,6 +160,12 @@ def test_cut_off_run_with_other_data_is_another_run(run):
     assert inspect(run)[0] == "other"
     known_to_the_run_alone = replace(run, fingerprints=None)
     assert inspect_folder(known_to_the_run_alone, "w1").state == "begun"
+
+
+def test_run_whose_config_hides_a_secret_is_recognized(run):
+    finish(replace(run, config=redact({**run.config, "name": "hub.token=abc"})))
+    planned = replace(run, config={**run.config, "name": "hub.token=abc"})
+    assert inspect_folder(planned, "w1").state == "finished"
 
 
 def test_suite_can_be_moved(run):

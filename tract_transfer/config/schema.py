@@ -163,7 +163,7 @@ def check_config(tree: dict[str, Any], origins: Origins) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """Return the whole config as YAML, defaults included and secrets hidden (`without_secrets`)."""
+    """Return the whole config as YAML, defaults included and secrets hidden (`redact`)."""
     return dump_yaml(redact(config.model_dump()))
 
 

@@ -89,26 +89,42 @@ class Location(NamedTuple):
         return Origin(self.path if self.is_hub else None, size_check, label_key)
 
 
+def image_folders(at: Location) -> list[Path]:
+    """Return the folders that image files may lie in: the data set's, or the caches of the hub."""
+    if at.is_hub:
+        from datasets import config
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+        return [Path(cache) for cache in caches]
+    path = Path(at.path).expanduser()
+    return [path if path.is_dir() else path.parent]
+
+
+def check_image_file(file: Path, folders: Sequence[Path], item: str) -> None:
+    """Raise ValueError if an image file is not below one of `folders`; `item` names it."""
+    if not any(is_below(folder, file.absolute()) for folder in folders):
+        raise ValueError(
+            f"{item} is the file {file}, which is not below {' or '.join(map(str, folders))}: data "
+            "must not read other files. Save the dataset with its images in it (save_to_disk)."
+        )
+
+
 class RowImages(ImageSource):
     """One image column of rows, kept encoded and memory-mapped.
 
-    An image file must be in the data set's folder, or in the caches of the hub.
+    An image file must be in one of `image_folders`.
     """
 
     def __init__(self, rows: Any, column: str, at: Location, max_pixels: int) -> None:
         import datasets
-        import huggingface_hub
 
         super().__init__(max_pixels)
         undecoded = rows.select_columns([column])
         self._rows = undecoded.cast_column(column, datasets.Image(decode=False))
         self._column = column
         self._title = at.title
-        folder, config = Path(at.path).expanduser(), datasets.config
-        hub_cache = huggingface_hub.constants.HF_HUB_CACHE
-        caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, hub_cache)
-        local = folder if folder.is_dir() else folder.parent
-        self._folders = [Path(cache) for cache in caches] if at.is_hub else [local]
+        self._folders = image_folders(at)
 
     def stored(self, row: int) -> bytes | Path:
         """Return a row's encoded image, or its file. Raises ValueError: it is in another folder."""
@@ -117,13 +133,9 @@ class RowImages(ImageSource):
             return b""
         if cell["bytes"] is not None:
             return bytes(cell["bytes"])
-        if not any(is_below(folder, cell["path"]) for folder in self._folders):
-            folders = " or ".join(map(str, self._folders))
-            raise ValueError(
-                f"{self.item(row)} is the file {cell['path']}, which is not below {folders}: data "
-                "must not read other files. Save the dataset with its images in it (save_to_disk)."
-            )
-        return Path(cell["path"])
+        file = Path(cell["path"])
+        check_image_file(file, self._folders, self.item(row))
+        return file
 
     def image(self, row: int, exif: bool = True) -> Tensor:
         """Return a row's image, uint8 RGB (3, H, W). Raises UndecodableImage."""

@@ -26,9 +26,11 @@ from tract_transfer.data.findings import Origin
 from tract_transfer.data.huggingface import (
     Location,
     as_labels,
+    check_image_file,
     find_image_column,
     find_label_column,
     hub_errors,
+    image_folders,
     is_saved,
     load_huggingface,
     named_classes,
@@ -142,8 +144,8 @@ def _batches(file: str, columns: Sequence[str], groups: list[int] | None) -> Ite
 def _rows_of_table(table: Any, image_column: str, label_column: str) -> Iterator[Row]:
     cells = table.column(image_column).to_pylist()
     for cell, label in zip(cells, as_labels(table.column(label_column)).tolist(), strict=True):
-        cell = cell or {"bytes": b""}
-        yield Row(Path(cell["path"]) if cell["bytes"] is None else cell["bytes"], label)
+        data, file = (cell["bytes"], cell["path"]) if cell else (None, None)
+        yield Row(Path(file) if data is None and file is not None else data or b"", label)
 
 
 # A stream: a data set whose images are fast to read only in order.
@@ -157,6 +159,7 @@ class Stream:
 
     Attributes:
         title: the split's name in errors.
+        image_folders: the folders that image files named in rows may lie in.
         version: identifies the data on the hub; None for local data.
         class_counts: the number of images of each class, int64 (K,); None for data on the hub,
             whose labels would all have to be downloaded.
@@ -169,6 +172,7 @@ class Stream:
     key: str
     label_column: str
     origin: Origin
+    image_folders: Sequence[Path]
     version: str | None = None
     max_pixels: int = MAX_PIXELS
 
@@ -182,10 +186,12 @@ class Stream:
         return int(self._begins[-1])
 
     def read(self, group: int, first: int = 0) -> Iterator[tuple[int, Row]]:
-        """Read a group from its row `first`: indices of images, and rows. Checks their labels."""
+        """Read a group from its row `first`: indices of images, and rows, which are checked."""
         begin = int(self._begins[group])
         for index, row in enumerate(self.groups.rows(group, first), begin + first):
             self._check_label(index, row.label)
+            if isinstance(row.stored, Path):
+                check_image_file(row.stored, self.image_folders, self.item(index))
             yield index, row
 
     def read_from(self, index: int) -> Iterator[tuple[int, Row]]:
@@ -292,7 +298,10 @@ def stream_huggingface(
         raise ValueError(f"{at.title} has no rows. Set {key}.split to a split that has some.")
     origin = at.origin(None if rows is None else rows.info.dataset_name, count, label_key)
     version = "\n".join(files) if at.is_hub else None
-    return Stream(path, names, groups, at.title, key, columns[1], origin, version, max_pixels)
+    folders = image_folders(at)
+    return Stream(
+        path, names, groups, at.title, key, columns[1], origin, folders, version, max_pixels
+    )
 
 
 def _open_rows(at: Location) -> tuple[Any, list[str], Any] | None:

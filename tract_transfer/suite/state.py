@@ -21,6 +21,7 @@ from tract_transfer.files import (
     SUITE_FORMAT,
     SUITE_NAME,
     make_folder,
+    redact,
     write_json,
 )
 from tract_transfer.suite.plan import PlannedRun
@@ -254,7 +255,7 @@ def _config_changes(text: bytes, run: PlannedRun, weights_may_move: bool) -> str
         return f"{CONFIG_NAME} is not YAML ({error})"
     if not isinstance(config, dict):
         return f"{CONFIG_NAME} is not a mapping"
-    changes = changed_keys(config, run.config)
+    changes = changed_keys(config, redact(run.config))  # as it is written
     if weights_may_move:
         changes = [change for change in changes if not change.startswith("model.weights: ")]
     more = f" and {len(changes) - _SHOWN_KEYS} more" if len(changes) > _SHOWN_KEYS else ""
