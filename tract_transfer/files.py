@@ -139,12 +139,15 @@ _HARMLESS = re.compile(r"true|false|null|none|-?[0-9]{0,6}(?:\.[0-9]+)?", re.IGN
 _SHORTEST = 12  # characters of an environment variable's value that counts as a secret
 
 
-def redact(content: Any) -> Any:
+def redact(content: Any, *, by_name: bool = True) -> Any:
     """Return a text, or nested plain values, with *** in place of secrets.
 
     Secrets are: a value named like a token, key, secret, password or credential (`hub.token=x`);
     the value of an environment variable with such a name; a login in a URL; and a token with the
     prefix of Hugging Face, GitHub, GitLab or AWS. Numbers, booleans and null are never secrets.
+
+    Args:
+        by_name: False keeps values that only have the name of a secret, such as `class_token: mean`.
     """
     if isinstance(content, str):
         values = [value for name, value in os.environ.items() if _SECRET_NAME.fullmatch(name)]
@@ -152,10 +155,16 @@ def redact(content: Any) -> Any:
             if len(secret) >= _SHORTEST and not _HARMLESS.fullmatch(secret):
                 content = content.replace(secret, HIDDEN)
         content = _LOGIN_OR_TOKEN.sub(HIDDEN, content)
+        if not by_name:
+            return content
         return _NAMED_VALUE.sub(lambda match: match[1] + _hide(match[2]), content)
     if isinstance(content, Mapping):
+        if not by_name:
+            return {key: redact(value, by_name=False) for key, value in content.items()}
         return {key: _redact_after(str(key), value) for key, value in content.items()}
-    return [redact(value) for value in content] if isinstance(content, list | tuple) else content
+    if isinstance(content, list | tuple):
+        return [redact(value, by_name=by_name) for value in content]
+    return content
 
 
 def without_secrets(words: Sequence[str]) -> list[str]:

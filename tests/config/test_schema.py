@@ -77,13 +77,13 @@ def test_secrets_are_hidden_in_what_is_stored(load):
     token = f"hf_{'x' * 34}"
     words = (
         "output_dir=s3://me:word@host/x",
-        f"model.backbone.args={{a: [{token}], api_key: abc}}",
+        f"model.backbone.args={{a: [{token}], class_token: mean}}",
     )
     config = load(CLASSIFICATION, *words, "name=tokens")
     assert config.output_dir == "s3://me:word@host/x"
     stored = yaml.safe_load(dump_config(config))
     assert stored["output_dir"] == "s3://***@host/x"
-    assert stored["model"]["backbone"]["args"] == {"width": 16, "a": ["***"], "api_key": "***"}
+    assert stored["model"]["backbone"]["args"] == {"width": 16, "a": ["***"], "class_token": "mean"}
     assert stored["name"] == "tokens"
     assert dump_config(load(dump_config(config))) == dump_config(config)
 

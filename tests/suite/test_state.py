@@ -163,8 +163,10 @@ def test_cut_off_run_with_other_data_is_another_run(run):
 
 
 def test_run_whose_config_hides_a_secret_is_recognized(run):
-    finish(replace(run, config=redact({**run.config, "name": "hub.token=abc"})))
-    planned = replace(run, config={**run.config, "name": "hub.token=abc"})
+    finish(
+        replace(run, config=redact({**run.config, "name": "https://me:word@host"}, by_name=False))
+    )
+    planned = replace(run, config={**run.config, "name": "https://me:word@host"})
     assert inspect_folder(planned, "w1").state == "finished"
 
 

@@ -5,6 +5,7 @@ from typing import cast
 from torch import nn
 
 import tract_transfer.detectron2  # noqa: F401 - registers its detector
+from tract_transfer.build.batches import build_transforms
 from tract_transfer.build.weights import (
     build_with_weights,
     call_entry,
@@ -32,6 +33,7 @@ from tract_transfer.models.freeze import freeze_stages, set_drop_path, set_norm
 def preflight(config: Config) -> None:
     """Refuse what the config alone shows to be wrong, before data are read or models built."""
     check_backbone(config)
+    build_transforms(config)
     if isinstance(config, DetectionConfig):
         with errors_at(config, "evaluation.protocol", KeyError):
             EVALUATORS.get(config.evaluation.protocol)

@@ -163,8 +163,8 @@ def check_config(tree: dict[str, Any], origins: Origins) -> Config:
 
 
 def dump_config(config: Config) -> str:
-    """Return the whole config as YAML, defaults included and secrets hidden (`redact`)."""
-    return dump_yaml(redact(config.model_dump()))
+    """Return the whole config as YAML, defaults included and secrets hidden."""
+    return dump_yaml(redact(config.model_dump(), by_name=False))
 
 
 def known_keys(schema: type[Section], prefix: str = "") -> list[str]:

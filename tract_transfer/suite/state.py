@@ -255,7 +255,7 @@ def _config_changes(text: bytes, run: PlannedRun, weights_may_move: bool) -> str
         return f"{CONFIG_NAME} is not YAML ({error})"
     if not isinstance(config, dict):
         return f"{CONFIG_NAME} is not a mapping"
-    changes = changed_keys(config, redact(run.config))  # as it is written
+    changes = changed_keys(config, redact(run.config, by_name=False))  # as it is written
     if weights_may_move:
         changes = [change for change in changes if not change.startswith("model.weights: ")]
     more = f" and {len(changes) - _SHOWN_KEYS} more" if len(changes) > _SHOWN_KEYS else ""
