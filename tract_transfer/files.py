@@ -147,7 +147,7 @@ def redact(content: Any, *, by_name: bool = True) -> Any:
     prefix of Hugging Face, GitHub, GitLab or AWS. Numbers, booleans and null are never secrets.
 
     Args:
-        by_name: False keeps values that only have the name of a secret, such as `class_token: mean`.
+        by_name: False keeps values that only have a secret's name, such as `class_token: mean`.
     """
     if isinstance(content, str):
         values = [value for name, value in os.environ.items() if _SECRET_NAME.fullmatch(name)]

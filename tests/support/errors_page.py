@@ -21,12 +21,12 @@ FOREIGN = (
     r"(?<=its )\d+(?= bytes)",
     r"(?<=no image of )[A-Z0-9, ]+",
     r"(?<=cannot be read as weights: ).*(?=\. It is cut short)",
-    r"(?<=is no whole parquet file: ).*(?= Copy it anew)",
+    r"(?<=is no complete parquet file: ).*(?= Copy it again)",
     r"(?<=\()Error\(s\) in loading .*(?=\))",
     r"[0-9a-f]{12}(?= (?:then|now))",
     r"\d+ on \S+ since [^\s.]+",
-    r"(?<= from )\S+(?= nobody)",
-    r"[\d,]+(?= free)",
+    r"(?<=and )\S+(?= cannot tell)",
+    r"[\d,]+(?= bytes are free)",
     r"(?<=loss_cls )[0-9.]+",
 )
 
