@@ -21,6 +21,8 @@ from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
+# Two processes with two threads each slow each other down; commands that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class ToolResult(NamedTuple):
