@@ -82,7 +82,7 @@ def test_no_import_is_circular():
         name: {other for other in others if not name.startswith(f"{other}.")}
         for name, others in IMPORTS.items()
     }
-    TopologicalSorter(graph).prepare()  # raises CycleError with the cycle
+    assert set(TopologicalSorter(graph).static_order()) == graph.keys()  # or CycleError names it
 
 
 @pytest.mark.parametrize("module", TREES)

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from tiny_configs import SUITE
 
 from tract_transfer.cli.main import COMMANDS, main
 from tract_transfer.cli.suite import make_filter
@@ -103,19 +104,6 @@ def test_a_dry_run_prints_the_costs_and_writes_nothing(trained, call, tmp_path):
     assert stages == sorted(stages)
 
 
-SUITE = """\
-output_dir: {folder}/suite
-title: tiny
-baseline: vanilla
-seeds: [0]
-methods:
-  vanilla: {{}}
-  tract: {{pretrain: {{tract.enabled: true}}}}
-pretrain: classification.yaml
-tasks: {{probe: probe.yaml}}
-"""
-
-
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory, write_tiny, call):
     """The folder of a tiny suite, its command line and its output."""
@@ -124,7 +112,7 @@ def suite(tmp_path_factory, write_tiny, call):
     text = write_tiny(folder, "probe").read_text()
     backbone = "  backbone: {name: cifar/resnet18, args: {width: 8}}\n"
     (folder / "probe.yaml").write_text(text.replace(backbone, "  weights: none\n"))
-    (folder / "suite.yaml").write_text(SUITE.format(folder=folder))
+    (folder / "suite.yaml").write_text("title: tiny\n" + SUITE.format(output_dir=folder / "suite"))
     words = ("run_suite.py", "--config-file", folder / "suite.yaml")
     return folder, words, call(*words)
 

@@ -71,13 +71,13 @@ def test_cosine_falls_from_one_to_its_end():
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 @pytest.mark.parametrize("warmup_iters, max_iters", [(1, 2), (5, 50), (7, 9), (333, 1000)])
 def test_the_warm_up_rises_linearly_to_the_start_of_the_schedule(schedule, warmup_iters, max_iters):
-    told = {"schedule": schedule, "warmup_iters": warmup_iters}
-    factors = lr_factors(max_iters, **told, warmup_start=0.1)
+    options = {"schedule": schedule, "warmup_iters": warmup_iters}
+    factors = lr_factors(max_iters, **options, warmup_start=0.1)
     rise = [0.1 + 0.9 * i / warmup_iters for i in range(warmup_iters + 1)]
     assert factors[: warmup_iters + 1] == pytest.approx(rise, abs=1e-5)
     rest = lr_factors(max_iters - warmup_iters, schedule=schedule)
     assert factors[warmup_iters:] == pytest.approx(rest, abs=1e-5)
-    assert lr_factors(max_iters, **told)[0] == 0
+    assert lr_factors(max_iters, **options)[0] == 0
 
 
 @pytest.mark.parametrize("warmup_iters", [0, 1, 3, 10])
@@ -94,9 +94,14 @@ def test_multistep_falls_exactly_at_its_steps(warmup_iters):
 
 @pytest.mark.parametrize("warmup_iters", [0, 20])
 def test_cosine_epochs_is_cosine_at_the_start_of_each_epoch(warmup_iters):
-    told = {"max_iters": 95, "warmup_iters": warmup_iters, "warmup_start": 0.1, "end_factor": 0.01}
-    smooth = build_schedule(schedule="cosine", **told)
-    stepped = build_schedule(schedule="cosine_epochs", iters_per_epoch=10, **told)
+    options = {
+        "max_iters": 95,
+        "warmup_iters": warmup_iters,
+        "warmup_start": 0.1,
+        "end_factor": 0.01,
+    }
+    smooth = build_schedule(schedule="cosine", **options)
+    stepped = build_schedule(schedule="cosine_epochs", iters_per_epoch=10, **options)
     for iteration in range(95):
         assert stepped(iteration / 95) == smooth(iteration // 10 * 10 / 95)
     assert len({stepped(i / 95) for i in range(95)}) == 10
@@ -163,17 +168,19 @@ def test_sgd_is_torch_s(nesterov, momentum):
 
 @pytest.mark.parametrize("name, kind", [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
 def test_adam_is_torch_s_fused_one_by_default(name, kind):
-    told = {"optimizer": name, "lr": 0.01, "weight_decay": 0.1}
-    ours = trained(lambda model: build_optimizer(model, **told))
+    options = {"optimizer": name, "lr": 0.01, "weight_decay": 0.1}
+    ours = trained(lambda model: build_optimizer(model, **options))
     plain = trained(lambda model: kind(model.parameters(), lr=0.01, weight_decay=0.1))
     torch.testing.assert_close(ours, plain)
     fused = trained(lambda model: kind(model.parameters(), lr=0.01, weight_decay=0.1, fused=True))
     assert ours.equal(fused)
     for chosen in ({"fused": False}, {"foreach": True}):
-        assert not build_optimizer(small_model(), **told, optimizer_args=chosen).defaults["fused"]
+        assert not build_optimizer(small_model(), **options, optimizer_args=chosen).defaults[
+            "fused"
+        ]
     # The state from a checkpoint is contiguous; these weights are not.
     model = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
-    assert not build_optimizer(model, **told).defaults["fused"]
+    assert not build_optimizer(model, **options).defaults["fused"]
     assert not build_optimizer(small_model(), optimizer="sgd", lr=0.1).defaults["fused"]
 
 

@@ -46,3 +46,13 @@ solver: {optimizer: adamw, lr: 1e-3, max_iters: 4}
 evaluation: {save_detections: 2}
 engine: {device: cpu, log: {every_iters: 2, tensorboard: false}}
 """
+SUITE = """\
+output_dir: {output_dir}
+baseline: vanilla
+seeds: [0]
+methods:
+  vanilla: {{}}
+  tract: {{pretrain: {{tract.enabled: true}}}}
+pretrain: classification.yaml
+tasks: {{probe: probe.yaml}}
+"""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from run_folders import assert_same_run, assert_same_scalars, results_of
-from tiny_configs import CLASSIFICATION, DETECTION, PROBE
+from tiny_configs import CLASSIFICATION, DETECTION, PROBE, SUITE
 
 from tract_transfer.config.schema import load_config
 from tract_transfer.run.run import run
@@ -30,16 +30,6 @@ solver.ema_decay=0.3
 engine.accumulate=2
 engine.checkpoint.every_iters=2
 evaluation.every_iters=4""".splitlines()
-SUITE = """\
-output_dir: {folder}/run
-baseline: vanilla
-seeds: [0]
-methods:
-  vanilla: {{}}
-  tract: {{pretrain: {{tract.enabled: true}}}}
-pretrain: classification.yaml
-tasks: {{probe: probe.yaml}}
-"""
 
 
 class Task(NamedTuple):
@@ -62,7 +52,7 @@ def train_suite(folder: Path) -> None:
     probe = PROBE.replace("name: cifar/resnet18, args: {width: 8}", "name: null")
     for name, text in {"classification": often, "probe": probe}.items():
         (folder / f"{name}.yaml").write_text(f"output_dir: unused\n{text}")
-    (folder / "suite.yaml").write_text(SUITE.format(folder=folder))
+    (folder / "suite.yaml").write_text(SUITE.format(output_dir=folder / "run"))
     sys.argv = ["run_suite.py", "--config-file", str(folder / "suite.yaml")]
     try:
         runpy.run_path(str(ROOT / "tools/run_suite.py"), run_name="__main__")

@@ -28,7 +28,7 @@ class Override(NamedTuple):
     place: str = COMMAND_LINE
 
 
-# ---------------------------------------------------------------------------- files and overrides
+# Files and overrides.
 
 
 def read_config_file(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origins]:
@@ -147,7 +147,7 @@ def _keys_below(key: str, value: Any) -> Iterator[str]:
             yield from _keys_below(f"{key}.{name}", part)
 
 
-# ------------------------------------------------------------------------------------------ YAML
+# YAML.
 
 # What the parser raises for a text that is not YAML, or has a tag that does not fit its value.
 NOT_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError)
@@ -203,7 +203,7 @@ def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
     return counts[id(node)]
 
 
-# ---------------------------------------------------------------------------------------- errors
+# Errors.
 
 
 def explain(key: str, message: str, origins: Origins, place: str | None = None) -> str:

@@ -49,7 +49,7 @@ class Section(BaseModel):
         return self
 
 
-# ------------------------------------------------------------------------------------------ model
+# Model.
 
 
 class DropPathConfig(Section):
@@ -153,7 +153,7 @@ class TractConfig(Section):
         yield "lam lam_mode layers update_every", self.enabled, reason
 
 
-# ------------------------------------------------------------------------------------- evaluation
+# Evaluation.
 
 
 class PeriodicConfig(Section):
@@ -295,7 +295,7 @@ class ProbeEvaluation(Section):
         ]
 
 
-# ----------------------------------------------------------------------------------------- engine
+# Engine.
 
 
 class CheckpointConfig(PeriodicConfig):
@@ -339,7 +339,7 @@ class EngineConfig(DeviceConfig):
         yield "max_skipped", self.non_finite == "skip", "it is for engine.non_finite: skip"
 
 
-# ----------------------------------------------------------------------------------------- solver
+# Solver.
 
 
 class FirstLayerConfig(Section):

@@ -130,7 +130,7 @@ def _metadata(
     }
 
 
-# ------------------------------------------------------------------------------------- model card
+# Model card.
 
 
 def _model_card(
@@ -244,7 +244,7 @@ def _without_folders(
     return protocol
 
 
-# -------------------------------------------------------------------------------- Hugging Face hub
+# Hugging Face hub.
 
 
 def check_hub(hub_id: str) -> None:
