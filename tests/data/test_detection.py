@@ -13,7 +13,7 @@ from PIL import Image
 
 from tract_transfer.data.classification import check_same_classes
 from tract_transfer.data.coco import load_coco
-from tract_transfer.data.detection import BoxReader, ImageFiles, ImageLabels
+from tract_transfer.data.detection import BoxReader, DetectionDataset, ImageFiles, ImageLabels
 from tract_transfer.data.findings import Findings
 from tract_transfer.data.huggingface import load_huggingface_boxes
 from tract_transfer.data.images import UndecodableImage, content_hashes
@@ -412,7 +412,8 @@ def test_marks_follow_the_rule_of_voc():
         for label, difficult in objects:
             box = (0, 0, 5, 5)
             reader.add_object(index, "x", "abc"[label], box, "", difficult=difficult)
-    labels = ImageLabels(reader.dataset("made", ImageFiles([f"{i}.png" for i in range(4)])))
+    source = ImageFiles([f"{i}.png" for i in range(4)])
+    labels = ImageLabels(DetectionDataset("made", ["a", "b", "c"], source, *reader.arrays()))
     expected = [[1, -1, -1], [-1, 0, 1], [-1, -1, -1], [-1, -1, 0]]
     np.testing.assert_array_equal(labels.marks, expected)
     assert [labels.target(i) for i in range(4)] == expected

@@ -14,7 +14,7 @@ from tract_transfer.data.detection import (
     BoxReader,
     DetectionDataset,
     annotated_size,
-    is_numbers,
+    four_numbers,
     stored_size,
 )
 from tract_transfer.data.findings import (
@@ -29,7 +29,6 @@ from tract_transfer.data.findings import (
 from tract_transfer.data.images import MAX_PIXELS, ImageSource, decode_image
 from tract_transfer.registry import did_you_mean
 
-BOX_FORMATS = ("xywh", "xyxy", "cxcywh")
 _SPLIT_NAMES = ("train", "validation", "val", "valid", "test")
 _MAX_CLASSES = 1_000_000
 # Names of the fields of objects in data sets on the hub.
@@ -448,8 +447,6 @@ def load_huggingface_boxes(
     stored. A column `image_id` must not repeat. Other arguments and errors are those of
     `load_huggingface`.
     """
-    if box_format not in BOX_FORMATS or box_unit not in ("pixel", "relative"):
-        raise ValueError(f"{key}: no box_format {box_format!r} or box_unit {box_unit!r}.")
     at = Location(path, split, config_name, revision, key)
     rows = open_rows(at)
     image_column = find_image_column(rows.features, image_column, key)
@@ -464,7 +461,8 @@ def load_huggingface_boxes(
     reader = BoxReader(names, key, findings or Findings())
     kept = _read_rows(rows, source, column, reader, box_format, box_unit)
     origin = at.origin(rows.info.dataset_name, len(rows))
-    return reader.dataset(path, source, kept, upright=True, origin=origin)
+    arrays = reader.arrays()
+    return DetectionDataset(path, names, source, *arrays, kept, upright=True, origin=origin)
 
 
 def _read_rows(
@@ -476,36 +474,29 @@ def _read_rows(
     columns = {column.name, "image_id", "height", "width"} & set(rows.features)
     for number, row in enumerate(rows.select_columns(sorted(columns))):
         item, image_id = source.item(number), row.get("image_id")
-        if image_id is not None and (other := first_with.setdefault(image_id, number)) != number:
-            message = f"{item} repeats image_id {image_id!r} of row {other}. Remove one of them."
-            reader.findings.report(ValueError(message))
-            continue
-        size = annotated_size(row.get("height"), row.get("width"))
-        size = size or stored_size(source.stored(number), exif=True)
-        kept.append(number)
-        image = reader.add_image(size)
-        try:
-            entries = _entries(row[column.name], column, item)
-        except ValueError as error:
-            reader.findings.report(error)
-            continue
-        for count, entry in enumerate(entries, start=1):
-            name, names = entry["classes"], column.class_names or reader.class_names
-            name = names[name] if type(name) is int and 0 <= name < len(names) else str(name)
-            box, written = None, f"the box must be four numbers, not {entry['boxes']!r}"
-            if is_numbers(entry["boxes"]):
-                box = _to_xyxy(entry["boxes"], form, size if unit == "relative" else (1, 1))
-                written = f"{form} {entry['boxes']}"
-            reader.add_object(
-                image,
-                f"{item} object {count} ({name})",
-                name,
-                box,
-                written,
-                difficult=bool(entry.get("difficult")),
-                crowd=bool(entry.get("crowd")),
-                area=entry.get("area") if unit == "pixel" else None,
-            )
+        with reader.findings.reporting():
+            first = number if image_id is None else first_with.setdefault(image_id, number)
+            if first != number:
+                raise ValueError(
+                    f"{item} repeats image_id {image_id!r} of row {first}. Remove one."
+                )
+            size = annotated_size(row.get("height"), row.get("width"))
+            size = size or stored_size(source.stored(number), exif=True)
+            kept.append(number)
+            image = reader.add_image(size)
+            for count, entry in enumerate(_entries(row[column.name], column, item), start=1):
+                name, names = entry["classes"], column.class_names or reader.class_names
+                name = names[name] if type(name) is int and 0 <= name < len(names) else str(name)
+                reader.add_object(
+                    image,
+                    f"{item} object {count} ({name})",
+                    name,
+                    _to_xyxy(entry["boxes"], form, size if unit == "relative" else (1, 1)),
+                    f"{form} {entry['boxes']}",
+                    difficult=bool(entry.get("difficult")),
+                    crowd=bool(entry.get("crowd")),
+                    area=entry.get("area") if unit == "pixel" else None,
+                )
     return kept
 
 
@@ -555,9 +546,9 @@ def _entries(cell: Any, column: _ObjectsColumn, item: str) -> list[dict[str, Any
     return [dict(zip(lists, values, strict=True)) for values in rows]
 
 
-def _to_xyxy(written: Sequence[float], box_format: str, unit: Size) -> Box:
+def _to_xyxy(written: Any, box_format: str, unit: Size) -> Box:
     """Return a box in pixels; `unit` is the (height, width) that 1 stands for."""
-    a, b, c, d = map(float, written)
+    a, b, c, d = four_numbers(written)
     x1, y1, x2, y2 = {
         "xyxy": (a, b, c, d),
         "xywh": (a, b, a + c, b + d),
