@@ -94,7 +94,7 @@ def test_colors_change_as_often_as_asked_and_nothing_else_does():
     same = sum(torch.equal(x, image) for x, _ in results)
     assert same < 15  # 60 / 2^5 expected, and one channel order is the original one
     assert all(torch.equal(y["boxes"], target["boxes"]) for _, y in results)
-    for plain in (detection_train([40], 60, 0.0), detection_eval()):
+    for plain in (detection_train([40], 60, 0.0), detection_eval):
         assert torch.equal(plain(image, target)[0], image)
 
 

@@ -30,7 +30,7 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
     """Return the transforms of training and of evaluation images."""
     section = config.data.transforms
     if isinstance(section, DetectionTransformsConfig):
-        return transforms.detection_train(**section.model_dump()), transforms.detection_eval()
+        return transforms.detection_train(**section.model_dump()), transforms.detection_eval
     evaluation = transforms.classification_eval(
         section.size_px, section.crop_ratio, section.interpolation, section.resize
     )

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from tract_transfer.data.images import UndecodableImage
@@ -53,27 +53,28 @@ class DeviceCache:
         undecodable: str = "error",
     ) -> None:
         self.skipped: dict[int, str] = {}
-        mode, images = InterpolationMode(interpolation), None
+        images: Tensor | None = None
+        mode = InterpolationMode(interpolation)
         resize = v2.Resize(size_px, mode) if size_px else v2.Identity()
         for index in range(len(dataset)):
             try:
-                image = dataset.image(index)
+                image = resize(dataset.image(index))
             except UndecodableImage as error:
                 if undecodable != "skip":
                     raise
                 self.skipped[index] = f"{error.item}: {error.reason}"
                 continue
-            image = resize(image)
-            side = size_px or image.shape[1] if images is None else images.shape[-1]
-            if image.shape != (3, side, side):
-                expected = "square images" if size_px else f"all images to be {side} px square"
-                raise ValueError(
-                    f"data.cache: device needs {expected}, and image {index} is {image.shape[2]} x "
-                    f"{image.shape[1]} px{f' with its short side at {side}' if size_px else ''}. "
-                    "Set data.cache: none or ram."
-                )
+            _, height, width = image.shape
             if images is None:
+                side = min(height, width)
                 images = _empty((len(dataset), 3, side, side), device)
+            if image.shape != images.shape[1:]:
+                resized = " after its short side is resized" if size_px else ""
+                raise ValueError(
+                    f"data.cache: device needs square images of one size, {images.shape[-1]} px, "
+                    f"and image {index} has {width} x {height} px{resized}. Set data.cache: none "
+                    "or ram."
+                )
             images[index] = image.to(device)
         if images is None:
             raise ValueError("data.cache: device found no image that can be decoded.")
@@ -155,8 +156,6 @@ class BatchAugment:
         interpolation: str,
         erase_prob: float = 0.0,
     ) -> None:
-        if crop not in ("pad", "random_resized", "none"):
-            raise ValueError(f"crop must be pad, random_resized or none, got {crop!r}.")
         self._size_px, self._scale, self._interpolation = size_px, scale, interpolation
         self._pad_px = pad_px if crop == "pad" else 0
         self.takes_native_size = crop == "random_resized"
@@ -186,22 +185,12 @@ class BatchAugment:
 
 
 def shifted(images: Tensor, shifts: Tensor, pad_px: int) -> Tensor:
-    """Crop (B, C, P, P) at `shifts` (B, 2), down and right, from the images padded with zeros.
-
-    All lines are stored in one row, each followed by `pad_px` zeros, which also pad the next line
-    and plane. So a line of a crop is contiguous, and one gather copies complete lines.
-    """
-    count, channels, side, _ = images.shape
-    planes, pitch = count * channels, side + pad_px
-    lead = pad_px * pitch + pad_px
-    canvas = images.new_zeros(lead + planes * pitch**2)
-    inside = canvas[lead:].view(planes, pitch, pitch)[:, :side, :side]
-    inside.copy_(images.reshape(planes, side, side))
-    down = torch.arange(side, device=images.device) * pitch
-    plane = torch.arange(planes, device=images.device).view(count, channels, 1) * pitch**2
-    first = plane + (shifts[:, 0] * pitch + shifts[:, 1])[:, None, None] + down
-    lines = canvas.as_strided((len(canvas) - side + 1, side), (1, 1))
-    return lines.index_select(0, first.flatten()).view(images.shape)
+    """Crop (B, C, P, P) at `shifts` (B, 2), down and right, from the images padded with zeros."""
+    side = images.shape[-1]
+    padded = nn.functional.pad(images, [pad_px] * 4)
+    windows = padded.unfold(2, side, 1).unfold(3, side, 1)  # (B, C, shifts down, right, P, P)
+    image = torch.arange(len(images), device=images.device)
+    return windows[image, :, shifts[:, 0], shifts[:, 1]]
 
 
 def random_boxes(
@@ -269,18 +258,14 @@ def _weights(first: Tensor, length: Tensor, side: int, size_px: int, interpolati
     begin, end = first[:, None, None], (first + length)[:, None, None]
     step = length[:, None, None] / size_px
     out = torch.arange(size_px, device=first.device)[:, None]
-    if interpolation == "nearest":
-        return (pixel == begin + (out * step).floor()).float()
     center = begin + (out + 0.5) * step
     distance = ((pixel + 0.5 - center) / step.clamp(min=1)).abs()
     if interpolation == "bilinear":
         weights = (1 - distance).clamp(min=0)
-    elif interpolation == "bicubic":  # Keys' kernel with a = -0.5, as in torch's antialiasing
+    else:  # bicubic: Keys' kernel with a = -0.5, as in torch's antialiasing
         near = (1.5 * distance - 2.5) * distance**2 + 1
         far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
         weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-    else:
-        raise ValueError(f"interpolation: nearest, bilinear or bicubic, got {interpolation!r}.")
     weights = weights * ((pixel >= begin) & (pixel < end))
     return weights / weights.sum(2, keepdim=True)
 

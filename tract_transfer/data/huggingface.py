@@ -1,7 +1,7 @@
 """Data sets read by Hugging Face `datasets`: from the hub, parquet, saved rows or image folders."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -278,52 +278,40 @@ def find_image_column(features: Mapping[str, Any], column: str | None, key: str)
     """Return the image column: the named one, or the only one with the feature `Image`."""
     import datasets
 
-    column = _find_column(features, column, datasets.Image, f"{key}.image_column")
-    if not isinstance(features[column], datasets.Image):
-        raise ValueError(
-            f"{key}.image_column: {column!r} must have the feature Image, not "
-            f"{features[column]}. Convert it with cast_column({column!r}, datasets.Image()) and "
-            "save_to_disk."
-        )
-    return column
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    content = "images (the feature Image: see cast_column)"
+    return _pick_column(features, column, images, content, f"{key}.image_column")
 
 
 def find_label_column(features: Mapping[str, Any], column: str | None, key: str) -> str:
     """Return the label column: the named one, or the only one with the feature `ClassLabel`."""
     import datasets
 
-    column = _find_column(features, column, datasets.ClassLabel, f"{key}.label_column")
-    feature = features[column]
-    dtype = str(getattr(feature, "dtype", feature))
-    if not isinstance(feature, datasets.ClassLabel) and not re.fullmatch(r"u?int\d+|bool", dtype):
-        raise ValueError(
-            f"{key}.label_column: {column!r} must hold integers, booleans or a ClassLabel, not "
-            f"{dtype}. Convert it with class_encode_column({column!r}) on all splits together, and "
-            "save_to_disk."
-        )
-    return column
+    usable = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    content = "a ClassLabel"
+    if column is not None:
+        types = {name: str(getattr(kind, "dtype", kind)) for name, kind in features.items()}
+        usable += [name for name, kind in types.items() if re.fullmatch(r"u?int\d+|bool", kind)]
+        content += ", integers or booleans (see class_encode_column, for all splits together)"
+    return _pick_column(features, column, usable, content, f"{key}.label_column")
 
 
-def _find_column(features: Mapping[str, Any], column: str | None, feature: type, key: str) -> str:
-    listed = _listed(features)
+def _pick_column(
+    features: Mapping[str, Any], column: str | None, usable: Collection[str], content: str, key: str
+) -> str:
+    """Return the named column, or else the only usable one; `content` is what these hold."""
+    if column is None and len(usable) == 1:
+        return next(iter(usable))
     if column is None:
-        candidates = [name for name, kind in features.items() if isinstance(kind, feature)]
-        if len(candidates) != 1:
-            raise ValueError(
-                f"One column must have the feature {feature.__name__}, but {len(candidates)} have: "
-                f"set {key}. Columns: {listed}."
-            )
-        return candidates[0]
-    if column not in features:
-        hint = did_you_mean(column, features)
-        raise ValueError(f"{key}: no column {column!r}.{hint} Columns: {listed}.")
-    return column
-
-
-def _listed(features: Mapping[str, Any]) -> str:
-    types = {n: type(kind).__name__ for n, kind in features.items()}
-    types |= {n: features[n].dtype for n, kind in types.items() if kind == "Value"}
-    return ", ".join(f"{name} ({kind})" for name, kind in types.items())
+        problem = f"set it, as {len(usable)} columns hold {content}."
+    elif column in usable:
+        return column
+    else:
+        problem = f"{column!r} must hold {content}.{did_you_mean(column, usable)}"
+    types = {name: type(kind).__name__ for name, kind in features.items()}
+    types |= {name: features[name].dtype for name, kind in types.items() if kind == "Value"}
+    listed = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+    raise ValueError(f"{key}: {problem} Columns: {listed}.")
 
 
 def named_classes(feature: Any, column: str, at: Location) -> list[str] | None:
@@ -522,15 +510,8 @@ def _find_objects(features: Mapping[str, Any], name: str | None, key: str) -> _O
             while not hasattr(classes, "names") and hasattr(classes, "feature"):
                 classes = classes.feature
             columns[column] = _ObjectsColumn(column, fields, getattr(classes, "names", None))
-    if name is None and len(columns) == 1:
-        return next(iter(columns.values()))
-    if name not in columns:
-        given = "" if name is None else f" {name!r} does not.{did_you_mean(name, columns)}"
-        raise ValueError(
-            f"One column must hold objects with bbox and category, and {len(columns)} do.{given} "
-            f"Set {key}.objects_column. Columns: {_listed(features)}."
-        )
-    return columns[name]
+    content = "objects with bbox and category"
+    return columns[_pick_column(features, name, columns, content, f"{key}.objects_column")]
 
 
 def _entries(cell: Any, column: _ObjectsColumn, item: str) -> list[dict[str, Any]]:

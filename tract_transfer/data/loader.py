@@ -10,11 +10,12 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
@@ -23,8 +24,7 @@ from tract_transfer.data.sampling import Sample, mix
 from tract_transfer.data.streaming import Stream, StreamedSample
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """What a loader yields.
 
     Attributes:
@@ -41,21 +41,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device; from pinned memory the copy does not block."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        """Return the batch in page-locked memory; the DataLoader calls it."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        def moved(value: Any) -> Any:
-            if isinstance(value, list):
-                return [moved(item) for item in value]
-            if isinstance(value, dict):
-                return {key: moved(item) for key, item in value.items()}
-            return move(value) if isinstance(value, Tensor) else value
-
-        return replace(self, images=moved(self.images), targets=moved(self.targets))
+        return Batch(*send_to_device(tuple(self), device, non_blocking=True))
 
 
 class ImageDataset(Protocol):
@@ -97,8 +83,6 @@ class SampledDataset(Dataset[_Loaded]):
         seed: int,
         undecodable: str = "error",
     ) -> None:
-        if undecodable not in ("error", "skip"):
-            raise ValueError(f"data.undecodable must be error or skip, got {undecodable!r}.")
         self._dataset = dataset
         self._transform = transform
         self._seed = seed

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,11 +84,11 @@ class ParquetGroups:
             first -= skipped
             yield from _rows_of_table(batch.slice(skipped), *self._columns)
 
-    def labels(self) -> Iterator[np.ndarray]:
+    def labels(self) -> np.ndarray:
         """Read all labels in order, int64, without the images."""
-        for file in self._files:
-            for batch in _batches(file, self._columns[1:], None):
-                yield as_labels(batch.column(self._columns[1]))
+        column = self._columns[1]
+        batches = (batch for file in self._files for batch in _batches(file, [column], None))
+        return np.concatenate([as_labels(batch.column(column)) for batch in batches])
 
 
 class SavedGroups:
@@ -108,9 +108,9 @@ class SavedGroups:
             table = self._table[start : min(start + _ROWS_AT_ONCE, stop)]
             yield from _rows_of_table(table, *self._columns)
 
-    def labels(self) -> Iterator[np.ndarray]:
+    def labels(self) -> np.ndarray:
         """Read all labels in order, int64, without the images."""
-        yield as_labels(self._table.select_columns([self._columns[1]])[:][self._columns[1]])
+        return as_labels(self._table.select_columns([self._columns[1]])[:][self._columns[1]])
 
 
 def _open(file: str) -> Any:
@@ -180,7 +180,13 @@ class Stream:
         self._begins = np.cumsum([0, *self.groups.counts])
         self._ahead: tuple[int, Iterator[Row]] = (-1, iter(()))
         self._last: tuple[int, Row] = (-1, Row(b"", -1))
-        self.class_counts = self._count_classes() if self.version is None else None
+        self.class_counts: np.ndarray | None = None
+        if self.version is None:
+            self._labels = self.groups.labels()
+            is_wrong = (self._labels < 0) | (self._labels >= len(self.class_names))
+            for index in np.flatnonzero(is_wrong)[:1].tolist():
+                raise self._wrong_label(index, int(self._labels[index]))
+            self.class_counts = np.bincount(self._labels, minlength=len(self.class_names))
 
     def __len__(self) -> int:
         return int(self._begins[-1])
@@ -189,7 +195,8 @@ class Stream:
         """Read a group from its row `first`: indices of images, and rows, which are checked."""
         begin = int(self._begins[group])
         for index, row in enumerate(self.groups.rows(group, first), begin + first):
-            self._check_label(index, row.label)
+            if not 0 <= row.label < len(self.class_names):
+                raise self._wrong_label(index, row.label)
             if isinstance(row.stored, Path):
                 check_image_file(row.stored, self.image_folders, self.item(index))
             yield index, row
@@ -224,13 +231,7 @@ class Stream:
         if self.version is not None:
             about = [self.version, len(self), list(self.class_names)]
             return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-        return images.fingerprint(self, np.concatenate(list(self.groups.labels())))
-
-    def _count_classes(self) -> np.ndarray:
-        labels = np.concatenate(list(self.groups.labels()))
-        for index in np.flatnonzero((labels < 0) | (labels >= len(self.class_names)))[:1].tolist():
-            self._check_label(index, int(labels[index]))
-        return np.bincount(labels, minlength=len(self.class_names))
+        return images.fingerprint(self, self._labels)
 
     def _row(self, index: int) -> Row:
         if self._last[0] != index:
@@ -239,10 +240,9 @@ class Stream:
             self._last, self._ahead = (index, next(ahead)), (index + 1, ahead)
         return self._last[1]
 
-    def _check_label(self, index: int, label: int) -> None:
-        if not 0 <= label < len(self.class_names):
-            num_classes = len(self.class_names)
-            raise wrong_label(self.item(index), label, self.label_column, num_classes, self.key)
+    def _wrong_label(self, index: int, label: int) -> ValueError:
+        num_classes = len(self.class_names)
+        return wrong_label(self.item(index), label, self.label_column, num_classes, self.key)
 
 
 # Opening a stream.
@@ -484,50 +484,42 @@ class StreamBatches:
 
     def __iter__(self) -> Iterator[list[StreamedSample]]:
         order = self._order
-        first_epoch, position = divmod(self._start_iter, order.iters_per_epoch)
-        first_block, done = divmod(position, order.block_iters)
-        for epoch, block, rows in self._blocks(first_epoch, first_block):
-            places = [order.places(epoch, reader, block) for reader in self._readers]
-            for iteration in range(done, order.iters_of_block(block)):
-                batch = [
-                    StreamedSample(Sample(epoch, of_reader[place][0]), of_reader[place][1])
-                    for of_reader, taken in zip(rows, places, strict=True)
-                    for place in taken[iteration].tolist()
-                ]
-                in_epoch = block * order.block_iters + iteration
-                mixed = [batch[place] for place in order.mixed(len(batch), epoch, in_epoch)]
-                for start in range(0, len(mixed), self._micro_size):
-                    yield mixed[start : start + self._micro_size]
-            done = 0
-            rows.clear()  # frees them before the next but one is read
-
-    def _blocks(
-        self, epoch: int, block: int
-    ) -> Iterator[tuple[int, int, list[list[tuple[int, Row]]]]]:
-        """Yield each block's epoch and number, and the rows of every reader."""
-        order = self._order
-        num_blocks = -(-order.iters_per_epoch // order.block_iters)
-        with ThreadPoolExecutor(len(self._readers), "stream") as pool:
-            ahead = None
+        epoch, position = divmod(self._start_iter, order.iters_per_epoch)
+        block, skipped = divmod(position, order.block_iters)
+        iteration = self._start_iter - skipped
+        readers = [self._read(reader, epoch, block) for reader in self._readers]
+        with ThreadPoolExecutor(len(readers), "stream") as pool:
+            ahead = [pool.submit(next, reader) for reader in readers]
             while True:
-                readers = [self._read(epoch, reader, block) for reader in self._readers]
-                for number in range(block, num_blocks):
-                    count = order.iters_of_block(number) * order.share
-                    reading = [pool.submit(_take, rows, count) for rows in readers]
-                    if ahead is not None:
-                        yield ahead
-                    ahead = epoch, number, [future.result() for future in reading]
-                epoch, block = epoch + 1, 0
+                blocks = [future.result() for future in ahead]
+                ahead = [pool.submit(next, reader) for reader in readers]
+                for shares in zip(*blocks, strict=True):
+                    if iteration >= self._start_iter:
+                        yield from self._micro_batches(list(chain.from_iterable(shares)), iteration)
+                    iteration += 1
 
-    def _read(self, *where: int) -> Iterator[tuple[int, Row]]:
-        for span in self._order.spans(*where):
-            yield from islice(self._stream.read(span.group, span.first), span.length)
+    def _micro_batches(
+        self, batch: list[StreamedSample], iteration: int
+    ) -> Iterator[list[StreamedSample]]:
+        where = divmod(iteration, self._order.iters_per_epoch)
+        mixed = [batch[position] for position in self._order.mixed(len(batch), *where)]
+        for start in range(0, len(mixed), self._micro_size):
+            yield mixed[start : start + self._micro_size]
 
-
-def _take(rows: Iterator[tuple[int, Row]], count: int) -> list[tuple[int, Row]]:
-    taken = list(islice(rows, count))
-    assert len(taken) == count, "a group has fewer rows than its footer says"
-    return taken
+    def _read(self, reader: int, epoch: int, block: int) -> Iterator[list[list[StreamedSample]]]:
+        """Yield a reader's blocks without end: its share of the batch of each iteration."""
+        order = self._order
+        while True:
+            rows = (
+                StreamedSample(Sample(epoch, index), row)
+                for span in order.spans(epoch, reader, block)
+                for index, row in islice(self._stream.read(span.group, span.first), span.length)
+            )
+            for number in range(block, -(-order.iters_per_epoch // order.block_iters)):
+                places = order.places(epoch, reader, number)
+                samples = list(islice(rows, places.numel()))
+                yield [[samples[place] for place in share] for share in places.tolist()]
+            epoch, block = epoch + 1, 0
 
 
 class StreamEvalBatches:
