@@ -489,8 +489,6 @@ ARGUMENTS = {
         "no split 'val'. Set data.train.split"),
     "digit scenes over other digit scenes": (scenes, ValueError,
         "must be empty or contain digit scenes"),
-    "a held-out fraction of 1": (lambda _: hold_out(ONE_EACH, 1, 0), ValueError,
-        r"fraction must lie in \(0, 1\), got 1"),
     "a part held out of single images": (lambda _: hold_out(ONE_EACH, 0.5, 0), ValueError,
         "no class has two images"),
     "a batch larger than the data": (order(10, 11), ValueError,

@@ -55,6 +55,10 @@ class Location(NamedTuple):
         """The split's name in messages."""
         return f"{self.path} split {self.split}"
 
+    def item(self, row: int) -> str:
+        """Return a row's name in messages, as `cifar10 split train row 17`."""
+        return f"{self.title} row {row}"
+
     @property
     def is_hub(self) -> bool:
         """Whether the path neither looks local nor exists, and so is a hub id."""
@@ -100,13 +104,19 @@ def image_folders(at: Location) -> list[Path]:
     return [path if path.is_dir() else path.parent]
 
 
-def check_image_file(file: Path, folders: Sequence[Path], item: str) -> None:
-    """Raise ValueError if an image file is not below one of `folders`; `item` names it."""
-    if not any(is_below(folder, file.absolute()) for folder in folders):
+def stored_image(
+    cell: Mapping[str, Any] | None, folders: Sequence[Path], item: str
+) -> bytes | Path:
+    """Return a cell's encoded image, or its file. Raises ValueError: it is in none of `folders`."""
+    data, path = (cell["bytes"], cell["path"]) if cell else (None, None)
+    if data is not None or path is None:
+        return bytes(data or b"")
+    if not any(is_below(folder, Path(path).absolute()) for folder in folders):
         raise ValueError(
-            f"{item} is the file {file}, which is not below {' or '.join(map(str, folders))}: data "
+            f"{item} is the file {path}, which is not below {' or '.join(map(str, folders))}: data "
             "must not read other files. Save the dataset with its images in it (save_to_disk)."
         )
+    return Path(path)
 
 
 class RowImages(ImageSource):
@@ -122,19 +132,12 @@ class RowImages(ImageSource):
         undecoded = rows.select_columns([column])
         self._rows = undecoded.cast_column(column, datasets.Image(decode=False))
         self._column = column
-        self._title = at.title
+        self._at = at
         self._folders = image_folders(at)
 
     def stored(self, row: int) -> bytes | Path:
         """Return a row's encoded image, or its file. Raises ValueError: it is in another folder."""
-        cell = self._rows[row][self._column]
-        if cell is None or (cell["bytes"] is None and cell["path"] is None):
-            return b""
-        if cell["bytes"] is not None:
-            return bytes(cell["bytes"])
-        file = Path(cell["path"])
-        check_image_file(file, self._folders, self.item(row))
-        return file
+        return stored_image(self._rows[row][self._column], self._folders, self.item(row))
 
     def image(self, row: int, exif: bool = True) -> Tensor:
         """Return a row's image, uint8 RGB (3, H, W). Raises UndecodableImage."""
@@ -144,7 +147,7 @@ class RowImages(ImageSource):
 
     def item(self, row: int) -> str:
         """Return a row's name in messages, as `cifar10 split train row 17`."""
-        return f"{self._title} row {row}"
+        return self._at.item(row)
 
 
 # Opening rows.
@@ -334,12 +337,22 @@ def as_labels(column: Any) -> np.ndarray:
     return np.asarray(column.cast("int64").fill_null(-1), dtype=np.int64)
 
 
-def wrong_label(item: str, label: int, column: str, num_classes: int, key: str) -> ValueError:
+def usable_rows(
+    labels: np.ndarray, num_classes: int, column: str, at: Location, findings: Findings
+) -> np.ndarray:
+    """Return the rows whose label is one of the classes; the others are reported."""
+    is_wrong = (labels < 0) | (labels >= num_classes)
+    for row in np.flatnonzero(is_wrong).tolist():
+        findings.report(wrong_label(row, int(labels[row]), num_classes, column, at))
+    return np.flatnonzero(~is_wrong)
+
+
+def wrong_label(row: int, label: int, num_classes: int, column: str, at: Location) -> ValueError:
     """Return the error for a label that is not one of the classes."""
     hint = " -1 marks an unlabelled split: set" if label == -1 else " Correct it, or set"
     return ValueError(
-        f"{item}: label {label} in column {column!r} must be in 0..{num_classes - 1}.{hint} "
-        f"{key}.split to another."
+        f"{at.item(row)}: label {label} in column {column!r} must be in 0..{num_classes - 1}."
+        f"{hint} {at.key}.split to another."
     )
 
 
@@ -381,7 +394,6 @@ def load_huggingface(
         ValueError: the split, a column or a label does not fit.
     """
     at = Location(path, split, config_name, revision, key)
-    findings = findings or Findings()
     rows = open_rows(at)
     image_column = find_image_column(rows.features, image_column, key)
     column = find_label_column(rows.features, label_column, key)
@@ -397,10 +409,7 @@ def load_huggingface(
             )
         names = [str(label) for label in range(largest + 1)]
     source = RowImages(rows, image_column, at, max_pixels)
-    is_wrong = (labels < 0) | (labels >= len(names))
-    for row in np.flatnonzero(is_wrong).tolist():
-        findings.report(wrong_label(source.item(row), labels[row], column, len(names), key))
-    kept = np.flatnonzero(~is_wrong)
+    kept = usable_rows(labels, len(names), column, at, findings or Findings())
     origin = at.origin(rows.info.dataset_name, len(rows), label_key)
     return ClassificationDataset(path, names, labels[kept], source, kept, origin)
 

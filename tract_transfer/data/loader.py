@@ -19,6 +19,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
+from tract_transfer.data.huggingface import Location
 from tract_transfer.data.images import UndecodableImage, decode_image
 from tract_transfer.data.sampling import Sample, mix
 from tract_transfer.data.streaming import Stream, StreamedSample
@@ -117,11 +118,11 @@ class SampledDataset(Dataset[_Loaded]):
 class _StreamedRows:
     """What a worker needs of a stream: this process reads its rows, and workers decode them."""
 
-    title: str
+    at: Location
     max_pixels: int
 
     def image(self, key: StreamedSample) -> Tensor:
-        item = f"{self.title} row {key.sample.index}"
+        item = self.at.item(key.sample.index)
         return decode_image(key.row.stored, item, max_pixels=self.max_pixels)
 
     def target(self, key: StreamedSample) -> int:
@@ -145,7 +146,7 @@ def train_loader(
     """
     source: Any = dataset
     if isinstance(dataset, Stream):
-        source = _StreamedRows(dataset.title, dataset.max_pixels)
+        source = _StreamedRows(dataset.at, dataset.max_pixels)
     _end_workers_at_exit()
     return _Loader(
         SampledDataset(source, transform, seed, undecodable),  # type: ignore[arg-type]

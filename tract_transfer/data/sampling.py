@@ -44,8 +44,6 @@ def repeat_factors(
     the largest factor of its classes, or 1 if it has no objects. Image i has the int64 labels
     `labels[first[i]:first[i + 1]]`; `threshold` is in (0, 1].
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"data.repeat_threshold must lie in (0, 1], got {threshold}.")
     num_images = len(first) - 1
     image_of = np.repeat(np.arange(num_images), np.diff(first))
     pairs = np.unique(np.stack([image_of, labels]), axis=1)

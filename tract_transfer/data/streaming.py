@@ -22,11 +22,10 @@ from torch import Tensor
 
 from tract_transfer.data import images
 from tract_transfer.data.classification import ClassificationDataset
-from tract_transfer.data.findings import Origin
+from tract_transfer.data.findings import Findings, Origin
 from tract_transfer.data.huggingface import (
     Location,
     as_labels,
-    check_image_file,
     find_image_column,
     find_label_column,
     hub_errors,
@@ -37,6 +36,8 @@ from tract_transfer.data.huggingface import (
     open_saved,
     parquet_files,
     split_files,
+    stored_image,
+    usable_rows,
     wrong_label,
 )
 from tract_transfer.data.images import MAX_PIXELS
@@ -50,14 +51,9 @@ _BUFFER_BYTES = 1 << 22
 _ROWS_OF_SAVED_GROUP = 100  # as `datasets` writes images to parquet
 
 
+Cell = dict[str, Any] | None  # an image: its `bytes`, or the `path` of its file
+
 # Rows in groups, read one after another.
-
-
-class Row(NamedTuple):
-    """An encoded image, or its file, and its label, -1 if it has none."""
-
-    stored: bytes | Path
-    label: int
 
 
 class ParquetGroups:
@@ -76,8 +72,8 @@ class ParquetGroups:
         self._files = list(files)
         self._groups = [(file, n) for file, _, n in numbered]
 
-    def rows(self, group: int, first: int = 0) -> Iterator[Row]:
-        """Read a group from its row `first`; this reads the file's pages before it too."""
+    def rows(self, group: int, first: int = 0) -> Iterator[tuple[Cell, int]]:
+        """Read images and labels of a group from its row `first`, and the file's pages before."""
         file, number = self._groups[group]
         for batch in _batches(file, self._columns, [number]):
             skipped = min(first, len(batch))
@@ -100,8 +96,8 @@ class SavedGroups:
         starts = np.arange(0, len(dataset) + 1, _ROWS_OF_SAVED_GROUP)
         self.counts = np.diff(np.unique([*starts, len(dataset)])).astype(np.int64)
 
-    def rows(self, group: int, first: int = 0) -> Iterator[Row]:
-        """Read a group from its row `first`."""
+    def rows(self, group: int, first: int = 0) -> Iterator[tuple[Cell, int]]:
+        """Read images and labels of a group from its row `first`."""
         begin = group * _ROWS_OF_SAVED_GROUP
         stop = begin + int(self.counts[group])
         for start in range(begin + first, stop, _ROWS_AT_ONCE):
@@ -141,14 +137,19 @@ def _batches(file: str, columns: Sequence[str], groups: list[int] | None) -> Ite
         )
 
 
-def _rows_of_table(table: Any, image_column: str, label_column: str) -> Iterator[Row]:
-    cells = table.column(image_column).to_pylist()
-    for cell, label in zip(cells, as_labels(table.column(label_column)).tolist(), strict=True):
-        data, file = (cell["bytes"], cell["path"]) if cell else (None, None)
-        yield Row(Path(file) if data is None and file is not None else data or b"", label)
+def _rows_of_table(table: Any, images: str, labels: str) -> Iterator[tuple[Cell, int]]:
+    cells = table.column(images).to_pylist()
+    return zip(cells, as_labels(table.column(labels)).tolist(), strict=True)
 
 
 # A stream: a data set whose images are fast to read only in order.
+
+
+class Row(NamedTuple):
+    """An encoded image, or its file, and its class."""
+
+    stored: bytes | Path
+    label: int
 
 
 @dataclass
@@ -158,48 +159,41 @@ class Stream:
     Reading an image opens its group, so only reading in order is fast.
 
     Attributes:
-        title: the split's name in errors.
-        image_folders: the folders that image files named in rows may lie in.
         version: identifies the data on the hub; None for local data.
         class_counts: the number of images of each class, int64 (K,); None for data on the hub,
             whose labels would all have to be downloaded.
     """
 
-    name: str
+    at: Location
     class_names: Sequence[str]
     groups: ParquetGroups | SavedGroups
-    title: str
-    key: str
     label_column: str
     origin: Origin
-    image_folders: Sequence[Path]
     version: str | None = None
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
+        self.name = self.at.path
+        self._folders = image_folders(self.at)
         self._begins = np.cumsum([0, *self.groups.counts])
         self._ahead: tuple[int, Iterator[Row]] = (-1, iter(()))
         self._last: tuple[int, Row] = (-1, Row(b"", -1))
         self.class_counts: np.ndarray | None = None
         if self.version is None:
-            self._labels = self.groups.labels()
-            is_wrong = (self._labels < 0) | (self._labels >= len(self.class_names))
-            for index in np.flatnonzero(is_wrong)[:1].tolist():
-                raise self._wrong_label(index, int(self._labels[index]))
-            self.class_counts = np.bincount(self._labels, minlength=len(self.class_names))
+            self._labels, num_classes = self.groups.labels(), len(self.class_names)
+            usable_rows(self._labels, num_classes, self.label_column, self.at, Findings())
+            self.class_counts = np.bincount(self._labels, minlength=num_classes)
 
     def __len__(self) -> int:
         return int(self._begins[-1])
 
     def read(self, group: int, first: int = 0) -> Iterator[tuple[int, Row]]:
         """Read a group from its row `first`: indices of images, and rows, which are checked."""
-        begin = int(self._begins[group])
-        for index, row in enumerate(self.groups.rows(group, first), begin + first):
-            if not 0 <= row.label < len(self.class_names):
-                raise self._wrong_label(index, row.label)
-            if isinstance(row.stored, Path):
-                check_image_file(row.stored, self.image_folders, self.item(index))
-            yield index, row
+        begin, num_classes = int(self._begins[group]) + first, len(self.class_names)
+        for index, (cell, label) in enumerate(self.groups.rows(group, first), begin):
+            if not 0 <= label < num_classes:
+                raise wrong_label(index, label, num_classes, self.label_column, self.at)
+            yield index, Row(stored_image(cell, self._folders, self.item(index)), label)
 
     def read_from(self, index: int) -> Iterator[tuple[int, Row]]:
         """Read all images from an index, in order."""
@@ -224,7 +218,7 @@ class Stream:
 
     def item(self, index: int) -> str:
         """Return an image's name in messages, as `cifar10 split train row 17`."""
-        return f"{self.title} row {index}"
+        return self.at.item(index)
 
     def fingerprint(self) -> str:
         """Return a sha256 (hex): of local data as `ClassificationDataset`, else of the version."""
@@ -239,10 +233,6 @@ class Stream:
             ahead = ahead if expected == index else (row for _, row in self.read_from(index))
             self._last, self._ahead = (index, next(ahead)), (index + 1, ahead)
         return self._last[1]
-
-    def _wrong_label(self, index: int, label: int) -> ValueError:
-        num_classes = len(self.class_names)
-        return wrong_label(self.item(index), label, self.label_column, num_classes, self.key)
 
 
 # Opening a stream.
@@ -285,11 +275,10 @@ def stream_huggingface(
     if names is not None and num_classes is not None:
         raise ValueError(f"{key}.num_classes: {columns[1]!r} has its own classes. Remove it.")
     if names is None:
-        if num_classes is None or num_classes < 2:
+        if num_classes is None:
             raise ValueError(
                 f"{key}.num_classes: {columns[1]!r} holds integers without names, and only reading "
-                f"all of them would show how many classes there are: set 2 or more, got "
-                f"{num_classes}."
+                "all of them would show how many classes there are: set their number."
             )
         names = [str(label) for label in range(num_classes)]
     groups = ParquetGroups(files, *columns) if files else SavedGroups(rows, *columns)
@@ -298,10 +287,7 @@ def stream_huggingface(
         raise ValueError(f"{at.title} has no rows. Set {key}.split to a split that has some.")
     origin = at.origin(None if rows is None else rows.info.dataset_name, count, label_key)
     version = "\n".join(files) if at.is_hub else None
-    folders = image_folders(at)
-    return Stream(
-        path, names, groups, at.title, key, columns[1], origin, folders, version, max_pixels
-    )
+    return Stream(at, names, groups, columns[1], origin, version, max_pixels)
 
 
 def _open_rows(at: Location) -> tuple[Any, list[str], Any] | None:
