@@ -10,7 +10,7 @@ from stream_rows import CROP, NAMES, indices_of, make_rows, order_of, write_fold
 
 from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.data.huggingface import load_huggingface
-from tract_transfer.data.loader import eval_loader, train_loader
+from tract_transfer.data.loader import load_batches
 from tract_transfer.data.streaming import (
     StreamBatches,
     StreamEvalBatches,
@@ -18,6 +18,7 @@ from tract_transfer.data.streaming import (
     stream_huggingface,
 )
 
+COLUMNS = ("image", "label")
 pytestmark = pytest.mark.usefixtures("offline_cache")
 
 
@@ -101,7 +102,9 @@ def test_processes_and_micro_batches_share_the_same_batches(stream, world_size, 
 def test_a_process_only_reads_the_groups_of_its_readers(stream, monkeypatch):
     opened, read = [], stream.groups.rows
     monkeypatch.setattr(
-        stream.groups, "rows", lambda group, first: opened.append(group) or read(group, first)
+        stream.groups,
+        "rows",
+        lambda _, group, first: opened.append(group) or read(COLUMNS, group, first),
     )
     order = order_of(stream)
     list(islice(StreamBatches(stream, order, 0, 0, 4), order.iters_per_epoch))
@@ -115,8 +118,8 @@ def test_a_process_only_reads_the_groups_of_its_readers(stream, monkeypatch):
 def test_workers_change_no_bit(shards, stream, num_workers):
     loaded = load_huggingface(shards, "train")
     batches = StreamBatches(stream, order_of(stream), 1)
-    loader = train_loader(stream, CROP, batches, seed=3, num_workers=num_workers)
-    plain = train_loader(stream, CROP, batches, seed=3, num_workers=0)
+    loader = load_batches(stream, CROP, batches, seed=3, num_workers=num_workers)
+    plain = load_batches(stream, CROP, batches, seed=3, num_workers=0)
     for ours, other in zip(islice(loader, 9), plain, strict=False):
         assert ours.images.shape == (8, 3, 8, 8)
         assert torch.equal(ours.images, other.images)
@@ -128,10 +131,11 @@ def test_an_evaluation_sees_each_image_once_in_order(shards, stream, world_size)
     images = []
     for rank in range(world_size):
         batches = StreamEvalBatches(stream, 9, rank, world_size)
-        part = list(train_loader(stream, CROP, batches, seed=0, num_workers=0))
+        part = list(load_batches(stream, CROP, batches, seed=0, num_workers=0))
         assert len(part) == len(batches)
         images += [image for batch in part for image in batch.images]
-    whole = eval_loader(load_huggingface(shards, "train"), CROP, batch_size=70, num_workers=0)
+    loaded = load_huggingface(shards, "train")
+    whole = load_batches(loaded, CROP, [list(range(70))], seed=0, num_workers=0)
     assert torch.equal(torch.stack(images), next(iter(whole)).images)
 
 
@@ -144,7 +148,7 @@ def test_an_undecodable_image_is_an_error_or_skipped(tmp_path):
     def load(undecodable="error", **options):
         stream = stream_huggingface(path, "train", **options)
         options = {"seed": 0, "num_workers": 0, "undecodable": undecodable}
-        return next(iter(train_loader(stream, CROP, StreamEvalBatches(stream, 12), **options)))
+        return next(iter(load_batches(stream, CROP, StreamEvalBatches(stream, 12), **options)))
 
     with pytest.raises(ValueError, match=r"split train row 6 cannot be decoded"):
         load()

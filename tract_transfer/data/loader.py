@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from tract_transfer.data.huggingface import Location
 from tract_transfer.data.images import UndecodableImage, decode_image
@@ -129,7 +129,7 @@ class _StreamedRows:
         return key.row.label
 
 
-def train_loader(
+def load_batches(
     dataset: ImageDataset,
     transform: Callable[..., Any],
     batches: Iterable[Any],
@@ -139,10 +139,10 @@ def train_loader(
     undecodable: str = "error",
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """Return the loader of one process's micro-batches; see SampledDataset.
+    """Return the loader of one process's batches; see SampledDataset.
 
-    `batches` are a TrainBatchSampler, or of a stream StreamBatches or StreamEvalBatches. Neither
-    the rows that are read nor their order depends on the number of workers.
+    `batches` are indices or samples: of a TrainBatchSampler or of `eval_batches`, and of a stream
+    of StreamBatches or StreamEvalBatches. They do not depend on the number of workers.
     """
     source: Any = dataset
     if isinstance(dataset, Stream):
@@ -156,33 +156,6 @@ def train_loader(
         worker_init_fn=_ignore_signals,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else each iterator draws from the global one
-    )
-
-
-def eval_loader(
-    dataset: ImageDataset,
-    transform: Callable[..., Any],
-    *,
-    batch_size: int,
-    num_workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-    undecodable: str = "error",
-    pin_memory: bool = False,
-) -> DataLoader[Batch]:
-    """Return the loader of every `world_size`-th image from `rank`, each once, without padding.
-
-    `batch_size` counts the images of this process; the last batch may be smaller.
-    """
-    batches = BatchSampler(range(rank, len(dataset), world_size), batch_size, drop_last=False)
-    return train_loader(
-        dataset,
-        transform,
-        batches,
-        seed=0,
-        num_workers=num_workers,
-        undecodable=undecodable,
-        pin_memory=pin_memory,
     )
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler
 
 _GROUPS = ("wide or square", "tall")
 
@@ -227,3 +228,10 @@ class TrainBatchSampler:
                 for start in self._starts:
                     yield batch[start : start + self._part]
             epoch, position = epoch + 1, 0
+
+
+def eval_batches(
+    num_images: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> BatchSampler:
+    """Return batches of every `world_size`-th index from `rank`, each once; the last is smaller."""
+    return BatchSampler(range(rank, num_images, world_size), batch_size, drop_last=False)

@@ -52,6 +52,7 @@ _ROWS_OF_SAVED_GROUP = 100  # as `datasets` writes images to parquet
 
 
 Cell = dict[str, Any] | None  # an image: its `bytes`, or the `path` of its file
+Columns = tuple[str, str]  # of images and of labels
 
 # Rows in groups, read one after another.
 
@@ -59,54 +60,58 @@ Cell = dict[str, Any] | None  # an image: its `bytes`, or the `path` of its file
 class ParquetGroups:
     """The row groups of parquet files, which are paths or URLs that fsspec knows (`hf://`).
 
-    `counts` are the rows of each group, int64 (G,).
+    `counts` are the rows of each group, int64 (G,); `features` are those of `datasets`, by column.
     """
 
-    def __init__(self, files: Sequence[str], image_column: str, label_column: str) -> None:
-        self._columns = (image_column, label_column)
+    dataset_name = None
+
+    def __init__(self, files: Sequence[str], features: Any = None) -> None:
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
             footers = list(pool.map(_footer, files))
-        of_file = zip(files, footers, strict=True)
-        numbered = [(file, f, n) for file, f in of_file for n in range(f.num_row_groups)]
-        self.counts = np.array([f.row_group(n).num_rows for _, f, n in numbered], dtype=np.int64)
-        self._files = list(files)
-        self._groups = [(file, n) for file, _, n in numbered]
+        self.features = features or _features(files, footers)
+        self.files = files
+        self._groups = [
+            (file, number)
+            for file, footer in zip(files, footers, strict=True)
+            for number in range(footer.num_row_groups)
+        ]
+        counts = [f.row_group(n).num_rows for f in footers for n in range(f.num_row_groups)]
+        self.counts = np.array(counts, dtype=np.int64)
 
-    def rows(self, group: int, first: int = 0) -> Iterator[tuple[Cell, int]]:
+    def rows(self, columns: Columns, group: int, first: int = 0) -> Iterator[tuple[Cell, int]]:
         """Read images and labels of a group from its row `first`, and the file's pages before."""
         file, number = self._groups[group]
-        for batch in _batches(file, self._columns, [number]):
+        for batch in _batches(file, columns, [number]):
             skipped = min(first, len(batch))
             first -= skipped
-            yield from _rows_of_table(batch.slice(skipped), *self._columns)
+            yield from _rows_of_table(batch.slice(skipped), *columns)
 
-    def labels(self) -> np.ndarray:
+    def labels(self, column: str) -> np.ndarray:
         """Read all labels in order, int64, without the images."""
-        column = self._columns[1]
-        batches = (batch for file in self._files for batch in _batches(file, [column], None))
+        batches = (batch for file in self.files for batch in _batches(file, [column], None))
         return np.concatenate([as_labels(batch.column(column)) for batch in batches])
 
 
 class SavedGroups:
     """The rows of a memory-mapped `datasets.Dataset`, in groups of 100."""
 
-    def __init__(self, dataset: Any, image_column: str, label_column: str) -> None:
-        self._columns = (image_column, label_column)
-        self._table = dataset.select_columns(list(self._columns)).with_format("arrow")
+    def __init__(self, dataset: Any) -> None:
+        self.features, self.dataset_name = dataset.features, dataset.info.dataset_name
+        self._table = dataset.with_format("arrow")
         starts = np.arange(0, len(dataset) + 1, _ROWS_OF_SAVED_GROUP)
         self.counts = np.diff(np.unique([*starts, len(dataset)])).astype(np.int64)
 
-    def rows(self, group: int, first: int = 0) -> Iterator[tuple[Cell, int]]:
+    def rows(self, columns: Columns, group: int, first: int = 0) -> Iterator[tuple[Cell, int]]:
         """Read images and labels of a group from its row `first`."""
-        begin = group * _ROWS_OF_SAVED_GROUP
+        table, begin = self._table.select_columns(list(columns)), group * _ROWS_OF_SAVED_GROUP
         stop = begin + int(self.counts[group])
         for start in range(begin + first, stop, _ROWS_AT_ONCE):
-            table = self._table[start : min(start + _ROWS_AT_ONCE, stop)]
-            yield from _rows_of_table(table, *self._columns)
+            part = table[start : min(start + _ROWS_AT_ONCE, stop)]
+            yield from _rows_of_table(part, *columns)
 
-    def labels(self) -> np.ndarray:
+    def labels(self, column: str) -> np.ndarray:
         """Read all labels in order, int64, without the images."""
-        return as_labels(self._table.select_columns([self._columns[1]])[:][self._columns[1]])
+        return as_labels(self._table.select_columns([column])[:][column])
 
 
 def _open(file: str) -> Any:
@@ -159,7 +164,6 @@ class Stream:
     Reading an image opens its group, so only reading in order is fast.
 
     Attributes:
-        version: identifies the data on the hub; None for local data.
         class_counts: the number of images of each class, int64 (K,); None for data on the hub,
             whose labels would all have to be downloaded.
     """
@@ -167,9 +171,8 @@ class Stream:
     at: Location
     class_names: Sequence[str]
     groups: ParquetGroups | SavedGroups
-    label_column: str
+    columns: Columns
     origin: Origin
-    version: str | None = None
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
@@ -179,9 +182,10 @@ class Stream:
         self._ahead: tuple[int, Iterator[Row]] = (-1, iter(()))
         self._last: tuple[int, Row] = (-1, Row(b"", -1))
         self.class_counts: np.ndarray | None = None
-        if self.version is None:
-            self._labels, num_classes = self.groups.labels(), len(self.class_names)
-            usable_rows(self._labels, num_classes, self.label_column, self.at, Findings())
+        if not self.at.is_hub:
+            column, num_classes = self.columns[1], len(self.class_names)
+            self._labels = self.groups.labels(column)
+            usable_rows(self._labels, num_classes, column, self.at, Findings())
             self.class_counts = np.bincount(self._labels, minlength=num_classes)
 
     def __len__(self) -> int:
@@ -190,9 +194,9 @@ class Stream:
     def read(self, group: int, first: int = 0) -> Iterator[tuple[int, Row]]:
         """Read a group from its row `first`: indices of images, and rows, which are checked."""
         begin, num_classes = int(self._begins[group]) + first, len(self.class_names)
-        for index, (cell, label) in enumerate(self.groups.rows(group, first), begin):
+        for index, (cell, label) in enumerate(self.groups.rows(self.columns, group, first), begin):
             if not 0 <= label < num_classes:
-                raise wrong_label(index, label, num_classes, self.label_column, self.at)
+                raise wrong_label(index, label, num_classes, self.columns[1], self.at)
             yield index, Row(stored_image(cell, self._folders, self.item(index)), label)
 
     def read_from(self, index: int) -> Iterator[tuple[int, Row]]:
@@ -221,9 +225,9 @@ class Stream:
         return self.at.item(index)
 
     def fingerprint(self) -> str:
-        """Return a sha256 (hex): of local data as `ClassificationDataset`, else of the version."""
-        if self.version is not None:
-            about = [self.version, len(self), list(self.class_names)]
+        """Return a sha256 (hex): of local data as `ClassificationDataset`, else of the URLs."""
+        if isinstance(self.groups, ParquetGroups) and self.at.is_hub:
+            about = ["\n".join(self.groups.files), len(self), list(self.class_names)]
             return hashlib.sha256(json.dumps(about).encode()).hexdigest()
         return images.fingerprint(self, self._labels)
 
@@ -258,43 +262,38 @@ def stream_huggingface(
     parquet. Integer labels without names, "0", "1", ..., need `num_classes`.
     """
     at = Location(path, split, config_name, revision, key)
-    opened = _open_rows(at)
-    if opened is None:
+    groups = _open_groups(at)
+    if groups is None:
         if num_classes is not None:
             raise ValueError(
                 f"{key}.num_classes: the folders of {path} are its classes. Remove it."
             )
         return load_huggingface(path, split, key=key, max_pixels=max_pixels)
-    rows, files, features = opened
-    columns = (
-        find_image_column(features, image_column, key),
-        find_label_column(features, label_column, key),
-    )
-    names = named_classes(features[columns[1]], columns[1], at)
+    features = groups.features
+    image_column = find_image_column(features, image_column, key)
+    column = find_label_column(features, label_column, key)
+    names = named_classes(features[column], column, at)
     label_key = f"{key}.label_column" if names is None else None
     if names is not None and num_classes is not None:
-        raise ValueError(f"{key}.num_classes: {columns[1]!r} has its own classes. Remove it.")
+        raise ValueError(f"{key}.num_classes: {column!r} has its own classes. Remove it.")
     if names is None:
         if num_classes is None:
             raise ValueError(
-                f"{key}.num_classes: {columns[1]!r} holds integers without names, and only reading "
-                "all of them would show how many classes there are: set their number."
+                f"{key}.num_classes: {column!r} holds integers without names, and only reading all "
+                "of them would show how many classes there are: set their number."
             )
         names = [str(label) for label in range(num_classes)]
-    groups = ParquetGroups(files, *columns) if files else SavedGroups(rows, *columns)
     count = int(groups.counts.sum())
     if count == 0:
         raise ValueError(f"{at.title} has no rows. Set {key}.split to a split that has some.")
-    origin = at.origin(None if rows is None else rows.info.dataset_name, count, label_key)
-    version = "\n".join(files) if at.is_hub else None
-    return Stream(at, names, groups, columns[1], origin, version, max_pixels)
+    origin = at.origin(groups.dataset_name, count, label_key)
+    return Stream(at, names, groups, (image_column, column), origin, max_pixels)
 
 
-def _open_rows(at: Location) -> tuple[Any, list[str], Any] | None:
-    """Return saved rows or parquet files, and their features; None for an image folder."""
+def _open_groups(at: Location) -> ParquetGroups | SavedGroups | None:
+    """Return saved rows or parquet files; None for an image folder."""
     if not at.is_hub and is_saved(at.folder()):
-        rows = open_saved(at)
-        return rows, [], rows.features
+        return SavedGroups(open_saved(at))
     if not at.is_hub and not at.folder().is_file() and not parquet_files(at.folder()):
         return None
     if "[" in at.split:
@@ -303,17 +302,16 @@ def _open_rows(at: Location) -> tuple[Any, list[str], Any] | None:
             f"whole splits, or set {at.key}.streaming: false."
         )
     if at.is_hub:
-        return None, *_hub_files(at)
-    files = [file for group in split_files(at).values() for file in group]
-    return None, files, _features(files)
+        with hub_errors(at):
+            return ParquetGroups(*_hub_files(at))
+    return ParquetGroups([file for group in split_files(at).values() for file in group])
 
 
 def _hub_files(at: Location) -> tuple[list[str], Any]:
-    """Return URLs of a split's parquet files, and its features."""
+    """Return URLs of a split's parquet files, and its features if they are declared."""
     import datasets
 
-    with hub_errors(at):
-        builder = datasets.load_dataset_builder(at.path, at.config_name, revision=at.revision)
+    builder = datasets.load_dataset_builder(at.path, at.config_name, revision=at.revision)
     by_split = {str(name): files for name, files in (builder.config.data_files or {}).items()}
     files = [str(file) for name in at.check_split(list(by_split)) for file in by_split[name]]
     others = {Path(file).suffix for file in files} - {".parquet"}
@@ -323,24 +321,23 @@ def _hub_files(at: Location) -> tuple[list[str], Any]:
             f"{', '.join(sorted(others)) or 'none'}. Set {at.key}.streaming: false, or "
             f"{at.key}.path to a copy in parquet."
         )
-    with hub_errors(at):
-        return files, builder.info.features or _features(files[:1])
+    return files, builder.info.features
 
 
-def _features(files: list[str]) -> Any:
+def _features(files: Sequence[str], footers: Sequence[Any]) -> Any:
     """Return the features of parquet files; refuse files that differ."""
     import datasets
 
-    first: Any = None
-    for file in files:
-        features = datasets.Features.from_arrow_schema(_footer(file).schema.to_arrow_schema())
-        first = first or features
-        if features != first:
+    features = [
+        datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema()) for footer in footers
+    ]
+    for file, other in zip(files, features, strict=True):
+        if other != features[0]:
             raise ValueError(
                 f"All files of a split must have the same columns and classes, and {file} has "
                 f"others than {files[0]}. Write them again from one dataset."
             )
-    return first
+    return features[0]
 
 
 # Which rows an iteration sees.
