@@ -125,8 +125,8 @@ def stored_size(stored: bytes | Path, *, exif: bool = False) -> Size:
 
 def annotated_size(height: Any, width: Any) -> Size | None:
     """Return an annotated (height, width), or None if it is none."""
-    if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
-        return min(height, _MAX_SIDE_PX), min(width, _MAX_SIDE_PX)
+    if all(_is_number(side) and side > 0 and side % 1 == 0 for side in (height, width)):
+        return int(min(height, _MAX_SIDE_PX)), int(min(width, _MAX_SIDE_PX))
     return None
 
 

@@ -9,7 +9,6 @@ loader.py, but other numbers.
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 
 import numpy as np
 import psutil
@@ -27,7 +26,6 @@ Boxes = NDArray[np.int64]  # (B, 4): top, left, height, width in pixels
 _TRIES, _BOX_DRAWS = 10, 22
 _CROP_RATIO = (3 / 4, 4 / 3)
 _ERASE_SCALE, _ERASE_RATIO = (0.02, 0.33), (1 / 3.3, 1 / 0.3)  # torchvision's is height over width
-_TABLE_BYTES = 2**26  # of the weights of all crops, which are cached up to about 64 px
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -219,55 +217,19 @@ def random_boxes(
 
 
 def resized_crops(images: Tensor, boxes: Boxes, size_px: int, interpolation: str) -> Tensor:
-    """Crop `boxes` and resize them: uint8 (B, 3, P, P) -> uint8 (B, 3, S, S).
-
-    The filters are those of torch's antialiased resizing, as one matrix per side.
-    """
-    count, channels, side, _ = images.shape
-    top, left, height, width = torch.from_numpy(boxes).to(images.device).unbind(1)
-    if 4 * side**3 * size_px <= _TABLE_BYTES:
-        table = _weight_table(side, size_px, interpolation, images.device)
-        rows, columns = table[top * side + height - 1], table[left * side + width - 1]
-    else:
-        rows = _weights(top, height, side, size_px, interpolation)
-        columns = _weights(left, width, side, size_px, interpolation)
-    # (B, P, 3, P), so that each side is one product per image.
-    lines = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
-    across = lines.view(count, side * channels, side) @ columns.transpose(1, 2)
-    # torch rounds to bytes between the two sides; only bicubic leaves 0..255.
-    across = across.round_().clamp_(0, 255)
-    down = (rows @ across.view(count, side, channels * size_px)).round_().clamp_(0, 255)
-    resized = down.view(count, size_px, channels, size_px).permute(0, 2, 1, 3)
-    return resized.to(torch.uint8, memory_format=torch.contiguous_format)
-
-
-@lru_cache(maxsize=4)
-def _weight_table(side: int, size_px: int, interpolation: str, device: torch.device) -> Tensor:
-    """Return `_weights` of every start and length of a line: (P x P, S, P)."""
-    line = torch.arange(side, device=device)
-    starts, lengths = line.repeat_interleave(side), line.repeat(side) + 1
-    return _weights(starts, lengths, side, size_px, interpolation)
-
-
-def _weights(first: Tensor, length: Tensor, side: int, size_px: int, interpolation: str) -> Tensor:
-    """Return the weight of each pixel of a line in each pixel of the result, float32 (B, S, P).
-
-    Lines start at `first` (B,) and are `length` (B,) long.
-    """
-    pixel = torch.arange(side, device=first.device)
-    begin, end = first[:, None, None], (first + length)[:, None, None]
-    step = length[:, None, None] / size_px
-    out = torch.arange(size_px, device=first.device)[:, None]
-    center = begin + (out + 0.5) * step
-    distance = ((pixel + 0.5 - center) / step.clamp(min=1)).abs()
-    if interpolation == "bilinear":
-        weights = (1 - distance).clamp(min=0)
-    else:  # bicubic: Keys' kernel with a = -0.5, as in torch's antialiasing
-        near = (1.5 * distance - 2.5) * distance**2 + 1
-        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-        weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-    weights = weights * ((pixel >= begin) & (pixel < end))
-    return weights / weights.sum(2, keepdim=True)
+    """Crop `boxes` and resize them, antialiased: uint8 (B, 3, P, P) -> uint8 (B, 3, S, S)."""
+    # torch resizes bytes on the CPU only.
+    images = images if images.device.type == "cpu" else images.float()
+    crops = [
+        nn.functional.interpolate(
+            images[i : i + 1, :, top : top + height, left : left + width],
+            size=(size_px, size_px),
+            mode=interpolation,
+            antialias=True,
+        )
+        for i, (top, left, height, width) in enumerate(boxes.tolist())
+    ]
+    return torch.cat(crops).round().clamp(0, 255).to(torch.uint8)
 
 
 def erased(images: Tensor, boxes: Boxes, color: Sequence[int]) -> Tensor:

@@ -10,7 +10,6 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -19,8 +18,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tract_transfer.data.huggingface import Location
-from tract_transfer.data.images import UndecodableImage, decode_image
+from tract_transfer.data.images import UndecodableImage
 from tract_transfer.data.sampling import Sample, mix
 from tract_transfer.data.streaming import Stream, StreamedSample
 
@@ -91,18 +89,15 @@ class SampledDataset(Dataset[_Loaded]):
 
     def __getitem__(self, key: Any) -> _Loaded:
         """Load an index, a Sample, or a StreamedSample."""
-        if isinstance(key, StreamedSample):
-            epoch, index, copy = key.sample
-        else:
-            epoch, index, copy = key if isinstance(key, Sample) else Sample(0, key)
-            key = index
+        sample, row = key if isinstance(key, StreamedSample) else (key, None)
+        epoch, index, copy = sample if isinstance(sample, Sample) else Sample(0, sample)
         try:
-            image = self._dataset.image(key)
+            image = row.image() if row else self._dataset.image(index)
         except UndecodableImage as error:
             if not self._skip:
                 raise
             return _Loaded(index, None, None, f"{error.item}: {error.reason}")
-        target = self._dataset.target(key)
+        target = row.label if row else self._dataset.target(index)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed the accelerators too.
             parts = (epoch, index, copy) if copy else (epoch, index)
@@ -112,21 +107,6 @@ class SampledDataset(Dataset[_Loaded]):
             else:
                 image = self._transform(image)
         return _Loaded(index, image, target, "")
-
-
-@dataclass
-class _StreamedRows:
-    """What a worker needs of a stream: this process reads its rows, and workers decode them."""
-
-    at: Location
-    max_pixels: int
-
-    def image(self, key: StreamedSample) -> Tensor:
-        item = self.at.item(key.sample.index)
-        return decode_image(key.row.stored, item, max_pixels=self.max_pixels)
-
-    def target(self, key: StreamedSample) -> int:
-        return key.row.label
 
 
 def load_batches(
@@ -144,9 +124,8 @@ def load_batches(
     `batches` are indices or samples: of a TrainBatchSampler or of `eval_batches`, and of a stream
     of StreamBatches or StreamEvalBatches. They do not depend on the number of workers.
     """
-    source: Any = dataset
-    if isinstance(dataset, Stream):
-        source = _StreamedRows(dataset.at, dataset.max_pixels)
+    # Workers decode the rows that this process reads from a stream; they do not need it.
+    source: Any = None if isinstance(dataset, Stream) else dataset
     _end_workers_at_exit()
     return _Loader(
         SampledDataset(source, transform, seed, undecodable),  # type: ignore[arg-type]

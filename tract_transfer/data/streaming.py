@@ -151,10 +151,16 @@ def _rows_of_table(table: Any, images: str, labels: str) -> Iterator[tuple[Cell,
 
 
 class Row(NamedTuple):
-    """An encoded image, or its file, and its class."""
+    """An encoded image, or its file, its class, its name in messages and the limit of its size."""
 
     stored: bytes | Path
     label: int
+    item: str
+    max_pixels: int
+
+    def image(self) -> Tensor:
+        """Return the image, uint8 RGB (3, H, W). Raises UndecodableImage."""
+        return images.decode_image(self.stored, self.item, max_pixels=self.max_pixels)
 
 
 @dataclass
@@ -179,8 +185,8 @@ class Stream:
         self.name = self.at.path
         self._folders = image_folders(self.at)
         self._begins = np.cumsum([0, *self.groups.counts])
-        self._ahead: tuple[int, Iterator[Row]] = (-1, iter(()))
-        self._last: tuple[int, Row] = (-1, Row(b"", -1))
+        self._ahead: Iterator[tuple[int, Row]] = iter(())
+        self._last = (-2, Row(b"", -1, "", 0))  # of no image
         self.class_counts: np.ndarray | None = None
         if not self.at.is_hub:
             column, num_classes = self.columns[1], len(self.class_names)
@@ -197,7 +203,9 @@ class Stream:
         for index, (cell, label) in enumerate(self.groups.rows(self.columns, group, first), begin):
             if not 0 <= label < num_classes:
                 raise wrong_label(index, label, num_classes, self.columns[1], self.at)
-            yield index, Row(stored_image(cell, self._folders, self.item(index)), label)
+            item = self.item(index)
+            stored = stored_image(cell, self._folders, item)
+            yield index, Row(stored, label, item, self.max_pixels)
 
     def read_from(self, index: int) -> Iterator[tuple[int, Row]]:
         """Read all images from an index, in order."""
@@ -209,8 +217,7 @@ class Stream:
 
     def image(self, index: int) -> Tensor:
         """Return an image, uint8 RGB (3, H, W). Raises UndecodableImage."""
-        stored = self._row(index).stored
-        return images.decode_image(stored, self.item(index), max_pixels=self.max_pixels)
+        return self._row(index).image()
 
     def target(self, index: int) -> int:
         """Return an image's class, in 0..K-1."""
@@ -232,10 +239,10 @@ class Stream:
         return images.fingerprint(self, self._labels)
 
     def _row(self, index: int) -> Row:
-        if self._last[0] != index:
-            expected, ahead = self._ahead
-            ahead = ahead if expected == index else (row for _, row in self.read_from(index))
-            self._last, self._ahead = (index, next(ahead)), (index + 1, ahead)
+        if index != self._last[0]:
+            if index != self._last[0] + 1:
+                self._ahead = self.read_from(index)
+            self._last = next(self._ahead)
         return self._last[1]
 
 

@@ -12,7 +12,7 @@ from tract_transfer.data.detection import (
     annotated_size,
     stored_size,
 )
-from tract_transfer.data.findings import Findings, Origin, Size, check_voc_sets, is_below
+from tract_transfer.data.findings import Findings, Origin, check_voc_sets, is_below
 from tract_transfer.data.images import MAX_PIXELS
 from tract_transfer.registry import did_you_mean
 
@@ -55,7 +55,8 @@ def load_voc(
     files: list[str] = []
     for annotation, xml, image in _annotations(Path(root).expanduser(), sets, reader):
         files.append(str(image))
-        index = reader.add_image(_read_size(annotation) or stored_size(image))
+        sides = (_number(annotation.findtext(f"size/{side}")) for side in ("height", "width"))
+        index = reader.add_image(annotated_size(*sides) or stored_size(image))
         for number, element in enumerate(annotation.findall("object"), start=1):
             with reader.findings.reporting():
                 _read_object(index, f"{xml} object {number}", element, reader)
@@ -142,14 +143,6 @@ def _parse(xml: Path) -> Element:
         raise ValueError(f"{xml} is not a readable XML file: {error}. Repair it.") from error
     assert root is not None
     return root
-
-
-def _read_size(annotation: Element) -> Size | None:
-    try:
-        sides = [int(annotation.findtext(f"size/{side}") or 0) for side in ("height", "width")]
-    except ValueError:
-        return None
-    return annotated_size(*sides)
 
 
 def _read_object(image: int, item: str, element: Element, reader: BoxReader) -> None:
