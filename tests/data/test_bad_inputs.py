@@ -119,8 +119,6 @@ HUGGING_FACE = {
         r"k\.image_column: 'label' must hold images \(the feature Image"),
     "no label column": (rows(label=None), ValueError,
         r"k.label_column: set it, as 0 columns hold a ClassLabel.*image \(Image\)"),
-    "two label columns": (rows(coarse=(datasets.ClassLabel(names=PETS), [0, 1, 0])), ValueError,
-        r"k.label_column: set it, as 2 columns .*coarse \(ClassLabel"),
     "integer labels without label_column": (rows(0, 7, feature=INTEGER), ValueError,
         r"k\.label_column: set it.*label \(int64\)"),
     "a misspelt label column": (rows(load={"label_column": "lable"}), ValueError,
@@ -129,7 +127,6 @@ HUGGING_FACE = {
         r"one class, \['cat'\].*Set k.label_column"),
     "an unlabelled split": (rows(-1, -1), ValueError,
         r"split train row 0: label -1 in column 'label' must be in 0\.\.2.*unlabelled.*k\.split"),
-    "a row without a label": (rows(0, None), ValueError, "row 1: label -1"),
     "a negative label": (rows(0, 1, -3, feature=INTEGER, load={"label_column": "label"}),
         ValueError, "row 2: label -3"),
     "an integer row without a label": (
@@ -152,20 +149,11 @@ HUGGING_FACE = {
 # Streams.
 
 
-def stream(split="train", path="", **options):
+def stream(split="train", names=PETS, **options):
     """Stream shards of 70 rows."""
 
     def make(folder):
-        write_shards(folder)
-        return stream_huggingface(str(folder / path), split, **options)
-
-    return make
-
-
-def stream_integers(num_classes):
-    def make(folder):
-        write_shards(folder, names=None)
-        stream_huggingface(str(folder), "train", label_column="label", num_classes=num_classes)
+        return stream_huggingface(write_shards(folder, names=names), split, **options)
 
     return make
 
@@ -181,20 +169,17 @@ def batches(*where, **order):
 STREAMS = {
     "a slice of a stream": (stream("train[:10%]"), ValueError,
         r"split: train\[:10%\] is a slice.*set data.train.streaming: false"),
-    "a split that a stream does not have": (stream("trein"), ValueError,
-        r"no split 'trein'\. Did you mean 'train'"),
     "num_classes of named classes": (stream(num_classes=3), ValueError,
         "num_classes: 'label' has its own classes"),
     "num_classes of an image folder": (
         lambda folder: stream_huggingface(write_folders(folder), "train", num_classes=3),
         ValueError, "num_classes: the folders of .* are its classes"),
-    "streamed integers without num_classes": (stream_integers(None), ValueError,
+    "streamed integers without num_classes": (
+        stream(names=None, label_column="label"), ValueError,
         r"data.train.num_classes: 'label' holds integers"),
-    "a streamed label above num_classes": (stream_integers(2), ValueError,
+    "a streamed label above num_classes": (
+        stream(names=None, label_column="label", num_classes=2), ValueError,
         r"row 2: label 2 .*must be in 0\.\.1"),
-    "a stream of one class": (
-        lambda folder: stream_huggingface(write_shards(folder, (1,), names=["cat"]), "train"),
-        ValueError, r"has one class, \['cat'\]"),
     "a streamed parquet file cut short": (files(CUT, load=stream_huggingface), ValueError,
         "no complete parquet file"),
     "a streamed parquet cell that names a file elsewhere": (
@@ -205,8 +190,6 @@ STREAMS = {
         r"same columns and classes, and .*00001-of-00002"),
     "data.readers that do not divide the batch": (batches(readers=3), ValueError,
         r"data.readers must divide .* 3 does not divide 8"),
-    "a streamed batch larger than the data": (batches(batch_size=72), ValueError,
-        r"data.batch_size must lie in 1\.\.70"),
     "fewer readers than processes": (batches(0, 0, 8), ValueError,
         r"data.readers must be a multiple of .* 8, got 4"),
     "a streamed batch that does not divide": (batches(0, 0, 1, 3), ValueError,
@@ -361,12 +344,16 @@ COCO = {
 }  # fmt: skip
 
 
-def cells(*things, load=None, **columns):
+BBOX = datasets.List(datasets.Value("float32"))
+UNEVEN = {"bbox": datasets.List(BBOX), "category": datasets.List(INTEGER)}
+
+
+def cells(*things, load=None, feature=None, **columns):
     """Load rows whose objects have these fields."""
 
     def make(folder):
-        fields = {"bbox": datasets.List(datasets.Value("float32")), "category": INTEGER}
-        column = (datasets.List(fields), list(things))
+        fields = feature or datasets.List({"bbox": BBOX, "category": INTEGER})
+        column = (fields, list(things))
         images = (datasets.Image(), [picture(i) for i in range(len(things))])
         made = make_rows(len(things), label=None, image=images, objects=column, **columns)
         made.save_to_disk(folder / "saved")
@@ -374,14 +361,6 @@ def cells(*things, load=None, **columns):
         load_huggingface_boxes(str(folder / "saved"), "train", "xywh", key="data.val", **options)
 
     return make
-
-
-def uneven_fields(folder):
-    fields = {"bbox": datasets.List(datasets.List(datasets.Value("float32")))}
-    fields["category"] = datasets.List(INTEGER)
-    column = (fields, [{"bbox": [[1, 2, 3, 4]], "category": [0, 0]}])
-    make_rows(1, label=None, objects=column).save_to_disk(folder / "saved")
-    load_huggingface_boxes(str(folder / "saved"), "train", "xywh", classes=["cat"])
 
 
 GOOD = {"bbox": [1, 2, 3, 4], "category": 0}
@@ -396,7 +375,8 @@ BOXES = {
         "the box must be four finite numbers, not xywh None"),
     "a repeated image_id": (cells([GOOD], [], [GOOD], image_id=(INTEGER, [4, 5, 4])), ValueError,
         r"row 2 repeats image_id 4 of row 0\. Remove one"),
-    "boxes and categories that differ in number": (uneven_fields, ValueError,
+    "boxes and categories that differ in number": (
+        cells({"bbox": [[1, 2, 3, 4]], "category": [0, 0]}, feature=UNEVEN), ValueError,
         r"row 0: .* differ in length: {'bbox': 1, 'category': 2}"),
     "boxes without class names": (cells([GOOD], load={"classes": None}), ValueError,
         r"data.val.classes is needed, .*objects.category is no"),
@@ -444,7 +424,6 @@ IMAGES = {
     "a truncated PNG": (image(encode(NOISE, cut=True)), UndecodableImage, "train row 17 cannot"),
     "a TIFF of floats": (image(encode(FLOATS, "TIFF")), UndecodableImage, "float"),
     "an image of format EPS": (image(encode(NOISE, "EPS")), UndecodableImage, "are no image of"),
-    "an image of format PDF": (image(encode(NOISE, "PDF")), UndecodableImage, "are no image of"),
     "an image of more pixels than data.max_pixels": (
         image(encode(picture(1)), max_pixels=1199), UndecodableImage,
         r"40x30 pixels, more than data\.max_pixels 1199"),
@@ -485,8 +464,6 @@ ARGUMENTS = {
         r"data.batch_size must lie in 1\.\.10, .* got 11. Set data.batch_size to 10"),
     "fewer tall images than a batch": (order(30, 12, groups=TALL), ValueError,
         "10 images are tall: fewer than data.batch_size 12"),
-    "fewer wide images than a batch": (order(30, 15, groups=1 - TALL), ValueError,
-        "10 images are wide or square: fewer than"),
     "a batch of the copies of one image": (order(30, 5, repeats=3), ValueError,
         r"batch_size must be 6 or more with data.repeats = 3, got 5"),
     "a batch that does not divide": (
@@ -535,7 +512,7 @@ def devkits(tmp_path):
     return make
 
 
-def outside(devkit):
+def widen_box(devkit):
     file = devkit / "Annotations/0.xml"
     file.write_text(file.read_text().replace("<xmax>14<", "<xmax>80<"))
 
@@ -546,27 +523,21 @@ def break_images(devkit):
     file.write_bytes(file.read_bytes()[:60])
 
 
-def resize(devkit):
-    Image.new("RGB", (50, 50)).save(devkit / "JPEGImages/1.jpg")
-
-
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (outside, r"0.xml object 1 \(dog\): the box must lie in the image"),
+        (widen_box, r"0.xml object 1 \(dog\): the box must lie in the image"),
         (break_images, r"[12]\.jpg cannot be decoded.*or set data.undecodable: skip"),
-        (resize, r"1.jpg has 50x50 pixels .* says 40x30.*Correct"),
     ],
 )
 def test_bad_images_end_a_run_and_bad_boxes_before_it_writes_anything(
     change, message, split, devkits, tmp_path, load_tiny
 ):
-    config = load_tiny(tmp_path, *devkits(split, change), task="detection")
     with pytest.raises(ValueError, match=message):
-        run(config)
+        run(load_tiny(tmp_path, *devkits(split, change), task="detection"))
     assert not (tmp_path / "run/results.json").exists()
-    assert change is not outside or not (tmp_path / "run").exists()
+    assert change is break_images or not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -598,11 +569,7 @@ def test_the_error_of_a_worker_has_no_traceback(num_workers, pets, tmp_path, loa
 
 
 @pytest.mark.parametrize(
-    ("task", "more"),
-    [
-        ("classification", ("data.cache=ram", "data.num_workers=1")),
-        ("probe", ()),
-    ],
+    ("task", "more"), [("classification", ["data.cache=ram"]), ("probe", ["data.num_workers=1"])]
 )
 def test_undecodable_rows_are_skipped_and_listed(task, more, pets, tmp_path, load_tiny, caplog):
     results = run(load_tiny(tmp_path, *pets, "data.undecodable=skip", *more, task=task))

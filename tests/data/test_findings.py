@@ -25,12 +25,12 @@ DOG = [("dog", (4, 5, 14, 25))]
 pytestmark = pytest.mark.usefixtures("offline_cache")
 
 
-@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.title)
-def test_every_official_split_is_recognized_by_every_name(known):
-    for name in known.names.split():
-        for split, count in known.images.items():
+@pytest.mark.parametrize("entry", KNOWN, ids=lambda entry: entry.title)
+def test_every_official_split_is_recognized_by_every_name(entry):
+    for name in entry.names.split():
+        for split, count in entry.images.items():
             check = check_size(name, None, True, split, count)
-            assert check == (f"{known.title} {split}: all {count:,} official images", False)
+            assert check == (f"{entry.title} {split}: all {count:,} official images", False)
             assert check_size(name, None, True, split, count - 1).differs
 
 

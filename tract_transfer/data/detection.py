@@ -125,7 +125,8 @@ def stored_size(stored: bytes | Path, *, exif: bool = False) -> Size:
 
 def annotated_size(height: Any, width: Any) -> Size | None:
     """Return an annotated (height, width), or None if it is none."""
-    if all(_is_number(side) and side > 0 and side % 1 == 0 for side in (height, width)):
+    sides = (height, width)
+    if all(isinstance(side, int | float) and side > 0 and side % 1 == 0 for side in sides):
         return int(min(height, _MAX_SIDE_PX)), int(min(width, _MAX_SIDE_PX))
     return None
 

@@ -141,7 +141,7 @@ KNOWN = (
     KnownDataset("VOC 2007", "", {"train": 2_501, "val": 2_510, "trainval": 5_011, "test": 4_952}),
     KnownDataset("VOC 2012", "", {"train": 5_717, "val": 5_823, "trainval": 11_540}),
 )  # fmt: skip
-_BY_TITLE = {known.title: known for known in KNOWN}
+_BY_TITLE = {entry.title: entry for entry in KNOWN}
 _ALIASES = {"val": "validation", "valid": "validation"}
 
 
@@ -163,11 +163,13 @@ def check_size(
     Returns:
         None if the data set or the split is not known here.
     """
-    names = {_normalized(n) for n in ((path,) if is_hub else (declared, _folder_name(path))) if n}
-    for known in KNOWN:
-        if names & set(map(_normalized, known.names.split())):
-            official = [known.images.get(_ALIASES.get(n, n)) for n in split_names(split)]
-            return _compare(known.title, split, official, count, known.trap)
+    local = Path(path).expanduser().absolute()
+    folder = local.parent if local.is_file() else local
+    names = {_normalized(n) for n in ((path,) if is_hub else (declared, folder.name)) if n}
+    for entry in KNOWN:
+        if names & set(map(_normalized, entry.names.split())):
+            official = [entry.images.get(_ALIASES.get(n, n)) for n in split_names(split)]
+            return _compare(entry.title, split, official, count, entry.trap)
     return None
 
 
@@ -175,19 +177,18 @@ def check_voc_sets(sets: Sequence[str], count: int) -> SizeCheck | None:
     """Compare the size of VOC image sets, such as `2007/trainval`, with the official one."""
     official = []
     for year, _, name in (voc_set.removeprefix("VOC").partition("/") for voc_set in sets):
-        known = _BY_TITLE.get(f"VOC {year}")
-        official.append(known.images.get(name) if known else None)
+        entry = _BY_TITLE.get(f"VOC {year}")
+        official.append(entry.images.get(name) if entry else None)
     return _compare("VOC", "+".join(sets), official, count)
 
 
 def check_coco_file(annotations: Path, count: int) -> SizeCheck | None:
     """Compare the size of a COCO file with an official name, as `instances_val2017.json`."""
-    match = re.fullmatch(r"instances_(train|val)(20\d\d)", annotations.stem)
-    known = _BY_TITLE.get(f"COCO {match[2]}") if match else None
-    if match is None or known is None:
+    match = re.fullmatch(r"instances_(train|val)(2014|2017)", annotations.stem)
+    if match is None:
         return None
-    official = known.images[_ALIASES.get(match[1], match[1])]
-    return _compare(known.title, match[1], [official], count, known.trap)
+    coco, split = _BY_TITLE[f"COCO {match[2]}"], match[1]
+    return _compare(coco.title, split, [coco.images[_ALIASES.get(split, split)]], count, coco.trap)
 
 
 def size_checks(datasets: Mapping[str, Any]) -> dict[str, SizeCheck]:
@@ -213,12 +214,6 @@ def _compare(
         "with published ones"
     )
     return SizeCheck(f"{text} ({trap})" if trap else text, True)
-
-
-def _folder_name(path: str) -> str:
-    """Return the name of a folder, or of the folder that contains a file."""
-    absolute = Path(path).expanduser().absolute()
-    return absolute.parent.name if absolute.is_file() else absolute.name
 
 
 def _normalized(name: str) -> str:

@@ -76,13 +76,13 @@ class Location(NamedTuple):
             )
         return folder
 
-    def check_split(self, known: Sequence[str]) -> list[str]:
-        """Return the names in the split; refuse unknown ones."""
+    def check_split(self, splits: Sequence[str]) -> list[str]:
+        """Return the names in the split; refuse one that is not in `splits`."""
         for name in (names := split_names(self.split)):
-            if name not in known:
+            if name not in splits:
                 raise ValueError(
-                    f"{self.path} has no split {name!r}.{did_you_mean(name, known)} "
-                    f"Set {self.key}.split to one of {list(known)}."
+                    f"{self.path} has no split {name!r}.{did_you_mean(name, splits)} "
+                    f"Set {self.key}.split to one of {list(splits)}."
                 )
         return names
 
@@ -183,20 +183,18 @@ def hub_errors(at: Location) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        is_offline = isinstance(error, ConnectionError | TimeoutError)
-        raise (ConnectionError if is_offline else FileNotFoundError)(
-            f"The hub dataset {at.path!r} did not load ({type(error).__name__}: "
-            f"{_first_line(error)}). Check the name and the connection; or save a copy on a "
-            f"machine that has one, with datasets.load_dataset({at.path!r}).save_to_disk('./copy'),"
-            f" and set {at.key}.path: ./copy. A local path starts with . or / or ~."
-        ) from error
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"The hub dataset {at.path!r} with {at.key}.split: {at.split} did not load: "
-            f"{_first_line(error)}. If it has several configurations, set {at.key}.config_name; if "
-            "it has a loading script, save a copy with an older version of datasets and set "
-            f"{at.key}.path to it."
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError, RuntimeError) as error:
+        kind: type[Exception] = ValueError
+        if isinstance(error, ConnectionError | TimeoutError):
+            kind = ConnectionError
+        elif isinstance(error, OSError | HfHubHTTPError | HFValidationError):
+            kind = FileNotFoundError
+        raise kind(
+            f"The hub dataset {at.path!r} with {at.key}.split: {at.split} did not load "
+            f"({type(error).__name__}: {_first_line(error)}). Check the name, {at.key}.config_name "
+            "and the connection; or save a copy on a machine that has one, for a loading script "
+            f"with an older version of datasets: load_dataset({at.path!r}).save_to_disk('./copy'), "
+            f"and set {at.key}.path: ./copy. A local path starts with . or / or ~."
         ) from error
 
 

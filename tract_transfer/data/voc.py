@@ -92,25 +92,22 @@ def _annotations(
 
 def _find_split(root: Path, voc_set: str, key: str) -> tuple[Path, Path]:
     """Return the devkit of a set, and its split file."""
-    year, slash, split = voc_set.partition("/")
-    if not (year and slash and split):
+    year, _, split = voc_set.partition("/")
+    if not (year and split):
         raise ValueError(f"{key}.sets: {voc_set!r} must be <year>/<split>, as 2007/trainval.")
-    devkit = _find_devkit(root, year, key)
+    tried = [base / name for base in (root, root / "VOCdevkit") for name in (f"VOC{year}", year)]
+    devkit = next((folder for folder in tried if (folder / "Annotations").is_dir()), None)
+    if devkit is None:
+        listed = ", ".join(str(folder / "Annotations") for folder in tried)
+        raise FileNotFoundError(
+            f"No VOC devkit for {year!r}: none of {listed} exists. Set {key}.root."
+        )
     path = devkit / "ImageSets" / "Main" / f"{split}.txt"
     if not path.is_file():
         splits = sorted(file.stem for file in path.parent.glob("*.txt"))
         hint = did_you_mean(split, splits)
         raise FileNotFoundError(f"{path} does not exist.{hint} Set {key}.sets to one of {splits}.")
     return devkit, path
-
-
-def _find_devkit(root: Path, year: str, key: str) -> Path:
-    tried = [base / name for base in (root, root / "VOCdevkit") for name in (f"VOC{year}", year)]
-    for folder in tried:
-        if (folder / "Annotations").is_dir():
-            return folder
-    listed = ", ".join(str(folder / "Annotations") for folder in tried)
-    raise FileNotFoundError(f"No VOC devkit for {year!r}: none of {listed} exists. Set {key}.root.")
 
 
 def _find_files(devkit: Path, line: str, fields: list[str]) -> tuple[Path, Path]:
