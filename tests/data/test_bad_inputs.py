@@ -10,7 +10,7 @@ import pytest
 from box_data import NAMES as PETS
 from box_data import picture, write_coco, write_voc
 from PIL import Image
-from stream_rows import huggingface, make_rows, order_of, write_folders, write_shards
+from stream_rows import NAMES, huggingface, make_rows, order_of, write_folders, write_shards
 
 from tract_transfer.config.schema import load_config
 from tract_transfer.data.classification import ClassificationDataset, hold_out
@@ -149,7 +149,7 @@ HUGGING_FACE = {
 # Streams.
 
 
-def stream(split="train", names=PETS, **options):
+def stream(split="train", names=NAMES, **options):
     """Stream shards of 70 rows."""
 
     def make(folder):
@@ -463,7 +463,7 @@ ARGUMENTS = {
     "a batch larger than the data": (order(10, 11), ValueError,
         r"data.batch_size must lie in 1\.\.10, .* got 11. Set data.batch_size to 10"),
     "fewer tall images than a batch": (order(30, 12, groups=TALL), ValueError,
-        "10 images are tall: fewer than data.batch_size 12"),
+        "10 images that are tall: fewer than data.batch_size 12"),
     "a batch of the copies of one image": (order(30, 5, repeats=3), ValueError,
         r"batch_size must be 6 or more with data.repeats = 3, got 5"),
     "a batch that does not divide": (

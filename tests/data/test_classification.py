@@ -26,10 +26,8 @@ pytestmark = pytest.mark.usefixtures("offline_cache")
 def save(kind, folder):
     """Write four rows as split train of a format; return the path to load."""
     labels, rows = [0, 0, 1, 2], make_rows([0, 0, 1, 2])
-    if kind == "dict":
-        datasets.DatasetDict({"train": rows}).save_to_disk(folder)
-    elif kind == "dataset":
-        rows.save_to_disk(folder)
+    if kind in ("dict", "dataset"):
+        (datasets.DatasetDict(train=rows) if kind == "dict" else rows).save_to_disk(folder)
     elif kind == "parquet":
         rows.to_parquet(folder / "train.parquet")
     elif kind == "shards":

@@ -1,14 +1,14 @@
 """Detection data: every format gives the same images and boxes, and wrong boxes are reported."""
 
-from io import BytesIO
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from box_data import NAMES, WRITERS, picture, place, write_coco, write_rows, write_voc
+from box_data import NAMES, WRITERS, place, write_coco, write_rows, write_voc
 from PIL import Image
+from stream_rows import make_rows
 
 from tract_transfer.data.classification import check_same_classes
 from tract_transfer.data.detection import BoxReader, DetectionDataset, ImageFiles, ImageLabels
@@ -344,27 +344,20 @@ def test_every_box_format_gives_the_same_box(box_format, unit, tmp_path):
     assert (boxes - boxes.new_tensor([[4, 5, 5, 7.5], [0, 0, 40, 30]])).abs().max() < 1e-5
 
 
-def write_cells(folder, images, things, **columns):
-    """Save rows of objects with all fields, and columns of integers."""
-    fields = {"bbox": datasets.List(datasets.Value("float32")), "category": datasets.Value("int64")}
-    fields |= {name: datasets.Value("float32") for name in ("difficult", "iscrowd", "area")}
-    features = {"image": datasets.Image(), "objects": datasets.List(fields)}
-    features |= {name: datasets.Value("int64") for name in columns}
-    cells = {"image": images, "objects": things, **columns}
-    datasets.Dataset.from_dict(cells, features=datasets.Features(features)).save_to_disk(folder)
-    return str(folder)
-
-
-def thing(**more):
-    given = {"bbox": [1, 2, 3, 4], "category": 0, "difficult": 0, "iscrowd": 0, "area": None}
-    return {**given, **more}
-
-
 def test_flags_and_areas_are_read_and_repeated_image_ids_skipped(tmp_path):
-    things = [thing(difficult=1), thing(iscrowd=1, area=5.5), thing(difficult=None, iscrowd=None)]
-    pictures = [picture(0), picture(1), picture(2)]
-    path = write_cells(tmp_path / "saved", pictures, [things, None, []], image_id=[4, 5, 4])
-    findings = Findings(collect=True)
+    number, names = datasets.Value("float32"), ("difficult", "iscrowd", "area")
+    fields = {"bbox": datasets.List(number), "category": datasets.Value("int64")}
+    fields |= dict.fromkeys(names, number)
+    thing = {"bbox": [1, 2, 3, 4], "category": 0, "difficult": 0, "iscrowd": 0, "area": None}
+    things = [{**thing, "difficult": 1}, {**thing, "iscrowd": 1, "area": 5.5}]
+    things += [{**thing, "difficult": None, "iscrowd": None}]
+    make_rows(
+        3,
+        label=None,
+        objects=(datasets.List(fields), [things, None, []]),
+        image_id=(datasets.Value("int64"), [4, 5, 4]),
+    ).save_to_disk(tmp_path / "saved")
+    findings, path = Findings(collect=True), str(tmp_path / "saved")
     dataset = load_huggingface_boxes(path, "train", "xywh", classes=["cat"], findings=findings)
     target = dataset.target(0)
     assert target["difficult"].tolist() == [True, True, False]
@@ -375,18 +368,10 @@ def test_flags_and_areas_are_read_and_repeated_image_ids_skipped(tmp_path):
     assert len(findings.problems) == 1
 
 
-@pytest.mark.parametrize(
-    ("columns", "size"),
-    [({}, (30, 40)), ({"width": [40], "height": [30]}, (30, 40)),
-     ({"width": [30], "height": [40]}, (40, 30))],
-)  # fmt: skip
-def test_the_size_of_a_row_is_the_annotated_or_the_upright_one(columns, size, tmp_path):
-    buffer = BytesIO()
-    Image.new("RGB", (30, 40)).save(buffer, "JPEG", exif=exif_of(6))
-    turned = {"bytes": buffer.getvalue(), "path": None}
-    path = write_cells(tmp_path / "saved", [turned], [[thing()]], **columns)
-    dataset = load_huggingface_boxes(path, "train", "xywh", classes=["cat"])
-    assert dataset.size(0) == tuple(dataset.image(0).shape[1:]) == size
+def test_the_size_of_a_row_is_by_default_the_upright_one(tmp_path):
+    photo = Image.new("RGB", (30, 40))
+    dataset = write_rows(tmp_path, [], first=(photo, exif_of(6)))()
+    assert dataset.size(0) == tuple(dataset.image(0).shape[1:]) == (30, 40)
 
 
 # Labels of whole images.

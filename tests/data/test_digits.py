@@ -31,12 +31,11 @@ def test_chosen_digits_are_relabelled_in_order():
     chosen = load_digits("test", classes=[7, 2])
     assert chosen.class_names == ["seven", "two"]
     full = load_digits("test")
-    of = {chosen.item(i): chosen.target(i) for i in range(len(chosen))}
-    assert of == {
-        full.item(i): [7, 2].index(full.target(i))
-        for i in range(len(full))
-        if full.target(i) in (7, 2)
-    }
+    of_item = {full.item(i): full.target(i) for i in range(len(full))}
+    assert [(7, 2)[label] for label in chosen.labels] == [
+        of_item[chosen.item(i)] for i in range(len(chosen))
+    ]
+    assert len(chosen) == sum(digit in (7, 2) for digit in of_item.values())
 
 
 def tree(root):

@@ -1,6 +1,5 @@
 """The size of a split shows whether it is the official one, a part of it, or another."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -82,9 +81,7 @@ def test_a_split_of_another_size_is_warned_about_and_in_the_results(tmp_path, lo
     (tmp_path / "cifar10").mkdir()
     write_splits(tmp_path / "cifar10", 6, 4)
     words = huggingface(tmp_path / "cifar10", "data.batch_size=2", "solver.max_iters=2")
-    results = run(load_tiny(tmp_path, *words))
-    written = json.loads((tmp_path / "run" / "results.json").read_text())["protocol"]
-    assert written == results["protocol"]
+    written = run(load_tiny(tmp_path, *words))["protocol"]
     for split, count, official in (("train", 6, "50,000"), ("test", 4, "10,000")):
         text = f"CIFAR-10 {split}: {count} images, but the official split has {official}"
         assert f"data.{split}: {text}" in caplog.text
@@ -113,10 +110,6 @@ def test_boxes_of_every_format_are_compared(tmp_path):
     assert "without the images that show no object there are 117,266" in text
     assert write_rows(tmp_path / "mine", DOG)().origin.size_check is None
     write_coco(tmp_path, DOG)
-    for name, text in {
-        "instances_val2017": "COCO 2017 val: 3 images, but the official split has 5,000",
-        "instances_train2014": "COCO 2014 train: 3 images, but the official split has 82,783",
-    }.items():
-        file = tmp_path / f"{name}.json"
-        file.write_text((tmp_path / "boxes.json").read_text())
-        assert text in load_coco(tmp_path / "images", file).origin.size_check.text
+    file = (tmp_path / "boxes.json").rename(tmp_path / "instances_train2014.json")
+    text = load_coco(tmp_path / "images", file).origin.size_check.text
+    assert "COCO 2014 train: 3 images, but the official split has 82,783" in text

@@ -1,12 +1,13 @@
 """Streams: rows read in groups, and batches that depend neither on workers nor on processes."""
 
 from itertools import chain, islice
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from stream_rows import CROP, NAMES, indices_of, make_rows, order_of, write_folders, write_shards
+from stream_rows import CROP, NAMES, indices_of, make_rows, order_of, picture, write_folders
 
 from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.data.huggingface import load_huggingface
@@ -140,38 +141,22 @@ def test_an_evaluation_sees_each_image_once_in_order(shards, stream, world_size)
 
 
 def test_an_undecodable_image_is_an_error_or_skipped(tmp_path):
-    broken = (datasets.Image(decode=False), [{"bytes": b"no image", "path": None}] * 2)
-    rows = [make_rows(6), make_rows(2, image=broken).cast_column("image", datasets.Image())]
-    path = str(tmp_path / "train.parquet")
-    datasets.concatenate_datasets(rows).to_parquet(path)
+    """Such as one of more than max_pixels. Integers are classes up to num_classes."""
+    pictures = (datasets.Image(), [picture(0), picture(1, side=9), picture(2)])
+    make_rows(3, None, image=pictures).to_parquet(tmp_path / "some.parquet")
+    options = {"label_column": "label", "num_classes": 5, "max_pixels": 64}
+    stream = stream_huggingface(str(tmp_path / "some.parquet"), "train", **options)
+    assert stream.class_names == ["0", "1", "2", "3", "4"]
 
-    def load(undecodable="error", **options):
-        stream = stream_huggingface(path, "train", **options)
+    def load(undecodable):
         options = {"seed": 0, "num_workers": 0, "undecodable": undecodable}
         return next(iter(load_batches(stream, CROP, StreamEvalBatches(stream, 12), **options)))
 
-    with pytest.raises(ValueError, match=r"split train row 6 cannot be decoded"):
-        load()
+    for read in (lambda: load("error"), lambda: stream.image(1)):
+        with pytest.raises(ValueError, match=r"split train row 1 .*data\.max_pixels 64"):
+            read()
     batch = load("skip")
-    assert (len(batch.images), len(batch.skipped)) == (6, 2)
-    with pytest.raises(ValueError, match=r"data\.max_pixels 4"):
-        load(max_pixels=4)
-    with pytest.raises(ValueError, match=r"data\.max_pixels 4"):
-        stream_huggingface(path, "train", max_pixels=4).image(0)
-
-
-def test_integers_are_classes_up_to_num_classes(tmp_path):
-    path = write_shards(tmp_path, names=None)
-    stream = stream_huggingface(path, "train", label_column="label", num_classes=3)
-    assert stream.class_names == ["0", "1", "2"]
-
-
-class Builder:
-    """What `datasets` finds on the hub."""
-
-    def __init__(self, files):
-        self.config = type("Config", (), {"data_files": files})
-        self.info = datasets.DatasetInfo(features=None)
+    assert (batch.indices, len(batch.skipped)) == ([0, 2], 1)
 
 
 def test_the_hub_is_read_by_url(stream, tmp_path, monkeypatch):
@@ -181,7 +166,8 @@ def test_the_hub_is_read_by_url(stream, tmp_path, monkeypatch):
     for file in sorted(tmp_path.glob("shards/*.parquet")):
         memory.pipe(f"/hub@5e1f/{file.name}", file.read_bytes())
     files = [f"memory://{name}" for name in sorted(memory.ls("/hub@5e1f", detail=False))]
-    builder = Builder({datasets.Split.TRAIN: files})
+    config = SimpleNamespace(data_files={datasets.Split.TRAIN: files})
+    builder = SimpleNamespace(config=config, info=datasets.DatasetInfo(features=None))
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: builder)
     remote = stream_huggingface("owner/pets", "train")
     assert remote.origin.hub_id == "owner/pets"
@@ -190,7 +176,7 @@ def test_the_hub_is_read_by_url(stream, tmp_path, monkeypatch):
     ours, local = (indices_of(StreamBatches(s, order_of(s)), 12) for s in (remote, stream))
     assert ours == local
     assert torch.equal(remote.image(33), stream.image(33))
-    builder.config.data_files = {datasets.Split.TRAIN: ["hf://datasets/owner/pets@0/a.tar"]}
+    config.data_files = {datasets.Split.TRAIN: ["hf://datasets/owner/pets@0/a.tar"]}
     with pytest.raises(ValueError, match=r"Streaming from the hub reads parquet.*\.tar"):
         stream_huggingface("owner/pets", "train")
     with pytest.raises(ValueError, match=r"no split 'test'"):
