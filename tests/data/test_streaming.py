@@ -4,7 +4,6 @@ from itertools import chain, islice
 from types import SimpleNamespace
 
 import datasets
-import numpy as np
 import pytest
 import torch
 from stream_rows import CROP, NAMES, indices_of, make_rows, order_of, picture, write_folders
@@ -42,10 +41,9 @@ def test_a_stream_shows_the_same_rows_as_loading_them(kind, tmp_path, shards):
         path, rows = str(tmp_path / "saved"), make_rows(70)
         (rows if kind == "saved" else datasets.DatasetDict(train=rows)).save_to_disk(path)
     loaded, stream = load_huggingface(path, "train"), stream_huggingface(path, "train")
-    assert len(stream) == len(loaded) == 70
-    assert stream.class_names == NAMES
-    assert stream.class_counts.tolist() == np.bincount(loaded.labels).tolist()
-    assert stream.fingerprint() == loaded.fingerprint()
+    assert len(stream) == 70
+    assert stream.class_counts.tolist() == loaded.class_counts.tolist()
+    assert stream.fingerprint() == loaded.fingerprint()  # of the length, classes and labels too
     for index in [0, 1, 2, 69, 23, 24, 22, 4]:
         assert torch.equal(stream.image(index), loaded.image(index))
         assert stream.target(index) == loaded.target(index)
@@ -115,11 +113,10 @@ def test_a_process_only_reads_the_groups_of_its_readers(stream, monkeypatch):
     assert len(groups[0]) <= len(stream.groups.counts) // 2
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_workers_change_no_bit(shards, stream, num_workers):
+def test_workers_change_no_bit(shards, stream):
     loaded = load_huggingface(shards, "train")
     batches = StreamBatches(stream, order_of(stream), 1)
-    loader = load_batches(stream, CROP, batches, seed=3, num_workers=num_workers)
+    loader = load_batches(stream, CROP, batches, seed=3, num_workers=2)
     plain = load_batches(stream, CROP, batches, seed=3, num_workers=0)
     for ours, other in zip(islice(loader, 9), plain, strict=False):
         assert ours.images.shape == (8, 3, 8, 8)
