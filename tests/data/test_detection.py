@@ -201,7 +201,8 @@ def test_the_exif_orientation_is_applied_if_the_annotated_size_asks_for_it(
 
 @pytest.mark.parametrize("source", ["voc", "coco"])
 def test_broken_images_raise_when_accessed_and_cached_images_stay(source, tmp_path):
-    dataset = WRITERS[source](tmp_path / "data", GOOD)()
+    load = WRITERS[source](tmp_path / "data", GOOD)
+    dataset = load()
     file = Path(dataset.item(0))
     file.write_bytes(file.read_bytes()[:60])
     dataset.cache_images()
@@ -209,10 +210,8 @@ def test_broken_images_raise_when_accessed_and_cached_images_stay(source, tmp_pa
     assert dataset.image(1).shape == dataset.select([1], "one").image(0).shape == (3, 30, 40)
     with pytest.raises(UndecodableImage, match="cannot be decoded"):
         dataset.image(0)
-    again = WRITERS[source](tmp_path / "again", GOOD)()
-    Image.new("RGB", (50, 50)).save(again.item(1))
     with pytest.raises(ValueError, match=r"has 50x50 pixels .* its annotation says 40x30"):
-        again.image(1)
+        load().image(1)
 
 
 # VOC.
@@ -271,12 +270,14 @@ def test_real_voc():
 # COCO.
 
 
-@pytest.mark.parametrize("order", [["cat", "dog"], ["dog", "cat"]])
-def test_coco_labels_follow_the_category_ids_or_classes(order, tmp_path):
+def test_coco_labels_follow_the_category_ids_or_classes(tmp_path):
     load = write_coco(tmp_path / "data", GOOD)
-    dataset = load() if order == ["cat", "dog"] else load(classes=order)
-    assert dataset.class_names == order
-    assert [order[label] for label in dataset.target(0)["labels"]] == ["dog", "cat"]
+    for dataset, names in (
+        (load(), ["cat", "dog"]),
+        (load(classes=["dog", "cat"]), ["dog", "cat"]),
+    ):
+        assert dataset.class_names == names
+        assert [names[label] for label in dataset.target(0)["labels"]] == ["dog", "cat"]
 
 
 def test_coco_flags_areas_and_ids_are_read(tmp_path):
@@ -399,11 +400,9 @@ def test_marks_follow_the_rule_of_voc():
 def test_labels_of_images_share_the_images_and_fingerprint_of_the_boxes(tmp_path):
     objects = write_voc(tmp_path, GOOD)()
     labels = ImageLabels(objects)
-    assert len(labels) == 3
     assert labels.fingerprint() == objects.fingerprint()
     assert labels.encoded(0) == (tmp_path / "VOC2007/JPEGImages/0.jpg").read_bytes()
-    assert len(set(content_hashes(labels.encoded, 3))) == 3
-    labels.cache_images()
+    assert len(set(content_hashes(labels.encoded, len(labels)))) == 3
     assert labels.image(1).equal(objects.image(1))
 
 

@@ -73,8 +73,8 @@ def test_local_copies_are_known_by_their_folder_or_by_their_own_name(tmp_path):
     rows = make_rows(3)
     rows.info.dataset_name = "oxford_flowers102"
     rows.save_to_disk(tmp_path / "copy")
-    check = load_huggingface(str(tmp_path / "copy"), "train").origin.size_check
-    assert "Oxford Flowers-102 train: 3 images" in check.text
+    dataset = load_huggingface(str(tmp_path / "copy"), "train")
+    assert "Oxford Flowers-102 train: 3 images" in dataset.origin.size_check.text
 
 
 def test_a_split_of_another_size_is_warned_about_and_in_the_results(tmp_path, load_tiny, caplog):
@@ -86,9 +86,8 @@ def test_a_split_of_another_size_is_warned_about_and_in_the_results(tmp_path, lo
         text = f"CIFAR-10 {split}: {count} images, but the official split has {official}"
         assert f"data.{split}: {text}" in caplog.text
         assert text in written["official splits"]
-    report = check_data(load_tiny(tmp_path, *words))
-    assert any(line.startswith("train: CIFAR-10 train: 6 images") for line in report.warnings)
-    assert report.is_clean
+    warnings = check_data(load_tiny(tmp_path, *words)).warnings
+    assert any(line.startswith("train: CIFAR-10 train: 6 images") for line in warnings)
     caplog.clear()
     data = build_data(load_tiny(tmp_path, *words, "data.train.split=train[:4]"))
     assert "data.train: CIFAR-10" not in caplog.text

@@ -3,7 +3,6 @@
 import random
 import subprocess
 import sys
-from collections import Counter
 from itertools import islice
 
 import numpy as np
@@ -51,17 +50,13 @@ def load(dataset, transform, batches, num_workers=0, **options):
 
 
 def states():
-    return torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-
-
-def same_states(a, b):
-    return torch.equal(a[0], b[0]) and (a[1] == b[1]).all() and a[2] == b[2]
+    """The global random states of torch, NumPy and Python."""
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
 
 def test_a_sample_depends_on_seed_epoch_index_and_copy_alone():
-    dataset, before = load_digits("train"), states()
+    dataset = load_digits("train")
     first = SampledDataset(dataset, AUGMENT, 0)[Sample(2, 7)].image
-    assert same_states(before, states())
     torch.manual_seed(123)
     assert torch.equal(SampledDataset(dataset, AUGMENT, 0)[Sample(2, 7)].image, first)
     for seed, sample in ((0, Sample(3, 7)), (0, Sample(2, 7, 1)), (1, Sample(2, 7))):
@@ -83,26 +78,7 @@ def test_workers_and_resuming_change_no_bit_and_no_global_state():
             assert torch.equal(ours.images, other.images)
             assert torch.equal(ours.targets, other.targets)
             assert ours.indices == other.indices
-    assert same_states(before, states())
-
-
-def test_repetitions_of_an_image_are_augmented_differently_and_reproducibly():
-    flip = detection_train([20, 30, 40, 50, 60], 100, 0.5, photometric_prob=0.5)
-    order = EpochOrder(12, 12, 0, factors=np.full(12, 4.0))
-
-    def loaded(num_workers, start_iter=0):
-        loader = load(Objects(), flip, TrainBatchSampler(order, start_iter), num_workers)
-        return list(islice(loader, 4 - start_iter))
-
-    batches = loaded(0)
-    pairs = [pair for b in batches for pair in zip(b.indices, b.images, strict=True)]
-    shown = Counter(index for index, _, _ in {(i, x.shape, x.sum().item()) for i, x in pairs})
-    assert len(shown) == 12
-    assert min(shown.values()) > 1
-    for ours, theirs in ((batches, loaded(2)), (batches[1:], loaded(0, start_iter=1))):
-        for a, b in zip(ours, theirs, strict=True):
-            assert a.indices == b.indices
-            assert all(torch.equal(x, y) for x, y in zip(a.images, b.images, strict=True))
+    assert states() == before
 
 
 def test_detection_batches_are_lists():

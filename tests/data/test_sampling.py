@@ -67,26 +67,20 @@ def test_a_factor_is_the_mean_number_of_showings(batch_size):
 
 
 def test_factors_of_one_change_nothing_but_the_order():
+    order = EpochOrder(30, 5, 0, factors=np.ones(30))
     for number in range(50):
-        samples = epoch(EpochOrder(30, 5, 0, factors=np.ones(30)), number)
-        assert sorted(sample.index for sample in samples) == list(range(30))
-        assert {sample.copy for sample in samples} == {0}
+        assert sorted(epoch(order, number)) == [(number, index, 0) for index in range(30)]
 
 
 @pytest.mark.parametrize("kind", ["repeated", "both"])
-def test_repetitions_of_an_image_are_numbered(kind):
+def test_repetitions_of_an_image_are_numbered_and_keep_the_lengths_of_groups(kind):
     order = EpochOrder(30, 1, seed=0, **KINDS[kind])
-    samples = epoch(order, 0)
-    assert len(set(samples)) == len(samples)
-    for index, count in Counter(sample.index for sample in samples).items():
-        assert {s.copy for s in samples if s.index == index} == set(range(count))
-
-
-def test_repetition_with_groups_keeps_their_lengths():
-    order = EpochOrder(30, 1, seed=0, **KINDS["both"])
-    for number in range(20):
-        tall = [TALL[sample.index] for sample in epoch(order, number)]
-        assert (sum(tall), len(tall)) == (13, 40)
+    for number in range(10):
+        samples = epoch(order, number)
+        counts = Counter(sample.index for sample in samples)
+        assert set(samples) == {(number, i, copy) for i in counts for copy in range(counts[i])}
+        assert len(samples) == 40
+        assert kind == "repeated" or sum(TALL[sample.index] for sample in samples) == 13
 
 
 def test_tall_images_are_those_higher_than_wide():
