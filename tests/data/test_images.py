@@ -1,6 +1,5 @@
 """Every kind of image becomes uint8 RGB."""
 
-import pickle
 from io import BytesIO
 
 import numpy as np
@@ -62,12 +61,6 @@ def test_a_decompression_bomb_is_undecodable(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UndecodableImage, match="exceeds limit"):
         decode_image(encode(Image.fromarray(RGB)), "x")
-
-
-def test_errors_survive_pickling_and_a_dataloader():
-    error = pickle.loads(pickle.dumps(UndecodableImage("a.jpg", "cut short")))
-    assert (error.item, error.reason) == ("a.jpg", "cut short")
-    assert str(UndecodableImage(str(error))) == str(error)
 
 
 class Stored:

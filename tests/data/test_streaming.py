@@ -173,6 +173,9 @@ def test_the_hub_is_read_by_url(stream, tmp_path, monkeypatch):
     ours, local = (indices_of(StreamBatches(s, order_of(s)), 12) for s in (remote, stream))
     assert ours == local
     assert torch.equal(remote.image(33), stream.image(33))
+    remote.class_names = NAMES[:2]
+    with pytest.raises(ValueError, match=r"row 2: label 2 in column 'label' must be in 0\.\.1"):
+        remote.image(2)
     config.data_files = {datasets.Split.TRAIN: ["hf://datasets/owner/pets@0/a.tar"]}
     with pytest.raises(ValueError, match=r"Streaming from the hub reads parquet.*\.tar"):
         stream_huggingface("owner/pets", "train")
