@@ -50,7 +50,6 @@ _ROWS_AT_ONCE = 64
 _BUFFER_BYTES = 1 << 22
 _ROWS_OF_SAVED_GROUP = 100  # as `datasets` writes images to parquet
 
-
 Cell = dict[str, Any] | None  # an image: its `bytes`, or the `path` of its file
 Columns = tuple[str, str]  # of images and of labels
 
@@ -170,6 +169,7 @@ class Stream:
     Reading an image opens its group, so only reading in order is fast.
 
     Attributes:
+        columns: those of the images and of the labels.
         class_counts: the number of images of each class, int64 (K,); None for data on the hub,
             whose labels would all have to be downloaded.
     """
