@@ -168,7 +168,7 @@ def test_copies_of_a_treated_model_are_not_treated():
     backward(shadow, images)
     plain = shadow[0].weight.grad.clone()
     other = TrAct(shadow)
-    with pytest.raises(RuntimeError, match="No training forward reached 0"):
+    with pytest.raises(RuntimeError, match="got no training forward"):
         other.step()
     assert torch.equal(shadow[0].weight.grad, plain)
 
@@ -209,7 +209,7 @@ def test_factor_stays_between_two_measurements(monkeypatch):
         tract.step()
         assert_multiplied(plain, mean, model)
     assert len(calls) == 2
-    with pytest.raises(RuntimeError, match="No training forward reached 0"):
+    with pytest.raises(RuntimeError, match="got no training forward"):
         tract.step()
 
 
