@@ -77,15 +77,6 @@ def test_a_setting_of_a_grid_is_torchs_sgd(i):
     torch.testing.assert_close(biases[i], layer.bias.detach(), atol=1e-5, rtol=1e-4)
 
 
-def test_long_training_is_logistic_regression():
-    x = standardized(TRAIN.x)
-    options = {**OPTIONS, "max_epochs": 400, "batch_size": 200}
-    weight, bias = train_linear(x, Y, [(0.5, 0.01)], **options)
-    oracle = LogisticRegression(C=1 / (0.01 * len(x)), max_iter=1000, tol=1e-8).fit(x, Y)
-    ours = (x @ weight[0] + bias[0]).softmax(1)
-    np.testing.assert_allclose(ours, oracle.predict_proba(x), atol=1e-3)
-
-
 def test_the_best_setting_of_the_selection_is_trained_on_all_of_train():
     result = probe()
     val_top1 = result.details["val_top1"]

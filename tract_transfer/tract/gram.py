@@ -2,7 +2,6 @@
 
 # B images, C channels, R rows the layer multiplies, N inputs a row, O outputs
 
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +20,6 @@ from tract_transfer.tract.lags import (
     sum_dtype,
     tiles_of,
 )
-
-logger = logging.getLogger(__name__)
 
 BLOCK_COLUMNS = 128  # wider products are computed in blocks, half of them by symmetry
 CHUNK_OF_SUM = 8  # a chunk of rows has at least so many times the size of the sum
@@ -86,7 +83,6 @@ def _gram_of_windows(
     with torch.autocast(device, enabled=False), float32_factors(device):
         if max(dilation) == 1:
             return _gram_by_lags(images, kernel, stride, outputs, padding, dtype)
-        logger.debug("TrAct unfolds the input of a dilated convolution, a few images at a time.")
         gram = images.new_zeros(num_inputs, num_inputs, dtype=sum_dtype(dtype))
         image_bytes = outputs[0] * outputs[1] * num_inputs * dtype.itemsize
         for chunk in images.split(per_chunk(len(images), image_bytes, device)):
