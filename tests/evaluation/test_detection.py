@@ -106,25 +106,29 @@ def pycocotools_stats(detections, objects, num_classes):
     coco = pytest.importorskip("pycocotools.coco")
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
 
-    def annotations(rows, **columns):
-        for i, (x1, y1, x2, y2) in enumerate(rows.boxes_xyxy.tolist()):
-            yield {
-                "id": i + 1,
-                "image_id": int(rows.image_ids[i]),
-                "category_id": int(rows.labels[i]),
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                **{key: values[i].item() for key, values in columns.items()},
-            }
+    def xywh(rows):
+        return np.c_[rows.boxes_xyxy[:, :2], rows.boxes_xyxy[:, 2:] - rows.boxes_xyxy[:, :2]]
 
+    columns = {
+        "image_id": objects.image_ids,
+        "category_id": objects.labels,
+        "bbox": xywh(objects),
+        "iscrowd": objects.difficult,
+        "area": objects.areas,
+    }
     truth = coco.COCO()
-    ids = {*objects.image_ids.tolist(), *detections.image_ids.tolist()}
     truth.dataset = {
-        "images": [{"id": i} for i in ids],
-        "annotations": [*annotations(objects, iscrowd=objects.difficult, area=objects.areas)],
+        "images": [{"id": i} for i in {*objects.image_ids, *detections.image_ids}],
+        "annotations": [
+            {"id": i + 1, **{key: values[i].tolist() for key, values in columns.items()}}
+            for i in range(len(objects.labels))
+        ],
         "categories": [{"id": k} for k in range(num_classes)],
     }
     truth.createIndex()
-    results = truth.loadRes([*annotations(detections, score=detections.scores)])
+    results = truth.loadRes(
+        np.c_[detections.image_ids, xywh(detections), detections.scores, detections.labels]
+    )
     evaluation = cocoeval.COCOeval(truth, results, "bbox")
     evaluation.evaluate()
     evaluation.accumulate()

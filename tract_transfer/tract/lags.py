@@ -123,17 +123,14 @@ def lag_gram(canvas: Canvas, kernel: tuple[int, int], dtype: torch.dtype) -> Ten
         """(B, y, x, C), rounded like the factors of the products."""
         return canvas.cut(rows, columns).to(dtype).to(sums.dtype)
 
-    if num_ends[0]:
-        rows = cut(ends[0], [canvas.filled(1)])
-        pairs = _end_sums(rows.transpose(1, 2), kx)  # (lag, E, C, E, C)
-        sums[lags[0] :, : lags[1]] = pairs.permute(1, 3, 0, 2, 4).flatten(0, 1)
-    if num_ends[1]:
-        pairs = _end_sums(cut([canvas.filled(0)], ends[1]), ky)  # (lag, E, C, E, C)
-        sums[: lags[0], lags[1] :] = pairs.permute(0, 1, 3, 2, 4).flatten(1, 2)
-    if num_ends[0] and num_ends[1]:
-        corners = cut(*ends).flatten(1)  # (B, E E' C)
-        pairs = (corners.T @ corners).view(2 * (*num_ends, channels))
-        sums[lags[0] :, lags[1] :] = pairs.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(0, 1)
+    rows = cut(ends[0], [canvas.filled(1)])
+    pairs = _end_sums(rows.transpose(1, 2), kx)  # (lag, E, C, E, C)
+    sums[lags[0] :, : lags[1]] = pairs.permute(1, 3, 0, 2, 4).flatten(0, 1)
+    pairs = _end_sums(cut([canvas.filled(0)], ends[1]), ky)  # (lag, E, C, E, C)
+    sums[: lags[0], lags[1] :] = pairs.permute(0, 1, 3, 2, 4).flatten(1, 2)
+    corners = cut(*ends).flatten(1)  # (B, E E' C)
+    pairs = (corners.T @ corners).view(2 * (*num_ends, channels))
+    sums[lags[0] :, lags[1] :] = pairs.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(0, 1)
     tap_pairs = _tap_pairs if sums.device.type != "cpu" else _cached_tap_pairs
     weights_y, weights_x = (
         tap_pairs(k, first, range(last.start - n, last.stop - n), sums.dtype, sums.device)
@@ -167,7 +164,7 @@ def _end_sums(strip: Tensor, kernel: int) -> Tensor:
     shifted = [sequence[lag : lag + total].view_as(left.mT) for lag in range(kernel)]
     forward = torch.stack([torch.bmm(left, right).sum(0) for right in shifted])
     both = torch.cat([forward[1:].flip(0).mT, forward])
-    return both.view(-1, *values, *values)
+    return both.view(len(both), *values, *values)
 
 
 def _tap_pairs(
