@@ -146,8 +146,8 @@ def test_the_rank_of_a_label_is_its_place_in_the_sorted_scores(data, num_classes
     logits = np.array(data.draw(st.lists(row, min_size=5, max_size=5)))
     labels = np.array(data.draw(st.lists(st.integers(0, num_classes - 1), min_size=5, max_size=5)))
     order = [sorted(range(num_classes), key=lambda k: (-row[k], k)) for row in logits.tolist()]
-    places = [row.index(label) for row, label in zip(order, labels.tolist(), strict=True)]
-    assert label_ranks(logits, labels).tolist() == places
+    ranks = [row.index(label) for row, label in zip(order, labels.tolist(), strict=True)]
+    assert label_ranks(logits, labels).tolist() == ranks
 
 
 # The order of images.
@@ -177,16 +177,16 @@ def orders(draw):
 def test_processes_share_an_epoch_and_any_resume_is_the_tail(made, start):
     order, kind, count, world_size, accumulate = made
     total = start + 2 * order.iters_per_epoch
-    whole = list(islice(TrainBatchSampler(order), total))
+    batches = list(islice(TrainBatchSampler(order), total))
     ranks = [
         list(islice(TrainBatchSampler(order, start, *where), (total - start) * accumulate))
         for where in ((rank, world_size, accumulate) for rank in range(world_size))
     ]
-    for number, batch in enumerate(whole[start:]):
+    for number, batch in enumerate(batches[start:]):
         micro = range(number * accumulate, (number + 1) * accumulate)
         assert [sample for part in micro for rank in ranks for sample in rank[part]] == batch
     for epoch in range(total // order.iters_per_epoch):
-        part = whole[epoch * order.iters_per_epoch : (epoch + 1) * order.iters_per_epoch]
+        part = batches[epoch * order.iters_per_epoch : (epoch + 1) * order.iters_per_epoch]
         samples = [sample for batch in part for sample in batch]
         assert len(set(samples)) == len(samples) == order.iters_per_epoch * order.batch_size
         assert {sample.epoch for sample in samples} == {epoch}

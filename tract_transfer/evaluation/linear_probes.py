@@ -301,9 +301,9 @@ def draws(train: Rows, k: int, samplings: int, seed: int) -> Iterator[Rows]:
             yield Rows(train.x[rows], train.y[rows])
             continue
         marks = np.zeros_like(train.y)
-        for kept, column in zip(marks.T, train.y.T, strict=True):
+        for drawn, column in zip(marks.T, train.y.T, strict=True):
             for mark, count in ((1, k), (-1, (train.y.shape[1] - 1) * k)):
-                kept[_draw(column, mark, count, rng)] = mark
+                drawn[_draw(column, mark, count, rng)] = mark
         yield Rows(train.x, marks)
 
 
