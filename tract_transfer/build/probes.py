@@ -10,8 +10,8 @@ import torch
 from tract_transfer.config.schema import ProbeConfig
 from tract_transfer.config.sections import FewShotConfig
 from tract_transfer.evaluation.linear_probes import (
-    classifier,
     draws,
+    few_shot_fit,
     linear_probe,
     linear_svm,
     logistic_regression,
@@ -154,16 +154,18 @@ def _few_shot(
     measure: Measure,
 ) -> Probed:
     """Return mean and standard deviation over the samplings, and the numbers of each."""
-    fit = classifier(
-        section.classifier,
-        cs=section.cs or _FEW_SHOT_CS,
-        folds=section.folds or _FOLDS,
-        temperature=section.temperature or _TEMPERATURE,
-        seed=config.seed,
-        num_classes=num_classes,
-    )
     fits = [
-        fit(drawn, rows["test"].x, k, sampling)
+        few_shot_fit(
+            section.classifier,
+            drawn,
+            rows["test"].x,
+            k,
+            cs=section.cs or _FEW_SHOT_CS,
+            folds=section.folds or _FOLDS,
+            temperature=section.temperature or _TEMPERATURE,
+            seed=config.seed + sampling,
+            num_classes=num_classes,
+        )
         for sampling, drawn in enumerate(draws(rows["train"], k, section.samplings, config.seed))
     ]
     measured = [measure(one.scores)[0] for one in fits]
