@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from tract_transfer.visualize import (
+from tract_transfer.visualize.boxes import draw_detections, draw_samples
+from tract_transfer.visualize.plots import (
+    INK,
+    PALETTE,
     array_png_data_uri,
     curves,
-    draw_detections,
-    draw_samples,
     figure_pixels,
     figure_svg,
     filter_grid,
     save_pixels,
 )
-from tract_transfer.visualize.plots import INK, PALETTE
 
 
 def image(height: int = 40, width: int = 50) -> torch.Tensor:
