@@ -66,9 +66,6 @@ def to_html(report: Report) -> str:
     return environment.get_template("report.html.jinja").render(
         report=report,
         version=__version__,
-        methods=report.methods,
-        treated=report.treated,
-        baseline=report.baseline,
         curves={
             curves.task: pictures.draw_curves(report.tasks[curves.task], curves, report.methods)
             for curves in report.curves
