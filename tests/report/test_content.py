@@ -13,6 +13,8 @@ from tract_transfer.report.write import text_table
 
 BASE = {0: 0.5, 1: 0.51, 2: 0.52}
 THREE = {0: 0.04, 1: 0.06, 2: 0.05}
+CANCELS = {0: 0.1, 1: 0.2, 2: -0.3}
+EQUAL = dict.fromkeys(BASE, 0.02)
 
 
 def write_gains(root: Path, gains: dict[str, dict[int, float]]) -> list[Path]:
@@ -52,10 +54,6 @@ def test_mean_over_tasks_is_paired_by_seed(tmp_path):
         "seeds: significant; it is ahead on 1 of 2 tasks, significantly (Holm) ahead on 1 (a)."
     )
     assert sentence_of(folders) in page_text(folders).replace("\xa0", " ")
-
-
-CANCELS = {0: 0.1, 1: 0.2, 2: -0.3}
-EQUAL = dict.fromkeys(BASE, 0.02)
 
 
 @pytest.mark.parametrize(
