@@ -105,10 +105,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Row):
         content["missing"] = {m: [run.folder for run in runs] for m, runs in value.missing.items()}
     if isinstance(value, SpeedUp):
-        for key, epochs in (("baseline", value.baseline), ("treated", value.treated)):
-            content[key] = {
-                s: "never" if epoch == math.inf else epoch for s, epoch in epochs.items()
-            }
+        for key in ("baseline", "treated"):
+            epochs = content[key].items()
+            content[key] = {seed: "never" if epoch == math.inf else epoch for seed, epoch in epochs}
     return content
 
 
