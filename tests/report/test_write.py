@@ -8,7 +8,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from report_runs import TRACT, VANILLA, edit_json, render, write_pair, write_report, write_run
+from report_runs import (
+    TRACT,
+    VANILLA,
+    edit_json,
+    render,
+    visible_text,
+    write_detections,
+    write_pair,
+    write_report,
+    write_run,
+)
 
 from tract_transfer.files import DiskFullError
 from tract_transfer.report.content import read_report
@@ -18,12 +28,17 @@ from tract_transfer.report.write import (
     escape_markdown,
     save_report,
     text_table,
+    to_html,
     to_json,
     to_latex,
     to_markdown,
 )
 
-EVIL = "<script>alert('x')</script> | $x_1$ & \\input{/etc/passwd} [a](b) ]]>\nline"
+# Markup of every format, and characters that XML and UTF-8 lack.
+EVIL = (
+    "<script>alert('x')</script> | $x_1$ & \\input{/etc/passwd} [a](b) ]]> $x^$"
+    "\x01\ud800\uffff\nline"
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +54,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def evil(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Runs whose task, metric and class have hostile names."""
+    """Runs whose task, method, metric, class and objects have hostile names."""
     folders = write_pair(tmp_path_factory.mktemp("evil"))
-    for folder in folders:
+    for folder, method in zip(folders, ["vanilla"] * 3 + [f"tract{EVIL}"] * 3, strict=True):
         edit_json(
-            folder / "results.json", name=EVIL, metrics={EVIL: 0.5}, primary_metric=EVIL,
-            details={"per_class": {EVIL: 0.5}}, protocol={"test": EVIL},
+            folder / "results.json", name=f"task{EVIL}", method=method, protocol={"test": EVIL},
+            metrics={EVIL: 0.5}, primary_metric=EVIL, details={"per_class": {f"cat{EVIL}": 0.5}},
         )  # fmt: skip
+        write_detections(folder, label=f"car{EVIL}")
     return folders
 
 
@@ -87,7 +103,7 @@ def test_json_has_unrounded_numbers_and_a_version(folders, tmp_path):
         assert set(part) == set(keys.split())
     assert row["values"]["tract"] == {"0": 0.83, "1": 0.84, "2": 0.845}
     assert difference["mean"] == pytest.approx(0.085 / 3)
-    assert [row["name"] for row in content["classes"]["detect"]] == ["cat", EVIL]
+    assert [row["name"] for row in content["classes"]["detect"]] == ["cat", EVIL.replace("\ud800", "?")]
     assert [run["folder"] for run in content["runs"]] == [folder.as_posix() for folder in folders]
     assert content["curves"][0]["curves"]["vanilla"]["0"][0] == [float(e) for e in range(1, 11)]
 
@@ -99,10 +115,21 @@ def test_target_never_reached_is_no_infinity(folders):
     assert "never reached it with seed" in to_markdown(report)
 
 
+@pytest.mark.filterwarnings("ignore:Glyph")
+def test_page_shows_names_literally(evil):
+    html = to_html(read_report(evil))
+    assert "<script" not in html
+    text, shown = visible_text(html), EVIL.partition("\x01")[0]
+    assert "unreadable" not in text
+    assert all(f"{name}{shown}" in text for name in ("task", "tract", "cat"))
+    assert text.count(f"car{shown}") == 2, "on an image of each method"
+
+
 def test_markdown_shows_names_literally(evil):
     text = to_markdown(read_report(evil))
     assert "<script" not in text
     assert "&lt;script&gt;" in text
+    assert text.encode()
     tables = re.findall(r"(?:^\|.*\|$\n?)+", text, flags=re.MULTILINE)
     assert len(tables) > 5
     for table in (*tables, text_table(read_report(evil))):
@@ -120,6 +147,7 @@ def test_markdown_omits_classes_with_small_changes(tmp_path):
 
 def test_latex_has_booktabs_and_only_its_own_commands(evil):
     text = to_latex(read_report(evil))
+    assert text.encode()
     assert r"\textbackslash{}input\{/etc/passwd\}" in text
     assert text.count(r"\toprule") == text.count(r"\bottomrule") == text.count(r"\begin{table}")
     body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
