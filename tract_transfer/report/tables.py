@@ -164,13 +164,12 @@ def _classes(report: Report, task: str) -> Table:
     for method in report.treated:
         differences = [row.differences[method] for row in classes if method in row.differences]
         tested = [d for d in differences if d.p_value is not None]
-        gains = sum(d.excludes_zero and d.mean > 0 for d in tested)
-        losses = sum(d.excludes_zero and d.mean < 0 for d in tested)
+        gains = [d.mean > 0 for d in tested if d.excludes_zero]
         if tested:
             notes.append(
-                f"{method}: {len(tested)} classes have an interval. It excludes zero for {gains} "
-                f"that gain and {losses} that lose; chance alone would give about "
-                f"{0.05 * len(tested):.1f}."
+                f"{method}: {len(tested)} classes have an interval. It excludes zero for "
+                f"{gains.count(True)} that gain and {gains.count(False)} that lose; chance alone "
+                f"would give about {0.05 * len(tested):.1f}."
             )
     rows = []
     for row in classes:
@@ -223,9 +222,10 @@ def _protocol(report: Report, task: str) -> list[Table]:
             ("where runs differ", ["key", *report.methods], differing),
             ("the same in every run", ["key", "value"], shared),
         ):
-            heading = "" if any(table.rows for table in tables) else f"Protocol of {task}"
-            caption = f"{part['heading']}, {state}"
-            tables.append(Table("protocol", caption, head, rows, len(head), heading, task=task))
+            if rows:
+                caption = f"{part['heading']}, {state}"
+                heading = "" if tables else f"Protocol of {task}"
+                tables.append(Table("protocol", caption, head, rows, len(head), heading, task=task))
     return tables
 
 
