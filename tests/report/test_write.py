@@ -103,7 +103,8 @@ def test_json_has_unrounded_numbers_and_a_version(folders, tmp_path):
         assert set(part) == set(keys.split())
     assert row["values"]["tract"] == {"0": 0.83, "1": 0.84, "2": 0.845}
     assert difference["mean"] == pytest.approx(0.085 / 3)
-    assert [row["name"] for row in content["classes"]["detect"]] == ["cat", EVIL.replace("\ud800", "?")]
+    names = [row["name"] for row in content["classes"]["detect"]]
+    assert names == ["cat", EVIL.replace("\ud800", "?")]
     assert [run["folder"] for run in content["runs"]] == [folder.as_posix() for folder in folders]
     assert content["curves"][0]["curves"]["vanilla"]["0"][0] == [float(e) for e in range(1, 11)]
 
