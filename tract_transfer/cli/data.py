@@ -111,7 +111,8 @@ def visualize() -> int:
     config = read_config(arguments, *words)
 
     from tract_transfer.build.data import build_data
-    from tract_transfer.visualize import draw_samples, figure_pixels, save_pixels
+    from tract_transfer.visualize.boxes import draw_samples
+    from tract_transfer.visualize.plots import figure_pixels, save_pixels
 
     train = build_data(config).train
     if config.task != "probe" and config.data.batch_size > len(train):

@@ -101,7 +101,8 @@ def predict_file(
 ) -> list[dict[str, Any]]:
     """Return the predictions of an image, or of every frame of a video; draw boxes to `output`."""
     from tract_transfer.data.images import frame_rate, write_video
-    from tract_transfer.visualize import draw_detections, figure_pixels, save_pixels
+    from tract_transfer.visualize.boxes import draw_detections
+    from tract_transfer.visualize.plots import figure_pixels, save_pixels
 
     entries: list[dict[str, Any]] = []
     predictions = predict(trained, file, top_k)
