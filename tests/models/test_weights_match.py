@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from tract_transfer.models import build_backbone
 from tract_transfer.models.weights import WeightsError, load_weights
-from tract_transfer.models.weights_match import HEADS, find_prefix
+from tract_transfer.models.weights_match import HEAD, find_prefix
 
 
 def prefixed(prefix, state):
@@ -88,7 +88,7 @@ def test_every_layout_is_read_completely(layout, state, tmp_path):
     assert report.fits
     assert report.num_loaded == report.num_parameters
     assert report.num_parameters == sum(p.numel() for p in backbone.parameters())
-    assert sum("fc." in name for name in report.dropped[HEADS[0]]) == 2
+    assert sum("fc." in name for name in report.dropped[HEAD]) == 2
     assert backbone.loaded is report
     assert any("(100.00%)" in line for line in report.lines())
 
@@ -109,7 +109,7 @@ def test_files_of_torchvision_are_read(tmp_path):
     source = torchvision.models.mobilenet_v3_small()
     backbone = blank("torchvision/mobilenet_v3_small")
     report = load(backbone, source.state_dict(), tmp_path)
-    assert report.dropped == {HEADS[0]: ["classifier.3.weight", "classifier.3.bias"]}
+    assert report.dropped == {HEAD: ["classifier.3.weight", "classifier.3.bias"]}
     assert torch.equal(backbone.model.classifier[0].weight, source.classifier[0].weight)
 
 

@@ -214,5 +214,6 @@ def _array(value: Any) -> np.ndarray | None:
             pass
         case _:
             return None
-    flat = np.frombuffer(raw, np.dtype(code).newbyteorder(byte_order))
-    return flat.reshape(shape, order=order).astype(code, order="C")
+    flat: Any = np.frombuffer(raw, np.dtype(code).newbyteorder(byte_order))
+    array: np.ndarray = flat.reshape(shape, order=order).astype(code, order="C")
+    return array
