@@ -55,13 +55,13 @@ ARGS = [
 ]
 # (backbone, stem) -> what the message says
 STEMS = [
-    ("timm/resnet18", "patch_norm", "patch_norm and dual_patch_norm need a model that starts with"),
+    ("timm/resnet18", "patch_norm", "patch_norm needs a model that starts with a convolution over"),
     ("timm/mobilenetv2_050", "dual_patch_norm", "Set model.backbone.stem: default"),
-    ("cifar/vit", "cifar", r"stem: cifar replaces the first convolution.*Set its patch size"),
-    ("timm/test_convnext", "cifar", "Set its patch size instead"),
+    ("cifar/vit", "cifar", r"stem: cifar needs .* whose windows overlap .set the patch size"),
+    ("timm/test_convnext", "cifar", "set the patch size"),
     ("timm/repvgg_a0", "cifar", "starts with .*conv_kxk.*conv_1x1.*None"),
     ("timm/repvgg_a0", "whitened", "whitened needs a model that starts with one ungrouped conv"),
-    ("timm/resnet18", "round", "must be default, cifar, patch_norm, dual_patch_norm or whitened"),
+    ("timm/resnet18", "round", "one of default, cifar, patch_norm, dual_patch_norm, whitened"),
 ]
 # (detector, backbone, its arguments) -> what the message says
 DETECTORS = [

@@ -263,8 +263,8 @@ class HalfSize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(x)
-        shifted = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]
-        halves = [self.even(x[:, :, ::2, ::2]), self.odd(shifted[:, :, ::2, ::2])]
+        odd = F.pad(x, (0, 1, 0, 1))[:, :, 1::2, 1::2]
+        halves = [self.even(x[:, :, ::2, ::2]), self.odd(odd)]
         out: Tensor = self.norm(torch.cat(halves, dim=1))
         return out
 

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -27,8 +26,6 @@ from tract_transfer.models.weights_file import (
     recorded_hash,
 )
 from tract_transfer.models.weights_match import MatchReport, few, looks_like
-
-logger = logging.getLogger(__name__)
 
 
 def save_backbone(folder: Path, backbone: Backbone, metadata: Mapping[str, Any]) -> None:
@@ -130,11 +127,8 @@ def load_weights(
     file = weights_file(path)
     model_state = backbone.model.state_dict()
     matching.check_patterns(ignore_missing, model_state)
-    warning = check_hash(file)
+    check_hash(file)
     tensors, report, normalization = _read(file, backbone, model_state)
-    if warning is not None:
-        logger.warning("%s.", warning)
-        report.notes.append(warning)
     weights = matching.drop_others(report, tensors, model_state)
     weights = _adapt(backbone, weights, model_state, report, adapt_stem)
     fitting = matching.fill(report, backbone.model, weights, ignore_missing)

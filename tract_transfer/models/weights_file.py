@@ -108,24 +108,15 @@ def _flat_tensors(content: Any, prefix: str = "") -> dict[str, Tensor]:
     return flat
 
 
-def check_hash(file: Path) -> str | None:
-    """Compare model.safetensors with the sha256 in the model.json beside it, if there is one.
-
-    Returns a warning if model.json has no hash; raises a ValueError if the hashes differ.
-    """
-    if file.name != WEIGHTS_NAME or not (file.parent / METADATA_NAME).is_file():
-        return None
-    expected = recorded_hash(file.parent)
-    if expected is None:
-        return f"{METADATA_NAME} has no sha256: {file} cannot be verified"
-    actual = sha256_of(file)
-    if actual != expected:
+def check_hash(file: Path) -> None:
+    """Raise a ValueError if a model.safetensors has another sha256 than its model.json records."""
+    expected = recorded_hash(file.parent) if file.name == WEIGHTS_NAME else None
+    if expected is not None and (actual := sha256_of(file)) != expected:
         raise ValueError(
             f"{file} is not what was written, by the sha256 in {METADATA_NAME} ({expected[:12]}; "
             f"the file has {actual[:12]}). It is damaged, or from another run. Copy both files "
             "again, or remove the run's results.json and run it with --resume to write them."
         )
-    return None
 
 
 def recorded_hash(folder: Path) -> str | None:

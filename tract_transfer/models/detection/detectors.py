@@ -214,14 +214,12 @@ def torchvision_c4(
             f"{type(backbone.model).__name__} has {list(stages)}. Use torchvision_fpn."
         )
     info, feature_dim = backbone.map_info["layer3"], backbone.map_info["layer4"].channels
-    synced = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
-    norm = nn.SyncBatchNorm if synced else nn.BatchNorm2d
-    layers: dict[str, nn.Module] = {
-        "stage": Borrowed(stages["layer4"]),
-        "norm": norm(feature_dim) if extra_norm else nn.Identity(),
-        "mean": nn.AdaptiveAvgPool2d(1),
-        "flatten": nn.Flatten(),
-    }
+    norm: nn.Module = nn.Identity()
+    if extra_norm:
+        synced = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
+        norm = (nn.SyncBatchNorm if synced else nn.BatchNorm2d)(feature_dim)
+    pool = nn.AdaptiveAvgPool2d(1)
+    layers = {"stage": Borrowed(stages["layer4"]), "norm": norm, "mean": pool, "end": nn.Flatten()}
     box_head = nn.Sequential(OrderedDict(layers))
     proposals = RegionProposals(info.channels, [info.stride], rpn_options)
     heads = BoxHeads([info.stride], box_head, feature_dim, num_classes, box_options)
