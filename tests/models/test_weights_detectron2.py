@@ -82,8 +82,8 @@ def test_bgr_weights_become_rgb_weights(resnet18, saved, tmp_path):
 def test_resnet_of_a_detector_is_found(resnet18, saved):
     path, _ = saved
     model = torch.load(path)["model"]
-    places = {n: f"{'roi_heads' if n.startswith('res5') else 'backbone'}.{n}" for n in model}
-    model = {places[name]: tensor for name, tensor in model.items()}
+    parts = {n: f"{'roi_heads' if n.startswith('res5') else 'backbone'}.{n}" for n in model}
+    model = {parts[name]: tensor for name, tensor in model.items()}
     model["roi_heads.box_predictor.cls_score.weight"] = torch.zeros(4, 8)
     torch.save({"model": model, "iteration": 7}, path)
     backbone, metadata, skipped = load_detectron2(path)
@@ -107,18 +107,14 @@ def test_backbones_that_detectron2_cannot_build_are_refused(tmp_path, name, opti
         save_detectron2(tmp_path / "w.pth", trained(name, **options), {})
 
 
-# What is changed in the config -> the message.
-CONFIGS = {
-    ("PIXEL_STD", "PIXEL"): r"must have INPUT\.FORMAT",
-    ("RGB", "L"): "RGB or BGR, got L",
-}
-
-
-@pytest.mark.parametrize("change", CONFIGS)
-def test_config_without_normalization_is_refused(saved, change):
+@pytest.mark.parametrize(
+    "old, new, match",
+    [("PIXEL_STD", "PIXEL", r"must have INPUT\.FORMAT"), ("RGB", "L", "RGB or BGR, got L")],
+)
+def test_config_without_normalization_is_refused(saved, old, new, match):
     path, config_file = saved
-    config_file.write_text(config_file.read_text().replace(*change))
-    with pytest.raises(ValueError, match=CONFIGS[change]):
+    config_file.write_text(config_file.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=match):
         load_detectron2(path)
 
 
@@ -141,23 +137,21 @@ def test_strides_in_the_1x1_convolutions_are_refused(tmp_path, refused):
         load_detectron2(path)
 
 
-def test_files_without_a_resnet_are_refused(saved):
+def test_files_without_a_complete_resnet_and_other_suffixes_are_refused(resnet18, saved):
     path, _ = saved
+    edit(path, lambda model: model.pop("res4.0.shortcut.norm.bias"))
+    with pytest.raises(ValueError, match=r'Missing .*"layer3.0.downsample.1.bias"'):
+        load_detectron2(path)
     torch.save({"model": {"conv1_w": torch.zeros(1)}}, path)
     with pytest.raises(ValueError, match="no ResNet in detectron2's names"):
         load_detectron2(path)
-
-
-def test_incomplete_weights_and_other_suffixes_are_refused(resnet18, saved, tmp_path):
-    edit(saved[0], lambda model: model.pop("res4.0.shortcut.norm.bias"))
-    with pytest.raises(ValueError, match=r'Missing .*"layer3.0.downsample.1.bias"'):
-        load_detectron2(saved[0])
     with pytest.raises(ValueError, match=r"reads \.pkl and \.pth files"):
-        save_detectron2(tmp_path / "r18.safetensors", resnet18, {})
+        save_detectron2(path.with_suffix(".safetensors"), resnet18, {})
 
 
-@pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet50"])
-@pytest.mark.parametrize("suffix", [".pkl", ".pth"])
+@pytest.mark.parametrize(
+    "name, suffix", [("timm/resnet18", ".pkl"), ("torchvision/resnet50", ".pth")]
+)
 def test_resnet_of_detectron2_computes_the_same(name, suffix, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

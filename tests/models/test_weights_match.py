@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from tract_transfer.models import build_backbone
 from tract_transfer.models.weights import WeightsError, load_weights
-from tract_transfer.models.weights_match import HEAD, find_prefix
+from tract_transfer.models.weights_match import HEAD, TRAINING_ONLY, find_prefix
 
 
 def prefixed(prefix, state):
@@ -32,7 +32,10 @@ LAYOUTS = {
         "dino_loss": {"center": torch.zeros(1, 3)},
     },
     "DINOv2": lambda s, o: {
-        "teacher": {**prefixed("backbone.", s), "dino_head.last.weight": o["fc.bias"]}
+        "teacher": {
+            **prefixed("backbone.", s), "dino_head.last.weight": o["fc.bias"],
+            "backbone.mask_token": torch.zeros(3),
+        }
     },
     "MoCo": lambda s, o: {
         "state_dict": {
@@ -89,6 +92,7 @@ def test_every_layout_is_read_completely(layout, state, tmp_path):
     assert report.num_loaded == report.num_parameters
     assert report.num_parameters == sum(p.numel() for p in backbone.parameters())
     assert sum("fc." in name for name in report.dropped[HEAD]) == 2
+    assert (TRAINING_ONLY in report.dropped) == (layout == "DINOv2")
     assert backbone.loaded is report
     assert any("(100.00%)" in line for line in report.lines())
 

@@ -167,7 +167,7 @@ def _config(
     """Return detectron2's base config of the neck with the user's options."""
     cfg = get_cfg()
     cfg.merge_from_file(model_zoo.get_config_file(f"Base-RCNN-{neck.upper()}.yaml"))
-    cfg.MODEL.DEVICE = "cpu"  # where the stages are built; the whole detector is moved later
+    cfg.MODEL.DEVICE = "cpu"  # where the stages are built; the detector is moved later
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
     cfg.MODEL.RPN.IN_FEATURES, cfg.MODEL.ROI_HEADS.IN_FEATURES = rpn_names, box_names
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [

@@ -59,7 +59,7 @@ def cifar_vit(
 class Net(NamedTuple):
     """A network of table 1: its row, and `timm/<model>`, `torchvision/<model>` or `own` (below).
 
-    `args` are the constructor's; modules `at_stride_1` lose their stride, others are left out.
+    `args` are the constructor's. Modules `at_stride_1` lose their stride; those in `without` go.
     """
 
     row: str

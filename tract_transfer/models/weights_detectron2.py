@@ -20,7 +20,6 @@ from tract_transfer.models.backbones import build_backbone
 from tract_transfer.models.weights_file import read_content
 from tract_transfer.models.weights_match import RESNET_DEPTHS, blocks_per_stage
 
-AUTHOR = "tract_transfer"
 # Where a ResNet is in the file of an FPN detector, of a C4 detector, or of a ResNet alone.
 _PREFIX = re.compile(r"(?:model\.)?(?:backbone\.bottom_up\.|backbone\.|roi_heads\.(?=res5))?")
 # The names of timm and torchvision -> detectron2's, rule by rule.
@@ -57,7 +56,7 @@ def save_detectron2(path: Path, backbone: Backbone, metadata: Mapping[str, Any])
         raise ValueError(f"detectron2 reads .pkl and .pth files, got {path}.")
     tensors, resnets = _convert(backbone)
     # matching_heuristics lets detectron2 match names below `backbone.bottom_up.` too.
-    content = {"__author__": AUTHOR, "matching_heuristics": True, "card": dict(metadata)}
+    content = {"__author__": "tract_transfer", "matching_heuristics": True, "card": dict(metadata)}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pth":
         torch.save({"model": tensors, **content}, path)
@@ -165,7 +164,7 @@ def _load(backbone: Backbone, resnet: Mapping[str, Tensor], path: Path) -> None:
         backbone.model.load_state_dict({**counts, **tensors})
     except RuntimeError as error:
         raise ValueError(
-            f"{path} does not fit {backbone.origin['name']}: convert the whole ResNet. {error}"
+            f"{path} does not fit {backbone.origin['name']}: convert the complete ResNet. {error}"
         ) from error
 
 
