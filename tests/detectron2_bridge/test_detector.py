@@ -164,7 +164,11 @@ UNREAD = "do not read this key"
         ("c4", {"options": {"MODEL.FPN.OUT_CHANNELS": 16}}, f"stages of neck c4 {UNREAD}"),
         ("c4", {"options": {"MODEL.ROI_BOX_HEAD.NUM_FC": 1}}, f"stages of neck c4 {UNREAD}"),
         ("fpn", {"options": {"MODEL.RPN.BATCH_SIZE_PER_IMAGE": "many"}}, "PER_IMAGE: "),
-        ("c4", {"backbone": "timm/convnext_atto"}, "c4 needs a ResNet with stages"),
+        (
+            "c4",
+            {"backbone": "timm/convnext_atto"},
+            "C4 detector needs a ResNet, whose stage layer4",
+        ),
         ("fpn", {"backbone": "timm/test_vit"}, r"at least 2 strides, .* has \[16\]"),
         ("fpn", {"backbone": "cifar/vit"}, "images of any size"),
         ("fpn", {"num_levels": 6}, r"num_levels: 6; .*\[2, 4, 8, 16, 32\]"),

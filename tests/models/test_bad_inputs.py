@@ -102,9 +102,9 @@ BAD = {
     },
     "torchvision_fpn with one level": (
         lambda: detector(num_levels=1),
-        r"= 1 strides.*\[2, 4, 8",
+        r"num_levels: 1; .*\[2, 4, 8",
     ),
-    "torchvision_fpn with six levels": (lambda: detector(num_levels=6), "num_levels = 6"),
+    "torchvision_fpn with six levels": (lambda: detector(num_levels=6), "num_levels: 6; "),
     "a pool size that fc6 cannot read": (
         lambda: detector("torchvision_c5", box={"pool_size": 14}),
         r"^box\.pool_size: 14 gives fc6 512 x 14\^2 inputs",

@@ -22,8 +22,8 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from tract_transfer.models.backbone import Backbone, MapInfo
-from tract_transfer.models.detection.detectors import check_any_size
-from tract_transfer.models.detection.roi_heads import Borrowed
+from tract_transfer.models.detection.detectors import check_any_size, check_num_levels
+from tract_transfer.models.detection.roi_heads import last_stage
 from tract_transfer.models.detection.rpn import Objects
 from tract_transfer.registry import did_you_mean
 
@@ -111,11 +111,7 @@ def fpn_stages(
     """Return the stages of Base-RCNN-FPN."""
     named = named_by_stride(backbone)
     num_levels = num_levels or min(4, len(named))
-    if not 2 <= num_levels <= len(named):
-        raise ValueError(
-            f"num_levels: {num_levels}; neck fpn needs at least 2 strides, and this backbone has "
-            f"{[info.stride for _, info in named.values()]}."
-        )
+    check_num_levels(backbone, num_levels)
     used = dict(list(named.items())[-num_levels:])
     levels = [_level(name) for name in used]
     box_names = [f"p{level}" for level in levels]
@@ -130,31 +126,22 @@ def fpn_stages(
 
 def c4_stages(backbone: Backbone, num_classes: int, options: Mapping[str, Any]) -> Stages:
     """Return the stages of Base-RCNN-C4, whose res5 is the backbone's layer4."""
-    stages = dict(backbone.model.named_children())
-    shapes = {
-        name: ShapeSpec(**info._asdict())
-        for name, (our_name, info) in named_by_stride(backbone).items()
-        if our_name == "layer3"
-    }
-    if not shapes or "layer4" not in stages:
-        raise ValueError(
-            "neck: c4 needs a ResNet with stages layer1 to layer4 of different strides, and this "
-            f"{type(backbone.model).__name__} has {list(stages)}. Use fpn."
-        )
-    names, stride = list(shapes), backbone.map_info["layer3"].stride
+    stage, info = last_stage(backbone), backbone.map_info["layer3"]
+    shapes = {f"res{int(math.log2(info.stride))}": ShapeSpec(**info._asdict())}
+    names = list(shapes)
     cfg = _config("c4", num_classes, names, names, options)
     section = cfg.MODEL.ROI_BOX_HEAD
     pooled = ShapeSpec(channels=backbone.map_info["layer4"].channels, height=1, width=1)
     resolution, ratio = section.POOLER_RESOLUTION, section.POOLER_SAMPLING_RATIO
     heads = Res5ROIHeads(
         in_features=names,
-        pooler=ROIPooler(resolution, (1 / stride,), ratio, section.POOLER_TYPE),
-        res5=Borrowed(stages["layer4"]),
+        pooler=ROIPooler(resolution, (1 / info.stride,), ratio, section.POOLER_TYPE),
+        res5=stage,
         box_predictor=FastRCNNOutputLayers(cfg, pooled),
         **ROIHeads.from_config(cfg),
     )
     rpn = Detectron2Proposals(build_proposal_generator(cfg, shapes), names)
-    return nn.Identity(), rpn, Detectron2Heads(heads, names), ["layer3"], stride
+    return nn.Identity(), rpn, Detectron2Heads(heads, names), ["layer3"], info.stride
 
 
 def _config(

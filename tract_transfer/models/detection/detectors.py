@@ -23,6 +23,7 @@ from tract_transfer.models.detection.roi_heads import (
     BoxHeads,
     BoxOptions,
     fully_connected,
+    last_stage,
 )
 from tract_transfer.models.detection.rpn import RegionProposals, RpnOptions
 from tract_transfer.models.detection.two_stage import Difficult, TwoStageDetector
@@ -66,13 +67,8 @@ def torchvision_fpn(
     rpn_options = with_options(RpnOptions(), rpn, "rpn")
     box_options = with_options(BoxOptions(), box, "box")
     check_any_size(backbone, "torchvision_fpn")
-    maps = backbone.pyramid()
-    if not 2 <= num_levels <= len(maps):
-        raise ValueError(
-            f"torchvision_fpn needs feature maps of num_levels = {num_levels} strides (at least "
-            f"2), and this backbone has {[info.stride for info in maps.values()]}."
-        )
-    maps = dict(list(maps.items())[-num_levels:])
+    check_num_levels(backbone, num_levels)
+    maps = dict(list(backbone.pyramid().items())[-num_levels:])
     strides = [info.stride for info in maps.values()]
     channels = [info.channels for info in maps.values()]
     neck = FeaturePyramidNetwork(channels, fpn_channels, LastLevelMaxPool())
@@ -147,6 +143,16 @@ def check_any_size(backbone: Backbone, detector: str) -> None:
         )
 
 
+def check_num_levels(backbone: Backbone, num_levels: int) -> None:
+    """Raise a ValueError for a backbone without feature maps of `num_levels` strides."""
+    strides = [info.stride for info in backbone.pyramid().values()]
+    if not 2 <= num_levels <= len(strides):
+        raise ValueError(
+            f"num_levels: {num_levels}; a feature pyramid needs at least 2 strides, and this "
+            f"backbone has {strides}."
+        )
+
+
 class SimplePyramid(nn.Module):
     """ViTDet's feature pyramid: one feature map -> maps of 1/4, 1/2, 1, 2 and 4 times its stride.
 
@@ -207,19 +213,14 @@ def torchvision_c4(
     """
     rpn_options = with_options(ONE_MAP_RPN, rpn, "rpn")
     box_options = with_options(BoxOptions(pool_size=14), box, "box")
-    stages = dict(backbone.model.named_children())
-    if not {"layer3", "layer4"} <= stages.keys():
-        raise ValueError(
-            "torchvision_c4 needs a ResNet, whose stage layer4 becomes the box head, and this "
-            f"{type(backbone.model).__name__} has {list(stages)}. Use torchvision_fpn."
-        )
+    stage = last_stage(backbone)
     info, feature_dim = backbone.map_info["layer3"], backbone.map_info["layer4"].channels
     norm: nn.Module = nn.Identity()
     if extra_norm:
         synced = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
         norm = (nn.SyncBatchNorm if synced else nn.BatchNorm2d)(feature_dim)
     pool = nn.AdaptiveAvgPool2d(1)
-    layers = {"stage": Borrowed(stages["layer4"]), "norm": norm, "mean": pool, "end": nn.Flatten()}
+    layers = {"stage": stage, "norm": norm, "mean": pool, "end": nn.Flatten()}
     box_head = nn.Sequential(OrderedDict(layers))
     proposals = RegionProposals(info.channels, [info.stride], rpn_options)
     heads = BoxHeads([info.stride], box_head, feature_dim, num_classes, box_options)

@@ -249,6 +249,17 @@ class Borrowed(nn.Module):
         return output
 
 
+def last_stage(backbone: Backbone) -> Borrowed:
+    """Return stage layer4 of a ResNet, to follow layer3; raise a ValueError for other backbones."""
+    stages = dict(backbone.model.named_children())
+    if not {"layer3", "layer4"} <= stages.keys():
+        raise ValueError(
+            "A C4 detector needs a ResNet, whose stage layer4 becomes the box head, and this "
+            f"{type(backbone.model).__name__} has {list(stages)}. Use a feature pyramid."
+        )
+    return Borrowed(stages["layer4"])
+
+
 def fully_connected(backbone: Backbone) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:
     """Return fc6 and fc7 of a torchvision or timm VGG; raise a ValueError for other backbones."""
     for fc6, fc7 in (("classifier.0", "classifier.3"), ("pre_logits.fc1", "pre_logits.fc2")):
