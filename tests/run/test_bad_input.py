@@ -141,7 +141,7 @@ TABLE = {
     "detector argument of a wrong type": (D, "model.detector.args.num_levels=two",
         ["model.detector.args.num_levels: ", "valid integer, got 'two'"]),
     "detector argument that does not fit": (D, "model.detector.args.num_levels=9",
-        ["model.detector: torchvision_fpn needs feature maps of num_levels = 9"]),
+        ["model.detector.args.num_levels: 9; a feature pyramid needs at least 2 strides"]),
     "backbone of one size in a detector": (D, "model.backbone={name: cifar/vit}",
         ["model.detector: torchvision_fpn needs a backbone for images of any size"]),
     "unknown argument of a part of a detector": (D, "model.detector.args.rpn.nms_io=0.5",
