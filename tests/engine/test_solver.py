@@ -382,7 +382,8 @@ def test_a_config_sets_the_optimizer_of_the_first_layer(tmp_path, load_tiny, mon
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     assert rates[0] == pytest.approx(80 * rates[-1])
     wrong = load_tiny(tmp_path, words[0], "solver.first_layer={optimizer: sdg, lr: 0.08}")
-    with pytest.raises(ConfigError, match=r"solver.first_layer.*Did you mean 'sgd'"):
+    message = r"^solver.first_layer.optimizer: no 'sdg'. Did you mean 'sgd'"
+    with pytest.raises(ConfigError, match=message):
         build_from(wrong)
     plain = build.build_model
 

@@ -85,12 +85,11 @@ class StepGuard:
             f"The {steps[0]['broken']} is not finite ({values}) in iteration {iteration}. "
             f"{describe_images(steps)}"
         )
-        if self.non_finite == "skip" and len(self.skipped_steps) == self.max_skipped:
-            message += (
-                f" {self.max_skipped} steps have been skipped already, which is engine.max_skipped."
-            )
-        if self.non_finite == "stop" or len(self.skipped_steps) == self.max_skipped:
+        if self.non_finite == "stop":
             raise NonFiniteError(f"{message} {_ADVICE}", steps)
+        if len(self.skipped_steps) == self.max_skipped:
+            limit = f"{self.max_skipped} steps have been skipped already (engine.max_skipped)."
+            raise NonFiniteError(f"{message} {limit} {_ADVICE}", steps)
         for buffer, before in self._buffers:
             buffer.copy_(before)
         self.skipped_steps.append({"iteration": iteration, "processes": steps})
@@ -129,11 +128,7 @@ class StepGuard:
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the 2-norm of the whole gradient, a scalar; 0 without a gradient."""
-    from torch.distributed.tensor import DTensor
-
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm: Tensor = nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def describe_images(steps: Sequence[Mapping[str, Any]]) -> str:
