@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import Accelerator
-from run_folders import scalars_of
+from run_folders import assert_bits, scalars_of
 
 from tract_transfer.build.data import build_data
 from tract_transfer.build.trainer import build_trainer
@@ -79,8 +79,7 @@ def test_hooks_do_not_change_a_bit_of_the_training(same_trainer, trainer, metric
 
     use_hooks(evaluate)
     trainer.train()
-    for name, tensor in same_trainer.model.state_dict().items():
-        assert torch.equal(tensor, trainer.model.state_dict()[name]), name
+    assert_bits(same_trainer.model.state_dict(), trainer.model.state_dict())
     assert keys_of(metrics.path) == [(i, split) for i in range(1, 7) for split in ("train", "val")]
 
 

@@ -1,7 +1,14 @@
 """A run folder: what may be resumed in it, what is refused before data are read, its files."""
 
+import errno
+import fcntl
 import json
+import logging
+import os
 import shutil
+import signal
+import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -11,13 +18,12 @@ from run_folders import (
     Killed,
     assert_same_run,
     entries,
-    held,
     results_of,
     whole_and_killed,
 )
 from safetensors.torch import load_file, save_file
 
-from tract_transfer.config.schema import ConfigError, dump_config
+from tract_transfer.config.schema import ConfigError
 from tract_transfer.engine.run_folder import (
     FolderInUseError,
     changed_keys,
@@ -108,29 +114,17 @@ def test_a_folder_is_refused_before_data_are_read_and_not_changed(
     assert contents(folder) == before
 
 
-def test_other_weights_are_refused_before_data_are_read(tmp_path, load_tiny, finished, no_data):
-    words = [f"model.weights={finished[1]}", "model.backbone={name: null}", "solver.max_iters=1"]
-    (tmp_path / "next/run/checkpoints/iter_0000001").mkdir(parents=True)
-    config = load_tiny(tmp_path / "next", *words)
-    (tmp_path / "next/run/config.yaml").write_text(dump_config(config))
-    (tmp_path / "next/run/environment.json").write_text('{"weights": "0123456789abcdef"}')
-    with pytest.raises(ValueError, match=r"model\.weights changed .* 0123456789ab then"):
+def test_a_folder_in_use_is_refused_before_data_are_read_and_not_changed(finished, no_data):
+    config, folder = finished
+    before = contents(folder)
+    with lock_folder(folder), pytest.raises(FolderInUseError, match=f"process {os.getpid()} on"):
         run(config, resume=True)
-
-
-def test_a_folder_in_use_is_refused_before_data_are_read(tmp_path, load_tiny, no_data):
-    (tmp_path / "run").mkdir()
-    with held(tmp_path / "run") as pid, pytest.raises(FolderInUseError, match=f"process {pid} "):
-        run(load_tiny(tmp_path))
-    assert entries(tmp_path / "run") == [".lock"]
-    (tmp_path / "run/.lock").write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
-    with pytest.raises(FolderInUseError, match="cannot tell whether that process still runs"):
-        run(load_tiny(tmp_path))
+    assert contents(folder) == before
 
 
 def test_no_folder_is_made_below_a_file(tmp_path, load_tiny, no_data, refused):
     (tmp_path / "file").write_text("mine")
-    with refused("an output_dir below a file", NotADirectoryError, match="file is a file"):
+    with refused("an output_dir below a file", NotADirectoryError, match="output_dir: .*file/run"):
         run(load_tiny(tmp_path, f"output_dir={tmp_path}/file/run"))
 
 
@@ -166,15 +160,6 @@ def test_a_preview_warns_that_the_run_would_be_refused(finished, caplog):
     assert "refused" not in caplog.text
 
 
-def test_a_second_run_is_refused_and_changes_nothing(finished):
-    config, folder = finished
-    before = contents(folder)
-    with held(folder) as pid, pytest.raises(FolderInUseError, match=f"in use by process {pid}"):
-        run(config, resume=True)
-    assert contents(folder) == before
-    run(config, resume=True)
-
-
 def test_keys_of_place_and_speed_and_missing_defaults_may_differ_on_resume(finished, load_tiny):
     _, folder = finished
     change(folder / "config.yaml", lambda tree: tree["solver"].pop("ema_warmup"))
@@ -199,7 +184,9 @@ def test_other_data_under_the_same_config_are_refused(finished, refused):
     assert json.loads((folder / "environment.json").read_text())["data"]["test"][:3] == "012"
 
 
-def test_other_weights_under_the_same_config_are_refused(tmp_path, load_tiny, finished, refused):
+def test_other_weights_under_the_same_config_are_refused_before_data_are_read(
+    tmp_path, load_tiny, finished, refused, monkeypatch
+):
     _, folder = finished
     (tmp_path / "next").mkdir()
     words = [f"model.weights={folder}", "model.backbone={name: null}", "solver.max_iters=1"]
@@ -209,6 +196,7 @@ def test_other_weights_under_the_same_config_are_refused(tmp_path, load_tiny, fi
     save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model.safetensors")
     now = sha256_of(folder / "model.safetensors")
     change(folder / "model.json", lambda metadata: metadata.update(sha256=now))
+    monkeypatch.setattr("tract_transfer.run.run.build_data", None)
     with refused(
         "--resume with other weights under the same config",
         ValueError,
@@ -270,19 +258,9 @@ def test_a_truncated_log_line_is_completed_and_temporary_files_are_removed(finis
     assert entries(folder / "checkpoints") == ["iter_0000002"]
 
 
-def test_a_lost_best_checkpoint_is_not_replaced_by_the_last(tmp_path, load_tiny, kill_at):
-    words = (*CARVED, "evaluation.every_iters=2", "engine.checkpoint.keep=9")
-    config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
-    (tmp_path / "run/checkpoints/best.json").write_text("{")
-    run(config, resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-    best = json.loads((tmp_path / "run/checkpoints/best.json").read_text())["iteration"]
-    (tmp_path / f"run/checkpoints/iter_{best:07d}/model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="best"):
-        run(config, resume=True)
-
-
-def test_a_damaged_best_checkpoint_is_written_again(tmp_path, load_tiny, kill_at):
+def test_a_damaged_best_checkpoint_is_written_again_and_not_replaced_by_the_last(
+    tmp_path, load_tiny, kill_at
+):
     """The newest checkpoint often is the best: training resumes from the one before it."""
     words = (*CARVED, "evaluation.every_iters=2", "engine.checkpoint={every_iters: 2, keep: 9}")
     config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
@@ -292,6 +270,11 @@ def test_a_damaged_best_checkpoint_is_written_again(tmp_path, load_tiny, kill_at
     run(config, resume=True)
     assert (checkpoints / "broken-iter_0000004").is_dir()
     assert_same_run(tmp_path / "whole", tmp_path / "run")
+    best = json.loads((checkpoints / "best.json").read_text())["iteration"]
+    (checkpoints / "best.json").write_text("{")
+    (checkpoints / f"iter_{best:07d}/model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="best"):
+        run(config, resume=True)
 
 
 def test_resume_hint_depends_on_the_content_of_the_folder(tmp_path, finished):
@@ -346,3 +329,95 @@ def test_labels_decide_nothing():
 
 def test_flat_keys_are_dotted_and_empty_sections_stay():
     assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": []}) == {"a.b.c": 1, "a.d": {}, "e": []}
+
+
+# ------------------------------------------------------------------------------------ the lock
+
+
+def owner_of(folder):
+    return json.loads((folder / ".lock").read_text() or "{}")
+
+
+def write_owner(folder, **changed):
+    with lock_folder(folder):
+        owner = owner_of(folder)
+    (folder / ".lock").write_text(json.dumps({**owner, **changed}))
+
+
+def test_a_second_run_is_refused_until_the_first_ends_though_its_workers_live(
+    tmp_path, caplog, refused
+):
+    ready, write_ready = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            with lock_folder(tmp_path):
+                if os.fork() == 0:  # as a data worker
+                    time.sleep(3)
+                    os._exit(0)
+                os.write(write_ready, b".")
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    os.read(ready, 1)
+    refusal = refused("a second run in the same folder", FolderInUseError)
+    with refusal as caught, lock_folder(tmp_path):
+        pass
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    message = str(caught.value)
+    assert f"{tmp_path} is in use by process {process} on {socket.gethostname()}" in message
+    assert f"since {time.strftime('%Y-', time.gmtime())}" in message
+    assert owner_of(tmp_path)["pid"] == process
+    with caplog.at_level(logging.INFO, "tract_transfer"), lock_folder(tmp_path):
+        assert owner_of(tmp_path)["pid"] == os.getpid()
+    assert f"was held by process {process}" in caplog.text
+    assert "which has ended" in caplog.text
+
+
+def test_lock_is_released_after_any_exception(tmp_path):
+    for end in (ValueError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(end), lock_folder(tmp_path):
+            raise end
+        assert owner_of(tmp_path) == {}
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_owner_on_another_host_is_refused(tmp_path, refused):
+    write_owner(tmp_path, host="node17", pid=7)
+    refusal = refused("a run folder that another host holds", FolderInUseError)
+    with refusal as caught, lock_folder(tmp_path):
+        pass
+    message = str(caught.value)
+    assert "is held by process 7 on node17" in message
+    assert f"If it does not, remove {tmp_path}/.lock and start again" in message
+    (tmp_path / ".lock").unlink()
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_a_reused_process_id_is_another_process(tmp_path):
+    write_owner(tmp_path, started=12345.0)  # this process id, but of an earlier process
+    with lock_folder(tmp_path):
+        assert owner_of(tmp_path)["started"] > 12345.0
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "", '{"host": 3}'])
+def test_a_truncated_lock_file_names_no_owner(tmp_path, text):
+    (tmp_path / ".lock").write_text(text.replace("3", json.dumps(socket.gethostname())))
+    with lock_folder(tmp_path):
+        assert owner_of(tmp_path)["pid"] == os.getpid()
+
+
+def test_without_kernel_locks_the_lock_file_decides(tmp_path, monkeypatch, caplog):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    refused = pytest.raises(FolderInUseError, match="in use by process")
+    with lock_folder(tmp_path), refused, lock_folder(tmp_path):
+        pass
+    assert "no file locks" in caplog.text
+    with lock_folder(tmp_path):
+        pass

@@ -54,17 +54,13 @@ class Checkpointer:
     keep: int = 1
 
     def save(self, iteration: int, parts: Mapping[str, Tree], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint and return its path; an intact one of this iteration is kept.
+        """Write a checkpoint and return its path.
 
         Args:
             parts: state dicts by the stem of their file name.
             state: plain values for state.json.
         """
         final = self._path(iteration)
-        if final.exists():
-            if self._is_intact(final):
-                return final
-            self._archive(final)
         tensors: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
         layouts = {name: take_tensors(tree, name, tensors[name]) for name, tree in parts.items()}
         needed = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())
@@ -141,8 +137,7 @@ class Checkpointer:
             path = None
         if path is None or _iteration(path) > iteration:
             (self.folder / BEST_NAME).unlink(missing_ok=True)
-            path = None if best is None else self._path(int(best["iteration"]))
-            if best is None or path is None or not path.exists():
+            if best is None or not (path := self._path(int(best["iteration"]))).exists():
                 return
             write_json(self.folder / BEST_NAME, dict(best))
         try:

@@ -371,16 +371,12 @@ def _write(file: TextIO, text: str) -> None:
 
 
 def _make_output_dir(folder: Path) -> None:
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir():
-        raise NotADirectoryError(
-            f"output_dir {folder}: {parent} is a file. Set another output_dir."
-        )
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"output_dir {folder}: {parent} is not writable. Set another output_dir."
-        )
-    make_folder(folder)
+    """Create a folder for a run, with a lock file to see whether it can be written to."""
+    try:
+        make_folder(folder)
+        (folder / LOCK_NAME).touch()
+    except OSError as error:
+        raise type(error)(f"output_dir: {error}. Set another output_dir.") from error
 
 
 def _remove_if_unused(folder: Path) -> None:

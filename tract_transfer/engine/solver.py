@@ -61,10 +61,10 @@ def build_optimizer(
         section: of the config that has these options, for errors.
     """
     arguments = dict(optimizer_args or {})
-    fallback = {key: arguments.pop(key) for key in FALLBACK if key in arguments}
     if momentum is not None:
         arguments["momentum"] = momentum
-    _check_optimizer(optimizer, arguments, fallback, nesterov, section)
+    _check_optimizer(section, optimizer, arguments, nesterov)
+    fallback = {key: arguments.pop(key) for key in FALLBACK if key in arguments}
     if bias_lr_factor == 1 and bias_weight_decay is None:
         groups = _groups(model, weight_decay, decay_all, layer_decay, fallback)
     elif decay_all and layer_decay is None and not fallback:
@@ -91,19 +91,14 @@ def build_optimizer(
     return built
 
 
-def _check_optimizer(
-    name: str,
-    arguments: Mapping[str, Any],
-    fallback: Mapping[str, Any],
-    nesterov: bool,
-    section: str,
-) -> None:
+def _check_optimizer(section: str, name: str, arguments: Mapping[str, Any], nesterov: bool) -> None:
     """Raise ValueError for an unknown optimizer or for options that it does not take."""
     names = list_optimizers()
     if name not in names:
         raise ValueError(f"{section}.optimizer: no {name!r}.{did_you_mean(name, names)}")
     has_momentum = get_optimizer_info(name).has_momentum
     args = f"{section}.optimizer_args"
+    fallback = sorted(arguments.keys() & set(FALLBACK))
     problems = {
         f"{section}.nesterov is for sgd, not for {name}.": nesterov and name != "sgd",
         f"{args}: {sorted(_FACTORY & arguments.keys())} are not arguments of {name}. Set "
@@ -111,7 +106,7 @@ def _check_optimizer(
         f"{section}.momentum: {name} has none. Set {args}.betas instead.": (
             "momentum" in arguments and not has_momentum
         ),
-        f"{args}: {sorted(fallback)} are for muon and its variants, which leave parameters to "
+        f"{args}: {fallback} are for muon and its variants, which leave parameters to "
         f"AdamW; {name} steps all of them. Remove them.": fallback and "muon" not in name,
         # It starts from arbitrary momentum if a gradient scaler skips the first step, and fails if
         # a parameter gets its first gradient later than the others.
