@@ -137,7 +137,8 @@ class Checkpointer:
             path = None
         if path is None or _iteration(path) > iteration:
             (self.folder / BEST_NAME).unlink(missing_ok=True)
-            if best is None or not (path := self._path(int(best["iteration"]))).exists():
+            path = None if best is None else self._path(int(best["iteration"]))
+            if best is None or path is None or not path.exists():
                 return
             write_json(self.folder / BEST_NAME, dict(best))
         try:

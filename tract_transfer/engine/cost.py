@@ -35,11 +35,10 @@ class CostMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._can_reset = True
-        try:
+        self._can_reset = False
+        with contextlib.suppress(OSError):
             (_SELF / "clear_refs").write_text("5")  # resets the peak of resident memory (Linux)
-        except OSError:
-            self._can_reset = False
+            self._can_reset = True
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._joules = _joules(device)
