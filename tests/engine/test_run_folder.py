@@ -5,6 +5,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -360,19 +361,16 @@ def test_a_second_run_is_refused_until_the_first_ends_though_its_workers_live(
         finally:
             os._exit(1)
     os.read(ready, 1)
-    refusal = refused("a second run in the same folder", FolderInUseError)
-    with refusal as caught, lock_folder(tmp_path):
+    owner = f"in use by process {process} on {socket.gethostname()} since {time.gmtime().tm_year}-"
+    refusal = refused("a second run in the same folder", FolderInUseError, match=owner)
+    with refusal, lock_folder(tmp_path):
         pass
     os.kill(process, signal.SIGKILL)
     os.waitpid(process, 0)
-    message = str(caught.value)
-    assert f"{tmp_path} is in use by process {process} on {socket.gethostname()}" in message
-    assert f"since {time.strftime('%Y-', time.gmtime())}" in message
     assert owner_of(tmp_path)["pid"] == process
     with caplog.at_level(logging.INFO, "tract_transfer"), lock_folder(tmp_path):
         assert owner_of(tmp_path)["pid"] == os.getpid()
-    assert f"was held by process {process}" in caplog.text
-    assert "which has ended" in caplog.text
+    assert re.search(f"was held by process {process} .*, which has ended", caplog.text)
 
 
 def test_lock_is_released_after_any_exception(tmp_path):
@@ -386,12 +384,10 @@ def test_lock_is_released_after_any_exception(tmp_path):
 
 def test_owner_on_another_host_is_refused(tmp_path, refused):
     write_owner(tmp_path, host="node17", pid=7)
-    refusal = refused("a run folder that another host holds", FolderInUseError)
-    with refusal as caught, lock_folder(tmp_path):
+    match = rf"held by process 7 on node17 .* remove {tmp_path}/\.lock and start again"
+    refusal = refused("a run folder that another host holds", FolderInUseError, match=match)
+    with refusal, lock_folder(tmp_path):
         pass
-    message = str(caught.value)
-    assert "is held by process 7 on node17" in message
-    assert f"If it does not, remove {tmp_path}/.lock and start again" in message
     (tmp_path / ".lock").unlink()
     with lock_folder(tmp_path):
         pass

@@ -327,23 +327,23 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 raise
             logger.warning("%s has no file locks: a second run could go unnoticed.", folder)
         file.seek(0)  # opened again and closed, the file would lose its lock
-        owner, here = _mapping(file.read), socket.gethostname()
+        owner, host = _mapping(file.read), socket.gethostname()
         name = "process {} on {} since {}".format(*map(owner.get, ("pid", "host", "since")))
-        if is_held or (owner and owner.get("host") == here and _is_alive(owner)):
+        if is_held or (owner and owner.get("host") == host and _is_alive(owner)):
             raise FolderInUseError(
                 f"{folder} is in use by {name if owner else 'another process'}. Wait for it or end "
                 "it, or set another output_dir."
             )
-        if owner and owner.get("host") != here:
+        if owner and owner.get("host") != host:
             raise FolderInUseError(
-                f"{folder} is held by {name}, and {here} cannot tell whether that process still "
+                f"{folder} is held by {name}, and {host} cannot tell whether that process still "
                 f"runs. If it does not, remove {folder / LOCK_NAME} and start again."
             )
         if owner:
             logger.info("%s was held by %s, which has ended.", folder, name)
         started = psutil.Process().create_time()
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        identity = {"pid": os.getpid(), "host": here, "since": since, "started": started}
+        identity = {"pid": os.getpid(), "host": host, "since": since, "started": started}
         _write(file, json.dumps(identity))
         try:
             yield

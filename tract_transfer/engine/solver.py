@@ -1,6 +1,5 @@
 """The optimizer, and its learning rate as a function of progress."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -79,9 +78,7 @@ def build_optimizer(
         arguments["fused"] = True
     name = "momentum" if optimizer == "sgd" and not nesterov else optimizer  # timm's plain SGD
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            built: Optimizer = create_optimizer_v2(groups, name, lr, weight_decay, **arguments)
+        built: Optimizer = create_optimizer_v2(groups, name, lr, weight_decay, **arguments)
     except (TypeError, AssertionError) as error:  # timm asserts that APEX's have a GPU
         raise ValueError(
             f"{section}.optimizer {optimizer} with optimizer_args {optimizer_args}: {error}"
