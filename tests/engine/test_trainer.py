@@ -19,7 +19,6 @@ from tract_transfer.build.trainer import build_trainer
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.hooks import evaluate, evaluating
-from tract_transfer.engine.trainer import Hook
 
 
 class Net(nn.Module):
@@ -138,49 +137,23 @@ def test_narrow_precision_trains(precision):
     assert trainer.read_meter()["loss"] < float(first)
 
 
-def test_float16_unscales_before_it_clips():
-    model, seen = Net(), []
+def test_float16_unscales_before_it_clips_and_an_overflow_is_no_error():
+    model, norms = Net(), []
     trainer = make(model, precision=torch.float16, grad_clip=1e-3, max_iters=8)
-    trainer.optimizer.register_step_pre_hook(lambda *_: seen.append(gradient_norm(model)))
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**18)
+    trainer.optimizer.register_step_pre_hook(lambda *_: norms.append(gradient_norm(model)))
     trainer.train()
-    assert len(seen) > 4  # the scaler skips a step or two until its scale fits
-    assert seen == pytest.approx([1e-3] * len(seen), rel=1e-3)
+    assert 3 < len(norms) < 8  # the scaler skips steps until its scale fits
+    assert norms == pytest.approx([1e-3] * len(norms), rel=1e-3)
+    assert trainer.read_meter()["loss_scale"] < 2.0**18
 
 
 def test_random_numbers_depend_only_on_seed_iteration_and_process():
-    class Disturb(Hook):
-        def after_step(self, trainer):
-            torch.rand(trainer.iteration)
-
-    one = Net(dropout=0.5)
-    two = copy.deepcopy(one)
-    make(one).train()
-    make(two, hooks=[Disturb()]).train()
-    assert_bits(one.state_dict(), two.state_dict())
     draws = set()
     for seed, iteration, process in itertools.product(range(3), repeat=3):
         seed_all(seed, iteration, process)
         draws.add(torch.rand(1).item())
     assert len(draws) == 27
-
-
-def test_a_signal_ends_the_training_after_a_step_and_before_its_hooks():
-    """The hook that writes a checkpoint must see it, whenever the signal arrived."""
-    calls = []
-
-    class Ask(Hook):
-        def after_step(self, trainer):
-            calls.append((trainer.iteration, trainer.stop_signal))
-            if trainer.iteration == 3:
-                trainer.stop.number = 15  # as a handler does, in the middle of the hooks
-
-        def after_train(self, trainer):
-            calls.append("end")
-
-    trainer = make(Net(), hooks=[Ask()])
-    trainer.train()
-    assert calls == [(1, None), (2, None), (3, None), (4, 15), "end"]
-    assert trainer.iteration == 4
 
 
 def test_skipped_items_are_listed_once():

@@ -81,9 +81,11 @@ def save_debug_batch(file: Path, trainer: Trainer, about: Mapping[str, Any]) -> 
 
 
 def load_debug_batch(file: Path) -> DebugBatch:
-    """Load a file; FileNotFoundError without one, ValueError if it is another or damaged."""
+    """Load a debug batch; FileNotFoundError if it is missing, ValueError if it is damaged."""
     if not file.is_file():
-        raise FileNotFoundError(f"No debug batch at {file}: a run saves one if it is not finite.")
+        raise FileNotFoundError(
+            f"No debug batch at {file}. A run saves one if a step is not finite."
+        )
     with reports_damage(f"The debug batch {file}"), safe_open(file, "pt") as opened:
         content = json.loads(opened.metadata()["debug_batch"])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118

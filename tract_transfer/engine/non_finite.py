@@ -1,7 +1,7 @@
 """What happens to a step whose losses or gradient are not finite."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -73,7 +73,8 @@ class StepGuard:
         every_loss = [loss.detach() for by_name in losses for loss in by_name.values()]
         finite = torch.stack(every_loss).isfinite().all()
         if not scaler.is_enabled():
-            finite = finite & gradient_norm(model.parameters()).isfinite()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            finite = finite & nn.utils.get_total_norm(gradients).isfinite()
         if accelerator.num_processes > 1:
             finite = finite.int()
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
@@ -124,11 +125,6 @@ class StepGuard:
             for step in steps
             if step["broken"] or not is_loss
         ]
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the 2-norm of the whole gradient, a scalar; 0 without a gradient."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def describe_images(steps: Sequence[Mapping[str, Any]]) -> str:
