@@ -16,7 +16,6 @@ import pytest
 import yaml
 from run_folders import (
     CARVED,
-    Killed,
     assert_same_run,
     entries,
     results_of,
@@ -28,7 +27,6 @@ from tract_transfer.config.schema import ConfigError
 from tract_transfer.engine.run_folder import (
     FolderInUseError,
     changed_keys,
-    continue_environment,
     deciding_keys,
     environment,
     flatten,
@@ -206,41 +204,38 @@ def test_other_weights_under_the_same_config_are_refused_before_data_are_read(
         run(config, resume=True)
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_text("{")])
-def test_unreadable_environment_is_a_warning(finished, caplog, spoil):
+def test_unreadable_environment_is_a_warning(finished, caplog):
     config, folder = finished
-    spoil(folder / "environment.json")
+    (folder / "environment.json").write_text("{")
     run(config, resume=True)
-    assert "environment.json cannot be read" in caplog.text
-    assert "cannot be compared" in caplog.text
+    assert "environment.json cannot be read, so the data cannot be compared" in caplog.text
+    assert "another environment" not in caplog.text
 
 
 def test_another_environment_is_a_warning_and_recorded(finished, caplog):
     config, folder = finished
-    change(folder / "environment.json", lambda tree: tree["versions"].update(torch="1.0"))
+
+    def edit(tree):
+        tree["versions"].update(torch="1.0")
+        tree["hardware"].update(processes="9", system="elsewhere")
+        tree["git"] = {"commit": "abc"}
+
+    change(folder / "environment.json", edit)
     run(config, resume=True)
-    assert "another environment, so not to the same bits: versions.torch: '1.0' " in caplog.text
-    earlier = json.loads((folder / "environment.json").read_text())["earlier"]
-    assert [one["versions"]["torch"] for one in earlier] == ["1.0"]
+    assert "another environment, so not to the same bits: git.commit: 'abc' then" in caplog.text
+    assert "hardware.processes: '9' then, '1' now" in caplog.text
+    assert "versions.torch: '1.0' then" in caplog.text
+    assert "elsewhere" not in caplog.text
+    (earlier,) = json.loads((folder / "environment.json").read_text())["earlier"]
+    assert earlier["versions"]["torch"] == "1.0"
+    caplog.clear()
+    run(config, resume=True)
+    assert "another environment" not in caplog.text
 
 
 def test_no_secret_of_the_command_line_is_stored(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x.py", "hub.token=abc", "--api-key", "abc", "solver.lr=1"])
     assert environment({})["command"] == "x.py hub.token=*** --api-key *** solver.lr=1"
-
-
-def test_versions_hardware_and_commit_are_compared(caplog):
-    now = environment({"train": "a"}, num_processes=2)
-    assert continue_environment(now, now) == now
-    assert caplog.text == ""
-    then = json.loads(json.dumps(now))
-    then["hardware"].update(processes="1", system="elsewhere")
-    then["git"] = {"commit": "abc", "changed": "no"}
-    after = continue_environment(now, then)
-    assert [entry["git"]["commit"] for entry in after["earlier"]] == ["abc"]
-    assert "hardware.processes: '1' then, '2' now." in caplog.text
-    assert "git.commit: 'abc' then" in caplog.text
-    assert "system" not in caplog.text
 
 
 def test_a_truncated_log_line_is_completed_and_temporary_files_are_removed(finished):
@@ -259,9 +254,7 @@ def test_a_truncated_log_line_is_completed_and_temporary_files_are_removed(finis
     assert entries(folder / "checkpoints") == ["iter_0000002"]
 
 
-def test_a_damaged_best_checkpoint_is_written_again_and_not_replaced_by_the_last(
-    tmp_path, load_tiny, kill_at
-):
+def test_a_damaged_best_checkpoint_is_written_again(tmp_path, load_tiny, kill_at):
     """The newest checkpoint often is the best: training resumes from the one before it."""
     words = (*CARVED, "evaluation.every_iters=2", "engine.checkpoint={every_iters: 2, keep: 9}")
     config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
@@ -271,11 +264,6 @@ def test_a_damaged_best_checkpoint_is_written_again_and_not_replaced_by_the_last
     run(config, resume=True)
     assert (checkpoints / "broken-iter_0000004").is_dir()
     assert_same_run(tmp_path / "whole", tmp_path / "run")
-    best = json.loads((checkpoints / "best.json").read_text())["iteration"]
-    (checkpoints / "best.json").write_text("{")
-    (checkpoints / f"iter_{best:07d}/model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="best"):
-        run(config, resume=True)
 
 
 def test_resume_hint_depends_on_the_content_of_the_folder(tmp_path, finished):
@@ -285,17 +273,6 @@ def test_resume_hint_depends_on_the_content_of_the_folder(tmp_path, finished):
         (folder / "results.json").write_bytes(unreadable)
         assert "Resume with --resume" in resume_hint(folder)
     assert "Give the same command again" in resume_hint(tmp_path / "nothing")
-
-
-def test_a_folder_is_released_after_a_failure_and_removed_if_unused(tmp_path, load_tiny, kill_at):
-    kill_at(1)
-    with pytest.raises(Killed):
-        run(load_tiny(tmp_path))
-    with lock_folder(tmp_path / "run"):
-        pass
-    with pytest.raises(ValueError, match="batch_size"):
-        run(load_tiny(tmp_path, "data.batch_size=500", f"output_dir={tmp_path / 'never'}"))
-    assert not (tmp_path / "never").exists()
 
 
 CONFIG = {

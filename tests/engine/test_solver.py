@@ -175,14 +175,15 @@ def test_adam_is_torch_s_fused_one_by_default(name, kind):
     torch.testing.assert_close(ours, plain)
     fused = trained(lambda model: kind(model.parameters(), lr=0.01, weight_decay=0.1, fused=True))
     assert ours.equal(fused)
-    for chosen in ({"fused": False}, {"foreach": True}):
-        assert not build_optimizer(small_model(), **options, optimizer_args=chosen).defaults[
-            "fused"
-        ]
     # The state from a checkpoint is contiguous; these weights are not.
-    model = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
-    assert not build_optimizer(model, **options).defaults["fused"]
-    assert not build_optimizer(small_model(), optimizer="sgd", lr=0.1).defaults["fused"]
+    strided = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
+    for model, changes in (
+        (small_model(), {"optimizer_args": {"fused": False}}),
+        (small_model(), {"optimizer_args": {"foreach": True}}),
+        (small_model(), {"optimizer": "sgd"}),
+        (strided, {}),
+    ):
+        assert not build_optimizer(model, **{**options, **changes}).defaults["fused"]
 
 
 @pytest.mark.parametrize(
