@@ -182,13 +182,14 @@ def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
     rest = build_optimizer(model, **solver.model_dump(include=keys))
     if solver.first_layer is None:
         return rest
-    with errors_at(config, "solver.first_layer"):
-        first = build_optimizer(model, **solver.first_layer.model_dump())
+    key = "solver.first_layer"
+    with errors_at(config, key, prefix=rf"{key}\.\w+"):
+        first = build_optimizer(model, **solver.first_layer.model_dump(), section=key)
         names = config.tract.layers or find_first_layers(model)
     of_first = {parameter for name in names for parameter in model.get_submodule(name).parameters()}
     keep_parameters(first, of_first)
     if not first.param_groups:
         message = f"{names} are frozen, so it has nothing to step. Set it to null."
-        raise config.error("solver.first_layer", message)
+        raise config.error(key, message)
     keep_parameters(rest, [p for p in model.parameters() if p not in of_first])
     return JoinedOptimizer([first, rest])
