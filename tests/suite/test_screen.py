@@ -32,7 +32,9 @@ def test_last_complete_line_tells_the_fraction_done(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 19')  # half-written
     assert fraction_done(job) == 55 / 200
-    assert fraction_done(job_of(tmp_path, solver={"max_epochs": 1.1})) == pytest.approx(0.5)
+    assert fraction_done(
+        job_of(tmp_path, solver={"max_iters": None, "max_epochs": 1.1})
+    ) == pytest.approx(0.5)
     assert fraction_done(job_of(tmp_path, solver=None)) is None  # a probe's
     for text in ("", "no json\n", "[1]\n", '{"iteration": "x"}\n'):
         (tmp_path / "metrics.jsonl").write_text(text)
