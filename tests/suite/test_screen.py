@@ -52,7 +52,7 @@ def test_every_change_is_a_line(tmp_path):
     first = job_of(state="finished")
     job = job_of(tmp_path, state="running", attempts=2, note="resumes from iter_0000050")
     with Screen(3, Console(file=out, width=20)) as lines:
-        lines.skipped(first)
+        lines.ended(first, "finished before")
         lines.started(job)
         lines.show([first, job])
         job.state = "waiting"

@@ -138,8 +138,8 @@ class SuiteConfig(Section):
 
     def resources_of(self, task: str) -> ResourcesConfig:
         """Return the suite's resources, overridden by the task's own."""
-        own = self._section(task).resources.model_dump(exclude_unset=True)
-        return self.resources.model_copy(update=own)
+        resources = self._section(task).resources.model_dump(exclude_unset=True)
+        return self.resources.model_copy(update=resources)
 
     def _section(self, task: str) -> PretrainConfig:
         section = self.pretrain if task == PRETRAIN else self.tasks[task]

@@ -60,7 +60,7 @@ def execute(suite: Suite, launcher: Launcher, screen: Screen, *, set_aside: bool
         with screen, _stops_on_signals(execution):
             for job in suite.jobs:
                 if job.state == "finished":
-                    screen.skipped(job)
+                    screen.ended(job, "finished before")
             execution.run()
     return execution.stop_signals[0] if execution.stop_signals else None
 

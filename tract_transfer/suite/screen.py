@@ -47,11 +47,6 @@ class Screen:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def skipped(self, job: Job) -> None:
-        """Show that a run was finished before."""
-        self._done += 1
-        self._print(job, "finished before")
-
     def started(self, job: Job) -> None:
         """Show that a run has started or resumed."""
         self._tasks[job.run.folder] = self._progress.add_task(job.run.title, total=None)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from tract_transfer.config.suite import PRETRAIN, SuiteConfig
+from tract_transfer.config.suite import SuiteConfig
 from tract_transfer.engine.run_folder import changed_keys
 from tract_transfer.files import (
     CONFIG_NAME,
@@ -131,13 +131,12 @@ class Suite:
 
     def write(self) -> None:
         """Write suite.json; readers see the old file or the new one."""
-        tasks = dict.fromkeys(run.task for run in self.runs)
         content = {
             "format": SUITE_FORMAT,
             "title": self.config.title,
             "baseline": self.config.baseline,
             "methods": list(self.config.methods),
-            "tasks": sorted(tasks, key=lambda task: task != PRETRAIN),
+            "tasks": list(dict.fromkeys(run.task for run in self.runs)),
             "seeds": list(dict.fromkeys(run.seed for run in self.runs)),
             "runs": [self._entry(job) for job in self.jobs],
         }
