@@ -59,13 +59,8 @@ def test_history_of_the_same_run_is_recalled_but_not_its_state(suite):
     assert (other.attempts, other.begun_with) == (0, None)
 
 
-NULLS = {
-    "folder": "vanilla/pretrain/seed0",
-    "id": "vanilla-pretrain",
-    "attempts": None,
-    "spent": "x",
-}
-NULLS = json.dumps({"runs": [NULLS]})
+ENTRY = '"folder": "vanilla/pretrain/seed0", "id": "vanilla-pretrain"'
+NULLS = f'{{"runs": [{{{ENTRY}, "attempts": null, "spent": "x"}}]}}'
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"runs": [{}]}', '{"runs": 3}', NULLS])

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from tract_transfer.config.file import ConfigError, dump_yaml
 from tract_transfer.engine.run_folder import FolderInUseError, lock_folder
@@ -125,7 +125,6 @@ class Execution:
 
     def run(self) -> None:
         """Execute the jobs; return when none is left, or all have stopped."""
-        self._block()
         self._record()
         while self._step():
             self.screen.show(self.suite.jobs)
@@ -140,9 +139,12 @@ class Execution:
             self.launcher.stop(signal.SIGKILL if self._signals_sent else number)
             self._signals_sent += 1
         stopping = self._signals_sent > 0
-        for job in self.suite.jobs:
-            is_next = job.state == "waiting" and job.can_start and not stopping
-            if is_next and self.launcher.has_room(job.run):
+        for job in self.suite.jobs:  # every job comes after the one it needs
+            if job.state != "waiting":
+                continue
+            if job.needed and job.needed.state in ("failed", "blocked"):
+                self._fail(job, f"it needs {job.needed.run.folder}, which failed", "blocked")
+            elif not stopping and job.can_start and self.launcher.has_room(job.run):
                 self._start(job)
         states = {job.state for job in self.suite.jobs}
         return "running" in states or ("waiting" in states and not stopping)
@@ -219,19 +221,10 @@ class Execution:
         self.screen.ended(job, result_line(content.results))
         self._record()
 
-    def _fail(self, job: Job, why: str) -> None:
-        job.state, job.error = "failed", why
-        self.screen.ended(job, f"failed: {why}")
-        self._block()
+    def _fail(self, job: Job, why: str, state: Literal["failed", "blocked"] = "failed") -> None:
+        job.state, job.error = state, why
+        self.screen.ended(job, f"{state}: {why}")
         self._record()
-
-    def _block(self) -> None:
-        """Block the jobs that need a failed one; every job comes after the one it needs."""
-        for job in self.suite.jobs:
-            needed = job.needed
-            if job.state == "waiting" and needed and needed.state in ("failed", "blocked"):
-                job.state, job.error = "blocked", f"it needs {needed.run.folder}, which failed"
-                self.screen.ended(job, f"blocked: {job.error}")
 
     def _record(self) -> None:
         """Write the state of the jobs."""
