@@ -73,12 +73,7 @@ def tool():
 
     def run(name, *words, launcher=(), cwd=ROOT):
         command = [sys.executable, *launcher, str(ROOT / "tools" / name), *map(str, words)]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(ROOT),
-        }
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         return subprocess.run(
             command, capture_output=True, text=True, env=environment, cwd=cwd, check=False
         )

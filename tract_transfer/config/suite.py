@@ -106,8 +106,8 @@ class SuiteConfig(Section):
         for name in (*self.methods, *self.tasks):
             yield (
                 _NAME.fullmatch(name) is not None,
-                f"{name!r} names a folder, so it must consist of letters, digits and _ . + = -, and "
-                "start with a letter or digit",
+                f"{name!r} names a folder, so it must consist of letters, digits and _ . + = -, "
+                "and start with a letter or digit",
             )
 
     def error(self, key: str, message: str) -> ConfigError:
