@@ -78,10 +78,8 @@ def run(suite):
 
     def run(codes=None, *, suite=suite, set_aside=False, **options):
         launcher = codes if isinstance(codes, Launcher) else Fake(codes, **options)
-        out = io.StringIO()
-        launcher.result = execute(
-            suite, launcher, Screen(6, Console(file=out)), set_aside=set_aside
-        )
+        screen = Screen(6, Console(file=(out := io.StringIO())))
+        launcher.result = execute(suite, launcher, screen, set_aside=set_aside)
         launcher.output = out.getvalue()
         return launcher
 
@@ -211,17 +209,15 @@ def test_signal_stops_the_runs_and_leaves_the_rest_waiting(suite, run, number):
 
 
 def test_second_signal_kills_the_runs(run):
-    launcher = Fake(stop=signal.SIGTERM)
-    stop = launcher.stop
+    class Stubborn(Fake):
+        def stop(self, number):
+            if number == signal.SIGKILL:
+                super().stop(number)
+            else:
+                os.kill(os.getpid(), signal.SIGINT)
 
-    def stop_again(number):
-        if number == signal.SIGKILL:
-            stop(number)
-        else:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    launcher.stop = stop_again
-    assert run(launcher).result == signal.SIGTERM
+    launcher = run(Stubborn(stop=signal.SIGTERM))
+    assert launcher.result == signal.SIGTERM
     assert launcher.stops == [signal.SIGKILL]
 
 

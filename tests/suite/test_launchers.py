@@ -155,11 +155,10 @@ def test_failure_is_explained_by_the_last_error(log, code, text, why):
     assert why_it_ended(code, log) == why.format(log=log)
 
 
-def test_only_the_end_of_a_long_log_is_read_and_long_errors_are_cut(log):
+def test_long_errors_are_cut(log):
     log.write_text("OldError: x\n" + "line\n" * 5000 + "ValueError: " + "long " * 500)
-    why = why_it_ended(1, log)
-    assert why.startswith("ValueError: long")
-    assert len(why) < 1400
+    assert why_it_ended(1, log).startswith("ValueError: long")
+    assert len(why_it_ended(1, log)) < 1400
 
 
 # Every launcher
