@@ -173,7 +173,7 @@ def test_the_samples_have_the_images_that_the_configs_name(path, tmp_path, monke
 @pytest.mark.parametrize("path", SUITES, ids=name_of)
 def test_runs_of_a_suite_are_configs(path):
     suite = load_suite(path)
-    runs = inspect_runs(suite, draft_runs(suite), lambda config, needed: None)
+    runs = inspect_runs(draft_runs(suite), lambda config, needed: None)
     stages = ([suite.pretrain] if suite.pretrain else []) + list(suite.tasks.values())
     seeds = [getattr(stage, "seeds", None) or suite.seeds for stage in stages]
     labels = [(run.task, method, run.seed) for run in runs for method in (run.method, *run.also)]
