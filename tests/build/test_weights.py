@@ -9,7 +9,12 @@ import torch
 import yaml
 
 from tract_transfer.build.model import build_model
-from tract_transfer.build.weights import _config_that_writes, _published_name, check_weights_exist
+from tract_transfer.build.weights import (
+    _config_that_writes,
+    _published_name,
+    check_backbone,
+    check_weights_exist,
+)
 from tract_transfer.config.file import ConfigError
 from tract_transfer.config.schema import load_config
 from tract_transfer.models import build_backbone
@@ -115,7 +120,7 @@ def test_missing_weights_name_the_command_that_writes_them(load_tiny, tmp_path):
     )
     if not Path(folder).exists():
         with pytest.raises(ConfigError, match=message):
-            build_model(config, 3)
+            check_backbone(config)
     assert load_config(ROOT / _config_that_writes(Path(folder))[0]).output_dir == folder
 
 

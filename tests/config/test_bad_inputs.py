@@ -191,7 +191,7 @@ CONFLICTS = {
         "data.transforms={resize: whole, crop_ratio: 0.9}": "data.transforms.crop_ratio has no",
         "data.mixup={}": "give mixup_alpha or cutmix_alpha",
         "data.mixup={mixup_alpha: 1, switch_prob: 0.1}": "data.mixup.switch_prob has no use",
-        "data.readers=2": "it is for data.train.streaming: true",
+        "data.readers=2": "data.train.streaming is false",
         "data.train={source: huggingface, path: p, split: s, num_classes: 3}":
             "data.train.num_classes has no use here: num_classes is for streaming: true",
         "data.cache=device & data.transforms.rotation_deg=3": "cache: device supports crop: pad,",

@@ -15,6 +15,7 @@ from tract_transfer.config.data import (
     DetectionTransformsConfig,
 )
 from tract_transfer.config.schema import Config, TrainedTask
+from tract_transfer.config.sections import ComponentConfig
 from tract_transfer.data import sampling, transforms
 from tract_transfer.data.augment import AUGMENTATIONS, BatchMix
 from tract_transfer.data.detection import DetectionDataset
@@ -36,10 +37,11 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
     )
     if not isinstance(section, ClassificationTransformsConfig):  # a probe's
         return evaluation, evaluation
-    augment, key = None, "data.transforms.augment"
+    augment = None
     if section.augment is not None:
-        name, args = (key, section.augment), (f"{key}_args", section.augment_args)
-        augment = call_entry(config, AUGMENTATIONS, name, args)
+        entry = ComponentConfig(name=section.augment, args=section.augment_args)
+        key, subkeys = "data.transforms.augment", ("", "_args")
+        augment = call_entry(config, AUGMENTATIONS, key, entry, subkeys=subkeys)
     training = transforms.classification_train(
         **_crop_arguments(section),
         rotation_deg=section.rotation_deg,

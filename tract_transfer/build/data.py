@@ -83,25 +83,20 @@ def build_data(config: Config) -> Data:
     findings, limit = Findings(getattr(sections, "invalid_boxes", "error")), sections.max_pixels
 
     def load(name: str) -> Any:
-        section = getattr(sections, name, None)
+        section = getattr(sections, name)
         return load_split(section, f"data.{name}", findings, limit) if section else None
 
-    train: Any = load("train")
-    val_section, val = getattr(sections, "val", None), None
-    if isinstance(val_section, HeldOutSource):
-        if isinstance(train, Stream):
-            message = "holds out images of data.train, which is streamed. Give it its own split."
-            raise config.error("data.val", message)
-        train, val = hold_out(train, val_section.fraction, config.seed)
+    train = load("train")
+    if isinstance(sections.val, HeldOutSource):
+        train, val = hold_out(train, sections.val.fraction, config.seed)
     else:
         val = load("val")
-    test: Any = load("test")
+    test = load("test")
     if isinstance(config, DetectionConfig) and config.data.empty_images == "drop":
         train = train.with_objects()
     if isinstance(config, ProbeConfig) and config.data.has_many_labels:
         train, test = ImageLabels(train), ImageLabels(test)
     data = Data(train, val, test, findings.clipped_boxes)
-    _check_streams(config, data)
     join_integer_classes(data.splits)
     check_disjoint(data.splits)
     _check_classes(config, data)
@@ -110,34 +105,15 @@ def build_data(config: Config) -> Data:
     for name, check in size_checks(data.splits).items():
         if check.differs:
             logger.warning("data.%s: %s", name, check.text)
-    if boxes := data.clipped_boxes:
+    if boxes := findings.clipped_boxes:
         message = "%d invalid boxes were clipped or dropped, the first: %s"
         logger.warning(message, len(boxes), boxes[0])
     for name, dataset in data.splits.items():
-        keeps = sections.cache == "ram" or (sections.cache == "device" and dataset is not train)
+        keeps = sections.cache == "ram" or (sections.cache == "device" and name != "train")
         if keeps and not isinstance(dataset, Stream):
             logger.info("Decoding the %d images of %s", len(dataset), name)
             dataset.cache_images()
     return data
-
-
-def _check_streams(config: Config, data: Data) -> None:
-    """Refuse what needs random access to a split that is streamed."""
-    cache, is_whitened = config.data.cache, config.model.backbone.stem == "whitened"
-    for name in (name for name, split in data.splits.items() if isinstance(split, Stream)):
-        in_train = f"data.{name}, which is streamed"
-        for is_refused, key, message in (
-            (isinstance(config, ProbeConfig), f"data.{name}.streaming",
-             "a probe needs random access. Set it to false; data.cache: none keeps none."),
-            (cache != "none", "data.cache",
-             f"{cache} keeps all images, and data.{name} is streamed. Set none."),
-            (name == "train" and getattr(config.data, "repeats", 1) > 1, "data.repeats",
-             f"needs random access to {in_train}. Set it to 1."),
-            (name == "train" and is_whitened, "model.backbone.stem",
-             f"whitened needs a random sample of {in_train}. Set another."),
-        ):  # fmt: skip
-            if is_refused:
-                raise config.error(key, message)
 
 
 def check_disjoint(splits: Mapping[str, Dataset]) -> None:

@@ -4,19 +4,19 @@ import contextlib
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
 import torchvision
-from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
 from tract_transfer.config.file import ConfigError, read_config_file
 from tract_transfer.config.schema import Config
-from tract_transfer.config.sections import BackboneConfig
+from tract_transfer.config.sections import BackboneConfig, ComponentConfig
 from tract_transfer.engine.checkpoint import is_checkpoint, verified
 from tract_transfer.models import BACKBONES, ZOO, Backbone, build_backbone
 from tract_transfer.models.backbones import check_backbone_name
@@ -40,10 +40,8 @@ _Kinds = type[Exception] | tuple[type[Exception], ...]
 
 def check_backbone(config: Config) -> None:
     """Refuse a backbone that does not exist, its arguments, or weights that do not exist."""
-    section = config.model
-    backbone, weights = section.backbone, section.weights
-    if weights not in (None, "pretrained"):
-        path = Path(str(weights))
+    backbone, path = config.model.backbone, config.model.weights_path
+    if path is not None:
         with errors_at(config, "model.weights"):
             check_weights_exist(path, backbone.name)
             if backbone.name is None:
@@ -56,8 +54,7 @@ def check_backbone(config: Config) -> None:
             signature = inspect.signature(BACKBONES.get(backbone.name))
             parameters = list(signature.parameters.values())
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                key = "model.backbone.args"
-                _check_args(parameters, backbone.name, backbone.args, key, config)
+                _check_args(config, "model.backbone.args", backbone.name, parameters, backbone.args)
 
 
 def build_with_weights(config: Config) -> Backbone:
@@ -67,42 +64,39 @@ def build_with_weights(config: Config) -> Backbone:
         ConfigError: no such backbone, or weights that do not fit it; if a file was compared, the
             cause is a WeightsError with the report.
     """
-    section, metadata = config.model, None
-    wanted, path = section.backbone, Path(section.weights or "")
-    is_pretrained = section.weights == "pretrained"
-    is_file = section.weights is not None and not is_pretrained
-    with errors_at(config, "model.weights"):
-        if is_file:
-            check_weights_exist(path, wanted.name)
-        if wanted.name is None:
+    model, section, path = config.model, config.model.backbone, config.model.weights_path
+    metadata = None
+    if path is not None and (section.name is None or has_metadata(path)):
+        with errors_at(config, "model.weights"):
             metadata = read_metadata(path)
-        elif is_file and has_metadata(path):
-            _check_origin(read_metadata(path), wanted)
+            if section.name is not None:
+                _check_origin(metadata, section)
     with errors_at(config, "model.backbone", (KeyError, ValueError)):
         try:
-            if wanted.name is None:
+            if section.name is None:
                 backbone = build_from_metadata(cast(dict[str, Any], metadata))
             else:
-                arguments = wanted.model_dump(include={"stem", "args"})
-                backbone = build_backbone(wanted.name, pretrained=is_pretrained, **arguments)
+                arguments = section.model_dump(include={"stem", "args"})
+                is_pretrained = model.weights == "pretrained"
+                backbone = build_backbone(section.name, pretrained=is_pretrained, **arguments)
         except ValueError as error:
-            if wrong := wrong_argument(wanted.name, wanted.args, str(error.__cause__)):
+            if wrong := wrong_argument(section.name, section.args, str(error.__cause__)):
                 raise config.error(f"model.backbone.args.{wrong[0]}", wrong[1]) from error
             raise
-    if is_file:
-        options = section.model_dump(include={"ignore_missing", "adapt_stem"})
+    if path is not None:
+        options = model.model_dump(include={"ignore_missing", "adapt_stem"})
         with errors_at(config, "model.weights", prefix=r"model\.ignore_missing"):
             if path.is_file() and is_checkpoint(path.parent):
                 verified(path.parent)
             load_weights(backbone, path, **options)
-    backbone.set_normalization(wanted.mean, wanted.std)
+    backbone.set_normalization(section.mean, section.std)
     return backbone
 
 
-def _check_origin(metadata: Mapping[str, Any], wanted: BackboneConfig) -> None:
+def _check_origin(metadata: Mapping[str, Any], section: BackboneConfig) -> None:
     """Refuse a backbone that the metadata of its weights contradict, even if shapes fit."""
     origin = {key: metadata[key] for key in ("name", "stem", "args")}
-    given = wanted.model_dump(include=set(origin))
+    given = section.model_dump(include=set(origin))
 
     def fixed(backbone: Mapping[str, Any]) -> dict[str, Any]:
         args = {key: value for key, value in backbone["args"].items() if key not in FREE_ARGS}
@@ -144,42 +138,54 @@ def errors_at(
 def call_entry(
     config: Config,
     registry: Registry,
-    name: tuple[str, str],
-    args: tuple[str, Mapping[str, Any]],
+    key: str,
+    entry: ComponentConfig,
     *positional: Any,
+    subkeys: tuple[str, str] = (".name", ".args"),
 ) -> Any:
     """Call a registry's entry with args that are checked against its keyword-only arguments.
 
     Args:
-        name, args: each the key of the config and its value.
+        key, subkeys: the entry's name has the config key `key` + `subkeys[0]`, its args the other.
     """
-    with errors_at(config, name[0], KeyError):
-        entry = registry.get(name[1])
-    key, arguments = args
-    parameters = inspect.signature(entry).parameters.values()
+    name_key, args_key = (key + subkey for subkey in subkeys)
+    with errors_at(config, name_key, KeyError):
+        function = registry.get(entry.name)
+    parameters = inspect.signature(function).parameters.values()
     keywords = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    _check_args(keywords, name[1], arguments, key, config)
+    _check_args(config, args_key, entry.name, keywords, entry.args)
     try:
-        return entry(*positional, **arguments)
+        return function(*positional, **entry.args)
     except (ValueError, ImportError) as error:
         argument, colon, message = str(error).partition(": ")
         names = [keyword.name for keyword in keywords]
         if colon and argument.partition(".")[0] in names:  # as `rpn.nms_iou: must be ...`
-            raise config.error(f"{key}.{argument}", message) from error
-        raise config.error(key.removesuffix(".args"), str(error)) from error
+            raise config.error(f"{args_key}.{argument}", message) from error
+        raise config.error(key, str(error)) from error
 
 
 def _check_args(
-    parameters: list[inspect.Parameter],
-    name: str,
-    args: Mapping[str, Any],
-    key: str,
     config: Config,
+    key: str,
+    name: str,
+    parameters: Sequence[inspect.Parameter],
+    args: Mapping[str, Any],
 ) -> None:
+    if misfit := _find_misfit(name, parameters, args):
+        raise config.error(f"{key}.{misfit[0]}", misfit[1])
+
+
+def _find_misfit(
+    name: str, parameters: Iterable[inspect.Parameter], args: Mapping[str, Any]
+) -> tuple[str, str] | None:
+    """Return the first of `args` that does not fit the signature of `name`, and why."""
     fields = {
-        p.name: (_type_of(p), ... if p.default is p.empty else p.default)
+        p.name: (
+            Any if p.annotation is p.empty else p.annotation,
+            ... if p.default is p.empty else p.default,
+        )
         for p in parameters
-        if p.kind is not p.VAR_POSITIONAL
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
     strict = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
     schema = create_model("Args", __config__=strict, **cast(Mapping[str, Any], fields))
@@ -187,17 +193,13 @@ def _check_args(
         schema.model_validate_json(json.dumps(dict(args)))  # JSON's lists may be tuples
     except ValidationError as error:
         problem = error.errors()[0]
-        wrong = ".".join(str(part) for part in problem["loc"])
-        reason = problem["msg"].replace("an object", "a mapping").replace("valid array", "list")
-        message = f"{reason}, got {problem['input']!r}."
+        argument = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            message = f"unknown.{did_you_mean(wrong, fields)}"
-        message = f"{message} {name} takes {list(fields)}."
-        raise config.error(f"{key}.{wrong}", message) from error
-
-
-def _type_of(parameter: inspect.Parameter) -> Any:
-    return Any if parameter.annotation is parameter.empty else parameter.annotation
+            hint = did_you_mean(argument, fields)
+            return argument, f"unknown.{hint} {name} takes {list(fields)}."
+        reason = problem["msg"].replace("an object", "a mapping").replace("valid array", "list")
+        return argument, f"{reason}, got {problem['input']!r}."
+    return None
 
 
 def wrong_argument(
@@ -219,19 +221,17 @@ def wrong_argument(
             model = torchvision.models.get_model(model_name)
         else:
             return None
-    types = {p.name: _type_of(p) for p in inspect.signature(type(model)).parameters.values()}
-    for argument, value in args.items():
-        if argument not in types and f"'{argument}'" in refusal:
-            hint = did_you_mean(argument, types) or f" Known: {list(types)}."
-            return argument, f"unknown.{hint}"
-        wanted = types.get(argument, Any)
-        try:
-            adapter = TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True))
-            adapter.validate_python(value)
-        except ValidationError:
-            return argument, f"{name} takes {inspect.formatannotation(wanted)}, got {value!r}."
-        except PydanticUserError:  # an annotation that is not a type
-            continue
+    parameters = inspect.signature(type(model)).parameters.values()
+    known = {parameter.name for parameter in parameters}
+    suspects = {key: args[key] for key in args if key in known or f"'{key}'" in refusal}
+    optional = [
+        inspect.Parameter(
+            p.name, p.KEYWORD_ONLY, default=None, annotation=p.annotation if p.name in args else Any
+        )
+        for p in parameters
+    ]
+    with contextlib.suppress(PydanticUserError):  # an annotation that is not a type
+        return _find_misfit(str(name), optional, suspects)
     return None
 
 

@@ -3,13 +3,18 @@
 Each task has its own Config, so that a key which a task would ignore is an error.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError
 
-from tract_transfer.config.data import ClassificationData, DetectionData, ProbeData
+from tract_transfer.config.data import (
+    ClassificationData,
+    DetectionData,
+    HeldOutSource,
+    ProbeData,
+)
 from tract_transfer.config.file import (
     ConfigError,
     Origins,
@@ -28,6 +33,7 @@ from tract_transfer.config.sections import (
     EngineConfig,
     FeatureModelConfig,
     ProbeEvaluation,
+    Rules,
     Section,
     SolverConfig,
     TractConfig,
@@ -69,14 +75,11 @@ class TrainedConfig(BaseConfig):
         data: Any
         evaluation: Any
 
-    def rules(self) -> Iterator[tuple[bool, str]]:
+    def rules(self) -> Rules:
         evaluation, has_val, has_test = self.evaluation, bool(self.data.val), bool(self.data.test)
         example = "such as data.val: {source: train, fraction: 0.1}"
-        yield (
-            has_val or evaluation.report != "best",
-            "evaluation.report: best selects a checkpoint, and needs data.val to select on: never "
-            f"data.test. Set it, {example}",
-        )
+        message = "evaluation.report: best needs data.val to select on: never data.test. Set it, "
+        yield has_val or evaluation.report != "best", message + example
         yield (
             not evaluation.patience or (has_val and has_test),
             "evaluation.patience chooses by data.val when to end, and needs data.test beside it to "
@@ -90,6 +93,22 @@ class ClassificationConfig(TrainedConfig):
     model: ClassifierConfig
     data: ClassificationData
     evaluation: ClassificationEvaluation = ClassificationEvaluation()
+
+    def rules(self) -> Rules:
+        yield from super().rules()
+        data = self.data
+        for split in data.streamed:
+            message = (
+                f"data.cache: {data.cache} keeps all images, and {split} is streamed. Set none"
+            )
+            yield data.cache == "none", message
+        if "data.train" in data.streamed:
+            train = "data.train. Change it, or set data.train.streaming: false"
+            yield data.repeats == 1, f"data.repeats: needs random access to {train}"
+            is_held_out = isinstance(data.val, HeldOutSource)
+            yield not is_held_out, f"data.val: holds out images of {train}"
+            message = f"model.backbone.stem: whitened needs a random sample of {train}"
+            yield self.model.backbone.stem != "whitened", message
 
 
 class DetectionConfig(TrainedConfig):
@@ -106,9 +125,11 @@ class ProbeConfig(BaseConfig):
     evaluation: ProbeEvaluation = ProbeEvaluation()
     engine: DeviceConfig = DeviceConfig()
 
-    def rules(self) -> Iterator[tuple[bool, str]]:
+    def rules(self) -> Rules:
         data, evaluation, few_shot = self.data, self.evaluation, self.evaluation.few_shot
         no_val, drop_path = data.val is None, self.model.backbone.drop_path
+        for split in data.streamed:
+            yield False, f"{split}.streaming: a probe needs random access. Set it to false"
         yield no_val or evaluation.selects, f"data.val has no use here: {SELECTION_ONLY}"
         one = "give one of data.val and evaluation.val_fraction to select on"
         yield no_val or evaluation.val_fraction is None, one
