@@ -202,7 +202,7 @@ CONFLICTS = {
         "model.weights=a & model.backbone={name: null, stem: cifar}": "stem and args need",
         "model.adapt_stem=true": "ignore_missing and adapt_stem are for model.weights",
         "engine.max_skipped=3": "it is for engine.non_finite: skip",
-        "tract.lam=0.5": "tract.lam, lam_mode, layers and update_every are for tract.enabled:",
+        "tract.lam=0.5": "tract.lam has no use here: it is for tract.enabled: true",
         "solver.step_factor=0.5": "solver.step_factor has no use here: it is for schedule:",
         "solver.ema_warmup=true": "solver.ema_warmup has no use here: it is for the average that",
         "evaluation={patience: 2, every_iters: 1}": "evaluation.patience chooses by data.val",

@@ -14,22 +14,26 @@ def test_every_broken_image_is_reported_and_the_others_are_measured(tmp_path):
     dataset = write_voc(tmp_path, OBJECTS)()
     (tmp_path / "VOC2007/JPEGImages/0.jpg").write_bytes(b"none")
     (tmp_path / "VOC2007/JPEGImages/2.jpg").unlink()
-    result = check_images(dataset)
-    assert len(result.problems) == 2
-    assert "0.jpg cannot be decoded" in result.problems[0]
-    assert "2.jpg" in result.problems[1]
-    assert result.sizes == [(30, 40)]
-    assert statistics(dataset, result.sizes)["images"] == 3
+    checked = check_images(dataset, "train", {})
+    assert len(checked.problems) == 2
+    assert "0.jpg cannot be decoded" in checked.problems[0]
+    assert "2.jpg" in checked.problems[1]
+    assert checked.sizes == [(30, 40)]
+    assert statistics(dataset, checked.sizes)["images"] == 3
     assert statistics(dataset, [])["width_px"] is None
 
 
-def test_equal_images_are_reported_by_both_names(tmp_path):
+def test_equal_images_are_reported_by_both_names_within_and_between_splits(tmp_path):
     dataset = write_coco(tmp_path / "data", OBJECTS)()
     first, second, third = (dataset.item(index) for index in range(3))
     (tmp_path / "data/images/2.png").write_bytes((tmp_path / "data/images/0.png").read_bytes())
-    result = check_images(dataset)
-    assert result.repeated == [(first, third)]
-    assert sorted(result.items.values()) == [first, second]
+    shown = {}
+    same = f"train: {third} shows the same as train: {first}"
+    assert check_images(dataset, "train", shown).warnings == [same]
+    assert sorted(shown.values()) == [f"train: {first}", f"train: {second}"]
+    warnings = check_images(dataset, "test", shown).warnings
+    assert warnings[0] == f"test: {first} shows the same as train: {first}"
+    assert len(warnings) == 3
 
 
 def test_an_orientation_that_the_size_does_not_settle_gives_a_warning(tmp_path):
@@ -39,10 +43,10 @@ def test_an_orientation_that_the_size_does_not_settle_gives_a_warning(tmp_path):
         exif[0x0112] = orientation
         size = (30, 40) if orientation == 6 else (40, 30)
         Image.new("RGB", size, (number, 0, 0)).save(dataset.item(number), exif=exif)
-    result = check_images(dataset)
-    assert result.problems == []
-    (text,) = result.turned
-    assert text.startswith(f"{dataset.item(0)} has EXIF orientation 3")
+    checked = check_images(dataset, "train", {})
+    assert checked.problems == []
+    (text,) = [text for text in checked.warnings if "EXIF" in text]
+    assert text.startswith(f"train: {dataset.item(0)} has EXIF orientation 3")
     assert "as stored" in text
 
 
@@ -65,7 +69,7 @@ def test_statistics_of_boxes_are_counted(tmp_path):
 
 def test_statistics_of_classes_are_counted():
     dataset = load_digits("test", [3, 1])
-    result = statistics(dataset, check_images(dataset).sizes)
+    result = statistics(dataset, check_images(dataset, "train", {}).sizes)
     counts = np.bincount(dataset.labels).tolist()
     assert result["classes"] == {"three": {"images": counts[0]}, "one": {"images": counts[1]}}
     assert result["width_px"] == {"min": 32, "median": 32, "mean": 32, "max": 32}
