@@ -6,24 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from tract_transfer.build.weights import errors_at
-from tract_transfer.config.data import (
-    CocoSource,
-    DigitScenesSource,
-    DigitsSource,
-    HeldOutSource,
-    HuggingFaceBoxesSource,
-    HuggingFaceSource,
-    VocSource,
-)
+from tract_transfer.config import data as sources
 from tract_transfer.config.schema import Config, DetectionConfig, ProbeConfig
 from tract_transfer.config.sections import Section
-from tract_transfer.data.classification import (
-    ClassificationDataset,
-    check_same_classes,
-    hold_out,
-    join_integer_classes,
-    shown_classes,
-)
+from tract_transfer.data import classification
+from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.data.coco import load_coco
 from tract_transfer.data.detection import DetectionDataset, ImageLabels
 from tract_transfer.data.digits import load_digit_scenes, load_digits
@@ -87,8 +74,8 @@ def build_data(config: Config) -> Data:
         return load_split(section, f"data.{name}", findings, limit) if section else None
 
     train = load("train")
-    if isinstance(sections.val, HeldOutSource):
-        train, val = hold_out(train, sections.val.fraction, config.seed)
+    if isinstance(sections.val, sources.HeldOutSource):
+        train, val = classification.hold_out(train, sections.val.fraction, config.seed)
     else:
         val = load("val")
     test = load("test")
@@ -97,10 +84,10 @@ def build_data(config: Config) -> Data:
     if isinstance(config, ProbeConfig) and config.data.has_many_labels:
         train, test = ImageLabels(train), ImageLabels(test)
     data = Data(train, val, test, findings.clipped_boxes)
-    join_integer_classes(data.splits)
+    classification.join_integer_classes(data.splits)
     check_disjoint(data.splits)
     _check_classes(config, data)
-    for warning in check_same_classes(cast(Any, data.splits)):
+    for warning in classification.check_same_classes(cast(Any, data.splits)):
         logger.warning(warning)
     for name, check in size_checks(data.splits).items():
         if check.differs:
@@ -134,7 +121,7 @@ def _check_classes(config: Config, data: Data) -> None:
     """Refuse a single class to train on, and a top-5 metric of five classes or fewer."""
     if isinstance(config, DetectionConfig):
         return
-    shown, count = shown_classes(data.train), len(data.class_names)
+    shown, count = classification.shown_classes(data.train), len(data.class_names)
     if shown is not None and len(shown) < 2:
         raise config.error(
             "data.train",
@@ -171,15 +158,15 @@ def _load_huggingface(section: Any, common: dict[str, Any]) -> Loaded:
     return load_huggingface(**arguments, findings=common["findings"])
 
 
-def _load_digits(section: DigitsSource, common: dict[str, Any]) -> Loaded:
+def _load_digits(section: sources.DigitsSource, common: dict[str, Any]) -> Loaded:
     return load_digits(section.split, section.classes, key=common["key"])
 
 
 SOURCES: dict[type[Section], Callable[[Any, dict[str, Any]], Loaded]] = {
-    HuggingFaceSource: _load_huggingface,
-    DigitsSource: _load_digits,
-    VocSource: _from_fields(load_voc),
-    CocoSource: _from_fields(load_coco),
-    HuggingFaceBoxesSource: _from_fields(load_huggingface_boxes),
-    DigitScenesSource: _from_fields(load_digit_scenes),
+    sources.HuggingFaceSource: _load_huggingface,
+    sources.DigitsSource: _load_digits,
+    sources.VocSource: _from_fields(load_voc),
+    sources.CocoSource: _from_fields(load_coco),
+    sources.HuggingFaceBoxesSource: _from_fields(load_huggingface_boxes),
+    sources.DigitScenesSource: _from_fields(load_digit_scenes),
 }

@@ -18,15 +18,8 @@ from tract_transfer.config.file import ConfigError, read_config_file
 from tract_transfer.config.schema import Config
 from tract_transfer.config.sections import BackboneConfig, ComponentConfig
 from tract_transfer.engine.checkpoint import is_checkpoint, verified
-from tract_transfer.models import BACKBONES, ZOO, Backbone, build_backbone
+from tract_transfer.models import BACKBONES, ZOO, Backbone, build_backbone, weights
 from tract_transfer.models.backbones import check_backbone_name
-from tract_transfer.models.weights import (
-    build_from_metadata,
-    has_metadata,
-    load_weights,
-    read_metadata,
-    weights_file,
-)
 from tract_transfer.registry import Registry, did_you_mean
 
 # Arguments that change neither names nor what a weight computes at the size it was trained at.
@@ -45,8 +38,8 @@ def check_backbone(config: Config) -> None:
         with errors_at(config, "model.weights"):
             check_weights_exist(path, backbone.name)
             if backbone.name is None:
-                read_metadata(path)
-            weights_file(path)
+                weights.read_metadata(path)
+            weights.weights_file(path)
     if backbone.name is not None:
         with errors_at(config, "model.backbone", KeyError):
             check_backbone_name(backbone.name)
@@ -66,15 +59,15 @@ def build_with_weights(config: Config) -> Backbone:
     """
     model, section, path = config.model, config.model.backbone, config.model.weights_path
     metadata = None
-    if path is not None and (section.name is None or has_metadata(path)):
+    if path is not None and (section.name is None or weights.has_metadata(path)):
         with errors_at(config, "model.weights"):
-            metadata = read_metadata(path)
+            metadata = weights.read_metadata(path)
             if section.name is not None:
                 _check_origin(metadata, section)
     with errors_at(config, "model.backbone", (KeyError, ValueError)):
         try:
             if section.name is None:
-                backbone = build_from_metadata(cast(dict[str, Any], metadata))
+                backbone = weights.build_from_metadata(cast(dict[str, Any], metadata))
             else:
                 arguments = section.model_dump(include={"stem", "args"})
                 is_pretrained = model.weights == "pretrained"
@@ -88,7 +81,7 @@ def build_with_weights(config: Config) -> Backbone:
         with errors_at(config, "model.weights", prefix=r"model\.ignore_missing"):
             if path.is_file() and is_checkpoint(path.parent):
                 verified(path.parent)
-            load_weights(backbone, path, **options)
+            weights.load_weights(backbone, path, **options)
     backbone.set_normalization(section.mean, section.std)
     return backbone
 

@@ -9,12 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError
 
-from tract_transfer.config.data import (
-    ClassificationData,
-    DetectionData,
-    HeldOutSource,
-    ProbeData,
-)
+from tract_transfer.config import sections
+from tract_transfer.config.data import ClassificationData, DetectionData, ProbeData
 from tract_transfer.config.file import (
     ConfigError,
     Origins,
@@ -23,21 +19,7 @@ from tract_transfer.config.file import (
     explain_all,
     read_config_file,
 )
-from tract_transfer.config.sections import (
-    SELECTION_ONLY,
-    ClassificationEvaluation,
-    ClassifierConfig,
-    DetectionEvaluation,
-    DetectorConfig,
-    DeviceConfig,
-    EngineConfig,
-    FeatureModelConfig,
-    ProbeEvaluation,
-    Rules,
-    Section,
-    SolverConfig,
-    TractConfig,
-)
+from tract_transfer.config.sections import Rules, Section
 from tract_transfer.files import redact
 
 # Rows of the paper's tables; t1 and t2 have one for each backbone and number of epochs.
@@ -68,9 +50,9 @@ class BaseConfig(Section):
 class TrainedConfig(BaseConfig):
     """Keys of the tasks that train."""
 
-    tract: TractConfig = TractConfig()
-    solver: SolverConfig
-    engine: EngineConfig = EngineConfig()
+    tract: sections.TractConfig = sections.TractConfig()
+    solver: sections.SolverConfig
+    engine: sections.EngineConfig = sections.EngineConfig()
     if TYPE_CHECKING:  # each task has its own
         data: Any
         evaluation: Any
@@ -90,9 +72,9 @@ class TrainedConfig(BaseConfig):
 
 class ClassificationConfig(TrainedConfig):
     task: Literal["classification"]
-    model: ClassifierConfig
+    model: sections.ClassifierConfig
     data: ClassificationData
-    evaluation: ClassificationEvaluation = ClassificationEvaluation()
+    evaluation: sections.ClassificationEvaluation = sections.ClassificationEvaluation()
 
     def rules(self) -> Rules:
         yield from super().rules()
@@ -105,7 +87,7 @@ class ClassificationConfig(TrainedConfig):
         if "data.train" in data.streamed:
             train = "data.train. Change it, or set data.train.streaming: false"
             yield data.repeats == 1, f"data.repeats: needs random access to {train}"
-            is_held_out = isinstance(data.val, HeldOutSource)
+            is_held_out = data.val is not None and data.val.source == "train"
             yield not is_held_out, f"data.val: holds out images of {train}"
             message = f"model.backbone.stem: whitened needs a random sample of {train}"
             yield self.model.backbone.stem != "whitened", message
@@ -113,24 +95,24 @@ class ClassificationConfig(TrainedConfig):
 
 class DetectionConfig(TrainedConfig):
     task: Literal["detection"]
-    model: DetectorConfig
+    model: sections.DetectorConfig
     data: DetectionData
-    evaluation: DetectionEvaluation = DetectionEvaluation()
+    evaluation: sections.DetectionEvaluation = sections.DetectionEvaluation()
 
 
 class ProbeConfig(BaseConfig):
     task: Literal["probe"]
-    model: FeatureModelConfig
+    model: sections.FeatureModelConfig
     data: ProbeData
-    evaluation: ProbeEvaluation = ProbeEvaluation()
-    engine: DeviceConfig = DeviceConfig()
+    evaluation: sections.ProbeEvaluation = sections.ProbeEvaluation()
+    engine: sections.DeviceConfig = sections.DeviceConfig()
 
     def rules(self) -> Rules:
         data, evaluation, few_shot = self.data, self.evaluation, self.evaluation.few_shot
         no_val, drop_path = data.val is None, self.model.backbone.drop_path
         for split in data.streamed:
             yield False, f"{split}.streaming: a probe needs random access. Set it to false"
-        yield no_val or evaluation.selects, f"data.val has no use here: {SELECTION_ONLY}"
+        yield no_val or evaluation.selects, f"data.val has no use here: {sections.SELECTION_ONLY}"
         one = "give one of data.val and evaluation.val_fraction to select on"
         yield no_val or evaluation.val_fraction is None, one
         no_use = "model.backbone.drop_path has no use here: a probe trains no backbone"

@@ -25,18 +25,10 @@ from tract_transfer.data.streaming import Stream
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.hooks import evaluating, format_metrics
 from tract_transfer.engine.run_folder import RunFolder
+from tract_transfer.evaluation import probes
 from tract_transfer.evaluation.classification import multilabel_metrics
 from tract_transfer.evaluation.linear_probes import check_shots
-from tract_transfer.evaluation.probes import (
-    Extracted,
-    Labels,
-    Rows,
-    Scores,
-    cached_features,
-    check_ks,
-    extract_features,
-    feature_key,
-)
+from tract_transfer.evaluation.probes import Extracted, Labels, Rows, Scores
 from tract_transfer.models import Backbone
 from tract_transfer.run.results import log_weights, overlap, protocol, run_info, write_results
 
@@ -57,14 +49,14 @@ def run_probe(
     labels = {name: _labels(data.splits[name])[one.indices] for name, one in extracted.items()}
     rows = {name: Rows(one.features, labels[name]) for name, one in extracted.items()}
     decoded = {name: one.indices.tolist() for name, one in extracted.items()}
-    metrics, details, probes = _probe(config, data.class_names, rows, accelerator)
+    metrics, details, by_probe = _probe(config, data.class_names, rows, accelerator)
     is_new = not any(one.was_kept for one in extracted.values())  # else its time is too short
     results = {
         **run_info(config),
         "weights_match": log_weights(backbone),
         "metrics": metrics,
         "primary_metric": config.evaluation.metric,
-        "probes": probes,
+        "probes": by_probe,
         "rows": {name: len(one.y) for name, one in rows.items()},
         "leaks": overlap(data, hashes, decoded),
         "test_classes_without_training_images": _untrained(data, labels),
@@ -84,7 +76,7 @@ def run_probe(
 def build_probed(config: ProbeConfig, data: Data) -> Backbone:
     """Return the backbone to probe."""
     if knn := config.evaluation.knn:
-        check_ks(knn.ks, len(data.train))
+        probes.check_ks(knn.ks, len(data.train))
     if few_shot := config.evaluation.few_shot:
         check_shots(_labels(data.train), few_shot.ks, data.class_names)
     backbone = build_model(config, len(data.class_names))
@@ -111,9 +103,9 @@ def _features(
     }
     with accelerator.main_process_first():  # the others read what it has cached
         return {
-            name: cached_features(
+            name: probes.cached_features(
                 cache,
-                feature_key(context, backbone.state_dict(), hashes[name]),
+                probes.feature_key(context, backbone.state_dict(), hashes[name]),
                 partial(_extract, config, backbone, split, accelerator.device),
             )
             for name, split in data.splits.items()
@@ -133,7 +125,7 @@ def _extract(
                 yield batch
 
     with evaluating(backbone), torch.autocast(device.type, precision, enabled=bool(precision)):
-        features, indices = extract_features(backbone.pooled, batches(), device)
+        features, indices = probes.extract_features(backbone.pooled, batches(), device)
     return Extracted(features, indices, skipped)
 
 
@@ -154,16 +146,16 @@ def _probe(
 
     metrics: dict[str, float] = {}
     details: dict[str, Any] = {}
-    probes: dict[str, Any] = {}
+    by_probe: dict[str, Any] = {}
     probed = run_probes(config, rows, len(class_names), measure, accelerator.device)
     for name, results, more in probed:
-        probes[name], of_probe = results, results["metrics"]
+        by_probe[name], of_probe = results, results["metrics"]
         metrics |= {f"{name}_{metric}": value for metric, value in of_probe.items()}
         if not config.evaluation.metric.startswith(f"{name}_"):  # large, and one is enough
             more.pop("confusion_matrix", None)
         details |= {name: more} if more else {}
         logger.info("%s test %s", name, format_metrics(of_probe))
-    return metrics, details, probes
+    return metrics, details, by_probe
 
 
 def _labels(dataset: Dataset) -> Labels:
