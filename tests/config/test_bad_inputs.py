@@ -221,9 +221,9 @@ CONFLICTS = {
         "evaluation.val_fraction=0.2 & data.val={source: digits, split: test}":
             "give one of data.val and evaluation.val_frac",
         "evaluation.val_fraction=0.2 & evaluation.logistic_regression=null":
-            "evaluation.val_fraction has no use here: it is for logistic_regression and linear",
+            "evaluation.val_fraction has no use here: only logistic_regression and linear",
         "data.val={source: digits, split: test} & evaluation.logistic_regression=null":
-            "data.val has no use here: it is for logistic_regression and linear to select on",
+            "data.val has no use here: only logistic_regression and linear select on",
         "data.val={source: train, fraction: 0.1}": "data.val.source",
         "data.test={source: digit_scenes, split: test}": "Use two of the same kind",
         "evaluation.few_shot={classifier: knn, cs: [1.0]}": "evaluation.few_shot.cs has no use",

@@ -136,37 +136,23 @@ def _check_classes(config: Config, data: Data) -> None:
 def load_split(section: Section, key: str, findings: Findings, max_pixels: int) -> Loaded:
     """Load the data that a source section describes; `key` names it in error messages."""
     logger.info("Reading %s", key)
-    common = {"key": key, "findings": findings, "max_pixels": max_pixels}
-    return SOURCES[type(section)](section, common)
+    arguments: dict[str, Any] = {**section.model_dump(exclude={"source"}), "key": key}
+    if isinstance(section, sources.DigitsSource):
+        return load_digits(**arguments)
+    arguments["max_pixels"] = max_pixels
+    if isinstance(section, sources.HuggingFaceSource):
+        del arguments["streaming"]
+        if section.streaming:
+            return stream_huggingface(**arguments)
+        del arguments["num_classes"]  # of a stream
+    return SOURCES[type(section)](**arguments, findings=findings)
 
 
-def _from_fields(load: Callable[..., Loaded]) -> Callable[[Any, dict[str, Any]], Loaded]:
-    """Return a loader of a section whose fields are the arguments of `load`."""
-
-    def load_section(section: Section, common: dict[str, Any]) -> Loaded:
-        return load(**section.model_dump(exclude={"source"}), **common)
-
-    return load_section
-
-
-def _load_huggingface(section: Any, common: dict[str, Any]) -> Loaded:
-    arguments = section.model_dump(exclude={"source", "streaming"})
-    arguments |= {"key": common["key"], "max_pixels": common["max_pixels"]}
-    if section.streaming:
-        return stream_huggingface(**arguments)
-    del arguments["num_classes"]  # of a stream
-    return load_huggingface(**arguments, findings=common["findings"])
-
-
-def _load_digits(section: sources.DigitsSource, common: dict[str, Any]) -> Loaded:
-    return load_digits(section.split, section.classes, key=common["key"])
-
-
-SOURCES: dict[type[Section], Callable[[Any, dict[str, Any]], Loaded]] = {
-    sources.HuggingFaceSource: _load_huggingface,
-    sources.DigitsSource: _load_digits,
-    sources.VocSource: _from_fields(load_voc),
-    sources.CocoSource: _from_fields(load_coco),
-    sources.HuggingFaceBoxesSource: _from_fields(load_huggingface_boxes),
-    sources.DigitScenesSource: _from_fields(load_digit_scenes),
+# Their arguments are the fields of the section.
+SOURCES: dict[type[Section], Callable[..., Loaded]] = {
+    sources.HuggingFaceSource: load_huggingface,
+    sources.VocSource: load_voc,
+    sources.CocoSource: load_coco,
+    sources.HuggingFaceBoxesSource: load_huggingface_boxes,
+    sources.DigitScenesSource: load_digit_scenes,
 }

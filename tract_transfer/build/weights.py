@@ -36,7 +36,7 @@ def check_backbone(config: Config) -> None:
     backbone, path = config.model.backbone, config.model.weights_path
     if path is not None:
         with errors_at(config, "model.weights"):
-            check_weights_exist(path, backbone.name)
+            check_weights_exist(path)
             if backbone.name is None:
                 weights.read_metadata(path)
             weights.weights_file(path)
@@ -228,50 +228,22 @@ def wrong_argument(
     return None
 
 
-# Weights that do not exist: where they would come from.
-
-
-def check_weights_exist(path: Path, backbone_name: str | None = None) -> None:
-    """Refuse a path without weights, and say what would make them, if that is known."""
+def check_weights_exist(path: Path) -> None:
+    """Refuse a path without weights; the message names the config in configs/ that makes them."""
     if path.exists():
         return
-    fixes = ["Set model.weights to a file or run folder."]
-    if maker := _config_that_writes(path):
-        file, backbone_name = maker
-        fixes = [f"python tools/train_net.py --config-file {file} makes it."]
-    runs = [file.parent for file in path.parent.glob(f"*/{path.name}/seed*/model.json")]
-    if runs:  # of a suite, preferably of vanilla
-        run = min(runs, key=lambda run: ("vanilla" not in run.parts, str(run)))
-        fixes.append(f"A suite has made its own: set model.weights={run}, for example.")
-    if published := _published_name(backbone_name):
-        fixes.append(
-            f"Or use published weights: model.backbone.name={published} model.weights=pretrained."
-        )
-    raise FileNotFoundError(
-        f"No weights at {path}: there is no such file or folder. {' '.join(fixes)}"
-    )
+    fix = "Set model.weights to a file or run folder."
+    if file := _config_that_writes(path):
+        fix = f"python tools/train_net.py --config-file {file} makes it."
+    raise FileNotFoundError(f"No weights at {path}: there is no such file or folder. {fix}")
 
 
-def _published_name(name: str | None) -> str | None:
-    """Return the backbone of timm or torchvision that has published weights for `name`."""
-    library, _, model = (name or "").partition("/")
-    if library in ("timm", "cifar") and timm.is_model_pretrained(model):
-        return f"timm/{model}"
-    if library == "torchvision" and model in torchvision.models.list_models(torchvision.models):
-        return name
-    return None
-
-
-def _config_that_writes(output_dir: Path) -> tuple[str, str | None] | None:
-    """Return the config in configs/ whose run writes to `output_dir`, and its backbone."""
+def _config_that_writes(output_dir: Path) -> Path | None:
     for file in sorted(CONFIGS.glob("*/*.yaml")):
-        if file.parent.name in ("base", "suites"):
-            continue
         try:
             tree, _ = read_config_file(file)
         except ConfigError:
             continue
-        if Path(str(tree.get("output_dir"))) == output_dir:
-            name = tree.get("model", {}).get("backbone", {}).get("name")
-            return str(file.relative_to(CONFIGS.parent)), name
+        if Path(str(tree.get("output_dir"))) == output_dir and file.parent.name != "suites":
+            return file.relative_to(CONFIGS.parent)
     return None

@@ -95,18 +95,16 @@ def compare_weights(arguments: argparse.Namespace) -> int:
     refusal = None
     try:
         report = load_weights(arguments).loaded
-    except (FileNotFoundError, ValueError) as error:
-        refusal = error
+    except ValueError as error:
         reason = error if isinstance(error, WeightsError) else error.__cause__
         if not isinstance(reason, WeightsError):
             raise  # there was nothing to compare
-        report = reason.report
+        report, refusal = reason.report, error
+        print(f"refused: {refusal}", file=sys.stderr)
     if report is not None and arguments.json:
         print(json.dumps(report.summary(), indent=1))
     elif report is not None:
         print("\n".join(report.lines()))
-    if refusal is not None:
-        print(f"refused: {refusal}", file=sys.stderr)
     return 0 if refusal is None else 1
 
 
@@ -115,11 +113,11 @@ def load_weights(arguments: argparse.Namespace) -> "Backbone":
     from tract_transfer.build.weights import build_with_weights, check_weights_exist
     from tract_transfer.models import weights
 
+    path = Path(arguments.weights)
+    check_weights_exist(path)
     if arguments.config_file is not None:
         word = f"model.weights={json.dumps(arguments.weights)}"
         return build_with_weights(read_config(arguments, word))
-    path = Path(arguments.weights)
-    check_weights_exist(path)
     if arguments.backbone is not None:
         backbone = build_named(arguments)
     else:

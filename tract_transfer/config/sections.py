@@ -261,9 +261,7 @@ class FewShotConfig(Section):
         yield "temperature", self.classifier == "knn", reason
 
 
-SELECTION_ONLY = (
-    "it is for logistic_regression and linear to select on, and neither runs. Set it null"
-)
+SELECTION_ONLY = "only logistic_regression and linear select on it, and neither runs. Set it null"
 
 
 class ProbeEvaluation(Section):

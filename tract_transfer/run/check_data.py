@@ -4,7 +4,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -43,10 +43,6 @@ class DataReport:
     def is_clean(self) -> bool:
         """Whether nothing is broken."""
         return not (self.problems or any(split.problems for split in self.splits.values()))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain types."""
-        return {"is_clean": self.is_clean, **asdict(self)}
 
 
 def check_data(config: Config, progress: Progress | None = None) -> DataReport:
