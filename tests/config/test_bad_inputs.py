@@ -172,6 +172,7 @@ def test_an_error_names_the_base_with_the_key(tmp_path, name, refused):
     assert str(error.value) == f"solver.lrr: unknown. Did you mean solver.lr? ({base} line 11)"
 
 
+STREAMED = "data.train={source: huggingface, path: p, split: s, streaming: true}"
 # Task -> overrides that do not go together -> a part of the message.
 CONFLICTS = {
     "classification": {
@@ -194,6 +195,10 @@ CONFLICTS = {
         "data.readers=2": "data.train.streaming is false",
         "data.train={source: huggingface, path: p, split: s, num_classes: 3}":
             "data.train.num_classes has no use here: num_classes is for streaming: true",
+        f"{STREAMED} & data.cache=ram": "ram keeps all images, and data.train is streamed",
+        f"{STREAMED} & data.repeats=2": "data.repeats: needs random access to data.train",
+        f"{STREAMED} & data.val={{source: train, fraction: 0.1}}": "holds out images of data.train",
+        f"{STREAMED} & model.backbone.stem=whitened": "whitened needs a random sample of data",
         "data.cache=device & data.transforms.rotation_deg=3": "cache: device supports crop: pad,",
         "model.bce_target_threshold=0": "model.bce_target_threshold has no use here: it is for",
         "model.loss=bce & model.bce_target_threshold=0 & model.label_smoothing=0.1":
@@ -212,6 +217,7 @@ CONFLICTS = {
         "model.weights=pretrained & model.ignore_missing=[a]": "ignore_missing and adapt_stem",
     },
     "probe": {
+        STREAMED: "data.train.streaming: a probe needs random access",
         "solver.lr=1": "solver: not a key of a probe config",
         "evaluation.logistic_regression=null": "evaluation.metric is logistic_top1, and its",
         "evaluation.metric=knn5_top1": "evaluation.metric is knn5_top1, and its probe is left",

@@ -9,7 +9,13 @@ from box_data import write_voc
 
 from tract_transfer.build.data import build_data
 from tract_transfer.build.model import build_model
-from tract_transfer.config.schema import DetectionConfig, ProbeConfig, dump_config, load_config
+from tract_transfer.config.schema import (
+    TASKS,
+    DetectionConfig,
+    ProbeConfig,
+    dump_config,
+    load_config,
+)
 from tract_transfer.config.suite import load_suite
 from tract_transfer.run.run import run as run_config
 from tract_transfer.run.suite import draft_runs, inspect_runs, list_plan, open_suite
@@ -116,7 +122,10 @@ def shortened(config, scenes):
 def test_a_dumped_config_reads_back(path, tmp_path):
     config = load_config(path)
     (tmp_path / "config.yaml").write_text(dump_config(config))
-    assert load_config(tmp_path / "config.yaml").model_dump() == config.model_dump()
+    again = load_config(tmp_path / "config.yaml")
+    assert type(again) is type(config) is TASKS[config.task]
+    assert again.model_dump() == config.model_dump()
+    assert dump_config(again) == dump_config(config)
 
 
 @pytest.mark.parametrize("path", ALL, ids=name_of)

@@ -210,27 +210,6 @@ def test_several_labels_an_image(run_tiny, scenes):
     assert all(0 <= value <= 1 for value in results["metrics"].values())
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["data.train.classes=[0]", "data.test.classes=[0]"],
-         r"data\.train: its 143 images show only the class \['zero'\]"),
-        (["evaluation.metric=logistic_top5"],
-         r"evaluation\.metric: logistic_top5 needs more than 5 classes, and there are 3"),
-        (["evaluation.knn={ks: [432]}", "evaluation.metric=logistic_top1"],
-         r"evaluation\.knn\.ks must be in 1\.\.431"),
-        (["evaluation.few_shot={ks: [1, 145]}"],
-         r"few_shot\.ks: class 'two' has 142 training images, fewer than k = 145"),
-    ],
-)  # fmt: skip
-def test_bad_inputs_are_refused_before_features_are_extracted(
-    run_tiny, monkeypatch, words, message
-):
-    monkeypatch.setattr("tract_transfer.run.probe._extract", lambda *arguments: 1 / 0)
-    with pytest.raises(ValueError, match=message):
-        run_tiny(*words)
-
-
 def test_features_that_are_not_finite_name_their_images(run_tiny, monkeypatch):
     true = Backbone.pooled
 
