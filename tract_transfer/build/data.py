@@ -84,14 +84,9 @@ def build_data(config: Config) -> Data:
     if isinstance(config, ProbeConfig) and config.data.has_many_labels:
         train, test = ImageLabels(train), ImageLabels(test)
     data = Data(train, val, test, findings.clipped_boxes)
-    classification.join_integer_classes(data.splits)
-    check_disjoint(data.splits)
-    _check_classes(config, data)
-    for warning in classification.check_same_classes(cast(Any, data.splits)):
+    for warning in compare_splits(data.splits):
         logger.warning(warning)
-    for name, check in size_checks(data.splits).items():
-        if check.differs:
-            logger.warning("data.%s: %s", name, check.text)
+    _check_classes(config, data)
     if boxes := findings.clipped_boxes:
         message = "%d invalid boxes were clipped or dropped, the first: %s"
         logger.warning(message, len(boxes), boxes[0])
@@ -101,6 +96,17 @@ def build_data(config: Config) -> Data:
             logger.info("Decoding the %d images of %s", len(dataset), name)
             dataset.cache_images()
     return data
+
+
+def compare_splits(splits: Mapping[str, Dataset]) -> list[str]:
+    """Refuse splits of different classes or of the same data; return warnings."""
+    classification.join_integer_classes(splits)
+    check_disjoint(splits)
+    sizes = size_checks(splits).items()
+    return [
+        *classification.check_same_classes(cast(Any, splits)),
+        *(f"data.{name}: {check.text}" for name, check in sizes if check.differs),
+    ]
 
 
 def check_disjoint(splits: Mapping[str, Dataset]) -> None:

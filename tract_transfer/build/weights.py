@@ -8,9 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
-import torchvision
 from pydantic import ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
@@ -205,15 +203,10 @@ def wrong_argument(
             the class, so an argument unknown to the class must be named in it.
     """
     library, _, model_name = (name or "").partition("/")
-    if library == "cifar" and model_name in ZOO:
-        library, _, model_name = ZOO[model_name].source.partition("/")
+    if not args or (library not in ("timm", "torchvision") and model_name not in ZOO):
+        return None
     with torch.device("meta"):  # for its class only, without memory
-        if args and library == "timm" and timm.is_model(model_name):
-            model = timm.create_model(model_name)
-        elif args and library == "torchvision" and model_name in torchvision.models.list_models():
-            model = torchvision.models.get_model(model_name)
-        else:
-            return None
+        model = build_backbone(str(name)).model
     parameters = inspect.signature(type(model)).parameters.values()
     known = {parameter.name for parameter in parameters}
     suspects = {key: args[key] for key in args if key in known or f"'{key}'" in refusal}

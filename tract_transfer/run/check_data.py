@@ -5,16 +5,15 @@
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tract_transfer.build.data import Loaded, check_disjoint, load_split
+from tract_transfer.build.data import Loaded, compare_splits, load_split
 from tract_transfer.config.data import HeldOutSource
 from tract_transfer.config.schema import Config
-from tract_transfer.data.classification import check_same_classes, join_integer_classes
 from tract_transfer.data.detection import DetectionDataset
-from tract_transfer.data.findings import Findings, Size, size_checks
+from tract_transfer.data.findings import Findings, Size
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 
@@ -70,17 +69,8 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
             dataset.name, problems, statistics(dataset, checked.sizes)
         )
         report.warnings += checked.warnings
-    if not loaded:
-        return report
-    checks = size_checks(loaded)
-    report.warnings += [f"{n}: {check.text}" for n, check in checks.items() if check.differs]
     try:
-        join_integer_classes(loaded)
-        report.warnings += check_same_classes(cast(Any, loaded))
-    except ValueError as error:
-        report.problems.append(str(error))
-    try:
-        check_disjoint(loaded)
+        report.warnings += compare_splits(loaded) if loaded else []
     except (ValueError, OSError) as error:
         report.problems.append(str(error))
     return report
