@@ -6,12 +6,7 @@ from torch import nn
 
 import tract_transfer.detectron2  # noqa: F401 - registers its detector
 from tract_transfer.build.batches import build_transforms
-from tract_transfer.build.weights import (
-    build_with_weights,
-    call_entry,
-    check_backbone,
-    errors_at,
-)
+from tract_transfer.build.weights import build_with_weights, call_entry, check_backbone, errors_at
 from tract_transfer.config.schema import (
     ClassificationConfig,
     Config,

@@ -37,8 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stem", choices=stems, default="default")
     parser.add_argument("--args", type=json.loads, default={}, metavar="JSON", help="of --backbone")
     count = number(int, 1)
-    size = "side of the images (default: the config's, or 224)"
-    parser.add_argument("--size-px", type=count, metavar="N", help=size)
+    parser.add_argument("--size-px", type=count, metavar="N", help="default: the config's, or 224")
     parser.add_argument("--num-classes", type=count, default=20, metavar="K", help="default 20")
     parser.add_argument("--depth", type=count, default=1, help="levels of modules (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
