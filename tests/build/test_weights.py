@@ -126,17 +126,6 @@ def test_backbone_and_weights_are_checked_before_data_are_read(
         start(load_tiny(tmp_path, word, data, task="detection"))
 
 
-def test_position_embeddings_of_another_size_are_resized_and_reported(load_tiny, tmp_path):
-    args = {"patch_size": 4, "depth": 1, "embed_dim": 24, "num_heads": 3}
-    name = "timm/vit_tiny_patch16_224"
-    source = build_backbone(name, args={**args, "img_size": 32})
-    torch.save(source.model.state_dict(), tmp_path / "w.pth")
-    words = [f"model.weights={tmp_path / 'w.pth'}", "solver.max_iters=1"]
-    words += [f"model.backbone={{name: {name}, args: {json.dumps({**args, 'img_size': 16})}}}"]
-    match = run(load_tiny(tmp_path, *words))["weights_match"]
-    assert match["resized"] == {"pos_embed": "(1, 65, 24) -> (1, 17, 24)"}
-
-
 def test_image_size_and_drop_rates_may_differ_from_the_metadata(load_tiny, tmp_path):
     args = {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 4}
     name = "timm/vit_tiny_patch16_224"

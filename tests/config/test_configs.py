@@ -83,17 +83,16 @@ def small_detector(config):
 
 def shortened(config, scenes):
     """Overrides that keep the kind of a config and make it two steps on embedded data."""
-    words = ["data.batch_size=2", "data.num_workers=0", "engine.device=cpu"]
-    words += without_weights(config)
-    detects = isinstance(config, DetectionConfig)
-    probes = isinstance(config, ProbeConfig)
+    detects, probes = isinstance(config, DetectionConfig), isinstance(config, ProbeConfig)
     has_boxes = detects or (probes and config.data.has_many_labels)
     source = "digits, classes: [0, 1]"
     if has_boxes:
         source = f"digit_scenes, root: {scenes}, num_train: 12, num_test: 6, size_px: 64"
-    for split in ("train", "test"):
-        if getattr(config.data, split) is not None:
-            words.append(f"data.{split}={{source: {source}, split: {split}}}")
+    words = [
+        "data.batch_size=2", "data.num_workers=0", "engine.device=cpu", *without_weights(config),
+        *(f"data.{split}={{source: {source}, split: {split}}}" for split in ("train", "test")
+          if getattr(config.data, split)),
+    ]  # fmt: skip
     if config.data.val is not None:
         words.append(f"data.val={'null' if probes else '{source: train, fraction: 0.3}'}")
     if detects:
@@ -108,13 +107,13 @@ def shortened(config, scenes):
             words += [f"evaluation.few_shot.ks={ks}", "evaluation.few_shot.samplings=2"]
         if has_boxes:
             words.append("model.backbone={name: cifar/resnet18, args: {width: 8}}")
-    else:
-        words += ["solver.max_epochs=null", "solver.max_iters=2", "solver.warmup_epochs=null"]
-        words += ["solver.warmup_iters=null", "evaluation.every_epochs=null"]
-        words += ["evaluation.every_iters=null", "solver.warmup_start=0"]
-        words += [] if detects else ["data.repeats=1", *small_net(config)]
-        if config.solver.schedule == "multistep":
-            words += ["solver.steps_epochs=null", "solver.steps_iters=[1]"]
+        return words
+    unset = ("max_epochs", "warmup_epochs", "warmup_iters")
+    words += [*(f"solver.{key}=null" for key in unset), "solver.max_iters=2"]
+    words += ["evaluation={every_epochs: null, every_iters: null}", "solver.warmup_start=0"]
+    words += [] if detects else ["data.repeats=1", *small_net(config)]
+    if config.solver.schedule == "multistep":
+        words += ["solver.steps_epochs=null", "solver.steps_iters=[1]"]
     return words
 
 
@@ -213,11 +212,3 @@ def test_dry_run_of_a_suite_lists_every_run(path, monkeypatch, tmp_path):
     assert len(lines) == len(suite.runs) >= len(suite.config.methods) * len(suite.config.seeds)
     assert all(line.endswith("  run") for line in lines)
     assert not (tmp_path / "suite").exists()
-
-
-def test_methods_differ_in_the_keys_of_the_suite_alone():
-    suite = load_suite(ROOT / "configs/suites/quickstart.yaml")
-    one = load_config(suite.path("pretrain"))
-    two = load_config(suite.path("pretrain"), ["tract.enabled=true"])
-    assert (one.tract.enabled, two.tract.enabled) == (False, True)
-    assert {**one.model_dump(), "tract": two.tract.model_dump()} == two.model_dump()
