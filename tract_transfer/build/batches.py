@@ -123,12 +123,12 @@ def build_train_batches(
     """
     section, seed = config.data, config.seed
     order = build_epoch_order(config, train)
-    place = (rank, world_size, config.engine.accumulate)
+    process = (rank, world_size, config.engine.accumulate)
 
     def sampler(start_iter: int) -> Any:
         if isinstance(order, StreamOrder):
-            return StreamBatches(cast(Stream, train), order, start_iter, *place)
-        return sampling.TrainBatchSampler(order, start_iter, *place)
+            return StreamBatches(cast(Stream, train), order, start_iter, *process)
+        return sampling.TrainBatchSampler(order, start_iter, *process)
 
     sampler(0)  # raises now rather than at the first step
     if isinstance(section, ClassificationData) and section.cache == "device":

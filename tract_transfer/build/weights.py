@@ -208,8 +208,8 @@ def wrong_argument(
     with torch.device("meta"):  # for its class only, without memory
         model = build_backbone(str(name)).model
     parameters = inspect.signature(type(model)).parameters.values()
-    known = {parameter.name for parameter in parameters}
-    suspects = {key: args[key] for key in args if key in known or f"'{key}'" in refusal}
+    of_class = {parameter.name for parameter in parameters}
+    suspects = {key: args[key] for key in args if key in of_class or f"'{key}'" in refusal}
     optional = [
         inspect.Parameter(
             p.name, p.KEYWORD_ONLY, default=None, annotation=p.annotation if p.name in args else Any

@@ -159,8 +159,8 @@ def check_config(tree: dict[str, Any], origins: Origins) -> Config:
     try:
         config = _ADAPTER.validate_python(tree)
     except ValidationError as error:
-        known = {task: known_keys(schema) for task, schema in TASKS.items()}
-        raise ConfigError(explain_all(error, tree, origins, known)) from None
+        keys_by_task = {task: known_keys(schema) for task, schema in TASKS.items()}
+        raise ConfigError(explain_all(error, tree, origins, keys_by_task)) from None
     config._origins.update(origins)
     return config
 

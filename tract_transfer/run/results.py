@@ -259,9 +259,7 @@ def overlap(
         rows: split -> the images that count.
     """
     reported, tested = data.report
-    first_with: dict[str, int] = {}
-    for row in rows[reported]:
-        first_with.setdefault(hashes[reported][row], row)
+    first_with = {hashes[reported][row]: row for row in reversed(rows[reported])}
     counts: dict[str, dict[str, Any]] = {}
     for name, split in data.splits.items():
         if name == reported:
