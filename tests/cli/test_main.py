@@ -14,17 +14,6 @@ from tract_transfer.cli.suite import make_filter
 
 ROOT = Path(__file__).parents[2]
 TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
-QUICK = (
-    "model.backbone={name: cifar/resnet18, args: {width: 8}}",
-    "data.train.classes=[0, 1]",
-    "data.test.classes=[0, 1]",
-    "data.transforms={size_px: 16, crop: none, pad_px: null}",
-    "data.batch_size=32",
-    "data.num_workers=0",
-    "solver.max_epochs=null",
-    "solver.max_iters=4",
-    "engine={device: cpu, log: {every_iters: 2, tensorboard: false}}",
-)
 
 
 @pytest.mark.parametrize("name", TOOLS)
@@ -53,19 +42,19 @@ def test_the_dispatcher_runs_every_command(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, call):
+def trained(tmp_path_factory, write_tiny, call):
     """The command line of a tiny pre-training, its folder and its output."""
-    folder = tmp_path_factory.mktemp("tools") / "run"
-    words = ("--config-file", "configs/quickstart/pretrain.yaml", f"output_dir={folder}", *QUICK)
-    return words, folder, call("train_net.py", *words)
+    folder = tmp_path_factory.mktemp("tools")
+    words = ("--config-file", write_tiny(folder))
+    return words, folder / "run", call("train_net.py", *words)
 
 
 def test_train_net_trains(trained):
     _, folder, done = trained
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(folder / "results.json")]
-    assert "iter 4/4" in done.stderr
-    assert json.loads((folder / "results.json").read_text())["iterations"] == 4
+    assert "iter 6/6" in done.stderr
+    assert json.loads((folder / "results.json").read_text())["iterations"] == 6
 
 
 def test_eval_only_repeats_the_metrics(trained, call):
@@ -83,7 +72,7 @@ def test_eval_only_repeats_the_metrics(trained, call):
 def test_a_finished_run_is_resumed_only_when_asked(trained, call):
     words, folder, _ = trained
     before = (folder / "metrics.jsonl").read_bytes()
-    again = call("train_net.py", *words[:2], "--resume", *words[2:])
+    again = call("train_net.py", *words, "--resume")
     assert again.returncode == 0, again.stderr
     assert (folder / "metrics.jsonl").read_bytes() == before
     refused = call("train_net.py", *words)

@@ -127,12 +127,6 @@ def test_a_run_ended_by_a_signal_resumes(tmp_path, write_tiny, number):
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_signal_handlers_are_restored(tmp_path, load_tiny):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    run(load_tiny(tmp_path, "solver.max_iters=1"))
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
 GROUP = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")
 VIT = (
     "model.backbone={name: cifar/vit, args: {depth: 1, width: 48, num_heads: 3}}",

@@ -216,7 +216,7 @@ def wrong_argument(
         )
         for p in parameters
     ]
-    with contextlib.suppress(PydanticUserError):  # an annotation that is not a type
+    with contextlib.suppress(PydanticUserError, NameError):  # an annotation that is not a type
         return _find_misfit(str(name), optional, suspects)
     return None
 
