@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from tract_transfer.models import Backbone
 
-MAX_MAPS = 8
 NUM_IMAGES = 2  # of a training step: batch normalization refuses one
 
 
@@ -184,8 +183,6 @@ def lines_of(costs: dict[str, Any]) -> list[str]:
             "TrAct         inverts an n x n matrix at every step",
         ]
     maps = [f"{n} {m['channels']} / {m['stride']}" for n, m in costs["maps"].items()]
-    if len(maps) > MAX_MAPS:  # those of a plain ViT have one stride
-        maps = [*maps[:2], f"{len(maps) - 3} more", maps[-1]]
     side = f"{costs['size_px']} x {costs['size_px']}"
     return [
         *lines,
