@@ -70,7 +70,8 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
         )
         report.warnings += checked.warnings
     try:
-        report.warnings += compare_splits(loaded) if loaded else []
+        warnings = compare_splits(loaded) if loaded else []
+        report.warnings += [warning.removeprefix("data.") for warning in warnings]
     except (ValueError, OSError) as error:
         report.problems.append(str(error))
     return report
