@@ -102,12 +102,9 @@ def build_trainer(
     tract = build_tract(config, model)
     with _errors_at_named_key(config):
         optimizer = _build_optimizer(config, model)
-        schedule = build_schedule(
-            **{key: value for key, value in length._asdict().items() if "_every" not in key},
-            **config.solver.model_dump(
-                include={"schedule", "warmup_start", "step_factor", "end_factor"}
-            ),
-        )
+        lengths = {key: value for key, value in length._asdict().items() if "_every" not in key}
+        keys = {"schedule", "warmup_start", "step_factor", "end_factor"}
+        schedule = build_schedule(**lengths, **config.solver.model_dump(include=keys))
         batches = build_train_batches(
             config,
             data.train,
@@ -138,15 +135,11 @@ def build_trainer(
 
 def build_tract(config: TrainedTask, model: nn.Module) -> TrAct:
     """Build TrAct; if it is not enabled, one without layers."""
-    section = config.tract
-    with errors_at(config, "tract.layers" if section.layers else "tract"):
-        return TrAct(
-            model,
-            section.lam,
-            lam_mode=section.lam_mode,
-            layers=section.layers if section.enabled else [],
-            update_every=section.update_every,
-        )
+    options = config.tract.model_dump(exclude={"enabled"})
+    if not config.tract.enabled:
+        options["layers"] = []
+    with errors_at(config, "tract.layers" if config.tract.layers else "tract"):
+        return TrAct(model, **options)
 
 
 def _errors_at_named_key(config: Config) -> AbstractContextManager[None]:
