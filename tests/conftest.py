@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import errors_page
 import pytest
@@ -23,14 +22,6 @@ from tract_transfer.engine.trainer import Trainer
 ROOT = Path(__file__).parents[1]
 # Two processes with two threads each slow each other down; commands that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-class ToolResult(NamedTuple):
-    """Exit code and output of a tool; `stderr` includes its log."""
-
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 TEXTS = {"classification": CLASSIFICATION, "probe": PROBE, "detection": DETECTION}
@@ -82,12 +73,7 @@ def tool():
 
     def run(name, *words, launcher=(), cwd=ROOT):
         command = [sys.executable, *launcher, str(ROOT / "tools" / name), *map(str, words)]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(ROOT),
-        }
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
         return subprocess.run(
             command, capture_output=True, text=True, env=environment, cwd=cwd, check=False
         )
@@ -97,7 +83,10 @@ def tool():
 
 @pytest.fixture(scope="session")
 def call():
-    """Run a tool's main() in this process, which saves starting Python and torch every time."""
+    """Run a tool's main() in this process, which saves starting Python and torch every time.
+
+    The finished process that it returns has the log in `stderr`.
+    """
     loggers = [logging.getLogger(name) for name in ("tract_transfer", "tract_transfer.suite")]
     levels = [logger.level for logger in loggers]
 
@@ -121,7 +110,7 @@ def call():
                 code = end.code
             finally:
                 loggers[0].removeHandler(handler)
-        return ToolResult(code, out.getvalue(), err.getvalue())
+        return subprocess.CompletedProcess(name, code, out.getvalue(), err.getvalue())
 
     yield run
     for logger, level in zip(loggers, levels, strict=True):

@@ -1,13 +1,35 @@
 """Every benchmark explains itself, and those that are fast enough run."""
 
 import importlib.util
+import itertools
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
+from tract_transfer.config.schema import load_config
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+# In place of a training: holds 10 MiB more at each line of its log.
+GROWS = """
+import json, sys, time
+from pathlib import Path
+held, folder = [], Path(sys.argv[2]).parent / "run"
+folder.mkdir()
+with (folder / "metrics.jsonl").open("w", buffering=1) as log:
+    for iteration in (*range(10, 60, 10), 50):
+        held.append(b"x" * (10 << 20))
+        log.write(json.dumps({"iteration": iteration}) + "\\n")
+        time.sleep(0.2)
+"""
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -62,12 +84,10 @@ def test_a_memory_peak_is_what_torch_allocated(call):
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     """Random images of ten classes in the layout of CIFAR-10."""
-    spec = importlib.util.spec_from_file_location("memory", BENCHMARKS / "memory.py")
-    memory = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(memory)
     folder = tmp_path_factory.mktemp("images")
-    memory.write_parquet(folder / "train.parquet", 256)
-    memory.write_parquet(folder / "test.parquet", 100)
+    write_parquet = load("memory").write_parquet
+    write_parquet(folder / "train.parquet", 256)
+    write_parquet(folder / "test.parquet", 100)
     return folder
 
 
@@ -85,26 +105,31 @@ def test_variants_are_paired_with_plain_training_and_runs_are_reused(call, image
     assert "seed 0" not in again.err
 
 
-def test_variants_without_data_name_the_option(call, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["tract_variants.py", "finetune_speed.py"])
+def test_a_benchmark_without_data_names_the_option(name, call, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        call("tract_variants.py", "--data", tmp_path / "none")
+        call(name, "--data", tmp_path / "none")
     assert "Set --data" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_the_memory_of_a_stream_is_measured_over_a_training(call):
-    said = call("streaming_memory.py", "--rows", 300, "--iters", 40)
-    (row,) = table(said.out)
-    assert row[0] == "300"
-    fifths = [float(part) for part in row[2].split(",")]
-    assert len(fifths) == 5
-    assert 100 < fifths[-1] < float(row[3])  # torch alone; libraries are resident too
+def test_the_memory_of_a_stream_is_measured_over_a_training(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    streaming = load("streaming_memory")
+    (tmp_path / "config.yaml").write_text(
+        streaming.CONFIG.format(folder=tmp_path, workers=0, iters=50)
+    )
+    assert load_config(tmp_path / "config.yaml").data.train.streaming
+    (tmp_path / "train.py").write_text(GROWS)
+    monkeypatch.setattr(streaming, "TRAIN", tmp_path / "train.py")
+    resident_kib, samples = streaming.watch(tmp_path)
+    fifths = streaming.curve(samples, 50)
+    steps = [later - earlier for earlier, later in itertools.pairwise(fifths[1:])]
+    assert steps == pytest.approx([10] * 3, abs=1)
+    assert fifths[-1] < resident_kib / 1024 < 200  # libraries are resident too, but no torch
 
 
 def test_fine_tunings_are_measured_by_the_same_clock(images):
-    spec = importlib.util.spec_from_file_location("speed", BENCHMARKS / "finetune_speed.py")
-    speed = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(speed)
+    speed = load("finetune_speed")
     backbone = {"name": "cifar/resnet18", "args": {"width": 4}}
     setup = speed.Setup(
         data=images, label="label", backbone=backbone, batch_size=32, iters=3, skipped=1,
@@ -115,9 +140,3 @@ def test_fine_tunings_are_measured_by_the_same_clock(images):
     assert clock.images_per_second() == 32
     assert speed.ours(setup, 0) > 0
     assert speed.timm_loop(setup, 0) > 0
-
-
-def test_fine_tuning_speed_without_data_names_the_option(call, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        call("finetune_speed.py", "--data", tmp_path / "none")
-    assert "Set --data" in capsys.readouterr().err

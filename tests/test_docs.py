@@ -1,14 +1,25 @@
-"""Links, commands and the reading list of the documentation are valid."""
+"""Links, commands, configs and the reading list of the documentation are valid and complete."""
 
 import ast
 import re
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tract_transfer.config.schema import load_config
+from tract_transfer.config.schema import (
+    ClassificationConfig,
+    DetectionConfig,
+    known_keys,
+    load_config,
+)
 from tract_transfer.config.suite import load_suite
+from tract_transfer.evaluation import EVALUATORS
+from tract_transfer.models import DETECTORS
+from tract_transfer.models.detection.roi_heads import BoxOptions
+from tract_transfer.models.detection.rpn import RpnOptions
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -92,3 +103,64 @@ def test_readme_quotes_rows_of_cpu_demo():
     quoted = rows("README.md") & rows("docs/reference/cpu_demo.md")
     tasks = {row[1] for row in quoted}
     assert tasks >= {"pretrain", "cifar100", "flowers102", "stanford_cars", "voc"}
+
+
+# The guides to training and detection: their configs load, and they name every option.
+
+GUIDES = {
+    name: (ROOT / f"docs/guides/{name}.md").read_text(encoding="utf-8")
+    for name in ("training", "detection")
+}
+
+
+def blocks(guide: str) -> list[str]:
+    return re.findall(r"```yaml\n(.*?)```", GUIDES[guide], re.DOTALL)
+
+
+def load(folder: Path, base: str, *texts: str):
+    """Load a config made of texts of a guide, on top of a base unless it is empty."""
+    path = folder / "config.yaml"
+    path.write_text("".join([f"_BASE_: {ROOT / base}\n" if base else "", *texts]))
+    return load_config(path)
+
+
+def test_configs_of_guides_load(tmp_path):
+    recipe, stream = blocks("training")
+    config = load(tmp_path, "", recipe)
+    assert config.solver.end_factor * config.solver.lr == 1e-5
+    assert config.solver.warmup_start * config.solver.lr == 1e-6
+    assert config.data.repeats == 3
+    data = load(tmp_path, "configs/quickstart/pretrain.yaml", stream).data
+    assert data.train.streaming
+    assert (data.cache, data.shuffle_rows, data.readers) == ("none", 2048, 8)
+    config = load(tmp_path, "configs/detection/r18_fpn_voc07.yaml", *blocks("detection"))
+    assert config.data.repeat_threshold == 0.01
+
+
+@pytest.mark.parametrize(("name", "defaults"), [("rpn", RpnOptions()), ("box", BoxOptions())])
+def test_every_option_of_a_detector_is_shown_with_its_default(name, defaults):
+    shown = yaml.safe_load(blocks("detection")[1])["model"]["detector"]["args"][name]
+    assert shown == {
+        option: list(value) if isinstance(value, tuple) else pytest.approx(value, abs=5e-4)
+        for option, value in asdict(defaults).items()
+    }
+
+
+def test_every_detector_and_protocol_is_named():
+    for name in [name for registry in (DETECTORS, EVALUATORS) for name, _ in registry]:
+        assert f"`{name}`" in GUIDES["detection"], name
+
+
+def test_every_data_key_of_detection_is_named():
+    keys = [key for key in known_keys(DetectionConfig) if key.startswith("data.")]
+    names = {key.rpartition(".")[2] for key in keys if key.count(".") == 1}
+    names -= {"num_workers", "cache", "train", "val", "test", "transforms"}  # common to all tasks
+    assert {n for n in names if not re.search(rf"\b{n}\b", GUIDES["detection"])} == set()
+
+
+def test_every_option_of_the_transforms_is_named():
+    section = GUIDES["training"].partition("## Images")[2].partition("## Batches")[0]
+    keys = [key for key in known_keys(ClassificationConfig) if key.startswith("data.transforms.")]
+    names = {key.rpartition(".")[2] for key in keys}
+    missing = {name for name in names if f"`{name}" not in section}
+    assert missing <= {"flip_prob", "crop_ratio"}  # shown in the recipe

@@ -37,13 +37,6 @@ def test_an_unknown_name_lists_all_and_suggests_the_nearest(shapes):
     )
 
 
-@pytest.mark.parametrize(
-    "name, known, expected",
-    [
-        ("resnt", ["vit", "resnet"], " Did you mean 'resnet'?"),
-        ("resnet", ["vit", "swin"], ""),
-        ("x", [], ""),
-    ],
-)
-def test_did_you_mean(name, known, expected):
-    assert did_you_mean(name, known) == expected
+def test_only_a_near_name_is_suggested():
+    assert did_you_mean("resnt", ["vit", "resnet"]) == " Did you mean 'resnet'?"
+    assert did_you_mean("resnet", ["vit", "swin"]) == did_you_mean("x", []) == ""

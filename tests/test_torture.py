@@ -14,10 +14,9 @@ SCRIPT = Path(__file__).parent / "support/torture.py"
     ("kills", "tasks"),
     [
         (2, ["classification-2", "probe-0", "detection-0"]),
-        (1, ["classification-group"]),
-        (1, ["suite"]),
+        (1, ["classification-group", "suite"]),
     ],
-    ids=["one process", "group", "suite"],
+    ids=["one process", "several"],
 )
 def test_killed_runs_resume_to_the_same_bits(kills, tasks):
     command = [sys.executable, SCRIPT, "--kills", str(kills), "--tasks", *tasks]

@@ -36,15 +36,10 @@ class DiskFullError(OSError):
     """There is no space for a file; the file that it was to replace is unchanged."""
 
 
-def temporary_path(path: Path) -> Path:
-    """Return a new name next to `path`, which `remove_temporary_files` recognizes."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
-
-
 @contextlib.contextmanager
 def atomic_path(path: Path, needed_bytes: int | None = None) -> Iterator[Path]:
     """Yield a temporary path to write to; without an error, rename it to `path` at the end."""
-    temporary = temporary_path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_TEMPORARY}")
     try:
         with reports_full_disk(path.parent, path.name, needed_bytes):
             yield temporary

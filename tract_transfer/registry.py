@@ -39,7 +39,7 @@ class Registry(FvcoreRegistry):  # type: ignore[misc]
         return super().get(name)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the nearest name in `known`, or an empty string."""
-    near = get_close_matches(name, list(known), n=1, cutoff=0.6)
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the nearest name in `names`, or an empty string."""
+    near = get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""

@@ -2,7 +2,7 @@
 
 import datasets
 import pytest
-from PIL import Image
+from stream_rows import huggingface, write_splits
 
 from tract_transfer.run.run import run
 
@@ -12,19 +12,11 @@ def pets(tmp_path, offline_cache):
     """Write train and test images with these labels; return the overrides."""
 
     def write(train, test, feature=None):
+        (tmp_path / "pets").mkdir()
         feature = feature or datasets.ClassLabel(names=["cat", "dog"])
-        words = ["data.batch_size=4", "data.transforms={size_px: 16, crop_ratio: 1.0}"]
-        for split, labels, shade in (("train", train, 0), ("test", test, 100)):
-            images = [Image.new("RGB", (16, 16), (shade + i,) * 3) for i in range(len(labels))]
-            rows = datasets.Dataset.from_dict(
-                {"image": images, "label": labels},
-                features=datasets.Features({"image": datasets.Image(), "label": feature}),
-            )
-            rows.to_parquet(tmp_path / f"pets/{split}.parquet")
-            source = f"source: huggingface, path: {tmp_path / 'pets'}, split: {split}"
-            column = "label_column: label"
-            words.append(f"data.{split}={{{source}, {column}}}")
-        return words
+        path = write_splits(tmp_path / "pets", train, test, feature=feature)
+        transforms = "data.transforms={size_px: 16, crop_ratio: 1.0}"
+        return huggingface(path, "data.batch_size=4", transforms, label_column="label")
 
     return write
 

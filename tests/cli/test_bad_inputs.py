@@ -40,9 +40,6 @@ BAD_LINES = {
     # files
     "train_net.py --config-file nowhere.yaml": NO_CONFIG,
     "run_suite.py --config-file nowhere.yaml": NO_CONFIG,
-    "check_data.py --config-file nowhere.yaml": NO_CONFIG,
-    "visualize_data.py --config-file nowhere.yaml": NO_CONFIG,
-    "analyze_model.py --config-file nowhere.yaml": NO_CONFIG,
     f"check_data.py {PRETRAIN} --json nowhere/x.json": "--json nowhere/x.json: the folder does not",
     f"train_net.py {FINETUNE} model.weights=./nowhere": "model.weights: No weights at",
     f"train_net.py {PRETRAIN} --eval-only output_dir=./nowhere": "checkpoint in",

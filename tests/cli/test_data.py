@@ -157,13 +157,6 @@ def test_images_are_those_of_the_training_from_start_iter_on(write_tiny, tmp_pat
         assert all(name in train.class_names for _, name, _ in boxes)
 
 
-def test_fewer_images_than_a_batch_are_drawn(call, write_tiny, tmp_path):
-    words = ("--config-file", write_tiny(tmp_path), "--output", tmp_path / "a.png")
-    done = call("visualize_data.py", *words, "data.batch_size=99999", "engine.accumulate=3")
-    assert done.returncode == 0, done.stderr
-    assert pixels(tmp_path / "a.png").std() > 10
-
-
 def test_images_of_several_labels_are_named_by_all(write_tiny, scenes, tmp_path):
     made = f"root: {scenes}, num_train: 12, num_test: 6, size_px: 64"
     words = [f"data.{s}={{source: digit_scenes, split: {s}, {made}}}" for s in ("train", "test")]

@@ -3,7 +3,7 @@
 import pydantic
 import pytest
 import yaml
-from config_texts import CLASSIFICATION, DETECTION, PROBE, VOC_PROBE
+from config_texts import CLASSIFICATION, PROBE, VOC_PROBE
 
 from tract_transfer.config.file import dump_yaml
 from tract_transfer.config.schema import (
@@ -23,15 +23,6 @@ def load(tmp_path):
         return load_config(path, overrides)
 
     return load_text
-
-
-@pytest.mark.parametrize("text", [CLASSIFICATION, DETECTION, PROBE, VOC_PROBE])
-def test_a_dumped_config_reads_back(load, text):
-    config = load(text)
-    again = load(dump_config(config))
-    assert type(again) is type(config) is TASKS[config.task]
-    assert again.model_dump() == config.model_dump()
-    assert dump_config(again) == dump_config(config)
 
 
 def test_numbers_are_numbers_and_words_are_words(load):
@@ -105,20 +96,14 @@ def test_defaults_are_those_of_dino_and_vissl(load):
     assert evaluation.svm.folds == 3
 
 
-@pytest.mark.parametrize(
-    "metric",
-    ["knn10_top1", "knn200_mean_per_class", "logistic_top5", "linear_top1", "svm_top1",
-     "shot4_top1"],
-)  # fmt: skip
-def test_every_probe_that_runs_can_be_the_metric(load, metric):
+def test_every_probe_that_runs_can_be_the_metric(load):
     words = ("evaluation.linear={}", "evaluation.svm={}", "evaluation.few_shot={}")
-    assert load(PROBE, *words, f"evaluation.metric={metric}").evaluation.metric == metric
-
-
-@pytest.mark.parametrize("metric", ["svm_map_11point", "svm_map_area", "shot2_map_area"])
-def test_every_probe_of_several_labels_can_be_the_metric(load, metric):
+    one = ("knn10_top1", "knn200_mean_per_class", "logistic_top5", "linear_top1", "svm_top1")
+    for metric in (*one, "shot4_top1"):
+        assert load(PROBE, *words, f"evaluation.metric={metric}").evaluation.metric == metric
     few_shot = "evaluation.few_shot={ks: [2], classifier: svm}"
-    assert load(VOC_PROBE, few_shot, f"evaluation.metric={metric}").data.has_many_labels
+    for metric in ("svm_map_11point", "svm_map_area", "shot2_map_area"):
+        assert load(VOC_PROBE, few_shot, f"evaluation.metric={metric}").data.has_many_labels
 
 
 def test_known_keys_are_those_of_the_schema():

@@ -1,5 +1,6 @@
 """TrAct, our backbones and our evaluators in detectron2's own trainers."""
 
+import copy
 import warnings
 
 import pytest
@@ -16,6 +17,7 @@ with warnings.catch_warnings():
     from detectron2 import model_zoo
     from detectron2.config import get_cfg
     from detectron2.data import DatasetCatalog, MetadataCatalog
+    from detectron2.layers import Conv2d
     from detectron2.modeling import build_model
     from detectron2.solver import build_optimizer
     from detectron2.structures import Boxes, BoxMode, Instances
@@ -165,6 +167,51 @@ def test_a_frozen_stem_is_refused(tmp_path, name):
     model = build_model(cfg)
     with pytest.raises(ValueError, match=r"conv1\S*\.weight is frozen.*FREEZE_AT 0"):
         attach_tract(cfg, model, build_optimizer(cfg, model))
+
+
+def test_its_norm_and_activation_do_not_change_the_treatment():
+    torch.manual_seed(0)
+    wrapped = Conv2d(3, 4, 5, 2, 2, norm=nn.BatchNorm2d(4), activation=nn.ReLU())
+    plain = nn.Conv2d(3, 4, 5, 2, 2)
+    plain.load_state_dict({n: p for n, p in wrapped.state_dict().items() if "norm" not in n})
+    images = torch.randn(2, 3, 16, 16)
+    for model in (
+        nn.Sequential(wrapped),
+        nn.Sequential(plain, copy.deepcopy(wrapped.norm), nn.ReLU()),
+    ):
+        tract = TrAct(model)
+        assert tract.layer_names == ["0"]
+        model(images).square().mean().backward()
+        tract.step()
+    torch.testing.assert_close(wrapped.weight.grad, plain.weight.grad)
+
+
+def test_a_convolution_that_changes_its_weight_is_refused():
+    class Standardized(Conv2d):
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.weight - self.weight.mean())
+
+    with pytest.raises(ValueError, match="changes its weight or its input"):
+        TrAct(nn.Sequential(Standardized(3, 4, 3)))
+
+
+def test_attach_works_on_its_clipping_optimizers():
+    """They replace the optimizer's class, so torch's hooks run after the clipping."""
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1e-3
+    cfg.SOLVER.MOMENTUM = cfg.SOLVER.WEIGHT_DECAY = 0.0
+    cfg.SOLVER.BASE_LR = 1.0
+    torch.manual_seed(0)
+    layer, inputs = nn.Linear(6, 4).double(), torch.randn(9, 6).double()
+    optimizer = build_optimizer(cfg, layer)
+    TrAct(layer).attach(optimizer)
+    before = layer.weight.detach().clone()
+    (layer(inputs).square().sum() / 2).backward()
+    clipped = layer.weight.grad.clamp(-1e-3, 1e-3)
+    optimizer.step()
+    matrix = inputs.T @ inputs / 9 + 0.1 * torch.eye(6).double()
+    torch.testing.assert_close(before - layer.weight, clipped @ torch.linalg.inv(matrix))
 
 
 # -------------------------------------------------------------------------------- backbones

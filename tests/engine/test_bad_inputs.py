@@ -70,10 +70,6 @@ SOLVER = {
     "equal steps": (multistep(5, 5), "must ascend"),
     "step at the end": (multistep(10), "run's end 10"),
     "step in the warm-up": (multistep(3, warmup_iters=3), "warm-up's end 3"),
-    "unknown schedule": (
-        schedule(schedule="linear"),
-        "no 'linear'. Known: cosine, cosine_epochs, multistep, constant",
-    ),
     "first epoch without learning rate": (
         schedule(schedule="cosine_epochs", warmup_iters=5, iters_per_epoch=5),
         r"solver.warmup_start must be above 0 with schedule: cosine_epochs",

@@ -10,7 +10,7 @@ import torch
 from run_folders import assert_bits, checkpoint_names, entries, truncate, write_checkpoints
 
 from tract_transfer.engine.checkpoint import Checkpointer, take_tensors
-from tract_transfer.files import DiskFullError
+from tract_transfer.files import DiskFullError, sha256_of
 
 WEIGHT = torch.randn(4, 4)
 TREE = {
@@ -70,6 +70,15 @@ def flip(content):
     return content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]
 
 
+def lead_outside(path):
+    """Name a file of another checkpoint, with the right hashes."""
+    name = "../iter_0000010/model"
+    part = {"layout": {"dict": []}, "sha256": sha256_of(path / f"{name}.safetensors")}
+    content = {"iteration": 20, "state": {}, "parts": {name: part}}
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    (path / "state.json").write_text(json.dumps({"sha256": digest, **content}))
+
+
 DAMAGES = {
     "truncated": truncate,
     "byte of a tensor": rewrite("model.safetensors", flip),
@@ -77,6 +86,7 @@ DAMAGES = {
     "number of the state": rewrite("state.json", lambda b: b.replace(b'"at": 20', b'"at": 21')),
     "list as state": rewrite("state.json", lambda _: b"[1, 2]"),
     "deep state": rewrite("state.json", lambda _: b"[" * 100_000),
+    "path outside": lead_outside,
     "no state": lambda path: (path / "state.json").unlink(),
     "no tensors": lambda path: (path / "model.safetensors").unlink(),
 }
@@ -96,25 +106,6 @@ def test_a_damaged_checkpoint_is_named_and_skipped(checkpointer, caplog, damage)
         checkpointer.load(checkpointer.folder / "iter_0000020")
 
 
-FORGED = [
-    ({"iteration": float("inf")}, "infinity"),
-    ({"parts": {"../iter_0000010/model": {"layout": {}, "sha256": ""}}}, "is not a file name"),
-]
-
-
-@pytest.mark.parametrize(("changes", "match"), FORGED)
-def test_a_forged_state_is_broken(checkpointer, changes, match, refused):
-    write_checkpoints(checkpointer, 10, 20)
-    file = checkpointer.folder / "iter_0000020/state.json"
-    content = {**json.loads(file.read_text()), **changes}
-    del content["sha256"]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    file.write_text(json.dumps({"sha256": digest, **content}))
-    name = f"a checkpoint whose state has {list(changes)} made to mislead"
-    with refused(name, ValueError, match=f"iter_0000020 is broken: .*{match}"):
-        checkpointer.load(file.parent)
-
-
 def test_other_folders_are_ignored(checkpointer, caplog):
     write_checkpoints(checkpointer, 3)
     (checkpointer.folder / "iter_old").mkdir()
@@ -124,21 +115,6 @@ def test_other_folders_are_ignored(checkpointer, caplog):
     assert "iter_0000009" in caplog.text
     write_checkpoints(checkpointer, 4, 5, 6)
     assert "iter_old" in checkpoint_names(checkpointer)
-
-
-def test_incomplete_and_damaged_checkpoints_ahead_of_a_resumed_run_are_replaced(tmp_path):
-    checkpointer = Checkpointer(tmp_path, keep=2)
-    write_checkpoints(checkpointer, 10, 20, 30)
-    (tmp_path / "iter_0000030").rename(tmp_path / ".iter_0000020")
-    truncate(tmp_path / "iter_0000020")
-    write_checkpoints(checkpointer, 12)
-    assert checkpointer.newest().name == "iter_0000012"
-    write_checkpoints(checkpointer, 20)
-    assert checkpointer.newest().name == "iter_0000020"
-    assert "iter_0000012" in checkpoint_names(checkpointer)
-    assert not (tmp_path / ".iter_0000020").exists()
-    write_checkpoints(checkpointer, 9_999_999, 10_000_000)
-    assert checkpointer.newest().name == "iter_10000000"  # by number, not by name
 
 
 def test_tidy_archives_damaged_checkpoints_and_removes_incomplete_ones(checkpointer, caplog):
@@ -152,17 +128,13 @@ def test_tidy_archives_damaged_checkpoints_and_removes_incomplete_ones(checkpoin
         "broken-iter_0000020", "broken-iter_0000030", "iter_0000010",
     ]  # fmt: skip
     assert f"Moved to {checkpointer.folder}/broken-iter_0000030" in caplog.text
+    (checkpointer.folder / ".iter_0000020").mkdir()  # does not hinder the next one
     write_checkpoints(checkpointer, 20)
     truncate(checkpointer.folder / "iter_0000020")
     checkpointer.tidy()
     assert (checkpointer.folder / "broken-iter_0000020-2").is_dir()
-
-
-def test_an_intact_checkpoint_is_not_written_again(checkpointer, monkeypatch):
-    write_checkpoints(checkpointer, 10)
-    monkeypatch.setattr(shutil, "rmtree", None)
-    checkpointer.save(10, {"model": {"w": torch.tensor(11)}}, {})
-    assert checkpointer.load(checkpointer.newest())[0]["model"]["w"] == 10
+    write_checkpoints(checkpointer, 9_999_999, 10_000_000)
+    assert checkpointer.newest().name == "iter_10000000"  # by number, not by name
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(small_disk):

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from accelerate import Accelerator
-from run_folders import scalars_of
+from run_folders import assert_bits, scalars_of
 
 from tract_transfer.build.data import build_data
 from tract_transfer.build.trainer import build_trainer
@@ -79,8 +79,7 @@ def test_hooks_do_not_change_a_bit_of_the_training(same_trainer, trainer, metric
 
     use_hooks(evaluate)
     trainer.train()
-    for name, tensor in same_trainer.model.state_dict().items():
-        assert torch.equal(tensor, trainer.model.state_dict()[name]), name
+    assert_bits(same_trainer.model.state_dict(), trainer.model.state_dict())
     assert keys_of(metrics.path) == [(i, split) for i in range(1, 7) for split in ("train", "val")]
 
 
@@ -100,8 +99,10 @@ def test_a_checkpoint_precedes_its_evaluation(trainer, use_hooks):
 
 
 def test_a_signal_during_an_evaluation_is_followed_by_a_checkpoint(trainer, use_hooks):
+    """The hook that writes it must see the signal, whenever that arrives."""
+
     def evaluate():
-        trainer.stop.number = 15
+        trainer.stop.number = 15  # as a handler does
         return {"top1": 0.5}
 
     checkpointer = use_hooks(evaluate, every_iters=2)

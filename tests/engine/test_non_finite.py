@@ -9,6 +9,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from run_folders import assert_bits
 from small_trainers import make_trainer
 from torch import nn
 
@@ -19,7 +20,7 @@ from tract_transfer.engine.debug_batch import (
     replay,
     save_debug_batch,
 )
-from tract_transfer.engine.non_finite import NonFiniteError, StepGuard, gradient_norm
+from tract_transfer.engine.non_finite import NonFiniteError, StepGuard
 from tract_transfer.tract import TrAct
 
 pytestmark = pytest.mark.filterwarnings("ignore:Error detected in")
@@ -106,11 +107,8 @@ def test_a_skipped_step_changes_only_the_count():
     trainer.step = watched
     trainer.train()
     (weights, optimizer), (weights_after, optimizer_after) = states[BROKEN : BROKEN + 2]
-    for name, tensor in weights.items():
-        assert torch.equal(weights_after[name], tensor), name
-    for number, state in optimizer["state"].items():
-        buffer = optimizer_after["state"][number]["momentum_buffer"]
-        assert torch.equal(state["momentum_buffer"], buffer)
+    assert_bits(weights, weights_after)
+    assert_bits(optimizer["state"], optimizer_after["state"])
     assert trainer.iteration == 8
     assert all(tensor.isfinite().all() for tensor in trainer.model.state_dict().values())
     assert [step["iteration"] for step in trainer.guard.skipped_steps] == [BROKEN + 1]
@@ -141,28 +139,12 @@ def test_the_number_of_skipped_steps_is_limited(refused):
     assert trainer.iteration == 2
 
 
-def test_an_overflow_of_the_scaler_is_not_an_error():
-    trainer = make(precision=torch.float16, guard=guard())
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
-    trainer.train()
-    read = trainer.read_meter()
-    assert read["loss_scale"] < 2.0**60
-    assert math.isfinite(read["loss"])
-
-
 def test_an_overflow_at_every_scale_is_an_error(refused):
     trainer = make(Net(gradient=True), broken=range(60), value=60.0, precision=torch.float16)
     trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-8)
     match = "not finite at any scale by iteration 3"
     with refused("float16 that overflows at any scale", NonFiniteError, match=match):
         trainer.train()
-
-
-def test_the_norm_is_that_of_the_whole_gradient():
-    model = Net()
-    model(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))["loss_cls"].backward()
-    gradient = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-    torch.testing.assert_close(gradient_norm(model.parameters()), gradient.norm())
 
 
 # ------------------------------------------------------------------------------- debug batches

@@ -1,27 +1,32 @@
 """A run folder: what may be resumed in it, what is refused before data are read, its files."""
 
+import errno
+import fcntl
 import json
+import logging
+import os
+import re
 import shutil
+import signal
+import socket
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 from run_folders import (
     CARVED,
-    Killed,
     assert_same_run,
     entries,
-    held,
     results_of,
     whole_and_killed,
 )
 from safetensors.torch import load_file, save_file
 
-from tract_transfer.config.schema import ConfigError, dump_config
+from tract_transfer.config.schema import ConfigError
 from tract_transfer.engine.run_folder import (
     FolderInUseError,
     changed_keys,
-    continue_environment,
     deciding_keys,
     environment,
     flatten,
@@ -80,7 +85,7 @@ REFUSALS = {
         ValueError, ["another config: data.batch_size: 32 then, 16 now; solver.lr: 0.05 then, 0.5",
          "run/config.yaml, or set another output_dir"]),
     "--resume without config.yaml": (Path.unlink, [], True, ValueError,
-        ["contains a run but no config.yaml", "or set another output_dir"]),
+        ["No config can be read at", "run/config.yaml", "or set another output_dir"]),
     "--resume with a truncated config.yaml": (truncate, [], True, ValueError,
         ["config.yaml is not a valid config of this version", "or set another output_dir"]),
     "--resume with a config.yaml of another version": (
@@ -108,29 +113,17 @@ def test_a_folder_is_refused_before_data_are_read_and_not_changed(
     assert contents(folder) == before
 
 
-def test_other_weights_are_refused_before_data_are_read(tmp_path, load_tiny, finished, no_data):
-    words = [f"model.weights={finished[1]}", "model.backbone={name: null}", "solver.max_iters=1"]
-    (tmp_path / "next/run/checkpoints/iter_0000001").mkdir(parents=True)
-    config = load_tiny(tmp_path / "next", *words)
-    (tmp_path / "next/run/config.yaml").write_text(dump_config(config))
-    (tmp_path / "next/run/environment.json").write_text('{"weights": "0123456789abcdef"}')
-    with pytest.raises(ValueError, match=r"model\.weights changed .* 0123456789ab then"):
+def test_a_folder_in_use_is_refused_before_data_are_read_and_not_changed(finished, no_data):
+    config, folder = finished
+    before = contents(folder)
+    with lock_folder(folder), pytest.raises(FolderInUseError, match=f"process {os.getpid()} on"):
         run(config, resume=True)
-
-
-def test_a_folder_in_use_is_refused_before_data_are_read(tmp_path, load_tiny, no_data):
-    (tmp_path / "run").mkdir()
-    with held(tmp_path / "run") as pid, pytest.raises(FolderInUseError, match=f"process {pid} "):
-        run(load_tiny(tmp_path))
-    assert entries(tmp_path / "run") == [".lock"]
-    (tmp_path / "run/.lock").write_text(json.dumps({"pid": 1, "host": "elsewhere"}))
-    with pytest.raises(FolderInUseError, match="cannot tell whether that process still runs"):
-        run(load_tiny(tmp_path))
+    assert contents(folder) == before
 
 
 def test_no_folder_is_made_below_a_file(tmp_path, load_tiny, no_data, refused):
     (tmp_path / "file").write_text("mine")
-    with refused("an output_dir below a file", NotADirectoryError, match="file is a file"):
+    with refused("an output_dir below a file", NotADirectoryError, match="output_dir: .*file/run"):
         run(load_tiny(tmp_path, f"output_dir={tmp_path}/file/run"))
 
 
@@ -166,15 +159,6 @@ def test_a_preview_warns_that_the_run_would_be_refused(finished, caplog):
     assert "refused" not in caplog.text
 
 
-def test_a_second_run_is_refused_and_changes_nothing(finished):
-    config, folder = finished
-    before = contents(folder)
-    with held(folder) as pid, pytest.raises(FolderInUseError, match=f"in use by process {pid}"):
-        run(config, resume=True)
-    assert contents(folder) == before
-    run(config, resume=True)
-
-
 def test_keys_of_place_and_speed_and_missing_defaults_may_differ_on_resume(finished, load_tiny):
     _, folder = finished
     change(folder / "config.yaml", lambda tree: tree["solver"].pop("ema_warmup"))
@@ -199,7 +183,9 @@ def test_other_data_under_the_same_config_are_refused(finished, refused):
     assert json.loads((folder / "environment.json").read_text())["data"]["test"][:3] == "012"
 
 
-def test_other_weights_under_the_same_config_are_refused(tmp_path, load_tiny, finished, refused):
+def test_other_weights_under_the_same_config_are_refused_before_data_are_read(
+    tmp_path, load_tiny, finished, refused, monkeypatch
+):
     _, folder = finished
     (tmp_path / "next").mkdir()
     words = [f"model.weights={folder}", "model.backbone={name: null}", "solver.max_iters=1"]
@@ -209,6 +195,7 @@ def test_other_weights_under_the_same_config_are_refused(tmp_path, load_tiny, fi
     save_file({name: 2 * tensor for name, tensor in weights.items()}, folder / "model.safetensors")
     now = sha256_of(folder / "model.safetensors")
     change(folder / "model.json", lambda metadata: metadata.update(sha256=now))
+    monkeypatch.setattr("tract_transfer.run.run.build_data", None)
     with refused(
         "--resume with other weights under the same config",
         ValueError,
@@ -217,43 +204,38 @@ def test_other_weights_under_the_same_config_are_refused(tmp_path, load_tiny, fi
         run(config, resume=True)
 
 
-@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_text("{")])
-def test_unreadable_environment_is_a_warning(finished, caplog, spoil):
+def test_unreadable_environment_is_a_warning(finished, caplog):
     config, folder = finished
-    spoil(folder / "environment.json")
+    (folder / "environment.json").write_text("{")
     run(config, resume=True)
-    assert "environment.json cannot be read" in caplog.text
-    assert "cannot be compared" in caplog.text
+    assert "environment.json cannot be read, so the data cannot be compared" in caplog.text
+    assert "another environment" not in caplog.text
 
 
 def test_another_environment_is_a_warning_and_recorded(finished, caplog):
     config, folder = finished
-    change(folder / "environment.json", lambda tree: tree["versions"].update(torch="1.0"))
+
+    def edit(tree):
+        tree["versions"].update(torch="1.0")
+        tree["hardware"].update(processes="9", system="elsewhere")
+        tree["git"] = {"commit": "abc"}
+
+    change(folder / "environment.json", edit)
     run(config, resume=True)
-    assert "another environment, so not to the same bits: torch 1.0 then" in caplog.text
-    earlier = json.loads((folder / "environment.json").read_text())["earlier"]
-    assert [one["versions"]["torch"] for one in earlier] == ["1.0"]
+    assert "another environment, so not to the same bits: git.commit: 'abc' then" in caplog.text
+    assert "hardware.processes: '9' then, '1' now" in caplog.text
+    assert "versions.torch: '1.0' then" in caplog.text
+    assert "elsewhere" not in caplog.text
+    (earlier,) = json.loads((folder / "environment.json").read_text())["earlier"]
+    assert earlier["versions"]["torch"] == "1.0"
+    caplog.clear()
+    run(config, resume=True)
+    assert "another environment" not in caplog.text
 
 
 def test_no_secret_of_the_command_line_is_stored(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x.py", "hub.token=abc", "--api-key", "abc", "solver.lr=1"])
     assert environment({})["command"] == "x.py hub.token=*** --api-key *** solver.lr=1"
-
-
-def test_versions_hardware_and_commit_are_compared():
-    now = environment({"train": "a"}, num_processes=2)
-    assert continue_environment(now, now) == (now, [])
-    then = json.loads(json.dumps(now))
-    then["hardware"].update(processes="1", threads="9", system="elsewhere")
-    then["git"] = {"commit": "abc", "changed": "no"}
-    after, changes = continue_environment(now, then)
-    threads = now["hardware"]["threads"]
-    assert "processes 1 then, 2 now" in changes
-    assert f"threads 9 then, {threads} now" in changes
-    assert any(change.startswith("commit abc then") for change in changes)
-    assert not any("system" in change for change in changes)
-    assert [one["git"]["commit"] for one in after["earlier"]] == ["abc"]
-    assert continue_environment(now, {})[1] == []  # a lost environment.json
 
 
 def test_a_truncated_log_line_is_completed_and_temporary_files_are_removed(finished):
@@ -270,18 +252,6 @@ def test_a_truncated_log_line_is_completed_and_temporary_files_are_removed(finis
     assert "INFO Resumed from" in "\n".join(lines[len(text.splitlines()) + 1 :])
     assert [name for name in entries(folder) if name.startswith(".")] == [".lock", ".mine"]
     assert entries(folder / "checkpoints") == ["iter_0000002"]
-
-
-def test_a_lost_best_checkpoint_is_not_replaced_by_the_last(tmp_path, load_tiny, kill_at):
-    words = (*CARVED, "evaluation.every_iters=2", "engine.checkpoint.keep=9")
-    config = whole_and_killed(tmp_path, load_tiny, kill_at, *words)
-    (tmp_path / "run/checkpoints/best.json").write_text("{")
-    run(config, resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-    best = json.loads((tmp_path / "run/checkpoints/best.json").read_text())["iteration"]
-    (tmp_path / f"run/checkpoints/iter_{best:07d}/model.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match="best"):
-        run(config, resume=True)
 
 
 def test_a_damaged_best_checkpoint_is_written_again(tmp_path, load_tiny, kill_at):
@@ -303,17 +273,6 @@ def test_resume_hint_depends_on_the_content_of_the_folder(tmp_path, finished):
         (folder / "results.json").write_bytes(unreadable)
         assert "Resume with --resume" in resume_hint(folder)
     assert "Give the same command again" in resume_hint(tmp_path / "nothing")
-
-
-def test_a_folder_is_released_after_a_failure_and_removed_if_unused(tmp_path, load_tiny, kill_at):
-    kill_at(1)
-    with pytest.raises(Killed):
-        run(load_tiny(tmp_path))
-    with lock_folder(tmp_path / "run"):
-        pass
-    with pytest.raises(ValueError, match="batch_size"):
-        run(load_tiny(tmp_path, "data.batch_size=500", f"output_dir={tmp_path / 'never'}"))
-    assert not (tmp_path / "never").exists()
 
 
 CONFIG = {
@@ -348,3 +307,90 @@ def test_labels_decide_nothing():
 
 def test_flat_keys_are_dotted_and_empty_sections_stay():
     assert flatten({"a": {"b": {"c": 1}, "d": {}}, "e": []}) == {"a.b.c": 1, "a.d": {}, "e": []}
+
+
+# ------------------------------------------------------------------------------------ the lock
+
+
+def owner_of(folder):
+    return json.loads((folder / ".lock").read_text() or "{}")
+
+
+def write_owner(folder, **changed):
+    with lock_folder(folder):
+        owner = owner_of(folder)
+    (folder / ".lock").write_text(json.dumps({**owner, **changed}))
+
+
+def test_a_second_run_is_refused_until_the_first_ends_though_its_workers_live(
+    tmp_path, caplog, refused
+):
+    ready, write_ready = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            with lock_folder(tmp_path):
+                if os.fork() == 0:  # as a data worker
+                    time.sleep(3)
+                    os._exit(0)
+                os.write(write_ready, b".")
+                time.sleep(60)
+        finally:
+            os._exit(1)
+    os.read(ready, 1)
+    owner = f"in use by process {process} on {socket.gethostname()} since {time.gmtime().tm_year}-"
+    refusal = refused("a second run in the same folder", FolderInUseError, match=owner)
+    with refusal, lock_folder(tmp_path):
+        pass
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    assert owner_of(tmp_path)["pid"] == process
+    with caplog.at_level(logging.INFO, "tract_transfer"), lock_folder(tmp_path):
+        assert owner_of(tmp_path)["pid"] == os.getpid()
+    assert re.search(f"was held by process {process} .*, which has ended", caplog.text)
+
+
+def test_lock_is_released_after_any_exception(tmp_path):
+    for end in (ValueError, KeyboardInterrupt, SystemExit):
+        with pytest.raises(end), lock_folder(tmp_path):
+            raise end
+        assert owner_of(tmp_path) == {}
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_owner_on_another_host_is_refused(tmp_path, refused):
+    write_owner(tmp_path, host="node17", pid=7)
+    match = rf"held by process 7 on node17 .* remove {tmp_path}/\.lock and start again"
+    refusal = refused("a run folder that another host holds", FolderInUseError, match=match)
+    with refusal, lock_folder(tmp_path):
+        pass
+    (tmp_path / ".lock").unlink()
+    with lock_folder(tmp_path):
+        pass
+
+
+def test_a_reused_process_id_is_another_process(tmp_path):
+    write_owner(tmp_path, started=12345.0)  # this process id, but of an earlier process
+    with lock_folder(tmp_path):
+        assert owner_of(tmp_path)["started"] > 12345.0
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "", '{"host": 3}'])
+def test_a_truncated_lock_file_names_no_owner(tmp_path, text):
+    (tmp_path / ".lock").write_text(text.replace("3", json.dumps(socket.gethostname())))
+    with lock_folder(tmp_path):
+        assert owner_of(tmp_path)["pid"] == os.getpid()
+
+
+def test_without_kernel_locks_the_lock_file_decides(tmp_path, monkeypatch, caplog):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", unsupported)
+    refused = pytest.raises(FolderInUseError, match="in use by process")
+    with lock_folder(tmp_path), refused, lock_folder(tmp_path):
+        pass
+    assert "no file locks" in caplog.text
+    with lock_folder(tmp_path):
+        pass

@@ -6,6 +6,7 @@ import math
 import pytest
 import timm
 import torch
+from run_folders import assert_bits
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -174,14 +175,15 @@ def test_adam_is_torch_s_fused_one_by_default(name, kind):
     torch.testing.assert_close(ours, plain)
     fused = trained(lambda model: kind(model.parameters(), lr=0.01, weight_decay=0.1, fused=True))
     assert ours.equal(fused)
-    for chosen in ({"fused": False}, {"foreach": True}):
-        assert not build_optimizer(small_model(), **options, optimizer_args=chosen).defaults[
-            "fused"
-        ]
     # The state from a checkpoint is contiguous; these weights are not.
-    model = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
-    assert not build_optimizer(model, **options).defaults["fused"]
-    assert not build_optimizer(small_model(), optimizer="sgd", lr=0.1).defaults["fused"]
+    strided = nn.Sequential(nn.Conv2d(3, 4, 3)).to(memory_format=torch.channels_last)
+    for model, changes in (
+        (small_model(), {"optimizer_args": {"fused": False}}),
+        (small_model(), {"optimizer_args": {"foreach": True}}),
+        (small_model(), {"optimizer": "sgd"}),
+        (strided, {}),
+    ):
+        assert not build_optimizer(model, **{**options, **changes}).defaults["fused"]
 
 
 @pytest.mark.parametrize(
@@ -215,18 +217,6 @@ def test_arguments_reach_the_optimizer():
 # ------------------------------------------------------------------------------ parameter groups
 
 
-@pytest.mark.parametrize(("decay_all", "decay"), [(False, 0.0), (True, 0.3)])
-def test_decay_all_false_exempts_biases_norms_and_position_embeddings(decay_all, decay):
-    model = classifier()
-    optimizer = build_optimizer(
-        model, optimizer="adamw", lr=0.1, weight_decay=0.3, decay_all=decay_all
-    )
-    settings = settings_of(model, optimizer)
-    for name in ("pos_embed", "cls_token", "blocks.0.mlp.fc1.bias", "norm.weight"):
-        assert settings[f"backbone.model.{name}"] == (0.1, decay)
-    assert settings["backbone.model.blocks.0.mlp.fc1.weight"] == (0.1, 0.3)
-
-
 @pytest.mark.parametrize(
     "factor, decay, expected", [(2.0, 0.0, 0.0), (3.0, None, 0.3), (1.0, 0.1, 0.1)]
 )
@@ -246,28 +236,27 @@ def test_biases_can_have_another_rate_and_decay(factor, decay, expected):
 
 
 @pytest.mark.parametrize("decay_all", [False, True])
+@pytest.mark.parametrize("layer_decay", [None, 0.75])
 @pytest.mark.parametrize("name", MODELS)
-def test_layer_decay_is_that_of_timm_s_own_classifier(name, decay_all):
+def test_rates_and_decays_are_those_of_timm_s_own_classifier(name, layer_decay, decay_all):
+    """Without `decay_all`, biases, norms and position embeddings are exempt."""
+    options = {"lr": 0.1, "weight_decay": 0.3, "layer_decay": layer_decay}
     ours = classifier(name)
-    optimizer = build_optimizer(
-        ours, optimizer="adamw", lr=0.1, weight_decay=0.3, layer_decay=0.75, decay_all=decay_all
-    )
+    optimizer = build_optimizer(ours, optimizer="adamw", **options, decay_all=decay_all)
     settings = settings_of(ours, optimizer)
     theirs = timm.create_model(name, num_classes=7, **MODELS[name])
     if decay_all:
         theirs.no_weight_decay = set
-    built = create_optimizer_v2(
-        theirs, "adamw", lr=0.1, weight_decay=0.3, layer_decay=0.75,
-        filter_bias_and_bn=not decay_all,
-    )  # fmt: skip
-    expected = settings_of(theirs, built, lambda group: group["lr"] * group["lr_scale"])
+    built = create_optimizer_v2(theirs, "adamw", **options, filter_bias_and_bn=not decay_all)
+    expected = settings_of(theirs, built, lambda group: group["lr"] * group.get("lr_scale", 1))
     heads = {"fc.weight", "head.weight", "head.fc.weight"} & expected.keys()
     assert settings["head.weight"] == pytest.approx(expected[heads.pop()]) == (0.1, 0.3)
     trunk = {n.removeprefix("backbone.model."): v for n, v in settings.items() if n[:5] != "head."}
     assert len(trunk) > 20
     for key, value in trunk.items():
         assert value == pytest.approx(expected[key]), key
-    assert len({lr for lr, _ in settings.values()}) > 3
+    assert {decay for _, decay in settings.values()} == ({0.3} if decay_all else {0.0, 0.3})
+    assert (len({lr for lr, _ in settings.values()}) > 3) == (layer_decay is not None)
     assert all(group["base_lr"] == group["lr"] for group in optimizer.param_groups)
 
 
@@ -336,8 +325,7 @@ def test_a_joined_optimizer_resumes_to_the_same_bits():
             its.zero_grad()
             loss_of(network, seed).backward()
             its.step()
-    for name, parameter in other.named_parameters():
-        assert torch.equal(parameter, model.get_parameter(name)), name
+    assert_bits(other.state_dict(), model.state_dict())
     with pytest.raises(ValueError, match="shorter"):
         resumed.load_state_dict({"optimizers": []})
 
@@ -382,7 +370,8 @@ def test_a_config_sets_the_optimizer_of_the_first_layer(tmp_path, load_tiny, mon
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     assert rates[0] == pytest.approx(80 * rates[-1])
     wrong = load_tiny(tmp_path, words[0], "solver.first_layer={optimizer: sdg, lr: 0.08}")
-    with pytest.raises(ConfigError, match=r"solver.first_layer.*Did you mean 'sgd'"):
+    message = r"^solver.first_layer.optimizer: no 'sdg'. Did you mean 'sgd'"
+    with pytest.raises(ConfigError, match=message):
         build_from(wrong)
     plain = build.build_model
 

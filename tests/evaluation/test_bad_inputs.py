@@ -135,9 +135,3 @@ def test_it_is_refused(refused, name):
     cause, message = TABLE[name]
     with refused(name, ValueError, match=message):
         cause()
-
-
-def test_details_need_a_computed_result():
-    for evaluator in (ClassificationEvaluator(NAMES), EVALUATORS.get("coco")(NAMES)):
-        with pytest.raises(AssertionError, match="compute"):
-            evaluator.details()

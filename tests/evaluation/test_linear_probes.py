@@ -16,8 +16,8 @@ from sklearn.svm import LinearSVC
 from tract_transfer.evaluation.linear_probes import (
     accuracy_by_c,
     check_shots,
-    classifier,
     draws,
+    few_shot_fit,
     linear_probe,
     linear_svm,
     logistic_regression,
@@ -77,15 +77,6 @@ def test_a_setting_of_a_grid_is_torchs_sgd(i):
     torch.testing.assert_close(biases[i], layer.bias.detach(), atol=1e-5, rtol=1e-4)
 
 
-def test_long_training_is_logistic_regression():
-    x = standardized(TRAIN.x)
-    options = {**OPTIONS, "max_epochs": 400, "batch_size": 200}
-    weight, bias = train_linear(x, Y, [(0.5, 0.01)], **options)
-    oracle = LogisticRegression(C=1 / (0.01 * len(x)), max_iter=1000, tol=1e-8).fit(x, Y)
-    ours = (x @ weight[0] + bias[0]).softmax(1)
-    np.testing.assert_allclose(ours, oracle.predict_proba(x), atol=1e-3)
-
-
 def test_the_best_setting_of_the_selection_is_trained_on_all_of_train():
     result = probe()
     val_top1 = result.details["val_top1"]
@@ -134,7 +125,7 @@ def test_it_is_scikit_learns_on_all_of_train_with_the_selected_c():
 
 def test_c_is_selected_on_the_selection_alone():
     selection, cs = Selection(clusters(60, seed=3), clusters(60, seed=4)), (1e-6, 1e-2, 1.0, 1e4)
-    accuracies = accuracy_by_c(selection, cs, 500)
+    accuracies = accuracy_by_c([selection], cs, 500)
     for c, value in accuracies.items():
         expected = fitted_pipeline(c, selection.fit).score(*selection.val)
         assert value == pytest.approx(expected, abs=0.02)
@@ -224,11 +215,12 @@ def test_a_class_without_positives_ranks_last_and_one_with_a_single_row_has_c_1(
 # --------------------------------------------------------------------------------- few shots
 
 MANY_MARKS = marks_of(400, ignored=0.02)
-FEW_SHOT = {"folds": 3, "temperature": 0.07, "seed": 2}
+FEW_SHOT = {"cs": (0.1, 1.0, 10.0), "folds": 3, "temperature": 0.07, "seed": 2}
 
 
-def few_shot(name, cs=(0.1, 1.0, 10.0), num_classes=4):
-    return classifier(name, cs=cs, num_classes=num_classes, **FEW_SHOT)
+def few_shot(name, drawn, k, num_classes=4, **changed):
+    options = {**FEW_SHOT, **changed}
+    return few_shot_fit(name, drawn, TEST.x, k, num_classes=num_classes, **options)
 
 
 @pytest.mark.parametrize("k", [1, 2, 50])
@@ -263,30 +255,28 @@ def test_a_draw_of_marks_keeps_k_positives_and_their_share_of_negatives(k):
 
 def test_one_shot_logistic_regression_uses_c_1_and_more_shots_select_on_the_drawn_rows():
     (one,) = draws(TRAIN, 1, 1, seed=0)
-    result = few_shot("logistic")(one, TEST.x, 1, 0)
+    result = few_shot("logistic", one, 1)
     assert result.chosen == {"c": 1.0}
     expected = fitted_pipeline(1.0, one).predict_log_proba(TEST.x.astype(float))
     np.testing.assert_allclose(result.scores, expected, atol=1e-6)
     (more,) = draws(TRAIN, 20, 1, seed=0)
-    result = few_shot("logistic", (1e-9, 1.0))(more, TEST.x, 20, 0)
+    result = few_shot("logistic", more, 20, cs=(1e-9, 1.0))
     assert result.chosen == {"c": 1.0}
     assert top1(result) > 0.6
-    assert few_shot("logistic", (5.0,))(more, TEST.x, 20, 0).chosen == {"c": 5.0}
+    assert few_shot("logistic", more, 20, cs=(5.0,)).chosen == {"c": 5.0}
 
 
 @pytest.mark.filterwarnings("error")
 def test_as_many_classes_as_rows_do_not_warn():
     many = Rows(TRAIN.x[:40], np.arange(40))
-    scores = few_shot("logistic", (1.0,), num_classes=40)(many, TEST.x, 1, 0).scores
-    assert scores.shape == (80, 40)
+    assert few_shot("logistic", many, 1, num_classes=40).scores.shape == (80, 40)
 
 
 def test_few_shot_svm_and_knn_are_the_probes_on_the_drawn_rows():
     (drawn,) = draws(TRAIN, 4, 1, seed=0)
     marks = Rows(drawn.x, one_hot_marks(drawn.y, 4))
-    expected = linear_svm(marks, TEST.x, cs=(0.1, 1.0, 10.0), folds=3, max_iters=2000, seed=3)
-    np.testing.assert_array_equal(few_shot("svm")(drawn, TEST.x, 4, 1).scores, expected.scores)
-    of_marks = few_shot("svm", num_classes=6)(marks, TEST.x, 4, 1)
-    np.testing.assert_array_equal(of_marks.scores, expected.scores)
+    expected = linear_svm(marks, TEST.x, cs=(0.1, 1.0, 10.0), folds=3, max_iters=2000, seed=2)
+    for rows in (drawn, marks):
+        np.testing.assert_array_equal(few_shot("svm", rows, 4).scores, expected.scores)
     votes = knn_predict(drawn, TEST.x, ks=[4], temperature=0.07, num_classes=4)
-    np.testing.assert_array_equal(few_shot("knn")(drawn, TEST.x, 4, 1).scores, votes[4])
+    np.testing.assert_array_equal(few_shot("knn", drawn, 4).scores, votes[4])

@@ -41,10 +41,10 @@ def test_ap_is_the_definition(monkeypatch, seed, max_pairs):
         result = voc_ap(detections, objects, NAMES, protocol, thresholds)
         outcome, order = match(detections, objects, protocol, thresholds)
         for label in range(3):
-            mine = detections.labels[order] == label
+            has_label = detections.labels[order] == label
             for t, threshold in enumerate(thresholds):
                 ap, npos, outcomes = loop_ap(made, label, protocol, threshold)
-                assert outcome[t, mine].tolist() == outcomes
+                assert outcome[t, has_label].tolist() == outcomes
                 assert result.ap[label, t] == pytest.approx(ap, abs=1e-12)
                 assert result.npos[label] == npos
     counted = [outcome[0] == kind for kind in (TRUE_POSITIVE, FALSE_POSITIVE, IGNORED)]

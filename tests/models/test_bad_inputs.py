@@ -55,13 +55,13 @@ ARGS = [
 ]
 # (backbone, stem) -> what the message says
 STEMS = [
-    ("timm/resnet18", "patch_norm", "patch_norm and dual_patch_norm need a model that starts with"),
+    ("timm/resnet18", "patch_norm", "patch_norm needs a model that starts with a convolution over"),
     ("timm/mobilenetv2_050", "dual_patch_norm", "Set model.backbone.stem: default"),
-    ("cifar/vit", "cifar", r"stem: cifar replaces the first convolution.*Set its patch size"),
-    ("timm/test_convnext", "cifar", "Set its patch size instead"),
+    ("cifar/vit", "cifar", r"stem: cifar needs .* whose windows overlap .set the patch size"),
+    ("timm/test_convnext", "cifar", "set the patch size"),
     ("timm/repvgg_a0", "cifar", "starts with .*conv_kxk.*conv_1x1.*None"),
     ("timm/repvgg_a0", "whitened", "whitened needs a model that starts with one ungrouped conv"),
-    ("timm/resnet18", "round", "must be default, cifar, patch_norm, dual_patch_norm or whitened"),
+    ("timm/resnet18", "round", "one of default, cifar, patch_norm, dual_patch_norm, whitened"),
 ]
 # (detector, backbone, its arguments) -> what the message says
 DETECTORS = [
@@ -102,9 +102,9 @@ BAD = {
     },
     "torchvision_fpn with one level": (
         lambda: detector(num_levels=1),
-        r"= 1 strides.*\[2, 4, 8",
+        r"num_levels: 1; .*\[2, 4, 8",
     ),
-    "torchvision_fpn with six levels": (lambda: detector(num_levels=6), "num_levels = 6"),
+    "torchvision_fpn with six levels": (lambda: detector(num_levels=6), "num_levels: 6; "),
     "a pool size that fc6 cannot read": (
         lambda: detector("torchvision_c5", box={"pool_size": 14}),
         r"^box\.pool_size: 14 gives fc6 512 x 14\^2 inputs",

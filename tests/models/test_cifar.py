@@ -28,12 +28,16 @@ PUBLISHED = {
 }  # fmt: skip
 # The library has another version: see docs/guides/models.md.
 DIFFERENT = {"googlenet", "inceptionresnetv2", "nasnet"}
-# Arguments that make a network small enough to train in a test, with the same kinds of layers.
-_FLAT = {"layers": (1, 1, 1, 1), "channels": (16, 16, 16, 16)}
-SMALL = {
-    **{name: _FLAT for name in PUBLISHED if name.startswith(("resnet", "seresnet"))},
-    **{name: {"layers": (1, 1, 1, 1)} for name in ("resnext50", "resnext101", "resnext152")},
-    **{f"stochasticdepth{depth}": _FLAT for depth in (18, 34, 50, 101)},
+# A network of each kind -> arguments that make it small enough to train in a test.
+_UNCHANGED = (
+    "squeezenet", "mobilenet", "mobilenetv2", "shufflenet", "shufflenetv2", "vgg11", "densenet121",
+    "googlenet", "inceptionv3", "inceptionv4", "inceptionresnetv2", "xception",
+)  # fmt: skip
+_FLATTENED = "resnet34", "resnet50", "seresnet18", "seresnet50", "stochasticdepth18"
+TRAINED = {
+    **{name: {} for name in _UNCHANGED},
+    **{name: {"layers": (1, 1, 1, 1), "channels": (16, 16, 16, 16)} for name in _FLATTENED},
+    "resnext50": {"layers": (1, 1, 1, 1)},
     "wideresnet": {"layers": (1, 1, 1), "channels": (16, 16, 16)},
     "nasnet": {"depth": 1, "width": 8},
     "resnet18": {"width": 8},
@@ -42,8 +46,9 @@ NAMES = ["resnet18", *ZOO]
 
 
 def build(name, **args):
-    own = {"max_pool": False, **args} if name == "resnet18" else args
-    return build_backbone(f"cifar/{name}", args=own)
+    if name == "resnet18":
+        args = {"max_pool": False, **args}
+    return build_backbone(f"cifar/{name}", args=args)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +86,10 @@ def test_network_has_the_published_parameters_and_a_cifar_stem(networks, name):
     assert (layer.in_channels, layer.groups) == (3, 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_network_trains_with_tract(name):
     torch.manual_seed(0)
-    backbone = build(name, **SMALL.get(name, {})).train()
+    backbone = build(name, **TRAINED[name]).train()
     images, inputs = torch.rand(2, 3, 32, 32), []
     layer = backbone.get_submodule(backbone.first_layers[0])
     layer.register_forward_pre_hook(lambda _module, args: inputs.append(args[0]))
@@ -134,19 +139,10 @@ def test_vit_is_the_paper_s():
     """64 tokens of 4x4 px and a class token; 7 layers of width 384 with MLPs of that width."""
     args = {"img_size": 32, "patch_size": 4, "depth": 7, "num_heads": 12, "mlp_ratio": 1}
     with torch.device("meta"):
-        backbone = build_backbone("cifar/vit")
-        timm_vit = build_backbone("timm/vit_small_patch16_224", args=args)
-    model = backbone.model
-    assert model.pos_embed.shape == (1, 65, 384)
-    assert model.patch_embed.proj.weight.shape == (384, 3, 4, 4)
-    assert len(model.blocks) == 7
-    assert model.blocks[0].attn.num_heads == 12
-    assert model.blocks[0].mlp.fc1.weight.shape == (384, 384)
-    ours, theirs = (
-        {name: tensor.shape for name, tensor in vit.state_dict().items()}
-        for vit in (backbone, timm_vit)
-    )
+        vits = build_backbone("cifar/vit"), build_backbone("timm/vit_small_patch16_224", args=args)
+    ours, theirs = ({name: t.shape for name, t in vit.state_dict().items()} for vit in vits)
     assert ours == theirs
+    assert vits[0].model.blocks[0].attn.num_heads == 12
 
 
 def test_docs_list_the_networks(networks):

@@ -35,15 +35,10 @@ def test_four_finite_losses_reach_the_first_layer(kind):
     assert gradient.any()
     unused = [name for name, p in model.named_parameters() if p.grad is None]
     assert all(name.startswith("backbone.model.norm.") for name in unused)  # the last of a ViT
-
-
-def test_images_without_boxes_are_background(kind):
-    model = detector(kind)
-    losses = losses_of(model, [target([], []), target([], [])])
-    assert all(loss.isfinite() for loss in losses.values())
-    assert losses["loss_rpn_box"] == losses["loss_box"] == 0
-    mixed = losses_of(model, [TARGETS[0], target([], [])])
-    assert all(loss.isfinite() for loss in mixed.values())
+    background = losses_of(model, [target([], []), target([], [])])
+    assert background["loss_rpn_box"] == background["loss_box"] == 0
+    for losses in (background, losses_of(model, [TARGETS[0], target([], [])])):
+        assert all(loss.isfinite() for loss in losses.values())
 
 
 @torch.no_grad()
@@ -97,9 +92,6 @@ def test_options_and_classes_reach_both_stages(kind):
     assert (model.rpn.options.nms_iou, model.roi_heads.options.nms_iou) == (0.61, 0.37)
     predictor = model.roi_heads.box_predictor
     assert (predictor.cls_score.out_features, predictor.bbox_pred.out_features) == (4, 12)
-    for group in ("rpn", "box"):
-        with pytest.raises(ValueError, match=rf"^{group}\.nms_io: unknown\. Did you mean 'nms_i"):
-            detector(kind, **{group: {"nms_io": 0.5}})
 
 
 def test_a_copy_trains_its_own_weights(kind):
@@ -204,7 +196,8 @@ def test_extra_norm_of_c4_normalizes_and_is_synchronized_like_the_others():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "name, args", [("timm/vgg11", {"mlp_ratio": 0.01}), ("torchvision/vgg11", {})]
+    "name, args",
+    [("timm/vgg11", {"mlp_ratio": 0.01}), ("torchvision/vgg11", {"init_weights": False})],
 )
 def test_box_head_of_c5_is_the_classifier_of_the_vgg(name, args):
     """An image of 7 x 7 cells, pooled to itself, has the features of the VGG."""
@@ -213,13 +206,8 @@ def test_box_head_of_c5_is_the_classifier_of_the_vgg(name, args):
     model = detector("torchvision_c5", backbone=backbone).eval()
     assert model.map_names == ["features.19"]
     assert model.rpn.strides == [16]
-    pooled = backbone.model.features(backbone.normalize(images))
-    torch.testing.assert_close(model.roi_heads.box_head(pooled), backbone.pooled(images))
-
-
-@pytest.mark.parametrize("dropout", [0.5, 0.0])
-def test_c5_drops_only_in_training(dropout):
-    pooled = torch.rand(2, 512, 7, 7)
-    head = detector("torchvision_c5", dropout=dropout).roi_heads.box_head
-    assert torch.equal(head.eval()(pooled), head(pooled))
-    assert torch.equal(head.train()(pooled), head(pooled)) == (dropout == 0)
+    pooled, head = backbone.model.features(backbone.normalize(images)), model.roi_heads.box_head
+    torch.testing.assert_close(head(pooled), backbone.pooled(images))
+    assert not torch.equal(head.train()(pooled), head(pooled))  # by dropout
+    without = detector("torchvision_c5", backbone=backbone, dropout=0.0).roi_heads.box_head
+    assert torch.equal(without.train()(pooled), head.eval()(pooled))

@@ -1,6 +1,7 @@
 """Frozen stages, frozen and synchronized BatchNorms, stochastic depth."""
 
 import copy
+import re
 from itertools import pairwise
 
 import pytest
@@ -30,10 +31,6 @@ def backbone(name="cifar/resnet18"):
 
 def frozen_names(backbone) -> list[str]:
     return [n.removeprefix("model.") for n, p in backbone.named_parameters() if not p.requires_grad]
-
-
-def copy_state(backbone) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", ["timm/resnet18", "torchvision/resnet18"])
@@ -80,34 +77,26 @@ def test_each_further_stage_freezes_more_parameters(name):
     assert not model.maps(torch.rand(1, 3, 160, 160), [last])[last].requires_grad
 
 
-def train_step(model) -> dict[str, torch.Tensor]:
-    model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model.pooled(torch.rand(4, 3, 32, 32)).square().sum().backward()
-    optimizer.step()
-    return copy_state(model)
+# How parts are frozen -> the names that are.
+FROZEN = {
+    "stages": (lambda b: freeze_stages(b, 2), r"(mean|std|model\.(conv1|bn1|layer1)\..*)"),
+    "norms": (lambda b: set_norm(b, "frozen"), r"(mean|std|.*\.(bn\d|downsample\.1)\..*)"),
+}
 
 
-def test_frozen_stages_keep_weights_and_statistics_and_others_train():
-    model = backbone()
-    before = copy_state(model)
-    freeze_stages(model, 2)
-    after = train_step(model)
-    assert list(after) == list(before)
-    frozen = ("mean", "std", "model.conv1", "model.bn1", "model.layer1")
-    for name, tensor in after.items():
-        assert torch.equal(tensor, before[name]) == name.startswith(frozen), name
-
-
-def test_frozen_norms_keep_weights_and_statistics_in_all_stages_and_copies():
-    model = set_norm(backbone(), "frozen")
-    before = copy_state(model)
-    for each in (model, copy.deepcopy(model)):  # the average of the weights is a copy
-        after = train_step(each)
+@pytest.mark.parametrize("kind", FROZEN)
+def test_frozen_parts_keep_weights_and_statistics_and_others_train(kind):
+    freeze, names = FROZEN[kind]
+    original = backbone()
+    freeze(original)
+    for model in (copy.deepcopy(original), original):  # the average of the weights is a copy
+        before = {name: tensor.clone() for name, tensor in backbone().state_dict().items()}
+        model.train().pooled(torch.rand(4, 3, 32, 32)).square().sum().backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+        after = model.state_dict()
         assert list(after) == list(before)
         for name, tensor in after.items():
-            is_norm = ".bn" in name or ".downsample.1." in name or name in ("mean", "std")
-            assert torch.equal(tensor, before[name]) == is_norm, name
+            assert torch.equal(tensor, before[name]) == bool(re.fullmatch(names, name)), name
 
 
 @pytest.mark.parametrize("name", ["cifar/resnet18", "timm/test_efficientnet"])
@@ -137,24 +126,16 @@ def rates_of(model):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_linear_drop_path_is_that_of_timm(name):
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_drop_path_is_linear_as_in_timm_or_constant(name, rate):
     expected = rates_of(timm.create_model(name, drop_path_rate=0.3, **MODELS[name]))
-    model = timm.create_model(name, drop_path_rate=0.0, **MODELS[name])
-    assert rates_of(model) == {}
+    model = timm.create_model(name, drop_path_rate=rate, **MODELS[name])
     set_drop_path(model, 0.3, "linear")
     assert rates_of(model) == pytest.approx(expected, abs=1e-6)
     assert len(expected) > 3
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("rate", [0.0, 0.3])
-def test_constant_drop_path_has_one_rate_in_every_block(name, rate):
-    model = timm.create_model(name, **MODELS[name], drop_path_rate=rate)
-    linear = timm.create_model(name, drop_path_rate=0.3, **MODELS[name])
     set_drop_path(model, 0.1, "constant")
-    rates = rates_of(model)
-    assert set(rates.values()) == {0.1}
-    assert rates.keys() > rates_of(linear).keys()  # timm's first block has none
+    assert set(rates_of(model).values()) == {0.1}
+    assert rates_of(model).keys() > expected.keys()  # timm's first block has none
 
 
 def test_drop_path_drops_complete_branches_and_only_in_training():

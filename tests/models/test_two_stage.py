@@ -51,13 +51,6 @@ def stub_detector(detections=None, **options) -> TwoStageDetector:
     )
 
 
-def objects_of(target, **options):
-    """The objects that both stages get for a target."""
-    model = stub_detector(**options).train()
-    model([picture(16, 16)], [target])
-    return model.rpn.args[3][0]
-
-
 def test_padding_has_the_mean_color_and_does_not_change_the_image():
     model = stub_detector().train()
     images = [picture(16, 24), picture(9, 33, 1).float() / 255]
@@ -96,13 +89,15 @@ def test_both_stages_get_the_same_and_all_losses_are_returned():
         ((20, 80), (16, 64)),
         ((200, 50), (64, 16)),
         ((1, 500), (1, 64)),
+        ((33, 64), (32, 62)),  # rounded to another shape
     ],
     ids=str,
 )
-def test_only_test_images_are_resized(size, resized):
-    model = stub_detector([{"boxes": torch.zeros(0, 4)}])
-    model.eval()([picture(*size)])
+def test_only_test_images_are_resized_and_boxes_are_in_their_pixels(size, resized):
+    model = stub_detector([{"boxes": torch.tensor([[0.0, 0.0, *reversed(resized)]])}])
+    (detected,) = model.eval()([picture(*size)])
     assert model.rpn.args[1:] == ([resized], [resized[0] / size[0]])
+    assert detected["boxes"].tolist() == [[0, 0, *reversed(size)]]
     model.train()([picture(*size)], [target([], [])])
     assert model.rpn.args[1:3] == ([size], [1.0])
     model([picture(*size)], [target([], [], scale=1.5)])
@@ -110,40 +105,22 @@ def test_only_test_images_are_resized(size, resized):
 
 
 @pytest.mark.parametrize(
-    "size, resized, box, expected",
+    "policy, crowd, kept, ignored",
     [
-        ((64, 128), (32, 64), [0, 0, 32, 16], [0, 0, 64, 32]),
-        ((33, 64), (32, 62), [31, 8, 62, 32], [32, 8.25, 64, 33]),  # rounded to another shape
+        ("keep", {}, [0, 1, 2], []),
+        ("keep", {"crowd": torch.tensor([False, True, False])}, [0, 2], []),  # never objects
+        ("drop", {}, [0, 2], []),
+        ("ignore", {}, [0, 2], [[5, 5, 9, 9]]),
     ],
-    ids=str,
 )
-def test_boxes_are_in_pixels_of_the_input_image(size, resized, box, expected):
-    boxes, labels = torch.tensor([box], dtype=torch.float32), torch.tensor([1])
-    detections = {"boxes": boxes, "scores": torch.tensor([0.9]), "labels": labels}
-    model = stub_detector([detections]).eval()
-    (detected,) = model([picture(*size)])
-    assert model.rpn.args[1] == [resized]
-    assert detected["labels"].tolist() == [1]
-    assert detected["boxes"].tolist() == [expected]
-
-
-@pytest.mark.parametrize(
-    "policy, kept, ignored",
-    [("keep", [0, 1, 2], []), ("drop", [0, 2], []), ("ignore", [0, 2], [[5, 5, 9, 9]])],
-)
-def test_policy_decides_about_difficult_objects(policy, kept, ignored):
+def test_policy_decides_about_difficult_objects(policy, crowd, kept, ignored):
     boxes = [[0, 0, 4, 4], [5, 5, 9, 9], [1, 1, 3, 3]]
-    truth = target(boxes, [4, 5, 6], [False, True, False])
-    objects = objects_of(truth, difficult_in_training=policy)
+    model = stub_detector(difficult_in_training=policy).train()
+    model([picture(16, 16)], [target(boxes, [4, 5, 6], [False, True, False], **crowd)])
+    (objects,) = model.rpn.args[3]
     assert objects.boxes.tolist() == [boxes[i] for i in kept]
     assert objects.labels.tolist() == [4 + i for i in kept]
     assert objects.ignored.tolist() == ignored
-
-
-def test_crowds_are_never_objects():
-    crowd = torch.tensor([False, True])
-    truth = target([[0, 0, 4, 4], [5, 5, 9, 9]], [4, 5], [True, True], crowd=crowd)
-    assert objects_of(truth, difficult_in_training="keep").labels.tolist() == [4]
 
 
 # Test-time flipping

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from tract_transfer.models import build_backbone
 from tract_transfer.models.weights import WeightsError, load_weights
-from tract_transfer.models.weights_match import HEADS, find_prefix
+from tract_transfer.models.weights_match import HEAD, TRAINING_ONLY, find_prefix
 
 
 def prefixed(prefix, state):
@@ -32,7 +32,10 @@ LAYOUTS = {
         "dino_loss": {"center": torch.zeros(1, 3)},
     },
     "DINOv2": lambda s, o: {
-        "teacher": {**prefixed("backbone.", s), "dino_head.last.weight": o["fc.bias"]}
+        "teacher": {
+            **prefixed("backbone.", s), "dino_head.last.weight": o["fc.bias"],
+            "backbone.mask_token": torch.zeros(3),
+        }
     },
     "MoCo": lambda s, o: {
         "state_dict": {
@@ -88,7 +91,8 @@ def test_every_layout_is_read_completely(layout, state, tmp_path):
     assert report.fits
     assert report.num_loaded == report.num_parameters
     assert report.num_parameters == sum(p.numel() for p in backbone.parameters())
-    assert sum("fc." in name for name in report.dropped[HEADS[0]]) == 2
+    assert sum("fc." in name for name in report.dropped[HEAD]) == 2
+    assert (TRAINING_ONLY in report.dropped) == (layout == "DINOv2")
     assert backbone.loaded is report
     assert any("(100.00%)" in line for line in report.lines())
 
@@ -109,7 +113,7 @@ def test_files_of_torchvision_are_read(tmp_path):
     source = torchvision.models.mobilenet_v3_small()
     backbone = blank("torchvision/mobilenet_v3_small")
     report = load(backbone, source.state_dict(), tmp_path)
-    assert report.dropped == {HEADS[0]: ["classifier.3.weight", "classifier.3.bias"]}
+    assert report.dropped == {HEAD: ["classifier.3.weight", "classifier.3.bias"]}
     assert torch.equal(backbone.model.classifier[0].weight, source.classifier[0].weight)
 
 
@@ -182,8 +186,9 @@ def test_patch_embedding_is_resampled_only_with_adapt_stem(tmp_path):
 
 @pytest.mark.parametrize("adapt_stem", [False, True])
 def test_convolution_stem_is_never_resampled(adapt_stem, tmp_path):
-    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "w.pth")
-    backbone = blank("cifar/resnet18")
+    channels = [8, 16, 32, 64]
+    torch.save(timm.create_model("resnet18", channels=channels).state_dict(), tmp_path / "w.pth")
+    backbone = blank("cifar/resnet18", width=8)
     match = r"but for its first layer.*conv1.*model\.ignore_missing: \['conv1\.weight'\]"
     with pytest.raises(WeightsError, match=match):
         load_weights(backbone, tmp_path / "w.pth", adapt_stem=adapt_stem)
@@ -202,22 +207,14 @@ def test_layer_scales_of_deit3_are_renamed(tmp_path):
 
 
 def with_first_weight(change):
-    def content(state):
-        weight = state["conv1.0.weight"].clone()
-        return {**state, "conv1.0.weight": change(weight)}
-
-    return content
-
-
-def first_value(value):
-    return with_first_weight(lambda weight: weight.index_fill(0, torch.tensor([0]), value))
+    return lambda state: {**state, "conv1.0.weight": change(state["conv1.0.weight"])}
 
 
 NOT_FINITE = r"NaN or infinite values in conv1\.0\.weight.*earlier checkpoint"
 # content of a file -> the message
 REFUSED = {
-    "NaN": (first_value(float("nan")), NOT_FINITE),
-    "infinite": (first_value(float("inf")), NOT_FINITE),
+    "NaN": (with_first_weight(lambda weight: weight * float("nan")), NOT_FINITE),
+    "infinite": (with_first_weight(lambda weight: weight / 0), NOT_FINITE),
     "quantized": (
         with_first_weight(lambda weight: weight.to(torch.int8)),
         r"torch\.int8 for torch\.float32",
@@ -254,9 +251,10 @@ def test_weights_that_do_not_fit_are_refused_and_change_nothing(name, state, tmp
 
 
 def test_unexpected_names_alone_are_refused(tmp_path):
-    deeper = timm.create_model("resnet34").state_dict()
+    channels = [8, 8, 8, 8]
+    deeper = timm.create_model("resnet34", channels=channels).state_dict()
     with pytest.raises(WeightsError, match="It looks like a ResNet-34") as caught:
-        load(blank("timm/resnet18"), deeper, tmp_path)
+        load(blank("timm/resnet18", channels=channels), deeper, tmp_path)
     assert not caught.value.report.missing
     assert "layer1.2.conv1.weight" in caught.value.report.unexpected
 

@@ -1,4 +1,4 @@
-"""Bad inputs of reports: name -> the arguments of `read_report`, and the message."""
+"""Bad inputs of reports: name -> what to do in an empty folder, and the message."""
 
 import pytest
 from report_runs import write_pair, write_report
@@ -7,11 +7,11 @@ from tract_transfer.report.content import read_report
 
 
 def with_suite(text):
-    def make(folder):
+    def read(folder):
         (folder / "suite.json").write_text(text)
-        return [[folder]]
+        read_report([folder])
 
-    return make
+    return read
 
 
 SUITES = {
@@ -22,31 +22,30 @@ SUITES = {
         r"runs\[0\] lacks a usable task, seed, folder, state",
     '{"format": 1}': r"runs\[0\] lacks",
 }  # fmt: skip
-BAD_INPUTS = {  # name -> (folder -> arguments), message
-    "a report of no folder": (lambda _: [[]], "at least one folder"),
-    "a report of a folder without runs": (lambda folder: [[folder]], r"No run in .* or below"),
+BAD_INPUTS = {
+    "a report of no folder": (lambda _: read_report([]), "at least one folder"),
+    "a report of a folder without runs": (
+        lambda folder: read_report([folder]), r"No run in .* or below"),
     "a report of two runs of one seed": (
-        lambda folder: [[*write_pair(folder), *write_pair(folder / "again")]],
+        lambda folder: read_report([*write_pair(folder), *write_pair(folder / "again")]),
         r"seed 0\. Exclude one of them"),
-    "a baseline that no run has": (lambda folder: [write_pair(folder), "plain"],
+    "a baseline that no run has": (
+        lambda folder: read_report(write_pair(folder), "plain"),
         r"methods are tract, vanilla, and none is the baseline plain\."),
     "several methods and no baseline": (
-        lambda folder: [
-            [*write_pair(folder)[3:], *write_pair(folder / "more", treated="other")[3:]]
-        ],
+        lambda folder: read_report(
+            write_pair(folder)[3:] + write_pair(folder / "more", treated="other")[3:]
+        ),
         r"none is the baseline vanilla\. .* --baseline other"),
+    "another suffix of a report": (
+        lambda folder: write_report(write_pair(folder), folder / "report.docx"),
+        r"must be one of \.html, \.md, \.tex, \.json"),
     **{f"a suite.json of {text}": (with_suite(text), match) for text, match in SUITES.items()},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD_INPUTS)
 def test_bad_input_is_refused(tmp_path, name, refused):
-    make, match = BAD_INPUTS[name]
-    arguments = make(tmp_path)
+    attempt, match = BAD_INPUTS[name]
     with refused(name, ValueError, match=match):
-        read_report(*arguments)
-
-
-def test_another_suffix_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"must be one of \.html, \.md, \.tex, \.json"):
-        write_report(write_pair(tmp_path), tmp_path / "report.docx")
+        attempt(tmp_path)

@@ -14,30 +14,28 @@ def faster(factor):
     return [epoch / factor for epoch in SLOW[0]], SLOW[1]
 
 
-def test_target_is_reached_between_evaluations():
-    assert epochs_to_reach(SLOW, 0.4) == 2
-    assert epochs_to_reach(SLOW, 0.6) == 3
-    assert epochs_to_reach(SLOW, 0.81) == math.inf
-    assert epochs_to_reach(SLOW, 0.2) is None, "unknown before the first evaluation"
+@pytest.mark.parametrize(("target", "epoch"), [(0.4, 2), (0.6, 3), (0.81, math.inf), (0.2, None)])
+def test_target_is_reached_between_evaluations(target, epoch):
+    """If the first evaluation has reached it, the epoch is unknown."""
+    assert epochs_to_reach(SLOW, target) == epoch
     assert epochs_to_reach(([1, 2, 3, 4], [0.1, 0.5, 0.3, 0.6]), 0.4) == 1.75, "the first time"
 
 
 @pytest.mark.parametrize(
     ("treated", "baseline", "target", "ratio", "remark"),
     [
-        ({0: faster(2), 1: faster(2)}, {0: SLOW, 1: SLOW}, 0.6, 2,
-         "the same for every seed: no interval"),
-        ({4: faster(2)}, {4: SLOW}, 0.6, 2, "one seed: no interval"),
-        ({0: faster(2), 1: ([1, 2], [0.1, 0.2])}, {0: SLOW, 1: SLOW}, 0.6, None,
+        (2 * [faster(2)], 2 * [SLOW], 0.6, 2, "the same for every seed: no interval"),
+        ([faster(2)], [SLOW], 0.6, 2, "one seed: no interval"),
+        ([faster(2), ([1, 2], [0.1, 0.2])], 2 * [SLOW], 0.6, None,
          "the method never reached it with seed 1"),
-        ({0: faster(2)}, {0: ([1, 2], [0.1, 0.2])}, 0.6, None,
+        ([faster(2)], [([1, 2], [0.1, 0.2])], 0.6, None,
          "the baseline never reached it with seed 0"),
-        ({0: SLOW, 1: SLOW}, {0: SLOW, 1: faster(2)}, 0.15, None,
+        (2 * [SLOW], [SLOW, faster(2)], 0.15, None,
          "the method exceeded it at the first evaluation with seeds 0, 1"),
     ],
 )  # fmt: skip
 def test_speed_up_without_interval_states_why(treated, baseline, target, ratio, remark):
-    result = speed_up(treated, baseline, target)
+    result = speed_up(dict(enumerate(treated)), dict(enumerate(baseline)), target)
     assert result.ratio == (ratio and pytest.approx(ratio))
     assert (result.low, result.high, result.remark) == (None, None, remark)
 

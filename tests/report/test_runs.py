@@ -19,9 +19,8 @@ def write_suite(root: Path, changes: dict[tuple[str, int], dict[str, Any]] | Non
     write_pair(root)
     runs = [
         {
-            "id": f"{method}{seed}", "method": method, "task": "finetune", "seed": seed,
-            "folder": f"{method}/finetune/seed{seed}", "state": "finished", "attempts": 1,
-            "error": None, **(changes or {}).get((method, seed), {}),
+            "method": method, "task": "finetune", "seed": seed, "state": "finished",
+            "folder": f"{method}/finetune/seed{seed}", **(changes or {}).get((method, seed), {}),
         }
         for method in ("vanilla", "tract")
         for seed in range(3)
@@ -67,21 +66,17 @@ def test_plan_gives_title_baseline_and_states(tmp_path):
     assert "4 did not finish." in text
 
 
-def test_task_without_finished_run_keeps_its_row(tmp_path):
-    suite = write_suite(tmp_path)
+def test_task_without_finished_run_keeps_its_row_and_unplanned_runs_are_named(tmp_path):
+    suite = write_suite(tmp_path / "s")
     runs = json.loads((suite / "suite.json").read_text())["runs"]
     runs.append({**runs[0], "task": "detect", "folder": "d", "state": "waiting"})
     edit_json(suite / "suite.json", runs=runs)
-    assert "detect no run has finished – seed 0 is waiting" in page_text([suite])
-
-
-def test_runs_outside_the_plan_are_excluded_and_named(tmp_path):
-    suite = write_suite(tmp_path / "s")
-    shutil.copytree(suite / "tract/finetune/seed0", suite / "old/finetune/seed0")
+    unplanned = shutil.copytree(suite / "tract/finetune/seed0", suite / "old/finetune/seed0")
     report = read_report([suite])
-    assert len(report.runs) == 6
-    run, plan = suite / "old/finetune/seed0", suite / "suite.json"
-    assert report.problems == [f"{run} is a run that {plan} does not plan: excluded"]
+    assert len(report.runs) == 7
+    plan = suite / "suite.json"
+    assert report.problems == [f"{unplanned} is a run that {plan} does not plan: excluded"]
+    assert "detect no run has finished – seed 0 is waiting" in page_text([suite])
 
 
 def test_run_that_methods_share_counts_for_each(tmp_path):
@@ -133,46 +128,42 @@ def test_unfinished_run_is_named_by_its_config(tmp_path, config, task, method):
     assert (run.task, run.method, run.state) == (task, method, "unfinished")
 
 
-@pytest.mark.parametrize(
-    ("change", "failure"),
-    [
-        ({"metrics": {"top1": float("nan")}}, "results.json has no finite top1"),
-        ({"seed": "0"}, "results.json lacks a usable seed"),
-        ({"format": 7}, "results.json has format 7, this version reads 1"),
-    ],
-)
-def test_unusable_results_state_why(tmp_path, change, failure):
-    folder = write_run(tmp_path, "vanilla", "finetune", 0, {"top1": 0.5})
-    edit_json(folder / "results.json", **change)
-    (run,) = load_runs([folder])
-    assert (run.failure, run.state) == (failure, "unreadable")
-    text = page_text([folder])
-    assert failure in text
-    assert "nothing is compared" in text
+def test_unusable_results_state_why(tmp_path):
+    failures = {
+        "results.json has no finite top1": {"metrics": {"top1": float("nan")}},
+        "results.json lacks a usable seed": {"seed": "0"},
+        "results.json has format 7, this version reads 1": {"format": 7},
+    }
+    for seed, change in enumerate(failures.values()):
+        folder = write_run(tmp_path, "vanilla", "finetune", seed, {"top1": 0.5})
+        edit_json(folder / "results.json", **change)
+    runs = load_runs([tmp_path])
+    assert [(run.failure, run.state) for run in runs] == [(f, "unreadable") for f in failures]
+    text = page_text([tmp_path])
+    assert all(failure in text for failure in (*failures, "nothing is compared"))
 
 
 NINE = (f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghi"))
 DIGITS = "1" + "0" * 400
+ODD_CONTENTS = [
+    ("config.yaml", "\n".join(["a: &a [1, 2, 3]", *NINE])),
+    ("config.yaml", "seed: 0\na: &a {b: *a}\n"),
+    ("config.yaml", "seed: 0\na: &a [*a]\n"),
+    ("config.yaml", "seed: 0\na: [{2024-01-01: 1}]\n"),
+    ("metrics.jsonl", f'{{"epoch": 1, "split": "val", "top1": {DIGITS}}}\n'),
+    ("detections.json", f'[{{"image": "x", "boxes": [], "scores": [{DIGITS}]}}]'),
+    ("environment.json", '{"data": {"a": [{"b": 1}]}}'),
+    ("model.json", "[]"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [
-        ("config.yaml", "\n".join(["a: &a [1, 2, 3]", *NINE])),
-        ("config.yaml", "seed: 0\na: &a {b: *a}\n"),
-        ("config.yaml", "seed: 0\na: &a [*a]\n"),
-        ("config.yaml", "seed: 0\na: [{2024-01-01: 1}]\n"),
-        ("metrics.jsonl", f'{{"epoch": 1, "split": "val", "top1": {DIGITS}}}\n'),
-        ("detections.json", f'[{{"image": "x", "boxes": [], "scores": [{DIGITS}]}}]'),
-        ("environment.json", '{"data": {"a": [{"b": 1}]}}'),
-        ("model.json", "[]"),
-    ],
-    ids=["aliases", "contains itself", "list of itself", "dates", "digits", "score", "data",
-         "metadata"],
-)  # fmt: skip
-def test_no_content_of_a_run_makes_a_report_fail(tmp_path, name, text):
-    folders = write_pair(tmp_path)
-    (folders[0] / name).write_text(text)
-    page = render(folders)[".html"]
-    assert "80.00" in page
-    assert ("more than 100,000 values" in page) == ("&a" in text)
+def test_no_content_of_a_run_makes_a_report_fail(tmp_path):
+    for seed, (name, text) in enumerate(ODD_CONTENTS):
+        folder = write_run(tmp_path, "vanilla", "finetune", seed, {"top1": 0.5 + seed / 100})
+        (folder / name).write_text(text)
+    texts = render([tmp_path])
+    assert all("53.50" in texts[suffix] for suffix in (".html", ".md", ".tex")), "the mean of all"
+    problems = json.loads(texts[".json"])["problems"]
+    assert [("alias" in problem, str(tmp_path) in problem) for problem in problems] == [
+        (True, True)
+    ] * 3

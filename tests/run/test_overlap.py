@@ -2,9 +2,8 @@
 
 import json
 
-import datasets
 import pytest
-from PIL import Image
+from stream_rows import huggingface, picture, write_splits
 
 from tract_transfer.build.data import build_data
 from tract_transfer.engine.trainer import Trainer
@@ -15,26 +14,19 @@ from tract_transfer.run.run import run
 SHADES = {"train": [0, 10, 20, 30, 40, 50], "test": [20, 100, 50, 110]}
 
 
-def write_folders(root):
-    """An image folder: two of the six training images are test images with other names."""
-    for split, shades in SHADES.items():
-        for number, shade in enumerate(shades):
-            folder = root / split / ("cat" if number % 2 else "dog")
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (shade, shade, shade)).save(folder / f"{split}{number}.png")
-    return root
-
-
 def words(root):
-    splits = [
-        f"data.{split}={{source: huggingface, path: {root}, split: {split}}}" for split in SHADES
-    ]
-    return [*splits, "data.batch_size=2", "solver.max_iters=2"]
+    return huggingface(root, "data.batch_size=2", "solver.max_iters=2")
 
 
 @pytest.fixture
 def root(tmp_path, offline_cache):
-    return write_folders(tmp_path / "pets")
+    """An image folder: two of the six training images are test images with other names."""
+    for split, shades in SHADES.items():
+        for number, shade in enumerate(shades):
+            folder = tmp_path / "pets" / split / ("cat" if number % 2 else "dog")
+            folder.mkdir(parents=True, exist_ok=True)
+            picture(shade).save(folder / f"{split}{number}.png")
+    return tmp_path / "pets"
 
 
 def test_overlap_is_reported_before_training(tmp_path, root, load_tiny, caplog, monkeypatch):
@@ -80,13 +72,9 @@ def test_too_many_images_and_streams_are_not_compared(
         monkeypatch.setattr(results, "MAX_COMPARED_BYTES", limits[1])
         assert (find_overlap(data) is not None) == is_compared
     assert "is not checked: too many images. tools/check_data.py checks it" in caplog.text
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
-    for split, shades in SHADES.items():
-        rows = {
-            "image": [Image.new("RGB", (8, 8), (shade,) * 3) for shade in shades],
-            "label": [number % 2 for number in range(len(shades))],
-        }
-        table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-        table.to_parquet(tmp_path / f"parquet/{split}.parquet")
-    streamed = [*words(tmp_path / "parquet"), "data.train.streaming=true"]
-    assert find_overlap(build_data(load_tiny(tmp_path, *streamed))) is None
+    (tmp_path / "parquet").mkdir()
+    streamed = words(write_splits(tmp_path / "parquet"))
+    assert (
+        find_overlap(build_data(load_tiny(tmp_path, *streamed, "data.train.streaming=true")))
+        is None
+    )

@@ -45,14 +45,14 @@ EVERY_2 = "engine.checkpoint.every_iters=2"
 CASES = {
     "sgd": ("classification", [*STATEFUL, *CARVED], 0, [1, 5, 7]),
     "adamw, workers": ("classification",
-        ["solver={optimizer: adamw, momentum: null}", *STATEFUL, *CARVED], 2, [1, 5, 7]),
+        ["solver={optimizer: adamw, momentum: null}", *STATEFUL, *CARVED], 2, [5]),
     "first layer by sgd": ("classification",
         ["solver={optimizer: adam, momentum: null, first_layer: {optimizer: sgd, lr: 0.1}}",
          *STATEFUL, *CARVED], 0, [5]),
     # Its step walks through memory, whose layout differs from that of a loaded checkpoint.
     "fused, channels last": ("classification",
         ["solver={optimizer: adamw, momentum: null, optimizer_args: {fused: true}}",
-         "engine.channels_last=true", *STATEFUL, *CARVED], 0, [1, 5, 7]),
+         "engine.channels_last=true", *STATEFUL, *CARVED], 0, [7]),
     "detection": ("detection", [EVERY_2, "evaluation.every_iters=2"], 0, [3]),
     "detection, workers": ("detection", [EVERY_2, "evaluation.every_iters=2"], 1, [3]),
     "device cache": ("classification", [*CACHED, "engine.checkpoint.every_iters=1"], 0, [1]),
@@ -125,12 +125,6 @@ def test_a_run_ended_by_a_signal_resumes(tmp_path, write_tiny, number):
     run(load_config(path, words), resume=True)
     run(load_config(path, [*words, f"output_dir={tmp_path / 'whole'}"]))
     assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def test_signal_handlers_are_restored(tmp_path, load_tiny):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    run(load_tiny(tmp_path, "solver.max_iters=1"))
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 GROUP = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone")

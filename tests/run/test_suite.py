@@ -52,7 +52,7 @@ def plan(write):
 
     def plan(inspect=lambda config, needed: {"train": "t"}, **changes):
         suite = write(**changes)
-        return inspect_runs(suite, draft_runs(suite), inspect)
+        return inspect_runs(draft_runs(suite), inspect)
 
     return plan
 

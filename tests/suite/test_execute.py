@@ -16,7 +16,6 @@ from suites import cut_off, finish, make_suite
 
 from tract_transfer.config.file import ConfigError
 from tract_transfer.engine.run_folder import FolderInUseError
-from tract_transfer.files import temporary_path
 from tract_transfer.suite.execute import execute
 from tract_transfer.suite.launchers import Launcher
 from tract_transfer.suite.screen import Screen
@@ -79,10 +78,8 @@ def run(suite):
 
     def run(codes=None, *, suite=suite, set_aside=False, **options):
         launcher = codes if isinstance(codes, Launcher) else Fake(codes, **options)
-        out = io.StringIO()
-        launcher.result = execute(
-            suite, launcher, Screen(6, Console(file=out)), set_aside=set_aside
-        )
+        screen = Screen(6, Console(file=(out := io.StringIO())))
+        launcher.result = execute(suite, launcher, screen, set_aside=set_aside)
         launcher.output = out.getvalue()
         return launcher
 
@@ -96,13 +93,14 @@ def again(suite, retries=0):
 
 
 def states(suite):
+    """The state of each job, which suite.json has too."""
     written = json.loads((suite.folder / "suite.json").read_text())["runs"]
     assert [run["state"] for run in written] == [job.state for job in suite.jobs]
     return {name_of(job.run): job.state for job in suite.jobs}
 
 
 def test_suite_is_executed_in_order_and_then_skipped(suite, run):
-    temporary_path(suite.folder / "suite.json").write_text("half")  # left by a kill
+    (suite.folder / ".suite.json.0123abcd.part").write_text("half")  # left by a kill
     launcher = run()
     assert launcher.result is None
     assert launcher.started == [name_of(job.run) for job in suite.jobs]
@@ -211,17 +209,15 @@ def test_signal_stops_the_runs_and_leaves_the_rest_waiting(suite, run, number):
 
 
 def test_second_signal_kills_the_runs(run):
-    launcher = Fake(stop=signal.SIGTERM)
-    stop = launcher.stop
+    class Stubborn(Fake):
+        def stop(self, number):
+            if number == signal.SIGKILL:
+                super().stop(number)
+            else:
+                os.kill(os.getpid(), signal.SIGINT)
 
-    def stop_again(number):
-        if number == signal.SIGKILL:
-            stop(number)
-        else:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    launcher.stop = stop_again
-    assert run(launcher).result == signal.SIGTERM
+    launcher = run(Stubborn(stop=signal.SIGTERM))
+    assert launcher.result == signal.SIGTERM
     assert launcher.stops == [signal.SIGKILL]
 
 
@@ -266,15 +262,3 @@ def test_full_disk_fails_only_runs_that_cannot_start(
     else:
         assert states == ["failed"] * 2 + ["blocked"] * 4
         assert f"DiskFullError: No space left in {suite.folder}/plan: " in suite.jobs[0].error
-
-
-def test_run_that_cannot_start_has_failed(suite, run):
-    launcher = Fake()
-
-    def start(run, attempt):
-        raise OSError(12, "Cannot allocate memory")
-
-    launcher.start = start
-    run(launcher)
-    assert [job.state for job in suite.jobs] == ["failed"] * 2 + ["blocked"] * 4
-    assert suite.jobs[0].error == "OSError: [Errno 12] Cannot allocate memory"

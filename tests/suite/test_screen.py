@@ -32,7 +32,9 @@ def test_last_complete_line_tells_the_fraction_done(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 19')  # half-written
     assert fraction_done(job) == 55 / 200
-    assert fraction_done(job_of(tmp_path, solver={"max_epochs": 1.1})) == pytest.approx(0.5)
+    assert fraction_done(
+        job_of(tmp_path, solver={"max_iters": None, "max_epochs": 1.1})
+    ) == pytest.approx(0.5)
     assert fraction_done(job_of(tmp_path, solver=None)) is None  # a probe's
     for text in ("", "no json\n", "[1]\n", '{"iteration": "x"}\n'):
         (tmp_path / "metrics.jsonl").write_text(text)
@@ -50,7 +52,7 @@ def test_every_change_is_a_line(tmp_path):
     first = job_of(state="finished")
     job = job_of(tmp_path, state="running", attempts=2, note="resumes from iter_0000050")
     with Screen(3, Console(file=out, width=20)) as lines:
-        lines.skipped(first)
+        lines.ended(first, "finished before")
         lines.started(job)
         lines.show([first, job])
         job.state = "waiting"

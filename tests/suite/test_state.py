@@ -59,11 +59,15 @@ def test_history_of_the_same_run_is_recalled_but_not_its_state(suite):
     assert (other.attempts, other.begun_with) == (0, None)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"runs": [{}]}', '{"runs": 3}'])
+ENTRY = '"folder": "vanilla/pretrain/seed0", "id": "vanilla-pretrain"'
+NULLS = f'{{"runs": [{{{ENTRY}, "attempts": null, "spent": "x"}}]}}'
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"runs": [{}]}', '{"runs": 3}', NULLS])
 def test_broken_state_file_is_ignored(suite, text):
     (suite.folder / "suite.json").write_text(text)
     jobs = Suite(suite.config, suite.runs).jobs
-    assert {(job.attempts, job.state) for job in jobs} == {(0, "waiting")}
+    assert {(job.attempts, job.spent, job.state) for job in jobs} == {(0, 0.0, "waiting")}
 
 
 def test_folders_decide_the_state_of_jobs(suite):

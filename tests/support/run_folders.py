@@ -2,14 +2,14 @@
 
 import contextlib
 import json
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 
 from tract_transfer.engine.checkpoint import Checkpointer
+from tract_transfer.engine.run_folder import lock_folder
 from tract_transfer.run.run import run
 
 TIMING = ("images_per_second", "data_fraction")
@@ -138,23 +138,20 @@ def assert_resumes_exactly(kill_at, killed_at, whole, killed, resumed=None):
     return results
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from tract_transfer.engine.run_folder import lock_folder
-with lock_folder(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+def _hold(folder, connection):
+    with lock_folder(folder):
+        connection.send("held")
+        connection.recv()
 
 
 @contextlib.contextmanager
 def held(folder):
     """Let another process lock a folder; yield its process id."""
-    command = [sys.executable, "-c", HOLD, str(folder)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout.readline() == "held\n"
-        yield holder.pid
-        holder.stdin.close()
+    forks = multiprocessing.get_context("fork")
+    ours, others = forks.Pipe()
+    holder = forks.Process(target=_hold, args=(folder, others))
+    holder.start()
+    assert ours.recv() == "held"
+    yield holder.pid
+    ours.send("end")
+    holder.join()

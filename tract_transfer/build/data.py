@@ -6,24 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from tract_transfer.build.weights import errors_at
-from tract_transfer.config.data import (
-    CocoSource,
-    DigitScenesSource,
-    DigitsSource,
-    HeldOutSource,
-    HuggingFaceBoxesSource,
-    HuggingFaceSource,
-    VocSource,
-)
+from tract_transfer.config import data as sources
 from tract_transfer.config.schema import Config, DetectionConfig, ProbeConfig
 from tract_transfer.config.sections import Section
-from tract_transfer.data.classification import (
-    ClassificationDataset,
-    check_same_classes,
-    hold_out,
-    join_integer_classes,
-    shown_classes,
-)
+from tract_transfer.data import classification
+from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.data.coco import load_coco
 from tract_transfer.data.detection import DetectionDataset, ImageLabels
 from tract_transfer.data.digits import load_digit_scenes, load_digits
@@ -83,61 +70,43 @@ def build_data(config: Config) -> Data:
     findings, limit = Findings(getattr(sections, "invalid_boxes", "error")), sections.max_pixels
 
     def load(name: str) -> Any:
-        section = getattr(sections, name, None)
+        section = getattr(sections, name)
         return load_split(section, f"data.{name}", findings, limit) if section else None
 
-    train: Any = load("train")
-    val_section, val = getattr(sections, "val", None), None
-    if isinstance(val_section, HeldOutSource):
-        if isinstance(train, Stream):
-            message = "holds out images of data.train, which is streamed. Give it its own split."
-            raise config.error("data.val", message)
-        train, val = hold_out(train, val_section.fraction, config.seed)
+    train = load("train")
+    if isinstance(sections.val, sources.HeldOutSource):
+        train, val = classification.hold_out(train, sections.val.fraction, config.seed)
     else:
         val = load("val")
-    test: Any = load("test")
+    test = load("test")
     if isinstance(config, DetectionConfig) and config.data.empty_images == "drop":
         train = train.with_objects()
     if isinstance(config, ProbeConfig) and config.data.has_many_labels:
         train, test = ImageLabels(train), ImageLabels(test)
     data = Data(train, val, test, findings.clipped_boxes)
-    _check_streams(config, data)
-    join_integer_classes(data.splits)
-    check_disjoint(data.splits)
-    _check_classes(config, data)
-    for warning in check_same_classes(cast(Any, data.splits)):
+    for warning in compare_splits(data.splits):
         logger.warning(warning)
-    for name, check in size_checks(data.splits).items():
-        if check.differs:
-            logger.warning("data.%s: %s", name, check.text)
-    if boxes := data.clipped_boxes:
+    _check_classes(config, data)
+    if boxes := findings.clipped_boxes:
         message = "%d invalid boxes were clipped or dropped, the first: %s"
         logger.warning(message, len(boxes), boxes[0])
     for name, dataset in data.splits.items():
-        keeps = sections.cache == "ram" or (sections.cache == "device" and dataset is not train)
+        keeps = sections.cache == "ram" or (sections.cache == "device" and name != "train")
         if keeps and not isinstance(dataset, Stream):
             logger.info("Decoding the %d images of %s", len(dataset), name)
             dataset.cache_images()
     return data
 
 
-def _check_streams(config: Config, data: Data) -> None:
-    """Refuse what needs random access to a split that is streamed."""
-    cache, is_whitened = config.data.cache, config.model.backbone.stem == "whitened"
-    for name in (name for name, split in data.splits.items() if isinstance(split, Stream)):
-        in_train = f"data.{name}, which is streamed"
-        for is_refused, key, message in (
-            (isinstance(config, ProbeConfig), f"data.{name}.streaming",
-             "a probe needs random access. Set it to false; data.cache: none keeps none."),
-            (cache != "none", "data.cache",
-             f"{cache} keeps all images, and data.{name} is streamed. Set none."),
-            (name == "train" and getattr(config.data, "repeats", 1) > 1, "data.repeats",
-             f"needs random access to {in_train}. Set it to 1."),
-            (name == "train" and is_whitened, "model.backbone.stem",
-             f"whitened needs a random sample of {in_train}. Set another."),
-        ):  # fmt: skip
-            if is_refused:
-                raise config.error(key, message)
+def compare_splits(splits: Mapping[str, Dataset]) -> list[str]:
+    """Refuse splits of different classes or of the same data; return warnings."""
+    classification.join_integer_classes(splits)
+    check_disjoint(splits)
+    sizes = size_checks(splits).items()
+    return [
+        *classification.check_same_classes(cast(Any, splits)),
+        *(f"data.{name}: {check.text}" for name, check in sizes if check.differs),
+    ]
 
 
 def check_disjoint(splits: Mapping[str, Dataset]) -> None:
@@ -158,7 +127,7 @@ def _check_classes(config: Config, data: Data) -> None:
     """Refuse a single class to train on, and a top-5 metric of five classes or fewer."""
     if isinstance(config, DetectionConfig):
         return
-    shown, count = shown_classes(data.train), len(data.class_names)
+    shown, count = classification.shown_classes(data.train), len(data.class_names)
     if shown is not None and len(shown) < 2:
         raise config.error(
             "data.train",
@@ -173,37 +142,23 @@ def _check_classes(config: Config, data: Data) -> None:
 def load_split(section: Section, key: str, findings: Findings, max_pixels: int) -> Loaded:
     """Load the data that a source section describes; `key` names it in error messages."""
     logger.info("Reading %s", key)
-    common = {"key": key, "findings": findings, "max_pixels": max_pixels}
-    return SOURCES[type(section)](section, common)
+    arguments: dict[str, Any] = {**section.model_dump(exclude={"source"}), "key": key}
+    if isinstance(section, sources.DigitsSource):
+        return load_digits(**arguments)
+    arguments["max_pixels"] = max_pixels
+    if isinstance(section, sources.HuggingFaceSource):
+        del arguments["streaming"]
+        if section.streaming:
+            return stream_huggingface(**arguments)
+        del arguments["num_classes"]  # of a stream
+    return SOURCES[type(section)](**arguments, findings=findings)
 
 
-def _from_fields(load: Callable[..., Loaded]) -> Callable[[Any, dict[str, Any]], Loaded]:
-    """Return a loader of a section whose fields are the arguments of `load`."""
-
-    def load_section(section: Section, common: dict[str, Any]) -> Loaded:
-        return load(**section.model_dump(exclude={"source"}), **common)
-
-    return load_section
-
-
-def _load_huggingface(section: Any, common: dict[str, Any]) -> Loaded:
-    arguments = section.model_dump(exclude={"source", "streaming"})
-    arguments |= {"key": common["key"], "max_pixels": common["max_pixels"]}
-    if section.streaming:
-        return stream_huggingface(**arguments)
-    del arguments["num_classes"]  # of a stream
-    return load_huggingface(**arguments, findings=common["findings"])
-
-
-def _load_digits(section: DigitsSource, common: dict[str, Any]) -> Loaded:
-    return load_digits(section.split, section.classes, key=common["key"])
-
-
-SOURCES: dict[type[Section], Callable[[Any, dict[str, Any]], Loaded]] = {
-    HuggingFaceSource: _load_huggingface,
-    DigitsSource: _load_digits,
-    VocSource: _from_fields(load_voc),
-    CocoSource: _from_fields(load_coco),
-    HuggingFaceBoxesSource: _from_fields(load_huggingface_boxes),
-    DigitScenesSource: _from_fields(load_digit_scenes),
+# Their arguments are the fields of the section.
+SOURCES: dict[type[Section], Callable[..., Loaded]] = {
+    sources.HuggingFaceSource: load_huggingface,
+    sources.VocSource: load_voc,
+    sources.CocoSource: load_coco,
+    sources.HuggingFaceBoxesSource: load_huggingface_boxes,
+    sources.DigitScenesSource: load_digit_scenes,
 }

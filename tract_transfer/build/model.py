@@ -6,12 +6,7 @@ from torch import nn
 
 import tract_transfer.detectron2  # noqa: F401 - registers its detector
 from tract_transfer.build.batches import build_transforms
-from tract_transfer.build.weights import (
-    build_with_weights,
-    call_entry,
-    check_backbone,
-    errors_at,
-)
+from tract_transfer.build.weights import build_with_weights, call_entry, check_backbone, errors_at
 from tract_transfer.config.schema import (
     ClassificationConfig,
     Config,
@@ -19,7 +14,6 @@ from tract_transfer.config.schema import (
     ProbeConfig,
     TrainedTask,
 )
-from tract_transfer.config.sections import FeatureModelConfig
 from tract_transfer.engine.determinism import seed_all
 from tract_transfer.engine.hooks import Evaluator
 from tract_transfer.evaluation import EVALUATORS, ClassificationEvaluator
@@ -46,14 +40,13 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     if isinstance(config, DetectionConfig):
         with errors_at(config, "model", prefix=r"model\.\w+"):
             freeze_stages(set_norm(backbone, config.model.norm), config.model.freeze_at)
-        section = config.model.detector
-        name, args = ("model.detector.name", section.name), ("model.detector.args", section.args)
-        return cast(nn.Module, call_entry(config, DETECTORS, name, args, backbone, num_classes))
+        entry = config.model.detector
+        detector = call_entry(config, DETECTORS, "model.detector", entry, backbone, num_classes)
+        return cast(nn.Module, detector)
     if isinstance(config, ProbeConfig):
         return backbone
-    section = config.model.head
-    name, args = ("model.head.name", section.name), ("model.head.args", section.args)
-    head = call_entry(config, HEADS, name, args, backbone.feature_dim, num_classes)
+    dims = (backbone.feature_dim, num_classes)
+    head = call_entry(config, HEADS, "model.head", config.model.head, *dims)
     losses = config.model.model_dump(include={"label_smoothing", "loss", "bce_target_threshold"})
     return Classifier(backbone, head, **losses)
 
@@ -84,8 +77,7 @@ def build_features(config: Config) -> Backbone:
 
 def needs_whitening(config: Config) -> bool:
     """Whether the stem's filters must be computed from training images: no weights have them."""
-    model: FeatureModelConfig = config.model
-    return model.backbone.stem == "whitened" and model.weights in (None, "pretrained")
+    return config.model.backbone.stem == "whitened" and config.model.weights_path is None
 
 
 def build_evaluator(config: Config, class_names: list[str]) -> Evaluator:

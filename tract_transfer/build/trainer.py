@@ -102,12 +102,9 @@ def build_trainer(
     tract = build_tract(config, model)
     with _errors_at_named_key(config):
         optimizer = _build_optimizer(config, model)
-        schedule = build_schedule(
-            **{key: value for key, value in length._asdict().items() if "_every" not in key},
-            **config.solver.model_dump(
-                include={"schedule", "warmup_start", "step_factor", "end_factor"}
-            ),
-        )
+        lengths = {key: value for key, value in length._asdict().items() if "_every" not in key}
+        keys = {"schedule", "warmup_start", "step_factor", "end_factor"}
+        schedule = build_schedule(**lengths, **config.solver.model_dump(include=keys))
         batches = build_train_batches(
             config,
             data.train,
@@ -138,15 +135,11 @@ def build_trainer(
 
 def build_tract(config: TrainedTask, model: nn.Module) -> TrAct:
     """Build TrAct; if it is not enabled, one without layers."""
-    section = config.tract
-    with errors_at(config, "tract.layers" if section.layers else "tract"):
-        return TrAct(
-            model,
-            section.lam,
-            lam_mode=section.lam_mode,
-            layers=section.layers if section.enabled else [],
-            update_every=section.update_every,
-        )
+    options = config.tract.model_dump(exclude={"enabled"})
+    if not config.tract.enabled:
+        options["layers"] = []
+    with errors_at(config, "tract.layers" if config.tract.layers else "tract"):
+        return TrAct(model, **options)
 
 
 def _errors_at_named_key(config: Config) -> AbstractContextManager[None]:
@@ -182,13 +175,14 @@ def _build_optimizer(config: TrainedTask, model: nn.Module) -> Optimizer:
     rest = build_optimizer(model, **solver.model_dump(include=keys))
     if solver.first_layer is None:
         return rest
-    with errors_at(config, "solver.first_layer"):
-        first = build_optimizer(model, **solver.first_layer.model_dump())
+    key = "solver.first_layer"
+    with errors_at(config, key, prefix=rf"{key}\.\w+"):
+        first = build_optimizer(model, **solver.first_layer.model_dump(), section=key)
         names = config.tract.layers or find_first_layers(model)
     of_first = {parameter for name in names for parameter in model.get_submodule(name).parameters()}
     keep_parameters(first, of_first)
     if not first.param_groups:
         message = f"{names} are frozen, so it has nothing to step. Set it to null."
-        raise config.error("solver.first_layer", message)
+        raise config.error(key, message)
     keep_parameters(rest, [p for p in model.parameters() if p not in of_first])
     return JoinedOptimizer([first, rest])

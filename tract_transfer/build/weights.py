@@ -4,29 +4,20 @@ import contextlib
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
-import torchvision
-from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
 from tract_transfer.config.file import ConfigError, read_config_file
 from tract_transfer.config.schema import Config
-from tract_transfer.config.sections import BackboneConfig
+from tract_transfer.config.sections import BackboneConfig, ComponentConfig
 from tract_transfer.engine.checkpoint import is_checkpoint, verified
-from tract_transfer.models import BACKBONES, ZOO, Backbone, build_backbone
+from tract_transfer.models import BACKBONES, ZOO, Backbone, build_backbone, weights
 from tract_transfer.models.backbones import check_backbone_name
-from tract_transfer.models.weights import (
-    build_from_metadata,
-    has_metadata,
-    load_weights,
-    read_metadata,
-    weights_file,
-)
 from tract_transfer.registry import Registry, did_you_mean
 
 # Arguments that change neither names nor what a weight computes at the size it was trained at.
@@ -40,15 +31,13 @@ _Kinds = type[Exception] | tuple[type[Exception], ...]
 
 def check_backbone(config: Config) -> None:
     """Refuse a backbone that does not exist, its arguments, or weights that do not exist."""
-    section = config.model
-    backbone, weights = section.backbone, section.weights
-    if weights not in (None, "pretrained"):
-        path = Path(str(weights))
+    backbone, path = config.model.backbone, config.model.weights_path
+    if path is not None:
         with errors_at(config, "model.weights"):
-            check_weights_exist(path, backbone.name)
+            check_weights_exist(path)
             if backbone.name is None:
-                read_metadata(path)
-            weights_file(path)
+                weights.read_metadata(path)
+            weights.weights_file(path)
     if backbone.name is not None:
         with errors_at(config, "model.backbone", KeyError):
             check_backbone_name(backbone.name)
@@ -56,8 +45,7 @@ def check_backbone(config: Config) -> None:
             signature = inspect.signature(BACKBONES.get(backbone.name))
             parameters = list(signature.parameters.values())
             if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-                key = "model.backbone.args"
-                _check_args(parameters, backbone.name, backbone.args, key, config)
+                _check_args(config, "model.backbone.args", backbone.name, parameters, backbone.args)
 
 
 def build_with_weights(config: Config) -> Backbone:
@@ -67,42 +55,39 @@ def build_with_weights(config: Config) -> Backbone:
         ConfigError: no such backbone, or weights that do not fit it; if a file was compared, the
             cause is a WeightsError with the report.
     """
-    section, metadata = config.model, None
-    wanted, path = section.backbone, Path(section.weights or "")
-    is_pretrained = section.weights == "pretrained"
-    is_file = section.weights is not None and not is_pretrained
-    with errors_at(config, "model.weights"):
-        if is_file:
-            check_weights_exist(path, wanted.name)
-        if wanted.name is None:
-            metadata = read_metadata(path)
-        elif is_file and has_metadata(path):
-            _check_origin(read_metadata(path), wanted)
+    model, section, path = config.model, config.model.backbone, config.model.weights_path
+    metadata = None
+    if path is not None and (section.name is None or weights.has_metadata(path)):
+        with errors_at(config, "model.weights"):
+            metadata = weights.read_metadata(path)
+            if section.name is not None:
+                _check_origin(metadata, section)
     with errors_at(config, "model.backbone", (KeyError, ValueError)):
         try:
-            if wanted.name is None:
-                backbone = build_from_metadata(cast(dict[str, Any], metadata))
+            if section.name is None:
+                backbone = weights.build_from_metadata(cast(dict[str, Any], metadata))
             else:
-                arguments = wanted.model_dump(include={"stem", "args"})
-                backbone = build_backbone(wanted.name, pretrained=is_pretrained, **arguments)
+                arguments = section.model_dump(include={"stem", "args"})
+                is_pretrained = model.weights == "pretrained"
+                backbone = build_backbone(section.name, pretrained=is_pretrained, **arguments)
         except ValueError as error:
-            if wrong := wrong_argument(wanted.name, wanted.args, str(error.__cause__)):
+            if wrong := wrong_argument(section.name, section.args, str(error.__cause__)):
                 raise config.error(f"model.backbone.args.{wrong[0]}", wrong[1]) from error
             raise
-    if is_file:
-        options = section.model_dump(include={"ignore_missing", "adapt_stem"})
+    if path is not None:
+        options = model.model_dump(include={"ignore_missing", "adapt_stem"})
         with errors_at(config, "model.weights", prefix=r"model\.ignore_missing"):
             if path.is_file() and is_checkpoint(path.parent):
                 verified(path.parent)
-            load_weights(backbone, path, **options)
-    backbone.set_normalization(wanted.mean, wanted.std)
+            weights.load_weights(backbone, path, **options)
+    backbone.set_normalization(section.mean, section.std)
     return backbone
 
 
-def _check_origin(metadata: Mapping[str, Any], wanted: BackboneConfig) -> None:
+def _check_origin(metadata: Mapping[str, Any], section: BackboneConfig) -> None:
     """Refuse a backbone that the metadata of its weights contradict, even if shapes fit."""
     origin = {key: metadata[key] for key in ("name", "stem", "args")}
-    given = wanted.model_dump(include=set(origin))
+    given = section.model_dump(include=set(origin))
 
     def fixed(backbone: Mapping[str, Any]) -> dict[str, Any]:
         args = {key: value for key, value in backbone["args"].items() if key not in FREE_ARGS}
@@ -144,42 +129,54 @@ def errors_at(
 def call_entry(
     config: Config,
     registry: Registry,
-    name: tuple[str, str],
-    args: tuple[str, Mapping[str, Any]],
+    key: str,
+    entry: ComponentConfig,
     *positional: Any,
+    subkeys: tuple[str, str] = (".name", ".args"),
 ) -> Any:
     """Call a registry's entry with args that are checked against its keyword-only arguments.
 
     Args:
-        name, args: each the key of the config and its value.
+        key, subkeys: the entry's name has the config key `key` + `subkeys[0]`, its args the other.
     """
-    with errors_at(config, name[0], KeyError):
-        entry = registry.get(name[1])
-    key, arguments = args
-    parameters = inspect.signature(entry).parameters.values()
+    name_key, args_key = (key + subkey for subkey in subkeys)
+    with errors_at(config, name_key, KeyError):
+        function = registry.get(entry.name)
+    parameters = inspect.signature(function).parameters.values()
     keywords = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
-    _check_args(keywords, name[1], arguments, key, config)
+    _check_args(config, args_key, entry.name, keywords, entry.args)
     try:
-        return entry(*positional, **arguments)
+        return function(*positional, **entry.args)
     except (ValueError, ImportError) as error:
         argument, colon, message = str(error).partition(": ")
         names = [keyword.name for keyword in keywords]
         if colon and argument.partition(".")[0] in names:  # as `rpn.nms_iou: must be ...`
-            raise config.error(f"{key}.{argument}", message) from error
-        raise config.error(key.removesuffix(".args"), str(error)) from error
+            raise config.error(f"{args_key}.{argument}", message) from error
+        raise config.error(key, str(error)) from error
 
 
 def _check_args(
-    parameters: list[inspect.Parameter],
-    name: str,
-    args: Mapping[str, Any],
-    key: str,
     config: Config,
+    key: str,
+    name: str,
+    parameters: Sequence[inspect.Parameter],
+    args: Mapping[str, Any],
 ) -> None:
+    if misfit := _find_misfit(name, parameters, args):
+        raise config.error(f"{key}.{misfit[0]}", misfit[1])
+
+
+def _find_misfit(
+    name: str, parameters: Iterable[inspect.Parameter], args: Mapping[str, Any]
+) -> tuple[str, str] | None:
+    """Return the first of `args` that does not fit the signature of `name`, and why."""
     fields = {
-        p.name: (_type_of(p), ... if p.default is p.empty else p.default)
+        p.name: (
+            Any if p.annotation is p.empty else p.annotation,
+            ... if p.default is p.empty else p.default,
+        )
         for p in parameters
-        if p.kind is not p.VAR_POSITIONAL
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
     strict = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
     schema = create_model("Args", __config__=strict, **cast(Mapping[str, Any], fields))
@@ -187,17 +184,13 @@ def _check_args(
         schema.model_validate_json(json.dumps(dict(args)))  # JSON's lists may be tuples
     except ValidationError as error:
         problem = error.errors()[0]
-        wrong = ".".join(str(part) for part in problem["loc"])
-        reason = problem["msg"].replace("an object", "a mapping").replace("valid array", "list")
-        message = f"{reason}, got {problem['input']!r}."
+        argument = ".".join(str(part) for part in problem["loc"])
         if problem["type"] == "extra_forbidden":
-            message = f"unknown.{did_you_mean(wrong, fields)}"
-        message = f"{message} {name} takes {list(fields)}."
-        raise config.error(f"{key}.{wrong}", message) from error
-
-
-def _type_of(parameter: inspect.Parameter) -> Any:
-    return Any if parameter.annotation is parameter.empty else parameter.annotation
+            hint = did_you_mean(argument, fields)
+            return argument, f"unknown.{hint} {name} takes {list(fields)}."
+        reason = problem["msg"].replace("an object", "a mapping").replace("valid array", "list")
+        return argument, f"{reason}, got {problem['input']!r}."
+    return None
 
 
 def wrong_argument(
@@ -210,75 +203,40 @@ def wrong_argument(
             the class, so an argument unknown to the class must be named in it.
     """
     library, _, model_name = (name or "").partition("/")
-    if library == "cifar" and model_name in ZOO:
-        library, _, model_name = ZOO[model_name].source.partition("/")
+    if not args or (library not in ("timm", "torchvision") and model_name not in ZOO):
+        return None
     with torch.device("meta"):  # for its class only, without memory
-        if args and library == "timm" and timm.is_model(model_name):
-            model = timm.create_model(model_name)
-        elif args and library == "torchvision" and model_name in torchvision.models.list_models():
-            model = torchvision.models.get_model(model_name)
-        else:
-            return None
-    types = {p.name: _type_of(p) for p in inspect.signature(type(model)).parameters.values()}
-    for argument, value in args.items():
-        if argument not in types and f"'{argument}'" in refusal:
-            hint = did_you_mean(argument, types) or f" Known: {list(types)}."
-            return argument, f"unknown.{hint}"
-        wanted = types.get(argument, Any)
-        try:
-            adapter = TypeAdapter(wanted, config=ConfigDict(arbitrary_types_allowed=True))
-            adapter.validate_python(value)
-        except ValidationError:
-            return argument, f"{name} takes {inspect.formatannotation(wanted)}, got {value!r}."
-        except PydanticUserError:  # an annotation that is not a type
-            continue
+        model = build_backbone(str(name)).model
+    parameters = inspect.signature(type(model)).parameters.values()
+    of_class = {parameter.name for parameter in parameters}
+    suspects = {key: args[key] for key in args if key in of_class or f"'{key}'" in refusal}
+    optional = [
+        inspect.Parameter(
+            p.name, p.KEYWORD_ONLY, default=None, annotation=p.annotation if p.name in args else Any
+        )
+        for p in parameters
+    ]
+    with contextlib.suppress(PydanticUserError, NameError):  # an annotation that is not a type
+        return _find_misfit(str(name), optional, suspects)
     return None
 
 
-# Weights that do not exist: where they would come from.
-
-
-def check_weights_exist(path: Path, backbone_name: str | None = None) -> None:
-    """Refuse a path without weights, and say what would make them, if that is known."""
+def check_weights_exist(path: Path) -> None:
+    """Refuse a path without weights; the message names the config in configs/ that makes them."""
     if path.exists():
         return
-    fixes = ["Set model.weights to a file or run folder."]
-    if maker := _config_that_writes(path):
-        file, backbone_name = maker
-        fixes = [f"python tools/train_net.py --config-file {file} makes it."]
-    runs = [file.parent for file in path.parent.glob(f"*/{path.name}/seed*/model.json")]
-    if runs:  # of a suite, preferably of vanilla
-        run = min(runs, key=lambda run: ("vanilla" not in run.parts, str(run)))
-        fixes.append(f"A suite has made its own: set model.weights={run}, for example.")
-    if published := _published_name(backbone_name):
-        fixes.append(
-            f"Or use published weights: model.backbone.name={published} model.weights=pretrained."
-        )
-    raise FileNotFoundError(
-        f"No weights at {path}: there is no such file or folder. {' '.join(fixes)}"
-    )
+    fix = "Set model.weights to a file or run folder."
+    if file := _config_that_writes(path):
+        fix = f"python tools/train_net.py --config-file {file} makes it."
+    raise FileNotFoundError(f"No weights at {path}: there is no such file or folder. {fix}")
 
 
-def _published_name(name: str | None) -> str | None:
-    """Return the backbone of timm or torchvision that has published weights for `name`."""
-    library, _, model = (name or "").partition("/")
-    if library in ("timm", "cifar") and timm.is_model_pretrained(model):
-        return f"timm/{model}"
-    if library == "torchvision" and model in torchvision.models.list_models(torchvision.models):
-        return name
-    return None
-
-
-def _config_that_writes(output_dir: Path) -> tuple[str, str | None] | None:
-    """Return the config in configs/ whose run writes to `output_dir`, and its backbone."""
+def _config_that_writes(output_dir: Path) -> Path | None:
     for file in sorted(CONFIGS.glob("*/*.yaml")):
-        if file.parent.name in ("base", "suites"):
-            continue
         try:
             tree, _ = read_config_file(file)
         except ConfigError:
             continue
-        if Path(str(tree.get("output_dir"))) == output_dir:
-            name = tree.get("model", {}).get("backbone", {}).get("name")
-            return str(file.relative_to(CONFIGS.parent)), name
+        if Path(str(tree.get("output_dir"))) == output_dir and file.parent.name != "suites":
+            return file.relative_to(CONFIGS.parent)
     return None

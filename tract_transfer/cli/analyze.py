@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from tract_transfer.models import Backbone
 
-MAX_MAPS = 8
 NUM_IMAGES = 2  # of a training step: batch normalization refuses one
 
 
@@ -37,8 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stem", choices=stems, default="default")
     parser.add_argument("--args", type=json.loads, default={}, metavar="JSON", help="of --backbone")
     count = number(int, 1)
-    size = "side of the images (default: the config's, or 224)"
-    parser.add_argument("--size-px", type=count, metavar="N", help=size)
+    parser.add_argument("--size-px", type=count, metavar="N", help="default: the config's, or 224")
     parser.add_argument("--num-classes", type=count, default=20, metavar="K", help="default 20")
     parser.add_argument("--depth", type=count, default=1, help="levels of modules (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -95,18 +93,16 @@ def compare_weights(arguments: argparse.Namespace) -> int:
     refusal = None
     try:
         report = load_weights(arguments).loaded
-    except (FileNotFoundError, ValueError) as error:
-        refusal = error
+    except ValueError as error:
         reason = error if isinstance(error, WeightsError) else error.__cause__
         if not isinstance(reason, WeightsError):
             raise  # there was nothing to compare
-        report = reason.report
+        report, refusal = reason.report, error
+        print(f"refused: {refusal}", file=sys.stderr)
     if report is not None and arguments.json:
         print(json.dumps(report.summary(), indent=1))
     elif report is not None:
         print("\n".join(report.lines()))
-    if refusal is not None:
-        print(f"refused: {refusal}", file=sys.stderr)
     return 0 if refusal is None else 1
 
 
@@ -115,11 +111,11 @@ def load_weights(arguments: argparse.Namespace) -> "Backbone":
     from tract_transfer.build.weights import build_with_weights, check_weights_exist
     from tract_transfer.models import weights
 
+    path = Path(arguments.weights)
+    check_weights_exist(path)
     if arguments.config_file is not None:
         word = f"model.weights={json.dumps(arguments.weights)}"
         return build_with_weights(read_config(arguments, word))
-    path = Path(arguments.weights)
-    check_weights_exist(path)
     if arguments.backbone is not None:
         backbone = build_named(arguments)
     else:
@@ -187,8 +183,6 @@ def lines_of(costs: dict[str, Any]) -> list[str]:
             "TrAct         inverts an n x n matrix at every step",
         ]
     maps = [f"{n} {m['channels']} / {m['stride']}" for n, m in costs["maps"].items()]
-    if len(maps) > MAX_MAPS:  # those of a plain ViT have one stride
-        maps = [*maps[:2], f"{len(maps) - 3} more", maps[-1]]
     side = f"{costs['size_px']} x {costs['size_px']}"
     return [
         *lines,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +53,9 @@ def check() -> int:
 
     report = check_data(config, show_progress)
     if arguments.json:
-        arguments.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
+        arguments.json.write_text(
+            json.dumps({"is_clean": report.is_clean, **asdict(report)}, indent=1) + "\n"
+        )
     print("\n".join(lines_of(report)))
     return 0 if report.is_clean else 1
 
@@ -109,15 +112,11 @@ def visualize() -> int:
     if read_config(arguments).data.cache == "ram":
         words.append("data.cache=none")
     config = read_config(arguments, *words)
-
     from tract_transfer.build.data import build_data
-    from tract_transfer.visualize import draw_samples, figure_pixels, save_pixels
+    from tract_transfer.visualize.boxes import draw_samples
+    from tract_transfer.visualize.plots import figure_pixels, save_pixels
 
     train = build_data(config).train
-    if config.task != "probe" and config.data.batch_size > len(train):
-        # A training would have no batch, but its images can be drawn.
-        words += [f"data.batch_size={len(train)}", "engine.accumulate=1"]
-        config = read_config(arguments, *words)
     drawn = islice(samples(config, train, arguments.start_iter), arguments.num_images)
     figure = draw_samples(*zip(*drawn, strict=True))
     width_px = round(PX_PER_INCH * figure.get_figwidth())

@@ -30,12 +30,10 @@ def main() -> int:
     parser = make_parser(EXPORT)
     parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="a run folder")
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
-    text = "also write model.onnx, checked against torch's outputs"
-    parser.add_argument("--onnx", action="store_true", help=text)
+    parser.add_argument("--onnx", action="store_true", help="also write a checked model.onnx")
     parser.add_argument("--push-to-hub", metavar="ID", help="upload it as owner/name")
     parser.add_argument("--private", action="store_true", help="with --push-to-hub: not public")
-    text = "license in the model card, such as apache-2.0"
-    parser.add_argument("--license", metavar="ID", help=text)
+    parser.add_argument("--license", metavar="ID", help="for the model card, such as apache-2.0")
     arguments = parser.parse_args()
     hub_id = arguments.push_to_hub
     if arguments.private and not hub_id:

@@ -32,12 +32,11 @@ def parse() -> argparse.Namespace:
     which.add_argument("--config-file", metavar="FILE", help="YAML whose output_dir is the run")
     parser.add_argument("inputs", nargs="+", type=Path, help="images, folders of images, videos")
     parser.add_argument("--output", type=Path, default=Path("predictions"), metavar="FOLDER")
-    text = "replace earlier predictions in --output"
-    parser.add_argument("--overwrite", action="store_true", help=text)
-    text = "a detector's boxes to draw (default 0.5)"
-    parser.add_argument("--min-score", type=number(float, 0, 1), help=text)
-    text = "a classifier's classes (default 5)"
-    parser.add_argument("--top-k", type=number(int, 1), help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace earlier predictions")
+    parser.add_argument(
+        "--min-score", type=number(float, 0, 1), help="of drawn boxes (default 0.5)"
+    )
+    parser.add_argument("--top-k", type=number(int, 1), help="number of classes (default 5)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     return parser.parse_args()
 
@@ -101,7 +100,8 @@ def predict_file(
 ) -> list[dict[str, Any]]:
     """Return the predictions of an image, or of every frame of a video; draw boxes to `output`."""
     from tract_transfer.data.images import frame_rate, write_video
-    from tract_transfer.visualize import draw_detections, figure_pixels, save_pixels
+    from tract_transfer.visualize.boxes import draw_detections
+    from tract_transfer.visualize.plots import figure_pixels, save_pixels
 
     entries: list[dict[str, Any]] = []
     predictions = predict(trained, file, top_k)
@@ -128,9 +128,7 @@ def predict_file(
         save_pixels(next(pictures()), output.with_name(f"{output.name}.png"))
     scores = [score for entry in entries for score in entry["scores"]]
     drawn = f"{sum(score >= min_score for score in scores)} of {len(scores)} boxes"
-    frames = f" in {len(entries)} frames" if is_video(file) else ""
-    best = f", the best {max(scores):.3f}" if scores else ""
-    print(f"{file}  {drawn}{frames} score {min_score:g} or more{best}")
+    print(f"{file}  {drawn} score {min_score:g} or more, the best {max(scores, default=0.0):.3f}")
     return entries
 
 

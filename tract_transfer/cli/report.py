@@ -4,11 +4,10 @@ python tools/report.py output/quickstart --output output/report.html
 python tools/report.py output/quickstart --output output/report --format html md tex json
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from tract_transfer.cli.main import reports_errors
+from tract_transfer.cli.main import make_parser, reports_errors
 
 FORMATS = ("html", "md", "tex", "json")
 MAX_REASONS = 5  # of runs that are not finished
@@ -17,19 +16,13 @@ MAX_REASONS = 5  # of runs that are not finished
 @reports_errors
 def main() -> int:
     """Write the report that the command line asks for; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="folders with runs")
     parser.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE")
-    parser.add_argument(
-        "--format", nargs="+", choices=FORMATS, default=None, dest="formats",
-        help="default: by the suffix of FILE; each format is written to FILE with its own suffix",
-    )  # fmt: skip
-    parser.add_argument(
-        "--baseline",
-        help="the method to compare with; default: the suite's, or vanilla, or the only method",
-    )
+    text = "default: by the suffix of FILE; each format is written to FILE with its own suffix"
+    parser.add_argument("--format", nargs="+", choices=FORMATS, dest="formats", help=text)
+    text = "the method to compare with; default: the suite's, or vanilla, or the only method"
+    parser.add_argument("--baseline", help=text)
     parser.add_argument("--title", help="default: the suite's")
     arguments = parser.parse_args()
 

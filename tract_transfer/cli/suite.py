@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tract_transfer.cli.main import reports_errors
+from tract_transfer.cli.main import add_config, make_parser, reports_errors
 
 if TYPE_CHECKING:
     from tract_transfer.config.suite import SuiteConfig
@@ -24,10 +24,8 @@ SHOWN = "tract_transfer.suite"
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="see configs/suites/")
+    parser = make_parser(__doc__)
+    add_config(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="print what would be done with every run, and stop"
     )
@@ -36,7 +34,6 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--launcher", choices=("local", "ray", "slurm"), default="local")
     parser.add_argument("--address", help="of the Ray cluster; default: start one on this machine")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the suite's keys")
     arguments = parser.parse_intermixed_args()
     if arguments.address and arguments.launcher != "ray":
         parser.error("--address needs --launcher ray")

@@ -24,14 +24,11 @@ def parse() -> argparse.Namespace:
     add_config(parser)
     parser.add_argument("--resume", action="store_true", help="resume the run in output_dir")
     instead = parser.add_mutually_exclusive_group()
-    text = "evaluate the checkpoint in output_dir"
-    instead.add_argument("--eval-only", action="store_true", help=text)
-    text = "build everything, run two steps, print the cost"
-    instead.add_argument("--dry-run", action="store_true", help=text)
+    instead.add_argument("--eval-only", action="store_true", help="evaluate its checkpoint")
+    instead.add_argument("--dry-run", action="store_true", help="print the cost after two steps")
     text = "repeat the step at which a training was not finite, and print where it starts"
     instead.add_argument("--debug-batch", type=Path, metavar="FILE", help=text)
-    text = "start N processes on this machine's GPUs"
-    parser.add_argument("--num-gpus", type=number(int, 1), metavar="N", help=text)
+    parser.add_argument("--num-gpus", type=number(int, 1), metavar="N", help="processes to start")
     arguments = parser.parse_intermixed_args()
     if arguments.resume and (arguments.eval_only or arguments.debug_batch):
         parser.error("--resume continues a training: leave out --eval-only or --debug-batch.")

@@ -3,7 +3,6 @@
 Fields become arguments of the same names (see tract_transfer.build.data and build.batches).
 """
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -14,16 +13,14 @@ from tract_transfer.config.sections import (
     Fraction,
     NonNegative,
     OpenFraction,
+    Rules,
     Section,
+    Uses,
 )
 
 
-class HuggingFaceSource(Section):
-    """A hub id, parquet file or folder, image folder or saved dataset.
-
-    `streaming` reads it sequentially and copies nothing; `num_classes` is then the number of
-    classes if labels are integers without names.
-    """
+class HuggingFaceRows(Section):
+    """A hub id, parquet file or folder, or saved dataset."""
 
     source: Literal["huggingface"]
     path: str
@@ -31,13 +28,21 @@ class HuggingFaceSource(Section):
     config_name: str | None = None
     revision: str | None = None
     image_column: str | None = None
+
+
+class HuggingFaceSource(HuggingFaceRows):
+    """Rows of images with a label, or an image folder.
+
+    `streaming` reads it sequentially and copies nothing; `num_classes` is then the number of
+    classes if labels are integers without names.
+    """
+
     label_column: str | None = None
     streaming: bool = False
     num_classes: Annotated[int, Field(ge=2)] | None = None
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
-        reason = "num_classes is for streaming: true; otherwise all labels are read"
-        yield "num_classes", self.streaming, reason
+    def uses(self) -> Uses:
+        yield "num_classes", self.streaming, "num_classes is for streaming: true"
 
 
 class DigitsSource(Section):
@@ -73,21 +78,12 @@ class CocoSource(Section):
     classes: list[str] | None = None
 
 
-class HuggingFaceBoxesSource(Section):
-    """A hub id, parquet file or folder, or saved dataset, with a column of objects.
+class HuggingFaceBoxesSource(HuggingFaceRows):
+    """Rows of images with objects; `classes` is required if they are not a ClassLabel."""
 
-    `classes` is required if the classes are not a ClassLabel.
-    """
-
-    source: Literal["huggingface"]
-    path: str
-    split: str
     box_format: Literal["xywh", "xyxy", "cxcywh"]
     box_unit: Literal["pixel", "relative"] = "pixel"
     classes: list[str] | None = None
-    config_name: str | None = None
-    revision: str | None = None
-    image_column: str | None = None
     objects_column: str | None = None
 
 
@@ -105,13 +101,14 @@ class DigitScenesSource(Section):
     size_px: Annotated[int, Field(ge=64)] = 128
 
 
-ImageSource = Annotated[HuggingFaceSource | DigitsSource, Field(discriminator="source")]
-ValSource = Annotated[
-    HuggingFaceSource | DigitsSource | HeldOutSource, Field(discriminator="source")
-]
+_BY_SOURCE = Field(discriminator="source")
+ImageSource = Annotated[HuggingFaceSource | DigitsSource, _BY_SOURCE]
+ValSource = Annotated[HuggingFaceSource | DigitsSource | HeldOutSource, _BY_SOURCE]
 BoxSource = Annotated[
-    VocSource | CocoSource | HuggingFaceBoxesSource | DigitScenesSource,
-    Field(discriminator="source"),
+    VocSource | CocoSource | HuggingFaceBoxesSource | DigitScenesSource, _BY_SOURCE
+]
+ProbeSource = Annotated[
+    HuggingFaceSource | DigitsSource | VocSource | DigitScenesSource, _BY_SOURCE
 ]
 
 
@@ -126,7 +123,7 @@ class EvalTransformsConfig(Section):
     crop_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
+    def uses(self) -> Uses:
         yield "crop_ratio", self.resize == "short", "it is for resize: short, and resize is whole"
 
 
@@ -147,7 +144,7 @@ class ClassificationTransformsConfig(EvalTransformsConfig):
     color_jitter: Fraction = 0.0
     erase_prob: Fraction = 0.0
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
+    def uses(self) -> Uses:
         yield from super().uses()
         for key, crops in (("pad_px", ("pad", "resize_random")), ("scale", ("random_resized",))):
             reason = f"{key} is for crop: {' or '.join(crops)}, and crop is {self.crop}"
@@ -179,6 +176,12 @@ class LoadingConfig(Section):
     undecodable: Literal["error", "skip"] = "error"
     max_pixels: Annotated[int, Field(ge=1, le=178_956_970)] = 89_478_485
 
+    @property
+    def streamed(self) -> list[str]:
+        """The splits that are streamed, such as `data.train`."""
+        splits = ("train", "val", "test")
+        return [f"data.{s}" for s in splits if getattr(getattr(self, s), "streaming", False)]
+
 
 class MixupConfig(Section):
     """mixup and CutMix over the batch; an alpha of 0 disables one.
@@ -191,12 +194,11 @@ class MixupConfig(Section):
     prob: Annotated[float, Field(gt=0, le=1)] = 1.0
     switch_prob: Fraction = 0.5
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
-        mixes_both = bool(self.mixup_alpha and self.cutmix_alpha)
+    def uses(self) -> Uses:
         reason = "it chooses between mixup_alpha and cutmix_alpha, and one of them is 0"
-        yield "switch_prob", mixes_both, reason
+        yield "switch_prob", 0 not in (self.mixup_alpha, self.cutmix_alpha), reason
 
-    def rules(self) -> Iterator[tuple[bool, str]]:
+    def rules(self) -> Rules:
         is_mixed = bool(self.mixup_alpha or self.cutmix_alpha)
         yield is_mixed, "give mixup_alpha or cutmix_alpha, or set data.mixup: null"
 
@@ -220,18 +222,17 @@ class ClassificationData(LoadingConfig):
     shuffle_rows: Count | None = None
     readers: Count | None = None
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
-        is_streamed = isinstance(self.train, HuggingFaceSource) and self.train.streaming
-        yield "shuffle_rows readers", is_streamed, "it is for data.train.streaming: true"
+    def uses(self) -> Uses:
+        yield "shuffle_rows readers", "data.train" in self.streamed, "data.train.streaming is false"
 
-    def rules(self) -> Iterator[tuple[bool, str]]:
+    def rules(self) -> Rules:
         section = self.transforms
         others = [k for k in ("rotation_deg", "augment", "color_jitter") if getattr(section, k)]
         others += ["crop"] if section.crop == "resize_random" else []
         yield (
             self.cache != "device" or not others,
-            "cache: device supports crop: pad, random_resized or none, flip_prob and "
-            f"erase_prob of data.transforms, and not its {', '.join(others)}. Set cache: ram",
+            "cache: device supports crop: pad, random_resized or none, flip_prob and erase_prob of "
+            f"data.transforms, and not its {', '.join(others)}. Set cache: ram",
         )
 
 
@@ -253,12 +254,6 @@ class DetectionData(LoadingConfig):
     repeat_threshold: Annotated[float, Field(gt=0, le=1)] | None = None
 
 
-ProbeSource = Annotated[
-    HuggingFaceSource | DigitsSource | VocSource | DigitScenesSource,
-    Field(discriminator="source"),
-]
-
-
 class ProbeData(LoadingConfig):
     """`val` is for selection; without it, a part of train is.
 
@@ -276,7 +271,7 @@ class ProbeData(LoadingConfig):
         """Whether an image may show several classes: those of its objects."""
         return isinstance(self.train, VocSource | DigitScenesSource)
 
-    def rules(self) -> Iterator[tuple[bool, str]]:
+    def rules(self) -> Rules:
         yield (
             self.has_many_labels == isinstance(self.test, VocSource | DigitScenesSource),
             f"data.train is {self.train.source} and data.test {self.test.source}: one has several "

@@ -223,9 +223,9 @@ def explain_all(
     error: ValidationError,
     tree: Mapping[str, Any],
     origins: Origins,
-    known: Mapping[str, Sequence[str]],
+    keys_by_task: Mapping[str, Sequence[str]],
 ) -> str:
-    """Return pydantic's errors as one line each; `known` lists the keys of each task."""
+    """Return pydantic's errors as one line each; `keys_by_task` are all that exist."""
     lines: dict[str, None] = {}
     for problem in error.errors():
         key = _dotted(problem["loc"], tree)
@@ -233,12 +233,14 @@ def explain_all(
         message = problem["msg"].removeprefix("Value error, ")
         match problem["type"]:
             case "extra_forbidden":
-                message = _unknown(key, tree, known)
+                message = _unknown(key, problem["loc"], str(tree.get("task")), keys_by_task)
             case "missing":  # from a section that may have replaced one with this key
                 message = "required, but not set."
                 place = place_of(key.rpartition(".")[0], origins)
             case "union_tag_not_found" | "union_tag_invalid" as kind:
-                message = "required, but not set." if key else f"required, one of {[*known]}."
+                message = (
+                    "required, but not set." if key else f"required, one of {[*keys_by_task]}."
+                )
                 if kind == "union_tag_invalid":
                     message = "{tag!r} is none of {expected_tags}.".format(**problem["ctx"])
                 key = f"{key}.source" if key else "task"
@@ -271,19 +273,16 @@ def _dotted(location: Sequence[Any], tree: Any) -> str:
     return ".".join(parts)
 
 
-def _unknown(key: str, tree: Any, known: Mapping[str, Sequence[str]]) -> str:
+def _unknown(
+    key: str, location: Sequence[Any], task: str, keys_by_task: Mapping[str, Sequence[str]]
+) -> str:
     """Return that a key is unknown in its section, and which key may have been meant."""
-    task = str(tree.get("task"))
-    keys = known.get(task, ())
-    parent, _, leaf = key.rpartition(".")
-    section = tree
-    for part in parent.split(".") if parent else ():
-        section = section.get(part) if isinstance(section, dict) else None
-    if key in keys and isinstance(section, dict):
-        return f"not a key of source: {section.get('source')}."
-    if others := [other for other, theirs in known.items() if key in theirs]:
+    keys = keys_by_task.get(task, ())
+    if key in keys:  # pydantic's location has the source before it
+        return f"not a key of source: {location[-2]}."
+    if others := [other for other, keys_of_other in keys_by_task.items() if key in keys_of_other]:
         return f"not a key of a {task} config (of {' and '.join(others)})."
-
+    parent, _, leaf = key.rpartition(".")
     siblings = [name for name in keys if name.rpartition(".")[0] == parent]
     for names, cutoff in ((siblings, 0.6), (keys, 0.75)):
         leaves = {name.rpartition(".")[2]: name for name in reversed(names)}

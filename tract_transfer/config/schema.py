@@ -3,12 +3,13 @@
 Each task has its own Config, so that a key which a task would ignore is an error.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError
 
+from tract_transfer.config import sections
 from tract_transfer.config.data import ClassificationData, DetectionData, ProbeData
 from tract_transfer.config.file import (
     ConfigError,
@@ -18,20 +19,7 @@ from tract_transfer.config.file import (
     explain_all,
     read_config_file,
 )
-from tract_transfer.config.sections import (
-    SELECTION_ONLY,
-    ClassificationEvaluation,
-    ClassifierConfig,
-    DetectionEvaluation,
-    DetectorConfig,
-    DeviceConfig,
-    EngineConfig,
-    FeatureModelConfig,
-    ProbeEvaluation,
-    Section,
-    SolverConfig,
-    TractConfig,
-)
+from tract_transfer.config.sections import Rules, Section
 from tract_transfer.files import redact
 
 # Rows of the paper's tables; t1 and t2 have one for each backbone and number of epochs.
@@ -62,21 +50,18 @@ class BaseConfig(Section):
 class TrainedConfig(BaseConfig):
     """Keys of the tasks that train."""
 
-    tract: TractConfig = TractConfig()
-    solver: SolverConfig
-    engine: EngineConfig = EngineConfig()
+    tract: sections.TractConfig = sections.TractConfig()
+    solver: sections.SolverConfig
+    engine: sections.EngineConfig = sections.EngineConfig()
     if TYPE_CHECKING:  # each task has its own
         data: Any
         evaluation: Any
 
-    def rules(self) -> Iterator[tuple[bool, str]]:
+    def rules(self) -> Rules:
         evaluation, has_val, has_test = self.evaluation, bool(self.data.val), bool(self.data.test)
         example = "such as data.val: {source: train, fraction: 0.1}"
-        yield (
-            has_val or evaluation.report != "best",
-            "evaluation.report: best selects a checkpoint, and needs data.val to select on: never "
-            f"data.test. Set it, {example}",
-        )
+        message = "evaluation.report: best needs data.val to select on: never data.test. Set it, "
+        yield has_val or evaluation.report != "best", message + example
         yield (
             not evaluation.patience or (has_val and has_test),
             "evaluation.patience chooses by data.val when to end, and needs data.test beside it to "
@@ -87,29 +72,47 @@ class TrainedConfig(BaseConfig):
 
 class ClassificationConfig(TrainedConfig):
     task: Literal["classification"]
-    model: ClassifierConfig
+    model: sections.ClassifierConfig
     data: ClassificationData
-    evaluation: ClassificationEvaluation = ClassificationEvaluation()
+    evaluation: sections.ClassificationEvaluation = sections.ClassificationEvaluation()
+
+    def rules(self) -> Rules:
+        yield from super().rules()
+        data = self.data
+        for split in data.streamed:
+            message = (
+                f"data.cache: {data.cache} keeps all images, and {split} is streamed. Set none"
+            )
+            yield data.cache == "none", message
+        if "data.train" in data.streamed:
+            train = "data.train. Change it, or set data.train.streaming: false"
+            yield data.repeats == 1, f"data.repeats: needs random access to {train}"
+            is_held_out = data.val is not None and data.val.source == "train"
+            yield not is_held_out, f"data.val: holds out images of {train}"
+            message = f"model.backbone.stem: whitened needs a random sample of {train}"
+            yield self.model.backbone.stem != "whitened", message
 
 
 class DetectionConfig(TrainedConfig):
     task: Literal["detection"]
-    model: DetectorConfig
+    model: sections.DetectorConfig
     data: DetectionData
-    evaluation: DetectionEvaluation = DetectionEvaluation()
+    evaluation: sections.DetectionEvaluation = sections.DetectionEvaluation()
 
 
 class ProbeConfig(BaseConfig):
     task: Literal["probe"]
-    model: FeatureModelConfig
+    model: sections.FeatureModelConfig
     data: ProbeData
-    evaluation: ProbeEvaluation = ProbeEvaluation()
-    engine: DeviceConfig = DeviceConfig()
+    evaluation: sections.ProbeEvaluation = sections.ProbeEvaluation()
+    engine: sections.DeviceConfig = sections.DeviceConfig()
 
-    def rules(self) -> Iterator[tuple[bool, str]]:
+    def rules(self) -> Rules:
         data, evaluation, few_shot = self.data, self.evaluation, self.evaluation.few_shot
         no_val, drop_path = data.val is None, self.model.backbone.drop_path
-        yield no_val or evaluation.selects, f"data.val has no use here: {SELECTION_ONLY}"
+        for split in data.streamed:
+            yield False, f"{split}.streaming: a probe needs random access. Set it to false"
+        yield no_val or evaluation.selects, f"data.val has no use here: {sections.SELECTION_ONLY}"
         one = "give one of data.val and evaluation.val_fraction to select on"
         yield no_val or evaluation.val_fraction is None, one
         no_use = "model.backbone.drop_path has no use here: a probe trains no backbone"
@@ -156,8 +159,8 @@ def check_config(tree: dict[str, Any], origins: Origins) -> Config:
     try:
         config = _ADAPTER.validate_python(tree)
     except ValidationError as error:
-        known = {task: known_keys(schema) for task, schema in TASKS.items()}
-        raise ConfigError(explain_all(error, tree, origins, known)) from None
+        keys_by_task = {task: known_keys(schema) for task, schema in TASKS.items()}
+        raise ConfigError(explain_all(error, tree, origins, keys_by_task)) from None
     config._origins.update(origins)
     return config
 

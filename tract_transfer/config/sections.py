@@ -4,6 +4,7 @@ Fields become arguments of the same names (see tract_transfer.build).
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -16,6 +17,8 @@ NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Channels = Field(min_length=3, max_length=3)
+Uses = Iterator[tuple[str, bool, str]]
+Rules = Iterator[tuple[bool, str]]
 
 
 class Section(BaseModel):
@@ -25,24 +28,25 @@ class Section(BaseModel):
         extra="forbid", strict=True, frozen=True, protected_namespaces=(), allow_inf_nan=False
     )
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
+    def uses(self) -> Uses:
         """Yield keys (`a b`), whether they have an effect beside the others, and why not.
 
         A key that has none and is not at its default is an error.
         """
         yield from ()
 
-    def rules(self) -> Iterator[tuple[bool, str]]:
+    def rules(self) -> Rules:
         """Yield what must hold between keys, and the message if it does not."""
         yield from ()
 
     @model_validator(mode="after")
     def _keys_fit(self) -> "Section":
         fields = type(self).model_fields
-        unused = ((keys, reason) for keys, has_effect, reason in self.uses() if not has_effect)
-        for key, reason in ((key, reason) for keys, reason in unused for key in keys.split()):
-            if getattr(self, key) != fields[key].default:
-                raise PydanticCustomError("unused_key", "{reason}", {"key": key, "reason": reason})
+        for keys, has_effect, reason in self.uses():
+            for key in keys.split():
+                if not has_effect and getattr(self, key) != fields[key].default:
+                    context = {"key": key, "reason": reason}
+                    raise PydanticCustomError("unused_key", "{reason}", context)
         for holds, message in self.rules():
             if not holds:
                 raise ValueError(message)
@@ -72,7 +76,7 @@ class BackboneConfig(Section):
     std: Annotated[list[Positive], Channels] | None = None
     drop_path: DropPathConfig | None = None
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
+    def uses(self) -> Uses:
         reason = "give one of model.backbone.drop_path and args.drop_path_rate"
         yield "drop_path", "drop_path_rate" not in self.args, reason
 
@@ -96,21 +100,24 @@ class FeatureModelConfig(Section):
     ignore_missing: list[str] = []
     adapt_stem: bool = False
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
-        reason = "ignore_missing and adapt_stem are for model.weights: a file or folder"
-        yield "ignore_missing adapt_stem", self.weights not in (None, "pretrained"), reason
+    @property
+    def weights_path(self) -> Path | None:
+        """The file or folder of the weights; None if there is none, or they are published."""
+        return None if self.weights in (None, "pretrained") else Path(str(self.weights))
 
-    def rules(self) -> Iterator[tuple[bool, str]]:
-        if self.backbone.name is None:
-            yield (
-                self.weights not in (None, "pretrained"),
-                "model.backbone.name is needed: model.weights names no run folder",
+    def uses(self) -> Uses:
+        reason = "ignore_missing and adapt_stem are for model.weights: a file or folder"
+        yield "ignore_missing adapt_stem", self.weights_path is not None, reason
+
+    def rules(self) -> Rules:
+        backbone = self.backbone
+        if backbone.name is None:
+            message = "model.backbone.name is needed: model.weights names no run folder"
+            yield self.weights_path is not None, message
+            message = (
+                "model.backbone.stem and args need model.backbone.name: weights have their own"
             )
-            yield (
-                not self.backbone.args and self.backbone.stem == "default",
-                "model.backbone.stem and args need model.backbone.name; without it they come from "
-                "model.weights",
-            )
+            yield not backbone.args and backbone.stem == "default", message
 
 
 class ClassifierConfig(FeatureModelConfig):
@@ -121,7 +128,7 @@ class ClassifierConfig(FeatureModelConfig):
     loss: Literal["cross_entropy", "bce"] = "cross_entropy"
     bce_target_threshold: Annotated[float, Field(ge=0, lt=1)] | None = None
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
+    def uses(self) -> Uses:
         yield from super().uses()
         yield "bce_target_threshold", self.loss == "bce", "it is for model.loss: bce"
         reason = "bce_target_threshold makes smoothed targets 0 or 1. Leave one of them out"
@@ -148,9 +155,8 @@ class TractConfig(Section):
     layers: list[str] | None = None
     update_every: Count = 1
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
-        reason = "tract.lam, lam_mode, layers and update_every are for tract.enabled: true"
-        yield "lam lam_mode layers update_every", self.enabled, reason
+    def uses(self) -> Uses:
+        yield "lam lam_mode layers update_every", self.enabled, "it is for tract.enabled: true"
 
 
 # Evaluation.
@@ -162,7 +168,7 @@ class PeriodicConfig(Section):
     every_epochs: Positive | None = None
     every_iters: Count | None = None
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
+    def uses(self) -> Uses:
         yield "every_epochs", self.every_iters is None, "give one of every_epochs and every_iters"
 
 
@@ -175,7 +181,7 @@ class SelectingEvaluation(PeriodicConfig):
     report: Literal["last", "best"] = "last"
     patience: Count | None = None
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
+    def uses(self) -> Uses:
         yield from super().uses()
         reason = "no evaluation before the end: set evaluation.every_epochs or every_iters"
         yield "patience", bool(self.every_epochs or self.every_iters), reason
@@ -249,15 +255,13 @@ class FewShotConfig(Section):
     folds: Annotated[int, Field(ge=2)] | None = None
     temperature: Positive | None = None
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
+    def uses(self) -> Uses:
         reason = f"it is not for classifier: {self.classifier}"
         yield "cs folds", self.classifier != "knn", reason
         yield "temperature", self.classifier == "knn", reason
 
 
-SELECTION_ONLY = (
-    "it is for logistic_regression and linear to select on, and neither runs. Set it null"
-)
+SELECTION_ONLY = "only logistic_regression and linear select on it, and neither runs. Set it null"
 
 
 class ProbeEvaluation(Section):
@@ -276,7 +280,7 @@ class ProbeEvaluation(Section):
     val_fraction: OpenFraction | None = None
     metric: str = "logistic_top1"
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
+    def uses(self) -> Uses:
         yield "val_fraction", self.selects, SELECTION_ONLY
 
     @property
@@ -335,15 +339,15 @@ class EngineConfig(DeviceConfig):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
+    def uses(self) -> Uses:
         yield "max_skipped", self.non_finite == "skip", "it is for engine.non_finite: skip"
 
 
 # Solver.
 
 
-class FirstLayerConfig(Section):
-    """Another optimizer for the first layer, on the same schedule."""
+class OptimizerConfig(Section):
+    """An optimizer; of `solver.first_layer`, another one for the first layer."""
 
     optimizer: str
     lr: Positive
@@ -353,19 +357,13 @@ class FirstLayerConfig(Section):
     optimizer_args: dict[str, Any] = {}
 
 
-class SolverConfig(Section):
+class SolverConfig(OptimizerConfig):
     """Optimizer and schedule; lengths are in epochs or in iterations, of which one is given."""
 
-    optimizer: str
-    lr: Positive
-    weight_decay: NonNegative = 0.0
-    momentum: Fraction | None = None
-    nesterov: bool = False
     decay_all: bool = True
     bias_lr_factor: Positive = 1.0
     bias_weight_decay: NonNegative | None = None
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
-    optimizer_args: dict[str, Any] = {}
     max_epochs: Positive | None = None
     max_iters: Count | None = None
     schedule: Literal["cosine", "cosine_epochs", "multistep", "constant"] = "cosine"
@@ -378,38 +376,31 @@ class SolverConfig(Section):
     step_factor: OpenFraction = 0.1
     ema_decay: OpenFraction | None = None
     ema_warmup: bool = False
-    first_layer: FirstLayerConfig | None = None
+    first_layer: OptimizerConfig | None = None
 
-    def uses(self) -> Iterator[tuple[str, bool, str]]:
+    def uses(self) -> Uses:
         has_warmup = bool(self.warmup_epochs or self.warmup_iters)
         yield "end_factor", "cosine" in self.schedule, "it is for schedule: cosine or cosine_epochs"
         yield "step_factor", self.schedule == "multistep", "it is for schedule: multistep"
         yield "warmup_start", has_warmup, "there is no warm-up"
         yield "ema_warmup", self.ema_decay is not None, "it is for the average that ema_decay sets"
 
-    def rules(self) -> Iterator[tuple[bool, str]]:
+    def rules(self) -> Rules:
         for what in ("max", "warmup", "steps"):
             given = sum(getattr(self, f"{what}_{unit}") is not None for unit in ("epochs", "iters"))
             one = f"give one of solver.{what}_epochs and solver.{what}_iters"
             yield given < 2, f"{one}, and null unsets what a base gives: solver.{what}_epochs: null"
             yield given > 0 or what != "max", one
-        yield (
-            (self.schedule == "multistep") == bool(self.steps_epochs or self.steps_iters),
-            "solver.schedule: multistep and solver.steps_epochs (or steps_iters) go together",
-        )
+        has_steps = bool(self.steps_epochs or self.steps_iters)
+        message = "solver.schedule: multistep and solver.steps_epochs (or steps_iters) go together"
+        yield has_steps == (self.schedule == "multistep"), message
         # Lengths of the same unit; build_schedule compares others, in iterations.
         for unit in ("epochs", "iters"):
             length = getattr(self, f"max_{unit}") or float("inf")
             warmup = getattr(self, f"warmup_{unit}") or 0
             last_step = max(getattr(self, f"steps_{unit}") or [0])
-            yield (
-                warmup < length,
-                f"warmup_{unit} must be less than max_{unit}, and {warmup:g} is not less than "
-                f"{length:g}. Shorten it, or set solver.warmup_{unit}: null",
-            )
-            yield (
-                last_step < length,
-                f"steps_{unit} must lie before max_{unit}, and {last_step:g} is not before "
-                f"{length:g}. Move them, or set solver.schedule: constant and "
-                f"solver.steps_{unit}: null",
-            )
+            message = f"warmup_{unit} must be less than max_{unit}: {warmup:g} < {length:g}. "
+            yield warmup < length, f"{message}Shorten it, or set solver.warmup_{unit}: null"
+            message = f"steps_{unit} must lie before max_{unit}: {last_step:g} < {length:g}. "
+            constant = f"solver.schedule: constant and solver.steps_{unit}: null"
+            yield last_step < length, f"{message}Move them, or set {constant}"

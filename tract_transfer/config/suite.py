@@ -1,11 +1,11 @@
 """Config of a suite: methods x tasks x seeds, and the resources of each run."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError
 
 from tract_transfer.config.file import (
     ConfigError,
@@ -41,11 +41,9 @@ class ResourcesConfig(Section):
     partition: str | None = None
     account: str | None = None
 
-    @model_validator(mode="after")
-    def _check_gpus(self) -> "ResourcesConfig":
-        if self.gpus is not None and self.gpus > 1 and self.gpus % 1:
-            raise ValueError(f"gpus: {self.gpus} must be a whole number, or a share below 1")
-        return self
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        is_count_or_share = self.gpus is None or self.gpus < 1 or self.gpus % 1 == 0
+        yield is_count_or_share, f"gpus: {self.gpus} must be a whole number, or a share below 1"
 
 
 class MethodConfig(Section):
@@ -96,25 +94,21 @@ class SuiteConfig(Section):
     _origins: Origins = PrivateAttr(default_factory=dict)
     _folder: Path = PrivateAttr(default=Path())
 
-    @model_validator(mode="after")
-    def _check(self) -> "SuiteConfig":
-        if self.baseline not in self.methods:
-            raise ValueError(
-                f"baseline {self.baseline!r} is not one of the methods {list(self.methods)}"
-            )
-        if PRETRAIN in self.tasks:
-            raise ValueError("tasks.pretrain: the name is reserved for the pre-training")
-        if self.pretrain is None and not self.tasks:
-            raise ValueError("there is nothing to run: set pretrain, tasks or both")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {self.seeds} contain a seed twice")
+    def rules(self) -> Iterator[tuple[bool, str]]:
+        unknown = f"baseline {self.baseline!r} is not one of the methods {list(self.methods)}"
+        yield self.baseline in self.methods, unknown
+        reserved = "tasks.pretrain: the name is reserved for the pre-training"
+        yield PRETRAIN not in self.tasks, reserved
+        is_empty = self.pretrain is None and not self.tasks
+        yield not is_empty, "there is nothing to run: set pretrain, tasks or both"
+        twice = f"seeds {self.seeds} contain a seed twice"
+        yield len(set(self.seeds)) == len(self.seeds), twice
         for name in (*self.methods, *self.tasks):
-            if not _NAME.fullmatch(name):
-                raise ValueError(
-                    f"{name!r} names a folder, so it must consist of letters, digits and "
-                    "_ . + = -, and start with a letter or digit"
-                )
-        return self
+            yield (
+                _NAME.fullmatch(name) is not None,
+                f"{name!r} names a folder, so it must consist of letters, digits and _ . + = -, "
+                "and start with a letter or digit",
+            )
 
     def error(self, key: str, message: str) -> ConfigError:
         """Return an error about `key` that names the line of the suite's file that sets it."""
@@ -138,8 +132,8 @@ class SuiteConfig(Section):
 
     def resources_of(self, task: str) -> ResourcesConfig:
         """Return the suite's resources, overridden by the task's own."""
-        own = self._section(task).resources.model_dump(exclude_unset=True)
-        return self.resources.model_copy(update=own)
+        resources = self._section(task).resources.model_dump(exclude_unset=True)
+        return self.resources.model_copy(update=resources)
 
     def _section(self, task: str) -> PretrainConfig:
         section = self.pretrain if task == PRETRAIN else self.tasks[task]

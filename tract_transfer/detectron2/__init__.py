@@ -41,17 +41,10 @@ def detectron2_detector(
             "The detector detectron2 needs the package detectron2, which is not on PyPI. Install "
             f"it from source (see docs/guides/detectron2.md), or use torchvision_fpn ({error})."
         ) from error
-    if neck == "c4" and num_levels is not None:
-        raise ValueError("num_levels: only neck fpn has levels; c4 reads one map. Remove it.")
     if neck == "fpn":
-        stages, size_divisor = fpn_stages(backbone, num_classes, options or {}, num_levels)
+        stages = fpn_stages(backbone, num_classes, options or {}, num_levels)
+    elif num_levels is None:
+        stages = c4_stages(backbone, num_classes, options or {})
     else:
-        stages, size_divisor = c4_stages(backbone, num_classes, options or {})
-    return TwoStageDetector(
-        backbone,
-        *stages,
-        short_side_px=short_side_px,
-        max_side_px=max_side_px,
-        size_divisor=size_divisor,
-        difficult_in_training=difficult_in_training,
-    )
+        raise ValueError("num_levels: only neck fpn has levels; c4 reads one map. Remove it.")
+    return TwoStageDetector(backbone, *stages, short_side_px, max_side_px, difficult_in_training)

@@ -22,11 +22,13 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from tract_transfer.models.backbone import Backbone, MapInfo
+from tract_transfer.models.detection.detectors import check_any_size, check_num_levels
+from tract_transfer.models.detection.roi_heads import last_stage
 from tract_transfer.models.detection.rpn import Objects
 from tract_transfer.registry import did_you_mean
 
-# Neck, RPN and ROI heads of a TwoStageDetector, and our names of the feature maps that they read.
-Stages = tuple[nn.Module, nn.Module, nn.Module, list[str]]
+# Arguments of a TwoStageDetector: neck, RPN, ROI heads, our names of their feature maps, divisor.
+Stages = tuple[nn.Module, nn.Module, nn.Module, list[str], int]
 _OUR_LOSS_NAMES = {"loss_rpn_loc": "loss_rpn_box", "loss_box_reg": "loss_box"}
 # Anchor sides divided by the stride of their level, as in detectron2's own configs.
 _ANCHOR_SCALES = {"fpn": (8,), "c4": (2, 4, 8, 16, 32)}
@@ -39,11 +41,7 @@ _TWO_LAYER_HEAD = ("NUM_FC", "FC_DIM", "NUM_CONV", "CONV_DIM", "NORM")
 
 def named_by_stride(backbone: Backbone) -> dict[str, tuple[str, MapInfo]]:
     """Return {"res2": (our name, channels and stride), ...}, finest first: res2 has stride 2^2."""
-    if backbone.image_size_px is not None:
-        raise ValueError(
-            "detectron2 needs a backbone for images of any size, and this one takes only "
-            f"{backbone.image_size_px} px."
-        )
+    check_any_size(backbone, "detectron2")
     named = {}
     for name, info in backbone.pyramid().items():
         level = math.log2(info.stride)
@@ -109,15 +107,11 @@ def build_pyramid(cfg: CfgNode, bottom_up: PrecomputedMaps, names: Sequence[str]
 
 def fpn_stages(
     backbone: Backbone, num_classes: int, options: Mapping[str, Any], num_levels: int | None
-) -> tuple[Stages, int]:
-    """Return the stages of Base-RCNN-FPN, and the divisor of image sizes."""
+) -> Stages:
+    """Return the stages of Base-RCNN-FPN."""
     named = named_by_stride(backbone)
     num_levels = num_levels or min(4, len(named))
-    if not 2 <= num_levels <= len(named):
-        raise ValueError(
-            f"num_levels: {num_levels}; neck fpn needs at least 2 strides, and this backbone has "
-            f"{[info.stride for _, info in named.values()]}."
-        )
+    check_num_levels(backbone, num_levels)
     used = dict(list(named.items())[-num_levels:])
     levels = [_level(name) for name in used]
     box_names = [f"p{level}" for level in levels]
@@ -127,38 +121,27 @@ def fpn_stages(
     shapes = neck.output_shape()
     rpn = Detectron2Proposals(build_proposal_generator(cfg, shapes), rpn_names)
     heads = Detectron2Heads(build_roi_heads(cfg, shapes), box_names)
-    return (neck, rpn, heads, [name for name, _ in used.values()]), 2 ** levels[-1]
+    return neck, rpn, heads, [name for name, _ in used.values()], 2 ** levels[-1]
 
 
-def c4_stages(
-    backbone: Backbone, num_classes: int, options: Mapping[str, Any]
-) -> tuple[Stages, int]:
-    """Return the stages of Base-RCNN-C4, whose res5 is the backbone's layer4, and the divisor."""
-    stages = dict(backbone.model.named_children())
-    shapes = {
-        name: ShapeSpec(**info._asdict())
-        for name, (our_name, info) in named_by_stride(backbone).items()
-        if our_name == "layer3"
-    }
-    if not shapes or "layer4" not in stages:
-        raise ValueError(
-            "neck: c4 needs a ResNet with stages layer1 to layer4 of different strides, and this "
-            f"{type(backbone.model).__name__} has {list(stages)}. Use fpn."
-        )
-    names, stride = list(shapes), backbone.map_info["layer3"].stride
+def c4_stages(backbone: Backbone, num_classes: int, options: Mapping[str, Any]) -> Stages:
+    """Return the stages of Base-RCNN-C4, whose res5 is the backbone's layer4."""
+    stage, info = last_stage(backbone), backbone.map_info["layer3"]
+    shapes = {f"res{int(math.log2(info.stride))}": ShapeSpec(**info._asdict())}
+    names = list(shapes)
     cfg = _config("c4", num_classes, names, names, options)
     section = cfg.MODEL.ROI_BOX_HEAD
     pooled = ShapeSpec(channels=backbone.map_info["layer4"].channels, height=1, width=1)
     resolution, ratio = section.POOLER_RESOLUTION, section.POOLER_SAMPLING_RATIO
     heads = Res5ROIHeads(
         in_features=names,
-        pooler=ROIPooler(resolution, (1 / stride,), ratio, section.POOLER_TYPE),
-        res5=BorrowedStage(stages["layer4"]),
+        pooler=ROIPooler(resolution, (1 / info.stride,), ratio, section.POOLER_TYPE),
+        res5=stage,
         box_predictor=FastRCNNOutputLayers(cfg, pooled),
         **ROIHeads.from_config(cfg),
     )
     rpn = Detectron2Proposals(build_proposal_generator(cfg, shapes), names)
-    return (nn.Identity(), rpn, Detectron2Heads(heads, names), ["layer3"]), stride
+    return nn.Identity(), rpn, Detectron2Heads(heads, names), ["layer3"], info.stride
 
 
 def _config(
@@ -171,7 +154,7 @@ def _config(
     """Return detectron2's base config of the neck with the user's options."""
     cfg = get_cfg()
     cfg.merge_from_file(model_zoo.get_config_file(f"Base-RCNN-{neck.upper()}.yaml"))
-    cfg.MODEL.DEVICE = "cpu"  # where the stages are built; the whole detector is moved later
+    cfg.MODEL.DEVICE = "cpu"  # where the stages are built; the detector is moved later
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = num_classes
     cfg.MODEL.RPN.IN_FEATURES, cfg.MODEL.ROI_HEADS.IN_FEATURES = rpn_names, box_names
     cfg.MODEL.ANCHOR_GENERATOR.SIZES = [
@@ -201,18 +184,6 @@ def _config(
 def _level(name: str) -> int:
     """The level of `res4` and `p4` is 4, their stride 2^4."""
     return int(name.lstrip("pres"))
-
-
-class BorrowedStage(nn.Module):
-    """A stage that belongs to the backbone: it is not a submodule, so it is saved only once."""
-
-    def __init__(self, stage: nn.Module) -> None:
-        super().__init__()
-        self._borrowed = (stage,)  # torch does not register modules in a tuple
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        features: Tensor = self._borrowed[0](pooled)
-        return features
 
 
 class Detectron2Proposals(nn.Module):

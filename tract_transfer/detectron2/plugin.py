@@ -3,7 +3,6 @@
 Importing this module imports detectron2 and registers our backbones there.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from tract_transfer.evaluation import EVALUATORS
 from tract_transfer.models import Backbone, build_backbone
 from tract_transfer.models.freeze import freeze_stages
 from tract_transfer.models.weights import build_from_metadata, load_weights, read_metadata
+from tract_transfer.models.weights_detectron2 import pixel_normalization
 from tract_transfer.tract import TrAct
 
 
@@ -101,15 +101,16 @@ def build_tract_transfer_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MapBa
     MODEL.BACKBONE.FREEZE_AT counts its stages as those of a ResNet.
     """
     backbone = _build_weighted(cfg)
-    expected = _normalization(backbone)
-    values = cfg.INPUT.FORMAT, list(cfg.MODEL.PIXEL_MEAN), list(cfg.MODEL.PIXEL_STD)
-    actual = dict(zip(expected, values, strict=True))
-    pairs = zip(values[1:], list(expected.values())[1:], strict=True)
-    same = all(len(ours) == 3 and np.allclose(ours, its, 0, 0.01) for ours, its in pairs)
-    if cfg.INPUT.FORMAT != "RGB" or not same:
+    expected = pixel_normalization(backbone)
+    actual = {key: list(cfg.MODEL[key]) for key in expected}
+    is_close = [
+        len(actual[key]) == 3 and np.allclose(actual[key], values, rtol=0, atol=0.01)
+        for key, values in expected.items()
+    ]
+    if cfg.INPUT.FORMAT != "RGB" or not all(is_close):
         raise ValueError(
-            f"{backbone.origin['name']} needs {json.dumps(expected)}, got {json.dumps(actual)}. "
-            "Call set_normalization(cfg)."
+            f"{backbone.origin['name']} needs RGB images and {expected}, got {cfg.INPUT.FORMAT} "
+            f"and {actual}. Call set_normalization(cfg)."
         )
     backbone.set_normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     freeze_stages(backbone, cfg.MODEL.BACKBONE.FREEZE_AT)
@@ -120,16 +121,17 @@ def build_tract_transfer_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> MapBa
 def build_tract_transfer_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """Build the backbone of MODEL.TRACT_BACKBONE below the pyramid MODEL.FPN."""
     bottom_up = build_tract_transfer_backbone(cfg, input_shape)
-    names, known = list(cfg.MODEL.FPN.IN_FEATURES), bottom_up.output_shape()
-    if not names or not set(names) <= known.keys():
-        raise ValueError(f"MODEL.FPN.IN_FEATURES must be in {list(known)}, got {names}.")
+    names, shapes = list(cfg.MODEL.FPN.IN_FEATURES), bottom_up.output_shape()
+    if not names or not set(names) <= shapes.keys():
+        raise ValueError(f"MODEL.FPN.IN_FEATURES must be in {list(shapes)}, got {names}.")
     return build_pyramid(cfg, bottom_up, names)
 
 
 def set_normalization(cfg: CfgNode) -> None:
     """Set INPUT.FORMAT, MODEL.PIXEL_MEAN and PIXEL_STD to what MODEL.TRACT_BACKBONE needs."""
-    for key, value in _normalization(_build_weighted(cfg)).items():
-        cfg.merge_from_list([key, value])
+    cfg.INPUT.FORMAT = "RGB"
+    for key, values in pixel_normalization(_build_weighted(cfg)).items():
+        setattr(cfg.MODEL, key, values)
 
 
 def _build_weighted(cfg: CfgNode) -> Backbone:
@@ -150,16 +152,6 @@ def _build_weighted(cfg: CfgNode) -> Backbone:
     if section.WEIGHTS and not pretrained:
         load_weights(backbone, Path(section.WEIGHTS))
     return backbone
-
-
-def _normalization(backbone: Backbone) -> dict[str, Any]:
-    """Return the backbone's normalization as detectron2's keys, for pixels in 0..255."""
-    mean, std = backbone.mean.flatten(), backbone.std.flatten()
-    return {
-        "INPUT.FORMAT": "RGB",
-        "MODEL.PIXEL_MEAN": [round(255 * value, 4) for value in mean.tolist()],
-        "MODEL.PIXEL_STD": [round(255 * value, 4) for value in std.tolist()],
-    }
 
 
 class VocDatasetEvaluator(DatasetEvaluator):  # type: ignore[misc]
@@ -212,8 +204,16 @@ def _targets(dataset_name: str) -> dict[Any, dict[str, Any]]:
         boxes = [BoxMode.convert(o["bbox"], o["bbox_mode"], BoxMode.XYXY_ABS) for o in objects]
         difficult = [bool(o.get("iscrowd", 0)) for o in objects]
         if is_voc:
+            import defusedxml.ElementTree
+
             xml = Path(metadata.dirname) / "Annotations" / f"{record['image_id']}.xml"
-            difficult = _difficult_flags(xml, len(objects))
+            elements = defusedxml.ElementTree.parse(xml).findall("object")  # detectron2's order
+            difficult = [(e.findtext("difficult") or "0").strip() == "1" for e in elements]
+            if len(difficult) != len(objects):
+                raise ValueError(
+                    f"{xml} has {len(difficult)} objects and the registered dataset "
+                    f"{len(objects)}. Register the dataset from these files."
+                )
         targets[record["image_id"]] = {
             "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
             "labels": torch.tensor([o["category_id"] for o in objects], dtype=torch.int64),
@@ -221,16 +221,3 @@ def _targets(dataset_name: str) -> dict[Any, dict[str, Any]]:
             "image_id": index,  # detectron2's can be a string
         }
     return targets
-
-
-def _difficult_flags(xml: Path, count: int) -> list[bool]:
-    """Return the flags of an annotation file, in the order in which detectron2 reads objects."""
-    import defusedxml.ElementTree
-
-    objects = defusedxml.ElementTree.parse(xml).findall("object")
-    if len(objects) != count:
-        raise ValueError(
-            f"{xml} has {len(objects)} objects and the registered dataset {count}. Register the "
-            "dataset from these files."
-        )
-    return [(element.findtext("difficult") or "0").strip() == "1" for element in objects]

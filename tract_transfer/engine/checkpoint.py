@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,13 +35,10 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def reports_damage(file: str, advice: str = "") -> Iterator[None]:
-    """Turn what reading a damaged file raises into a ValueError that names it."""
+    """Turn whatever reading a damaged file raises into a ValueError that names it."""
     try:
         yield
-    except (
-        OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError,
-        RecursionError, OverflowError,
-    ) as error:  # fmt: skip
+    except Exception as error:
         raise ValueError(f"{file} is broken: {error}.{advice}") from error
 
 
@@ -54,17 +50,13 @@ class Checkpointer:
     keep: int = 1
 
     def save(self, iteration: int, parts: Mapping[str, Tree], state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint and return its path; an intact one of this iteration is kept.
+        """Write a checkpoint and return its path.
 
         Args:
             parts: state dicts by the stem of their file name.
             state: plain values for state.json.
         """
         final = self._path(iteration)
-        if final.exists():
-            if self._is_intact(final):
-                return final
-            self._archive(final)
         tensors: dict[str, dict[str, Tensor]] = {name: {} for name in parts}
         layouts = {name: take_tensors(tree, name, tensors[name]) for name, tree in parts.items()}
         needed = sum(tensor.nbytes for part in tensors.values() for tensor in part.values())

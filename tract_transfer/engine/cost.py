@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from tract_transfer.data.loader import Batch
 from tract_transfer.engine.hooks import Evaluator, evaluate, evaluating
@@ -34,11 +35,10 @@ class CostMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._can_reset = True
-        try:
+        self._can_reset = False
+        with contextlib.suppress(OSError):
             (_SELF / "clear_refs").write_text("5")  # resets the peak of resident memory (Linux)
-        except OSError:
-            self._can_reset = False
+            self._can_reset = True
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         self._joules = _joules(device)
@@ -110,14 +110,12 @@ def count_flops(model: nn.Module, run: Callable[[], object]) -> dict[str, int]:
 
     A multiply-add counts as two. Only convolutions, matrix products and attention count.
     """
-    # torch does not count the fused attention of CPUs.
-    on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    count = {on_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value)}
-    counter = FlopCounterMode(display=False, custom_mapping=count)
+    counter = FlopCounterMode(display=False)
     # torch names modules relative to the first one that is called, which must hold the model.
     root = nn.Module()
     root.model, root.forward = model, run
-    with evaluating(model), counter:
+    # torch does not count the fused attention of CPUs, but its matrix products.
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
         root()
     flops = {
         str(name).removeprefix("Module.model."): sum(by_operator.values())

@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from tract_transfer.data.loader import Batch
@@ -81,9 +81,11 @@ def save_debug_batch(file: Path, trainer: Trainer, about: Mapping[str, Any]) -> 
 
 
 def load_debug_batch(file: Path) -> DebugBatch:
-    """Load a file; FileNotFoundError without one, ValueError if it is another or damaged."""
+    """Load a debug batch; FileNotFoundError if it is missing, ValueError if it is damaged."""
     if not file.is_file():
-        raise FileNotFoundError(f"No debug batch at {file}: a run saves one if it is not finite.")
+        raise FileNotFoundError(
+            f"No debug batch at {file}. A run saves one if a step is not finite."
+        )
     with reports_damage(f"The debug batch {file}"), safe_open(file, "pt") as opened:
         content = json.loads(opened.metadata()["debug_batch"])
         tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -128,18 +130,17 @@ def replay(trainer: Trainer, kept: DebugBatch, batches: Sequence[Batch]) -> list
 @contextlib.contextmanager
 def _watch_outputs(model: nn.Module) -> Iterator[list[str]]:
     """Yield a list that collects, in the order of calls, layers whose output is not finite."""
+    names = {module: name or "the model" for name, module in model.named_modules()}
     lines: list[str] = []
 
-    def look(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if not _is_finite(output):
+    def look(module: nn.Module, inputs: Any, output: Any) -> None:
+        if module in names and not _is_finite(output):
             what = "The first output that is not finite:"
             if not _is_finite(inputs):
                 what = "Not finite: the input of"
-            lines.append(f"{what} {name or 'the model'} ({type(module).__name__})")
+            lines.append(f"{what} {names[module]} ({type(module).__name__})")
 
-    with contextlib.ExitStack() as handles:
-        for name, module in model.named_modules():
-            handles.enter_context(module.register_forward_hook(partial(look, name)))
+    with register_module_forward_hook(look):
         yield lines
 
 

@@ -112,16 +112,16 @@ class LogProgress(Hook):
     metrics: MetricsFile
     every_iters: int
     iters_per_epoch: int
-    _bar: Progress | None = field(default=None, init=False)
+    _bar: Progress = field(default_factory=lambda: Progress(disable=True), init=False)
 
     def before_train(self, trainer: Trainer) -> None:
         self._started, self._first = time.perf_counter(), trainer.iteration
         self._line_at = 0.0
-        if sys.stderr.isatty() and trainer.accelerator.is_main_process:
-            columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-            self._bar = Progress(*columns, transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task("", total=trainer.max_iters)
+        columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        is_shown = sys.stderr.isatty() and trainer.accelerator.is_main_process
+        self._bar = Progress(*columns, transient=True, disable=not is_shown)
+        self._task = self._bar.add_task("", total=trainer.max_iters)
+        self._bar.start()
 
     def after_step(self, trainer: Trainer) -> None:
         done = trainer.iteration
@@ -141,15 +141,13 @@ class LogProgress(Hook):
             f"data {values['data_fraction']:.0%}  "
             f"eta {timedelta(seconds=round(rate * (trainer.max_iters - done)))}"
         )
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=text)
+        self._bar.update(self._task, completed=done, description=text)
         if now - self._line_at > SECONDS_PER_LINE or done == trainer.max_iters:
             self._line_at = now
             logger.info(text)
 
     def after_train(self, trainer: Trainer) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bar.stop()
 
 
 @dataclass

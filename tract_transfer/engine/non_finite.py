@@ -1,7 +1,7 @@
 """What happens to a step whose losses or gradient are not finite."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -73,7 +73,8 @@ class StepGuard:
         every_loss = [loss.detach() for by_name in losses for loss in by_name.values()]
         finite = torch.stack(every_loss).isfinite().all()
         if not scaler.is_enabled():
-            finite = finite & gradient_norm(model.parameters()).isfinite()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            finite = finite & nn.utils.get_total_norm(gradients).isfinite()
         if accelerator.num_processes > 1:
             finite = finite.int()
             torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
@@ -85,12 +86,11 @@ class StepGuard:
             f"The {steps[0]['broken']} is not finite ({values}) in iteration {iteration}. "
             f"{describe_images(steps)}"
         )
-        if self.non_finite == "skip" and len(self.skipped_steps) == self.max_skipped:
-            message += (
-                f" {self.max_skipped} steps have been skipped already, which is engine.max_skipped."
-            )
-        if self.non_finite == "stop" or len(self.skipped_steps) == self.max_skipped:
+        if self.non_finite == "stop":
             raise NonFiniteError(f"{message} {_ADVICE}", steps)
+        if len(self.skipped_steps) == self.max_skipped:
+            limit = f"{self.max_skipped} steps have been skipped already (engine.max_skipped)."
+            raise NonFiniteError(f"{message} {limit} {_ADVICE}", steps)
         for buffer, before in self._buffers:
             buffer.copy_(before)
         self.skipped_steps.append({"iteration": iteration, "processes": steps})
@@ -125,15 +125,6 @@ class StepGuard:
             for step in steps
             if step["broken"] or not is_loss
         ]
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the 2-norm of the whole gradient, a scalar; 0 without a gradient."""
-    from torch.distributed.tensor import DTensor
-
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm: Tensor = nn.utils.get_total_norm(gradients)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def describe_images(steps: Sequence[Mapping[str, Any]]) -> str:

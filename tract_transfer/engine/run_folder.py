@@ -39,6 +39,11 @@ from tract_transfer.files import (
 from tract_transfer.models.weights import read_metadata
 
 PACKAGES = ("torch", "torchvision", "timm", "datasets", "accelerate", "numpy")
+# Keys of environment.json that decide the bits of a run.
+DECIDING = (
+    "versions.", "git.commit", "hardware.processor", "hardware.gpus", "hardware.threads",
+    "hardware.processes",
+)  # fmt: skip
 # Keys that may differ on resume: they decide where and how fast, not what.
 SAFE_ON_RESUME = (
     "output_dir", "engine.log", "engine.checkpoint", "data.num_workers", "data.cache",
@@ -70,26 +75,17 @@ class RunFolder:
         def write() -> None:
             weights = weights_sha256(self.config.model.weights)
             now = environment(fingerprints(), weights, self.accelerator.num_processes)
-            changes: list[str] = []
-            if self.is_resumed:
-                then = _mapping((self.path / ENVIRONMENT_NAME).read_text)
-                if not then:
-                    logger.warning(
-                        "%s cannot be read, so the data cannot be compared with those the run "
-                        "started with.", self.path / ENVIRONMENT_NAME,
-                    )  # fmt: skip
-                now, changes = continue_environment(now, then)
-            else:
+            self._stack.enter_context(_logging_to(self.path))
+            file = self.path / ENVIRONMENT_NAME
+            if not self.is_resumed:
                 write_text(self.path / CONFIG_NAME, dump_config(self.config))
-            write_json(self.path / ENVIRONMENT_NAME, now)
+            elif then := _mapping(file.read_text):
+                now = continue_environment(now, then)
+            else:
+                logger.warning("%s cannot be read, so the data cannot be compared.", file)
+            write_json(file, now)
             for folder in (self.path, self.path / "features", self.path / "detections"):
                 remove_temporary_files(folder)
-            self._stack.enter_context(_logging_to(self.path))
-            if changes:
-                logger.warning(
-                    "This run is resumed in another environment, so not to the same bits: %s.",
-                    "; ".join(changes),
-                )
 
         main_first(self.accelerator, write)
 
@@ -136,11 +132,6 @@ def check_run_folder(config: Config, *, resume: bool) -> bool:
             f"{folder} already contains a run. Resume it with --resume, or set another output_dir."
         )
     file = folder / CONFIG_NAME
-    if not file.is_file():
-        raise ValueError(
-            f"{folder} contains a run but no {CONFIG_NAME}. Put that file back, or set another "
-            "output_dir."
-        )
     try:
         old = yaml.safe_load(dump_config(load_config(file)))
     except ValueError as error:
@@ -149,14 +140,12 @@ def check_run_folder(config: Config, *, resume: bool) -> bool:
             "Put back the file that the run wrote, or set another output_dir."
         ) from error
     if changed := changed_keys(old, yaml.safe_load(dump_config(config))):
-        is_longer = any(line.startswith("solver.max_") for line in changed)
-        schedule = " The schedule depends on the length: a longer run is a new run."
         raise ValueError(
             f"{folder} cannot be resumed with another config: {'; '.join(changed)}. Resume with "
-            f"{file}, or set another output_dir.{schedule if is_longer else ''}"
+            f"{file}, or set another output_dir."
         )
-    weights = weights_sha256(config.model.weights)
-    _check_inputs({}, weights, _mapping((folder / ENVIRONMENT_NAME).read_text))
+    then = _mapping((folder / ENVIRONMENT_NAME).read_text)
+    _check_input("model.weights", then.get("weights"), weights_sha256(config.model.weights))
     return True
 
 
@@ -258,46 +247,35 @@ def environment(
     }
 
 
-def continue_environment(
-    now: Mapping[str, Any], then: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the environment of a resumed run, and what changed that decides its bits.
+def continue_environment(now: Mapping[str, Any], then: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the environment of a resumed run; warn if it decides other bits.
 
     Its `earlier` lists the environments before, without their inputs.
+
+    Raises:
+        ValueError: the data changed.
     """
-    _check_inputs(now["data"], now["weights"], then)
+    for split, fingerprint in now["data"].items():
+        _check_input(f"data.{split}", (then.get("data") or {}).get(split), fingerprint)
+    changes = [line for line in changed_keys(then, now) if line.startswith(DECIDING)]
+    if changes:
+        logger.warning(
+            "This run is resumed in another environment, so not to the same bits: %s.",
+            "; ".join(changes),
+        )
     earlier = list(then.get("earlier") or [])
-    if then and any(then.get(key) != now[key] for key in ("versions", "hardware", "git")):
+    if any(then.get(key) != now[key] for key in ("versions", "hardware", "git")):
         earlier.append({key: then.get(key) for key in ("versions", "hardware", "git", "command")})
-    old, new = _deciding(then), _deciding(now)
-    changes = [
-        f"{name} {old[name]} then, {new.get(name)} now"
-        for name in old
-        if old[name] != new.get(name)
-    ]
-    return {**now, "earlier": earlier} if earlier else dict(now), changes
+    return {**now, "earlier": earlier} if earlier else dict(now)
 
 
-def _check_inputs(
-    fingerprints: Mapping[str, str], weights: str | None, then: Mapping[str, Any]
-) -> None:
-    """Refuse other data or weights than those of `then`; unknown ones are not compared."""
-    data = then.get("data") or {}
-    pairs = [(f"data.{split}", data.get(split), new) for split, new in fingerprints.items()]
-    for key, old, new in [*pairs, ("model.weights", then.get("weights"), weights)]:
-        if old is not None and old != new:
-            raise ValueError(
-                f"{key} changed since the run started (fingerprint {old[:12]} then, "
-                f"{str(new)[:12]} now). Put back what it started with, or set another output_dir."
-            )
-
-
-def _deciding(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides the bits: code, packages, processor, GPUs, threads and processes."""
-    facts = {**(environment.get("hardware") or {}), **(environment.get("git") or {})}
-    keys = ("commit", "processor", "threads", "processes", "gpus")
-    chosen = {key: facts[key] for key in keys if key in facts}
-    return {**chosen, **(environment.get("versions") or {})}
+def _check_input(key: str, old: str | None, new: str | None) -> None:
+    """Refuse data or weights other than those the run started with, unless these are unknown."""
+    if old is not None and old != new:
+        raise ValueError(
+            f"{key} changed since the run started (fingerprint {old[:12]} then, "
+            f"{str(new)[:12]} now). Put back what it started with, or set another output_dir."
+        )
 
 
 def _git_state() -> dict[str, str]:
@@ -323,7 +301,6 @@ def _processor() -> str:
 # The lock of a run folder.
 
 LOCK_NAME = ".lock"
-_HELD = (errno.EACCES, errno.EAGAIN)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
@@ -343,33 +320,30 @@ def lock_folder(folder: Path) -> Iterator[None]:
         is_held = False
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            is_held = True
         except OSError as error:
-            is_held = error.errno in _HELD
-            if not is_held and error.errno not in _UNSUPPORTED:
+            if error.errno not in _UNSUPPORTED:
                 raise
-            if not is_held:
-                logger.warning(
-                    "The file system of %s does not support locks: a second run that starts at "
-                    "the same moment would go unnoticed.", folder,
-                )  # fmt: skip
+            logger.warning("%s has no file locks: a second run could go unnoticed.", folder)
         file.seek(0)  # opened again and closed, the file would lose its lock
-        owner, here = _mapping(file.read), socket.gethostname()
+        owner, host = _mapping(file.read), socket.gethostname()
         name = "process {} on {} since {}".format(*map(owner.get, ("pid", "host", "since")))
-        if is_held or (owner and owner.get("host") == here and _is_alive(owner)):
+        if is_held or (owner and owner.get("host") == host and _is_alive(owner)):
             raise FolderInUseError(
                 f"{folder} is in use by {name if owner else 'another process'}. Wait for it or end "
                 "it, or set another output_dir."
             )
-        if owner and owner.get("host") != here:
+        if owner and owner.get("host") != host:
             raise FolderInUseError(
-                f"{folder} is held by {name}, and {here} cannot tell whether that process still "
+                f"{folder} is held by {name}, and {host} cannot tell whether that process still "
                 f"runs. If it does not, remove {folder / LOCK_NAME} and start again."
             )
         if owner:
             logger.info("%s was held by %s, which has ended.", folder, name)
         started = psutil.Process().create_time()
         since = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        identity = {"pid": os.getpid(), "host": here, "since": since, "started": started}
+        identity = {"pid": os.getpid(), "host": host, "since": since, "started": started}
         _write(file, json.dumps(identity))
         try:
             yield
@@ -397,13 +371,12 @@ def _write(file: TextIO, text: str) -> None:
 
 
 def _make_output_dir(folder: Path) -> None:
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    place = f"output_dir {folder}: {parent}"
-    if not parent.is_dir():
-        raise NotADirectoryError(f"{place} is a file. Set another output_dir.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{place} is not writable. Set another output_dir.")
-    make_folder(folder)
+    """Create a folder for a run, with a lock file to see whether it can be written to."""
+    try:
+        make_folder(folder)
+        (folder / LOCK_NAME).touch()
+    except OSError as error:
+        raise type(error)(f"output_dir: {error}. Set another output_dir.") from error
 
 
 def _remove_if_unused(folder: Path) -> None:

@@ -1,8 +1,7 @@
 """The optimizer, and its learning rate as a function of progress."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fvcore.common.param_scheduler import (
     CompositeParamScheduler,
@@ -27,7 +26,6 @@ Schedule = Callable[[float], float]
 # Arguments of timm's factory that name the parameters which muon leaves to AdamW.
 FALLBACK = ("fallback_list", "fallback_no_weight_decay")
 _FACTORY = {"layer_decay", "layer_decay_min_scale", "layer_decay_no_opt_scale", "param_group_fn"}
-_SCHEDULES = ("cosine", "cosine_epochs", "multistep", "constant")
 
 
 def build_optimizer(
@@ -43,6 +41,7 @@ def build_optimizer(
     bias_weight_decay: float | None = None,
     layer_decay: float | None = None,
     optimizer_args: Mapping[str, Any] | None = None,
+    section: str = "solver",
 ) -> Optimizer:
     """Build one of timm's optimizers; a schedule multiplies the `base_lr` of parameter groups.
 
@@ -58,12 +57,13 @@ def build_optimizer(
             the head has `lr`. Needs the model's `group_matcher()`.
         optimizer_args: further arguments of the optimizer's constructor, such as betas and eps.
             `fallback_list` names parameters, by patterns, that muon leaves to AdamW.
+        section: of the config that has these options, for errors.
     """
     arguments = dict(optimizer_args or {})
-    fallback = {key: arguments.pop(key) for key in FALLBACK if key in arguments}
     if momentum is not None:
         arguments["momentum"] = momentum
-    _check_optimizer(optimizer, arguments, fallback, nesterov)
+    _check_optimizer(section, optimizer, arguments, nesterov)
+    fallback = {key: arguments.pop(key) for key in FALLBACK if key in arguments}
     if bias_lr_factor == 1 and bias_weight_decay is None:
         groups = _groups(model, weight_decay, decay_all, layer_decay, fallback)
     elif decay_all and layer_decay is None and not fallback:
@@ -78,35 +78,32 @@ def build_optimizer(
         arguments["fused"] = True
     name = "momentum" if optimizer == "sgd" and not nesterov else optimizer  # timm's plain SGD
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            built: Optimizer = create_optimizer_v2(groups, name, lr, weight_decay, **arguments)
+        built: Optimizer = create_optimizer_v2(groups, name, lr, weight_decay, **arguments)
     except (TypeError, AssertionError) as error:  # timm asserts that APEX's have a GPU
         raise ValueError(
-            f"solver.optimizer {optimizer} with optimizer_args {optimizer_args}: {error}"
+            f"{section}.optimizer {optimizer} with optimizer_args {optimizer_args}: {error}"
         ) from error
     for group in built.param_groups:
         group["base_lr"] = group["lr"] = group["lr"] * group.get("lr_scale", 1.0)
     return built
 
 
-def _check_optimizer(
-    name: str, arguments: Mapping[str, Any], fallback: Mapping[str, Any], nesterov: bool
-) -> None:
+def _check_optimizer(section: str, name: str, arguments: Mapping[str, Any], nesterov: bool) -> None:
     """Raise ValueError for an unknown optimizer or for options that it does not take."""
     names = list_optimizers()
     if name not in names:
-        raise ValueError(f"solver.optimizer: no {name!r}.{did_you_mean(name, names)}")
+        raise ValueError(f"{section}.optimizer: no {name!r}.{did_you_mean(name, names)}")
     has_momentum = get_optimizer_info(name).has_momentum
-    args = "solver.optimizer_args"
+    args = f"{section}.optimizer_args"
+    fallback = sorted(arguments.keys() & set(FALLBACK))
     problems = {
-        f"solver.nesterov is for sgd, not for {name}.": nesterov and name != "sgd",
+        f"{section}.nesterov is for sgd, not for {name}.": nesterov and name != "sgd",
         f"{args}: {sorted(_FACTORY & arguments.keys())} are not arguments of {name}. Set "
         "solver.layer_decay.": _FACTORY & arguments.keys(),
-        f"solver.momentum: {name} has none. Set {args}.betas instead.": (
+        f"{section}.momentum: {name} has none. Set {args}.betas instead.": (
             "momentum" in arguments and not has_momentum
         ),
-        f"{args}: {sorted(fallback)} are for muon and its variants, which leave parameters to "
+        f"{args}: {fallback} are for muon and its variants, which leave parameters to "
         f"AdamW; {name} steps all of them. Remove them.": fallback and "muon" not in name,
         # It starts from arbitrary momentum if a gradient scaler skips the first step, and fails if
         # a parameter gets its first gradient later than the others.
@@ -179,7 +176,7 @@ def set_progress(optimizer: Optimizer, schedule: Schedule, progress: float) -> f
 def build_schedule(
     *,
     max_iters: int,
-    schedule: str = "cosine",
+    schedule: Literal["cosine", "cosine_epochs", "multistep", "constant"] = "cosine",
     warmup_iters: int = 0,
     warmup_start: float = 0.0,
     steps_iters: Sequence[int] = (),
@@ -199,7 +196,7 @@ def build_schedule(
         ValueError: a warm-up or step outside the run, or a first epoch with learning rate 0.
     """
     _check_schedule(schedule, max_iters, warmup_iters, warmup_start, list(steps_iters))
-    main: Schedule
+    main: Schedule = ConstantParamScheduler(1.0)
     if schedule == "multistep":
         main = MultiStepParamScheduler(
             [step_factor**power for power in range(len(steps_iters) + 1)],
@@ -209,7 +206,7 @@ def build_schedule(
     elif schedule in ("cosine", "cosine_epochs"):
         main = CosineParamScheduler(1.0, end_factor)
     else:
-        main = ConstantParamScheduler(1.0)
+        assert schedule == "constant", schedule
     if warmup_iters:
         rest = 1 - warmup_iters / max_iters
         main = CompositeParamScheduler(
@@ -230,8 +227,6 @@ def build_schedule(
 def _check_schedule(
     schedule: str, max_iters: int, warmup_iters: int, warmup_start: float, steps: list[int]
 ) -> None:
-    if schedule not in _SCHEDULES:
-        raise ValueError(f"solver.schedule: no {schedule!r}. Known: {', '.join(_SCHEDULES)}.")
     if schedule == "cosine_epochs" and warmup_iters and not warmup_start:
         raise ValueError(
             "solver.warmup_start must be above 0 with schedule: cosine_epochs, which keeps it "

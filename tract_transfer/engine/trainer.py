@@ -100,23 +100,8 @@ class Trainer:
         self.meter = Meter()
         device_type = self.accelerator.device.type
         self.scaler = torch.amp.GradScaler(device_type, enabled=self.precision == torch.float16)
-
-    @property
-    def evaluated_model(self) -> nn.Module:
-        """The model that is evaluated: the averaged one if there is one."""
-        model: nn.Module = self.ema.module if self.ema else self.unwrapped
-        return model
-
-    @property
-    def unwrapped(self) -> nn.Module:
-        """The trained model without the accelerator's wrapper."""
-        model: nn.Module = self.accelerator.unwrap_model(self.model)
-        return model
-
-    @property
-    def is_over(self) -> bool:
-        """Whether all iterations are done, or the training `stopped_early`."""
-        return self.iteration >= self.max_iters or self.stopped_early
+        self.unwrapped: nn.Module = self.accelerator.unwrap_model(self.model)
+        self.evaluated_model: nn.Module = self.ema.module if self.ema else self.unwrapped
 
     @property
     def stopped_early(self) -> bool:
@@ -131,14 +116,14 @@ class Trainer:
         return torch.autocast(device_type, self.precision, enabled=self.precision is not None)
 
     def train(self) -> None:
-        """Train until `is_over`, or to the end of a step with a request to `stop`."""
+        """Train to the last iteration, an early stop, or the end of a step with a signal."""
         self.model.train()
         try:
             for hook in self.hooks:
                 hook.before_train(self)
             batches = self.batches(self.iteration)
             self.meter.started = self._last = time.perf_counter()
-            while not self.is_over and self.stop_signal is None:
+            while self.iteration < self.max_iters and not (self.stopped_early or self.stop_signal):
                 self.step(batches)
                 self.iteration += 1
                 now = time.perf_counter()
@@ -169,7 +154,9 @@ class Trainer:
                     loss = torch.stack(list(losses[-1].values())).sum() / self.accumulate
                 self.scaler.scale(loss).backward()
             indices.append(batch.indices)
-        if not self._is_finite(losses, indices):
+        if not self.guard.allows_step(
+            self.model, losses, indices, self.iteration + 1, self.accelerator, self.scaler
+        ):
             self.tract.forget()
             self.optimizer.zero_grad(set_to_none=True)
             return
@@ -182,7 +169,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update(self.accelerator.unwrap_model(self.model), self.iteration + 1)
+            self.ema.update(self.unwrapped, self.iteration + 1)
         self.guard.check_scale(self.scaler, self.iteration + 1)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
@@ -271,11 +258,6 @@ class Trainer:
         self.unwrapped.load_state_dict(parts["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(parts["ema"])
-
-    def _is_finite(self, losses: list[dict[str, Tensor]], indices: Sequence[Sequence[int]]) -> bool:
-        return self.guard.allows_step(
-            self.model, losses, indices, self.iteration + 1, self.accelerator, self.scaler
-        )
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         started = time.perf_counter()

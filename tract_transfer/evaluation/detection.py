@@ -32,9 +32,11 @@ COCO_SENTENCE = (
 )
 Measured = tuple[dict[str, float], ClassResults]
 Measure = Callable[[Detections, GroundTruth, Sequence[str]], Measured]
-# Indices into pycocotools' arrays, whose axes are [IoU, recall, class, area, max detections].
-_AREAS = {"": 0, "_small": 1, "_medium": 2, "_large": 3}
-_MAX_DETECTIONS = {"ar1": 0, "ar10": 1, "ar": 2}
+# In the order of pycocotools' stats.
+COCO_METRICS = (
+    "ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large",
+    "ar1", "ar10", "ar", "ar_small", "ar_medium", "ar_large",
+)  # fmt: skip
 
 
 class DetectionEvaluator:
@@ -151,8 +153,7 @@ def coco_metrics(
 ) -> Measured:
     """Return pycocotools' numbers, computed in C++ by faster-coco-eval.
 
-    `ap`, `ap50`, `ap75`, `ar1`, `ar10`, `ar`, and `ap` and `ar` of `_small`, `_medium` and `_large`
-    if there is an object of that size.
+    These are the COCO_METRICS; those of a size need an object of that size.
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
@@ -165,21 +166,12 @@ def coco_metrics(
     rows = np.c_[detections.image_ids, boxes_xywh, detections.scores, detections.labels]
     results = truth.loadRes(rows)
     evaluation = COCOeval_faster(truth, results, "bbox", print_function=lambda *_: None)
-    evaluation.evaluate()
-    evaluation.accumulate()
-    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
-    by_size = {suffix: precision[:, :, :, area, 2] for suffix, area in _AREAS.items()}
-    values = {
-        **{f"ap{suffix}": array for suffix, array in by_size.items()},
-        "ap50": by_size[""][0],
-        "ap75": by_size[""][5],
-        **{name: recall[:, :, 0, index] for name, index in _MAX_DETECTIONS.items()},
-        **{f"ar{suffix}": recall[:, :, area, 2] for suffix, area in _AREAS.items() if suffix},
-    }
-    defined = {name: array[array > -1] for name, array in values.items()}  # -1: no object
-    metrics = {name: float(array.mean()) for name, array in defined.items() if array.size}
-    ap = np.where((npos > 0)[:, None], by_size[""].mean(axis=1).T, np.nan)
-    return metrics, ClassResults(ap, npos, by_size[""][0].T)
+    evaluation.run()
+    stats = zip(COCO_METRICS, evaluation.stats.tolist(), strict=True)
+    metrics = {name: value for name, value in stats if value > -1}  # -1: no object of that size
+    precision = evaluation.eval["precision"][:, :, :, 0, 2]  # of all sizes, 100 detections
+    ap = np.where((npos > 0)[:, None], precision.mean(axis=1).T, np.nan)
+    return metrics, ClassResults(ap, npos, precision[0].T)
 
 
 def _coco_annotations(ground_truth: GroundTruth) -> list[dict[str, Any]]:

@@ -5,8 +5,7 @@
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,9 +31,6 @@ from tract_transfer.evaluation.probes import (
 
 Floats = NDArray[np.float64]
 Point = tuple[float, float]  # learning rate, weight decay
-Train = Callable[[Tensor, Tensor, Sequence[Point]], tuple[Tensor, Tensor]]
-# Fits (drawn rows, test features (N', D), k, sampling).
-Classifier = Callable[[Rows, Features, int, int], Fit]
 
 _BLOCK_ROWS = 4096
 _FEW_SHOT_MAX_ITERS = 2000
@@ -61,29 +57,33 @@ def linear_probe(
     all of train. Features are standardized by the rows that are fitted.
 
     Raises:
-        ValueError: every setting diverged, or the best did on all of train.
+        ValueError: every setting diverged, or the best one did on all of train.
     """
     points = list(itertools.product(sorted(set(lrs)), sorted(set(weight_decays))))
-    train_points = partial(
-        train_linear,
-        max_epochs=max_epochs,
-        batch_size=batch_size,
-        momentum=momentum,
-        seed=seed,
-        num_classes=num_classes,
-    )
-    val_top1 = _val_top1(selection, points, train_points, device)
-    if max(val_top1) < 0:
-        raise ValueError(
-            f"Every setting of the linear probe diverged. Lower evaluation.linear.lrs {list(lrs)}."
+
+    def logits(fitted: Rows, scored_x: Features, points: Sequence[Point]) -> Iterator[Tensor]:
+        """Train on standardized rows; yield logits (G, n, K) for blocks of `scored_x`."""
+        x, scored = (torch.from_numpy(x).float() for x in _standardized(fitted.x, scored_x))
+        weight, bias = train_linear(
+            x.to(device),
+            torch.from_numpy(fitted.y).to(device),
+            points,
+            max_epochs=max_epochs,
+            batch_size=batch_size,
+            momentum=momentum,
+            seed=seed,
+            num_classes=num_classes,
         )
+        for block in scored.split(_BLOCK_ROWS):
+            yield torch.matmul(block.to(device), weight).add_(bias[:, None]).cpu()
+
+    val = selection.val
+    val_top1 = _top1_by_setting(logits(selection.fit, val.x, points), torch.from_numpy(val.y))
     lr, weight_decay = best = points[val_top1.index(max(val_top1))]
-    logits = _logits(train, test_x, [best], train_points, device)
-    scores = torch.cat([block[0] for block in logits])
-    if not scores.isfinite().all():
+    scores = torch.cat([block[0] for block in logits(train, test_x, [best])])
+    if max(val_top1) < 0 or not scores.isfinite().all():
         raise ValueError(
-            f"The linear probe diverged on all of train at lr {lr:g}, but not on a part of it. "
-            "Remove this value from evaluation.linear.lrs."
+            f"The linear probe diverged at lr {lr:g}. Lower evaluation.linear.lrs {list(lrs)}."
         )
     details = {
         f"lr {rate:g}, weight decay {decay:g}": None if value < 0 else value
@@ -92,33 +92,13 @@ def linear_probe(
     return Fit(scores.numpy(), {"lr": lr, "weight_decay": weight_decay}, {"val_top1": details})
 
 
-def _val_top1(
-    selection: Selection, points: Sequence[Point], train_points: Train, device: torch.device | str
-) -> list[float]:
-    """Return the top-1 of each setting on the selection, -1 where it diverged."""
-    fit, val = selection
-    labels = torch.from_numpy(val.y)
-    hits, diverged = torch.zeros(len(points)), torch.zeros(len(points), dtype=torch.bool)
-    logits = _logits(fit, val.x, points, train_points, device)
-    for block, block_labels in zip(logits, labels.split(_BLOCK_ROWS), strict=True):
-        hits += (block.argmax(dim=2) == block_labels).sum(dim=1)
-        diverged |= ~block.isfinite().all(dim=2).all(dim=1)
-    top1: list[float] = torch.where(diverged, -1.0, hits.double() / len(labels)).tolist()
-    return top1
-
-
-def _logits(
-    fitted: Rows,
-    scored_x: Features,
-    points: Sequence[Point],
-    train_points: Train,
-    device: torch.device | str,
-) -> Iterator[Tensor]:
-    """Train on standardized rows; yield logits (G, n, K) for blocks of `scored_x`."""
-    x, rows = (torch.from_numpy(x).float() for x in _standardized(fitted.x, scored_x))
-    weight, bias = train_points(x.to(device), torch.from_numpy(fitted.y).to(device), points)
-    for part in rows.split(_BLOCK_ROWS):
-        yield torch.matmul(part.to(device), weight).add_(bias[:, None]).cpu()
+def _top1_by_setting(blocks: Iterable[Tensor], labels: Tensor) -> list[float]:
+    """Return (G,) the top-1 of blocks of logits (G, n, K), -1 for a setting that diverged."""
+    parts = [(block.argmax(dim=2), block.isfinite().all(dim=2)) for block in blocks]
+    predicted, finite = (torch.cat(columns, dim=1) for columns in zip(*parts, strict=True))
+    top1 = (predicted == labels).double().mean(dim=1)
+    result: list[float] = torch.where(finite.all(dim=1), top1, -1.0).tolist()
+    return result
 
 
 @torch.no_grad()
@@ -181,23 +161,28 @@ def logistic_regression(
         num_classes: K, the columns of the scores, which are log-probabilities: 1e-38 or less, and
             below all others, for a class without training rows.
     """
-    val_top1 = accuracy_by_c(selection, cs, max_iters)
+    val_top1 = accuracy_by_c([selection], cs, max_iters)
     c = max(val_top1, key=val_top1.__getitem__)  # the first of equals, so the smallest
     fit = _fit_logistic(train, test_x, c, max_iters, num_classes)
     details = {"val_top1": {f"{c:g}": value for c, value in val_top1.items()}, **fit.details}
     return fit._replace(details=details)
 
 
-def accuracy_by_c(selection: Selection, cs: Sequence[float], max_iters: int) -> dict[float, float]:
-    """Return C -> top-1 on `selection.val`, ascending; each C starts from the solution before."""
-    fit, val = selection
-    fit_x, val_x = _standardized(fit.x, val.x)
-    model = LogisticRegression(max_iter=max_iters, warm_start=True)
-    accuracies: dict[float, float] = {}
-    for c in sorted(set(cs)):
-        _fit_quietly(model.set_params(C=c), fit_x, fit.y)
-        accuracies[float(c)] = float((model.predict(val_x) == val.y).mean())
-    return accuracies
+def accuracy_by_c(
+    selections: Iterable[Selection], cs: Sequence[float], max_iters: int
+) -> dict[float, float]:
+    """Return C -> top-1 on `val`, summed over the selections, in ascending order of C.
+
+    Each C starts from the solution of the one before.
+    """
+    totals = dict.fromkeys(sorted(map(float, cs)), 0.0)
+    for fit, val in selections:
+        fit_x, val_x = _standardized(fit.x, val.x)
+        model = LogisticRegression(max_iter=max_iters, warm_start=True)
+        for c in totals:
+            _fit_quietly(model.set_params(C=c), fit_x, fit.y)
+            totals[c] += float((model.predict(val_x) == val.y).mean())
+    return totals
 
 
 def _fit_logistic(train: Rows, test_x: Features, c: float, max_iters: int, num_classes: int) -> Fit:
@@ -252,27 +237,26 @@ def linear_svm(
         seed: of the folds.
     """
     fit_x, score_x = unit_rows(train.x), unit_rows(test_x)
-    models = [
-        _fit_svc(fit_x[marks != 0], marks[marks != 0], cs, folds, max_iters, seed)
-        for marks in train.y.T
-    ]
-    fitted = [model for model in models if model is not None]
-    if not fitted:
+    models: dict[int, LinearSVC] = {}
+    for k, marks in enumerate(train.y.T):
+        counted = marks != 0
+        if len(np.unique(marks[counted])) == 2:
+            models[k] = _fit_svc(fit_x[counted], marks[counted], cs, folds, max_iters, seed)
+    if not models:
         raise ValueError("No class has both positives and negatives to fit. Check data.train.")
-    columns = [None if model is None else model.decision_function(score_x) for model in models]
-    floor = np.min([column for column in columns if column is not None], axis=0) - 1
-    scores = np.stack([floor if column is None else column for column in columns], axis=1)
-    unfinished = sum(int(model.n_iter_ >= max_iters) for model in fitted)
-    chosen = [None if model is None else model.C for model in models]
+    columns = {k: model.decision_function(score_x) for k, model in models.items()}
+    floor = np.min(list(columns.values()), axis=0) - 1
+    classes = range(train.y.shape[1])
+    scores = np.stack([columns.get(k, floor) for k in classes], axis=1)
+    chosen = [models[k].C if k in models else None for k in classes]
+    unfinished = sum(int(model.n_iter_ >= max_iters) for model in models.values())
     return Fit(scores, {"c": chosen}, {"fits_at_max_iters": unfinished})
 
 
 def _fit_svc(
     x: Features, y: Labels, cs: Sequence[float], folds: int, max_iters: int, seed: int
-) -> LinearSVC | None:
-    """Fit one class to marks y (N,) of 1 and -1; None if all are equal."""
-    if len(np.unique(y)) < 2:
-        return None
+) -> LinearSVC:
+    """Fit one class to marks y (N,), some 1 and some -1."""
     folds = min(folds, int((y == 1).sum()), int((y == -1).sum()))
     candidates = sorted(set(map(float, cs))) if folds > 1 else [1.0]
     model = LinearSVC(
@@ -317,9 +301,9 @@ def draws(train: Rows, k: int, samplings: int, seed: int) -> Iterator[Rows]:
             yield Rows(train.x[rows], train.y[rows])
             continue
         marks = np.zeros_like(train.y)
-        for kept, column in zip(marks.T, train.y.T, strict=True):
+        for drawn, column in zip(marks.T, train.y.T, strict=True):
             for mark, count in ((1, k), (-1, (train.y.shape[1] - 1) * k)):
-                kept[_draw(column, mark, count, rng)] = mark
+                drawn[_draw(column, mark, count, rng)] = mark
         yield Rows(train.x, marks)
 
 
@@ -328,37 +312,42 @@ def _draw(y: Labels, value: int, count: int, rng: np.random.Generator) -> NDArra
     return rng.permutation(np.flatnonzero(y == value))[:count]
 
 
-def classifier(
-    name: str, *, cs: Sequence[float], folds: int, temperature: float, seed: int, num_classes: int
-) -> Classifier:
-    """Return a function of (drawn rows, test features (N', D), k, sampling) that fits and scores.
+def few_shot_fit(
+    classifier: str,
+    train: Rows,
+    test_x: Features,
+    k: int,
+    *,
+    cs: Sequence[float],
+    folds: int,
+    temperature: float,
+    seed: int,
+    num_classes: int,
+) -> Fit:
+    """Fit a classifier to the rows of a draw with `k` shots, and score the test images.
 
     Args:
-        name: `logistic` and `svm` select C from `cs` by cross-validation on the drawn rows, with
-            `folds` folds, or k if that is fewer; with k = 1 they use C = 1. `knn` lets the k
+        classifier: `logistic` and `svm` select C from `cs` by cross-validation on the drawn rows,
+            with `folds` folds, or k if that is fewer; with k = 1 they use C = 1. `knn` lets the k
             nearest vote, as `knn_predict` at `temperature`.
-        seed: of the folds, together with the sampling.
+        seed: of the folds.
     """
-
-    def logistic(train: Rows, test_x: Features, k: int, sampling: int) -> Fit:
-        totals = dict.fromkeys(sorted(map(float, cs)) if min(folds, k) > 1 else [1.0], 0.0)
-        if len(totals) > 1:
-            split = StratifiedKFold(min(folds, k), shuffle=True, random_state=seed + sampling)
-            for parts in split.split(train.x, train.y):
-                selection = Selection(*(Rows(train.x[part], train.y[part]) for part in parts))
-                for c, value in accuracy_by_c(selection, cs, _FEW_SHOT_MAX_ITERS).items():
-                    totals[c] += value
-        c = max(totals, key=totals.__getitem__)  # the first of equals, so the smallest
-        return _fit_logistic(train, test_x, c, _FEW_SHOT_MAX_ITERS, num_classes)
-
-    def svm(train: Rows, test_x: Features, k: int, sampling: int) -> Fit:
-        if train.y.ndim == 1:
-            train = Rows(train.x, one_hot_marks(train.y, num_classes))
-        max_iters, folds_seed = _FEW_SHOT_MAX_ITERS, seed + sampling
-        return linear_svm(train, test_x, cs=cs, folds=folds, max_iters=max_iters, seed=folds_seed)
-
-    def knn(train: Rows, test_x: Features, k: int, sampling: int) -> Fit:
+    max_iters = _FEW_SHOT_MAX_ITERS
+    if classifier == "knn":
         votes = knn_predict(train, test_x, ks=[k], temperature=temperature, num_classes=num_classes)
         return Fit(votes[k])
-
-    return {"logistic": logistic, "svm": svm, "knn": knn}[name]
+    if classifier == "svm":
+        marks = train.y if train.y.ndim == 2 else one_hot_marks(train.y, num_classes)
+        rows = Rows(train.x, marks)
+        return linear_svm(rows, test_x, cs=cs, folds=folds, max_iters=max_iters, seed=seed)
+    folds = min(folds, k)
+    c = cs[0] if folds > 1 else 1.0
+    if folds > 1 and len(cs) > 1:
+        split = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        selections = [
+            Selection(*(Rows(train.x[part], train.y[part]) for part in parts))
+            for parts in split.split(train.x, train.y)
+        ]
+        top1 = accuracy_by_c(selections, cs, max_iters)
+        c = max(top1, key=top1.__getitem__)  # the first of equals, so the smallest
+    return _fit_logistic(train, test_x, c, max_iters, num_classes)

@@ -4,6 +4,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -58,7 +59,6 @@ class Backbone(nn.Module):
         self.usual_size_px = 128
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
-        self._map_info: dict[str, MapInfo] | None = None
 
     def set_normalization(
         self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
@@ -86,23 +86,21 @@ class Backbone(nn.Module):
     def _map_names(self) -> list[str]:
         raise NotImplementedError
 
-    @property
+    @cached_property
     def map_info(self) -> dict[str, MapInfo]:
         """Channels and stride of each feature map, finest first, measured once on a blank image."""
-        if self._map_info is None:
-            size_px = self.image_size_px or self.usual_size_px
-            image = torch.zeros(1, 3, size_px, size_px, device=self.mean.device)
-            in_training = [module for module in self.modules() if module.training]
-            self.eval()
-            with torch.no_grad():
-                maps = self.maps(image, self._map_names())
-            for module in in_training:  # modules that the caller keeps in eval mode stay there
-                module.training = True
-            self._map_info = {
-                name: MapInfo(features.shape[1], _stride(size_px, features.shape[-1]))
-                for name, features in maps.items()
-            }
-        return self._map_info
+        size_px = self.image_size_px or self.usual_size_px
+        image = torch.zeros(1, 3, size_px, size_px, device=self.mean.device)
+        in_training = [module for module in self.modules() if module.training]
+        self.eval()
+        with torch.no_grad():
+            maps = self.maps(image, self._map_names())
+        for module in in_training:  # modules that the caller keeps in eval mode stay there
+            module.training = True
+        return {
+            name: MapInfo(features.shape[1], _stride(size_px, features.shape[-1]))
+            for name, features in maps.items()
+        }
 
     def pyramid(self) -> dict[str, MapInfo]:
         """Return the deepest feature map of each stride: the inputs of a feature pyramid."""

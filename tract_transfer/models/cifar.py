@@ -59,7 +59,7 @@ def cifar_vit(
 class Net(NamedTuple):
     """A network of table 1: its row, and `timm/<model>`, `torchvision/<model>` or `own` (below).
 
-    `args` are the constructor's; modules `at_stride_1` lose their stride, others are left out.
+    `args` are the constructor's. Modules `at_stride_1` lose their stride; those in `without` go.
     """
 
     row: str
@@ -263,8 +263,8 @@ class HalfSize(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(x)
-        shifted = F.pad(x, (0, 1, 0, 1))[:, :, 1:, 1:]
-        halves = [self.even(x[:, :, ::2, ::2]), self.odd(shifted[:, :, ::2, ::2])]
+        odd = F.pad(x, (0, 1, 0, 1))[:, :, 1::2, 1::2]
+        halves = [self.even(x[:, :, ::2, ::2]), self.odd(odd)]
         out: Tensor = self.norm(torch.cat(halves, dim=1))
         return out
 

@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from tract_transfer.models.backbone import Backbone
 
 POOL_NAMES = ("maxpool", "features.pool0")
+_PATCHES = "a convolution over patches that do not overlap"
+# Replacement -> what a model must start with.
+_NEEDS = {
+    "cifar": "one convolution whose windows overlap (set the patch size of a ViT in its args)",
+    "patch_norm": _PATCHES,
+    "dual_patch_norm": _PATCHES,
+    "whitened": "one ungrouped convolution",
+}
 WHITENING_EPS = 5e-4  # airbench's, for the variance of inputs with standard deviation 1
 
 
@@ -25,33 +33,39 @@ def change_stem(backbone: Backbone, stem: str) -> None:
     convolution, whose filters `whiten` sets, before the first convolution. A stem that does not fit
     the backbone is a ValueError.
     """
+    if stem == "default":
+        return
+    if stem not in _NEEDS:
+        names = ", ".join(["default", *_NEEDS])
+        raise ValueError(f"model.backbone.stem must be one of {names}, got {stem!r}.")
+    old = _first_convolution(backbone)
+    has_patches = old is not None and old.kernel_size == old.stride and old.stride[0] > 1
+    fits = {"cifar": not has_patches, "whitened": old is not None and old.groups == 1}
+    if old is None or not fits.get(stem, has_patches):
+        raise ValueError(
+            f"model.backbone.stem: {stem} needs a model that starts with {_NEEDS[stem]}; "
+            f"{backbone.first_layers} is {old}. Set model.backbone.stem: default."
+        )
+    (name,) = backbone.first_layers
     if stem == "cifar":
         replace_stem(backbone)
-    elif stem in ("patch_norm", "dual_patch_norm"):
-        _norm_patches(backbone, dual=stem == "dual_patch_norm")
     elif stem == "whitened":
-        _prepend_whitening(backbone)
-    elif stem != "default":
-        raise ValueError(
-            "model.backbone.stem must be default, cifar, patch_norm, dual_patch_norm or whitened, "
-            f"got {stem!r}."
-        )
+        backbone.set_submodule(name, _whitened(old))
+        backbone.first_layers = [f"{name}.whitening"]
+    else:
+        backbone.set_submodule(name, NormedPatches(old, dual=stem == "dual_patch_norm"))
+        backbone.first_layers = [f"{name}.linear"]
 
 
 def replace_stem(backbone: Backbone, *, keep_pool: bool = False) -> None:
     """Replace the first convolution by a 3x3 one of stride 1, and remove its max-pool."""
-    names = backbone.first_layers
     old = _first_convolution(backbone)
-    if old is None or _reads_patches(old):
-        raise ValueError(
-            "model.backbone.stem: cifar replaces the first convolution of a model, and this one "
-            f"starts with {names}: {old}. Set its patch size instead (args.patch_size=4)."
-        )
+    assert old is not None
     new = nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1, bias=old.bias is not None)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
     if new.bias is not None:
         nn.init.zeros_(new.bias)
-    backbone.set_submodule(names[0], new)
+    backbone.set_submodule(backbone.first_layers[0], new)
     for name, _ in list(backbone.model.named_modules()):
         if name in POOL_NAMES and not keep_pool:
             backbone.model.set_submodule(name, nn.Identity())
@@ -84,39 +98,17 @@ class NormedPatches(nn.Module):
         return features
 
 
-def _norm_patches(backbone: Backbone, *, dual: bool) -> None:
-    old = _first_convolution(backbone)
-    if old is None or not _reads_patches(old):
-        raise ValueError(
-            "model.backbone.stem: patch_norm and dual_patch_norm need a model that starts with a "
-            f"convolution over patches that do not overlap; {backbone.first_layers} is {old}. Set "
-            "model.backbone.stem: default."
-        )
-    (name,) = backbone.first_layers
-    backbone.set_submodule(name, NormedPatches(old, dual=dual))
-    backbone.first_layers = [f"{name}.linear"]
-
-
-def _prepend_whitening(backbone: Backbone) -> None:
-    """Put a frozen 2x2 convolution of 24 channels and a GELU before the first convolution.
+def _whitened(old: Any) -> nn.Module:
+    """Return a frozen 2x2 convolution of 24 channels, a GELU, and the convolution `old` on these.
 
     After airbench (github.com/KellerJordan/cifar10-airbench).
     """
-    old: Any = _first_convolution(backbone)
-    if old is None or old.groups != 1:
-        raise ValueError(
-            "model.backbone.stem: whitened needs a model that starts with one ungrouped "
-            f"convolution; {backbone.first_layers} is {old}. Set model.backbone.stem: default."
-        )
     whitening = nn.Conv2d(old.in_channels, 8 * old.in_channels, 2, bias=False)
     whitening.weight.requires_grad_(False)
     shape = whitening.out_channels, old.out_channels, old.kernel_size, old.stride, old.padding
     new = nn.Conv2d(*shape, old.dilation, bias=old.bias is not None, padding_mode=old.padding_mode)
     nn.init.kaiming_normal_(new.weight, mode="fan_out", nonlinearity="relu")
-    parts = OrderedDict(whitening=whitening, activation=nn.GELU(), convolution=new)
-    (name,) = backbone.first_layers
-    backbone.set_submodule(name, nn.Sequential(parts))
-    backbone.first_layers = [f"{name}.whitening"]
+    return nn.Sequential(OrderedDict(whitening=whitening, activation=nn.GELU(), convolution=new))
 
 
 def whiten(backbone: Backbone, batches: Iterable[Tensor]) -> None:
@@ -143,7 +135,3 @@ def _first_convolution(backbone: Backbone) -> nn.Conv2d | None:
     names = backbone.first_layers
     first = backbone.get_submodule(names[0]) if len(names) == 1 else None
     return first if isinstance(first, nn.Conv2d) else None
-
-
-def _reads_patches(layer: nn.Conv2d) -> bool:
-    return layer.kernel_size == layer.stride and layer.stride[0] > 1

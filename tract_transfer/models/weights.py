@@ -2,9 +2,8 @@
 
 import inspect
 import json
-import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ from tract_transfer.models.weights_file import (
 )
 from tract_transfer.models.weights_match import MatchReport, few, looks_like
 
-logger = logging.getLogger(__name__)
-
 
 def save_backbone(folder: Path, backbone: Backbone, metadata: Mapping[str, Any]) -> None:
     """Write the weights, and model.json with `metadata` (method, seed, data, ...) beside them.
@@ -42,8 +39,8 @@ def save_backbone(folder: Path, backbone: Backbone, metadata: Mapping[str, Any])
     with atomic_path(folder / WEIGHTS_NAME, needed_bytes) as temporary:
         save_file(tensors, temporary)
         digest = sha256_of(temporary)
-        if has_metadata(folder) and recorded_hash(folder) != digest:
-            (folder / METADATA_NAME).unlink()
+        if recorded_hash(folder) != digest:
+            (folder / METADATA_NAME).unlink(missing_ok=True)
             sync(folder)
     complete = {
         **metadata,
@@ -130,21 +127,15 @@ def load_weights(
     file = weights_file(path)
     model_state = backbone.model.state_dict()
     matching.check_patterns(ignore_missing, model_state)
-    warning = check_hash(file)
-    tensors, report, mean, std = _read(file, backbone, model_state)
-    if warning is not None:
-        logger.warning("%s.", warning)
-        report.notes.append(warning)
-    weights = matching.drop(report, tensors, report.prefix, model_state, matching.HEADS)
+    check_hash(file)
+    tensors, report, normalization = _read(file, backbone, model_state)
+    weights = matching.drop_others(report, tensors, model_state)
     weights = _adapt(backbone, weights, model_state, report, adapt_stem)
-    weights = matching.drop(report, weights, "", model_state, matching.TRAINING_ONLY)
-    parameters = {name for name, _ in backbone.model.named_parameters()}
-    fitting = matching.fill(report, model_state, parameters, weights, ignore_missing)
+    fitting = matching.fill(report, backbone.model, weights, ignore_missing)
     if not report.fits:
         raise WeightsError(_refusal(report, backbone, weights), report)
     backbone.model.load_state_dict(fitting, strict=False)
-    if mean is not None and std is not None:
-        backbone.set_normalization(mean.flatten().tolist(), std.flatten().tolist())
+    backbone.set_normalization(*(values.flatten().tolist() for values in normalization))
     backbone.loaded = report
     return report
 
@@ -160,25 +151,25 @@ def weights_file(path: Path) -> Path:
 
 
 def _read(
-    file: Path, backbone: Backbone, model_state: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], MatchReport, Tensor | None, Tensor | None]:
-    """Return a file's tensors in timm's and torchvision's names, a new report, mean and std."""
+    file: Path, backbone: Backbone, model_names: Iterable[str]
+) -> tuple[dict[str, Tensor], MatchReport, tuple[Tensor, ...]]:
+    """Return tensors in timm's and torchvision's names, a new report, and mean and std, if any."""
     tensors = read_tensors(file)
     if any(name.endswith("stem.conv1.norm.weight") for name in tensors):
         source, _, skipped = load_detectron2(file)
         report = MatchReport(str(file), "", dropped={matching.OTHER: skipped} if skipped else {})
         report.notes.append(f"detectron2's names; normalization from {file.with_suffix('.yaml')}")
-        return source.model.state_dict(), report, source.mean, source.std
+        return source.model.state_dict(), report, (source.mean, source.std)
     tensors = matching.from_transformers(tensors)
-    report = MatchReport(str(file), matching.find_prefix(model_state, tensors))
-    mean = std = None
+    report = MatchReport(str(file), matching.find_prefix(model_names, tensors))
+    normalization: tuple[Tensor, ...] = ()
     if report.prefix == "model." or report.prefix.endswith("backbone.model."):  # saved by us
-        outer = report.prefix.removesuffix("model.")
-        mean, std = (tensors.pop(f"{outer}{name}", None) for name in ("mean", "std"))
-    if any(value is None or value.shape != backbone.mean.shape for value in (mean, std)):
+        names = [f"{report.prefix.removesuffix('model.')}{name}" for name in ("mean", "std")]
+        normalization = tuple(tensors.pop(name) for name in names if name in tensors)
+    if [values.shape for values in normalization] != [backbone.mean.shape] * 2:
         report.notes.append("the file has no normalization: the backbone keeps its mean and std")
-        mean = std = None
-    return tensors, report, mean, std
+        normalization = ()
+    return tensors, report, normalization
 
 
 def _adapt(

@@ -4,6 +4,7 @@ detectron2's checkpoints do not record the channel order and normalization of th
 file comes with a YAML in detectron2's own keys, which `cfg.merge_from_file` reads.
 """
 
+import copy
 import pickle
 import re
 from collections.abc import Mapping
@@ -16,12 +17,11 @@ from torch import Tensor
 
 from tract_transfer.models.backbone import Backbone
 from tract_transfer.models.backbones import build_backbone
-from tract_transfer.models.weights_file import flat_tensors, read_content
+from tract_transfer.models.weights_file import read_content
 from tract_transfer.models.weights_match import RESNET_DEPTHS, blocks_per_stage
 
-AUTHOR = "tract_transfer"
-# Where a ResNet is in an FPN detector, in a C4 detector, or alone.
-_PREFIX = re.compile(r"(?:backbone\.bottom_up\.|backbone\.|roi_heads\.(?=res5))?")
+# Where a ResNet is in the file of an FPN detector, of a C4 detector, or of a ResNet alone.
+_PREFIX = re.compile(r"(?:model\.)?(?:backbone\.bottom_up\.|backbone\.|roi_heads\.(?=res5))?")
 # The names of timm and torchvision -> detectron2's, rule by rule.
 _RULES = [
     (r"^conv1\.", "stem.conv1."),
@@ -54,17 +54,9 @@ def save_detectron2(path: Path, backbone: Backbone, metadata: Mapping[str, Any])
     """
     if path.suffix not in (".pkl", ".pth"):
         raise ValueError(f"detectron2 reads .pkl and .pth files, got {path}.")
-    tensors = to_detectron2(backbone)
-
-    # 4 decimals in 0..255 are finer than float32 in 0..1, and give familiar values: 123.675.
-    mean, std = (
-        [round(255 * value, 4) for value in values.flatten().tolist()]
-        for values in (backbone.mean, backbone.std)
-    )
-    model = {"PIXEL_MEAN": mean, "PIXEL_STD": std, "RESNETS": _architecture(tensors)[1]}
-    model["WEIGHTS"] = str(path)
+    tensors, resnets = _convert(backbone)
     # matching_heuristics lets detectron2 match names below `backbone.bottom_up.` too.
-    content = {"__author__": AUTHOR, "matching_heuristics": True, "card": dict(metadata)}
+    content = {"__author__": "tract_transfer", "matching_heuristics": True, "card": dict(metadata)}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pth":
         torch.save({"model": tensors, **content}, path)
@@ -72,31 +64,49 @@ def save_detectron2(path: Path, backbone: Backbone, metadata: Mapping[str, Any])
         arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
         path.write_bytes(pickle.dumps({"model": arrays, **content}, protocol=4))
     config_file = path.with_suffix(".yaml")
+    model = {**pixel_normalization(backbone), "RESNETS": resnets, "WEIGHTS": str(path)}
     config = {"INPUT": {"FORMAT": "RGB"}, "MODEL": model}
     config_file.write_text(yaml.safe_dump(config, sort_keys=False, default_flow_style=None))
     return config_file
 
 
-def to_detectron2(backbone: Backbone) -> dict[str, Tensor]:
-    """Return the weights under the names of detectron2's ResNet, on the CPU.
+def pixel_normalization(backbone: Backbone) -> dict[str, list[float]]:
+    """Return MODEL.PIXEL_MEAN and PIXEL_STD for a backbone, of RGB images in 0..255."""
+    # 4 decimals in 0..255 are finer than float32 in 0..1, and give familiar values: 123.675.
+    return {
+        key: [round(255 * value, 4) for value in buffer.flatten().tolist()]
+        for key, buffer in (("PIXEL_MEAN", backbone.mean), ("PIXEL_STD", backbone.std))
+    }
 
-    Raises:
-        ValueError: detectron2's ResNet lacks a layer, or would compute something else.
+
+@torch.no_grad()
+def _convert(backbone: Backbone) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights in the names of detectron2's ResNet, on the CPU, and MODEL.RESNETS.
+
+    Stems and pools have no names there, so the outputs are compared with torchvision's ResNet.
     """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in backbone.model.state_dict().items():
-        if name.endswith("num_batches_tracked"):  # detectron2's frozen norms have none
-            continue
-        renamed = _detectron2_name(name)
-        if _NAME.fullmatch(renamed) is None:
-            raise ValueError(
-                f"{backbone.origin['name']} has a {name}, and detectron2's ResNet has no such "
-                "layer. Convert a plain ResNet of timm or torchvision with its 7x7 stem, or use "
-                "the backbone itself there: build_tract_transfer_backbone."
-            )
-        tensors[renamed] = tensor.detach().cpu().clone()
-    _check_outputs(backbone, _architecture(tensors)[0])
-    return tensors
+    model = copy.deepcopy(backbone.model).cpu().eval()
+    state = model.state_dict()
+    tensors = {
+        _detectron2_name(name): tensor
+        for name, tensor in state.items()
+        if not name.endswith("num_batches_tracked")  # detectron2's frozen norms have none
+    }
+    try:
+        name, resnets = _architecture(tensors)
+        reference = build_backbone(f"torchvision/{name}").model.eval()
+        reference.load_state_dict(state)
+        images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        output, expected = model(images), reference(images)
+        if not torch.allclose(output, expected, 1e-3, 1e-4 * float(expected.abs().max())):
+            raise ValueError(f"It is not the {name} that detectron2 would build.")
+    except (ValueError, RuntimeError) as error:  # load_state_dict raises a RuntimeError
+        raise ValueError(
+            f"detectron2's ResNet cannot be {backbone.origin['name']} (stem "
+            f"{backbone.origin['stem']}). {error} Convert a plain ResNet of timm or torchvision, "
+            "or use the backbone itself there: build_tract_transfer_backbone."
+        ) from error
+    return tensors, resnets
 
 
 def load_detectron2(
@@ -107,7 +117,7 @@ def load_detectron2(
     The input channels of weights for BGR images are reversed.
 
     Args:
-        path: a ResNet alone, or a whole detector, whose heads and pyramid are skipped.
+        path: a ResNet alone, or a complete detector, whose heads and pyramid are skipped.
         config_file: the config.yaml of its training; by default a YAML beside the weights.
 
     Raises:
@@ -115,12 +125,7 @@ def load_detectron2(
     """
     config_file = config_file or path.with_suffix(".yaml")
     channels, mean, std, has_stride_in_1x1 = _read_config(config_file, path)
-    content = read_content(path)
-    content = content if isinstance(content, dict) else {}
-    model, metadata = content.get("model", content), content.get("card")
-    tensors = flat_tensors(model)
-    if not tensors or len(tensors) != len(model):
-        raise ValueError(f"{path} holds no dict of names to arrays, alone or as its 'model'.")
+    tensors, content = read_content(path)
     resnet: dict[str, Tensor] = {}
     skipped = []
     for name, tensor in tensors.items():
@@ -146,6 +151,7 @@ def load_detectron2(
         weight, mean, std = backbone.model.conv1.weight.data, mean[::-1], std[::-1]
         weight.copy_(weight.flip(1))
     backbone.set_normalization(*((torch.tensor(v) / 255).tolist() for v in (mean, std)))
+    metadata = content.get("card")
     return backbone, metadata if isinstance(metadata, dict) else {}, skipped
 
 
@@ -158,7 +164,7 @@ def _load(backbone: Backbone, resnet: Mapping[str, Tensor], path: Path) -> None:
         backbone.model.load_state_dict({**counts, **tensors})
     except RuntimeError as error:
         raise ValueError(
-            f"{path} does not fit {backbone.origin['name']}: convert the whole ResNet. {error}"
+            f"{path} does not fit {backbone.origin['name']}: convert the complete ResNet. {error}"
         ) from error
 
 
@@ -190,28 +196,6 @@ def _architecture(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]]:
         "STRIDE_IN_1X1": False,
     }
     return _RESNETS[depth, groups, width // groups], section
-
-
-@torch.no_grad()
-def _check_outputs(backbone: Backbone, name: str) -> None:
-    """Refuse a ResNet with torchvision's names and other layers (stem, pools, ...)."""
-    reference = build_backbone(f"torchvision/{name}")
-    weights = {key: t.detach().cpu() for key, t in backbone.model.state_dict().items()}
-    try:
-        reference.model.load_state_dict(weights)
-        images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        was_training = backbone.training
-        expected = reference.eval().model(images)
-        output = backbone.eval().model(images.to(backbone.mean.device)).cpu()
-        backbone.train(was_training)
-        same = torch.allclose(output, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    except RuntimeError:  # a weight of another shape
-        same = False
-    if not same:
-        raise ValueError(
-            f"{backbone.origin['name']} (stem {backbone.origin['stem']}) is not the {name} that "
-            "detectron2 would build. Use the backbone itself there: build_tract_transfer_backbone."
-        )
 
 
 def _read_config(file: Path, weights: Path) -> tuple[str, list[float], list[float], bool]:

@@ -8,19 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# (reason, pattern) of names in a file that a backbone does not need. timm recognizes DINOv2 by its
-# mask_token, so TRAINING_ONLY is dropped after timm's conversion.
-HEADS = (
-    "the file's own head",
-    re.compile(
-        r"(fc|heads?|head_\w+|classifier|classif|last_linear|logits|output|AuxLogits|aux\d|pooler|"
-        r"proj_head|projection_head|projector|predictor|pre_logits)(\.|$)"
-    ),
+# Why names in a file are dropped: a backbone does not need them.
+OTHER, HEAD = "outside of the backbone", "the file's own head"
+TRAINING_ONLY = "used only in its pre-training"
+_HEADS = re.compile(
+    r"(fc|heads?|head_\w+|classifier|classif|last_linear|logits|output|AuxLogits|aux\d|pooler|"
+    r"proj_head|projection_head|projector|predictor|pre_logits)(\.|$)"
 )
-TRAINING_ONLY = "used only in its pre-training", re.compile(r"(mask_token$|decoder\w*(\.|$))")
-OTHER = "outside of the backbone"
+# timm recognizes DINOv2 by its mask_token, so these are dropped after timm's conversion.
+_TRAINING_ONLY = re.compile(r"(mask_token$|decoder\w*(\.|$))")
 # Fields of a report -> what they are called in the log.
 PROBLEMS = {
     "started_anew": "initialized",
@@ -125,12 +123,12 @@ def check_patterns(patterns: Sequence[str], names: Iterable[str]) -> None:
 
 def find_prefix(model_names: Iterable[str], file_names: Iterable[str]) -> str:
     """Return the prefix below which most of the model's names are in a file; see _PREFERRED."""
-    known = set(model_names)
+    names = set(model_names)
     votes: Counter[str] = Counter()
     for name in file_names:
         parts = name.split(".")
         for start in range(len(parts)):
-            if ".".join(parts[start:]) in known:
+            if ".".join(parts[start:]) in names:
                 votes[".".join([*parts[:start], ""])] += 1
 
     def rank(prefix: str) -> tuple[int, bool, int]:
@@ -139,22 +137,18 @@ def find_prefix(model_names: Iterable[str], file_names: Iterable[str]) -> str:
     return max(votes, key=rank, default="")
 
 
-def drop(
-    report: MatchReport,
-    tensors: Mapping[str, Tensor],
-    prefix: str,
-    model_state: Mapping[str, Tensor],
-    superfluous: tuple[str, re.Pattern[str]],
+def drop_others(
+    report: MatchReport, tensors: Mapping[str, Tensor], model_names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """Return the tensors below `prefix` without it and without the superfluous; report the rest."""
-    reason, pattern = superfluous
+    """Return the tensors below `report.prefix` without it and without heads; report the others."""
+    names = set(model_names)
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        inner = name.removeprefix(prefix)
-        if not name.startswith(prefix):
+        inner = name.removeprefix(report.prefix)
+        if not name.startswith(report.prefix):
             report.dropped.setdefault(OTHER, []).append(name)
-        elif inner not in model_state and pattern.match(inner):
-            report.dropped.setdefault(reason, []).append(name)
+        elif inner not in names and _HEADS.match(inner):
+            report.dropped.setdefault(HEAD, []).append(name)
         else:
             weights[inner] = tensor
     return weights
@@ -169,12 +163,12 @@ def num_misfits(weights: Mapping[str, Tensor], model_state: Mapping[str, Tensor]
 
 def fill(
     report: MatchReport,
-    model_state: Mapping[str, Tensor],
-    parameters: set[str],
+    model: nn.Module,
     weights: Mapping[str, Tensor],
     ignore_missing: Sequence[str],
 ) -> dict[str, Tensor]:
     """Compare names, shapes and values into `report`; return the tensors to load."""
+    model_state = model.state_dict()
     fitting: dict[str, Tensor] = {}
     for name, weight in model_state.items():
         tensor = weights.get(name)
@@ -190,11 +184,15 @@ def fill(
         else:
             theirs, ours = (t.dtype if same else tuple(t.shape) for t in (tensor, weight))
             report.misshapen.append(f"{name} {theirs} for {ours}")
-    report.unexpected += [name for name in weights if name not in model_state]
+    others = [name for name in weights if name not in model_state]
+    if unused := [name for name in others if _TRAINING_ONLY.match(name)]:
+        report.dropped[TRAINING_ONLY] = unused
+    report.unexpected += [name for name in others if name not in unused]
     report.not_finite += [name for name, tensor in fitting.items() if not tensor.isfinite().all()]
     report.loaded += list(fitting)
-    report.num_parameters = sum(model_state[name].numel() for name in parameters)
-    report.num_loaded = sum(fitting[name].numel() for name in fitting if name in parameters)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    report.num_parameters = sum(sizes.values())
+    report.num_loaded = sum(size for name, size in sizes.items() if name in fitting)
     return fitting
 
 

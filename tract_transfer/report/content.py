@@ -9,7 +9,7 @@ from typing import Any
 
 from tract_transfer.report.curves import Evaluations, SpeedUpRow, evaluations_of, speed_ups
 from tract_transfer.report.paper import PaperRow, compare_with_paper
-from tract_transfer.report.runs import Run, as_dict, find_runs, is_finite, read_runs
+from tract_transfer.report.runs import Run, as_dict, find_runs, is_finite, look_up, read_runs
 from tract_transfer.report.statistics import (
     PairedDifference,
     Summary,
@@ -24,10 +24,13 @@ from tract_transfer.report.statistics import (
 )
 
 TITLE, BASELINE = "Does the backbone transfer?", "vanilla"
-_COSTS = {  # name -> unit, in the order of the report
-    "training": "s", "speed": "images/s", "peak memory of the process": "MiB",
-    "peak memory of the GPU": "MiB", "energy of the machine": "kJ",
-}  # fmt: skip
+_COSTS = {  # name, in the order of the report -> key in results.json, and its unit: size and name
+    "training": ("train_seconds", 1, "s"),
+    "speed": ("images_per_second", 1, "images/s"),
+    "peak memory of the process": ("cost.peak_memory_bytes.process", 2**20, "MiB"),
+    "peak memory of the GPU": ("cost.peak_memory_bytes.gpu", 2**20, "MiB"),
+    "energy of the machine": ("cost.energy_joules", 1e3, "kJ"),  # the sum over its packages
+}
 _LABELS = ("seed", "output_dir", "name", "method")  # config keys that identify a run
 _FEW_PAIRS = 5
 Values = dict[str, dict[int, float]]  # method -> seed -> value
@@ -200,26 +203,25 @@ def _compare(runs: Sequence[Run], methods: Sequence[str]) -> tuple[list[Row], li
             remarks = [*_absent(values, seeds), *notes]
             row = Row(task, first.role, metric, values, missing, *statistics, remarks, seeds)
             every += [row] if metric else []
-            primary += [row] if metric in ("", first.primary_metric) else []
+            primary += [replace(row, corrected={})] if metric in ("", first.primary_metric) else []
     for rows in (primary, every):
         rows.sort(key=lambda row: row.role == "pretrain")
-    return _corrected(primary), every
+    _correct(primary)
+    return primary, every
 
 
-def _corrected(rows: list[Row]) -> list[Row]:
-    """Return rows with p-values corrected for all comparisons of downstream tasks together."""
-    tests = {
-        (row.task, method): difference.p_value
+def _correct(rows: Sequence[Row]) -> None:
+    """Add the p-values corrected for all comparisons of downstream tasks together."""
+    tests = [
+        (row, method, difference.p_value)
         for row in rows
         if row.role == "downstream"
         for method, difference in row.differences.items()
         if difference.p_value is not None
-    }
-    corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
-    return [
-        replace(row, corrected={m: p for (task, m), p in corrected.items() if task == row.task})
-        for row in rows
     ]
+    p_values = holm([p_value for _, _, p_value in tests])
+    for (row, method, _), p_value in zip(tests, p_values, strict=True):
+        row.corrected[method] = p_value
 
 
 # Notes on a row: reasons for care when comparing its values.
@@ -255,13 +257,14 @@ def _inconsistent(runs: Sequence[Run]) -> list[str]:
     """Name what all runs of a task should have in common but do not."""
     records: list[dict[str, Any]] = []
     for run in runs:
-        parts = ("versions", "git", "data")
-        versions, git, data = (as_dict(run.environment.get(part)) for part in parts)
-        record = {key: run.results.get(key) for key in ("primary_metric", "iterations")}
-        record = run.results["protocol"] | record
-        record |= {f"the images of {split}": fingerprint for split, fingerprint in data.items()}
-        record |= {f"the version of {p}": versions.get(p) for p in ("tract_transfer", "torch")}
-        records.append(record | {"the code's commit": git.get("commit")})
+        versions, git, data = (as_dict(run.environment.get(k)) for k in ("versions", "git", "data"))
+        records.append({
+            **run.results["protocol"],
+            **{key: run.results.get(key) for key in ("primary_metric", "iterations")},
+            **{f"the images of {split}": fingerprint for split, fingerprint in data.items()},
+            **{f"the version of {p}": versions.get(p) for p in ("tract_transfer", "torch")},
+            "the code's commit": git.get("commit"),
+        })  # fmt: skip
     keys = dict.fromkeys(key for record in records for key in record)
     differing = [key for key in keys if len({repr(record.get(key)) for record in records}) > 1]
     return [f"The runs differ in {', '.join(differing)}: compare with care."] if differing else []
@@ -290,58 +293,52 @@ def _per_class(run: Run) -> dict[str, Any]:
 
 def _costs(runs: Sequence[Run], methods: Sequence[str]) -> list[dict[str, Any]]:
     measured, rows = _measured(runs, methods, _costs_of), []
-    for quantity, unit in _COSTS.items():
-        values = measured.get(quantity, {})
-        counts = {method: len(by_seed) for method, by_seed in values.items() if by_seed}
-        means = {method: sum(values[method].values()) / n for method, n in counts.items()}
-        ratios = {
-            method: sum(ours.values()) / total
-            for method, (ours, theirs) in pairs(values, methods[0]).items()
-            if (total := sum(theirs.values()))
-        }
-        row = {"task": runs[0].task, "quantity": quantity, "unit": unit}
-        rows += [{**row, "means": means, "counts": counts, "ratios": ratios}] if means else []
+    for quantity, (_, _, unit) in _COSTS.items():
+        if values := measured.get(quantity):
+            counts = {method: len(by_seed) for method, by_seed in values.items() if by_seed}
+            means = {method: sum(values[method].values()) / n for method, n in counts.items()}
+            ratios = {
+                method: sum(ours.values()) / total
+                for method, (ours, theirs) in pairs(values, methods[0]).items()
+                if (total := sum(theirs.values()))
+            }
+            row = {"task": runs[0].task, "quantity": quantity, "unit": unit}
+            rows.append({**row, "means": means, "counts": counts, "ratios": ratios})
     return rows
 
 
-def _costs_of(run: Run) -> dict[str, Any]:
-    """Return the costs of a run in the units of `_COSTS`; some may be missing or no number."""
-    cost = as_dict(run.results.get("cost"))
-    memory, joules = as_dict(cost.get("peak_memory_bytes")), as_dict(cost.get("energy_joules"))
-    peaks = {key: value / 2**20 for key, value in memory.items() if is_finite(value)}
-    has_energy = joules and all(map(is_finite, joules.values()))
-    return {
-        "training": run.results.get("train_seconds"),
-        "speed": run.results.get("images_per_second"),
-        "peak memory of the process": peaks.get("process"),
-        "peak memory of the GPU": peaks.get("gpu"),
-        "energy of the machine": sum(joules.values()) / 1e3 if has_energy else None,
-    }
+def _costs_of(run: Run) -> dict[str, float]:
+    """Return the costs of a run in the units of `_COSTS`, without those that are unknown."""
+    costs = {}
+    for quantity, (key, unit_size, _) in _COSTS.items():
+        value = look_up(run.results, key)
+        parts = list(value.values()) if isinstance(value, dict) else [value]
+        if parts and all(map(is_finite, parts)):
+            costs[quantity] = sum(parts) / unit_size
+    return costs
 
 
 def _protocol(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    methods = {run.method for run in runs}
-    parts: dict[str, dict[str, dict[str, list[str]]]] = {}  # heading -> key -> method -> values
-    for run in runs:
-        content = {
-            "Protocol": run.results["protocol"],
-            "Configuration": {k: v for k, v in run.config.items() if k not in _LABELS},
-            "Environment and data": {k: v for k, v in run.environment.items() if k != "command"},
-        }
-        for heading, part in content.items():
-            for key, text in _flatten(part).items():
-                of_key = parts.setdefault(heading, {}).setdefault(key, {})
-                values = of_key.setdefault(run.method, [])
-                values += [text] if text not in values else []
-    protocol = []
-    for heading, keys in parts.items():
+    methods, protocol = {run.method for run in runs}, []
+    for heading, parts, excluded in (
+        ("Protocol", [run.results["protocol"] for run in runs], ()),
+        ("Configuration", [run.config for run in runs], _LABELS),
+        ("Environment and data", [run.environment for run in runs], ("command",)),
+    ):
+        values: dict[str, dict[str, list[str]]] = {}  # key -> method -> distinct values
+        for run, part in zip(runs, parts, strict=True):
+            for key, text in _flatten({k: v for k, v in part.items() if k not in excluded}).items():
+                texts = values.setdefault(key, {}).setdefault(run.method, [])
+                texts += [text] if text not in texts else []
         shared = {
-            key: texts.pop()
-            for key, values in keys.items()
-            if values.keys() == methods and len(texts := set().union(*values.values())) == 1
+            key: distinct.pop()
+            for key, by_method in values.items()
+            if by_method.keys() == methods
+            and len(distinct := set().union(*by_method.values())) == 1
         }
-        differing = {key: values for key, values in keys.items() if key not in shared}
-        protocol.append({"heading": heading, "differing": differing, "shared": shared})
+        differing = {key: by_method for key, by_method in values.items() if key not in shared}
+        part = {"heading": heading, "differing": differing, "shared": shared}
+        protocol += [part] if values else []
     return protocol
 
 
@@ -363,49 +360,43 @@ def _sentence(method: str, rows: Sequence[Row], baseline: str) -> str:
     measured = [row for row in rows if method in row.differences]
     if not measured:
         return f"{method} and {baseline} do not share a finished seed of a downstream task yet."
-    overall = _mean_over_tasks(measured, method, baseline)
-    parts = [_averaged(method, measured, baseline, overall)] if overall else []
-    if not parts or len(measured) > 1:
-        parts.append(f"{'it' if parts else method} {_counted(method, measured)}")
+    average = _averaged(method, measured, baseline)
+    parts = [average] if average else []
+    if not average or len(measured) > 1:
+        parts.append(f"{'it' if average else method} {_counted(method, measured)}")
     if unmeasured := len(rows) - len(measured):
         parts.append(f"{unmeasured} task{'s have' if unmeasured > 1 else ' has'} no pair yet")
     return f"{'; '.join(parts)}."
 
 
-def _mean_over_tasks(rows: Sequence[Row], method: str, baseline: str) -> PairedDifference | None:
-    """Return the difference of the means over tasks, paired by the seeds that all tasks have.
+def _averaged(method: str, rows: Sequence[Row], baseline: str) -> str:
+    """Describe the difference of the means over tasks, paired by the seeds that all tasks have.
 
-    The interval is for new seeds on these tasks, not for other tasks. None if there is no such
+    The interval is for new seeds on these tasks, not for other tasks. Empty if there is no such
     seed, or if a task is judged by a loss.
     """
-    if any(is_loss(row.metric) for row in rows):
-        return None
     both = (method, baseline)
-    seeds = sorted(set.intersection(*(set(row.values[m]) for row in rows for m in both)))
-    means = [{seed: fmean(row.values[m][seed] for row in rows) for seed in seeds} for m in both]
-    return paired_difference(*means) if seeds else None
-
-
-def _averaged(method: str, rows: Sequence[Row], baseline: str, overall: PairedDifference) -> str:
-    """Describe the mean over tasks, its interval, and whether it is significant."""
+    paired = sorted(set.intersection(*(set(row.values[m]) for row in rows for m in both)))
+    if not paired or any(is_loss(row.metric) for row in rows):
+        return ""
+    means = ({seed: fmean(row.values[m][seed] for row in rows) for seed in paired} for m in both)
+    difference = paired_difference(*means)
+    mean, n, seeds = difference.mean, difference.n, len(rows[0].seeds)
     tasks = rows[0].task if len(rows) == 1 else f"average over {len(rows)} downstream tasks"
-    points = f"{abs(100 * overall.mean):.2f}"
-    points = "less than 0.01" if points == "0.00" else points
-    side = "ahead of" if overall.mean > 0 else "behind"
-    text = f"On {tasks}, {method} is "
-    text += f"{points} points {side} {baseline}" if overall.mean else f"level with {baseline}"
-    seeds = len(rows[0].seeds)
-    over = f"{count_of(overall.n, seeds)} paired seed{'s' * (max(overall.n, seeds) > 1)}"
-    if len(rows) > 1 and overall.n < seeds:
+    points = "less than 0.01" if abs(mean) < 5e-5 else f"{abs(100 * mean):.2f}"
+    gain = f"{points} points {'ahead of' if mean > 0 else 'behind'}" if mean else "level with"
+    text = f"On {tasks}, {method} is {gain} {baseline}"
+    over = f"{count_of(n, seeds)} paired seed{'s' * (max(n, seeds) > 1)}"
+    if len(rows) > 1 and n < seeds:
         over += ", those that all tasks have"
-    if overall.n == 1:
+    if n == 1:
         return f"{text} ({over}); this may be chance: one pair has no interval"
-    if overall.p_value is None:
+    if difference.p_value is None:
         return f"{text} with each of {over}: without spread there is no test"
-    text += f", 95 % interval {interval(overall, '')} over {over}"
-    if overall.excludes_zero:
+    text += f", 95 % interval {interval(difference, '')} over {over}"
+    if difference.excludes_zero:
         return f"{text}: significant"
-    few = "; so few seeds can hardly show a difference" if overall.n < _FEW_PAIRS else ""
+    few = "; so few seeds can hardly show a difference" if n < _FEW_PAIRS else ""
     return f"{text}: not significant{few}"
 
 

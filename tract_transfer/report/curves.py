@@ -107,8 +107,8 @@ def speed_up(treated: Mapping[int, Curve], baseline: Mapping[int, Curve], target
     ratio = low = high = None
     if not remark:
         logs, baseline_logs = (
-            {seed: math.log(epoch) for seed, epoch in of.items() if epoch is not None}
-            for of in (epochs, baseline_epochs)
+            {seed: math.log(epoch) for seed, epoch in by_seed.items() if epoch is not None}
+            for by_seed in (epochs, baseline_epochs)
         )
         difference = paired_difference(baseline_logs, logs, resample=False)
         ratio = math.exp(difference.mean)

@@ -9,10 +9,10 @@ from markupsafe import Markup
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from tract_transfer import visualize
 from tract_transfer.report.curves import Curve, Evaluations, curve_of
 from tract_transfer.report.runs import Run, is_finite
 from tract_transfer.report.statistics import is_loss, metric_name
+from tract_transfer.visualize import boxes, plots
 
 MAX_FILTERS = 64  # of a layer
 MIN_SCORE = 0.3  # of the detections drawn
@@ -52,8 +52,8 @@ def draw_curves(
         for run in runs:
             lines[run.method] += [line] if len((line := curve(run))[0]) > 1 else []
         if any(lines.values()):
-            figure = visualize.curves(lines, x_label=x, y_label=y)
-            figures.append(Markup(visualize.figure_svg(figure, f"{evaluations.task}: {title}")))
+            figure = plots.curves(lines, x_label=x, y_label=y)
+            figures.append(Markup(plots.figure_svg(figure, f"{evaluations.task}: {title}")))
     return figures
 
 
@@ -130,7 +130,7 @@ def _detection(run: Run, entry: Mapping[str, Any], weak: bool) -> Markup:
     scale, scores = picture.width / width, entry["scores"]
     best = sorted(range(len(scores)), key=lambda i: -scores[i])
     kept = best[:BEST_DRAWN] if weak else [i for i in best if scores[i] >= MIN_SCORE]
-    figure = visualize.draw_detections(
+    figure = boxes.draw_detections(
         np.asarray(picture).transpose(2, 0, 1),
         [[scale * v for v in entry["boxes"][i]] for i in kept],
         [str(entry["labels"][i]) for i in kept],
@@ -138,7 +138,7 @@ def _detection(run: Run, entry: Mapping[str, Any], weak: bool) -> Markup:
         truth_boxes_xyxy=[[scale * v for v in box] for box in entry.get("truth_boxes", [])],
     )
     title = f"{run.task}: detections of {run.method} on {entry['image']}"
-    return Markup(visualize.figure_svg(figure, title))
+    return Markup(plots.figure_svg(figure, title))
 
 
 def draw_filters(runs: Sequence[Run], problems: list[str]) -> dict[str, Any] | None:
@@ -155,10 +155,10 @@ def draw_filters(runs: Sequence[Run], problems: list[str]) -> dict[str, Any] | N
             layer = json.loads((run.folder / "model.json").read_bytes())["first_layers"][0]
             with safe_open(run.folder / "model.safetensors", framework="pt") as tensors:
                 weight = tensors.get_tensor(f"{layer}.weight").float()
-            grid = visualize.filter_grid(weight[:MAX_FILTERS])
+            uri = plots.array_png_data_uri(plots.filter_grid(weight[:MAX_FILTERS]))
         except (*_UNREADABLE, SafetensorError) as error:
             problems.append(f"{run.folder / 'model.safetensors'}: {error}")
             continue
-        cells[method] = (visualize.array_png_data_uri(grid), tuple(weight.shape), layer)
+        cells[method] = (uri, tuple(weight.shape), layer)
     first = next(iter(chosen.values()), None)
     return {"task": first.task, "seed": first.seed, "cells": cells} if first and cells else None

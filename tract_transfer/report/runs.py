@@ -13,18 +13,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import yaml
+from tract_transfer.config.file import NOT_YAML, parse_yaml
+from tract_transfer.files import (
+    CONFIG_NAME,
+    ENVIRONMENT_NAME,
+    METRICS_NAME,
+    RESULTS_FORMAT,
+    RESULTS_NAME,
+    SUITE_FORMAT,
+    SUITE_NAME,
+)
 
-from tract_transfer.files import RESULTS_FORMAT, SUITE_FORMAT, SUITE_NAME
-
-_RUN_FILES = ("results.json", "config.yaml")  # a folder with either is a run folder
+_RUN_FILES = (RESULTS_NAME, CONFIG_NAME)  # a folder with either is a run folder
 _SUITE_RUN_FIELDS = {"method": str, "task": str, "seed": int, "folder": str, "state": str}
 _RESULTS_FIELDS = {
     "method": str, "name": str, "seed": int, "primary_metric": str, "metrics": dict,
 }  # fmt: skip
-_MAX_YAML_VALUES = 100_000  # a config with more uses aliases that expand without end
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # half of a character in JSON
-_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast
 
 
 @dataclass
@@ -37,7 +42,7 @@ class RunFolders:
     problems: list[str] = field(default_factory=list)  # what the report excludes, and why
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
     """One run folder. Texts are empty if unknown."""
 
@@ -59,7 +64,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)  # lines of metrics.jsonl
     detections: list[dict[str, Any]] = field(default_factory=list)  # entries of detections.json
-    problems: tuple[str, ...] = ()  # one for each file or value that cannot be read
+    problems: list[str] = field(default_factory=list)  # what cannot be read: files, values
 
 
 def find_runs(paths: Sequence[Path]) -> RunFolders:
@@ -74,7 +79,7 @@ def find_runs(paths: Sequence[Path]) -> RunFolders:
         raise ValueError("No run folders: give at least one folder with a results.json.")
     run_folders = RunFolders()
     for path in map(Path, paths):
-        is_run = not path.is_dir() or _has_any(path, *_RUN_FILES)
+        is_run = not path.is_dir() or any((path / name).is_file() for name in _RUN_FILES)
         folders = [path] if is_run else list(_outermost(path, SUITE_NAME, *_RUN_FILES))
         if not folders:
             raise ValueError(
@@ -82,7 +87,7 @@ def find_runs(paths: Sequence[Path]) -> RunFolders:
                 f"suite folder a {SUITE_NAME}."
             )
         for folder in folders:
-            if not is_run and _has_any(folder, SUITE_NAME):
+            if not is_run and (folder / SUITE_NAME).is_file():
                 _add_suite(folder, run_folders)
             else:
                 run_folders.folders.setdefault(folder, {})
@@ -91,15 +96,11 @@ def find_runs(paths: Sequence[Path]) -> RunFolders:
 
 def _outermost(folder: Path, *names: str) -> Iterator[Path]:
     """Yield the folders with one of these files in order of names, and none inside another."""
-    for path, subfolders, _ in os.walk(folder):
-        if _has_any(Path(path), *names):
+    for path, subfolders, files in os.walk(folder):
+        subfolders.sort()
+        if any(name in files for name in names):
             subfolders.clear()
             yield Path(path)
-        subfolders.sort()
-
-
-def _has_any(folder: Path, *names: str) -> bool:
-    return any((folder / name).is_file() for name in names)
 
 
 def _add_suite(folder: Path, run_folders: RunFolders) -> None:
@@ -120,11 +121,10 @@ def read_suite(path: Path) -> dict[str, Any]:
     """Return the contents of a suite.json; ValueError if they are unusable."""
     advice = "To report without the plan, give the run folders themselves"
     try:
-        suite = json.loads(path.read_text(encoding="utf-8"))
+        suite = as_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {error}. {advice}.") from error
-    suite_format = as_dict(suite).get("format")
-    if suite_format != SUITE_FORMAT:
+    if (suite_format := suite.get("format")) != SUITE_FORMAT:
         raise ValueError(
             f"{path} must have format {SUITE_FORMAT}, got {suite_format!r}. Use the version of "
             f"tract_transfer that wrote it, or run the suite again. {advice}."
@@ -133,7 +133,7 @@ def read_suite(path: Path) -> dict[str, Any]:
     for number, run in enumerate(runs if isinstance(runs, list) else [None]):
         if fields := _unusable(as_dict(run), _SUITE_RUN_FIELDS):
             raise ValueError(f"{path}: runs[{number}] lacks a usable {fields}. {advice}.")
-    return suite  # type: ignore[no-any-return]
+    return suite
 
 
 def read_runs(run_folders: RunFolders) -> list[Run]:
@@ -147,7 +147,9 @@ def read_runs(run_folders: RunFolders) -> list[Run]:
     """
     runs = []
     for folder, planned in run_folders.folders.items():
-        run = _as_planned(_load_run(folder), planned) if planned else _load_run(folder)
+        run = _load_run(folder)
+        if planned:
+            _apply_plan(run, planned)
         methods = [run.method, *map(str, planned.get("also") or ())]
         runs += [replace(run, method=method) for method in methods]
     seen: dict[tuple[str, str, int | None], Run] = {}
@@ -161,96 +163,77 @@ def read_runs(run_folders: RunFolders) -> list[Run]:
     return runs
 
 
-def _as_planned(run: Run, planned: Mapping[str, Any]) -> Run:
-    """Return a run with the method, task, seed and failure of its entry in a suite.json."""
-    method, task, seed = planned["method"], planned["task"], planned["seed"]
-    failure, state, role = run.failure, run.state, run.role
-    if (failure, run.method, run.task, run.seed) == ("", method, task, seed):
-        return run
-    if not failure:
-        state = "unreadable"
-        failure = (
-            f"results.json has {run.method}, {run.task}, seed {run.seed}, but the plan has "
-            f"{method}, {task}, seed {seed}"
+def _apply_plan(run: Run, planned: Mapping[str, Any]) -> None:
+    """Give a run the method, task and seed of its entry in a suite.json, and its failure."""
+    actual = (run.method, run.task, run.seed)
+    run.method, run.task, run.seed = planned["method"], planned["task"], planned["seed"]
+    if run.failure:
+        run.role = "pretrain" if run.task == "pretrain" else "downstream"
+        if planned["state"] != "finished" and run.state != "unreadable":
+            run.state, attempts = planned["state"], int(planned.get("attempts") or 0)
+            reason = "not started yet" if run.state == "waiting" else run.failure
+            run.failure = str(planned.get("error") or reason)
+            run.failure += f" ({attempts} attempts)" if attempts > 1 else ""
+    elif actual != (run.method, run.task, run.seed):
+        run.state = "unreadable"
+        run.failure = "{} has {}, {}, seed {}, but the plan has {}, {}, seed {}".format(
+            RESULTS_NAME, *actual, run.method, run.task, run.seed
         )
-    else:
-        role = "pretrain" if task == "pretrain" else "downstream"
-        if planned["state"] != "finished" and state != "unreadable":
-            state, attempts = planned["state"], int(planned.get("attempts") or 0)
-            reason = "not started yet" if state == "waiting" else failure
-            failure = str(planned.get("error") or reason)
-            failure += f" ({attempts} attempts)" if attempts > 1 else ""
-    return replace(
-        run, method=method, task=task, seed=seed, failure=failure, state=state, role=role
-    )
 
 
 def _load_run(folder: Path) -> Run:
     if not folder.is_dir():
         return Run(folder, failure="the folder does not exist", state="missing")
-    problems: list[str] = []
-    history = _read_lines(folder / "metrics.jsonl", problems)
-    config = as_dict(_read(folder / "config.yaml", problems))
-    results = _read(folder / "results.json", problems)
-    seed, weights = config.get("seed"), look_up(config, "model.weights")
-    has_tract = look_up(config, "tract.enabled") is True
-    method = "tract" if has_tract else "vanilla" if config and not weights else ""
-    run = Run(
-        folder,
-        task=str(config.get("name") or config.get("task") or ""),
-        method=str(config.get("method") or method),
-        has_tract=has_tract,
-        seed=seed if isinstance(seed, int) else None,
-        role="downstream" if weights else "pretrain",
-        config=config,
-        environment=as_dict(_read(folder / "environment.json", problems)),
-        history=history,
-        problems=tuple(problems),
-    )
-    if results is not None:
-        return _with_results(run, as_dict(results))
-    if (folder / "results.json").is_file():
-        return replace(run, failure="results.json cannot be read", state="unreadable")
-    iterations = [line["iteration"] for line in history if is_finite(line.get("iteration"))]
-    last = f"the log ends at iteration {max(iterations)}" if iterations else "nothing was logged"
-    return replace(run, failure=f"no results.json; {last}", state="unfinished")
+    run = Run(folder)
+    run.config = config = as_dict(_read(folder / CONFIG_NAME, run.problems))
+    run.environment = as_dict(_read(folder / ENVIRONMENT_NAME, run.problems))
+    run.history = _read_lines(folder / METRICS_NAME, run.problems)
+    detections = _read(folder / "detections.json", run.problems)
+    run.detections = [as_dict(d) for d in detections] if isinstance(detections, list) else []
+    metadata = as_dict(_read(folder / "model.json", run.problems))
+    run.backbone = str(look_up(config, "model.backbone.name") or metadata.get("name") or "")
+    run.has_tract = look_up(config, "tract.enabled") is True
+    weights, seed = look_up(config, "model.weights"), config.get("seed")
+    method = "tract" if run.has_tract else "vanilla" if config and not weights else ""
+    run.method = str(config.get("method") or method)
+    run.task = str(config.get("name") or config.get("task") or "")
+    run.seed = seed if isinstance(seed, int) else None
+    run.role = "downstream" if weights else "pretrain"
+    run.failure = _add_results(run)
+    if run.failure:
+        run.state = "unreadable" if (folder / RESULTS_NAME).is_file() else "unfinished"
+    return run
 
 
-def _with_results(run: Run, results: dict[str, Any]) -> Run:
-    """Return the run with its results, or with the reason why they do not count."""
-    results_format, failure = results.get("format", RESULTS_FORMAT), ""
+def _add_results(run: Run) -> str:
+    """Enter results.json into a run; return why the run does not count as finished, or ""."""
+    path = run.folder / RESULTS_NAME
+    if not path.is_file():
+        iterations = [n for line in run.history if is_finite(n := line.get("iteration"))]
+        last = (
+            f"the log ends at iteration {max(iterations)}" if iterations else "nothing was logged"
+        )
+        return f"no {RESULTS_NAME}; {last}"
+    results = _read(path, run.problems)
+    if results is None:
+        return f"{RESULTS_NAME} cannot be read"
+    results_format = as_dict(results).get("format", RESULTS_FORMAT)
     if results_format != RESULTS_FORMAT:
-        failure = f"results.json has format {results_format!r}, this version reads {RESULTS_FORMAT}"
-    elif fields := _unusable(results, _RESULTS_FIELDS):
-        failure = f"results.json lacks a usable {fields}"
-    if failure:
-        return replace(run, failure=failure, state="unreadable")
-    results = {**results, **{k: as_dict(results.get(k)) for k in ("details", "protocol")}}
-    metrics = {k: float(v) for k, v in results["metrics"].items() if is_finite(v)}
-    problems = [
-        f"{run.folder / 'results.json'}: {key} is {value!r}, not a finite number"
-        for key, value in results["metrics"].items()
-        if key not in metrics
-    ]
-    detections = _read(run.folder / "detections.json", problems)
-    metadata = as_dict(_read(run.folder / "model.json", problems))
-    backbone = look_up(run.config, "model.backbone.name") or metadata.get("name")
-    primary = results["primary_metric"]
-    return replace(
-        run,
-        failure="" if primary in metrics else f"results.json has no finite {primary}",
-        state="finished" if primary in metrics else "unreadable",
-        task=results["name"],
-        method=results["method"],
-        seed=results["seed"],
-        role="pretrain" if results.get("role") == "pretrain" else "downstream",
-        backbone=str(backbone or ""),
-        metrics=metrics,
-        primary_metric=primary,
-        results=results,
-        detections=[as_dict(d) for d in detections] if isinstance(detections, list) else [],
-        problems=(*run.problems, *problems),
-    )
+        return f"{RESULTS_NAME} has format {results_format!r}, this version reads {RESULTS_FORMAT}"
+    if fields := _unusable(as_dict(results), _RESULTS_FIELDS):
+        return f"{RESULTS_NAME} lacks a usable {fields}"
+    run.results = results | {k: as_dict(results.get(k)) for k in ("details", "protocol")}
+    run.method, run.task, run.seed = results["method"], results["name"], results["seed"]
+    run.role = "pretrain" if results.get("role") == "pretrain" else "downstream"
+    run.primary_metric = results["primary_metric"]
+    for key, value in results["metrics"].items():
+        if is_finite(value):
+            run.metrics[key] = float(value)
+        else:
+            run.problems.append(f"{path}: {key} is {value!r}, not a finite number")
+    if run.primary_metric not in run.metrics:
+        return f"{RESULTS_NAME} has no finite {run.primary_metric}"
+    return ""
 
 
 def _unusable(content: Mapping[str, Any], fields: Mapping[str, type]) -> str:
@@ -268,27 +251,15 @@ def _read(path: Path, problems: list[str]) -> Any:
         return None
     try:
         text = path.read_text(encoding="utf-8")
-        value = yaml.load(text, _Loader) if path.suffix == ".yaml" else json.loads(text)
         if path.suffix == ".yaml":
-            _check_size(value)
-        elif _SURROGATE.search(text):  # no file can hold half a character: replace it by `?`
+            return parse_yaml(text)[1]
+        value = json.loads(text)
+        if _SURROGATE.search(text):  # no file can hold half a character: replace it by `?`
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, *NOT_YAML) as error:
         problems.append(f"{path}: {error}")
         return None
     return value
-
-
-def _check_size(value: Any) -> None:
-    """Raise ValueError if nested values are too many for a config."""
-    remaining, count = [value], 0
-    while remaining:
-        value = remaining.pop()
-        count += 1
-        if count > _MAX_YAML_VALUES:
-            raise ValueError(f"more than {_MAX_YAML_VALUES:,} values, produced by aliases")
-        if isinstance(value, dict | list):
-            remaining += value.values() if isinstance(value, dict) else value
 
 
 def _read_lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:

@@ -18,6 +18,15 @@ _MIN_BOOTSTRAP = 5
 _MIN_FLIPPED = 6  # with 5 pairs, the smallest possible p-value is 2 / 2^5 = 6 %
 # 0.3 - 0.1 differs from 0.2 by rounding: a spread this small is no spread.
 _ROUNDING = 1e-12
+_REMARKS = {  # what so few pairs cannot show
+    1: "One pair: no interval and no test; even the sign may be chance.",
+    2: "Two pairs: the interval extends 12.7 standard errors to either side, so only a difference "
+    "far larger than its spread can be significant.",
+} | {
+    n: f"{n} pairs: interval and test assume normally distributed differences, which {n} pairs "
+    f"cannot verify. A sign-flip test cannot get below p = {2 / 2**n:.2g}."
+    for n in range(3, _MIN_FLIPPED)
+}
 
 
 @dataclass(frozen=True)
@@ -75,8 +84,7 @@ def paired_difference(
     if abs(mean) <= rounding:
         mean = 0.0  # the differences cancel: the sign of the rounding error means nothing
     if n == 1:
-        remark = "One pair: no interval and no test; even the sign may be chance."
-        return PairedDifference(mean, None, None, None, n, remark=remark)
+        return PairedDifference(mean, None, None, None, n, remark=_REMARKS[1])
     std = float(differences.std(ddof=1))
     if std <= rounding * math.sqrt(n):
         remark = (
@@ -96,7 +104,7 @@ def paired_difference(
         effect_size=effect_size(differences) if n > 2 else None,
         bootstrap=studentised_bootstrap(differences) if resample and n >= _MIN_BOOTSTRAP else None,
         permutation_p=sign_flip_test(differences) if resample and n >= _MIN_FLIPPED else None,
-        remark=_few_pairs(n),
+        remark=_REMARKS.get(n, ""),
     )
 
 
@@ -173,20 +181,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     factors = len(p) - np.arange(len(p))
     p[order] = np.maximum.accumulate(np.minimum(1, factors * p[order]))
     return list(map(float, p))
-
-
-def _few_pairs(n: int) -> str:
-    if n == 2:
-        return (
-            "Two pairs: the interval extends 12.7 standard errors to either side, so only a "
-            "difference far larger than its spread can be significant."
-        )
-    if n < _MIN_FLIPPED:
-        return (
-            f"{n} pairs: interval and test assume normally distributed differences, which {n} "
-            f"pairs cannot verify. A sign-flip test cannot get below p = {2 / 2**n:.2g}."
-        )
-    return ""
 
 
 # Numbers as text, the same in every format of the report.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from tract_transfer.report.content import Report, Row
 from tract_transfer.report.statistics import (
     DASH,
+    PairedDifference,
     bounds,
     count_missing,
     count_of,
@@ -80,80 +81,80 @@ def tables_of(report: Report) -> list[Table]:
 def results_table(report: Report, rows: Sequence[Row]) -> Table:
     """Return metrics by task and method; the notes are those of `rows`."""
     methods, treated = report.methods, report.treated
+    head = ["task", "metric", *methods]
+    head += [f"{method} − {report.baseline} [95 %], pairs" for method in treated]
+    cells = []
+    for row in rows:
+        seeds, metric, summaries = len(row.seeds), row.metric, row.summaries
+        counts = {m: count_missing(summary.n, seeds) for m, summary in summaries.items()}
+        means = [_noted(spread(summaries.get(m), metric), counts.get(m, "")) for m in methods]
+        changes = [_change(row.differences.get(m), metric, seeds) for m in treated]
+        cells.append([row.task, metric_name(metric) or DASH, *means, *changes])
+    notes = [f"{row.task}: {note}" for row in rows for note in row.notes]
+    caption = _CAPTIONS["results" if treated else "means"]
+    return Table("results", caption, head, cells, 2, "Results", notes)
 
-    def mean(row: Row, method: str) -> str:
-        summary = row.summaries.get(method)
-        count = count_missing(summary.n if summary else 0, len(row.seeds))
-        return spread(summary, row.metric) + (f" ({count})" if count else "")
 
-    def difference(row: Row, method: str) -> str:
-        if (d := row.differences.get(method)) is None:
-            return DASH
-        text = f"{gap(d.mean, row.metric)} {interval(d, row.metric)}"
-        return f"{text}, {count_of(d.n, len(row.seeds))}"
+def _change(difference: PairedDifference | None, metric: str, seeds: int = 0) -> str:
+    """Return a difference, its interval and, of a number of seeds, its pairs; a dash for None."""
+    if difference is None:
+        return DASH
+    pairs = f", {count_of(difference.n, seeds)}" if seeds else ""
+    return f"{gap(difference.mean, metric)} {interval(difference, metric)}{pairs}"
 
-    return Table(
-        "results",
-        _CAPTIONS["results" if treated else "means"],
-        ["task", "metric", *methods, *(f"{m} − {report.baseline} [95 %], pairs" for m in treated)],
-        [
-            [
-                row.task,
-                metric_name(row.metric) or DASH,
-                *(mean(row, method) for method in methods),
-                *(difference(row, method) for method in treated),
-            ]
-            for row in rows
-        ],
-        2,
-        "Results",
-        [f"{row.task}: {note}" for row in rows for note in row.notes],
-    )
+
+def _noted(text: str, *notes: str) -> str:
+    """Return a text with the notes that are not empty in parentheses."""
+    return f"{text} ({'; '.join(filter(None, notes))})" if any(notes) else text
 
 
 def _statistics(report: Report) -> Table:
     """Return every number of each comparison; the notes say what few pairs cannot show."""
     head = ["task", "method", "difference", "sd", "95 % t", "p", "Holm", "g", "bootstrap"]
+    head += ["p, signs", "pairs"]
     rows: list[list[str]] = []
     remarks: dict[str, list[str]] = {}
     for row in report.results:
+        metric = row.metric
         for method, d in row.differences.items():
             if d.remark:
                 remarks.setdefault(d.remark, []).append(f"{row.task} ({method})")
-            metric = row.metric
-            std = DASH if d.std is None else score(d.std, metric)
-            p, corrected = p_value(d.p_value), p_value(row.corrected.get(method))
-            cells = [row.task, method, gap(d.mean, metric), std, interval(d, metric), p, corrected]
-            cells += [or_dash(d.effect_size, "{:+.2f}"), bounds(d.bootstrap, metric)]
-            rows.append([*cells, p_value(d.permutation_p), count_of(d.n, len(row.seeds))])
+            rows.append([
+                row.task, method, gap(d.mean, metric),
+                DASH if d.std is None else score(d.std, metric), interval(d, metric),
+                p_value(d.p_value), p_value(row.corrected.get(method)),
+                or_dash(d.effect_size, "{:+.2f}"), bounds(d.bootstrap, metric),
+                p_value(d.permutation_p), count_of(d.n, len(row.seeds)),
+            ])  # fmt: skip
     notes = [f"{', '.join(comparisons)}: {remark}" for remark, comparisons in remarks.items()]
-    head += ["p, signs", "pairs"]
     return Table("statistics", _CAPTIONS["statistics"], head, rows, words=2, notes=notes)
 
 
 def _speed_ups(report: Report) -> Table:
     head = ["task", "to reach", "method", f"epochs of {report.baseline}", "epochs"]
+    head.append("speed-up, pairs")
     rows = []
     for row in report.speed_ups:
-        result = row.result
-        target = f"{100 * result.target:.2f} % {metric_name(row.metric)} on {row.split}"
-        ratio, bounds = or_dash(result.ratio, "× {:.2f}"), f"({result.remark})"
+        result, percent = row.result, f"{100 * row.result.target:.2f} %"
+        bounds = f"({result.remark})"
         if result.low is not None and result.high is not None:
             bounds = f"[{result.low:.2f}, {result.high:.2f}]"
-        cells = [row.task, f"{target} ({row.share:.0%} of the end)", row.method]
-        cells += [_epochs(result.baseline), _epochs(result.treated)]
-        rows.append([*cells, f"{ratio} {bounds}, {count_of(row.pairs, row.seeds)}"])
-    head.append("speed-up, pairs")
+        rows.append([
+            row.task,
+            f"{percent} {metric_name(row.metric)} on {row.split} ({row.share:.0%} of the end)",
+            row.method, _epochs(result.baseline), _epochs(result.treated),
+            f"{or_dash(result.ratio, '× {:.2f}')} {bounds}, {count_of(row.pairs, row.seeds)}",
+        ])  # fmt: skip
     return Table("speed-ups", _CAPTIONS["speed-ups"], head, rows, 3, "Speed-ups")
 
 
 def _epochs(by_seed: dict[int, float | None]) -> str:
     """Return the mean epochs, or how many seeds have none and why."""
-    known = [epoch for epoch in by_seed.values() if epoch is not None and epoch < float("inf")]
-    if len(known) == len(by_seed):
-        return f"{sum(known) / len(known):.1f}"
+    reached = [epoch for epoch in by_seed.values() if epoch is not None and epoch < float("inf")]
+    if len(reached) == len(by_seed):
+        return f"{sum(reached) / len(reached):.1f}"
     early = list(by_seed.values()).count(None)
-    counts = {"never": len(by_seed) - len(known) - early, "before the first": early}
+    counts = {"never": len(by_seed) - len(reached) - early, "before the first": early}
     return ", ".join(f"{text} in {n} seed{'s' * (n > 1)}" for text, n in counts.items() if n)
 
 
@@ -163,21 +164,17 @@ def _classes(report: Report, task: str) -> Table:
     for method in report.treated:
         differences = [row.differences[method] for row in classes if method in row.differences]
         tested = [d for d in differences if d.p_value is not None]
-        gains = sum(d.excludes_zero and d.mean > 0 for d in tested)
-        losses = sum(d.excludes_zero and d.mean < 0 for d in tested)
+        gains = [d.mean > 0 for d in tested if d.excludes_zero]
         if tested:
             notes.append(
-                f"{method}: {len(tested)} classes have an interval. It excludes zero for {gains} "
-                f"that gain and {losses} that lose; chance alone would give about "
-                f"{0.05 * len(tested):.1f}."
+                f"{method}: {len(tested)} classes have an interval. It excludes zero for "
+                f"{gains.count(True)} that gain and {gains.count(False)} that lose; chance alone "
+                f"would give about {0.05 * len(tested):.1f}."
             )
     rows = []
     for row in classes:
         means = [spread(row.summaries.get(method), "") for method in report.methods]
-        gaps = [
-            f"{gap(d.mean, '')} {interval(d, '')}" if d else DASH
-            for d in map(row.differences.get, report.treated)
-        ]
+        gaps = [_change(row.differences.get(method), "") for method in report.treated]
         rows.append([row.name, *means, *gaps])
     head = ["class", *report.methods, *(f"{m} − {report.baseline} [95 %]" for m in report.treated)]
     heading = f"Classes of {task}"
@@ -191,9 +188,7 @@ def _costs(report: Report) -> Table:
         for method in report.methods:
             count = count_missing(row["counts"].get(method, 0), report.seeds)
             ratio = f"× {row['ratios'][method]:.2f}" if method in row["ratios"] else ""
-            remarks = "; ".join(filter(None, (count, ratio)))
-            mean = or_dash(row["means"].get(method), "{:,.1f}")
-            cells.append(f"{mean} ({remarks})" if remarks else mean)
+            cells.append(_noted(or_dash(row["means"].get(method), "{:,.1f}"), count, ratio))
         rows.append([row["task"], f"{row['quantity']}, {row['unit']}", *cells])
     return Table("cost", _CAPTIONS["cost"], ["task", "cost", *report.methods], rows, 2, "Cost")
 
@@ -227,9 +222,10 @@ def _protocol(report: Report, task: str) -> list[Table]:
             ("where runs differ", ["key", *report.methods], differing),
             ("the same in every run", ["key", "value"], shared),
         ):
-            heading = "" if any(table.rows for table in tables) else f"Protocol of {task}"
-            caption = f"{part['heading']}, {state}"
-            tables.append(Table("protocol", caption, head, rows, len(head), heading, task=task))
+            if rows:
+                caption = f"{part['heading']}, {state}"
+                heading = "" if tables else f"Protocol of {task}"
+                tables.append(Table("protocol", caption, head, rows, len(head), heading, task=task))
     return tables
 
 
@@ -238,6 +234,6 @@ def _unfinished(report: Report) -> Table:
     rows = []
     for run in report.unfinished:
         seed = DASH if run.seed is None else str(run.seed)
-        place = [run.task or DASH, run.method or DASH, seed]
-        rows.append([*place, run.state, run.failure, run.folder.as_posix()])
+        labels = [run.task or DASH, run.method or DASH, seed]
+        rows.append([*labels, run.state, run.failure, run.folder.as_posix()])
     return Table("unfinished", _CAPTIONS["unfinished"], head, rows, len(head), "Unfinished runs")

@@ -66,9 +66,6 @@ def to_html(report: Report) -> str:
     return environment.get_template("report.html.jinja").render(
         report=report,
         version=__version__,
-        methods=report.methods,
-        treated=report.treated,
-        baseline=report.baseline,
         curves={
             curves.task: pictures.draw_curves(report.tasks[curves.task], curves, report.methods)
             for curves in report.curves
@@ -108,10 +105,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Row):
         content["missing"] = {m: [run.folder for run in runs] for m, runs in value.missing.items()}
     if isinstance(value, SpeedUp):
-        for key, epochs in (("baseline", value.baseline), ("treated", value.treated)):
-            content[key] = {
-                s: "never" if epoch == math.inf else epoch for s, epoch in epochs.items()
-            }
+        for key in ("baseline", "treated"):
+            epochs = content[key].items()
+            content[key] = {seed: "never" if epoch == math.inf else epoch for seed, epoch in epochs}
     return content
 
 

@@ -4,22 +4,16 @@
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from tract_transfer.build.data import Loaded, check_disjoint, load_split
+from tract_transfer.build.data import Loaded, compare_splits, load_split
 from tract_transfer.config.data import HeldOutSource
 from tract_transfer.config.schema import Config
-from tract_transfer.data.classification import (
-    ClassificationDataset,
-    check_same_classes,
-    join_integer_classes,
-)
 from tract_transfer.data.detection import DetectionDataset
-from tract_transfer.data.findings import Findings, Size, size_checks
-from tract_transfer.data.streaming import Stream
+from tract_transfer.data.findings import Findings, Size
 
 Progress = Callable[[Iterable[int], str], Iterable[int]]
 
@@ -49,10 +43,6 @@ class DataReport:
         """Whether nothing is broken."""
         return not (self.problems or any(split.problems for split in self.splits.values()))
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain types."""
-        return {"is_clean": self.is_clean, **asdict(self)}
-
 
 def check_data(config: Config, progress: Progress | None = None) -> DataReport:
     """Open every image and read every annotation of a config's splits.
@@ -61,9 +51,9 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
     """
     report = DataReport()
     loaded: dict[str, Loaded] = {}
-    item_of: dict[str, str] = {}  # sha256 of the pixels -> split and image
+    shown: dict[str, str] = {}
     for name in ("train", "val", "test"):
-        section = getattr(config.data, name, None)
+        section = getattr(config.data, name)
         if section is None or isinstance(section, HeldOutSource):  # a part of train
             continue
         findings = Findings(collect=True)
@@ -73,76 +63,66 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
             report.splits[name] = SplitReport(name, [*findings.problems, str(error)])
             continue
         loaded[name] = dataset
-        images = check_images(dataset, progress)
-        problems = [*findings.problems, *images.problems]
-        report.splits[name] = SplitReport(dataset.name, problems, statistics(dataset, images.sizes))
-        report.warnings += [f"{name}: {text}" for text in images.turned]
-        for first, again in images.repeated:
-            report.warnings.append(f"{name}: {again} shows the same as {first}")
-        for digest, item in images.items.items():
-            other = item_of.setdefault(digest, f"{name}: {item}")
-            if other != f"{name}: {item}":
-                report.warnings.append(f"{name}: {item} shows the same as {other}")
-    if not loaded:
-        return report
-    checks = size_checks(loaded)
-    report.warnings += [f"{n}: {check.text}" for n, check in checks.items() if check.differs]
+        checked = check_images(dataset, name, shown, progress)
+        problems = [*findings.problems, *checked.problems]
+        report.splits[name] = SplitReport(
+            dataset.name, problems, statistics(dataset, checked.sizes)
+        )
+        report.warnings += checked.warnings
     try:
-        join_integer_classes(loaded)
-        report.warnings += check_same_classes(cast(Any, loaded))
-    except ValueError as error:
-        report.problems.append(str(error))
-    try:
-        check_disjoint(loaded)
+        warnings = compare_splits(loaded) if loaded else []
+        report.warnings += [warning.removeprefix("data.") for warning in warnings]
     except (ValueError, OSError) as error:
         report.problems.append(str(error))
     return report
 
 
-Checked = ClassificationDataset | DetectionDataset | Stream
-# COCO's limits of medium objects, square pixels.
-_SMALL_PX2, _LARGE_PX2 = 32.0**2, 96.0**2
+class CheckedImages(NamedTuple):
+    """Errors of images that cannot be used, the sizes of the others, and warnings."""
+
+    problems: list[str]
+    sizes: list[Size]
+    warnings: list[str]
 
 
-@dataclass
-class ImageCheck:
-    """The result of decoding every image of a data set."""
+def check_images(
+    dataset: Loaded, split: str, shown: dict[str, str], progress: Progress | None = None
+) -> CheckedImages:
+    """Decode every image; `progress(indices, name)` may display the progress.
 
-    problems: list[str] = field(default_factory=list)  # errors of images that cannot be used
-    sizes: list[Size] = field(default_factory=list)  # of the others
-    items: dict[str, str] = field(default_factory=dict)  # sha256 (hex) of pixels -> first name
-    repeated: list[tuple[str, str]] = field(default_factory=list)  # names of equal images
-    turned: list[str] = field(default_factory=list)  # warnings: EXIF orientation is not applied
-
-
-def check_images(dataset: Checked, progress: Progress | None = None) -> ImageCheck:
-    """Decode every image; `progress(indices, name)` may display the progress."""
-    result = ImageCheck()
+    Args:
+        shown: sha256 (hex) of pixels -> split and name of the first such image; new ones are added.
+    """
+    checked = CheckedImages([], [], [])
     indices: Iterable[int] = range(len(dataset))
     for index in progress(indices, dataset.name) if progress else indices:
-        item = dataset.item(index)
+        item = f"{split}: {dataset.item(index)}"
         try:
             image = dataset.image(index)
         except (ValueError, OSError) as error:
-            result.problems.append(str(error))
+            checked.problems.append(str(error))
             continue
         if isinstance(dataset, DetectionDataset):
             orientation = dataset.unfollowed_orientation(index)
             if orientation != 1:
-                result.turned.append(
+                checked.warnings.append(
                     f"{item} has EXIF orientation {orientation}, and its size fits with and "
                     "without it: boxes are taken to be of the pixels as stored"
                 )
         height, width = image.shape[1:]
-        result.sizes.append((height, width))
+        checked.sizes.append((height, width))
         digest = hashlib.sha256(f"{height}x{width}".encode() + image.numpy().tobytes()).hexdigest()
-        first = result.items.setdefault(digest, item)
+        first = shown.setdefault(digest, item)
         if first != item:
-            result.repeated.append((first, item))
-    return result
+            checked.warnings.append(f"{item} shows the same as {first}")
+    return checked
 
 
-def statistics(dataset: Checked, sizes: list[Size]) -> dict[str, Any]:
+# COCO's limits of medium objects, square pixels.
+_SMALL_PX2, _LARGE_PX2 = 32.0**2, 96.0**2
+
+
+def statistics(dataset: Loaded, sizes: list[Size]) -> dict[str, Any]:
     """Return statistics of a data set and its usable images' `sizes` as plain types."""
     heights, widths = np.array(sizes, dtype=np.float64).reshape(-1, 2).T
     result: dict[str, Any] = {

@@ -16,12 +16,7 @@ from torch.utils.data import DataLoader
 
 from tract_transfer.build.batches import build_eval_loader, build_transforms
 from tract_transfer.build.data import Dataset, build_data
-from tract_transfer.build.model import (
-    build_evaluated,
-    build_evaluator,
-    build_model,
-    preflight,
-)
+from tract_transfer.build.model import build_evaluated, build_evaluator, build_model, preflight
 from tract_transfer.build.trainer import PRECISIONS, build_accelerator, build_trainer, train_length
 from tract_transfer.config.schema import (
     Config,

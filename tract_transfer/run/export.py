@@ -11,18 +11,10 @@ import jinja2
 from tract_transfer.config.data import HeldOutSource
 from tract_transfer.config.schema import ClassificationConfig
 from tract_transfer.files import ENVIRONMENT_NAME, RESULTS_NAME
-from tract_transfer.models import Backbone, Classifier
+from tract_transfer.models import Backbone, Classifier, export
 from tract_transfer.models.classifier import FlipClassifier
-from tract_transfer.models.export import (
-    ONNX_NAME,
-    OPSET,
-    Portable,
-    export_onnx,
-    require_onnx,
-    save_portable,
-    to_library,
-)
-from tract_transfer.models.weights import has_metadata, read_metadata
+from tract_transfer.models.export import Portable
+from tract_transfer.models.weights import read_metadata
 from tract_transfer.run.evaluate import load_trained
 
 TEMPLATE = "model_card.md.jinja"
@@ -60,13 +52,13 @@ def export_run(
     if output.exists():
         raise FileExistsError(f"{output} exists. Name another --output.")
     if onnx:
-        require_onnx()
-    written = {}
+        export.require_onnx()
+    facts: dict[str, Any] = {"hub_id": hub_id, "onnx": onnx, "license_id": license_id}
     for name, file in (("results", RESULTS_NAME), ("environment", ENVIRONMENT_NAME)):
         if not (run / file).is_file():
             message = "it is not a finished run. Give another folder, or resume it."
             raise FileNotFoundError(f"No {run / file}: {message}")
-        written[name] = json.loads((run / file).read_text(encoding="utf-8"))
+        facts[name] = json.loads((run / file).read_text(encoding="utf-8"))
     trained = load_trained(run, ["engine.device=cpu"])
     config, label_names = trained.config, trained.class_names
     if not isinstance(config, ClassificationConfig):
@@ -78,19 +70,17 @@ def export_run(
     classifier = trained.model.get_submodule("classifier") if is_flipped else trained.model
     assert isinstance(classifier, Classifier)
     size_px = config.data.transforms.size_px
-    portable = to_library(classifier, size_px)
-    data = (read_metadata(run) if has_metadata(run) else {}).get("data", {})
-    hub_ids = list(dict.fromkeys(data.get("hub_ids", {}).values()))
-    given = {"hub_id": hub_id, "onnx": onnx, "license_id": license_id}
+    portable = export.to_library(classifier, size_px)
+    hub_ids = read_metadata(run).get("data", {}).get("hub_ids", {})
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".export") as parent:
         folder = Path(parent) / "complete"
         folder.mkdir()
-        save_portable(folder, portable, _metadata(config, classifier, label_names, portable))
+        export.save_portable(folder, portable, _metadata(config, classifier, label_names, portable))
         if onnx:
-            export_onnx(classifier, size_px, folder / ONNX_NAME)
-        text = _model_card(config, written, portable, classifier.backbone, hub_ids, given)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+            export.export_onnx(classifier, size_px, folder / export.ONNX_NAME)
+        card = _model_card(config, portable, classifier.backbone, {*hub_ids.values()}, facts)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         folder.rename(output)
     return portable
 
@@ -135,21 +125,17 @@ def _metadata(
 
 def _model_card(
     config: ClassificationConfig,
-    run: dict[str, dict[str, Any]],
     portable: Portable,
     backbone: Backbone,
-    hub_ids: list[str],
-    given: dict[str, Any],
+    hub_ids: set[str],
+    facts: dict[str, Any],
 ) -> str:
     """Return the model card: Markdown with YAML front matter (see model_card.md.jinja).
 
     Args:
-        run: `results` and `environment`, as the run wrote them.
         hub_ids: the data sets of the hub that the run used.
-        given: `hub_id`, `onnx` and `license_id`, as in `export_run`.
+        facts: the run's `results` and `environment`; `hub_id`, `onnx` and `license_id`.
     """
-    transforms, library, results = config.data.transforms, portable.library, run["results"]
-    is_timms_own = library == "timm" and not portable.edits
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -160,22 +146,14 @@ def _model_card(
     templates.filters.update(md=escape, py=repr)
     title = config.name or Path(config.output_dir).name
     return templates.get_template(TEMPLATE).render(
-        **run,
-        **given,
-        front_matter=_front_matter(config, results, portable, hub_ids, given, title),
+        **facts,
+        front_matter=_front_matter(config, portable, hub_ids, facts, title),
         title=title,
         portable=portable,
-        names=results["details"]["class_names"],
-        protocol=_without_folders(results["protocol"], config, hub_ids),
-        has_state_dict=library != "tract_transfer" and not is_timms_own,
-        create="timm.create_model" if library == "timm" else "torchvision.models.get_model",
-        metadata_name="config.json" if is_timms_own else "model.json",
-        transforms=transforms,
-        resize_px=round(transforms.size_px / transforms.crop_ratio),
-        mean=backbone.mean.flatten().tolist(),
-        std=backbone.std.flatten().tolist(),
-        opset=OPSET,
-        flip=config.evaluation.flip,
+        backbone=backbone,
+        config=config,
+        protocol=_without_folders(facts["results"]["protocol"], config, hub_ids),
+        opset=export.OPSET,
     )
 
 
@@ -186,15 +164,15 @@ def escape(text: object) -> str:
 
 def _front_matter(
     config: ClassificationConfig,
-    results: dict[str, Any],
     portable: Portable,
-    hub_ids: list[str],
-    given: dict[str, Any],
+    hub_ids: set[str],
+    facts: dict[str, Any],
     title: str,
 ) -> str:
     """Return what the hub reads: library, task, license, data, and the results as model-index."""
     from huggingface_hub import EvalResult, ModelCardData
 
+    results = facts["results"]
     split = "test" if config.data.test is not None else "val"
     section: Any = getattr(config.data, split)
     split_name = getattr(section, "split", split)
@@ -222,10 +200,10 @@ def _front_matter(
     data = ModelCardData(
         library_name=portable.library,
         pipeline_tag="image-classification",
-        tags=list(dict.fromkeys([*tags, *(["onnx"] if given["onnx"] else [])])),
-        datasets=hub_ids or None,
+        tags=list(dict.fromkeys([*tags, *(["onnx"] if facts["onnx"] else [])])),
+        datasets=sorted(hub_ids) or None,
         metrics=["accuracy"],
-        license=given["license_id"],
+        license=facts["license_id"],
         model_name=title,
         eval_results=eval_results,
     )
@@ -233,11 +211,11 @@ def _front_matter(
 
 
 def _without_folders(
-    protocol: dict[str, Any], config: ClassificationConfig, hub_ids: list[str]
+    protocol: dict[str, Any], config: ClassificationConfig, hub_ids: set[str]
 ) -> dict[str, str]:
     """Return the protocol with the names of local data instead of their paths."""
     sections = (config.data.train, config.data.val, config.data.test)
-    paths = {str(getattr(section, "path", "")) for section in sections} - set(hub_ids)
+    paths = {str(getattr(section, "path", "")) for section in sections} - hub_ids
     for path in sorted(paths, key=len, reverse=True):
         if name := Path(path).name:  # not for `.`, which is in every number
             protocol = {key: text.replace(path, name) for key, text in protocol.items()}

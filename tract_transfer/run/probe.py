@@ -1,10 +1,10 @@
 """A probe: features of a frozen backbone, and what simple classifiers achieve with them."""
 
-import importlib.metadata
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,10 @@ from tract_transfer.data.streaming import Stream
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.hooks import evaluating, format_metrics
 from tract_transfer.engine.run_folder import RunFolder
+from tract_transfer.evaluation import probes
 from tract_transfer.evaluation.classification import multilabel_metrics
 from tract_transfer.evaluation.linear_probes import check_shots
-from tract_transfer.evaluation.probes import (
-    Extracted,
-    Labels,
-    Rows,
-    Scores,
-    cached_features,
-    check_ks,
-    extract_features,
-    feature_key,
-)
+from tract_transfer.evaluation.probes import Extracted, Labels, Rows, Scores
 from tract_transfer.models import Backbone
 from tract_transfer.run.results import log_weights, overlap, protocol, run_info, write_results
 
@@ -51,22 +43,20 @@ def run_probe(
     run_folder.begin(data.fingerprints)
     accelerator, started = run_folder.accelerator, time.perf_counter()
     backbone.to(accelerator.device)
-    hashes = {
-        name: content_hashes(split.encoded, len(split)) for name, split in data.splits.items()
-    }
+    hashes = {name: content_hashes(of.encoded, len(of)) for name, of in data.splits.items()}
     cache = Path(config.data.feature_cache or run_folder.path / "features")
     extracted = _features(config, data, backbone, hashes, cache, accelerator)
     labels = {name: _labels(data.splits[name])[one.indices] for name, one in extracted.items()}
     rows = {name: Rows(one.features, labels[name]) for name, one in extracted.items()}
     decoded = {name: one.indices.tolist() for name, one in extracted.items()}
-    metrics, details, probes = _probe(config, data.class_names, rows, accelerator)
+    metrics, details, by_probe = _probe(config, data.class_names, rows, accelerator)
     is_new = not any(one.was_kept for one in extracted.values())  # else its time is too short
     results = {
         **run_info(config),
         "weights_match": log_weights(backbone),
         "metrics": metrics,
         "primary_metric": config.evaluation.metric,
-        "probes": probes,
+        "probes": by_probe,
         "rows": {name: len(one.y) for name, one in rows.items()},
         "leaks": overlap(data, hashes, decoded),
         "test_classes_without_training_images": _untrained(data, labels),
@@ -85,38 +75,13 @@ def run_probe(
 
 def build_probed(config: ProbeConfig, data: Data) -> Backbone:
     """Return the backbone to probe."""
-    labels = _labels(data.train)
     if knn := config.evaluation.knn:
-        check_ks(knn.ks, len(data.train))
+        probes.check_ks(knn.ks, len(data.train))
     if few_shot := config.evaluation.few_shot:
-        check_shots(labels, few_shot.ks, data.class_names)
+        check_shots(_labels(data.train), few_shot.ks, data.class_names)
     backbone = build_model(config, len(data.class_names))
     assert isinstance(backbone, Backbone)
     return backbone
-
-
-def _probe(
-    config: ProbeConfig, class_names: list[str], rows: Mapping[str, Rows], accelerator: Accelerator
-) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
-    """Return the metrics of all probes, and the details and the description of each by name."""
-    metrics: dict[str, float] = {}
-    details: dict[str, Any] = {}
-    probes: dict[str, Any] = {}
-    measure = partial(_measure, config, class_names, rows["test"].y, accelerator)
-    for name, probed in run_probes(config, rows, len(class_names), measure, accelerator.device):
-        metrics.update({f"{name}_{metric}": value for metric, value in probed.metrics.items()})
-        probes[name] = probed.about
-        if not config.evaluation.metric.startswith(f"{name}_"):  # large, and one is enough
-            probed.details.pop("confusion_matrix", None)
-        details |= {name: probed.details} if probed.details else {}
-        logger.info("%s test %s", name, format_metrics(probed.metrics))
-    return metrics, details, probes
-
-
-def _labels(dataset: Dataset) -> Labels:
-    """Return classes (N,), or marks (N, K) if an image has several labels."""
-    assert not isinstance(dataset, Stream)  # build_data refuses it
-    return dataset.marks if isinstance(dataset, ImageLabels) else dataset.labels
 
 
 def _features(
@@ -128,28 +93,29 @@ def _features(
     accelerator: Accelerator,
 ) -> dict[str, Extracted]:
     """Return the features of every split, cached or new; `hashes` are those of their images."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "timm")}
     context = {  # what features depend on besides weights and images
         "backbone": backbone.origin,
         "transforms": config.data.transforms.model_dump(),
         "undecodable": config.data.undecodable,
         "precision": config.engine.precision,
         "device": backbone.mean.device.type,
-        "versions": versions,
+        "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
     }
-    extracted: dict[str, Extracted] = {}
     with accelerator.main_process_first():  # the others read what it has cached
-        for name, split in data.splits.items():
-            key = feature_key(context, backbone.state_dict(), hashes[name])
-            extract = partial(_extract, config, backbone, split, accelerator)
-            extracted[name] = cached_features(cache, key, extract)
-    return extracted
+        return {
+            name: probes.cached_features(
+                cache,
+                probes.feature_key(context, backbone.state_dict(), hashes[name]),
+                partial(_extract, config, backbone, split, accelerator.device),
+            )
+            for name, split in data.splits.items()
+        }
 
 
 def _extract(
-    config: ProbeConfig, backbone: Backbone, dataset: Dataset, accelerator: Accelerator
+    config: ProbeConfig, backbone: Backbone, dataset: Dataset, device: torch.device
 ) -> Extracted:
-    device, precision = accelerator.device, PRECISIONS[config.engine.precision]
+    precision = PRECISIONS[config.engine.precision]
     skipped: list[str] = []
 
     def batches() -> Iterator[Batch]:
@@ -159,26 +125,43 @@ def _extract(
                 yield batch
 
     with evaluating(backbone), torch.autocast(device.type, precision, enabled=bool(precision)):
-        features, indices = extract_features(backbone.pooled, batches(), device)
+        features, indices = probes.extract_features(backbone.pooled, batches(), device)
     return Extracted(features, indices, skipped)
 
 
-def _measure(
-    config: ProbeConfig,
-    class_names: list[str],
-    truth: Labels,
-    accelerator: Accelerator,
-    scores: Scores,
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Return metrics and details of scores (N, K) of the test images with labels `truth`."""
-    if config.data.has_many_labels:
-        return multilabel_metrics(scores, truth, class_names)
-    evaluator = build_evaluator(config, class_names)
-    if accelerator.is_main_process:  # every process has all of them
-        evaluator.update(torch.from_numpy(scores), torch.from_numpy(truth))
-    metrics = evaluator.compute()
-    metrics.pop("loss")  # votes and distances are not probabilities
-    return metrics, evaluator.details()
+def _probe(
+    config: ProbeConfig, class_names: list[str], rows: Mapping[str, Rows], accelerator: Accelerator
+) -> tuple[dict[str, float], dict[str, Any], dict[str, Any]]:
+    """Return the metrics of all probes, and the details and the results of each by name."""
+
+    def measure(scores: Scores) -> tuple[dict[str, float], dict[str, Any]]:
+        if config.data.has_many_labels:
+            return multilabel_metrics(scores, rows["test"].y, class_names)
+        evaluator = build_evaluator(config, class_names)
+        if accelerator.is_main_process:  # every process has all of them
+            evaluator.update(torch.from_numpy(scores), torch.from_numpy(rows["test"].y))
+        metrics = evaluator.compute()
+        metrics.pop("loss")  # votes and distances are not probabilities
+        return metrics, evaluator.details()
+
+    metrics: dict[str, float] = {}
+    details: dict[str, Any] = {}
+    by_probe: dict[str, Any] = {}
+    probed = run_probes(config, rows, len(class_names), measure, accelerator.device)
+    for name, results, more in probed:
+        by_probe[name], of_probe = results, results["metrics"]
+        metrics |= {f"{name}_{metric}": value for metric, value in of_probe.items()}
+        if not config.evaluation.metric.startswith(f"{name}_"):  # large, and one is enough
+            more.pop("confusion_matrix", None)
+        details |= {name: more} if more else {}
+        logger.info("%s test %s", name, format_metrics(of_probe))
+    return metrics, details, by_probe
+
+
+def _labels(dataset: Dataset) -> Labels:
+    """Return classes (N,), or marks (N, K) if an image has several labels."""
+    assert not isinstance(dataset, Stream)  # its config is refused
+    return dataset.marks if isinstance(dataset, ImageLabels) else dataset.labels
 
 
 def _untrained(data: Data, labels: dict[str, Labels]) -> list[str]:

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from torchvision.io import write_png
 
+from tract_transfer import files
 from tract_transfer.build.data import Data
 from tract_transfer.build.model import build_evaluated
 from tract_transfer.build.trainer import TrainLength
@@ -21,15 +22,7 @@ from tract_transfer.data.streaming import Stream
 from tract_transfer.engine.hooks import evaluating
 from tract_transfer.engine.run_folder import weights_metadata
 from tract_transfer.engine.trainer import Trainer
-from tract_transfer.files import (
-    RESULTS_FORMAT,
-    RESULTS_NAME,
-    as_yaml,
-    atomic_path,
-    make_folder,
-    redact,
-    write_json,
-)
+from tract_transfer.files import RESULTS_FORMAT, RESULTS_NAME
 from tract_transfer.models import Backbone
 from tract_transfer.models.weights import save_backbone
 from tract_transfer.models.weights_match import MatchReport
@@ -86,7 +79,7 @@ def training_results(
 
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     """Write results.json, which finishes the run; warn of images that were skipped."""
-    write_json(folder / RESULTS_NAME, redact(results))
+    files.write_json(folder / RESULTS_NAME, files.redact(results))
     if skipped := results.get("skipped"):
         logger.warning(
             "%d images that cannot be decoded were skipped (data.undecodable: skip), the first: "
@@ -127,7 +120,7 @@ def _save_detections(
 ) -> None:
     """Write the first `count` images as PNG, and detections.json with detections and truth."""
     entries, names = [], dataset.class_names
-    make_folder(folder / "detections")
+    files.make_folder(folder / "detections")
     for index in range(min(count, len(dataset))):
         try:
             image, target = dataset.image(index), dataset.target(index)
@@ -136,7 +129,7 @@ def _save_detections(
         with evaluating(model):
             (detections,) = model([image.to(device)])
         path = f"detections/{index:04d}.png"
-        with atomic_path(folder / path) as temporary:
+        with files.atomic_path(folder / path) as temporary:
             write_png(image, str(temporary))
         entry = {
             "image": path,
@@ -147,7 +140,7 @@ def _save_detections(
             "truth_labels": [names[label] for label in target["labels"].tolist()],
         }
         entries.append(entry)
-    write_json(folder / "detections.json", entries)
+    files.write_json(folder / "detections.json", entries)
 
 
 def run_info(config: Config) -> dict[str, Any]:
@@ -191,7 +184,7 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
     lines = {
         "train": f"{data.train.name}: {len(data.train)} images, {len(data.class_names)} classes",
         split: f"{reported.name}: {len(reported)} images",
-        "transforms": as_yaml(config.data.transforms.model_dump(exclude_none=True)),
+        "transforms": files.as_yaml(config.data.transforms.model_dump(exclude_none=True)),
         "precision": config.engine.precision,
     }
     if sizes := dict.fromkeys(check.text for check in size_checks(data.splits).values()):
@@ -202,7 +195,7 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
     lines |= _training_protocol(config)
     if config.task == "detection":
         keys = {"empty_images", "invalid_boxes", "group_by_aspect", "repeat_threshold"}
-        lines["sampling"] = as_yaml(config.data.model_dump(include=keys))
+        lines["sampling"] = files.as_yaml(config.data.model_dump(include=keys))
         policy = config.model.detector.args.get("difficult_in_training", "keep")
         lines["difficult objects"] = _DIFFICULT[policy]
     if config.evaluation.flip:
@@ -216,14 +209,14 @@ def protocol(config: Config, data: Data, details: dict[str, Any]) -> dict[str, s
 def _training_protocol(config: TrainedTask) -> dict[str, str]:
     """Return what the weights of a training depend on beside its data, and their selection."""
     engine, lines = config.engine, {}
-    lines["optimization"] = as_yaml(config.solver.model_dump(exclude_none=True))
+    lines["optimization"] = files.as_yaml(config.solver.model_dump(exclude_none=True))
     clipped = "not clipped" if engine.grad_clip is None else f"clipped at {engine.grad_clip}"
     lines["batch"] = f"{config.data.batch_size} images a step, gradient norm {clipped}"
-    lines["model"] = as_yaml(config.model.model_dump(exclude={"backbone", "weights"}))
+    lines["model"] = files.as_yaml(config.model.model_dump(exclude={"backbone", "weights"}))
     if config.task == "classification":
         mixing = config.data.model_dump(include={"mixup", "repeats"})
         if mixing != {"mixup": None, "repeats": 1}:
-            lines["mixing"] = as_yaml(mixing)
+            lines["mixing"] = files.as_yaml(mixing)
     if (drop_path := config.model.backbone.drop_path) is not None:
         lines["stochastic depth"] = f"rate {drop_path.rate}, {drop_path.mode}"
     metric, patience = config.evaluation.metric, config.evaluation.patience
@@ -266,9 +259,7 @@ def overlap(
         rows: split -> the images that count.
     """
     reported, tested = data.report
-    first_with: dict[str, int] = {}
-    for row in rows[reported]:
-        first_with.setdefault(hashes[reported][row], row)
+    first_with = {hashes[reported][row]: row for row in reversed(rows[reported])}
     counts: dict[str, dict[str, Any]] = {}
     for name, split in data.splits.items():
         if name == reported:

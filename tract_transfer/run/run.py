@@ -10,23 +10,11 @@ from tract_transfer.build.data import Data, build_data
 from tract_transfer.build.model import preflight
 from tract_transfer.build.trainer import TrainLength, build_accelerator, build_trainer, train_length
 from tract_transfer.config.schema import Config, ProbeConfig, TrainedTask
+from tract_transfer.engine import group, hooks
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.debug_batch import keep_debug_batch
 from tract_transfer.engine.determinism import deterministic
-from tract_transfer.engine.group import (
-    check_same,
-    main_first,
-    reports_lost_processes,
-    stop_on_signals,
-)
-from tract_transfer.engine.hooks import (
-    LogProgress,
-    MetricsFile,
-    PeriodicEvaluation,
-    SaveCheckpoints,
-    format_metrics,
-)
 from tract_transfer.engine.run_folder import open_run_folder, resume_hint
 from tract_transfer.engine.trainer import Hook, Trainer
 from tract_transfer.run.evaluate import measure
@@ -54,11 +42,11 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
     """
     preflight(config)
     hint = partial(resume_hint, Path(config.output_dir))
-    with deterministic(config.engine.deterministic), stop_on_signals(hint) as stop:
+    with deterministic(config.engine.deterministic), group.stop_on_signals(hint) as stop:
         accelerator = build_accelerator(config)
         cost = CostMeter(accelerator.device)
         opened = open_run_folder(config, accelerator, resume=resume)
-        with reports_lost_processes(accelerator), opened as run_folder:
+        with group.reports_lost_processes(accelerator), opened as run_folder:
             data = build_data(config)
             if isinstance(config, ProbeConfig):
                 return run_probe(config, data, run_folder, cost)
@@ -81,7 +69,7 @@ def train(
     accelerator, stop = trainer.accelerator, trainer.stop
     is_main, (split, dataset) = accelerator.is_main_process, data.report
     checkpointer = Checkpointer(folder / "checkpoints", config.engine.checkpoint.keep)
-    metrics_file = MetricsFile(folder, tensorboard=config.engine.log.tensorboard and is_main)
+    metrics_file = hooks.MetricsFile(folder, tensorboard=config.engine.log.tensorboard and is_main)
     with contextlib.closing(metrics_file):
         weights_match = log_weights(trainer.evaluated_model.get_submodule("backbone"))
         load_newest(trainer, checkpointer)
@@ -107,14 +95,14 @@ def train(
             results["cost"] = cost.read(whole=is_new)
             if is_main:
                 write_results(folder, results)
-    logger.info("%s %s", split, format_metrics(results["metrics"]))
+    logger.info("%s %s", split, hooks.format_metrics(results["metrics"]))
     accelerator.wait_for_everyone()
     return results
 
 
 def load_newest(trainer: Trainer, checkpointer: Checkpointer) -> None:
     """Load the newest checkpoint, if there is one; the same on every process."""
-    main_first(trainer.accelerator, checkpointer.tidy)
+    group.main_first(trainer.accelerator, checkpointer.tidy)
     newest = checkpointer.newest()
     if newest is not None:
         parts, state, iteration = checkpointer.load(newest)
@@ -128,9 +116,9 @@ def load_newest(trainer: Trainer, checkpointer: Checkpointer) -> None:
         logger.info("Resumed from %s", newest)
     elif broken := sorted(checkpointer.folder.glob("broken-*")):
         logger.warning("No checkpoint but %s: training starts from scratch.", broken[-1].name)
-    check_same(trainer.iteration, "iterations to resume from")
+    group.check_same(trainer.iteration, "iterations to resume from")
     repair_best = partial(checkpointer.repair_best, trainer.best, trainer.iteration)
-    main_first(trainer.accelerator, repair_best)
+    group.main_first(trainer.accelerator, repair_best)
 
 
 def load_reported(config: TrainedTask, trainer: Trainer, checkpointer: Checkpointer) -> int:
@@ -154,16 +142,18 @@ def build_hooks(
     length: TrainLength,
     trainer: Trainer,
     checkpointer: Checkpointer,
-    metrics_file: MetricsFile,
+    metrics_file: hooks.MetricsFile,
 ) -> list[Hook]:
     """Return what watches a training: its log, then its checkpoints, then its evaluations."""
     watched = "val" if data.val is not None else data.report[0]
     selects, per_epoch = config.evaluation.report == "best", length.iters_per_epoch
     log_every, evaluate_every = config.engine.log.every_iters, length.evaluate_every
     return [
-        LogProgress(metrics_file, every_iters=log_every, iters_per_epoch=per_epoch),
-        SaveCheckpoints(checkpointer, [length.checkpoint_every, evaluate_every], metrics_file),
-        PeriodicEvaluation(
+        hooks.LogProgress(metrics_file, every_iters=log_every, iters_per_epoch=per_epoch),
+        hooks.SaveCheckpoints(
+            checkpointer, [length.checkpoint_every, evaluate_every], metrics_file
+        ),
+        hooks.PeriodicEvaluation(
             lambda: measure(config, trainer, data.splits[watched], data.class_names)[0],
             every_iters=evaluate_every,
             at_end=watched != data.report[0] or selects,

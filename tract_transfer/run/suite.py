@@ -15,6 +15,7 @@ from tract_transfer.config.file import (
     ConfigError,
     Origins,
     Override,
+    explain,
     override,
     read_config_file,
 )
@@ -31,10 +32,7 @@ from tract_transfer.suite.state import Suite, inspect_folder
 _sha256_of = cache(sha256_of)
 _HUB_CLASSES = 20  # stands for the number of classes of data on the hub
 
-Fingerprints = Mapping[str, str] | None
-# (config, config of the run whose backbone it takes) -> fingerprints of its data, or None if only
-# the run can compute them. Raises ValueError or OSError if config, data and backbone do not fit.
-Inspect = Callable[[Config, Config | None], Fingerprints]
+Fingerprints = Mapping[str, str] | None  # of splits; None if only the run can compute them
 
 
 class Draft(NamedTuple):
@@ -42,7 +40,6 @@ class Draft(NamedTuple):
 
     run: PlannedRun
     config: Config
-    needed: Config | None
 
 
 def open_suite(config: SuiteConfig, *, refuse: bool = False) -> Suite:
@@ -57,11 +54,10 @@ def open_suite(config: SuiteConfig, *, refuse: bool = False) -> Suite:
     """
     drafts = draft_runs(config)
     if refuse:
-        found = {d.run.folder: inspect_folder(d.run, backbone_known=False) for d in drafts}
-        refuse_others({path: each.why for path, each in found.items() if each.state == "other"})
+        contents = {run.folder: inspect_folder(run, backbone_known=False) for run, _ in drafts}
+        refuse_others({path: c.why for path, c in contents.items() if c.state == "other"})
     with tempfile.TemporaryDirectory() as folder:
-        runs = inspect_runs(config, drafts, Inspector(Path(folder)).inspect)
-    return Suite(config, runs)
+        return Suite(config, inspect_runs(drafts, Inspector(Path(folder)).inspect))
 
 
 def list_plan(suite: Suite) -> list[str]:
@@ -97,7 +93,7 @@ def draft_runs(suite: SuiteConfig) -> list[Draft]:
                 needed_id = ids.get((method, seed, needs[task] or ""))
                 if needs[task] and needed_id is None:
                     continue  # the run that it needs has a problem
-                needed = drafts[needed_id] if needed_id else None
+                needed = drafts[needed_id].run if needed_id else None
                 with _collects(problems, task):
                     draft = _draft(suite, read(suite.path(task)), method, task, seed, needed)
                     _add(drafts, draft)
@@ -107,23 +103,27 @@ def draft_runs(suite: SuiteConfig) -> list[Draft]:
     return list(drafts.values())
 
 
-def inspect_runs(suite: SuiteConfig, drafts: Sequence[Draft], inspect: Inspect) -> list[PlannedRun]:
+def inspect_runs(
+    drafts: Sequence[Draft], inspect: Callable[[Config, Config | None], Fingerprints]
+) -> list[PlannedRun]:
     """Return the drafted runs with the fingerprints of their data, which are part of their ids.
+
+    Args:
+        inspect: as `Inspector.inspect`.
 
     Raises:
         ConfigError: lists the problems of all runs, one a line.
     """
+    configs = {run.folder: config for run, config in drafts}
     runs: dict[Path, PlannedRun] = {}
     problems: dict[str, None] = {}
-    for draft in drafts:
-        run = draft.run
+    for run, config in drafts:
         if run.needs and run.needs not in runs:
             continue  # the run that it needs has a problem
         with _collects(problems, run.task):
-            prints = inspect(draft.config, draft.needed)
-            needed_id = runs[run.needs].id if run.needs else None
-            id_ = _id(draft.config, needed_id, prints)
-            runs[run.folder] = replace(run, id=id_, fingerprints=prints)
+            fingerprints = inspect(config, configs[run.needs] if run.needs else None)
+            id_ = _id(config, runs[run.needs].id if run.needs else None, fingerprints)
+            runs[run.folder] = replace(run, id=id_, fingerprints=fingerprints)
     _refuse(problems)
     return list(runs.values())
 
@@ -134,14 +134,15 @@ def _needs(suite: SuiteConfig) -> dict[str, str | None]:
     for name, section in suite.tasks.items():
         by_default = suite.pretrain is None and "needs" not in section.model_fields_set
         needs[name] = None if by_default else section.needs
+    for task, needed in needs.items():
+        if needed is not None and needed not in needs:
+            hint = f"{did_you_mean(needed, needs)} null keeps the weights of the task's config."
+            message = f"{needed!r} is not one of the tasks {list(needs)}.{hint}"
+            raise suite.error(f"tasks.{task}.needs", message)
     ordered: dict[str, str | None] = {}
     for task in needs:
         chain = [task]
         while (needed := needs[chain[-1]]) is not None and needed not in ordered:
-            if needed not in needs:
-                hint = f"{did_you_mean(needed, needs)} null keeps the weights of the task's config."
-                message = f"{needed!r} is not one of the tasks {list(needs)}.{hint}"
-                raise suite.error(f"tasks.{chain[-1]}.needs", message)
             if needed in chain:
                 circle = " needs ".join([*chain[chain.index(needed) :], needed])
                 message = f"circular: {circle}. Break the circle."
@@ -155,14 +156,13 @@ def _seeds(suite: SuiteConfig, needs: Mapping[str, str | None]) -> dict[str, lis
     """Return task -> its seeds, which must be seeds of the task it needs."""
     seeds = dict.fromkeys(needs, suite.seeds)
     seeds |= {name: task.seeds for name, task in suite.tasks.items() if task.seeds}
-    for name, own in seeds.items():
-        needed = needs[name]
+    for task, needed in needs.items():
         available = suite.seeds if needed is None else seeds[needed]
-        if len(set(own) & set(available)) < len(own):
+        if len(set(seeds[task]) & set(available)) < len(seeds[task]):
             raise suite.error(
-                f"tasks.{name}.seeds",
-                f"{own} must be different seeds of {needed or 'the suite'}, {available}: a run "
-                "pairs with the runs of the same seed, and takes the backbone of that seed.",
+                f"tasks.{task}.seeds",
+                f"{seeds[task]} must be different seeds of {needed or 'the suite'}, {available}: a "
+                "run pairs with the runs of the same seed, and takes the backbone of that seed.",
             )
     return seeds
 
@@ -181,11 +181,11 @@ def _check_overrides(suite: SuiteConfig, needs: Mapping[str, str | None]) -> Non
             reserved = (*OWN_KEYS, "model.weights") if needed else OWN_KEYS
             for key, _, place in suite.overrides(name, task):
                 if key in reserved:
-                    where = f" ({place})" if place else ""
-                    raise ConfigError(
-                        f"methods.{name}: {key} is set by the suite itself in {task}, so that runs "
-                        f"pair by seed and take their own backbone. Remove it{where}."
+                    message = (
+                        f"{key} is set by the suite itself in {task}, so that runs pair by seed "
+                        "and take their own backbone. Remove it."
                     )
+                    raise ConfigError(explain(f"methods.{name}", message, {}, place))
 
 
 def _draft(
@@ -194,28 +194,29 @@ def _draft(
     method: str,
     task: str,
     seed: int,
-    needed: Draft | None,
+    needed: PlannedRun | None,
 ) -> Draft:
     """Return a run: the config of its task, a method's overrides, and what the suite sets."""
     folder = Path(suite.output_dir) / method / task / f"seed{seed}"
     values = {"name": task, "method": method, "seed": seed, "output_dir": str(folder)}
     if needed is not None:
-        values["model.weights"] = str(needed.run.folder)
-    own = [Override(key, value, "the suite") for key, value in values.items()]
-    config = check_config(*override(*tree, [*suite.overrides(method, task), *own]))
+        values["model.weights"] = str(needed.folder)
+    overrides = suite.overrides(method, task)
+    overrides += [Override(key, value, "the suite") for key, value in values.items()]
+    config = check_config(*override(*tree, overrides))
     if needed is None:
         preflight(config)
     run = PlannedRun(
-        id=_id(config, needed.run.id if needed else None, None),
+        id=_id(config, needed.id if needed else None, None),
         method=method,
         task=task,
         seed=seed,
         config=config.model_dump(),
         folder=folder,
-        needs=needed.run.folder if needed else None,
+        needs=needed.folder if needed else None,
         resources=suite.resources_of(task),
     )
-    return Draft(run, config, needed.config if needed else None)
+    return Draft(run, config)
 
 
 def _id(config: Config, needed_id: str | None, fingerprints: Fingerprints) -> str:
@@ -230,25 +231,22 @@ def _id(config: Config, needed_id: str | None, fingerprints: Fingerprints) -> st
 
 def _add(drafts: dict[str, Draft], draft: Draft) -> None:
     """Add a run, or its method to the same run of another method."""
-    run = draft.run
-    same = drafts.get(run.id)
-    if same is None:
-        drafts[run.id] = draft
-    elif same.run.task != run.task:
+    run, _ = draft
+    shared, config = drafts.setdefault(run.id, draft)
+    if shared.task != run.task:
         raise ValueError(
-            f"tasks {same.run.task} and {run.task} are the same run: same config, same data. "
+            f"tasks {shared.task} and {run.task} are the same run: same config, same data. "
             "Remove one."
         )
-    else:
-        shared = replace(same.run, also=(*same.run.also, run.method))
-        drafts[run.id] = same._replace(run=shared)
+    if shared is not run:
+        drafts[run.id] = Draft(replace(shared, also=(*shared.also, run.method)), config)
 
 
 def _check_methods_differ(suite: SuiteConfig, ids: Mapping[tuple[str, int, str], str]) -> None:
     methods: dict[frozenset[str], str] = {}
     for method in suite.methods:
-        own = frozenset(run for (name, _, _), run in ids.items() if name == method)
-        other = methods.setdefault(own, method)
+        runs = frozenset(id_ for (name, _, _), id_ in ids.items() if name == method)
+        other = methods.setdefault(runs, method)
         if other != method:
             raise suite.error(
                 f"methods.{method}",
@@ -277,10 +275,17 @@ class Inspector:
     def __init__(self, folder: Path) -> None:
         self._folder = folder  # for the stand-ins
         self._fingerprints: dict[str, Fingerprints] = {}
-        self._backbones: dict[str, Path] = {}  # output_dir -> stand-in for its backbone
+        self._backbones: dict[str | None, str] = {}  # output_dir -> stand-in for its backbone
 
     def inspect(self, config: Config, needed: Config | None) -> Fingerprints:
-        """See `Inspect`. The needed run may not have run yet; data on the hub are not read."""
+        """Return the fingerprints of a run's data; None for data on the hub, which are not read.
+
+        Args:
+            needed: config of the run whose backbone it takes, which may not have run yet.
+
+        Raises:
+            ValueError, OSError: config, data and backbone do not fit.
+        """
         keys = deciding_keys(config.model_dump())
         val = getattr(config.data, "val", None)
         if val is None or val.source != "train":
@@ -289,30 +294,23 @@ class Inspector:
             keys["model.weights"] = needed.model.model_dump()
         key = run_id(keys)
         if key not in self._fingerprints:
-            self._fingerprints[key] = self._build(config, needed)
+            weights = config.model.weights if needed is None else self._stand_in(needed)
+            try:
+                self._fingerprints[key] = _build(_on_any_machine(config, weights))
+            except (ValueError, OSError) as error:  # it must name the run's own weights
+                text = str(error).replace(str(weights), str(config.model.weights))
+                raise ValueError(text) from error
         return self._fingerprints[key]
 
-    def _build(self, config: Config, needed: Config | None) -> Fingerprints:
-        weights = config.model.weights
-        if needed is None:
-            return _build(_on_any_machine(config, weights))
-        stand_in = str(self._stand_in(needed))
-        try:
-            return _build(_on_any_machine(config, stand_in))
-        except (ValueError, OSError) as error:  # it must name the run's own weights
-            raise ValueError(str(error).replace(stand_in, str(weights))) from error
-
-    def _stand_in(self, config: Config) -> Path:
+    def _stand_in(self, config: Config) -> str:
         """Return a folder with an untrained backbone, as the run of `config` would write it."""
-        key, weights = config.output_dir, config.model.weights
-        if key not in self._backbones:
-            if weights in self._backbones:
-                weights = str(self._backbones[weights])
+        if config.output_dir not in self._backbones:
+            weights = self._backbones.get(config.model.weights, config.model.weights)
             folder = self._folder / str(len(self._backbones))
             folder.mkdir()
             save_backbone(folder, build_features(_on_any_machine(config, weights)), {})
-            self._backbones[key] = folder
-        return self._backbones[key]
+            self._backbones[config.output_dir] = str(folder)
+        return self._backbones[config.output_dir]
 
 
 def _build(config: Config) -> Fingerprints:

@@ -8,11 +8,12 @@ import signal
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from tract_transfer.config.file import ConfigError, dump_yaml
 from tract_transfer.engine.run_folder import FolderInUseError, lock_folder
@@ -25,6 +26,7 @@ from tract_transfer.suite.launchers import (
     why_it_ended,
     write_stop_file,
 )
+from tract_transfer.suite.plan import PlannedRun
 from tract_transfer.suite.screen import Screen, result_line
 from tract_transfer.suite.state import FolderState, Job, Suite, backbone_sha256
 
@@ -58,7 +60,7 @@ def execute(suite: Suite, launcher: Launcher, screen: Screen, *, set_aside: bool
         with screen, _stops_on_signals(execution):
             for job in suite.jobs:
                 if job.state == "finished":
-                    screen.skipped(job)
+                    screen.ended(job, "finished before")
             execution.run()
     return execution.stop_signals[0] if execution.stop_signals else None
 
@@ -115,15 +117,14 @@ class Execution:
         self.set_aside = set_aside
         self.stop_signals: list[int] = []
         self._signals_sent = 0
-        self._started: dict[Path, float] = {}  # folder of a running run -> when it was started
-        self._failures: dict[Path, int] = {}
+        self._started: dict[PlannedRun, tuple[Job, float]] = {}  # running jobs, and since when
+        self._failures = Counter[Path]()  # in this session, by run folder
         self._stop_file = suite.folder / PLAN_NAME / "stop"
         self._session = uuid.uuid4().hex
         write_stop_file(self._stop_file, self._session)  # ends what another session left
 
     def run(self) -> None:
         """Execute the jobs; return when none is left, or all have stopped."""
-        self._block()
         self._record()
         while self._step():
             self.screen.show(self.suite.jobs)
@@ -133,41 +134,43 @@ class Execution:
     def _step(self) -> bool:
         """Handle runs that ended, send signals, start runs; return whether there is more to do."""
         for run, code in self.launcher.ended():
-            self._handle_end(self.suite.job_of(run), code)
+            self._handle_end(run, code)
         for number in self.stop_signals[self._signals_sent :]:
             self.launcher.stop(signal.SIGKILL if self._signals_sent else number)
             self._signals_sent += 1
         stopping = self._signals_sent > 0
-        for job in self.suite.jobs:
-            if stopping or job.state != "waiting" or not self.suite.can_start(job):
+        for job in self.suite.jobs:  # every job comes after the one it needs
+            if job.state != "waiting":
                 continue
-            if self.launcher.has_room(job.run):
+            if job.needed and job.needed.state in ("failed", "blocked"):
+                self._fail(job, f"it needs {job.needed.run.folder}, which failed", "blocked")
+            elif not stopping and job.can_start and self.launcher.has_room(job.run):
                 self._start(job)
         states = {job.state for job in self.suite.jobs}
         return "running" in states or ("waiting" in states and not stopping)
 
     def _start(self, job: Job) -> None:
         folder = job.run.folder
-        found = self.suite.inspect(job)
-        if found.state == "finished":  # its backbone is now there to confirm it
-            self._finish(job, found)
+        content = job.inspect()
+        if content.state == "finished":  # its backbone is now there to confirm it
+            self._finish(job, content)
             return
-        if found.state == "other" and not self.set_aside:
-            self._fail(job, f"{folder} contains another run: {found.why}. Use --set-aside")
+        if content.state == "other" and not self.set_aside:
+            self._fail(job, f"{folder} contains another run: {content.why}. Use --set-aside")
             return
         try:
-            if found.state == "other":
-                job.note = f"moved another run to {self.suite.set_aside(folder)}: {found.why}"
-                found = FolderState("new")
+            if content.state == "other":
+                job.note = f"moved another run to {self.suite.set_aside(folder)}: {content.why}"
+                content = FolderState("new")
             self.launcher.start(job.run, self._prepare(job))
         except OSError as error:
             self._fail(job, f"{type(error).__name__}: {error}")
             return
-        self._started[folder] = time.monotonic()
-        if found.state == "new" and folder not in self._failures:
-            job.attempts, job.spent = 0, 0.0  # of earlier attempts nothing is left
-        if found.state == "begun":
-            job.note = found.why
+        self._started[job.run] = (job, time.monotonic())
+        if content.state == "new" and folder not in self._failures:
+            job.attempts, job.spent = 0, 0.0  # nothing is left of earlier attempts
+        if content.state == "begun":
+            job.note = content.why
         elif job.note == "stopped" or folder in self._failures:
             job.note = ""
         job.state, job.error = "running", None
@@ -186,50 +189,42 @@ class Execution:
             command += ["--num-gpus", str(run.processes)]
         return Attempt(command, run.folder / LOG_NAME, self._stop_file, self._session)
 
-    def _handle_end(self, job: Job, code: int) -> None:
+    def _handle_end(self, run: PlannedRun, code: int) -> None:
         """Update a job whose attempt has ended: finished, stopped, to be retried, or failed."""
-        folder, log = job.run.folder, job.run.folder / LOG_NAME
-        job.last = time.monotonic() - self._started.pop(folder)
+        job, started = self._started.pop(run)
+        job.last = time.monotonic() - started
         job.spent += job.last
-        found = self.suite.inspect(job)
-        if found.state == "finished":
-            self._finish(job, found)
+        content = job.inspect()
+        if content.state == "finished":
+            self._finish(job, content)
             return
         if self._signals_sent:  # whatever its exit code, the next session resumes it
             job.state, job.note = "waiting", "stopped"
             self._record()
             return
+        log = run.folder / LOG_NAME
         why = why_it_ended(code, log)
         if code == 0:
-            why = f"exit code 0, but no results ({found.why or found.state}); see {log}"
-        self._failures[folder] = self._failures.get(folder, 0) + 1
-        if code == REFUSED or self._failures[folder] > self.suite.config.retries:
+            why = f"exit code 0, but no results ({content.why or content.state}); see {log}"
+        self._failures[run.folder] += 1
+        if code == REFUSED or self._failures[run.folder] > self.suite.config.retries:
             self._fail(job, why)
             return
         job.state, job.error = "waiting", why
         self.screen.ended(job, f"failed, and is retried: {why}")
         self._record()
 
-    def _finish(self, job: Job, found: FolderState) -> None:
-        job.state, job.error, job.config_sha256 = "finished", None, found.config_sha256
+    def _finish(self, job: Job, content: FolderState) -> None:
+        job.state, job.error, job.config_sha256 = "finished", None, content.config_sha256
         if job.spent:
             job.seconds = round(job.spent, 1)
-        self.screen.ended(job, result_line(found.results))
+        self.screen.ended(job, result_line(content.results))
         self._record()
 
-    def _fail(self, job: Job, why: str) -> None:
-        job.state, job.error = "failed", why
-        self.screen.ended(job, f"failed: {why}")
-        self._block()
+    def _fail(self, job: Job, why: str, state: Literal["failed", "blocked"] = "failed") -> None:
+        job.state, job.error = state, why
+        self.screen.ended(job, f"{state}: {why}")
         self._record()
-
-    def _block(self) -> None:
-        """Block the jobs that need a failed one; every job comes after the one it needs."""
-        for job in self.suite.jobs:
-            needed = self.suite.needed_by(job)
-            if job.state == "waiting" and needed and needed.state in ("failed", "blocked"):
-                job.state, job.error = "blocked", f"it needs {needed.run.folder}, which failed"
-                self.screen.ended(job, f"blocked: {job.error}")
 
     def _record(self) -> None:
         """Write the state of the jobs."""

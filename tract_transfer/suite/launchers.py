@@ -24,7 +24,6 @@ LOG_NAME = "console.txt"
 KILLED = -int(signal.SIGKILL)
 _SLURM_WARNING_SECONDS = 120  # before its time limit a job is asked to write a checkpoint
 _MAX_REQUEUES = 10_000  # of a job after its time limit; submitit's default is 3
-_RAY_GET_SECONDS = 1.0  # never wait for the result of a task that still runs
 POLL_SECONDS = 0.5
 _PR_SET_PDEATHSIG = 1
 _ERROR = re.compile(r"^(?:error|failed|[^:\n]*Error)(?=:|$)", re.MULTILINE)
@@ -173,13 +172,14 @@ class LocalLauncher(Launcher):
     def __init__(self, workers: int, *, cores: int, gpus: Sequence[str], memory_gb: float) -> None:
         super().__init__(workers)
         self.cores, self.memory_gb = cores, memory_gb
+        self.gpus = list(gpus)
         self._threads_per_worker = max(1, cores // workers)
-        self._free = dict.fromkeys(gpus, 1.0)  # GPU -> free share
+        # The process of a run, and GPU -> share.
         self._running: dict[PlannedRun, tuple[subprocess.Popen[bytes], dict[str, float]]] = {}
 
     def check(self, runs: Sequence[PlannedRun]) -> None:
         """Refuse runs that need more than the machine has."""
-        machine = {"cpus": self.cores, "gpus": len(self._free), "memory_gb": self.memory_gb}
+        machine = {"cpus": self.cores, "gpus": len(self.gpus), "memory_gb": self.memory_gb}
         for run in runs:
             for key, available in machine.items():
                 needed = getattr(run.resources, key)
@@ -195,7 +195,7 @@ class LocalLauncher(Launcher):
             return False
         runs = [*self._running, run]
         cpus = sum(map(self._threads, runs))
-        memory_gb = sum(each.resources.memory_gb or 0 for each in runs)
+        memory_gb = sum(run.resources.memory_gb or 0 for run in runs)
         return not self._running or (cpus <= self.cores and memory_gb <= self.memory_gb)
 
     def start(self, run: PlannedRun, attempt: Attempt) -> None:
@@ -205,10 +205,7 @@ class LocalLauncher(Launcher):
         # An empty CUDA_VISIBLE_DEVICES keeps a run without a GPU off the first one.
         attempt.environment["CUDA_VISIBLE_DEVICES"] = ",".join(shares)
         attempt.environment |= _thread_variables(max(1, self._threads(run) // run.processes))
-        process = attempt.start()
-        for gpu, share in shares.items():
-            self._free[gpu] -= share
-        self._running[run] = (process, shares)
+        self._running[run] = (attempt.start(), shares)
 
     def stop(self, number: int) -> None:
         """Send every process a signal."""
@@ -219,13 +216,10 @@ class LocalLauncher(Launcher):
                 process.send_signal(number)
 
     def _exit_code(self, run: PlannedRun) -> int | None:
-        process, shares = self._running[run]
+        process, _ = self._running[run]
         code = process.poll()
-        if code is not None:
-            for gpu, share in shares.items():
-                self._free[gpu] += share
-            if code:  # its data workers, say, end with it
-                _kill_group(process.pid)
+        if code:  # its data workers, say, end with it
+            _kill_group(process.pid)
         return code
 
     def _threads(self, run: PlannedRun) -> int:
@@ -237,11 +231,12 @@ class LocalLauncher(Launcher):
     def _choose_gpus(self, run: PlannedRun) -> dict[str, float] | None:
         """Return GPU -> share for a run; {} if it needs none, None if too few are free."""
         needed = run.resources.gpus
-        needed = min(1, len(self._free)) if needed is None else needed
+        needed = min(1, len(self.gpus)) if needed is None else needed
         if not needed:
             return {}
         share, count = min(needed, 1.0), max(1, int(needed))
-        free = [gpu for gpu, left in self._free.items() if left >= share - 1e-6]
+        taken = [shares for _, shares in self._running.values()]
+        free = [g for g in self.gpus if sum(t.get(g, 0) for t in taken) + share <= 1 + 1e-6]
         return dict.fromkeys(free[:count], share) if len(free) >= count else None
 
 
@@ -297,7 +292,7 @@ class RayLauncher(Launcher):
             num_gpus=needed.get("GPU", 0),
             memory=needed.get("memory"),
             max_retries=0,  # the suite counts retries
-        )(_call)
+        )(Attempt.__call__)
         try:
             reference = task.remote(attempt)
         except self._ray.exceptions.RayError as error:
@@ -318,20 +313,12 @@ class RayLauncher(Launcher):
     def _exit_code(self, run: PlannedRun) -> int | None:
         """Return the exit code; a lost machine or cluster counts as a kill."""
         reference, _ = self._running[run]
-        errors = self._ray.exceptions
-        with suppress(errors.RayError):  # if wait fails, get reports the task's own error
-            if not self._ray.wait([reference], timeout=0)[0]:
-                return None
         try:
-            return int(self._ray.get(reference, timeout=_RAY_GET_SECONDS))
-        except errors.GetTimeoutError:
+            return int(self._ray.get(reference, timeout=0))
+        except self._ray.exceptions.GetTimeoutError:
             return None
-        except errors.RayError:
+        except self._ray.exceptions.RayError:
             return KILLED
-
-
-def _call(attempt: Attempt) -> int:
-    return attempt()
 
 
 def _ray_resources(run: PlannedRun) -> dict[str, float]:

@@ -8,14 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 from rich.text import Text
 
 from tract_transfer.files import METRICS_NAME
@@ -36,10 +29,7 @@ class Screen:
 
     def __init__(self, total: int, console: Console | None = None) -> None:
         self._console = console or Console(stderr=True)
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
         self._progress = Progress(
-            *columns,
-            TimeRemainingColumn(),
             console=self._console,
             auto_refresh=False,  # a thread of its own would be in the way of forks
             transient=True,
@@ -56,11 +46,6 @@ class Screen:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-
-    def skipped(self, job: Job) -> None:
-        """Show that a run was finished before."""
-        self._done += 1
-        self._print(job, "finished before")
 
     def started(self, job: Job) -> None:
         """Show that a run has started or resumed."""
@@ -95,23 +80,16 @@ class Screen:
 
 def fraction_done(job: Job) -> float | None:
     """Return how much of its training a run has done, in [0, 1]; None if metrics.jsonl lacks it."""
-    solver = job.run.config.get("solver")
-    last = _last_line(job.run.folder / METRICS_NAME)
-    if not isinstance(solver, Mapping) or last is None:
-        return None
-    for key, length in (("iteration", "max_iters"), ("epoch", "max_epochs")):
-        if solver.get(length) and isinstance(last.get(key), int | float):
-            return min(1.0, float(last[key]) / float(solver[length]))
-    return None
-
-
-def _last_line(file: Path) -> dict[str, Any] | None:
-    """Return the last complete line of a file of JSON lines; None without one."""
     try:
-        line = json.loads(file.read_bytes().rpartition(b"\n")[0].rpartition(b"\n")[2])
-    except (OSError, ValueError):
+        text = (job.run.folder / METRICS_NAME).read_bytes()
+        last = json.loads(text.rpartition(b"\n")[0].rpartition(b"\n")[2])  # the last complete line
+        solver = job.run.config["solver"]
+        key, length = ("epoch", "max_epochs")
+        if solver["max_iters"]:
+            key, length = ("iteration", "max_iters")
+        return min(1.0, float(last[key] / solver[length]))
+    except (OSError, ValueError, LookupError, TypeError):  # a probe's, or not written yet
         return None
-    return line if isinstance(line, dict) else None
 
 
 def result_line(results: Mapping[str, Any] | None) -> str:

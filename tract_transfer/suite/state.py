@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from tract_transfer.config.suite import PRETRAIN, SuiteConfig
+from tract_transfer.config.suite import SuiteConfig
 from tract_transfer.engine.run_folder import changed_keys
 from tract_transfer.files import (
     CONFIG_NAME,
@@ -26,36 +26,9 @@ from tract_transfer.files import (
 )
 from tract_transfer.suite.plan import PlannedRun
 
-_HISTORY = ("attempts", "seconds", "spent", "begun_with")  # what an entry recalls of its run
+# What an entry recalls of its run, and of which type.
+_HISTORY = {"attempts": int, "seconds": float, "spent": float, "begun_with": str}
 _SHOWN_KEYS = 5  # of a config that differs
-
-
-@dataclass
-class Job:
-    """A planned run and its progress.
-
-    Attributes:
-        state: `blocked` if the run it needs failed.
-        attempts: how often it was started since its folder was new.
-        error: why the last attempt failed, or why the run is blocked.
-        seconds: total time of its attempts, once it is finished.
-        config_sha256: of config.yaml, once it is finished.
-        note: what the next attempt does, for the screen.
-        spent: seconds of its attempts so far, except those that a kill of the suite cut off.
-        last: seconds of its last attempt in this session.
-        begun_with: sha256 of the backbone it started from, if any.
-    """
-
-    run: PlannedRun
-    state: Literal["waiting", "running", "finished", "failed", "blocked"] = "waiting"
-    attempts: int = 0
-    error: str | None = None
-    seconds: float | None = None
-    config_sha256: str = ""
-    note: str = ""
-    spent: float = 0.0
-    last: float = 0.0
-    begun_with: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +48,48 @@ class FolderState:
     results: Mapping[str, Any] | None = None
 
 
+@dataclass
+class Job:
+    """A planned run and its progress.
+
+    Attributes:
+        needed: the job whose backbone it takes; blocks this one if it fails.
+        attempts: how often it was started since its folder was new.
+        error: why the last attempt failed, or why the run is blocked.
+        seconds: total time of its attempts, once it is finished.
+        config_sha256: of config.yaml, once it is finished.
+        note: what the next attempt does, for the screen.
+        spent: seconds of its attempts so far, except those that a kill of the suite cut off.
+        last: seconds of its last attempt in this session.
+        begun_with: sha256 of the backbone it started from, if any.
+    """
+
+    run: PlannedRun
+    needed: "Job | None" = None
+    state: Literal["waiting", "running", "finished", "failed", "blocked"] = "waiting"
+    attempts: int = 0
+    error: str | None = None
+    seconds: float | None = None
+    config_sha256: str = ""
+    note: str = ""
+    spent: float = 0.0
+    last: float = 0.0
+    begun_with: str | None = None
+
+    @property
+    def can_start(self) -> bool:
+        """Whether the backbone that it takes is available."""
+        return self.needed is None or self.needed.state == "finished"
+
+    def inspect(self) -> FolderState:
+        """Return what the run folder contains."""
+        weights = backbone_sha256(self.run) if self.can_start else None
+        content = inspect_folder(self.run, weights, backbone_known=self.can_start)
+        if content.state == "begun" and self.can_start and self.begun_with not in (None, weights):
+            return FolderState("other", "its backbone has been retrained since it started")
+        return content
+
+
 class Suite:
     """A planned suite and the state of its runs, which `write` stores in suite.json.
 
@@ -88,42 +103,19 @@ class Suite:
         self.folder = Path(config.output_dir)
         self.interrupted: list[Path] = []
         self.jobs = self._recall()
-        self._by_folder = {job.run.folder: job for job in self.jobs}
-
-    def job_of(self, run: PlannedRun) -> Job:
-        """Return the job of a run."""
-        return self._by_folder[run.folder]
-
-    def needed_by(self, job: Job) -> Job | None:
-        """Return the job whose backbone a job takes."""
-        return self._by_folder[job.run.needs] if job.run.needs else None
-
-    def can_start(self, job: Job) -> bool:
-        """Return whether the backbone that a job takes is available."""
-        needed = self.needed_by(job)
-        return needed is None or needed.state == "finished"
-
-    def inspect(self, job: Job) -> FolderState:
-        """Return what a job's run folder contains."""
-        known = self.can_start(job)
-        weights = backbone_sha256(job.run) if known else None
-        found = inspect_folder(job.run, weights, backbone_known=known)
-        if found.state == "begun" and known and job.begun_with not in (None, weights):
-            return FolderState("other", "its backbone has been retrained since it started")
-        return found
 
     def take_stock(self) -> dict[Path, str]:
         """Set every job's state from its folder; return folders with another run, and why."""
         others = {}
         for job in self.jobs:
-            found = self.inspect(job)
-            if found.state == "other":
-                others[job.run.folder] = found.why
-            elif found.state == "begun":
-                job.note = found.why
-            elif found.state == "finished" and self.can_start(job):
-                job.state, job.config_sha256 = "finished", found.config_sha256
-            elif found.state == "finished":
+            content = job.inspect()
+            if content.state == "other":
+                others[job.run.folder] = content.why
+            elif content.state == "begun":
+                job.note = content.why
+            elif content.state == "finished" and job.can_start:
+                job.state, job.config_sha256 = "finished", content.config_sha256
+            elif content.state == "finished":
                 job.note = "finished, if its backbone turns out the same"
         return others
 
@@ -139,13 +131,12 @@ class Suite:
 
     def write(self) -> None:
         """Write suite.json; readers see the old file or the new one."""
-        tasks = dict.fromkeys(run.task for run in self.runs)
         content = {
             "format": SUITE_FORMAT,
             "title": self.config.title,
             "baseline": self.config.baseline,
             "methods": list(self.config.methods),
-            "tasks": sorted(tasks, key=lambda task: task != PRETRAIN),
+            "tasks": list(dict.fromkeys(run.task for run in self.runs)),
             "seeds": list(dict.fromkeys(run.seed for run in self.runs)),
             "runs": [self._entry(job) for job in self.jobs],
         }
@@ -172,11 +163,12 @@ class Suite:
             self.interrupted = [self.folder / folder for folder in running]
         except (LookupError, TypeError):
             history = {}
-        jobs = []
+        jobs: dict[Path | None, Job] = {}  # by folder
         for run in self.runs:
             entry = history.get((os.path.relpath(run.folder, self.folder), run.id), {})
-            jobs.append(Job(run, **{key: entry[key] for key in _HISTORY if key in entry}))
-        return jobs
+            recalled = {k: entry[k] for k, type_ in _HISTORY.items() if type(entry.get(k)) is type_}
+            jobs[run.folder] = Job(run, jobs.get(run.needs), **recalled)
+        return list(jobs.values())
 
 
 def inspect_folder(

@@ -15,7 +15,8 @@ def find_first_layers(model: nn.Module) -> list[str]:
 
     In this order: `first_layers` of the model or of one of its parts (our backbones have it),
     timm's `pretrained_cfg["first_conv"]`, the only convolution with 3 input channels, the only one
-    with 1, 2 or 4, and, in a model without convolutions, its first Linear.
+    with 1, 2 or 4, and, in a model without convolutions, its first Linear, unless an Embedding
+    precedes it.
 
     Raises:
         ValueError: no layer or several could be the first; the message lists them.
@@ -33,21 +34,14 @@ def find_first_layers(model: nn.Module) -> list[str]:
     candidates = [name for name, count in channels.items() if count == 3]
     candidates = candidates or [name for name, count in channels.items() if count in (1, 2, 4)]
     if not convs:
-        readers = (nn.Linear, nn.Embedding)
-        candidates = [name for name, layer in layers.items() if isinstance(layer, readers)][:1]
+        readers = [name for name, x in layers.items() if isinstance(x, nn.Linear | nn.Embedding)]
+        candidates = [name for name in readers[:1] if isinstance(layers[name], nn.Linear)]
     hint = 'Name it: TrAct(model, layers=["..."]), or tract.layers in a config.'
-    if convs and not channels:
-        kinds = ", ".join(sorted({type(conv).__name__ for conv in convs.values()}))
-        raise ValueError(f"TrAct treats Linear and Conv2d layers; {kind} has only {kinds}.")
     if len(candidates) != 1:
         could = f"{len(candidates)} could: {candidates[:5]}" if candidates else "none does"
         raise ValueError(
-            f"TrAct needs the layer that reads the image, and of {kind}'s layers {could}. {hint}"
-        )
-    if isinstance(layers[candidates[0]], nn.Embedding):
-        raise ValueError(
-            f"The first layer of {kind} is {candidates[0]}, an embedding of tokens, but TrAct "
-            f"needs a layer that reads images. {hint}"
+            f"TrAct needs the Linear or Conv2d layer that reads the image, and of {kind}'s layers "
+            f"{could}. {hint}"
         )
     return candidates
 

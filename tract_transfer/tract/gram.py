@@ -2,13 +2,13 @@
 
 # B images, C channels, R rows the layer multiplies, N inputs a row, O outputs
 
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from tract_transfer.tract.lags import (
     Canvas,
@@ -20,8 +20,6 @@ from tract_transfer.tract.lags import (
     sum_dtype,
     tiles_of,
 )
-
-logger = logging.getLogger(__name__)
 
 BLOCK_COLUMNS = 128  # wider products are computed in blocks, half of them by symmetry
 CHUNK_OF_SUM = 8  # a chunk of rows has at least so many times the size of the sum
@@ -46,9 +44,10 @@ def gram_matrix(layer: nn.Linear | nn.Conv2d, inputs: Tensor) -> tuple[Tensor, i
     inputs, dtype = inputs.detach(), product_dtype(inputs)
     if isinstance(layer, nn.Linear):  # a 1 x 1 convolution of images with one pixel
         images = inputs.reshape(-1, layer.in_features, 1, 1)
-        kernel, stride, dilation, padding = [1, 1], [1, 1], [1, 1], [0, 0, 0, 0]
+        kernel, stride, dilation, padding = (1, 1), (1, 1), (1, 1), [0, 0, 0, 0]
     else:
         images = inputs if inputs.ndim == 4 else inputs.unsqueeze(0)
+        # Pairs, unless someone has set a number later.
         kernel, stride, dilation = map(_pair, (layer.kernel_size, layer.stride, layer.dilation))
         padding = _padding(layer, images.shape[-2], images.shape[-1])
         if layer.padding_mode != "zeros":
@@ -84,7 +83,6 @@ def _gram_of_windows(
     with torch.autocast(device, enabled=False), float32_factors(device):
         if max(dilation) == 1:
             return _gram_by_lags(images, kernel, stride, outputs, padding, dtype)
-        logger.debug("TrAct unfolds the input of a dilated convolution, a few images at a time.")
         gram = images.new_zeros(num_inputs, num_inputs, dtype=sum_dtype(dtype))
         image_bytes = outputs[0] * outputs[1] * num_inputs * dtype.itemsize
         for chunk in images.split(per_chunk(len(images), image_bytes, device)):
@@ -187,11 +185,6 @@ def _padding(layer: nn.Conv2d, height: int, width: int) -> list[int]:
     return [columns, columns, rows, rows]
 
 
-def _pair(size: Any) -> list[int]:
-    """nn.Conv2d stores pairs, but someone may have set a number later."""
-    return [size, size] if isinstance(size, int) else list(size)
-
-
 def is_dynamic_same(layer: nn.Module) -> bool:
     """Whether `layer` is timm's Conv2dSame, whose padding depends on the input's size."""
     forward = type(layer).forward
@@ -216,10 +209,10 @@ class DampedFactor(NamedTuple):
         return torch.where(self.health[:2].all(), solved, 0)
 
 
-def damped_factor(gram: Tensor, lam: float, *, relative: bool) -> DampedFactor:
+def damped_factor(gram: Tensor, lam: float, lam_mode: str) -> DampedFactor:
     """Factorise gram + lam I of a mean of x x^T, (N, N), without waiting for the device.
 
-    The damping is lam, or with `relative` lam times the mean of the diagonal, but at least the
+    The damping is lam, or with "relative" lam times the mean of the diagonal, but at least the
     error that rounding makes in an eigenvalue, 4 eps of the trace. So a matrix without full rank
     stays positive. For inputs of standard deviation 1 that is less than 1 % of any usual lam.
     """
@@ -229,7 +222,8 @@ def damped_factor(gram: Tensor, lam: float, *, relative: bool) -> DampedFactor:
     is_finite = matrix.sum().isfinite()
     diagonal = matrix.diagonal()
     trace = diagonal.sum()
-    requested = lam * trace / len(gram) if relative else torch.full_like(trace, lam)
+    is_relative = lam_mode == "relative"
+    requested = lam * trace / len(gram) if is_relative else torch.full_like(trace, lam)
     damping = torch.maximum(requested, rounding * trace)
     # For blank images under a relative lam any positive matrix serves: the gradient is 0 too.
     diagonal += torch.where(damping > 0, damping, 1)

@@ -58,11 +58,10 @@ class Canvas(NamedTuple):
         before, step, count = self.before[axis], self.stride[axis], self.images.shape[2 + axis]
         return range(before // step, min((before + count - 1) // step + 1, self.size[axis]))
 
-    def overlaps(self, target: Tensor, first: tuple[int, int]) -> list[tuple[Tensor, Tensor]]:
-        """Pair views of a target with the views of the images to copy into them.
+    def copy_to(self, target: Tensor, first: tuple[int, int] = (0, 0)) -> None:
+        """Copy the tiles from `first` (Y, X) on to a target (B, y, x, C Sy Sx).
 
-        The target holds tiles (b, y, x, C Sy Sx) from tile `first` (Y, X) on. Parts of it outside
-        the images or the canvas are in no view. The views of the images hold all B images.
+        Parts of the target outside the images or the canvas keep their values.
         """
         target = target.unflatten(3, (-1, *self.stride))
         sizes = zip(self.stride, self.before, self.images.shape[2:], strict=True)
@@ -72,7 +71,6 @@ class Canvas(NamedTuple):
         else:  # each pixel of a tile separately
             source, steps = self.images.movedim(1, 3), self.stride
             pixels = itertools.product(*map(range, self.stride))
-        pairs = []
         for pixel in pixels:
             target_slices: list[Any] = [slice(None)]
             source_slices = [slice(None)]
@@ -87,8 +85,7 @@ class Canvas(NamedTuple):
                 target_slices.append(slice(start - first[axis], stop - first[axis]))
                 source_slices.append(slice(start * step + offset, stop * step + offset, step))
             index = (*target_slices, slice(None), *pixel)
-            pairs.append((target[index], source[tuple(source_slices)]))
-        return pairs
+            target[index].copy_(source[tuple(source_slices)])
 
     def cut(self, rows: Sequence[range], columns: Sequence[range]) -> Tensor:
         """Return (B, y, x, C Sy Sx), the tiles in all of the ranges, concatenated."""
@@ -98,8 +95,7 @@ class Canvas(NamedTuple):
         piece = piece.movedim(0, 3)
         for band, band_rows in zip(piece.split(counts[0], 1), rows, strict=True):
             for part, part_columns in zip(band.split(counts[1], 2), columns, strict=True):
-                for target, source in self.overlaps(part, (band_rows.start, part_columns.start)):
-                    target.copy_(source)
+                self.copy_to(part, (band_rows.start, part_columns.start))
         return piece
 
 
@@ -127,17 +123,14 @@ def lag_gram(canvas: Canvas, kernel: tuple[int, int], dtype: torch.dtype) -> Ten
         """(B, y, x, C), rounded like the factors of the products."""
         return canvas.cut(rows, columns).to(dtype).to(sums.dtype)
 
-    if num_ends[0]:
-        rows = cut(ends[0], [canvas.filled(1)])
-        pairs = _end_sums(rows.transpose(1, 2), kx)  # (lag, E, C, E, C)
-        sums[lags[0] :, : lags[1]] = pairs.permute(1, 3, 0, 2, 4).flatten(0, 1)
-    if num_ends[1]:
-        pairs = _end_sums(cut([canvas.filled(0)], ends[1]), ky)  # (lag, E, C, E, C)
-        sums[: lags[0], lags[1] :] = pairs.permute(0, 1, 3, 2, 4).flatten(1, 2)
-    if num_ends[0] and num_ends[1]:
-        corners = cut(*ends).flatten(1)  # (B, E E' C)
-        pairs = (corners.T @ corners).view(2 * (*num_ends, channels))
-        sums[lags[0] :, lags[1] :] = pairs.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(0, 1)
+    rows = cut(ends[0], [canvas.filled(1)])
+    pairs = _end_sums(rows.transpose(1, 2), kx)  # (lag, E, C, E, C)
+    sums[lags[0] :, : lags[1]] = pairs.permute(1, 3, 0, 2, 4).flatten(0, 1)
+    pairs = _end_sums(cut([canvas.filled(0)], ends[1]), ky)  # (lag, E, C, E, C)
+    sums[: lags[0], lags[1] :] = pairs.permute(0, 1, 3, 2, 4).flatten(1, 2)
+    corners = cut(*ends).flatten(1)  # (B, E E' C)
+    pairs = (corners.T @ corners).view(2 * (*num_ends, channels))
+    sums[lags[0] :, lags[1] :] = pairs.permute(0, 3, 1, 4, 2, 5).flatten(2, 3).flatten(0, 1)
     tap_pairs = _tap_pairs if sums.device.type != "cpu" else _cached_tap_pairs
     weights_y, weights_x = (
         tap_pairs(k, first, range(last.start - n, last.stop - n), sums.dtype, sums.device)
@@ -171,7 +164,7 @@ def _end_sums(strip: Tensor, kernel: int) -> Tensor:
     shifted = [sequence[lag : lag + total].view_as(left.mT) for lag in range(kernel)]
     forward = torch.stack([torch.bmm(left, right).sum(0) for right in shifted])
     both = torch.cat([forward[1:].flip(0).mT, forward])
-    return both.view(-1, *values, *values)
+    return both.view(len(both), *values, *values)
 
 
 def _tap_pairs(
@@ -221,40 +214,37 @@ def _lag_sums_by_fourier(canvas: Canvas, kernel: tuple[int, int]) -> Tensor:
     A lag dx multiplies frequency f by exp(2 pi i f dx / N). So the products of all channels over
     all rows are needed once for each frequency and dy.
     """
-    (ky, kx), channels, num_images = kernel, canvas.channels, len(canvas.images)
+    (ky, kx), channels = kernel, canvas.channels
     rows, columns = canvas.filled(0), canvas.filled(1)
     length = _fast_length(len(columns) + kx - 1)
     frequencies = length // 2 + 1
     # A chunk is some images, or some rows of one. It holds the rows, their transforms, and the
     # transforms in another order.
     row_bytes = 3 * length * channels * 4
-    at_once = per_chunk(num_images, len(rows) * row_bytes, "cpu")
+    at_once = per_chunk(len(canvas.images), len(rows) * row_bytes, "cpu")
     height = per_chunk(len(rows), row_bytes, "cpu")
     met = height + ky - 1  # rows of a chunk and the rows, or zeros, below that they meet
-    given = min(met, len(rows))
+    copied = min(met, len(rows))
     # The transform wants the rows of a channel contiguous, the products the channels of a
     # frequency.
-    lines = canvas.images.new_zeros(at_once, given, channels, length, dtype=torch.float32)
+    lines = canvas.images.new_zeros(at_once, copied, channels, length, dtype=torch.float32)
     chunk = lines[..., : len(columns)].movedim(2, 3)
     spectra = lines.new_empty(frequencies, at_once, met, channels, dtype=torch.complex64)
-    spectra[:, :, given:] = 0
+    spectra[:, :, copied:] = 0
     products = lines.new_zeros(ky, frequencies, 2 * channels, 2 * channels)
-    tops = [(top, canvas.overlaps(chunk, (top, columns.start))) for top in rows[::height]]
 
-    for first in range(0, num_images, at_once):
-        count = min(at_once, num_images - first)
-        used = spectra[:, :count]
+    for images in canvas.images.split(at_once):
+        part, used = canvas._replace(images=images), spectra[:, : len(images)]
         values = torch.view_as_real(used).flatten(3).flatten(1, 2)
         span = values.shape[1] - (ky - 1)
         shifted = [values[:, dy : dy + span] for dy in range(ky)]
-        for top, overlaps in tops:
-            if height < len(rows) and (top == rows.start or top + given >= rows.stop):
+        for top in rows[::height]:
+            if height < len(rows) and (top == rows.start or top + copied >= rows.stop):
                 lines.zero_()
-            for target, source in overlaps:
-                target[:count].copy_(source[first : first + count])
-            transformed = torch.fft.rfft(lines[:count]).movedim(-1, 0)
+            part.copy_to(chunk[: len(images)], (top, columns.start))
+            transformed = torch.fft.rfft(lines[: len(images)]).movedim(-1, 0)
             # Numbers of 8 bytes are copied twice as fast as complex ones.
-            used[:, :, :given].view(torch.float64).copy_(transformed.view(torch.float64))
+            used[:, :, :copied].view(torch.float64).copy_(transformed.view(torch.float64))
             for product, right in zip(products.unbind(), shifted, strict=True):
                 product.baddbmm_(shifted[0].mT, right)
     # Real and imaginary parts of every channel back to lags along x.
@@ -279,12 +269,11 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
     sequence and (dy, dx) one lag. A block of 2 (Kx - 1) positions meets its 2 Kx - 1 lags inside
     the two blocks that start Kx - 1 before it: two products give all of them.
     """
-    (ky, kx), images, size = kernel, canvas.images, canvas.size
-    channels, num_images = canvas.channels, len(images)
+    (ky, kx), images, size, channels = kernel, canvas.images, canvas.size, canvas.channels
     height, width = size[0] + ky - 1, size[1] + kx - 1
     block = max(2 * (kx - 1), 1)
     image_bytes = height * width * channels * dtype.itemsize
-    at_once = per_chunk(num_images, image_bytes, images.device.type)
+    at_once = per_chunk(len(images), image_bytes, images.device.type)
     blocks = -(-at_once * height * width // block)
     slices = -(-blocks // SLICE_BLOCKS)
     per_slice = -(-blocks // slices)
@@ -300,16 +289,13 @@ def _lag_sums_by_products(canvas: Canvas, kernel: tuple[int, int], dtype: torch.
 
     chunk = sequence[kx - 1 : kx - 1 + at_once * height * width]
     chunk = chunk.view(at_once, height, width, channels)[:, : size[0], : size[1]]
-    overlaps = canvas.overlaps(chunk, (0, 0))
     products = images.new_zeros(ky, block * channels, 2, block * channels, dtype=sum_dtype(dtype))
     left = blocks_from(kx - 1).mT
     halves = list(itertools.product(range(ky), range(2)))
     met = [blocks_from(dy * width + half * block) for dy, half in halves]
-    for first in range(0, num_images, at_once):
-        count = min(at_once, num_images - first)
-        for target, source in overlaps:
-            target[:count].copy_(source[first : first + count])
-        chunk[count:].zero_()
+    for part in images.split(at_once):
+        canvas._replace(images=part).copy_to(chunk[: len(part)])
+        chunk[len(part) :].zero_()
         for (dy, half), right in zip(halves, met, strict=True):
             products[dy, :, half] += batch_product(left, right).sum(0)
     # Position r of the block and position r + lag of the two blocks: a diagonal for each lag.

@@ -146,15 +146,12 @@ class TrAct:
             running = torch.lerp(mean, old, MOMENTUM)
             self._means[watched.name] = torch.where(mean.isfinite().all(), running, old)
             mean = running
-        factor = self._factors[watched.name] = self._factorise(mean)
+        factor = self._factors[watched.name] = damped_factor(mean, self.lam, self.lam_mode)
         health, copied = factor.health, None
         if health.is_cuda:
             health, copied = health.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
         self._unread.append((watched.title, self.num_steps, health, copied))
-
-    def _factorise(self, mean: Tensor) -> DampedFactor:
-        return damped_factor(mean, self.lam, relative=self.lam_mode == "relative")
 
     def _set_num_steps(self, num_steps: int) -> None:
         self.num_steps = num_steps
@@ -251,4 +248,4 @@ class TrAct:
         for watched in self._watched if names else []:
             mean = state[f"mean.{watched.name}"].to(watched.layer.weight.device)
             self._means[watched.name] = mean
-            self._factors[watched.name] = self._factorise(mean)
+            self._factors[watched.name] = damped_factor(mean, self.lam, self.lam_mode)

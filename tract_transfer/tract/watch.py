@@ -3,8 +3,8 @@
 # R rows the layer multiplies, N inputs a row
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class WatchedLayer:
 
     name: str
     layer: nn.Linear | nn.Conv2d
-    detach_all: Callable[[], None] | None  # detaches the TrAct that this belongs to
+    detach_all: Callable[[], None]  # detaches the TrAct that this belongs to
     alive: bool = False  # the hooks are on, and this is not a copy
     counts: bool = True  # whether forwards are summed in the current step
     reached: bool = False  # by a training forward since the last step
@@ -47,8 +47,8 @@ class WatchedLayer:
     holds_gradient: bool | Tensor = False  # when the current backward arrived, and not zero
     adds_to_treated: bool = False  # the current backward adds to a gradient that step() multiplied
     num_gradients: int = 0  # started from nothing since the last step
-    handles: list[RemovableHandle] = field(default_factory=list)  # on the layer
-    weight_handles: list[RemovableHandle] = field(default_factory=list)
+    handles: Sequence[RemovableHandle] = ()  # on the layer
+    weight_handles: Sequence[RemovableHandle] = ()
 
     @property
     def title(self) -> str:
@@ -59,7 +59,7 @@ class WatchedLayer:
         """Register the hooks, and detach an earlier TrAct on the layer: both would multiply."""
         for hook in list(self.layer._forward_hooks.values()):
             other = getattr(hook, "__self__", None)
-            if isinstance(other, WatchedLayer) and other.alive and other.detach_all:
+            if isinstance(other, WatchedLayer) and other.alive:
                 logger.warning("Detaching an earlier TrAct on %s.", self.title)
                 other.detach_all()
         self.alive = True
@@ -77,13 +77,11 @@ class WatchedLayer:
         """Remove the hooks."""
         for handle in (*self.handles, *self.weight_handles):
             handle.remove()
-        self.handles, self.weight_handles, self.alive = [], [], False
+        self.alive, self.handles, self.weight_handles = False, (), ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies of the model, such as an average of its weights, are not treated."""
-        tensors = ("waiting", "used", "weight", "unsharded", "last_gradient", "treated_gradient")
-        removed = dict.fromkeys((*tensors, "detach_all"))
-        return {**vars(self), **removed, "alive": False, "handles": [], "weight_handles": []}
+        return {"name": self.name, "layer": self.layer}
 
     def follow_weight(self, *_: Any) -> None:
         """Move the hooks to the layer's current parameter."""
@@ -215,13 +213,12 @@ class WatchedLayer:
             problem = "was frozen after TrAct was made: detach() TrAct"
         elif weight.grad is None:
             problem = "has no gradient. Call backward() before TrAct's step(), zero_grad() after it"
-        elif any(place.is_shard() and not place.is_shard(0) for place in placements):
+        elif any(placement.is_shard() and not placement.is_shard(0) for placement in placements):
             problem = f"is sharded along its inputs ({placements}). Shard it along dimension 0"
         elif not (self.reached or _has_processes()):  # other processes may have had all images
-            raise RuntimeError(
-                f"No training forward reached {self.title} since the last step. Make TrAct on the "
-                "module that runs, in train mode, and call its step() once an update; do not call "
-                "it if TrAct is attached to an optimizer."
+            problem = (
+                "got no training forward since the last step. Make TrAct on the module that runs, "
+                "in train mode; call step() once an update, and not at all after attach()"
             )
         else:
             return local(weight.grad)

@@ -177,9 +177,7 @@ def figure_pixels(figure: Figure, width_px: int) -> npt.NDArray[np.uint8]:
         figure.set_dpi(width_px / figure.get_figwidth())
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-    rgba = np.asarray(canvas.buffer_rgba(), dtype=np.float64) / 255
-    alpha = rgba[..., 3:]
-    return np.rint(255 * (rgba[..., :3] * alpha + 1 - alpha)).astype(np.uint8)
+    return np.array(canvas.buffer_rgba(), np.uint8)[..., :3]
 
 
 def save_pixels(pixels: npt.NDArray[np.uint8], path: Path) -> None:

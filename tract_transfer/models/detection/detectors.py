@@ -5,6 +5,7 @@ Each detector takes the options `rpn` (RpnOptions) and `box` (BoxOptions) as dic
 does not fit is a ValueError.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Annotated, Any, TypeVar
@@ -18,11 +19,11 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from tract_transfer.models.backbone import Backbone
 from tract_transfer.models.detection.roi_heads import (
+    Borrowed,
     BoxHeads,
     BoxOptions,
-    LayersHead,
-    StageHead,
     fully_connected,
+    last_stage,
 )
 from tract_transfer.models.detection.rpn import RegionProposals, RpnOptions
 from tract_transfer.models.detection.two_stage import Difficult, TwoStageDetector
@@ -65,14 +66,9 @@ def torchvision_fpn(
     """
     rpn_options = with_options(RpnOptions(), rpn, "rpn")
     box_options = with_options(BoxOptions(), box, "box")
-    _check_any_size(backbone, "torchvision_fpn")
-    maps = backbone.pyramid()
-    if not 2 <= num_levels <= len(maps):
-        raise ValueError(
-            f"torchvision_fpn needs feature maps of num_levels = {num_levels} strides (at least "
-            f"2), and this backbone has {[info.stride for info in maps.values()]}."
-        )
-    maps = dict(list(maps.items())[-num_levels:])
+    check_any_size(backbone, "torchvision_fpn")
+    check_num_levels(backbone, num_levels)
+    maps = dict(list(backbone.pyramid().items())[-num_levels:])
     strides = [info.stride for info in maps.values()]
     channels = [info.channels for info in maps.values()]
     neck = FeaturePyramidNetwork(channels, fpn_channels, LastLevelMaxPool())
@@ -105,7 +101,7 @@ def torchvision_vitdet(
     rpn_options = with_options(RpnOptions(), rpn, "rpn")
     box_options = with_options(BoxOptions(), box, "box")
     accept_any_size(backbone)
-    _check_any_size(backbone, "torchvision_vitdet")
+    check_any_size(backbone, "torchvision_vitdet")
     (name, info), *others = reversed(backbone.pyramid().items())
     if others or info.stride % 4:
         raise ValueError(
@@ -138,11 +134,22 @@ def accept_any_size(backbone: Backbone) -> None:
     backbone.image_size_px = None
 
 
-def _check_any_size(backbone: Backbone, detector: str) -> None:
+def check_any_size(backbone: Backbone, detector: str) -> None:
+    """Raise a ValueError for a backbone that accepts only one image size."""
     if backbone.image_size_px is not None:
         raise ValueError(
             f"{detector} needs a backbone for images of any size, and this one takes "
             f"{backbone.image_size_px} px alone."
+        )
+
+
+def check_num_levels(backbone: Backbone, num_levels: int) -> None:
+    """Raise a ValueError for a backbone without feature maps of `num_levels` strides."""
+    strides = [info.stride for info in backbone.pyramid().values()]
+    if not 2 <= num_levels <= len(strides):
+        raise ValueError(
+            f"num_levels: {num_levels}; a feature pyramid needs at least 2 strides, and this "
+            f"backbone has {strides}."
         )
 
 
@@ -206,16 +213,15 @@ def torchvision_c4(
     """
     rpn_options = with_options(ONE_MAP_RPN, rpn, "rpn")
     box_options = with_options(BoxOptions(pool_size=14), box, "box")
-    stages = dict(backbone.model.named_children())
-    if not {"layer3", "layer4"} <= stages.keys():
-        raise ValueError(
-            "torchvision_c4 needs a ResNet, whose stage layer4 becomes the box head, and this "
-            f"{type(backbone.model).__name__} has {list(stages)}. Use torchvision_fpn."
-        )
+    stage = last_stage(backbone)
     info, feature_dim = backbone.map_info["layer3"], backbone.map_info["layer4"].channels
-    synced = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
-    norm = nn.SyncBatchNorm if synced else nn.BatchNorm2d
-    box_head = StageHead(stages["layer4"], norm(feature_dim) if extra_norm else nn.Identity())
+    norm: nn.Module = nn.Identity()
+    if extra_norm:
+        synced = any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules())
+        norm = (nn.SyncBatchNorm if synced else nn.BatchNorm2d)(feature_dim)
+    pool = nn.AdaptiveAvgPool2d(1)
+    layers = {"stage": stage, "norm": norm, "mean": pool, "end": nn.Flatten()}
+    box_head = nn.Sequential(OrderedDict(layers))
     proposals = RegionProposals(info.channels, [info.stride], rpn_options)
     heads = BoxHeads([info.stride], box_head, feature_dim, num_classes, box_options)
     images = short_side_px, max_side_px, difficult_in_training
@@ -252,7 +258,11 @@ def torchvision_c5(
             f"box.pool_size: {box_options.pool_size} gives fc6 {info.channels} x "
             f"{box_options.pool_size}^2 inputs, and it reads {inputs}. Set 7."
         )
-    box_head, feature_dim = LayersHead([fc6, fc7], dropout), fc7.weight.shape[0]
+    flatten = nn.Flatten() if isinstance(fc6, nn.Linear) else nn.Identity()  # timm's convolve
+    layers = [
+        layer for fc in (fc6, fc7) for layer in (Borrowed(fc), nn.ReLU(), nn.Dropout(dropout))
+    ]
+    box_head, feature_dim = nn.Sequential(flatten, *layers, nn.Flatten()), fc7.weight.shape[0]
     proposals = RegionProposals(info.channels, [info.stride], rpn_options)
     heads = BoxHeads([info.stride], box_head, feature_dim, num_classes, box_options)
     images = short_side_px, max_side_px, difficult_in_training
@@ -266,15 +276,13 @@ def with_options(defaults: Options, given: Mapping[str, Any], group: str) -> Opt
         ValueError: an unknown name, or a value of the wrong type or range: `group.name: problem`.
     """
     assert is_dataclass(defaults) and not isinstance(defaults, type)
-    names = [field.name for field in fields(defaults)]
-    for name in given:
-        if name not in names:
-            hint = did_you_mean(name, names)
-            raise ValueError(f"{group}.{name}: unknown.{hint} {group} takes {names}.")
     try:
         return replace(defaults, **given)
     except ValidationError as error:
         problem = error.errors()[0]
-        name = ".".join([group, *(str(part) for part in problem["loc"])])
-        message = problem["msg"].removeprefix("Value error, ")
-        raise ValueError(f"{name}: {message}, got {problem['input']!r}.") from error
+        path = [str(part) for part in problem["loc"]]
+        message = f"{problem['msg'].removeprefix('Value error, ')}, got {problem['input']!r}."
+        if problem["type"] == "unexpected_keyword_argument":
+            names = [field.name for field in fields(defaults)]
+            message = f"unknown.{did_you_mean(path[0], names)} {group} takes {names}."
+        raise ValueError(f"{'.'.join([group, *path])}: {message}") from error

@@ -237,32 +237,27 @@ class RoiPooler(nn.Module):
         return pooled
 
 
-class StageHead(nn.Module):
-    """(R, C, S, S) -> (R, D): a backbone's last stage, `norm`, and the mean over cells."""
+class Borrowed(nn.Module):
+    """A layer of the backbone as part of a box head: not a submodule, so it is saved only once."""
 
-    def __init__(self, stage: nn.Module, norm: nn.Module) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self._borrowed = (stage,)  # in a tuple, so that torch does not register it
-        self.norm = norm
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        features: Tensor = self.norm(self._borrowed[0](pooled))
-        return features.mean((2, 3))
-
-
-class LayersHead(nn.Module):
-    """(R, C, S, S) -> (R, D): linear layers or S x S convolutions, with ReLU and dropout."""
-
-    def __init__(self, layers: Sequence[nn.Linear | nn.Conv2d], dropout: float) -> None:
-        super().__init__()
-        self._borrowed = tuple(layers)
-        self.dropout = dropout
+        self._layer = (layer,)  # torch does not register modules in a tuple
 
     def forward(self, features: Tensor) -> Tensor:
-        for layer in self._borrowed:
-            inputs = features.flatten(1) if isinstance(layer, nn.Linear) else features
-            features = F.dropout(F.relu(layer(inputs)), self.dropout, self.training)
-        return features.flatten(1)
+        output: Tensor = self._layer[0](features)
+        return output
+
+
+def last_stage(backbone: Backbone) -> Borrowed:
+    """Return stage layer4 of a ResNet, to follow layer3; raise a ValueError for other backbones."""
+    stages = dict(backbone.model.named_children())
+    if not {"layer3", "layer4"} <= stages.keys():
+        raise ValueError(
+            "A C4 detector needs a ResNet, whose stage layer4 becomes the box head, and this "
+            f"{type(backbone.model).__name__} has {list(stages)}. Use a feature pyramid."
+        )
+    return Borrowed(stages["layer4"])
 
 
 def fully_connected(backbone: Backbone) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d]:

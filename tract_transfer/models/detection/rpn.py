@@ -18,7 +18,7 @@ POSITIVE, NEGATIVE, NEITHER = 1, 0, -1
 IGNORED_SHARE = 0.5
 SMALLEST_PX = 1e-3  # the log size of a proposal without area is not finite
 
-STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
@@ -107,9 +107,7 @@ class RegionProposals(nn.Module):
         """
         logits, offsets = self.head(list(maps))
         anchors = [
-            anchor_grid(
-                features.shape[-2], features.shape[-1], stride, self.options, features.device
-            )
+            anchor_grid(features.shape[-2:], stride, self.options, features.device)
             for features, stride in zip(maps, self.strides, strict=True)
         ]
         scores = [level.float().permute(0, 2, 3, 1).flatten(1) for level in logits]
@@ -180,9 +178,10 @@ class RegionProposals(nn.Module):
 
 
 def anchor_grid(
-    height: int, width: int, stride: int, options: RpnOptions, device: torch.device | None = None
+    size: Sequence[int], stride: int, options: RpnOptions, device: torch.device | None = None
 ) -> Tensor:
-    """Return the anchors of a feature map, (H W A, 4) float32 xyxy, cell by cell."""
+    """Return the anchors of a feature map of `size` (H, W), (H W A, 4) float32 xyxy."""
+    height, width = size
     floats: dict[str, Any] = {"dtype": torch.float32, "device": device}
     sides = torch.tensor(options.anchor_scales, **floats) * stride
     roots = torch.tensor(options.anchor_ratios, **floats).sqrt()
