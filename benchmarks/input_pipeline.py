@@ -30,7 +30,7 @@ from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.data.device_cache import BatchAugment, DeviceCache, cached_batches
 from tract_transfer.data.huggingface import load_huggingface
 from tract_transfer.data.images import decode_image
-from tract_transfer.data.loader import train_loader
+from tract_transfer.data.loader import load_batches
 from tract_transfer.data.sampling import EpochOrder, TrainBatchSampler
 from tract_transfer.data.transforms import classification_train
 
@@ -120,7 +120,7 @@ class Loaders:
             return itertools.chain.from_iterable(itertools.repeat(loader))
         dataset = self.stored if name == "cache: none" else self.decoded
         transform = classification_train(*options)
-        return iter(train_loader(dataset, transform, sampler, seed=SEED, num_workers=workers))
+        return iter(load_batches(dataset, transform, sampler, seed=SEED, num_workers=workers))
 
 
 def images_per_second(batches: Iterator[Any], count: int) -> float:

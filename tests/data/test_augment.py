@@ -1,6 +1,6 @@
 """Policies draw from the sample's random numbers, mixup and CutMix from the iteration's."""
 
-from itertools import islice
+from collections import Counter
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from tract_transfer.build.trainer import build_accelerator, build_trainer
 from tract_transfer.config.schema import ConfigError
 from tract_transfer.data.augment import AUGMENTATIONS, BatchMix
 from tract_transfer.data.digits import load_digits
-from tract_transfer.data.loader import train_loader
-from tract_transfer.data.sampling import EpochOrder, TrainBatchSampler
+from tract_transfer.data.loader import SampledDataset
+from tract_transfer.data.sampling import Sample
 from tract_transfer.data.transforms import classification_train
 
 NAMES = sorted(name for name, _ in AUGMENTATIONS)
@@ -32,42 +32,24 @@ def everything(name, size_px=16):
     )  # fmt: skip
 
 
-def batches_of(name, num_workers, start_iter=0, count=4, **order):
-    dataset = load_digits("train", [0]).select(range(60), "60")
-    sampler = TrainBatchSampler(EpochOrder(60, 30, 3, **order), start_iter)
-    loader = train_loader(dataset, everything(name), sampler, seed=3, num_workers=num_workers)
-    return list(islice(iter(loader), count))
+def augmented(name, epoch, indices, copy=0):
+    images = SampledDataset(load_digits("train"), everything(name), 3)
+    return torch.stack([images[Sample(epoch, index, copy)].image for index in indices])
 
 
 @all_policies
 def test_a_policy_depends_on_seed_epoch_and_sample_alone(name):
-    alone, workers = batches_of(name, 0), batches_of(name, 1, start_iter=1, count=3)
-    for ours, other in zip(alone[1:], workers, strict=True):
-        assert torch.equal(ours.images, other.images)
-    epochs = [
-        {i: x for batch in half for i, x in zip(batch.indices, batch.images, strict=True)}
-        for half in (alone[:2], alone[2:])
-    ]
-    changed = sum(not torch.equal(epochs[0][index], epochs[1][index]) for index in epochs[0])
-    assert epochs[0].keys() == epochs[1].keys()
-    assert changed > 54
-
-
-def test_the_copies_of_an_image_are_augmented_differently():
-    (batch,) = batches_of("three_augment", 0, count=1, repeats=3)
-    assert len(set(batch.indices)) == 10
-    assert batch.indices[:10] == batch.indices[10:20] == batch.indices[20:]
-    copies = batch.images.view(3, 10, -1)
-    for one, other in ((0, 1), (1, 2), (0, 2)):
-        assert (copies[one] != copies[other]).any(dim=1).sum() >= 9
+    first = augmented(name, 0, range(30))
+    assert torch.equal(first, augmented(name, 0, reversed(range(30))).flip(0))
+    for other in (augmented(name, 1, range(30)), augmented(name, 0, range(30), copy=1)):
+        assert (first != other).flatten(1).any(dim=1).sum() > 27
 
 
 @all_policies
-@pytest.mark.parametrize("size", [(32, 32), (20, 90), (300, 41)])
+@pytest.mark.parametrize("size", [(20, 90), (300, 41)])
 def test_shape_and_type_hold(name, size):
-    for _ in range(3):
-        image = everything(name, 32)(noise(*size))
-        assert (image.shape, image.dtype) == ((3, 32, 32), torch.uint8)
+    image = everything(name, 32)(noise(*size))
+    assert (image.shape, image.dtype) == ((3, 32, 32), torch.uint8)
 
 
 def test_three_augment_is_one_of_three_equally_often():
@@ -117,14 +99,14 @@ def test_a_policy_is_that_of_torchvision(name):
         ("randaugment", r"data.transforms.augment: .* Did you mean \'rand_augment\'"),
         ("rand_augment, augment_args: {strength: 3}",
             r"data.transforms.augment_args.strength: unknown. .*rand_augment takes \['num_ops'"),
-        ("rand_augment, augment_args: {magnitude: 31}", r"augment_args.magnitude: must lie in 0"),
-        ("rand_augment, augment_args: {num_ops: 0}", r"augment_args.num_ops: must be 1"),
+        ("rand_augment, augment_args: {magnitude: 31}", r"augment_args.magnitude: must be at most"),
+        ("rand_augment, augment_args: {num_ops: 0}", r"augment_args.num_ops: .*equal to 1"),
         ("rand_augment, augment_args: {num_ops: two}", r"num_ops: .*valid integer"),
-        ("trivial_augment, augment_args: {num_magnitude_bins: 1}", r"bins: must be 2"),
+        ("trivial_augment, augment_args: {num_magnitude_bins: 1}", r"bins: .*equal to 2"),
         ("auto_augment_svhn, augment_args: {policy: svhn}", r"policy: unknown"),
-        ("auto_augment_svhn, augment_args: {fill: [0, 0, 256]}", r"args.fill: must be three"),
+        ("auto_augment_svhn, augment_args: {fill: [0, 0, 256]}", r"args.fill.2: .*equal to 255"),
         ("auto_augment_svhn, augment_args: {interpolation: cubic}",
-            r"augment_args.interpolation: must be one of"),
+            r"augment_args.interpolation: .*'bicubic'"),
         ("three_augment, augment_args: {blur_sigma_px: [2.0, 1.0]}", r"blur_sigma_px: must be"),
     ],
 )  # fmt: skip
@@ -184,8 +166,7 @@ def test_the_draw_depends_on_seed_and_iteration_alone():
     torch.manual_seed(2)
     again = BatchMix(4, 3, **both)
     for iteration in (7, 2):
-        for ours, other in zip(first[iteration], again(IMAGES, TARGETS, iteration), strict=True):
-            assert torch.equal(ours, other)
+        assert all(map(torch.equal, first[iteration], again(IMAGES, TARGETS, iteration)))
     part = again(IMAGES[:2], TARGETS[:2], 7)[1]
     assert sorted(part[0].unique().tolist()) == sorted(first[7][1][1].unique().tolist())
     assert len({targets.max().item() for _, targets in first}) == 10
@@ -195,15 +176,13 @@ def test_the_draw_depends_on_seed_and_iteration_alone():
 @pytest.mark.parametrize(("prob", "switch_prob"), [(1.0, 0.5), (0.5, 0.2), (0.9, 0.0), (0.9, 1.0)])
 def test_each_kind_is_as_frequent_as_asked(prob, switch_prob):
     mixes = BatchMix(4, 0, mixup_alpha=0.8, cutmix_alpha=1.0, prob=prob, switch_prob=switch_prob)
-    counts = {"none": 0, "mixup": 0, "cutmix": 0}
+    counts = Counter()
     for iteration in range(400):
         images, targets = mixes(IMAGES, TARGETS, iteration)
-        kind = "none" if targets is TARGETS else "mixup" if images.is_floating_point() else "cutmix"
-        counts[kind] += 1
-    shares = {"mixup": prob * (1 - switch_prob), "cutmix": prob * switch_prob, "none": 1 - prob}
+        counts[targets is TARGETS, images.is_floating_point()] += 1
+    shares = {(True, False): 1 - prob, (False, True): prob * (1 - switch_prob)}  # none, mixup
     for kind, share in shares.items():
-        slack = 5 * (400 * share * (1 - share)) ** 0.5
-        assert abs(counts[kind] - 400 * share) <= slack + 1e-6, (kind, counts)
+        assert abs(counts[kind] - 400 * share) <= 5 * (400 * share * (1 - share)) ** 0.5 + 1e-6
 
 
 def test_alpha_is_that_of_the_beta_distribution():
@@ -234,9 +213,8 @@ def test_the_trainer_mixes_by_its_iteration(tmp_path, load_tiny):
     trainer.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     trainer.train()
     batches = trainer_of(tmp_path, load_tiny).batches(0)
-    for iteration, (images, targets) in enumerate(seen):
+    for iteration, inputs in enumerate(seen):
         batch = next(batches)
         expected = trainer.mix(batch.images, batch.targets, iteration)
-        assert torch.equal(images, expected[0])
-        assert torch.equal(targets, expected[1])
+        assert all(map(torch.equal, inputs, expected))
     assert any(targets.ndim == 2 for _, targets in seen)

@@ -10,7 +10,7 @@ import pytest
 from box_data import NAMES as PETS
 from box_data import picture, write_coco, write_voc
 from PIL import Image
-from stream_rows import huggingface, make_rows, order_of, write_folders, write_shards
+from stream_rows import NAMES, huggingface, make_rows, order_of, write_folders, write_shards
 
 from tract_transfer.config.schema import load_config
 from tract_transfer.data.classification import ClassificationDataset, hold_out
@@ -20,11 +20,7 @@ from tract_transfer.data.huggingface import load_huggingface, load_huggingface_b
 from tract_transfer.data.images import UndecodableImage, decode_image, read_video
 from tract_transfer.data.sampling import EpochOrder, TrainBatchSampler
 from tract_transfer.data.streaming import StreamBatches, stream_huggingface
-from tract_transfer.data.transforms import (
-    classification_eval,
-    classification_train,
-    detection_train,
-)
+from tract_transfer.data.transforms import detection_train
 from tract_transfer.run.evaluate import evaluate_run
 from tract_transfer.run.run import run
 
@@ -57,29 +53,22 @@ def saved(change, read):
     return make
 
 
-def missing_shard(folder):
-    make_rows(1).to_parquet(folder / "train-00000-of-00002.parquet")
-    load_huggingface(str(folder), "train")
+def parquet(rows):
+    buffer = BytesIO()
+    rows.to_parquet(buffer)
+    return buffer.getvalue()
 
 
-def other_file(folder):
-    (folder / "train.csv").write_text("a,b\n")
-    load_huggingface(str(folder / "train.csv"), "train")
+def files(contents, path="", load=load_huggingface):
+    """Write these files and load split train of a path."""
 
+    def make(folder):
+        for name, content in contents.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(content)
+        load(str(folder / path), "train")
 
-def named_file(folder):
-    make_rows(1).to_parquet(folder / "test.parquet")
-    load_huggingface(str(folder / "test.parquet"), "train")
-
-
-def broken_file(folder):
-    (folder / "train.parquet").write_bytes(b"PAR1 cut")
-    load_huggingface(str(folder), "train")
-
-
-def empty_folder(folder):
-    (folder / "pets").mkdir()
-    load_huggingface(str(folder / "pets"), "train")
+    return make
 
 
 def cell_of_another_file(load):
@@ -97,55 +86,60 @@ def cell_of_another_file(load):
     return make
 
 
+ROW, CUT = parquet(make_rows(1)), {"train.parquet": b"PAR1 cut"}
+EELS = parquet(make_rows(3, ["dog", "cat", "eel"]))
 HUGGING_FACE = {
-    "no path": (lambda _: load_huggingface("./absent", "train", key="data.val"), FileNotFoundError,
-        r"absent does not exist. Set data.val.path"),
+    **{f"no path {path}": (
+        lambda _, path=path: load_huggingface(path, "train", key="data.val"), FileNotFoundError,
+        "absent does not exist. Set data.val.path")
+       for path in ("./absent", "~/absent", "/absent")},
     "a hub that does not answer": (lambda _: load_huggingface("owner/absent", "train"),
         ConnectionError, r"save_to_disk.*data.train.path"),
     "a revision of local data": (rows(load={"revision": "main"}), ValueError,
         "has neither revisions nor configurations. Remove k.revision"),
-    "a file that is no parquet": (other_file, ValueError, "neither a parquet file nor a folder"),
-    "a parquet file of another split": (named_file, ValueError, r"no split 'train'.*\['test'\]"),
-    "a broken parquet file": (broken_file, ValueError, "train.parquet|did not load"),
+    "a file that is no parquet": (files({"train.csv": b"a,b"}, "train.csv"), ValueError,
+        "neither a parquet file nor a folder"),
+    "a parquet file of another split": (files({"test.parquet": ROW}, "test.parquet"), ValueError,
+        r"no split 'train'.*\['test'\]"),
+    "a broken parquet file": (files(CUT), ValueError, "train.parquet|did not load"),
     "no such split": (rows(split="trein"), ValueError,
         r"no split 'trein'. Did you mean 'train'\? Set k.split to one of"),
-    "an empty folder": (empty_folder, ValueError, r"<class>/x.png.*Set data.train.path"),
-    "parquet shards of which one is missing": (missing_shard, ValueError,
+    "an empty folder": (files({"pets/x": b""}, "pets"), ValueError,
+        r"<class>/x.png.*Set data.train.path"),
+    "parquet shards of which one is missing": (
+        files({"train-00000-of-00002.parquet": ROW}), ValueError,
         "all 2 files of split 'train', but has 1"),
     "a slice without rows": (saved(lambda rows: rows, len), ValueError,
         "has no rows. Set data.train.split"),
     "a saved split without rows": (saved(lambda rows: rows.select([]), len), ValueError,
         "data.train"),
     "no image column": (rows(image=None), ValueError,
-        r"feature Image, but 0 have: set k.image_column. Columns: label \(ClassLabel\)"),
+        r"k.image_column: set it, as 0 columns hold images .* Columns: label \(ClassLabel\)"),
     "two image columns": (rows(other=(datasets.Image(), [picture(i) for i in range(3)])),
-        ValueError, r"2 have: set k.image_column.*other \(Image\)"),
+        ValueError, r"k.image_column: set it, as 2 columns .*other \(Image\)"),
     "an image column of labels": (rows(load={"image_column": "label"}), ValueError,
-        r"k\.image_column.*feature Image"),
+        r"k\.image_column: 'label' must hold images \(the feature Image"),
     "no label column": (rows(label=None), ValueError,
-        r"feature ClassLabel, but 0 have: set k.label_column.*image \(Image\)"),
-    "two label columns": (rows(coarse=(datasets.ClassLabel(names=PETS), [0, 1, 0])), ValueError,
-        r"2 have: set k.label_column.*coarse \(ClassLabel"),
+        r"k.label_column: set it, as 0 columns hold a ClassLabel.*image \(Image\)"),
     "integer labels without label_column": (rows(0, 7, feature=INTEGER), ValueError,
-        r"k\.label_column. .*label \(int64\)"),
+        r"k\.label_column: set it.*label \(int64\)"),
     "a misspelt label column": (rows(load={"label_column": "lable"}), ValueError,
-        r"k.label_column: no column 'lable'. Did you mean 'label'.*image \(Image\)"),
+        r"k.label_column: 'lable' must hold .* Did you mean 'label'.*image \(Image\)"),
     "labels of one class": (rows(0, 0, names=["cat"]), ValueError,
         r"one class, \['cat'\].*Set k.label_column"),
     "an unlabelled split": (rows(-1, -1), ValueError,
         r"split train row 0: label -1 in column 'label' must be in 0\.\.2.*unlabelled.*k\.split"),
-    "a row without a label": (rows(0, None), ValueError, "row 1: label -1"),
     "a negative label": (rows(0, 1, -3, feature=INTEGER, load={"label_column": "label"}),
         ValueError, "row 2: label -3"),
-    "an integer row without a label": (
-        rows(1, None, 0, feature=datasets.Value("uint8"), load={"label_column": "label"}),
-        ValueError, "row 1: label -1 .*unlabelled"),
+    "an unsigned row without a label": (
+        rows(1, None, feature=datasets.Value("uint8"), load={"label_column": "label"}), ValueError,
+        "row 1: label -1"),
     "integers that are no class numbers": (
         rows(0, 5_000_000_000, feature=INTEGER, load={"label_column": "label"}), ValueError,
         r"k\.label_column: its integers reach 5000000000.*Number them 0, 1"),
     **{f"labels of type {dtype}": (
         rows(*labels, feature=feature, load={"label_column": "label"}), ValueError,
-        rf"k\.label_column.*not {dtype}.*class_encode_column\('label'\)")
+        rf"k\.label_column: 'label' must hold .*class_encode_column.*label \({dtype}\)")
        for dtype, feature, labels in [("string", STRING, ["b", "a"]),
            ("float32", datasets.Value("float32"), [0.0, 1.0]),
            ("List", datasets.List(INTEGER), [[0, 1], [1]])]},
@@ -157,33 +151,13 @@ HUGGING_FACE = {
 # Streams.
 
 
-def stream(split="train", path="", **options):
+def stream(split="train", names=NAMES, **options):
     """Stream shards of 70 rows."""
 
     def make(folder):
-        write_shards(folder)
-        return stream_huggingface(str(folder / path), split, **options)
+        return stream_huggingface(write_shards(folder, names=names), split, **options)
 
     return make
-
-
-def other_shards(folder):
-    make_rows(3).to_parquet(folder / "train-00000-of-00002.parquet")
-    make_rows(3, ["dog", "cat", "eel"]).to_parquet(folder / "train-00001-of-00002.parquet")
-    stream_huggingface(str(folder), "train")
-
-
-def stream_integers(num_classes):
-    def make(folder):
-        write_shards(folder, names=None)
-        stream_huggingface(str(folder), "train", label_column="label", num_classes=num_classes)
-
-    return make
-
-
-def streamed_broken_file(folder):
-    (folder / "train.parquet").write_bytes(b"PAR1 cut")
-    stream_huggingface(str(folder), "train")
 
 
 def batches(*where, **order):
@@ -197,30 +171,27 @@ def batches(*where, **order):
 STREAMS = {
     "a slice of a stream": (stream("train[:10%]"), ValueError,
         r"split: train\[:10%\] is a slice.*set data.train.streaming: false"),
-    "a split that a stream does not have": (stream("trein"), ValueError,
-        r"no split 'trein'\. Did you mean 'train'"),
     "num_classes of named classes": (stream(num_classes=3), ValueError,
         "num_classes: 'label' has its own classes"),
     "num_classes of an image folder": (
         lambda folder: stream_huggingface(write_folders(folder), "train", num_classes=3),
         ValueError, "num_classes: the folders of .* are its classes"),
-    "streamed integers without num_classes": (stream_integers(None), ValueError,
+    "streamed integers without num_classes": (
+        stream(names=None, label_column="label"), ValueError,
         r"data.train.num_classes: 'label' holds integers"),
-    "a streamed label above num_classes": (stream_integers(2), ValueError,
+    "a streamed label above num_classes": (
+        stream(names=None, label_column="label", num_classes=2), ValueError,
         r"row 2: label 2 .*must be in 0\.\.1"),
-    "a stream of one class": (
-        lambda folder: stream_huggingface(write_shards(folder, (1,), names=["cat"]), "train"),
-        ValueError, r"has one class, \['cat'\]"),
-    "a streamed parquet file cut short": (streamed_broken_file, ValueError,
+    "a streamed parquet file cut short": (files(CUT, load=stream_huggingface), ValueError,
         "no complete parquet file"),
     "a streamed parquet cell that names a file elsewhere": (
         cell_of_another_file(stream_huggingface), ValueError, "row 0 is the file .* not below"),
-    "streamed shards of other classes": (other_shards, ValueError,
+    "streamed shards of other classes": (
+        files({"train-00000-of-00002.parquet": ROW, "train-00001-of-00002.parquet": EELS},
+            load=stream_huggingface), ValueError,
         r"same columns and classes, and .*00001-of-00002"),
     "data.readers that do not divide the batch": (batches(readers=3), ValueError,
         r"data.readers must divide .* 3 does not divide 8"),
-    "a streamed batch larger than the data": (batches(batch_size=72), ValueError,
-        r"data.batch_size must lie in 1\.\.70"),
     "fewer readers than processes": (batches(0, 0, 8), ValueError,
         r"data.readers must be a multiple of .* 8, got 4"),
     "a streamed batch that does not divide": (batches(0, 0, 1, 3), ValueError,
@@ -273,7 +244,6 @@ VOC = {
     "no VOC split file": (voc(sets=["2007/trian"]), FileNotFoundError,
         r"trian.txt does not exist. Did you mean 'train'.*Set data.val.sets"),
     "a VOC set without a split": (voc(sets=["2007"]), ValueError, "must be <year>/<split>"),
-    "no VOC set": (voc(sets=[]), ValueError, "data.val.sets must name at least one set"),
     "a blank VOC split file": (voc(lines=b"\n  \n"), ValueError,
         r"train.txt names no image. Set data.val.sets"),
     "a malformed line of a VOC split file": (voc(lines=b"1 1 1\n"), ValueError,
@@ -300,9 +270,9 @@ VOC = {
         r"0.xml object 2 \(catt\): unknown class. Did you mean 'cat'.*Classes: cat, dog.*"
         "set data.val.classes"),
     "a missing VOC corner": (voc_object(thing(corners=(1, 1, 40))), ValueError,
-        r"object 1 \(cat\): <ymax> must be a finite number, not None"),
+        r"object 1 \(cat\): the box must be four finite numbers, not xmin 1, .*ymax None"),
     "a VOC corner of words": (voc_object(thing(corners=(1, 1, "wide", 30))), ValueError,
-        "<xmax> must be a finite number, not 'wide'"),
+        "four finite numbers, not .*xmax wide"),
     "a VOC difficult flag of words": (
         voc_object(thing(more="<difficult>yes</difficult>")), ValueError,
         "<difficult> must be 0 or 1, not 'yes'"),
@@ -343,9 +313,9 @@ COCO_ENTRIES = {
     "no such category": (entry("annotations", 1, category_id=1), "category_id 1 is no category's"),
     "list as image": (entry("annotations", 1, image_id=[1]), r"image_id \[1\] is no image's"),
     "mapping as category": (entry("annotations", 1, category_id={}), "category_id {} is no"),
-    "huge box": (entry("annotations", 1, bbox=[0, 0, 10**400, 1]), "bbox must be four numbers"),
-    "three numbers": (entry("annotations", 1, bbox=[1, 2, 3]), "bbox must be four numbers"),
-    "words": (entry("annotations", 1, bbox="1 2 3 4"), "bbox must be four numbers"),
+    "huge box": (entry("annotations", 1, bbox=[0, 0, 10**400, 1]), "be four finite numbers"),
+    "three numbers": (entry("annotations", 1, bbox=[1, 2, 3]), "be four finite numbers"),
+    "words": (entry("annotations", 1, bbox="1 2 3 4"), "be four finite numbers"),
     "strange crowd": (entry("annotations", 1, iscrowd=2), "iscrowd and ignore must be 0 or 1"),
     "no id": (lambda tree: tree["annotations"][1].pop("id"), r"annotations\[1\] must be a mapping"),
     "repeated category": (entry("categories", 1, name="dog"), r"categories\[1\] id 3: name 'dog'"),
@@ -376,12 +346,16 @@ COCO = {
 }  # fmt: skip
 
 
-def cells(*things, load=None, **columns):
+BBOX = datasets.List(datasets.Value("float32"))
+UNEVEN = {"bbox": datasets.List(BBOX), "category": datasets.List(INTEGER)}
+
+
+def cells(*things, load=None, feature=None, **columns):
     """Load rows whose objects have these fields."""
 
     def make(folder):
-        fields = {"bbox": datasets.List(datasets.Value("float32")), "category": INTEGER}
-        column = (datasets.List(fields), list(things))
+        fields = feature or datasets.List({"bbox": BBOX, "category": INTEGER})
+        column = (fields, list(things))
         images = (datasets.Image(), [picture(i) for i in range(len(things))])
         made = make_rows(len(things), label=None, image=images, objects=column, **columns)
         made.save_to_disk(folder / "saved")
@@ -391,14 +365,6 @@ def cells(*things, load=None, **columns):
     return make
 
 
-def uneven_fields(folder):
-    fields = {"bbox": datasets.List(datasets.List(datasets.Value("float32")))}
-    fields["category"] = datasets.List(INTEGER)
-    column = (fields, [{"bbox": [[1, 2, 3, 4]], "category": [0, 0]}])
-    make_rows(1, label=None, objects=column).save_to_disk(folder / "saved")
-    load_huggingface_boxes(str(folder / "saved"), "train", "xywh", classes=["cat"])
-
-
 GOOD = {"bbox": [1, 2, 3, 4], "category": 0}
 BOXES = {
     "a label of no class": (cells([{**GOOD, "category": 3}]), ValueError,
@@ -406,19 +372,18 @@ BOXES = {
     "a negative class": (cells([{**GOOD, "category": -1}]), ValueError,
         r"row 0 object 1 \(-1\): unknown class"),
     "a box of three numbers": (cells([GOOD, {**GOOD, "bbox": [1, 2, 3]}]), ValueError,
-        r"object 2 \(cat\): the box must be four numbers"),
+        r"object 2 \(cat\): the box must be four finite numbers"),
     "no box": (cells([{**GOOD, "bbox": None}]), ValueError,
-        "the box must be four numbers, not None"),
+        "the box must be four finite numbers, not xywh None"),
     "a repeated image_id": (cells([GOOD], [], [GOOD], image_id=(INTEGER, [4, 5, 4])), ValueError,
         r"row 2 repeats image_id 4 of row 0\. Remove one"),
-    "boxes and categories that differ in number": (uneven_fields, ValueError,
+    "boxes and categories that differ in number": (
+        cells({"bbox": [[1, 2, 3, 4]], "category": [0, 0]}, feature=UNEVEN), ValueError,
         r"row 0: .* differ in length: {'bbox': 1, 'category': 2}"),
     "boxes without class names": (cells([GOOD], load={"classes": None}), ValueError,
         r"data.val.classes is needed, .*objects.category is no"),
     "a misspelt objects column": (cells([GOOD], load={"objects_column": "object"}), ValueError,
-        r"'object' does not. Did you mean 'objects'.*Set data.val.objects_column"),
-    "an unknown box format": (cells([GOOD], load={"box_unit": "percent"}), ValueError,
-        "no box_format 'xywh' or box_unit 'percent'"),
+        r"data.val.objects_column: 'object' must .* Did you mean 'objects'"),
     "repeated classes": (cells([GOOD], load={"classes": ["cat", "dog", "cat"]}), ValueError,
         r"data.val.classes must be different .* \['cat'\] more than once"),
     "no class of boxes": (cells([GOOD], load={"classes": []}), ValueError,
@@ -461,7 +426,6 @@ IMAGES = {
     "a truncated PNG": (image(encode(NOISE, cut=True)), UndecodableImage, "train row 17 cannot"),
     "a TIFF of floats": (image(encode(FLOATS, "TIFF")), UndecodableImage, "float"),
     "an image of format EPS": (image(encode(NOISE, "EPS")), UndecodableImage, "are no image of"),
-    "an image of format PDF": (image(encode(NOISE, "PDF")), UndecodableImage, "are no image of"),
     "an image of more pixels than data.max_pixels": (
         image(encode(picture(1)), max_pixels=1199), UndecodableImage,
         r"40x30 pixels, more than data\.max_pixels 1199"),
@@ -496,34 +460,17 @@ ARGUMENTS = {
         "no split 'val'. Set data.train.split"),
     "digit scenes over other digit scenes": (scenes, ValueError,
         "must be empty or contain digit scenes"),
-    "data.invalid_boxes of another word": (lambda _: Findings("drop"), ValueError,
-        "data.invalid_boxes must be error or clip, got 'drop'"),
-    "a held-out fraction of 1": (lambda _: hold_out(ONE_EACH, 1, 0), ValueError,
-        r"fraction must lie in \(0, 1\), got 1"),
     "a part held out of single images": (lambda _: hold_out(ONE_EACH, 0.5, 0), ValueError,
         "no class has two images"),
     "a batch larger than the data": (order(10, 11), ValueError,
         r"data.batch_size must lie in 1\.\.10, .* got 11. Set data.batch_size to 10"),
     "fewer tall images than a batch": (order(30, 12, groups=TALL), ValueError,
-        "10 images are tall: fewer than data.batch_size 12"),
-    "fewer wide images than a batch": (order(30, 15, groups=1 - TALL), ValueError,
-        "10 images are wide or square: fewer than"),
+        "10 images that are tall: fewer than data.batch_size 12"),
     "a batch of the copies of one image": (order(30, 5, repeats=3), ValueError,
         r"batch_size must be 6 or more with data.repeats = 3, got 5"),
     "a batch that does not divide": (
         lambda _: TrainBatchSampler(EpochOrder(10, 6, 0), 0, 0, 2, 2), ValueError,
         "2 x 2 = 4, got 6. Set data.batch_size to 4, or another"),
-    "an unknown crop": (lambda _: classification_train(32, "centre", 4, (1, 1), 0.5, "bilinear"),
-        ValueError, "crop must be"),
-    "an unknown interpolation": (lambda _: classification_eval(32, 0.9, "cubic"), ValueError,
-        "interpolation: must be one of"),
-    "a crop_ratio above 1": (lambda _: classification_eval(32, 1.2, "bicubic"), ValueError,
-        "crop_ratio"),
-    "a crop_ratio of whole images": (lambda _: classification_eval(32, 0.9, "bicubic", "whole"),
-        ValueError, "crop_ratio must be 1"),
-    "an unknown resize": (lambda _: classification_eval(32, 1.0, "bicubic", "long"), ValueError,
-        "resize must be short or whole"),
-    "no short side": (lambda _: detection_train([], 100, 0.5), ValueError, "short_sides_px"),
     "a short side above the long one": (lambda _: detection_train([200], 100, 0.5), ValueError,
         "short_sides_px"),
 }  # fmt: skip
@@ -557,8 +504,7 @@ def devkits(tmp_path):
         for name, shade in (("train", 0), ("test", 3)):
             write_voc(tmp_path / name, ONE_BOX)
             for index in range(3):
-                file = tmp_path / name / f"VOC2007/JPEGImages/{index}.jpg"
-                picture(index + shade).save(file)
+                picture(index + shade).save(tmp_path / name / f"VOC2007/JPEGImages/{index}.jpg")
             source = f"source: voc, root: {tmp_path / name}, sets: [2007/train], classes: {PETS}"
             sources.append(f"data.{name}={{{source}}}")
         change(tmp_path / split / "VOC2007")
@@ -567,7 +513,7 @@ def devkits(tmp_path):
     return make
 
 
-def outside(devkit):
+def widen_box(devkit):
     file = devkit / "Annotations/0.xml"
     file.write_text(file.read_text().replace("<xmax>14<", "<xmax>80<"))
 
@@ -578,70 +524,51 @@ def break_images(devkit):
     file.write_bytes(file.read_bytes()[:60])
 
 
-def resize(devkit):
-    Image.new("RGB", (50, 50)).save(devkit / "JPEGImages/1.jpg")
-
-
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (outside, r"0.xml object 1 \(dog\): the box must lie in the image"),
+        (widen_box, r"0.xml object 1 \(dog\): the box must lie in the image"),
         (break_images, r"[12]\.jpg cannot be decoded.*or set data.undecodable: skip"),
-        (resize, r"1.jpg has 50x50 pixels .* says 40x30.*Correct"),
     ],
 )
 def test_bad_images_end_a_run_and_bad_boxes_before_it_writes_anything(
     change, message, split, devkits, tmp_path, load_tiny
 ):
-    config = load_tiny(tmp_path, *devkits(split, change), task="detection")
     with pytest.raises(ValueError, match=message):
-        run(config)
+        run(load_tiny(tmp_path, *devkits(split, change), task="detection"))
     assert not (tmp_path / "run/results.json").exists()
-    assert change is not outside or not (tmp_path / "run").exists()
+    assert change is break_images or not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_clipped_boxes_and_skipped_images_are_listed(split, devkits, tmp_path, load_tiny):
-    def change(devkit):
-        outside(devkit)
-        break_images(devkit)
-
-    words = devkits(split, change, "data.invalid_boxes=clip", "data.undecodable=skip")
-    results = run(load_tiny(tmp_path, *words, task="detection"))
-    (text,) = results["mended_boxes"]
-    assert "0.xml object 1 (dog)" in text
-    assert text.endswith("clipped")
-    assert json.loads((tmp_path / "run/results.json").read_text())["skipped"] == results["skipped"]
-    assert [text.partition(".jpg")[0][-1] for text in results["skipped"]] == ["1", "2"]
+def test_skipped_images_of_a_detector_are_listed(split, devkits, tmp_path, load_tiny):
+    words = devkits(split, break_images, "data.undecodable=skip")
+    skipped = run(load_tiny(tmp_path, *words, task="detection"))["skipped"]
+    assert [text.partition(".jpg")[0][-1] for text in skipped] == ["1", "2"]
 
 
 @pytest.fixture
 def pets(tmp_path):
-    """Overrides of image rows of which the fifth of each split is broken."""
+    """Overrides of image rows, of which row 5 of each split is broken."""
+    (tmp_path / "pets").mkdir()
     for split, first in (("train", 0), ("test", 100)):
-        cells = make_rows(12, first=first).cast_column("image", datasets.Image(decode=False))[:]
-        cells["image"][5] = {"bytes": b"no image", "path": None}
-        feature = (datasets.Image(decode=False), cells["image"])
-        made = make_rows(12, image=feature).cast_column("image", datasets.Image())
-        (tmp_path / "pets").mkdir(exist_ok=True)
+        cells = [{"bytes": encode(picture(first + i)), "path": None} for i in range(12)]
+        cells[5]["bytes"] = b"no image"
+        made = make_rows(12, image=(datasets.Image(decode=False), cells))
+        made = made.cast_column("image", datasets.Image())
         made.to_parquet(tmp_path / f"pets/{split}.parquet")
     return huggingface(tmp_path / "pets", "data.batch_size=4")
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_the_error_of_a_worker_has_no_traceback(num_workers, pets, tmp_path, load_tiny):
+def test_the_error_of_a_worker_has_no_traceback(pets, tmp_path, load_tiny):
     with pytest.raises(UndecodableImage, match=r"split train row 5 cannot be decoded") as caught:
-        run(load_tiny(tmp_path, *pets, f"data.num_workers={num_workers}"))
+        run(load_tiny(tmp_path, *pets, "data.num_workers=1"))
     assert "Traceback" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("task", "more"),
-    [
-        ("classification", ("data.cache=ram", "data.num_workers=1")),
-        ("probe", ()),
-    ],
+    ("task", "more"), [("classification", ["data.cache=ram"]), ("probe", ["data.num_workers=1"])]
 )
 def test_undecodable_rows_are_skipped_and_listed(task, more, pets, tmp_path, load_tiny, caplog):
     results = run(load_tiny(tmp_path, *pets, "data.undecodable=skip", *more, task=task))
@@ -655,7 +582,6 @@ def test_a_run_is_evaluated_under_another_protocol_but_not_with_other_classes(
 ):
     words = devkits("train", lambda _: None)
     metrics = run(load_tiny(tmp_path, *words, task="detection"))["metrics"]
-    assert evaluate_run(load_tiny(tmp_path, *words, task="detection")) == metrics
     config = load_tiny(tmp_path, *words, "evaluation.protocol=detectron2", task="detection")
     assert evaluate_run(config).keys() == metrics.keys()
     details = json.loads((tmp_path / "run/evaluation.json").read_text())["details"]

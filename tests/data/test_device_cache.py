@@ -5,6 +5,7 @@ from itertools import islice, product
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 from torchvision.transforms import InterpolationMode, v2
 
 from tract_transfer.data import device_cache
@@ -61,19 +62,10 @@ def draws(count, each, seed=0):
     return np.random.default_rng(seed).random((count, each))
 
 
-def test_a_batch_has_the_images_and_labels_of_its_samples():
-    dataset = Pixels()
-    batch = next(batches(DeviceCache(dataset, 8, CPU), crop="none", flip_prob=0.0))
-    assert batch.images.dtype == torch.uint8
-    assert batch.images.shape == (4, 3, 8, 8)
-    for index, image, label in zip(batch.indices, batch.images, batch.targets, strict=True):
-        assert image.equal(dataset.image(index))
-        assert label == dataset.target(index)
-
-
 def test_crops_and_flips_are_those_of_the_padded_image():
     dataset, variants = Pixels(), set()
     for batch in islice(batches(DeviceCache(dataset, 8, CPU)), 40):
+        assert batch.targets.tolist() == [dataset.target(index) for index in batch.indices]
         for index, image in seen(batch).items():
             padded = torch.nn.functional.pad(dataset.image(index), [2, 2, 2, 2])
             (match,) = [
@@ -109,8 +101,7 @@ def test_hashed_numbers_are_uniform_uncorrelated_and_differ_between_copies():
     assert uniform.shape == (20000, 3)
     assert 0 <= uniform.min() < uniform.max() < 1
     counts, _ = np.histogram(uniform, bins=20, range=(0, 1))
-    expected = uniform.size / 20
-    assert ((counts - expected) ** 2 / expected).sum() < 43.8  # chi-square, 19 degrees, p 0.001
+    assert chisquare(counts).pvalue > 0.001
     lagged = np.stack([*uniform.T, np.roll(uniform[:, 0], 1), np.roll(uniform[:, 0], 1000)])
     correlation = np.corrcoef(lagged) - np.eye(5)
     assert np.abs(correlation).max() < 4 / np.sqrt(20000)
@@ -138,14 +129,15 @@ def test_images_are_resized_once_or_keep_their_size():
     assert DeviceCache(Pixels(size=(16, 16)), 8, CPU).images.shape == (20, 3, 8, 8)
     data = DeviceCache(Pixels(size=(12, 12)), None, CPU)
     assert data.images.shape == (20, 3, 12, 12)
-    assert next(batches(data, crop="random_resized")).images.shape == (4, 3, 8, 8)
+    images = next(batches(data, crop="random_resized")).images
+    assert (images.shape, images.dtype) == ((4, 3, 8, 8), torch.uint8)
 
 
 @pytest.mark.parametrize(
     ("dataset", "size_px", "message"),
     [
-        (Pixels(size=(8, 12)), 8, "square images, and image 0 is 12 x 8 px"),
-        (Pixels(size=(8, 12)), None, "all images to be 8 px square, and image 0 is 12 x 8 px"),
+        (Pixels(size=(8, 12)), 8, "8 px, and image 0 has 12 x 8 px after its short side"),
+        (Pixels(size=(8, 12)), None, "square images of one size, 8 px, and image 0 has 12 x 8 px"),
         (Pixels(broken=range(4), length=4), None, "found no image that can be decoded"),
         (Pixels(length=10**13), 32, r"needs 28610229.5 GiB for 1\d* images .*, and cpu has"),
     ],
@@ -170,20 +162,14 @@ def test_shifts_are_down_and_right():
     assert crop.tolist() == [[[0, 4, 5, 6], [0, 8, 9, 10], [0, 12, 13, 14], [0, 0, 0, 0]]]
 
 
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size_px", [8, 20, 33])
-def test_a_resized_crop_is_that_of_torchvision(images, interpolation, size_px, monkeypatch):
+def test_a_resized_crop_is_that_of_torchvision(images, interpolation, size_px):
     boxes = random_boxes(draws(6, 22), 20, (0.08, 1.0), RATIO)
     crops = resized_crops(images, boxes, size_px, interpolation)
+    sides, mode = [size_px, size_px], InterpolationMode(interpolation)
     for image, box, crop in zip(images, boxes.tolist(), crops, strict=True):
-        expected = v2.functional.resized_crop(
-            image, *box, [size_px, size_px], InterpolationMode(interpolation), antialias=True
-        )
-        assert crop.dtype == torch.uint8
-        # torch's weights have 16 bits, so values may differ by one.
-        assert (crop.int() - expected.int()).abs().max() <= (interpolation != "nearest")
-    monkeypatch.setattr(device_cache, "_TABLE_BYTES", 0)  # as for large images
-    assert resized_crops(images, boxes, size_px, interpolation).equal(crops)
+        assert crop.equal(v2.functional.resized_crop(image, *box, sides, mode, antialias=True))
 
 
 def test_boxes_are_in_their_image_and_distributed_as_those_of_torchvision():
@@ -233,11 +219,3 @@ def test_an_image_is_augmented_the_same_in_every_batch(images):
     assert whole.shape == (6, 3, 12, 12)
     single = [augment(images[i : i + 1], numbers[i : i + 1]) for i in range(6)]
     assert torch.cat(single).equal(whole)
-
-
-def test_options_that_cannot_be_done_in_batches_are_refused(images):
-    with pytest.raises(ValueError, match="crop must be pad, random_resized or none, got 'resize_"):
-        BatchAugment(8, "resize_random", 4, (0.08, 1.0), 0.5, "bilinear")
-    boxes = np.array([[0, 0, 8, 8]] * 6)
-    with pytest.raises(ValueError, match="interpolation: nearest, bilinear or bicubic, got 'box'"):
-        resized_crops(images, boxes, 8, "box")

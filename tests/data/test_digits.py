@@ -31,12 +31,11 @@ def test_chosen_digits_are_relabelled_in_order():
     chosen = load_digits("test", classes=[7, 2])
     assert chosen.class_names == ["seven", "two"]
     full = load_digits("test")
-    of = {chosen.item(i): chosen.target(i) for i in range(len(chosen))}
-    assert of == {
-        full.item(i): [7, 2].index(full.target(i))
-        for i in range(len(full))
-        if full.target(i) in (7, 2)
-    }
+    of_item = {full.item(i): full.target(i) for i in range(len(full))}
+    assert [(7, 2)[label] for label in chosen.labels] == [
+        of_item[chosen.item(i)] for i in range(len(chosen))
+    ]
+    assert len(chosen) == sum(digit in (7, 2) for digit in of_item.values())
 
 
 def tree(root):
@@ -48,14 +47,11 @@ def test_scenes_are_a_valid_devkit_and_a_function_of_the_arguments(tmp_path):
     train = load_voc(root, ["2007/train"], classes=DIGIT_NAMES)
     test = load_voc(root, ["2007/test"], classes=DIGIT_NAMES)
     assert (len(train), len(test)) == (12, 5)
-    for index in range(len(train)):
-        assert train.image(index).shape == (3, 128, 128)
+    assert {train.image(index).shape for index in range(12)} == {(3, 128, 128)}
     counts = np.diff(train.objects.first)
-    assert counts.min() >= 1
-    assert counts.max() <= 4
+    assert 1 <= counts.min() <= counts.max() <= 4
     heights = train.objects.boxes[:, 3] - train.objects.boxes[:, 1]
-    assert heights.min() >= 14
-    assert heights.max() <= 54
+    assert 14 <= heights.min() <= heights.max() <= 54
     again = write_digit_scenes(tmp_path / "again", seed=1, num_train=12, num_test=5)
     assert tree(again) == tree(root)
     other = write_digit_scenes(tmp_path / "other", seed=2, num_train=12, num_test=5)
@@ -63,14 +59,14 @@ def test_scenes_are_a_valid_devkit_and_a_function_of_the_arguments(tmp_path):
 
 
 def test_scenes_are_reused(tmp_path):
-    root = write_digit_scenes(tmp_path / "s", num_train=2, num_test=1, size_px=64)
-    stamp = (root / "digit_scenes.json").stat().st_mtime_ns
-    write_digit_scenes(root, num_train=2, num_test=1, size_px=64)
-    assert (root / "digit_scenes.json").stat().st_mtime_ns == stamp
-    assert json.loads((root / "digit_scenes.json").read_text())["size_px"] == 64
-    made = {"num_train": 2, "num_test": 1, "size_px": 64}
-    dataset = load_digit_scenes("train", root, **made)
+    arguments = {"num_train": 2, "num_test": 1, "size_px": 64}
+    root = write_digit_scenes(tmp_path / "s", **arguments)
+    stamp = root / "digit_scenes.json"
+    written, before = json.loads(stamp.read_text()), stamp.stat()
+    dataset = load_digit_scenes("train", root, **arguments)
     assert dataset.fingerprint() == load_voc(root, ["2007/train"], DIGIT_NAMES).fingerprint()
+    assert written.items() >= arguments.items()
+    assert stamp.stat().st_mtime_ns == before.st_mtime_ns
 
 
 def test_an_interrupted_call_leaves_no_files(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The size of a split shows whether it is the official one, a part of it, or another."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ from tract_transfer.data.findings import (
     check_coco_file,
     check_size,
     check_voc_sets,
-    is_below,
 )
 from tract_transfer.data.huggingface import load_huggingface
 from tract_transfer.data.voc import load_voc
@@ -26,18 +24,12 @@ DOG = [("dog", (4, 5, 14, 25))]
 pytestmark = pytest.mark.usefixtures("offline_cache")
 
 
-@pytest.mark.parametrize("name", ["../secret", "a/../../secret", "/etc/passwd"])
-def test_a_path_out_of_a_folder_is_not_below_it(name, tmp_path):
-    assert not is_below(tmp_path, name)
-    assert is_below(tmp_path, "a/b.png")
-
-
-@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.title)
-def test_every_official_split_is_recognized_by_every_name(known):
-    for name in known.names.split():
-        for split, count in known.images.items():
+@pytest.mark.parametrize("entry", KNOWN, ids=lambda entry: entry.title)
+def test_every_official_split_is_recognized_by_every_name(entry):
+    for name in entry.names.split():
+        for split, count in entry.images.items():
             check = check_size(name, None, True, split, count)
-            assert check == (f"{known.title} {split}: all {count:,} official images", False)
+            assert check == (f"{entry.title} {split}: all {count:,} official images", False)
             assert check_size(name, None, True, split, count - 1).differs
 
 
@@ -81,24 +73,21 @@ def test_local_copies_are_known_by_their_folder_or_by_their_own_name(tmp_path):
     rows = make_rows(3)
     rows.info.dataset_name = "oxford_flowers102"
     rows.save_to_disk(tmp_path / "copy")
-    check = load_huggingface(str(tmp_path / "copy"), "train").origin.size_check
-    assert "Oxford Flowers-102 train: 3 images" in check.text
+    dataset = load_huggingface(str(tmp_path / "copy"), "train")
+    assert "Oxford Flowers-102 train: 3 images" in dataset.origin.size_check.text
 
 
 def test_a_split_of_another_size_is_warned_about_and_in_the_results(tmp_path, load_tiny, caplog):
     (tmp_path / "cifar10").mkdir()
     write_splits(tmp_path / "cifar10", 6, 4)
     words = huggingface(tmp_path / "cifar10", "data.batch_size=2", "solver.max_iters=2")
-    results = run(load_tiny(tmp_path, *words))
-    written = json.loads((tmp_path / "run" / "results.json").read_text())["protocol"]
-    assert written == results["protocol"]
+    written = run(load_tiny(tmp_path, *words))["protocol"]
     for split, count, official in (("train", 6, "50,000"), ("test", 4, "10,000")):
         text = f"CIFAR-10 {split}: {count} images, but the official split has {official}"
         assert f"data.{split}: {text}" in caplog.text
         assert text in written["official splits"]
-    report = check_data(load_tiny(tmp_path, *words))
-    assert any(line.startswith("train: CIFAR-10 train: 6 images") for line in report.warnings)
-    assert report.is_clean
+    warnings = check_data(load_tiny(tmp_path, *words)).warnings
+    assert any(line.startswith("train: CIFAR-10 train: 6 images") for line in warnings)
     caplog.clear()
     data = build_data(load_tiny(tmp_path, *words, "data.train.split=train[:4]"))
     assert "data.train: CIFAR-10" not in caplog.text
@@ -120,10 +109,6 @@ def test_boxes_of_every_format_are_compared(tmp_path):
     assert "without the images that show no object there are 117,266" in text
     assert write_rows(tmp_path / "mine", DOG)().origin.size_check is None
     write_coco(tmp_path, DOG)
-    for name, text in {
-        "instances_val2017": "COCO 2017 val: 3 images, but the official split has 5,000",
-        "instances_train2014": "COCO 2014 train: 3 images, but the official split has 82,783",
-    }.items():
-        file = tmp_path / f"{name}.json"
-        file.write_text((tmp_path / "boxes.json").read_text())
-        assert text in load_coco(tmp_path / "images", file).origin.size_check.text
+    file = (tmp_path / "boxes.json").rename(tmp_path / "instances_train2014.json")
+    text = load_coco(tmp_path / "images", file).origin.size_check.text
+    assert "COCO 2014 train: 3 images, but the official split has 82,783" in text

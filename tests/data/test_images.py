@@ -1,6 +1,5 @@
 """Every kind of image becomes uint8 RGB."""
 
-import pickle
 from io import BytesIO
 
 import numpy as np
@@ -22,18 +21,13 @@ GRAY = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize("format", ["PNG", "BMP"])
-def test_lossless_rgb_is_exact(format):
-    image = decode_image(encode(Image.fromarray(RGB), format), "x")
-    assert image.dtype == torch.uint8
-    assert torch.equal(image, torch.from_numpy(RGB).permute(2, 0, 1))
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGBA", "CMYK", "YCbCr"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK", "YCbCr"])
 def test_every_mode_becomes_three_channels(mode):
     image = Image.fromarray(RGB).convert(mode)
     format = "JPEG" if mode in ("CMYK", "YCbCr") else "PNG"
-    assert decode_image(encode(image, format), "x").shape == (3, 6, 9)
+    decoded = decode_image(encode(image, format), "x")
+    assert (decoded.shape, decoded.dtype) == ((3, 6, 9), torch.uint8)
+    assert mode != "RGB" or torch.equal(decoded, torch.from_numpy(RGB).permute(2, 0, 1))
 
 
 def test_cmyk_keeps_its_colors():
@@ -50,13 +44,9 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_pixels_are_white(mode):
-    if mode == "P":
-        image = Image.new("P", (4, 4), 0)
-        image.putpalette([255, 0, 0, 0, 0, 0])
-        data = encode(image, transparency=0)
-    else:
-        data = encode(Image.new(mode, (4, 4), 0))
-    assert (decode_image(data, "x") == 255).all()
+    image = Image.new(mode, (4, 4), 0)
+    options = {"transparency": 0} if mode == "P" else {}
+    assert (decode_image(encode(image, **options), "x") == 255).all()
 
 
 def test_the_exif_orientation_is_applied_on_demand():
@@ -71,12 +61,6 @@ def test_a_decompression_bomb_is_undecodable(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UndecodableImage, match="exceeds limit"):
         decode_image(encode(Image.fromarray(RGB)), "x")
-
-
-def test_errors_survive_pickling_and_a_dataloader():
-    error = pickle.loads(pickle.dumps(UndecodableImage("a.jpg", "cut short")))
-    assert (error.item, error.reason) == ("a.jpg", "cut short")
-    assert str(UndecodableImage(str(error))) == str(error)
 
 
 class Stored:

@@ -17,8 +17,8 @@ def noise(height, width):
 
 
 @pytest.mark.parametrize("crop", ["pad", "resize_random", "random_resized", "none"])
-@pytest.mark.parametrize("size", [(32, 32), (20, 90), (300, 41)])
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(20, 90), (300, 41)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_shape_and_type_hold_for_any_image(crop, size, interpolation):
     train = classification_train(32, crop, 4, (0.2, 1.0), 0.5, interpolation)
     for transform in (train, classification_eval(32, 0.875, interpolation)):
@@ -46,13 +46,8 @@ def test_whole_keeps_the_borders_that_short_crops():
 
 
 def make_target(boxes):
-    count = len(boxes)
-    return {
-        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        "labels": torch.arange(count),
-        "difficult": torch.arange(count) % 2 == 1,
-        "image_id": 5,
-    }
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    return {"boxes": boxes, "difficult": torch.arange(len(boxes)) % 2 == 1, "image_id": 5}
 
 
 BOXES = [[0, 0, 60, 40], [3, 5, 17, 20.5]]
@@ -94,7 +89,7 @@ def test_colors_change_as_often_as_asked_and_nothing_else_does():
     same = sum(torch.equal(x, image) for x, _ in results)
     assert same < 15  # 60 / 2^5 expected, and one channel order is the original one
     assert all(torch.equal(y["boxes"], target["boxes"]) for _, y in results)
-    for plain in (detection_train([40], 60, 0.0), detection_eval()):
+    for plain in (detection_train([40], 60, 0.0), detection_eval):
         assert torch.equal(plain(image, target)[0], image)
 
 

@@ -20,7 +20,7 @@ from tract_transfer.data import sampling, transforms
 from tract_transfer.data.augment import AUGMENTATIONS, BatchMix
 from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.device_cache import BatchAugment, DeviceCache, cached_batches
-from tract_transfer.data.loader import Batch, SampledDataset, eval_loader, train_loader
+from tract_transfer.data.loader import Batch, SampledDataset, load_batches
 from tract_transfer.data.streaming import Stream, StreamBatches, StreamEvalBatches, StreamOrder
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def build_transforms(config: Config) -> tuple[Callable[..., Any], Callable[..., 
     """Return the transforms of training and of evaluation images."""
     section = config.data.transforms
     if isinstance(section, DetectionTransformsConfig):
-        return transforms.detection_train(**section.model_dump()), transforms.detection_eval()
+        return transforms.detection_train(**section.model_dump()), transforms.detection_eval
     evaluation = transforms.classification_eval(
         section.size_px, section.crop_ratio, section.interpolation, section.resize
     )
@@ -140,7 +140,7 @@ def build_train_batches(
     transform, _ = build_transforms(config)
     workers = _workers(config)
     return lambda start_iter: iter(
-        train_loader(train, transform, sampler(start_iter), seed=seed, **workers)
+        load_batches(train, transform, sampler(start_iter), seed=seed, **workers)
     )
 
 
@@ -150,12 +150,10 @@ def build_eval_loader(
     """Return one pass over a process's share of `dataset`, each image once."""
     _, transform = build_transforms(config)
     batch_size, workers = max(1, config.data.batch_size // world_size), _workers(config)
+    batches: Any = sampling.eval_batches(len(dataset), batch_size, rank, world_size)
     if isinstance(dataset, Stream):
         batches = StreamEvalBatches(dataset, batch_size, rank, world_size)
-        return train_loader(dataset, transform, batches, seed=0, **workers)
-    return eval_loader(
-        dataset, transform, batch_size=batch_size, rank=rank, world_size=world_size, **workers
-    )
+    return load_batches(dataset, transform, batches, seed=0, **workers)
 
 
 def _workers(config: Config) -> dict[str, Any]:

@@ -6,8 +6,10 @@ which the loader seeds for every sample.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torchvision.transforms import AutoAugmentPolicy, InterpolationMode, v2
 
@@ -15,36 +17,38 @@ from tract_transfer.data.sampling import mix
 from tract_transfer.registry import Registry
 
 AUGMENTATIONS = Registry("AUGMENTATIONS")
+# A config's `augment_args` are checked against these types.
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+Byte = Annotated[int, Field(ge=0, le=255)]
+Color = Annotated[list[Byte], Field(min_length=3, max_length=3)]
 
 
 @AUGMENTATIONS.register("rand_augment")
 def rand_augment(
     *,
-    num_ops: int = 2,
-    magnitude: int = 9,
+    num_ops: Annotated[int, Field(ge=1)] = 2,
+    magnitude: Annotated[int, Field(ge=0)] = 9,
     num_magnitude_bins: int = 31,
-    interpolation: str = "nearest",
-    fill: Sequence[int] | None = None,
+    interpolation: Interpolation = "nearest",
+    fill: Color | None = None,
 ) -> v2.Transform:
     """RandAugment (Cubuk et al. 2020): `num_ops` operations of one magnitude in sequence.
 
     `fill` is the RGB in 0..255 of pixels from outside the image; None is black.
     """
-    if num_ops < 1:
-        raise ValueError(f"num_ops: must be 1 or more, got {num_ops}.")
-    if not 0 <= magnitude < num_magnitude_bins:
+    if magnitude >= num_magnitude_bins:
         largest = f"num_magnitude_bins - 1 = {num_magnitude_bins - 1}"
-        raise ValueError(f"magnitude: must lie in 0..{largest}, got {magnitude}.")
-    mode = interpolation_mode(interpolation)
-    return v2.RandAugment(num_ops, magnitude, num_magnitude_bins, mode, _color(fill))
+        raise ValueError(f"magnitude: must be at most {largest}, got {magnitude}.")
+    mode = InterpolationMode(interpolation)
+    return v2.RandAugment(num_ops, magnitude, num_magnitude_bins, mode, fill)
 
 
 def _auto_augment(policy: AutoAugmentPolicy) -> Callable[..., v2.Transform]:
     def auto_augment(
-        *, interpolation: str = "nearest", fill: Sequence[int] | None = None
+        *, interpolation: Interpolation = "nearest", fill: Color | None = None
     ) -> v2.Transform:
         """AutoAugment with the policy found on this data set (Cubuk et al. 2019)."""
-        return v2.AutoAugment(policy, interpolation_mode(interpolation), _color(fill))
+        return v2.AutoAugment(policy, InterpolationMode(interpolation), fill)
 
     return auto_augment
 
@@ -56,15 +60,12 @@ for _policy in AutoAugmentPolicy:  # cifar10, imagenet, svhn
 @AUGMENTATIONS.register("trivial_augment")
 def trivial_augment(
     *,
-    num_magnitude_bins: int = 31,
-    interpolation: str = "nearest",
-    fill: Sequence[int] | None = None,
+    num_magnitude_bins: Annotated[int, Field(ge=2)] = 31,
+    interpolation: Interpolation = "nearest",
+    fill: Color | None = None,
 ) -> v2.Transform:
     """TrivialAugment, wide (Mueller and Hutter 2021): one operation of any magnitude."""
-    if num_magnitude_bins < 2:
-        raise ValueError(f"num_magnitude_bins: must be 2 or more, got {num_magnitude_bins}.")
-    mode = interpolation_mode(interpolation)
-    return v2.TrivialAugmentWide(num_magnitude_bins, mode, _color(fill))
+    return v2.TrivialAugmentWide(num_magnitude_bins, InterpolationMode(interpolation), fill)
 
 
 @AUGMENTATIONS.register("three_augment")
@@ -84,20 +85,6 @@ def three_augment(
     low, high = blur_sigma_px
     blur = v2.GaussianBlur(2 * math.ceil(3 * high) + 1, (low, high))
     return v2.RandomChoice([v2.Grayscale(3), v2.RandomSolarize(solarize_threshold, p=1.0), blur])
-
-
-def interpolation_mode(name: str) -> InterpolationMode:
-    """Return torchvision's mode: nearest, bilinear or bicubic. Raises ValueError."""
-    known = ("nearest", "bilinear", "bicubic")
-    if name not in known:
-        raise ValueError(f"interpolation: must be one of {known}, got {name!r}.")
-    return InterpolationMode(name)
-
-
-def _color(fill: Sequence[int] | None) -> list[int] | None:
-    if fill is not None and (len(fill) != 3 or not all(0 <= value <= 255 for value in fill)):
-        raise ValueError(f"fill: must be three integers in 0..255, got {list(fill)}.")
-    return None if fill is None else list(fill)
 
 
 class BatchMix:

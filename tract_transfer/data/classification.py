@@ -3,6 +3,7 @@
 # N images, K classes
 
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -53,13 +54,11 @@ class ClassificationDataset(IndexedImages):
 def hold_out(
     dataset: ClassificationDataset, fraction: float, seed: int
 ) -> tuple[ClassificationDataset, ClassificationDataset]:
-    """Split off a stratified validation set.
+    """Split off a stratified validation set; `fraction` lies in (0, 1).
 
     It gets `round(fraction * count)` images of each class: at least one if the class has two, and
     never all. Returns (the rest, the held-out part), both in the order of the data set.
     """
-    if not 0 < fraction < 1:
-        raise ValueError(f"fraction must lie in (0, 1), got {fraction}.")
     generator = np.random.default_rng(seed)
     is_held_out = np.zeros(len(dataset), dtype=bool)
     for label in range(len(dataset.class_names)):
@@ -88,8 +87,7 @@ def join_integer_classes(datasets: Mapping[str, Any]) -> None:
     stays: labels are never renumbered, and `check_same_classes` warns.
 
     Raises:
-        ValueError: all images are of one class, or most classes have no image in any split, as
-            with ids that are no class numbers.
+        ValueError: most classes have no image in any split, as with ids that are no class numbers.
     """
     unnamed = [dataset for dataset in datasets.values() if dataset.origin.label_key is not None]
     if not unnamed:
@@ -98,11 +96,6 @@ def join_integer_classes(datasets: Mapping[str, Any]) -> None:
     shown_by_split = [shown_classes(dataset) for dataset in unnamed]
     if None not in shown_by_split:
         shown = sorted(set().union(*(classes or () for classes in shown_by_split)))
-        if len(shown) < 2:
-            raise ValueError(
-                f"{key}: all splits together show one class, {shown}, and classification needs "
-                "two. Set it to another column."
-            )
         if 2 * len(shown) < num_classes:
             raise ValueError(
                 f"{key}: its integers show {len(shown)} classes between {shown[0]} and "
@@ -146,14 +139,11 @@ def check_same_classes(datasets: Mapping[str, Any]) -> list[str]:
 
 
 def _class_difference(reference: str, expected: list[str], split: str, names: list[str]) -> str:
-    for lacking, missing, other in (
-        (split, set(expected) - set(names), reference),
-        (reference, set(names) - set(expected), split),
-    ):
-        if missing:
+    for (lacking, has), (other, needed) in permutations([(split, names), (reference, expected)]):
+        if missing := sorted(set(needed) - set(has)):
             return (
                 f"All splits must have the same classes: {lacking} lacks {len(missing)} that "
-                f"{other} has ({_first_five(sorted(missing))}), which shifts its labels. Add them "
+                f"{other} has ({_first_five(missing)}), which shifts its labels. Add them "
                 f"to {lacking} (in an image folder, an empty folder does not count), or load both "
                 "from one dataset."
             )

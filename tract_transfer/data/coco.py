@@ -4,20 +4,22 @@ import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tract_transfer.data.detection import (
     BoxReader,
     DetectionDataset,
     ImageFiles,
     annotated_size,
-    is_numbers,
+    four_numbers,
     stored_size,
 )
 from tract_transfer.data.findings import Findings, Origin, check_coco_file, is_below
 from tract_transfer.data.images import MAX_PIXELS
 
 Entry = Mapping[str, Any]
+T = TypeVar("T")
+_ById = dict[int | str, T]
 
 
 def load_coco(
@@ -55,15 +57,11 @@ def load_coco(
     if not files:
         raise ValueError(f"{path} has no image to use. Set {key}.annotations to a file with some.")
     for entry, item in _entries(tree, "annotations", path, findings):
-        image, name = index_of.get(_id(entry, "image_id")), name_of.get(_id(entry, "category_id"))
-        if image is None or name is None:
-            field = "image_id" if image is None else "category_id"
-            what = f"{field} {entry.get(field)!r} is no {field.removesuffix('_id')}'s"
-            findings.report(ValueError(f"{item}: {what}. Correct it."))
-        else:
-            _read_object(image, f"{item} ({name})", name, entry, reader)
+        with findings.reporting():
+            _read_object(entry, item, index_of, name_of, reader)
+    name, source = f"coco {path.name}", ImageFiles(files, max_pixels)
     origin = Origin(size_check=check_coco_file(path, len(files)))
-    return reader.dataset(f"coco {path.name}", ImageFiles(files, max_pixels), origin=origin)
+    return DetectionDataset(name, names, source, *reader.arrays(), origin=origin)
 
 
 def _read(path: Path, key: str) -> Entry:
@@ -88,16 +86,15 @@ def _entries(
     """Yield (entry, its name in messages) of a list; each must be a mapping with a unique id."""
     seen: set[int | str] = set()
     for number, entry in enumerate(tree[name]):
-        if not isinstance(entry, dict) or (entry_id := _id(entry, "id")) is None:
-            message = f"{path} {name}[{number}] must be a mapping with an id. Correct it."
-            findings.report(ValueError(message))
-            continue
-        item = f"{path} {name}[{number}] id {entry_id}"
-        if entry_id in seen:
-            findings.report(ValueError(f"{item}: the id is already used. Correct it."))
-            continue
-        seen.add(entry_id)
-        yield entry, item
+        item = f"{path} {name}[{number}]"
+        with findings.reporting():
+            if not isinstance(entry, dict) or (entry_id := _id(entry, "id")) is None:
+                raise ValueError(f"{item} must be a mapping with an id. Correct it.")
+            item = f"{item} id {entry_id}"
+            if entry_id in seen:
+                raise ValueError(f"{item}: the id is already used. Correct it.")
+            seen.add(entry_id)
+            yield entry, item
 
 
 def _id(entry: Entry, name: str) -> int | str | None:
@@ -106,57 +103,55 @@ def _id(entry: Entry, name: str) -> int | str | None:
     return value if isinstance(value, int | str) else None
 
 
-def _category_names(tree: Entry, path: Path, findings: Findings) -> dict[int | str | None, str]:
+def _category_names(tree: Entry, path: Path, findings: Findings) -> _ById[str]:
     """Return the names of the categories by id, in the order of the ids: integers, then strings."""
-    name_of: dict[int | str | None, str] = {}
+    name_of: _ById[str] = {}
     for entry, item in _entries(tree, "categories", path, findings):
-        name = entry.get("name")
-        if not isinstance(name, str) or name in name_of.values():
-            message = f"{item}: name {name!r} must be given, and only once. Correct it."
-            findings.report(ValueError(message))
-            continue
-        name_of[entry["id"]] = name
+        with findings.reporting():
+            name = entry.get("name")
+            if not isinstance(name, str) or name in name_of.values():
+                raise ValueError(f"{item}: name {name!r} must be given, and only once. Correct it.")
+            name_of[entry["id"]] = name
     by_id = sorted(name_of, key=lambda number: (isinstance(number, str), number))
     return {number: name_of[number] for number in by_id}
 
 
 def _read_images(
     tree: Entry, path: Path, folder: Path, reader: BoxReader
-) -> tuple[list[str], dict[int | str | None, int]]:
+) -> tuple[list[str], _ById[int]]:
     """Add all images; return their files, and the index of each image id."""
     files: dict[str, int] = {}
-    index_of: dict[int | str | None, int] = {}
+    index_of: _ById[int] = {}
     for entry, item in _entries(tree, "images", path, reader.findings):
-        name = entry.get("file_name")
-        error: Exception | None = None
-        if not isinstance(name, str) or not is_below(folder, name):
-            message = f"file_name must be a path below {folder}, not {name!r}. Correct it."
-            error = ValueError(f"{item}: {message}")
-        elif str(file := folder / name) in files:
-            error = ValueError(f"{item}: the file {name} is already used. Correct it.")
-        elif not file.is_file():
-            message = f"{file} does not exist. Add it, or set {reader.key}.images."
-            error = FileNotFoundError(f"{item}: {message}")
-        if error is not None:
-            reader.findings.report(error)
-            continue
-        size = annotated_size(entry.get("height"), entry.get("width")) or stored_size(file)
-        files[str(file)] = index_of[entry["id"]] = reader.add_image(size)
+        with reader.findings.reporting():
+            name = entry.get("file_name")
+            if not isinstance(name, str) or not is_below(folder, name):
+                message = f"file_name must be a path below {folder}, not {name!r}. Correct it."
+                raise ValueError(f"{item}: {message}")
+            file = folder / name
+            if str(file) in files:
+                raise ValueError(f"{item}: the file {name} is already used. Correct it.")
+            if not file.is_file():
+                message = f"{file} does not exist. Add it, or set {reader.key}.images."
+                raise FileNotFoundError(f"{item}: {message}")
+            size = annotated_size(entry.get("height"), entry.get("width")) or stored_size(file)
+            files[str(file)] = index_of[entry["id"]] = reader.add_image(size)
     return list(files), index_of
 
 
-def _read_object(image: int, item: str, name: str, entry: Entry, reader: BoxReader) -> None:
-    written = entry.get("bbox")
-    if not is_numbers(written):
-        message = f"bbox must be four numbers, not {reprlib.repr(written)}"
-        reader.add_object(image, item, name, None, message)
-        return
+def _read_object(
+    entry: Entry, item: str, index_of: _ById[int], name_of: _ById[str], reader: BoxReader
+) -> None:
+    for field, entries in (("image_id", index_of), ("category_id", name_of)):
+        if _id(entry, field) not in entries:
+            kind = field.removesuffix("_id")
+            raise ValueError(f"{item}: {field} {entry.get(field)!r} is no {kind}'s. Correct it.")
+    image, name = index_of[entry["image_id"]], name_of[entry["category_id"]]
+    item = f"{item} ({name})"
     crowd, ignore = (entry.get(field) or 0 for field in ("iscrowd", "ignore"))
     if crowd not in (0, 1) or ignore not in (0, 1):
-        message = f"{item}: iscrowd and ignore must be 0 or 1. Correct it."
-        reader.findings.report(ValueError(message))
-        return
-    x, y, width, height = map(float, written)
+        raise ValueError(f"{item}: iscrowd and ignore must be 0 or 1. Correct it.")
+    x, y, width, height = four_numbers(entry.get("bbox"))
     box, flags = (x, y, x + width, y + height), {"difficult": bool(ignore), "crowd": bool(crowd)}
-    text = f"x, y, w, h {written}"
-    reader.add_object(image, item, name, box, text, area=entry.get("area"), **flags)
+    written = f"x, y, w, h {reprlib.repr(entry.get('bbox'))}"
+    reader.add_object(image, item, name, box, written, area=entry.get("area"), **flags)

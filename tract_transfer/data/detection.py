@@ -74,7 +74,7 @@ class BoxReader:
         image: int,
         item: str,
         name: str,
-        box: Box | None,
+        box: Box,
         written: str,
         *,
         difficult: bool = False,
@@ -85,35 +85,25 @@ class BoxReader:
 
         Args:
             item: the object's name in messages; `name` is its class.
-            box: xyxy pixels, 0-based, x2 and y2 exclusive; None if it cannot be read.
-            written: the box as the annotation states it, or why it cannot be read.
+            box: xyxy pixels, 0-based, x2 and y2 exclusive; NaN where it cannot be read.
+            written: the box as the annotation states it.
             area: used if it is a finite number, else the area of the box.
         """
         size = self._sizes[image]
         if size == UNKNOWN_SIZE:
             return
         if name not in self.label_of:
-            hint, known = did_you_mean(name, self.label_of), ", ".join(self.label_of)
-            message = f"{item}: unknown class.{hint} Classes: {known}. Correct the name, or set"
+            hint, names = did_you_mean(name, self.label_of), ", ".join(self.label_of)
+            message = f"{item}: unknown class.{hint} Classes: {names}. Correct the name, or set"
             self.findings.report(ValueError(f"{message} {self.key}.classes."))
-        elif box is None:
-            self.findings.report_box(f"{item}: {written}")
         elif clipped := self.findings.check_box(box, size, item, written):
             if not _is_number(area) or not math.isfinite(area):
                 area = (clipped[2] - clipped[0]) * (clipped[3] - clipped[1])
             row = (clipped, self.label_of[name], difficult or crowd, crowd, float(area))
             self._objects[image].append(row)
 
-    def dataset(
-        self,
-        name: str,
-        source: ImageSource,
-        rows: Sequence[int] | None = None,
-        *,
-        upright: bool = False,
-        origin: Origin | None = None,
-    ) -> "DetectionDataset":
-        """Return the data set; `rows` are those of the source, by default all."""
+    def arrays(self) -> tuple[np.ndarray, Objects]:
+        """Return the sizes, int64 (N, 2), and the objects of all images."""
         flat = [row for objects in self._objects for row in objects]
         columns = list(zip(*flat, strict=True)) or [()] * 5
         objects = Objects(
@@ -121,10 +111,7 @@ class BoxReader:
             np.array(columns[0], dtype=np.float32).reshape(-1, 4),
             *map(np.array, columns[1:], (np.int64, bool, bool, np.float32)),
         )
-        sizes = np.array(self._sizes, dtype=np.int64).reshape(-1, 2)
-        return DetectionDataset(
-            name, self.class_names, source, sizes, objects, rows, upright=upright, origin=origin
-        )
+        return np.array(self._sizes, dtype=np.int64).reshape(-1, 2), objects
 
 
 def stored_size(stored: bytes | Path, *, exif: bool = False) -> Size:
@@ -138,14 +125,18 @@ def stored_size(stored: bytes | Path, *, exif: bool = False) -> Size:
 
 def annotated_size(height: Any, width: Any) -> Size | None:
     """Return an annotated (height, width), or None if it is none."""
-    if isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0:
-        return min(height, _MAX_SIDE_PX), min(width, _MAX_SIDE_PX)
+    sides = (height, width)
+    if all(isinstance(side, int | float) and side > 0 and side % 1 == 0 for side in sides):
+        return int(min(height, _MAX_SIDE_PX)), int(min(width, _MAX_SIDE_PX))
     return None
 
 
-def is_numbers(written: Any) -> TypeGuard[Sequence[float]]:
-    """Whether `written` is a list of four numbers."""
-    return isinstance(written, list | tuple) and len(written) == 4 and all(map(_is_number, written))
+def four_numbers(written: Any) -> Box:
+    """Return a list of four numbers as floats; four NaN for anything else."""
+    if isinstance(written, list | tuple) and len(written) == 4 and all(map(_is_number, written)):
+        a, b, c, d = map(float, written)
+        return a, b, c, d
+    return (math.nan,) * 4
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

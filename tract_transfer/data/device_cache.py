@@ -9,13 +9,12 @@ loader.py, but other numbers.
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
 
 import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
 from tract_transfer.data.images import UndecodableImage
@@ -27,7 +26,6 @@ Boxes = NDArray[np.int64]  # (B, 4): top, left, height, width in pixels
 _TRIES, _BOX_DRAWS = 10, 22
 _CROP_RATIO = (3 / 4, 4 / 3)
 _ERASE_SCALE, _ERASE_RATIO = (0.02, 0.33), (1 / 3.3, 1 / 0.3)  # torchvision's is height over width
-_TABLE_BYTES = 2**26  # of the weights of all crops, which are cached up to about 64 px
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
@@ -53,27 +51,28 @@ class DeviceCache:
         undecodable: str = "error",
     ) -> None:
         self.skipped: dict[int, str] = {}
-        mode, images = InterpolationMode(interpolation), None
+        images: Tensor | None = None
+        mode = InterpolationMode(interpolation)
         resize = v2.Resize(size_px, mode) if size_px else v2.Identity()
         for index in range(len(dataset)):
             try:
-                image = dataset.image(index)
+                image = resize(dataset.image(index))
             except UndecodableImage as error:
                 if undecodable != "skip":
                     raise
                 self.skipped[index] = f"{error.item}: {error.reason}"
                 continue
-            image = resize(image)
-            side = size_px or image.shape[1] if images is None else images.shape[-1]
-            if image.shape != (3, side, side):
-                expected = "square images" if size_px else f"all images to be {side} px square"
-                raise ValueError(
-                    f"data.cache: device needs {expected}, and image {index} is {image.shape[2]} x "
-                    f"{image.shape[1]} px{f' with its short side at {side}' if size_px else ''}. "
-                    "Set data.cache: none or ram."
-                )
+            _, height, width = image.shape
             if images is None:
+                side = min(height, width)
                 images = _empty((len(dataset), 3, side, side), device)
+            if image.shape != images.shape[1:]:
+                resized = " after its short side is resized" if size_px else ""
+                raise ValueError(
+                    f"data.cache: device needs square images of one size, {images.shape[-1]} px, "
+                    f"and image {index} has {width} x {height} px{resized}. Set data.cache: none "
+                    "or ram."
+                )
             images[index] = image.to(device)
         if images is None:
             raise ValueError("data.cache: device found no image that can be decoded.")
@@ -155,8 +154,6 @@ class BatchAugment:
         interpolation: str,
         erase_prob: float = 0.0,
     ) -> None:
-        if crop not in ("pad", "random_resized", "none"):
-            raise ValueError(f"crop must be pad, random_resized or none, got {crop!r}.")
         self._size_px, self._scale, self._interpolation = size_px, scale, interpolation
         self._pad_px = pad_px if crop == "pad" else 0
         self.takes_native_size = crop == "random_resized"
@@ -186,22 +183,12 @@ class BatchAugment:
 
 
 def shifted(images: Tensor, shifts: Tensor, pad_px: int) -> Tensor:
-    """Crop (B, C, P, P) at `shifts` (B, 2), down and right, from the images padded with zeros.
-
-    All lines are stored in one row, each followed by `pad_px` zeros, which also pad the next line
-    and plane. So a line of a crop is contiguous, and one gather copies complete lines.
-    """
-    count, channels, side, _ = images.shape
-    planes, pitch = count * channels, side + pad_px
-    lead = pad_px * pitch + pad_px
-    canvas = images.new_zeros(lead + planes * pitch**2)
-    inside = canvas[lead:].view(planes, pitch, pitch)[:, :side, :side]
-    inside.copy_(images.reshape(planes, side, side))
-    down = torch.arange(side, device=images.device) * pitch
-    plane = torch.arange(planes, device=images.device).view(count, channels, 1) * pitch**2
-    first = plane + (shifts[:, 0] * pitch + shifts[:, 1])[:, None, None] + down
-    lines = canvas.as_strided((len(canvas) - side + 1, side), (1, 1))
-    return lines.index_select(0, first.flatten()).view(images.shape)
+    """Crop (B, C, P, P) at `shifts` (B, 2), down and right, from the images padded with zeros."""
+    side = images.shape[-1]
+    padded = nn.functional.pad(images, [pad_px] * 4)
+    windows = padded.unfold(2, side, 1).unfold(3, side, 1)  # (B, C, shifts down, right, P, P)
+    image = torch.arange(len(images), device=images.device)
+    return windows[image, :, shifts[:, 0], shifts[:, 1]]
 
 
 def random_boxes(
@@ -230,59 +217,19 @@ def random_boxes(
 
 
 def resized_crops(images: Tensor, boxes: Boxes, size_px: int, interpolation: str) -> Tensor:
-    """Crop `boxes` and resize them: uint8 (B, 3, P, P) -> uint8 (B, 3, S, S).
-
-    The filters are those of torch's antialiased resizing, as one matrix per side.
-    """
-    count, channels, side, _ = images.shape
-    top, left, height, width = torch.from_numpy(boxes).to(images.device).unbind(1)
-    if 4 * side**3 * size_px <= _TABLE_BYTES:
-        table = _weight_table(side, size_px, interpolation, images.device)
-        rows, columns = table[top * side + height - 1], table[left * side + width - 1]
-    else:
-        rows = _weights(top, height, side, size_px, interpolation)
-        columns = _weights(left, width, side, size_px, interpolation)
-    # (B, P, 3, P), so that each side is one product per image.
-    lines = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
-    across = lines.view(count, side * channels, side) @ columns.transpose(1, 2)
-    # torch rounds to bytes between the two sides; only bicubic leaves 0..255.
-    across = across.round_().clamp_(0, 255)
-    down = (rows @ across.view(count, side, channels * size_px)).round_().clamp_(0, 255)
-    resized = down.view(count, size_px, channels, size_px).permute(0, 2, 1, 3)
-    return resized.to(torch.uint8, memory_format=torch.contiguous_format)
-
-
-@lru_cache(maxsize=4)
-def _weight_table(side: int, size_px: int, interpolation: str, device: torch.device) -> Tensor:
-    """Return `_weights` of every start and length of a line: (P x P, S, P)."""
-    line = torch.arange(side, device=device)
-    starts, lengths = line.repeat_interleave(side), line.repeat(side) + 1
-    return _weights(starts, lengths, side, size_px, interpolation)
-
-
-def _weights(first: Tensor, length: Tensor, side: int, size_px: int, interpolation: str) -> Tensor:
-    """Return the weight of each pixel of a line in each pixel of the result, float32 (B, S, P).
-
-    Lines start at `first` (B,) and are `length` (B,) long.
-    """
-    pixel = torch.arange(side, device=first.device)
-    begin, end = first[:, None, None], (first + length)[:, None, None]
-    step = length[:, None, None] / size_px
-    out = torch.arange(size_px, device=first.device)[:, None]
-    if interpolation == "nearest":
-        return (pixel == begin + (out * step).floor()).float()
-    center = begin + (out + 0.5) * step
-    distance = ((pixel + 0.5 - center) / step.clamp(min=1)).abs()
-    if interpolation == "bilinear":
-        weights = (1 - distance).clamp(min=0)
-    elif interpolation == "bicubic":  # Keys' kernel with a = -0.5, as in torch's antialiasing
-        near = (1.5 * distance - 2.5) * distance**2 + 1
-        far = ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
-        weights = torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
-    else:
-        raise ValueError(f"interpolation: nearest, bilinear or bicubic, got {interpolation!r}.")
-    weights = weights * ((pixel >= begin) & (pixel < end))
-    return weights / weights.sum(2, keepdim=True)
+    """Crop `boxes` and resize them, antialiased: uint8 (B, 3, P, P) -> uint8 (B, 3, S, S)."""
+    # torch resizes bytes on the CPU only.
+    images = images if images.device.type == "cpu" else images.float()
+    crops = [
+        nn.functional.interpolate(
+            images[i : i + 1, :, top : top + height, left : left + width],
+            size=(size_px, size_px),
+            mode=interpolation,
+            antialias=True,
+        )
+        for i, (top, left, height, width) in enumerate(boxes.tolist())
+    ]
+    return torch.cat(crops).round().clamp(0, 255).to(torch.uint8)
 
 
 def erased(images: Tensor, boxes: Boxes, color: Sequence[int]) -> Tensor:

@@ -3,7 +3,8 @@
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,6 @@ class Findings:
     """
 
     def __init__(self, invalid_boxes: str = "error", collect: bool = False) -> None:
-        if invalid_boxes not in ("error", "clip"):
-            raise ValueError(f"data.invalid_boxes must be error or clip, got {invalid_boxes!r}.")
         self.problems: list[str] = []
         self.clipped_boxes: list[str] = []
         self._clip = invalid_boxes == "clip"
@@ -36,13 +35,13 @@ class Findings:
             raise error
         self.problems.append(str(error))
 
-    def report_box(self, message: str) -> None:
-        """Report an invalid box, or note that it is dropped under `clip`."""
-        if self._clip:
-            self.clipped_boxes.append(f"{message}: dropped")
-        else:
-            hint = "Correct it, or set data.invalid_boxes: clip."
-            self.report(ValueError(f"{message}. {hint}"))
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Report an error of the block, which reads one item."""
+        try:
+            yield
+        except (ValueError, FileNotFoundError) as error:
+            self.report(error)
 
     def check_box(self, box: Box, size: Size, item: str, written: str) -> Box | None:
         """Return the box clipped to its image, or None if it cannot be used.
@@ -50,24 +49,27 @@ class Findings:
         Messages name it `item`, and state it as the annotation does (`written`). An overhang below
         one pixel is a rounding error and not reported.
         """
-        if not all(map(math.isfinite, box)):
-            self.report_box(f"{item}: the box must have finite numbers, not {written}")
-            return None
-        x1, y1, x2, y2 = box
-        if x2 - x1 < _MIN_SIDE_PX or y2 - y1 < _MIN_SIDE_PX:
-            self.report_box(f"{item}: the box is empty or inverted: {written}")
-            return None
-        height, width = size
-        clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
-        remains = min(clipped[2] - clipped[0], clipped[3] - clipped[1]) >= _MIN_SIDE_PX
-        if max(-x1, -y1, x2 - width, y2 - height) >= _OVERHANG_PX or not remains:
-            image = f"the image of {width}x{height} pixels"
-            message = f"{item}: the box must lie in {image}, but is {written}"
-            if not (self._clip and remains):
-                self.report_box(message)
-                return None
-            self.clipped_boxes.append(f"{message}: clipped")
-        return clipped
+        (x1, y1, x2, y2), (height, width) = box, size
+        inside = (max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height)))
+        is_finite = all(map(math.isfinite, box))
+        kept = inside if is_finite and not _is_thin(inside) else None
+        if not is_finite:
+            problem = f"the box must be four finite numbers, not {written}"
+        elif _is_thin(box):
+            problem = f"the box is empty or inverted: {written}"
+        elif kept is None or max(-x1, -y1, x2 - width, y2 - height) >= _OVERHANG_PX:
+            problem = f"the box must lie in the image of {width}x{height} pixels, but is {written}"
+        else:
+            return kept
+        if self._clip:
+            self.clipped_boxes.append(f"{item}: {problem}: {'clipped' if kept else 'dropped'}")
+            return kept
+        self.report(ValueError(f"{item}: {problem}. Correct it, or set data.invalid_boxes: clip."))
+        return None
+
+
+def _is_thin(box: Box) -> bool:
+    return min(box[2] - box[0], box[3] - box[1]) < _MIN_SIDE_PX
 
 
 def is_below(folder: Path, file: str | Path) -> bool:
@@ -139,7 +141,7 @@ KNOWN = (
     KnownDataset("VOC 2007", "", {"train": 2_501, "val": 2_510, "trainval": 5_011, "test": 4_952}),
     KnownDataset("VOC 2012", "", {"train": 5_717, "val": 5_823, "trainval": 11_540}),
 )  # fmt: skip
-_BY_TITLE = {known.title: known for known in KNOWN}
+_BY_TITLE = {entry.title: entry for entry in KNOWN}
 _ALIASES = {"val": "validation", "valid": "validation"}
 
 
@@ -161,11 +163,13 @@ def check_size(
     Returns:
         None if the data set or the split is not known here.
     """
-    names = {_normalized(n) for n in ((path,) if is_hub else (declared, _folder_name(path))) if n}
-    for known in KNOWN:
-        if names & set(map(_normalized, known.names.split())):
-            official = [known.images.get(_ALIASES.get(n, n)) for n in split_names(split)]
-            return _compare(known.title, split, official, count, known.trap)
+    local = Path(path).expanduser().absolute()
+    folder = local.parent if local.is_file() else local
+    names = {_normalized(n) for n in ((path,) if is_hub else (declared, folder.name)) if n}
+    for entry in KNOWN:
+        if names & set(map(_normalized, entry.names.split())):
+            official = [entry.images.get(_ALIASES.get(n, n)) for n in split_names(split)]
+            return _compare(entry.title, split, official, count, entry.trap)
     return None
 
 
@@ -173,19 +177,18 @@ def check_voc_sets(sets: Sequence[str], count: int) -> SizeCheck | None:
     """Compare the size of VOC image sets, such as `2007/trainval`, with the official one."""
     official = []
     for year, _, name in (voc_set.removeprefix("VOC").partition("/") for voc_set in sets):
-        known = _BY_TITLE.get(f"VOC {year}")
-        official.append(known.images.get(name) if known else None)
+        entry = _BY_TITLE.get(f"VOC {year}")
+        official.append(entry.images.get(name) if entry else None)
     return _compare("VOC", "+".join(sets), official, count)
 
 
 def check_coco_file(annotations: Path, count: int) -> SizeCheck | None:
     """Compare the size of a COCO file with an official name, as `instances_val2017.json`."""
-    match = re.fullmatch(r"instances_(train|val)(20\d\d)", annotations.stem)
-    known = _BY_TITLE.get(f"COCO {match[2]}") if match else None
-    if match is None or known is None:
+    match = re.fullmatch(r"instances_(train|val)(2014|2017)", annotations.stem)
+    if match is None:
         return None
-    official = known.images[_ALIASES.get(match[1], match[1])]
-    return _compare(known.title, match[1], [official], count, known.trap)
+    coco, split = _BY_TITLE[f"COCO {match[2]}"], match[1]
+    return _compare(coco.title, split, [coco.images[_ALIASES.get(split, split)]], count, coco.trap)
 
 
 def size_checks(datasets: Mapping[str, Any]) -> dict[str, SizeCheck]:
@@ -211,12 +214,6 @@ def _compare(
         "with published ones"
     )
     return SizeCheck(f"{text} ({trap})" if trap else text, True)
-
-
-def _folder_name(path: str) -> str:
-    """Return the name of a folder, or of the folder that contains a file."""
-    absolute = Path(path).expanduser().absolute()
-    return absolute.parent.name if absolute.is_file() else absolute.name
 
 
 def _normalized(name: str) -> str:

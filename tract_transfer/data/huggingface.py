@@ -1,7 +1,7 @@
 """Data sets read by Hugging Face `datasets`: from the hub, parquet, saved rows or image folders."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from tract_transfer.data.detection import (
     BoxReader,
     DetectionDataset,
     annotated_size,
-    is_numbers,
+    four_numbers,
     stored_size,
 )
 from tract_transfer.data.findings import (
@@ -29,7 +29,6 @@ from tract_transfer.data.findings import (
 from tract_transfer.data.images import MAX_PIXELS, ImageSource, decode_image
 from tract_transfer.registry import did_you_mean
 
-BOX_FORMATS = ("xywh", "xyxy", "cxcywh")
 _SPLIT_NAMES = ("train", "validation", "val", "valid", "test")
 _MAX_CLASSES = 1_000_000
 # Names of the fields of objects in data sets on the hub.
@@ -56,6 +55,10 @@ class Location(NamedTuple):
         """The split's name in messages."""
         return f"{self.path} split {self.split}"
 
+    def item(self, row: int) -> str:
+        """Return a row's name in messages, as `cifar10 split train row 17`."""
+        return f"{self.title} row {row}"
+
     @property
     def is_hub(self) -> bool:
         """Whether the path neither looks local nor exists, and so is a hub id."""
@@ -73,13 +76,13 @@ class Location(NamedTuple):
             )
         return folder
 
-    def check_split(self, known: Sequence[str]) -> list[str]:
-        """Return the names in the split; refuse unknown ones."""
+    def check_split(self, splits: Sequence[str]) -> list[str]:
+        """Return the names in the split; refuse one that is not in `splits`."""
         for name in (names := split_names(self.split)):
-            if name not in known:
+            if name not in splits:
                 raise ValueError(
-                    f"{self.path} has no split {name!r}.{did_you_mean(name, known)} "
-                    f"Set {self.key}.split to one of {list(known)}."
+                    f"{self.path} has no split {name!r}.{did_you_mean(name, splits)} "
+                    f"Set {self.key}.split to one of {list(splits)}."
                 )
         return names
 
@@ -101,13 +104,19 @@ def image_folders(at: Location) -> list[Path]:
     return [path if path.is_dir() else path.parent]
 
 
-def check_image_file(file: Path, folders: Sequence[Path], item: str) -> None:
-    """Raise ValueError if an image file is not below one of `folders`; `item` names it."""
-    if not any(is_below(folder, file.absolute()) for folder in folders):
+def stored_image(
+    cell: Mapping[str, Any] | None, folders: Sequence[Path], item: str
+) -> bytes | Path:
+    """Return a cell's encoded image, or its file. Raises ValueError: it is in none of `folders`."""
+    data, path = (cell["bytes"], cell["path"]) if cell else (None, None)
+    if data is not None or path is None:
+        return bytes(data or b"")
+    if not any(is_below(folder, Path(path).absolute()) for folder in folders):
         raise ValueError(
-            f"{item} is the file {file}, which is not below {' or '.join(map(str, folders))}: data "
+            f"{item} is the file {path}, which is not below {' or '.join(map(str, folders))}: data "
             "must not read other files. Save the dataset with its images in it (save_to_disk)."
         )
+    return Path(path)
 
 
 class RowImages(ImageSource):
@@ -123,19 +132,12 @@ class RowImages(ImageSource):
         undecoded = rows.select_columns([column])
         self._rows = undecoded.cast_column(column, datasets.Image(decode=False))
         self._column = column
-        self._title = at.title
+        self._at = at
         self._folders = image_folders(at)
 
     def stored(self, row: int) -> bytes | Path:
         """Return a row's encoded image, or its file. Raises ValueError: it is in another folder."""
-        cell = self._rows[row][self._column]
-        if cell is None or (cell["bytes"] is None and cell["path"] is None):
-            return b""
-        if cell["bytes"] is not None:
-            return bytes(cell["bytes"])
-        file = Path(cell["path"])
-        check_image_file(file, self._folders, self.item(row))
-        return file
+        return stored_image(self._rows[row][self._column], self._folders, self.item(row))
 
     def image(self, row: int, exif: bool = True) -> Tensor:
         """Return a row's image, uint8 RGB (3, H, W). Raises UndecodableImage."""
@@ -145,7 +147,7 @@ class RowImages(ImageSource):
 
     def item(self, row: int) -> str:
         """Return a row's name in messages, as `cifar10 split train row 17`."""
-        return f"{self._title} row {row}"
+        return self._at.item(row)
 
 
 # Opening rows.
@@ -181,20 +183,18 @@ def hub_errors(at: Location) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        is_offline = isinstance(error, ConnectionError | TimeoutError)
-        raise (ConnectionError if is_offline else FileNotFoundError)(
-            f"The hub dataset {at.path!r} did not load ({type(error).__name__}: "
-            f"{_first_line(error)}). Check the name and the connection; or save a copy on a "
-            f"machine that has one, with datasets.load_dataset({at.path!r}).save_to_disk('./copy'),"
-            f" and set {at.key}.path: ./copy. A local path starts with . or / or ~."
-        ) from error
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"The hub dataset {at.path!r} with {at.key}.split: {at.split} did not load: "
-            f"{_first_line(error)}. If it has several configurations, set {at.key}.config_name; if "
-            "it has a loading script, save a copy with an older version of datasets and set "
-            f"{at.key}.path to it."
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError, RuntimeError) as error:
+        kind: type[Exception] = ValueError
+        if isinstance(error, ConnectionError | TimeoutError):
+            kind = ConnectionError
+        elif isinstance(error, OSError | HfHubHTTPError | HFValidationError):
+            kind = FileNotFoundError
+        raise kind(
+            f"The hub dataset {at.path!r} with {at.key}.split: {at.split} did not load "
+            f"({type(error).__name__}: {_first_line(error)}). Check the name, {at.key}.config_name "
+            "and the connection; or save a copy on a machine that has one, for a loading script "
+            f"with an older version of datasets: load_dataset({at.path!r}).save_to_disk('./copy'), "
+            f"and set {at.key}.path: ./copy. A local path starts with . or / or ~."
         ) from error
 
 
@@ -279,52 +279,40 @@ def find_image_column(features: Mapping[str, Any], column: str | None, key: str)
     """Return the image column: the named one, or the only one with the feature `Image`."""
     import datasets
 
-    column = _find_column(features, column, datasets.Image, f"{key}.image_column")
-    if not isinstance(features[column], datasets.Image):
-        raise ValueError(
-            f"{key}.image_column: {column!r} must have the feature Image, not "
-            f"{features[column]}. Convert it with cast_column({column!r}, datasets.Image()) and "
-            "save_to_disk."
-        )
-    return column
+    images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
+    content = "images (the feature Image: see cast_column)"
+    return _pick_column(features, column, images, content, f"{key}.image_column")
 
 
 def find_label_column(features: Mapping[str, Any], column: str | None, key: str) -> str:
     """Return the label column: the named one, or the only one with the feature `ClassLabel`."""
     import datasets
 
-    column = _find_column(features, column, datasets.ClassLabel, f"{key}.label_column")
-    feature = features[column]
-    dtype = str(getattr(feature, "dtype", feature))
-    if not isinstance(feature, datasets.ClassLabel) and not re.fullmatch(r"u?int\d+|bool", dtype):
-        raise ValueError(
-            f"{key}.label_column: {column!r} must hold integers, booleans or a ClassLabel, not "
-            f"{dtype}. Convert it with class_encode_column({column!r}) on all splits together, and "
-            "save_to_disk."
-        )
-    return column
+    usable = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
+    content = "a ClassLabel"
+    if column is not None:
+        types = {name: str(getattr(kind, "dtype", kind)) for name, kind in features.items()}
+        usable += [name for name, kind in types.items() if re.fullmatch(r"u?int\d+|bool", kind)]
+        content += ", integers or booleans (see class_encode_column, for all splits together)"
+    return _pick_column(features, column, usable, content, f"{key}.label_column")
 
 
-def _find_column(features: Mapping[str, Any], column: str | None, feature: type, key: str) -> str:
-    listed = _listed(features)
+def _pick_column(
+    features: Mapping[str, Any], column: str | None, usable: Collection[str], content: str, key: str
+) -> str:
+    """Return the named column, or else the only usable one; `content` is what these hold."""
+    if column is None and len(usable) == 1:
+        return next(iter(usable))
     if column is None:
-        candidates = [name for name, kind in features.items() if isinstance(kind, feature)]
-        if len(candidates) != 1:
-            raise ValueError(
-                f"One column must have the feature {feature.__name__}, but {len(candidates)} have: "
-                f"set {key}. Columns: {listed}."
-            )
-        return candidates[0]
-    if column not in features:
-        hint = did_you_mean(column, features)
-        raise ValueError(f"{key}: no column {column!r}.{hint} Columns: {listed}.")
-    return column
-
-
-def _listed(features: Mapping[str, Any]) -> str:
-    types = {n: type(kind).__name__ for n, kind in features.items()}
-    types |= {n: features[n].dtype for n, kind in types.items() if kind == "Value"}
-    return ", ".join(f"{name} ({kind})" for name, kind in types.items())
+        problem = f"set it, as {len(usable)} columns hold {content}."
+    elif column in usable:
+        return column
+    else:
+        problem = f"{column!r} must hold {content}.{did_you_mean(column, usable)}"
+    types = {name: type(kind).__name__ for name, kind in features.items()}
+    types |= {name: features[name].dtype for name, kind in types.items() if kind == "Value"}
+    listed = ", ".join(f"{name} ({kind})" for name, kind in types.items())
+    raise ValueError(f"{key}: {problem} Columns: {listed}.")
 
 
 def named_classes(feature: Any, column: str, at: Location) -> list[str] | None:
@@ -347,12 +335,22 @@ def as_labels(column: Any) -> np.ndarray:
     return np.asarray(column.cast("int64").fill_null(-1), dtype=np.int64)
 
 
-def wrong_label(item: str, label: int, column: str, num_classes: int, key: str) -> ValueError:
+def usable_rows(
+    labels: np.ndarray, num_classes: int, column: str, at: Location, findings: Findings
+) -> np.ndarray:
+    """Return the rows whose label is one of the classes; the others are reported."""
+    is_wrong = (labels < 0) | (labels >= num_classes)
+    for row in np.flatnonzero(is_wrong).tolist():
+        findings.report(wrong_label(row, int(labels[row]), num_classes, column, at))
+    return np.flatnonzero(~is_wrong)
+
+
+def wrong_label(row: int, label: int, num_classes: int, column: str, at: Location) -> ValueError:
     """Return the error for a label that is not one of the classes."""
     hint = " -1 marks an unlabelled split: set" if label == -1 else " Correct it, or set"
     return ValueError(
-        f"{item}: label {label} in column {column!r} must be in 0..{num_classes - 1}.{hint} "
-        f"{key}.split to another."
+        f"{at.item(row)}: label {label} in column {column!r} must be in 0..{num_classes - 1}."
+        f"{hint} {at.key}.split to another."
     )
 
 
@@ -394,7 +392,6 @@ def load_huggingface(
         ValueError: the split, a column or a label does not fit.
     """
     at = Location(path, split, config_name, revision, key)
-    findings = findings or Findings()
     rows = open_rows(at)
     image_column = find_image_column(rows.features, image_column, key)
     column = find_label_column(rows.features, label_column, key)
@@ -410,10 +407,7 @@ def load_huggingface(
             )
         names = [str(label) for label in range(largest + 1)]
     source = RowImages(rows, image_column, at, max_pixels)
-    is_wrong = (labels < 0) | (labels >= len(names))
-    for row in np.flatnonzero(is_wrong).tolist():
-        findings.report(wrong_label(source.item(row), labels[row], column, len(names), key))
-    kept = np.flatnonzero(~is_wrong)
+    kept = usable_rows(labels, len(names), column, at, findings or Findings())
     origin = at.origin(rows.info.dataset_name, len(rows), label_key)
     return ClassificationDataset(path, names, labels[kept], source, kept, origin)
 
@@ -448,8 +442,6 @@ def load_huggingface_boxes(
     stored. A column `image_id` must not repeat. Other arguments and errors are those of
     `load_huggingface`.
     """
-    if box_format not in BOX_FORMATS or box_unit not in ("pixel", "relative"):
-        raise ValueError(f"{key}: no box_format {box_format!r} or box_unit {box_unit!r}.")
     at = Location(path, split, config_name, revision, key)
     rows = open_rows(at)
     image_column = find_image_column(rows.features, image_column, key)
@@ -464,7 +456,8 @@ def load_huggingface_boxes(
     reader = BoxReader(names, key, findings or Findings())
     kept = _read_rows(rows, source, column, reader, box_format, box_unit)
     origin = at.origin(rows.info.dataset_name, len(rows))
-    return reader.dataset(path, source, kept, upright=True, origin=origin)
+    arrays = reader.arrays()
+    return DetectionDataset(path, names, source, *arrays, kept, upright=True, origin=origin)
 
 
 def _read_rows(
@@ -476,36 +469,29 @@ def _read_rows(
     columns = {column.name, "image_id", "height", "width"} & set(rows.features)
     for number, row in enumerate(rows.select_columns(sorted(columns))):
         item, image_id = source.item(number), row.get("image_id")
-        if image_id is not None and (other := first_with.setdefault(image_id, number)) != number:
-            message = f"{item} repeats image_id {image_id!r} of row {other}. Remove one of them."
-            reader.findings.report(ValueError(message))
-            continue
-        size = annotated_size(row.get("height"), row.get("width"))
-        size = size or stored_size(source.stored(number), exif=True)
-        kept.append(number)
-        image = reader.add_image(size)
-        try:
-            entries = _entries(row[column.name], column, item)
-        except ValueError as error:
-            reader.findings.report(error)
-            continue
-        for count, entry in enumerate(entries, start=1):
-            name, names = entry["classes"], column.class_names or reader.class_names
-            name = names[name] if type(name) is int and 0 <= name < len(names) else str(name)
-            box, written = None, f"the box must be four numbers, not {entry['boxes']!r}"
-            if is_numbers(entry["boxes"]):
-                box = _to_xyxy(entry["boxes"], form, size if unit == "relative" else (1, 1))
-                written = f"{form} {entry['boxes']}"
-            reader.add_object(
-                image,
-                f"{item} object {count} ({name})",
-                name,
-                box,
-                written,
-                difficult=bool(entry.get("difficult")),
-                crowd=bool(entry.get("crowd")),
-                area=entry.get("area") if unit == "pixel" else None,
-            )
+        with reader.findings.reporting():
+            first = number if image_id is None else first_with.setdefault(image_id, number)
+            if first != number:
+                raise ValueError(
+                    f"{item} repeats image_id {image_id!r} of row {first}. Remove one."
+                )
+            size = annotated_size(row.get("height"), row.get("width"))
+            size = size or stored_size(source.stored(number), exif=True)
+            kept.append(number)
+            image = reader.add_image(size)
+            for count, entry in enumerate(_entries(row[column.name], column, item), start=1):
+                name, names = entry["classes"], column.class_names or reader.class_names
+                name = names[name] if type(name) is int and 0 <= name < len(names) else str(name)
+                reader.add_object(
+                    image,
+                    f"{item} object {count} ({name})",
+                    name,
+                    _to_xyxy(entry["boxes"], form, size if unit == "relative" else (1, 1)),
+                    f"{form} {entry['boxes']}",
+                    difficult=bool(entry.get("difficult")),
+                    crowd=bool(entry.get("crowd")),
+                    area=entry.get("area") if unit == "pixel" else None,
+                )
     return kept
 
 
@@ -531,15 +517,8 @@ def _find_objects(features: Mapping[str, Any], name: str | None, key: str) -> _O
             while not hasattr(classes, "names") and hasattr(classes, "feature"):
                 classes = classes.feature
             columns[column] = _ObjectsColumn(column, fields, getattr(classes, "names", None))
-    if name is None and len(columns) == 1:
-        return next(iter(columns.values()))
-    if name not in columns:
-        given = "" if name is None else f" {name!r} does not.{did_you_mean(name, columns)}"
-        raise ValueError(
-            f"One column must hold objects with bbox and category, and {len(columns)} do.{given} "
-            f"Set {key}.objects_column. Columns: {_listed(features)}."
-        )
-    return columns[name]
+    content = "objects with bbox and category"
+    return columns[_pick_column(features, name, columns, content, f"{key}.objects_column")]
 
 
 def _entries(cell: Any, column: _ObjectsColumn, item: str) -> list[dict[str, Any]]:
@@ -555,9 +534,9 @@ def _entries(cell: Any, column: _ObjectsColumn, item: str) -> list[dict[str, Any
     return [dict(zip(lists, values, strict=True)) for values in rows]
 
 
-def _to_xyxy(written: Sequence[float], box_format: str, unit: Size) -> Box:
+def _to_xyxy(written: Any, box_format: str, unit: Size) -> Box:
     """Return a box in pixels; `unit` is the (height, width) that 1 stands for."""
-    a, b, c, d = map(float, written)
+    a, b, c, d = four_numbers(written)
     x1, y1, x2, y2 = {
         "xyxy": (a, b, c, d),
         "xywh": (a, b, a + c, b + d),

@@ -10,21 +10,20 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from tract_transfer.data.images import UndecodableImage, decode_image
+from tract_transfer.data.images import UndecodableImage
 from tract_transfer.data.sampling import Sample, mix
 from tract_transfer.data.streaming import Stream, StreamedSample
 
 
-@dataclass
-class Batch:
+class Batch(NamedTuple):
     """What a loader yields.
 
     Attributes:
@@ -41,21 +40,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device; from pinned memory the copy does not block."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> "Batch":
-        """Return the batch in page-locked memory; the DataLoader calls it."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, move: Callable[[Tensor], Tensor]) -> "Batch":
-        def moved(value: Any) -> Any:
-            if isinstance(value, list):
-                return [moved(item) for item in value]
-            if isinstance(value, dict):
-                return {key: moved(item) for key, item in value.items()}
-            return move(value) if isinstance(value, Tensor) else value
-
-        return replace(self, images=moved(self.images), targets=moved(self.targets))
+        return Batch(*send_to_device(tuple(self), device, non_blocking=True))
 
 
 class ImageDataset(Protocol):
@@ -97,8 +82,6 @@ class SampledDataset(Dataset[_Loaded]):
         seed: int,
         undecodable: str = "error",
     ) -> None:
-        if undecodable not in ("error", "skip"):
-            raise ValueError(f"data.undecodable must be error or skip, got {undecodable!r}.")
         self._dataset = dataset
         self._transform = transform
         self._seed = seed
@@ -106,18 +89,15 @@ class SampledDataset(Dataset[_Loaded]):
 
     def __getitem__(self, key: Any) -> _Loaded:
         """Load an index, a Sample, or a StreamedSample."""
-        if isinstance(key, StreamedSample):
-            epoch, index, copy = key.sample
-        else:
-            epoch, index, copy = key if isinstance(key, Sample) else Sample(0, key)
-            key = index
+        sample, row = key if isinstance(key, StreamedSample) else (key, None)
+        epoch, index, copy = sample if isinstance(sample, Sample) else Sample(0, sample)
         try:
-            image = self._dataset.image(key)
+            image = row.image() if row else self._dataset.image(index)
         except UndecodableImage as error:
             if not self._skip:
                 raise
             return _Loaded(index, None, None, f"{error.item}: {error.reason}")
-        target = self._dataset.target(key)
+        target = row.label if row else self._dataset.target(index)
         with torch.random.fork_rng(devices=[]):
             # torch.manual_seed would seed the accelerators too.
             parts = (epoch, index, copy) if copy else (epoch, index)
@@ -129,22 +109,7 @@ class SampledDataset(Dataset[_Loaded]):
         return _Loaded(index, image, target, "")
 
 
-@dataclass
-class _StreamedRows:
-    """What a worker needs of a stream: this process reads its rows, and workers decode them."""
-
-    title: str
-    max_pixels: int
-
-    def image(self, key: StreamedSample) -> Tensor:
-        item = f"{self.title} row {key.sample.index}"
-        return decode_image(key.row.stored, item, max_pixels=self.max_pixels)
-
-    def target(self, key: StreamedSample) -> int:
-        return key.row.label
-
-
-def train_loader(
+def load_batches(
     dataset: ImageDataset,
     transform: Callable[..., Any],
     batches: Iterable[Any],
@@ -154,14 +119,13 @@ def train_loader(
     undecodable: str = "error",
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """Return the loader of one process's micro-batches; see SampledDataset.
+    """Return the loader of one process's batches; see SampledDataset.
 
-    `batches` are a TrainBatchSampler, or of a stream StreamBatches or StreamEvalBatches. Neither
-    the rows that are read nor their order depends on the number of workers.
+    `batches` are indices or samples: of a TrainBatchSampler or of `eval_batches`, and of a stream
+    of StreamBatches or StreamEvalBatches. They do not depend on the number of workers.
     """
-    source: Any = dataset
-    if isinstance(dataset, Stream):
-        source = _StreamedRows(dataset.title, dataset.max_pixels)
+    # Workers decode the rows that this process reads from a stream; they do not need it.
+    source: Any = None if isinstance(dataset, Stream) else dataset
     _end_workers_at_exit()
     return _Loader(
         SampledDataset(source, transform, seed, undecodable),  # type: ignore[arg-type]
@@ -171,33 +135,6 @@ def train_loader(
         worker_init_fn=_ignore_signals,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else each iterator draws from the global one
-    )
-
-
-def eval_loader(
-    dataset: ImageDataset,
-    transform: Callable[..., Any],
-    *,
-    batch_size: int,
-    num_workers: int,
-    rank: int = 0,
-    world_size: int = 1,
-    undecodable: str = "error",
-    pin_memory: bool = False,
-) -> DataLoader[Batch]:
-    """Return the loader of every `world_size`-th image from `rank`, each once, without padding.
-
-    `batch_size` counts the images of this process; the last batch may be smaller.
-    """
-    batches = BatchSampler(range(rank, len(dataset), world_size), batch_size, drop_last=False)
-    return train_loader(
-        dataset,
-        transform,
-        batches,
-        seed=0,
-        num_workers=num_workers,
-        undecodable=undecodable,
-        pin_memory=pin_memory,
     )
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler
 
 _GROUPS = ("wide or square", "tall")
 
@@ -44,8 +45,6 @@ def repeat_factors(
     the largest factor of its classes, or 1 if it has no objects. Image i has the int64 labels
     `labels[first[i]:first[i + 1]]`; `threshold` is in (0, 1].
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"data.repeat_threshold must lie in (0, 1], got {threshold}.")
     num_images = len(first) - 1
     image_of = np.repeat(np.arange(num_images), np.diff(first))
     pairs = np.unique(np.stack([image_of, labels]), axis=1)
@@ -91,17 +90,17 @@ class EpochOrder:
     ) -> None:
         assert repeats == 1 or (groups is None and factors is None)
         group_of = np.zeros(num_images, dtype=np.int64) if groups is None else groups
-        self._members = [np.flatnonzero(group_of == group) for group in np.unique(group_of)]
         weights = np.ones(num_images) if factors is None else factors
-        self._lengths = [round(float(weights[members].sum())) for members in self._members]
-        check_batch_size(batch_size, sum(self._lengths))
-        for members, length in zip(self._members, self._lengths, strict=True):
+        self._lengths = {
+            group: round(float(weights[group_of == group].sum())) for group in np.unique(group_of)
+        }
+        check_batch_size(batch_size, sum(self._lengths.values()))
+        for group, length in self._lengths.items():
             if length < batch_size:
                 raise ValueError(
-                    f"data.group_by_aspect needs a batch of each shape, and {len(members)} images "
-                    f"are {_GROUPS[group_of[members[0]]]}: fewer than data.batch_size "
-                    f"{batch_size}, they would never be seen. Set data.group_by_aspect: false, or "
-                    "a smaller data.batch_size."
+                    f"data.group_by_aspect needs a batch of each shape, and an epoch has {length} "
+                    f"images that are {_GROUPS[group]}: fewer than data.batch_size {batch_size}. "
+                    "Set data.group_by_aspect: false, or a smaller data.batch_size."
                 )
         if repeats > 1 and batch_size < 2 * repeats:
             raise ValueError(
@@ -109,7 +108,7 @@ class EpochOrder:
                 f"{batch_size}: a batch would only have copies of one image. Set either."
             )
         self.batch_size = batch_size
-        self.iters_per_epoch = sum(length // batch_size for length in self._lengths)
+        self.iters_per_epoch = sum(length // batch_size for length in self._lengths.values())
         self._seed, self._factors, self._repeats = seed, factors, repeats
         self._group_of = torch.from_numpy(group_of)
 
@@ -123,7 +122,7 @@ class EpochOrder:
         if self._repeats > 1:
             order, copies = self._copied(order)
         picked = torch.arange(self.iters_per_epoch * self.batch_size)
-        if len(self._members) > 1:
+        if len(self._lengths) > 1:
             picked = self._grouped(order, generator)
         order, copies = order[picked], copies[picked]
         for start in range(first * self.batch_size, len(order), self.batch_size):
@@ -140,8 +139,8 @@ class EpochOrder:
         its part of a line along which the factors lie.
         """
         parts = []
-        for group, length in enumerate(self._lengths):
-            members = order[self._in_group(order, group)]
+        for group, length in self._lengths.items():
+            members = order[self._group_of[order] == group]
             ends = np.cumsum(factors[members.numpy()])
             ends *= length / ends[-1]
             ends[-1] = length
@@ -166,16 +165,12 @@ class EpochOrder:
     def _grouped(self, order: Tensor, generator: torch.Generator) -> Tensor:
         """Return positions in `order`; all of a batch are of one group."""
         parts = []
-        for group, length in enumerate(self._lengths):
+        for group, length in self._lengths.items():
             used = length // self.batch_size * self.batch_size
-            positions = self._in_group(order, group).nonzero().flatten()
+            positions = (self._group_of[order] == group).nonzero().flatten()
             parts.append(positions[:used].view(-1, self.batch_size))
         batches = torch.cat(parts)
         return batches[torch.randperm(len(batches), generator=generator)].flatten()
-
-    def _in_group(self, order: Tensor, group: int) -> Tensor:
-        """Return whether each image of `order` is in a group, bool."""
-        return self._group_of[order] == self._group_of[self._members[group][0]]
 
 
 def check_batch_size(batch_size: int, num_images: int) -> None:
@@ -229,3 +224,10 @@ class TrainBatchSampler:
                 for start in self._starts:
                     yield batch[start : start + self._part]
             epoch, position = epoch + 1, 0
+
+
+def eval_batches(
+    num_images: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> BatchSampler:
+    """Return batches of every `world_size`-th index from `rank`, each once; the last is smaller."""
+    return BatchSampler(range(rank, num_images, world_size), batch_size, drop_last=False)

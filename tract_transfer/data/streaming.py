@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +22,10 @@ from torch import Tensor
 
 from tract_transfer.data import images
 from tract_transfer.data.classification import ClassificationDataset
-from tract_transfer.data.findings import Origin
+from tract_transfer.data.findings import Findings, Origin
 from tract_transfer.data.huggingface import (
     Location,
     as_labels,
-    check_image_file,
     find_image_column,
     find_label_column,
     hub_errors,
@@ -37,6 +36,8 @@ from tract_transfer.data.huggingface import (
     open_saved,
     parquet_files,
     split_files,
+    stored_image,
+    usable_rows,
     wrong_label,
 )
 from tract_transfer.data.images import MAX_PIXELS
@@ -49,68 +50,67 @@ _ROWS_AT_ONCE = 64
 _BUFFER_BYTES = 1 << 22
 _ROWS_OF_SAVED_GROUP = 100  # as `datasets` writes images to parquet
 
+Cell = dict[str, Any] | None  # an image: its `bytes`, or the `path` of its file
+Columns = tuple[str, str]  # of images and of labels
 
 # Rows in groups, read one after another.
-
-
-class Row(NamedTuple):
-    """An encoded image, or its file, and its label, -1 if it has none."""
-
-    stored: bytes | Path
-    label: int
 
 
 class ParquetGroups:
     """The row groups of parquet files, which are paths or URLs that fsspec knows (`hf://`).
 
-    `counts` are the rows of each group, int64 (G,).
+    `counts` are the rows of each group, int64 (G,); `features` are those of `datasets`, by column.
     """
 
-    def __init__(self, files: Sequence[str], image_column: str, label_column: str) -> None:
-        self._columns = (image_column, label_column)
+    dataset_name = None
+
+    def __init__(self, files: Sequence[str], features: Any = None) -> None:
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
             footers = list(pool.map(_footer, files))
-        of_file = zip(files, footers, strict=True)
-        numbered = [(file, f, n) for file, f in of_file for n in range(f.num_row_groups)]
-        self.counts = np.array([f.row_group(n).num_rows for _, f, n in numbered], dtype=np.int64)
-        self._files = list(files)
-        self._groups = [(file, n) for file, _, n in numbered]
+        self.features = features or _features(files, footers)
+        self.files = files
+        self._groups = [
+            (file, number)
+            for file, footer in zip(files, footers, strict=True)
+            for number in range(footer.num_row_groups)
+        ]
+        counts = [f.row_group(n).num_rows for f in footers for n in range(f.num_row_groups)]
+        self.counts = np.array(counts, dtype=np.int64)
 
-    def rows(self, group: int, first: int = 0) -> Iterator[Row]:
-        """Read a group from its row `first`; this reads the file's pages before it too."""
+    def rows(self, columns: Columns, group: int, first: int = 0) -> Iterator[tuple[Cell, int]]:
+        """Read images and labels of a group from its row `first`, and the file's pages before."""
         file, number = self._groups[group]
-        for batch in _batches(file, self._columns, [number]):
+        for batch in _batches(file, columns, [number]):
             skipped = min(first, len(batch))
             first -= skipped
-            yield from _rows_of_table(batch.slice(skipped), *self._columns)
+            yield from _rows_of_table(batch.slice(skipped), *columns)
 
-    def labels(self) -> Iterator[np.ndarray]:
+    def labels(self, column: str) -> np.ndarray:
         """Read all labels in order, int64, without the images."""
-        for file in self._files:
-            for batch in _batches(file, self._columns[1:], None):
-                yield as_labels(batch.column(self._columns[1]))
+        batches = (batch for file in self.files for batch in _batches(file, [column], None))
+        return np.concatenate([as_labels(batch.column(column)) for batch in batches])
 
 
 class SavedGroups:
     """The rows of a memory-mapped `datasets.Dataset`, in groups of 100."""
 
-    def __init__(self, dataset: Any, image_column: str, label_column: str) -> None:
-        self._columns = (image_column, label_column)
-        self._table = dataset.select_columns(list(self._columns)).with_format("arrow")
+    def __init__(self, dataset: Any) -> None:
+        self.features, self.dataset_name = dataset.features, dataset.info.dataset_name
+        self._table = dataset.with_format("arrow")
         starts = np.arange(0, len(dataset) + 1, _ROWS_OF_SAVED_GROUP)
         self.counts = np.diff(np.unique([*starts, len(dataset)])).astype(np.int64)
 
-    def rows(self, group: int, first: int = 0) -> Iterator[Row]:
-        """Read a group from its row `first`."""
-        begin = group * _ROWS_OF_SAVED_GROUP
+    def rows(self, columns: Columns, group: int, first: int = 0) -> Iterator[tuple[Cell, int]]:
+        """Read images and labels of a group from its row `first`."""
+        table, begin = self._table.select_columns(list(columns)), group * _ROWS_OF_SAVED_GROUP
         stop = begin + int(self.counts[group])
         for start in range(begin + first, stop, _ROWS_AT_ONCE):
-            table = self._table[start : min(start + _ROWS_AT_ONCE, stop)]
-            yield from _rows_of_table(table, *self._columns)
+            part = table[start : min(start + _ROWS_AT_ONCE, stop)]
+            yield from _rows_of_table(part, *columns)
 
-    def labels(self) -> Iterator[np.ndarray]:
+    def labels(self, column: str) -> np.ndarray:
         """Read all labels in order, int64, without the images."""
-        yield as_labels(self._table.select_columns([self._columns[1]])[:][self._columns[1]])
+        return as_labels(self._table.select_columns([column])[:][column])
 
 
 def _open(file: str) -> Any:
@@ -141,14 +141,25 @@ def _batches(file: str, columns: Sequence[str], groups: list[int] | None) -> Ite
         )
 
 
-def _rows_of_table(table: Any, image_column: str, label_column: str) -> Iterator[Row]:
-    cells = table.column(image_column).to_pylist()
-    for cell, label in zip(cells, as_labels(table.column(label_column)).tolist(), strict=True):
-        data, file = (cell["bytes"], cell["path"]) if cell else (None, None)
-        yield Row(Path(file) if data is None and file is not None else data or b"", label)
+def _rows_of_table(table: Any, images: str, labels: str) -> Iterator[tuple[Cell, int]]:
+    cells = table.column(images).to_pylist()
+    return zip(cells, as_labels(table.column(labels)).tolist(), strict=True)
 
 
 # A stream: a data set whose images are fast to read only in order.
+
+
+class Row(NamedTuple):
+    """An encoded image, or its file, its class, its name in messages and the limit of its size."""
+
+    stored: bytes | Path
+    label: int
+    item: str
+    max_pixels: int
+
+    def image(self) -> Tensor:
+        """Return the image, uint8 RGB (3, H, W). Raises UndecodableImage."""
+        return images.decode_image(self.stored, self.item, max_pixels=self.max_pixels)
 
 
 @dataclass
@@ -158,41 +169,43 @@ class Stream:
     Reading an image opens its group, so only reading in order is fast.
 
     Attributes:
-        title: the split's name in errors.
-        image_folders: the folders that image files named in rows may lie in.
-        version: identifies the data on the hub; None for local data.
+        columns: those of the images and of the labels.
         class_counts: the number of images of each class, int64 (K,); None for data on the hub,
             whose labels would all have to be downloaded.
     """
 
-    name: str
+    at: Location
     class_names: Sequence[str]
     groups: ParquetGroups | SavedGroups
-    title: str
-    key: str
-    label_column: str
+    columns: Columns
     origin: Origin
-    image_folders: Sequence[Path]
-    version: str | None = None
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
+        self.name = self.at.path
+        self._folders = image_folders(self.at)
         self._begins = np.cumsum([0, *self.groups.counts])
-        self._ahead: tuple[int, Iterator[Row]] = (-1, iter(()))
-        self._last: tuple[int, Row] = (-1, Row(b"", -1))
-        self.class_counts = self._count_classes() if self.version is None else None
+        self._ahead: Iterator[tuple[int, Row]] = iter(())
+        self._last = (-2, Row(b"", -1, "", 0))  # of no image
+        self.class_counts: np.ndarray | None = None
+        if not self.at.is_hub:
+            column, num_classes = self.columns[1], len(self.class_names)
+            self._labels = self.groups.labels(column)
+            usable_rows(self._labels, num_classes, column, self.at, Findings())
+            self.class_counts = np.bincount(self._labels, minlength=num_classes)
 
     def __len__(self) -> int:
         return int(self._begins[-1])
 
     def read(self, group: int, first: int = 0) -> Iterator[tuple[int, Row]]:
         """Read a group from its row `first`: indices of images, and rows, which are checked."""
-        begin = int(self._begins[group])
-        for index, row in enumerate(self.groups.rows(group, first), begin + first):
-            self._check_label(index, row.label)
-            if isinstance(row.stored, Path):
-                check_image_file(row.stored, self.image_folders, self.item(index))
-            yield index, row
+        begin, num_classes = int(self._begins[group]) + first, len(self.class_names)
+        for index, (cell, label) in enumerate(self.groups.rows(self.columns, group, first), begin):
+            if not 0 <= label < num_classes:
+                raise wrong_label(index, label, num_classes, self.columns[1], self.at)
+            item = self.item(index)
+            stored = stored_image(cell, self._folders, item)
+            yield index, Row(stored, label, item, self.max_pixels)
 
     def read_from(self, index: int) -> Iterator[tuple[int, Row]]:
         """Read all images from an index, in order."""
@@ -204,8 +217,7 @@ class Stream:
 
     def image(self, index: int) -> Tensor:
         """Return an image, uint8 RGB (3, H, W). Raises UndecodableImage."""
-        stored = self._row(index).stored
-        return images.decode_image(stored, self.item(index), max_pixels=self.max_pixels)
+        return self._row(index).image()
 
     def target(self, index: int) -> int:
         """Return an image's class, in 0..K-1."""
@@ -217,32 +229,21 @@ class Stream:
 
     def item(self, index: int) -> str:
         """Return an image's name in messages, as `cifar10 split train row 17`."""
-        return f"{self.title} row {index}"
+        return self.at.item(index)
 
     def fingerprint(self) -> str:
-        """Return a sha256 (hex): of local data as `ClassificationDataset`, else of the version."""
-        if self.version is not None:
-            about = [self.version, len(self), list(self.class_names)]
+        """Return a sha256 (hex): of local data as `ClassificationDataset`, else of the URLs."""
+        if isinstance(self.groups, ParquetGroups) and self.at.is_hub:
+            about = ["\n".join(self.groups.files), len(self), list(self.class_names)]
             return hashlib.sha256(json.dumps(about).encode()).hexdigest()
-        return images.fingerprint(self, np.concatenate(list(self.groups.labels())))
-
-    def _count_classes(self) -> np.ndarray:
-        labels = np.concatenate(list(self.groups.labels()))
-        for index in np.flatnonzero((labels < 0) | (labels >= len(self.class_names)))[:1].tolist():
-            self._check_label(index, int(labels[index]))
-        return np.bincount(labels, minlength=len(self.class_names))
+        return images.fingerprint(self, self._labels)
 
     def _row(self, index: int) -> Row:
-        if self._last[0] != index:
-            expected, ahead = self._ahead
-            ahead = ahead if expected == index else (row for _, row in self.read_from(index))
-            self._last, self._ahead = (index, next(ahead)), (index + 1, ahead)
+        if index != self._last[0]:
+            if index != self._last[0] + 1:
+                self._ahead = self.read_from(index)
+            self._last = next(self._ahead)
         return self._last[1]
-
-    def _check_label(self, index: int, label: int) -> None:
-        if not 0 <= label < len(self.class_names):
-            num_classes = len(self.class_names)
-            raise wrong_label(self.item(index), label, self.label_column, num_classes, self.key)
 
 
 # Opening a stream.
@@ -268,47 +269,38 @@ def stream_huggingface(
     parquet. Integer labels without names, "0", "1", ..., need `num_classes`.
     """
     at = Location(path, split, config_name, revision, key)
-    opened = _open_rows(at)
-    if opened is None:
+    groups = _open_groups(at)
+    if groups is None:
         if num_classes is not None:
             raise ValueError(
                 f"{key}.num_classes: the folders of {path} are its classes. Remove it."
             )
         return load_huggingface(path, split, key=key, max_pixels=max_pixels)
-    rows, files, features = opened
-    columns = (
-        find_image_column(features, image_column, key),
-        find_label_column(features, label_column, key),
-    )
-    names = named_classes(features[columns[1]], columns[1], at)
+    features = groups.features
+    image_column = find_image_column(features, image_column, key)
+    column = find_label_column(features, label_column, key)
+    names = named_classes(features[column], column, at)
     label_key = f"{key}.label_column" if names is None else None
     if names is not None and num_classes is not None:
-        raise ValueError(f"{key}.num_classes: {columns[1]!r} has its own classes. Remove it.")
+        raise ValueError(f"{key}.num_classes: {column!r} has its own classes. Remove it.")
     if names is None:
-        if num_classes is None or num_classes < 2:
+        if num_classes is None:
             raise ValueError(
-                f"{key}.num_classes: {columns[1]!r} holds integers without names, and only reading "
-                f"all of them would show how many classes there are: set 2 or more, got "
-                f"{num_classes}."
+                f"{key}.num_classes: {column!r} holds integers without names, and only reading all "
+                "of them would show how many classes there are: set their number."
             )
         names = [str(label) for label in range(num_classes)]
-    groups = ParquetGroups(files, *columns) if files else SavedGroups(rows, *columns)
     count = int(groups.counts.sum())
     if count == 0:
         raise ValueError(f"{at.title} has no rows. Set {key}.split to a split that has some.")
-    origin = at.origin(None if rows is None else rows.info.dataset_name, count, label_key)
-    version = "\n".join(files) if at.is_hub else None
-    folders = image_folders(at)
-    return Stream(
-        path, names, groups, at.title, key, columns[1], origin, folders, version, max_pixels
-    )
+    origin = at.origin(groups.dataset_name, count, label_key)
+    return Stream(at, names, groups, (image_column, column), origin, max_pixels)
 
 
-def _open_rows(at: Location) -> tuple[Any, list[str], Any] | None:
-    """Return saved rows or parquet files, and their features; None for an image folder."""
+def _open_groups(at: Location) -> ParquetGroups | SavedGroups | None:
+    """Return saved rows or parquet files; None for an image folder."""
     if not at.is_hub and is_saved(at.folder()):
-        rows = open_saved(at)
-        return rows, [], rows.features
+        return SavedGroups(open_saved(at))
     if not at.is_hub and not at.folder().is_file() and not parquet_files(at.folder()):
         return None
     if "[" in at.split:
@@ -317,17 +309,16 @@ def _open_rows(at: Location) -> tuple[Any, list[str], Any] | None:
             f"whole splits, or set {at.key}.streaming: false."
         )
     if at.is_hub:
-        return None, *_hub_files(at)
-    files = [file for group in split_files(at).values() for file in group]
-    return None, files, _features(files)
+        with hub_errors(at):
+            return ParquetGroups(*_hub_files(at))
+    return ParquetGroups([file for group in split_files(at).values() for file in group])
 
 
 def _hub_files(at: Location) -> tuple[list[str], Any]:
-    """Return URLs of a split's parquet files, and its features."""
+    """Return URLs of a split's parquet files, and its features if they are declared."""
     import datasets
 
-    with hub_errors(at):
-        builder = datasets.load_dataset_builder(at.path, at.config_name, revision=at.revision)
+    builder = datasets.load_dataset_builder(at.path, at.config_name, revision=at.revision)
     by_split = {str(name): files for name, files in (builder.config.data_files or {}).items()}
     files = [str(file) for name in at.check_split(list(by_split)) for file in by_split[name]]
     others = {Path(file).suffix for file in files} - {".parquet"}
@@ -337,24 +328,23 @@ def _hub_files(at: Location) -> tuple[list[str], Any]:
             f"{', '.join(sorted(others)) or 'none'}. Set {at.key}.streaming: false, or "
             f"{at.key}.path to a copy in parquet."
         )
-    with hub_errors(at):
-        return files, builder.info.features or _features(files[:1])
+    return files, builder.info.features
 
 
-def _features(files: list[str]) -> Any:
+def _features(files: Sequence[str], footers: Sequence[Any]) -> Any:
     """Return the features of parquet files; refuse files that differ."""
     import datasets
 
-    first: Any = None
-    for file in files:
-        features = datasets.Features.from_arrow_schema(_footer(file).schema.to_arrow_schema())
-        first = first or features
-        if features != first:
+    features = [
+        datasets.Features.from_arrow_schema(footer.schema.to_arrow_schema()) for footer in footers
+    ]
+    for file, other in zip(files, features, strict=True):
+        if other != features[0]:
             raise ValueError(
                 f"All files of a split must have the same columns and classes, and {file} has "
                 f"others than {files[0]}. Write them again from one dataset."
             )
-    return first
+    return features[0]
 
 
 # Which rows an iteration sees.
@@ -484,50 +474,42 @@ class StreamBatches:
 
     def __iter__(self) -> Iterator[list[StreamedSample]]:
         order = self._order
-        first_epoch, position = divmod(self._start_iter, order.iters_per_epoch)
-        first_block, done = divmod(position, order.block_iters)
-        for epoch, block, rows in self._blocks(first_epoch, first_block):
-            places = [order.places(epoch, reader, block) for reader in self._readers]
-            for iteration in range(done, order.iters_of_block(block)):
-                batch = [
-                    StreamedSample(Sample(epoch, of_reader[place][0]), of_reader[place][1])
-                    for of_reader, taken in zip(rows, places, strict=True)
-                    for place in taken[iteration].tolist()
-                ]
-                in_epoch = block * order.block_iters + iteration
-                mixed = [batch[place] for place in order.mixed(len(batch), epoch, in_epoch)]
-                for start in range(0, len(mixed), self._micro_size):
-                    yield mixed[start : start + self._micro_size]
-            done = 0
-            rows.clear()  # frees them before the next but one is read
-
-    def _blocks(
-        self, epoch: int, block: int
-    ) -> Iterator[tuple[int, int, list[list[tuple[int, Row]]]]]:
-        """Yield each block's epoch and number, and the rows of every reader."""
-        order = self._order
-        num_blocks = -(-order.iters_per_epoch // order.block_iters)
-        with ThreadPoolExecutor(len(self._readers), "stream") as pool:
-            ahead = None
+        epoch, position = divmod(self._start_iter, order.iters_per_epoch)
+        block, skipped = divmod(position, order.block_iters)
+        iteration = self._start_iter - skipped
+        readers = [self._read(reader, epoch, block) for reader in self._readers]
+        with ThreadPoolExecutor(len(readers), "stream") as pool:
+            ahead = [pool.submit(next, reader) for reader in readers]
             while True:
-                readers = [self._read(epoch, reader, block) for reader in self._readers]
-                for number in range(block, num_blocks):
-                    count = order.iters_of_block(number) * order.share
-                    reading = [pool.submit(_take, rows, count) for rows in readers]
-                    if ahead is not None:
-                        yield ahead
-                    ahead = epoch, number, [future.result() for future in reading]
-                epoch, block = epoch + 1, 0
+                blocks = [future.result() for future in ahead]
+                ahead = [pool.submit(next, reader) for reader in readers]
+                for shares in zip(*blocks, strict=True):
+                    if iteration >= self._start_iter:
+                        yield from self._micro_batches(list(chain.from_iterable(shares)), iteration)
+                    iteration += 1
 
-    def _read(self, *where: int) -> Iterator[tuple[int, Row]]:
-        for span in self._order.spans(*where):
-            yield from islice(self._stream.read(span.group, span.first), span.length)
+    def _micro_batches(
+        self, batch: list[StreamedSample], iteration: int
+    ) -> Iterator[list[StreamedSample]]:
+        where = divmod(iteration, self._order.iters_per_epoch)
+        mixed = [batch[position] for position in self._order.mixed(len(batch), *where)]
+        for start in range(0, len(mixed), self._micro_size):
+            yield mixed[start : start + self._micro_size]
 
-
-def _take(rows: Iterator[tuple[int, Row]], count: int) -> list[tuple[int, Row]]:
-    taken = list(islice(rows, count))
-    assert len(taken) == count, "a group has fewer rows than its footer says"
-    return taken
+    def _read(self, reader: int, epoch: int, block: int) -> Iterator[list[list[StreamedSample]]]:
+        """Yield a reader's blocks without end: its share of the batch of each iteration."""
+        order = self._order
+        while True:
+            rows = (
+                StreamedSample(Sample(epoch, index), row)
+                for span in order.spans(epoch, reader, block)
+                for index, row in islice(self._stream.read(span.group, span.first), span.length)
+            )
+            for number in range(block, -(-order.iters_per_epoch // order.block_iters)):
+                places = order.places(epoch, reader, number)
+                samples = list(islice(rows, places.numel()))
+                yield [[samples[place] for place in share] for share in places.tolist()]
+            epoch, block = epoch + 1, 0
 
 
 class StreamEvalBatches:

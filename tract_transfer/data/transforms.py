@@ -9,9 +9,7 @@ from typing import Any, cast
 
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.transforms import v2
-
-from tract_transfer.data.augment import interpolation_mode
+from torchvision.transforms import InterpolationMode, v2
 
 ImageTransform = Callable[[Tensor], Tensor]
 DetectionTransform = Callable[[Tensor, dict[str, Any]], tuple[Tensor, dict[str, Any]]]
@@ -48,7 +46,7 @@ def classification_train(
         erase_prob: probability of filling a rectangle of 2 to 33 % of the area with ImageNet's mean
             color (Zhong et al. 2020).
     """
-    mode = interpolation_mode(interpolation)
+    mode = InterpolationMode(interpolation)
     crops: dict[str, list[Any]] = {
         "pad": [v2.Resize(size_px, mode), v2.RandomCrop(size_px, padding=pad_px)],
         "resize_random": [
@@ -58,8 +56,6 @@ def classification_train(
         "random_resized": [v2.RandomResizedCrop(size_px, scale=scale, interpolation=mode)],
         "none": [v2.Resize((size_px, size_px), mode)],
     }
-    if crop not in crops:
-        raise ValueError(f"crop must be one of {list(crops)}, got {crop!r}.")
     steps = [*crops[crop], v2.RandomHorizontalFlip(flip_prob)]
     if rotation_deg:
         steps.append(v2.RandomRotation(rotation_deg))
@@ -78,19 +74,13 @@ def classification_eval(
     """Return the test transform, uint8 (3, H, W) -> uint8 (3, size_px, size_px).
 
     Args:
-        crop_ratio: side of the center crop divided by the short side of the resized image.
+        crop_ratio: side of the center crop divided by the short side of the resized image, in
+            (0, 1]; for `resize: short`.
         resize: `short`: resize the short side to round(size_px / crop_ratio), then crop the center.
             `whole`: resize the whole image to the square, which changes its aspect ratio.
     """
-    if not 0 < crop_ratio <= 1:
-        raise ValueError(f"crop_ratio must lie in (0, 1], got {crop_ratio}.")
-    mode = interpolation_mode(interpolation)
-    if resize not in ("short", "whole"):
-        raise ValueError(f"resize must be short or whole, got {resize!r}.")
+    mode = InterpolationMode(interpolation)
     if resize == "whole":
-        if crop_ratio != 1:
-            message = f"resize: whole crops nothing: crop_ratio must be 1, got {crop_ratio}."
-            raise ValueError(message)
         return cast(ImageTransform, v2.Resize((size_px, size_px), mode))
     short = v2.Resize(round(size_px / crop_ratio), mode)
     return cast(ImageTransform, v2.Compose([short, v2.CenterCrop(size_px)]))
@@ -110,10 +100,10 @@ def detection_train(
     Brightness, contrast, saturation, hue and the order of the channels each change with probability
     `photometric_prob` (0.5 in SSD's distortion).
     """
-    if not short_sides_px or min(short_sides_px) < 1 or max_side_px < max(short_sides_px):
+    if max_side_px < max(short_sides_px):
         raise ValueError(
-            f"short_sides_px must be positive and at most max_side_px, got {list(short_sides_px)} "
-            f"and {max_side_px}."
+            f"short_sides_px must be at most max_side_px, got {list(short_sides_px)} and "
+            f"{max_side_px}."
         )
     # Colors first, as detectors mostly enlarge images: fewer pixels to change.
     distort = [v2.RandomPhotometricDistort(p=photometric_prob)] if photometric_prob else []
@@ -132,10 +122,6 @@ def _transform_boxes(
     return image.as_subclass(Tensor), {**target, **changed}
 
 
-def detection_eval() -> DetectionTransform:
-    """Return the identity: at test time the model resizes, and returns original pixels."""
-    return _identity
-
-
-def _identity(image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+def detection_eval(image: Tensor, target: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Return both as they are: at test time the model resizes, and returns original pixels."""
     return image, target

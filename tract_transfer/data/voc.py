@@ -12,7 +12,7 @@ from tract_transfer.data.detection import (
     annotated_size,
     stored_size,
 )
-from tract_transfer.data.findings import Findings, Origin, Size, check_voc_sets, is_below
+from tract_transfer.data.findings import Findings, Origin, check_voc_sets, is_below
 from tract_transfer.data.images import MAX_PIXELS
 from tract_transfer.registry import did_you_mean
 
@@ -52,17 +52,18 @@ def load_voc(
         ValueError: a line or an object is wrong; the message names its file and number.
     """
     reader = BoxReader(VOC_CLASSES if classes is None else classes, key, findings or Findings())
-    if not sets:
-        raise ValueError(f"{key}.sets must name at least one set, such as 2007/trainval.")
     files: list[str] = []
     for annotation, xml, image in _annotations(Path(root).expanduser(), sets, reader):
         files.append(str(image))
-        index = reader.add_image(_read_size(annotation) or stored_size(image))
+        sides = (_number(annotation.findtext(f"size/{side}")) for side in ("height", "width"))
+        index = reader.add_image(annotated_size(*sides) or stored_size(image))
         for number, element in enumerate(annotation.findall("object"), start=1):
-            _read_object(index, f"{xml} object {number}", element, reader)
+            with reader.findings.reporting():
+                _read_object(index, f"{xml} object {number}", element, reader)
     size_check = check_voc_sets(sets, len(files)) if classes is None else None
-    source = ImageFiles(files, max_pixels)
-    return reader.dataset(f"voc {'+'.join(sets)}", source, origin=Origin(size_check=size_check))
+    name, source = f"voc {'+'.join(sets)}", ImageFiles(files, max_pixels)
+    origin = Origin(size_check=size_check)
+    return DetectionDataset(name, reader.class_names, source, *reader.arrays(), origin=origin)
 
 
 def _annotations(
@@ -79,42 +80,34 @@ def _annotations(
             if not fields or (len(fields) == 2 and fields[1] == "-1"):
                 continue
             count, item = count + 1, f"{path} line {number}"
-            try:
+            with reader.findings.reporting():
                 xml, image = _find_files(devkit, item, fields)
                 if (first := line_of.setdefault(xml, item)) != item:
                     message = f"{item} repeats {xml.stem!r}, already in {first}. Remove one."
                     raise ValueError(message)
-                annotation = _parse(xml)
-            except (ValueError, FileNotFoundError) as error:
-                reader.findings.report(error)
-            else:
-                yield annotation, xml, image
+                yield _parse(xml), xml, image
         if count == 0:
             raise ValueError(f"{path} names no image. Set {reader.key}.sets to a split that does.")
 
 
 def _find_split(root: Path, voc_set: str, key: str) -> tuple[Path, Path]:
     """Return the devkit of a set, and its split file."""
-    year, slash, split = voc_set.partition("/")
-    if not (year and slash and split):
+    year, _, split = voc_set.partition("/")
+    if not (year and split):
         raise ValueError(f"{key}.sets: {voc_set!r} must be <year>/<split>, as 2007/trainval.")
-    devkit = _find_devkit(root, year, key)
+    tried = [base / name for base in (root, root / "VOCdevkit") for name in (f"VOC{year}", year)]
+    devkit = next((folder for folder in tried if (folder / "Annotations").is_dir()), None)
+    if devkit is None:
+        listed = ", ".join(str(folder / "Annotations") for folder in tried)
+        raise FileNotFoundError(
+            f"No VOC devkit for {year!r}: none of {listed} exists. Set {key}.root."
+        )
     path = devkit / "ImageSets" / "Main" / f"{split}.txt"
     if not path.is_file():
-        known = sorted(file.stem for file in path.parent.glob("*.txt"))
-        raise FileNotFoundError(
-            f"{path} does not exist.{did_you_mean(split, known)} Set {key}.sets to one of {known}."
-        )
+        splits = sorted(file.stem for file in path.parent.glob("*.txt"))
+        hint = did_you_mean(split, splits)
+        raise FileNotFoundError(f"{path} does not exist.{hint} Set {key}.sets to one of {splits}.")
     return devkit, path
-
-
-def _find_devkit(root: Path, year: str, key: str) -> Path:
-    tried = [base / name for base in (root, root / "VOCdevkit") for name in (f"VOC{year}", year)]
-    for folder in tried:
-        if (folder / "Annotations").is_dir():
-            return folder
-    listed = ", ".join(str(folder / "Annotations") for folder in tried)
-    raise FileNotFoundError(f"No VOC devkit for {year!r}: none of {listed} exists. Set {key}.root.")
 
 
 def _find_files(devkit: Path, line: str, fields: list[str]) -> tuple[Path, Path]:
@@ -149,35 +142,23 @@ def _parse(xml: Path) -> Element:
     return root
 
 
-def _read_size(annotation: Element) -> Size | None:
-    try:
-        sides = [int(annotation.findtext(f"size/{side}") or 0) for side in ("height", "width")]
-    except ValueError:
-        return None
-    return annotated_size(*sides)
-
-
 def _read_object(image: int, item: str, element: Element, reader: BoxReader) -> None:
     """Add an object; VOC's boxes are 1-based and inclusive."""
     name = (element.findtext("name") or "").strip()
     item = f"{item} ({name or 'no name'})"
     difficult = (element.findtext("difficult") or "0").strip()
     if difficult not in ("0", "1"):
-        message = f"{item}: <difficult> must be 0 or 1, not {difficult!r}."
-        reader.findings.report(ValueError(message))
-        return
-    corners = []
-    for side in ("xmin", "ymin", "xmax", "ymax"):
-        text = element.findtext(f"bndbox/{side}")
-        try:
-            corners.append(float(text or ""))
-        except ValueError:
-            corners.append(math.nan)
-        if not math.isfinite(corners[-1]):
-            wrong = f"<{side}> must be a finite number, not {text!r}"
-            reader.add_object(image, item, name, None, wrong)
-            return
-    xmin, ymin, xmax, ymax = corners
-    written = f"xmin {xmin:g}, ymin {ymin:g}, xmax {xmax:g}, ymax {ymax:g} (from 1, inclusive)"
+        raise ValueError(f"{item}: <difficult> must be 0 or 1, not {difficult!r}.")
+    sides = {side: element.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")}
+    xmin, ymin, xmax, ymax = map(_number, sides.values())
+    written = ", ".join(f"{side} {text}" for side, text in sides.items()) + " (from 1, inclusive)"
     box = (xmin - 1, ymin - 1, xmax, ymax)
     reader.add_object(image, item, name, box, written, difficult=difficult == "1")
+
+
+def _number(text: str | None) -> float:
+    """Return the number that a text holds, or NaN."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return math.nan
