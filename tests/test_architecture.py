@@ -22,7 +22,7 @@ LEVELS = [
     {"tract", "visualize", "registry", "files"},
 ]
 LEVEL = {part: number for number, level in enumerate(LEVELS) for part in level}
-MAX_ROOT_MODULES, MAX_FILES, MAX_LINES = 3, 110, 22_000
+MAX_ROOT_MODULES, MAX_FILES, MAX_LINES = 4, 120, 22_500
 MAX_FUNCTION_LINES = 60
 
 
@@ -54,7 +54,9 @@ IMPORTS = {name: (imported_names(tree) & TREES.keys()) - {name} for name, tree i
 
 
 def part_of(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
+    """The package or root module that a module is in; "" for the root and its `__main__`."""
+    part = module.split(".")[1] if "." in module else ""
+    return "" if part == "__main__" else part
 
 
 def test_every_part_has_a_level_and_the_root_is_small():

@@ -18,8 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 # Names of a run folder's files, and the format of results.json.
 CONFIG_NAME, RESULTS_NAME, ENVIRONMENT_NAME = "config.yaml", "results.json", "environment.json"
 METRICS_NAME = "metrics.jsonl"
@@ -178,6 +176,8 @@ def _hide(value: str) -> str:
 
 def as_yaml(settings: Mapping[str, object]) -> str:
     """Return nested plain values as YAML on one line: `lr: 0.1, steps: [2, 4], clip: null`."""
+    import yaml  # not needed by what only writes files
+
     plain = json.loads(json.dumps(settings, default=str))
     text = yaml.safe_dump(
         plain, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")

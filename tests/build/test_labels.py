@@ -25,7 +25,7 @@ INTEGER = datasets.Value("int64")
 LABELS = {
     "one class in train": ([0] * 8, [0, 1] * 4, None,
         ["data.train: its 8 images show only the class ['cat']", "two classes or more"]),
-    "one class at all": ([1] * 8, [1] * 4, INTEGER, ["show one class, [1]", "needs two"]),
+    "one class at all": ([1] * 8, [1] * 4, INTEGER, ["show only the class ['1']", "needs two"]),
     "one name": ([0] * 8, [0] * 4, datasets.ClassLabel(names=["cat"]), ["has one class, ['cat']"]),
     "no row": ([], [0, 1], None, ["data.train"]),
     "no row in test": ([0, 1] * 4, [], None, ["data.test"]),

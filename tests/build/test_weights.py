@@ -102,8 +102,8 @@ def test_adapt_stem_resamples_patches(load_tiny, tmp_path):
 
 
 def test_missing_weights_name_the_command_that_writes_them(tmp_path, monkeypatch):
-    folder, file = "output/pretrain/cifar10_resnet18", "configs/pretrain/cifar10_resnet18.yaml"
-    assert load_config(ROOT / file).output_dir == folder
+    folder, file = "output/pretrain/cifar10_resnet18", "pretrain/cifar10_resnet18"
+    assert load_config(file).output_dir == folder
     monkeypatch.chdir(tmp_path)
     for path, fix in ((folder, f"--config-file {file} makes it"), ("nowhere", "Set model.weights")):
         with pytest.raises(FileNotFoundError, match=rf"No weights at {path}: .*\. .*{fix}"):

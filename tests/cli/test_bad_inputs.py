@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PRETRAIN = "--config-file configs/quickstart/pretrain.yaml"
 FINETUNE = "--config-file configs/quickstart/finetune.yaml"
 QUICK_SUITE = "--config-file configs/suites/quickstart.yaml"
-NO_CONFIG = "No config can be read at nowhere.yaml"
+NO_CONFIG = "No config nowhere.yaml: there is no such file, and no packaged config"
 BAD_LINES = {
     # combinations of options
     "train_net.py": "--config-file",
@@ -38,6 +38,8 @@ BAD_LINES = {
     "analyze_model.py --backbone cifar/resnet19": "Did you mean 'cifar/resnet18'?",
     "analyze_model.py --backbone timm/resnet19": "timm has no model 'resnet19'",
     # files
+    "train_net.py --config-file cifar10_finetune": "Nearest: transfer/cifar10_finetune, transfer/",
+    "train_net.py --config-file ./configs": "No config configs: it is a folder",
     "train_net.py --config-file nowhere.yaml": NO_CONFIG,
     "run_suite.py --config-file nowhere.yaml": NO_CONFIG,
     f"check_data.py {PRETRAIN} --json nowhere/x.json": "--json nowhere/x.json: the folder does not",

@@ -20,25 +20,35 @@ TOOLS = sorted(path.name for path in (ROOT / "tools").glob("*.py"))
 def test_help_imports_neither_torch_nor_pydantic(name, tool):
     done = tool(name, "--help", launcher=["-X", "importtime"])
     assert done.returncode == 0, done.stderr
-    assert f"python tools/{name}" in done.stdout
+    assert "tract-transfer" in done.stdout, "an example"
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imported
     assert imported & {"torch", "pydantic", "yaml", "numpy"} == set()
 
 
 def test_the_dispatcher_runs_every_command(monkeypatch, capsys):
-    assert len(COMMANDS) == len(TOOLS)
-    for name, (module, function) in COMMANDS.items():
+    for name, (module, function, _) in COMMANDS.items():
         command = getattr(import_module(f"tract_transfer.cli.{module}"), function)
         assert hasattr(command, "__wrapped__"), "by reports_errors"
-        monkeypatch.setattr(sys, "argv", ["main.py", name, "--help"])
+        monkeypatch.setattr(sys, "argv", ["tract-transfer", name, "--help"])
         with pytest.raises(SystemExit):
             main()
-        assert capsys.readouterr().out.startswith(f"usage: tract_transfer {name} ")
-    monkeypatch.setattr(sys, "argv", ["main.py", "trian"])
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"usage: tract-transfer {name} ")
+        assert f"\ntract-transfer {name} " in shown, "an example"
+
+
+def test_the_command_lists_what_it_can_do_and_names_the_nearest(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["tract-transfer"])
     with pytest.raises(SystemExit):
         main()
-    assert "invalid choice: 'trian'" in capsys.readouterr().err
+    shown = capsys.readouterr().out
+    assert all(f"  {name}" in shown for name in COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["tract-transfer", "trian"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "there is no command 'trian'; did you mean 'train'?" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

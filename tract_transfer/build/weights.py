@@ -12,7 +12,7 @@ import torch
 from pydantic import ConfigDict, ValidationError, create_model
 from pydantic.errors import PydanticUserError
 
-from tract_transfer.config.file import ConfigError, read_config_file
+from tract_transfer.config.file import ConfigError, config_names, read_config_file
 from tract_transfer.config.schema import Config
 from tract_transfer.config.sections import BackboneConfig, ComponentConfig
 from tract_transfer.engine.checkpoint import is_checkpoint, verified
@@ -25,7 +25,6 @@ FREE_ARGS = {
     "img_size", "image_size", "dynamic_img_size", "drop_rate", "drop_path_rate", "proj_drop_rate",
     "attn_drop_rate",
 }  # fmt: skip
-CONFIGS = Path(__file__).parents[2] / "configs"
 _Kinds = type[Exception] | tuple[type[Exception], ...]
 
 
@@ -222,21 +221,21 @@ def wrong_argument(
 
 
 def check_weights_exist(path: Path) -> None:
-    """Refuse a path without weights; the message names the config in configs/ that makes them."""
+    """Refuse a path without weights; the message names the packaged config that makes them."""
     if path.exists():
         return
-    fix = "Set model.weights to a file or run folder."
-    if file := _config_that_writes(path):
-        fix = f"python tools/train_net.py --config-file {file} makes it."
-    raise FileNotFoundError(f"No weights at {path}: there is no such file or folder. {fix}")
+    fix = "Set model.weights to a file or run folder"
+    if config := _config_that_writes(path):
+        fix = f"tract-transfer train --config-file {config} makes it"
+    raise FileNotFoundError(
+        f"No weights at {path}: there is no such file or folder. {fix}, or use published weights: "
+        "model.backbone.name=timm/resnet50 model.weights=pretrained, for example."
+    )
 
 
-def _config_that_writes(output_dir: Path) -> Path | None:
-    for file in sorted(CONFIGS.glob("*/*.yaml")):
-        try:
-            tree, _ = read_config_file(file)
-        except ConfigError:
-            continue
-        if Path(str(tree.get("output_dir"))) == output_dir and file.parent.name != "suites":
-            return file.relative_to(CONFIGS.parent)
+def _config_that_writes(output_dir: Path) -> str | None:
+    for config in config_names():
+        tree, _ = read_config_file(Path(config))
+        if "task" in tree and Path(str(tree.get("output_dir"))) == output_dir:
+            return config
     return None

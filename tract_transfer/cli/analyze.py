@@ -1,8 +1,8 @@
 """Print what a model costs: parameters and FLOPs by block, the first layer, strides, memory.
 
-python tools/analyze_model.py --config-file configs/detection/r18_fpn_voc07.yaml
-python tools/analyze_model.py --backbone timm/resnet50 --size-px 224 --depth 2
-python tools/analyze_model.py --weights r50.pth --backbone timm/resnet50
+tract-transfer analyze --config-file detection/r18_fpn_voc07
+tract-transfer analyze --backbone timm/resnet50 --size-px 224 --depth 2
+tract-transfer analyze --weights r50.pth --backbone timm/resnet50
 
 The first two need no data and no weights: random weights cost the same. The third lists which
 weights of a file match by name; its exit code is 1 if a training would refuse them.

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 CHECK = """\
 Check the data of a config: open every image, read every annotation, list everything broken.
 
-python tools/check_data.py --config-file configs/detection/r18_fpn_voc07.yaml
-python tools/check_data.py --config-file X.yaml data.train.path=./my_images --json report.json
+tract-transfer check-data --config-file detection/r18_fpn_voc07
+tract-transfer check-data --config-file X.yaml data.train.path=./my_images --json report.json
 
 The exit code is 0 if nothing is broken, 1 if something is, and 2 if command line, config or --json
 must be changed first.
@@ -29,8 +29,8 @@ must be changed first.
 VISUALIZE = """\
 Draw what a model sees in training: images after the transforms, with classes or boxes.
 
-python tools/visualize_data.py --config-file configs/quickstart/detect.yaml
-python tools/visualize_data.py --config-file X.yaml --start-iter 500 --num-images 36 seed=1
+tract-transfer visualize --config-file quickstart/detect
+tract-transfer visualize --config-file X.yaml --start-iter 500 --num-images 36 seed=1
 
 The images are those of the training's own batches from iteration --start-iter on, in their order.
 Difficult objects are dashed. The images of a probe are those of its training split.

@@ -7,8 +7,8 @@ from tract_transfer.cli.main import make_parser, reports_errors
 EXPORT = """\
 Export a finished classification run as a folder that timm, torchvision or others load.
 
-python tools/export_model.py --run output/samples/flowers102 --output exported/flowers102
-python tools/export_model.py --run output/samples/flowers102 --output exported/flowers102 --onnx
+tract-transfer export --run output/samples/flowers102 --output exported/flowers102
+tract-transfer export --run output/samples/flowers102 --output exported/flowers102 --onnx
 
 Writes model.safetensors, config.json or model.json, and README.md, a model card. Nothing is
 uploaded without --push-to-hub.
@@ -16,8 +16,8 @@ uploaded without --push-to-hub.
 CONVERT = """\
 Convert a ResNet's weights to detectron2's names, or back.
 
-python tools/convert_weights.py --to detectron2 output/pretrain/r50 r50.pkl
-python tools/convert_weights.py --from detectron2 model_final.pth output/from_detectron2
+tract-transfer convert --to detectron2 output/pretrain/r50 r50.pkl
+tract-transfer convert --from detectron2 model_final.pth output/from_detectron2
 
 The first also writes r50.yaml: normalization mean and std, and the ResNet in detectron2's own keys.
 The second reads such a YAML, or the config.yaml that detectron2 writes into every OUTPUT_DIR.

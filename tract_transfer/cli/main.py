@@ -7,28 +7,38 @@ folder must be changed first; 128 + n ended by signal n.
 import argparse
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import wraps
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
+
+import tract_transfer
 
 if TYPE_CHECKING:
     from tract_transfer.config.schema import Config
 
+PROGRAM = "tract-transfer"
 INTERRUPTED = 130
-# Name -> module of this package and its function.
+# Name -> module of this package, its function, and what it does.
 COMMANDS = {
-    "train": ("train", "main"),
-    "suite": ("suite", "main"),
-    "report": ("report", "main"),
-    "predict": ("predict", "main"),
-    "analyze": ("analyze", "main"),
-    "check-data": ("data", "check"),
-    "visualize-data": ("data", "visualize"),
-    "export": ("export", "main"),
-    "convert": ("export", "convert"),
+    "train": ("train", "main", "pre-train, fine-tune, probe or train a detector"),
+    "eval": ("evaluate", "main", "measure the reported checkpoint of a run again"),
+    "predict": ("predict", "main", "apply a trained model to images and videos"),
+    "suite": ("suite", "main", "run methods x tasks x seeds, and report on them"),
+    "report": ("report", "main", "write the report of any runs"),
+    "check-data": ("data", "check", "list everything that is broken in the data of a config"),
+    "visualize": ("data", "visualize", "draw training images as a training gets them"),
+    "analyze": ("analyze", "main", "print a model's parameters, FLOPs, strides and memory"),
+    "export": ("export", "main", "write a run's model for timm, torchvision or ONNX"),
+    "convert": ("export", "convert", "convert a ResNet's weights to detectron2's names, or back"),
+    "configs": ("configs", "main", "list the packaged configs, or copy one to edit"),
 }
+CONFIG_HELP = "a YAML file, or the name of a packaged config"
+# Modules whose package has another name.
+_PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Errors that repeat until the user changes something, and others that are not mistakes in the code.
 _REFUSALS = (
     ValueError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError,
@@ -38,12 +48,21 @@ _FAILURES = (RuntimeError, OSError, FloatingPointError)  # OSError: a full disk,
 
 
 def main() -> int:
-    """Run the command that the first argument names: `python -m tract_transfer.cli.main train`."""
-    parser = argparse.ArgumentParser(prog="tract_transfer", add_help=False)
-    parser.add_argument("command", choices=COMMANDS)
-    name = parser.parse_args(sys.argv[1:2]).command
-    module, function = COMMANDS[name]
-    sys.argv = [f"tract_transfer {name}", *sys.argv[2:]]
+    """Run the command that the first argument names: `tract-transfer train ...`."""
+    width = max(map(len, COMMANDS))
+    listed = "\n".join(f"  {name:{width}}  {about}" for name, (*_, about) in COMMANDS.items())
+    parser = make_parser(f"commands:\n{listed}\n\n`{PROGRAM} COMMAND --help` explains one.")
+    parser.prog, parser.usage = PROGRAM, f"{PROGRAM} [--help | --version] COMMAND ..."
+    version = f"{PROGRAM} {tract_transfer.__version__}"
+    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("command", metavar="COMMAND", help=argparse.SUPPRESS)
+    name = parser.parse_args(sys.argv[1:2] or ["--help"]).command
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the commands are: {', '.join(COMMANDS)}"
+        parser.error(f"there is no command {name!r}; {hint}")
+    module, function, _ = COMMANDS[name]
+    sys.argv = [f"{PROGRAM} {name}", *sys.argv[2:]]
     code: int = getattr(import_module(f"tract_transfer.cli.{module}"), function)()
     return code
 
@@ -72,13 +91,35 @@ def reports_errors(command: Callable[[], int]) -> Callable[[], int]:
 
 def print_error(error: Exception) -> int:
     """Print `error: why` or `failed: SomeError: why`; return the exit code."""
-    from tract_transfer.files import FAILED, REFUSED  # imports yaml
+    from tract_transfer.files import FAILED, REFUSED
 
     if isinstance(error, _REFUSALS):
-        print(f"error: {error}", file=sys.stderr)
+        hint = install_hint(error) if isinstance(error, ModuleNotFoundError) else None
+        print(f"error: {hint or error}", file=sys.stderr)
         return REFUSED
     print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
     return FAILED
+
+
+def install_hint(error: ModuleNotFoundError) -> str | None:
+    """Return which extra of this package installs a missing module, if one does."""
+    module = (error.name or "").partition(".")[0]
+    package = _PACKAGES.get(module, module).replace("_", "-").lower()
+    extras = []
+    for requirement in (
+        metadata.requires("tract_transfer") or ()
+    ):  # "timm>=1.0.16; extra == 'train'"
+        name, extra = (
+            re.match(r"[\w.-]+", requirement),
+            re.search(r"extra == ['\"](\w+)", requirement),
+        )
+        if extra and name and name[0].replace("_", "-").lower() == package:
+            extras.append(extra[1])
+    if not extras:
+        return None
+    command = sys.argv[0].rpartition(" ")[2]
+    extra_name = command if command in extras else extras[0]
+    return f"{module} is not installed: pip install 'tract_transfer[{extra_name}]'"
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -90,7 +131,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 def add_config(parser: argparse.ArgumentParser) -> None:
     """Add a config file and its overrides, for `parse_intermixed_args`."""
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML, see configs/")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help=CONFIG_HELP)
     add_overrides(parser)
 
 

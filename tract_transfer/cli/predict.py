@@ -1,7 +1,7 @@
 """Apply a trained model to images and videos: boxes drawn, or the most likely classes.
 
-python tools/predict.py --run output/quickstart/detect photo.jpg holidays/ clip.mp4
-python tools/predict.py --run output/samples/flowers102 photo.jpg --top-k 3
+tract-transfer predict --run output/quickstart/detect photo.jpg holidays/ clip.mp4
+tract-transfer predict --run output/samples/flowers102 photo.jpg --top-k 3
 
 Writes predictions.json into --output and, for a detector, every image with its boxes as PNG, every
 video as MP4. Videos need PyAV (pip install av).

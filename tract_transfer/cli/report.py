@@ -1,7 +1,7 @@
 """Write the report of any runs: run folders, suite folders, or folders that contain either.
 
-python tools/report.py output/quickstart --output output/report.html
-python tools/report.py output/quickstart --output output/report --format html md tex json
+tract-transfer report output/quickstart --output output/report.html
+tract-transfer report output/quickstart --output output/report --format html md tex json
 """
 
 import sys

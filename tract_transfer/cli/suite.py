@@ -1,8 +1,8 @@
 """Run methods x tasks x seeds and report on them. Finished runs are skipped, so a suite that was
 stopped is resumed by the same command.
 
-python tools/run_suite.py --config-file configs/suites/quickstart.yaml workers=2
-python tools/run_suite.py --config-file configs/suites/quickstart.yaml --dry-run
+tract-transfer suite --config-file suites/quickstart workers=2
+tract-transfer suite --config-file suites/quickstart --dry-run
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Train, probe or evaluate one config: pre-training, fine-tuning, a probe or a detector.
 
-python tools/train_net.py --config-file configs/quickstart/pretrain.yaml
-python tools/train_net.py --config-file X.yaml solver.lr=0.05 tract.enabled=true
-torchrun --nproc-per-node 4 tools/train_net.py --config-file X.yaml
+tract-transfer train --config-file quickstart/pretrain
+tract-transfer train --config-file X.yaml solver.lr=0.05 tract.enabled=true
+torchrun --nproc-per-node 4 -m tract_transfer train --config-file X.yaml
 """
 
 import argparse
@@ -86,7 +86,7 @@ def launch(num_gpus: int) -> int:
     if num_gpus > count:
         raise ValueError(
             f"--num-gpus {num_gpus}: torch sees {count} GPUs. "
-            "For processes on a CPU: torchrun --nproc-per-node N tools/train_net.py ..."
+            "For processes on a CPU: torchrun --nproc-per-node N -m tract_transfer train ..."
         )
     group = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}"]
     command = [sys.executable, *group, "-m", "tract_transfer.cli.train", *sys.argv[1:]]

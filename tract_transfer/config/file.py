@@ -14,6 +14,11 @@ from pydantic import ValidationError
 # Dotted key -> where it was set: "configs/x.yaml line 12"; "" -> the file that was asked for.
 Origins = dict[str, str]
 COMMAND_LINE = "command line"
+# The configs that come with the package: in it once installed, beside it in a clone.
+_PACKAGE = Path(__file__).parents[1]
+CONFIGS = next(
+    path for path in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if path.is_dir()
+)
 
 
 class ConfigError(ValueError):
@@ -31,11 +36,47 @@ class Override(NamedTuple):
 # Files and overrides.
 
 
+def find_config(name: str | Path, folder: Path = Path()) -> Path:
+    """Return the config file `name`, or else the packaged config: `transfer/cifar10_finetune`.
+
+    Args:
+        folder: what a relative path is relative to.
+
+    Raises:
+        ConfigError: there is neither; the message names the nearest packaged configs.
+    """
+    path = Path(os.path.normpath(folder / name))  # short, for error messages
+    if path.is_file():
+        return path
+    packaged = Path(name).as_posix().removeprefix("configs/").removesuffix(".yaml")
+    if not Path(name).is_absolute() and (CONFIGS / f"{packaged}.yaml").is_file():
+        return CONFIGS / f"{packaged}.yaml"
+    if path.exists():
+        raise ConfigError(f"No config {path}: it is a folder. Name a file in it.")
+    names = config_names()
+    stems = {known.rpartition("/")[2]: known for known in names}
+    near = get_close_matches(packaged, names, n=3)
+    near += [stems[stem] for stem in get_close_matches(packaged.rpartition("/")[2], stems, n=3)]
+    hint = f" Nearest: {', '.join(dict.fromkeys(near))}." if near else ""
+    raise ConfigError(
+        f"No config {path}: there is no such file, and no packaged config of that name.{hint} "
+        "`tract-transfer configs` lists them."
+    )
+
+
+def config_names() -> list[str]:
+    """Return the names of the packaged configs, such as `transfer/cifar10_finetune`."""
+    files = sorted(CONFIGS.glob("*/*.yaml"))
+    return [file.relative_to(CONFIGS).with_suffix("").as_posix() for file in files]
+
+
 def read_config_file(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origins]:
     """Return the merged tree of a file, its bases and the overrides, and where each key was set.
 
-    A file overrides its `_BASE_` (a relative path, or a list of them) key by key; see `merge`.
+    A file overrides its `_BASE_` (a path relative to it or the name of a packaged config, or a list
+    of them) key by key; see `merge`. `path` may be the name of a packaged config too.
     """
+    path = find_config(path)
     tree, origins = override(*_read(path, ()), parse_words(overrides))
     origins[""] = str(path)
     return tree, origins
@@ -47,8 +88,7 @@ def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], Orig
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        by = f" (_BASE_ of {including[-1]})" if including else ""
-        raise ConfigError(f"No config can be read at {path}{by}: {error}") from None
+        raise ConfigError(f"No config can be read at {path}: {error}") from None
     try:
         node, tree = parse_yaml(text)
     except NOT_YAML as error:
@@ -64,7 +104,10 @@ def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], Orig
     merged: dict[str, Any] = {}
     inherited: Origins = {}
     for base in bases:
-        base_path = Path(os.path.normpath(path.parent / base))  # short, for error messages
+        try:
+            base_path = find_config(base, path.parent)
+        except ConfigError as error:
+            raise ConfigError(explain("_BASE_", str(error), origins)) from None
         base_tree, base_origins = _read(base_path, (*including, path.resolve()))
         merged = merge(merged, base_tree)
         inherited.update(base_origins)
@@ -156,7 +199,10 @@ _FLOAT = r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$
 _BOOL = r"^(?:true|True|TRUE|false|False|FALSE)$"
 
 
-class _Loader(yaml.SafeLoader):
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml: 10 times as fast
+
+
+class _Loader(_SafeLoader):  # type: ignore[valid-type, misc]
     """Safe YAML with YAML 1.2's scalars: 1e-3 is a number, and only true and false are bools."""
 
 
@@ -184,10 +230,16 @@ def dump_yaml(tree: Mapping[str, Any]) -> str:
 
 def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
     """Return the nodes of a YAML text, which know their lines, and its value, or raise NOT_YAML."""
-    node = yaml.compose(text, _Loader)
-    if node is not None and _count_values(node, {}) > _MAX_VALUES:
-        raise ValueError(f"its aliases expand to more than {_MAX_VALUES} values. Write fewer")
-    return node, yaml.load(text, _Loader)
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None, None
+        if _count_values(node, {}) > _MAX_VALUES:
+            raise ValueError(f"its aliases expand to more than {_MAX_VALUES} values. Write fewer")
+        return node, loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:

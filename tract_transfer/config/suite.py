@@ -13,6 +13,7 @@ from tract_transfer.config.file import (
     Override,
     explain,
     explain_all,
+    find_config,
     place_of,
     read_config_file,
 )
@@ -56,7 +57,7 @@ class MethodConfig(Section):
 
 
 class PretrainConfig(Section):
-    """The pre-training; `config` is a path relative to the suite's file."""
+    """The pre-training; `config` is a path relative to the suite's file, or a packaged config."""
 
     config: str
     resources: ResourcesConfig = ResourcesConfig()
@@ -116,7 +117,7 @@ class SuiteConfig(Section):
 
     def path(self, task: str) -> Path:
         """Return the config file of a task, or of `pretrain`."""
-        return self._folder / self._section(task).config
+        return find_config(self._section(task).config, self._folder)
 
     def overrides(self, method: str, task: str) -> list[Override]:
         """Return what a method overrides in a task, each with its line in the suite's file."""
@@ -154,7 +155,7 @@ def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
         keys = {"suite": _known_keys(tree)}
         raise ConfigError(explain_all(error, {**tree, "task": "suite"}, origins, keys)) from None
     suite._origins.update(origins)
-    suite._folder = Path(path).parent
+    suite._folder = find_config(path).parent
     return suite
 
 

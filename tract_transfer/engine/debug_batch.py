@@ -51,7 +51,7 @@ def keep_debug_batch(trainer: Trainer, folder: Path) -> Iterator[None]:
         try:
             save_debug_batch(file, trainer, about)
             message = (
-                f"To find the layer, run: python tools/train_net.py --config-file "
+                f"To find the layer, run: tract-transfer train --config-file "
                 f"{folder / CONFIG_NAME} --debug-batch {file}"
             )
         except Exception as problem:  # must not hide the error that ended the training

@@ -183,6 +183,17 @@ def reported_checkpoint(config: TrainedTask) -> tuple[Path, dict[str, Any]]:
     return path, checkpointer.load(path)[0]
 
 
+def run_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
+    """Return the config of the run in `folder`, which may have been moved.
+
+    Raises:
+        FileNotFoundError: no run folder.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder: it contains no {CONFIG_NAME}.")
+    return load_config(folder / CONFIG_NAME, [f"output_dir={json.dumps(str(folder))}", *overrides])
+
+
 def load_trained(folder: Path, overrides: Sequence[str] = ()) -> Trained:
     """Load the model that the run in `folder` reports, or would report at its newest checkpoint.
 
@@ -195,10 +206,7 @@ def load_trained(folder: Path, overrides: Sequence[str] = ()) -> Trained:
         FileNotFoundError: no run folder, or no complete checkpoint in it.
         ValueError: a probe's folder, or a checkpoint of another model than the config's.
     """
-    if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"{folder} is not a run folder: it contains no {CONFIG_NAME}.")
-    here = f"output_dir={json.dumps(str(folder))}"  # the folder may have been moved
-    config = load_config(folder / CONFIG_NAME, [here, *overrides])
+    config = run_config(folder, overrides)
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains no model. Give another run.")
     checkpoint, parts = reported_checkpoint(config)

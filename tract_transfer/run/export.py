@@ -64,7 +64,7 @@ def export_run(
     if not isinstance(config, ClassificationConfig):
         raise ValueError(
             f"{run} contains a detector, whose parts no other library has. Use it with "
-            "tools/predict.py --run, or its backbone with model.weights: <run folder>."
+            "tract-transfer predict --run, or its backbone with model.weights: <run folder>."
         )
     is_flipped = isinstance(trained.model, FlipClassifier)
     classifier = trained.model.get_submodule("classifier") if is_flipped else trained.model

@@ -241,7 +241,9 @@ def find_overlap(data: Data) -> dict[str, dict[str, Any]] | None:
     ):
         reason = reason or "too many images"
     if reason:
-        logger.info("Train/test overlap is not checked: %s. tools/check_data.py checks it.", reason)
+        logger.info(
+            "Train/test overlap is not checked: %s. tract-transfer check-data checks it.", reason
+        )
         return None
     hashes = {name: content_hashes(split.encoded, len(split)) for name, split in splits.items()}
     return overlap(data, hashes, {name: range(len(of)) for name, of in hashes.items()})

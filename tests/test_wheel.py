@@ -1,0 +1,106 @@
+"""The built wheel works outside a clone, and with torch alone."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# After it, what the extras install cannot be imported.
+TORCH_ALONE = """
+import sys
+
+EXTRAS = {
+    "PIL", "accelerate", "datasets", "defusedxml", "fvcore", "huggingface_hub", "matplotlib",
+    "numpy", "psutil", "pyarrow", "pydantic", "rich", "safetensors", "scipy", "sklearn", "timm",
+    "torchvision", "yaml",
+}
+sys.modules.update(dict.fromkeys(EXTRAS))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    build = ["--config-settings=--build-option=--quiet", "--wheel-dir", folder, ROOT]
+    subprocess.run([*pip, *build], check=True, cwd=folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def outside(wheel, tmp_path_factory):
+    """Run Python in an empty folder, with the package from the wheel."""
+    installed, folder = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("outside")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(installed)
+
+    def run(*words):
+        environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=folder, env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    run.installed = installed
+    return run
+
+
+def test_the_wheel_has_every_module_template_and_config(outside):
+    def files(folder, *patterns):
+        return {path.relative_to(folder) for pattern in patterns for path in folder.rglob(pattern)}
+
+    package = outside.installed / "tract_transfer"
+    kinds = ("*.py", "*.jinja", "*.csv", "py.typed")
+    assert files(package, *kinds) == files(ROOT / "tract_transfer", *kinds)
+    assert files(package / "configs", "*.yaml") == files(ROOT / "configs", "*.yaml")
+
+
+def test_a_packaged_suite_is_planned_outside_a_clone(outside):
+    done = outside(
+        "-m", "tract_transfer", "suite", "--config-file", "suites/quickstart", "--dry-run"
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 16
+    assert str(ROOT) not in done.stdout + done.stderr
+
+
+def test_tract_needs_torch_alone(outside):
+    loop = """
+import torch
+from tract_transfer import TrAct
+
+torch.manual_seed(0)
+layer = torch.nn.Conv2d(3, 4, 3)
+tract = TrAct(torch.nn.Sequential(layer))
+images = torch.randn(2, 3, 8, 8)
+layer(images).square().sum().backward()
+plain = layer.weight.grad.clone()
+tract.step()
+print(tract.layer_names, bool((layer.weight.grad != plain).any()))
+"""
+    done = outside("-c", TORCH_ALONE + loop)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['0'] True"
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [("train --config-file quickstart/pretrain", "train"), ("report .", "report")],
+)
+def test_a_missing_extra_is_named(outside, command, extra):
+    start = f"""
+from tract_transfer.cli.main import main
+
+sys.argv = ["tract-transfer", *{command.split()!r}]
+sys.exit(main())
+"""
+    done = outside("-c", TORCH_ALONE + start)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith(f"is not installed: pip install 'tract_transfer[{extra}]'")

@@ -1,0 +1,46 @@
+"""Measure the reported checkpoint of a run again, on its own data or on others.
+
+tract-transfer eval --run output/quickstart/detect
+tract-transfer eval --run output/quickstart/detect evaluation.protocol=area
+tract-transfer eval --config-file transfer/cifar10_finetune
+
+Prints the metrics, and writes evaluation.json into the run folder. The model and its transforms are
+those of the run; `data.test` and `evaluation` may differ.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from tract_transfer.cli.main import CONFIG_HELP, add_overrides, make_parser, reports_errors
+
+
+@reports_errors
+def main() -> int:
+    """Evaluate the run that the command line names; return the exit code."""
+    parser = make_parser(__doc__)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, metavar="FOLDER", help="a run folder")
+    which.add_argument("--config-file", metavar="FILE", help=f"{CONFIG_HELP}, of a run")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_overrides(parser)
+    arguments = parser.parse_intermixed_args()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+
+    from tract_transfer.config.schema import load_config
+    from tract_transfer.engine.hooks import format_metric
+    from tract_transfer.run.evaluate import evaluate_run, run_config
+
+    if arguments.run is not None:
+        config = run_config(arguments.run, arguments.overrides)
+    else:
+        config = load_config(arguments.config_file, arguments.overrides)
+    metrics = evaluate_run(config)
+    lines = [f"{name:>22}  {format_metric(name, value)}" for name, value in metrics.items()]
+    print(json.dumps(metrics) if arguments.json else "\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
