@@ -69,7 +69,11 @@ def test_a_missing_file_is_named(tmp_path, refused):
     with refused("a missing config", ConfigError, match=r"No config .*nowhere\.yaml: there is no"):
         load_config(nowhere)
     path.write_text("_BASE_: gone.yaml\n")
-    with refused("a missing _BASE_", ConfigError, match=rf"_BASE_: No config .*gone\.yaml: .*\({path} line 1\)"):
+    with refused(
+        "a missing _BASE_",
+        ConfigError,
+        match=rf"_BASE_: No config .*gone\.yaml: .*\({path} line 1\)",
+    ):
         load_config(path)
 
 
@@ -108,7 +112,7 @@ WRONG_KEYS = {
     "zzz=1": "zzz: unknown. Known: ['output_dir', 'seed'",
     "data.train.path=x": "data.train.path: not a key of source: digits.",
     "model.detector.name=x": "model.detector: not a key of a classification config (of detection)",
-    "evaluation.protocol=x": "evaluation.protocol: not a key of a classification config",
+    "evaluation.save_detections=1": "evaluation.save_detections: not a key of a classif",
     "seed=1.0": "seed: Input should be a valid integer, got 1.0.",
     "seed=true": "seed: Input should be a valid integer, got True.",
     "name=1e-3": "name: Input should be a valid string, got 0.001.",
@@ -117,7 +121,9 @@ WRONG_KEYS = {
     "solver.lr='1'": "solver.lr: Input should be a valid number, got '1'.",
     "solver=3": "solver: Input should be a valid dictionary",
     "tract.enabled=yes": "tract.enabled: Input should be a valid boolean, got 'yes'.",
-    "data.train.source=foo": "data.train.source: 'foo' is none of 'huggingface', 'digits'.",
+    "data.train.source=voc": "data.train.source: 'voc' is none of 'huggingface', 'digits', a name",
+    "data.train={source: digit, split: train}": "data.train.source: 'digit' is none of",
+    "data.train={source: mine/x, root: x}": "data.train.root: ",
     "data.train.classes=[1,a]": "data.train.classes.1: Input should be a valid integer",
     "data.val={fraction: 0.1}": "data.val.source: required, but not set.",
     "data.val={source: train}": "data.val.fraction: required, but not set.",

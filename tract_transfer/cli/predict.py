@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tract_transfer.cli.main import make_parser, number, print_error, reports_errors
+from tract_transfer.cli.main import add_plugins, make_parser, number, print_error, reports_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +37,7 @@ def parse() -> argparse.Namespace:
         "--min-score", type=number(float, 0, 1), help="of drawn boxes (default 0.5)"
     )
     parser.add_argument("--top-k", type=number(int, 1), help="number of classes (default 5)")
+    add_plugins(parser)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     return parser.parse_args()
 
@@ -48,14 +49,17 @@ def main() -> int:
     from tract_transfer.config.schema import load_config
     from tract_transfer.data.images import UndecodableImage
 
-    run = arguments.run or Path(load_config(arguments.config_file).output_dir)
+    run, plugins = arguments.run, arguments.plugins
+    if run is None:  # the user's own config, which names its plug-ins
+        config = load_config(arguments.config_file, plugins=plugins)
+        run, plugins = Path(config.output_dir), config.plugins
     path = arguments.output / "predictions.json"
     if path.exists() and not arguments.overwrite:
         raise FileExistsError(f"{path} exists: set another --output, or --overwrite.")
     files = [pair for given in arguments.inputs for pair in files_of(given)]
     from tract_transfer.run.evaluate import load_trained
 
-    trained = load_trained(run, [f"engine.device={arguments.device}"])
+    trained = load_trained(run, [f"engine.device={arguments.device}"], plugins)
     if trained.detects and arguments.top_k is not None:
         raise ValueError("--top-k is for classifiers, and the run is a detector's. Leave it out.")
     if not trained.detects and arguments.min_score is not None:

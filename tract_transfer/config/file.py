@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import yaml
 from pydantic import ValidationError
 
+from tract_transfer.config.data import PLUGIN
+from tract_transfer.registry import find_plugin
+
 # Dotted key -> where it was set: "configs/x.yaml line 12"; "" -> the file that was asked for.
 Origins = dict[str, str]
 COMMAND_LINE = "command line"
@@ -70,16 +73,39 @@ def config_names() -> list[str]:
     return [file.relative_to(CONFIGS).with_suffix("").as_posix() for file in files]
 
 
-def read_config_file(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origins]:
+def read_config_file(
+    path: Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()
+) -> tuple[dict[str, Any], Origins]:
     """Return the merged tree of a file, its bases and the overrides, and where each key was set.
 
     A file overrides its `_BASE_` (a path relative to it or the name of a packaged config, or a list
-    of them) key by key; see `merge`. `path` may be the name of a packaged config too.
+    of them) key by key; see `merge`. `path` may be the name of a packaged config too. The `plugins`
+    of a file are added to those of its bases, and the argument's to them all; paths of files are
+    absolute in the tree.
     """
     path = find_config(path)
     tree, origins = override(*_read(path, ()), parse_words(overrides))
+    tree = _with_plugins(_with_absolute_plugins(tree, Path()), plugins)
+    if plugins:
+        origins["plugins"] = COMMAND_LINE
     origins[""] = str(path)
     return tree, origins
+
+
+def _with_absolute_plugins(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a tree whose `plugins`, if they are names and paths, are as `find_plugin` has them."""
+    plugins = tree.get("plugins")
+    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+        return tree
+    return {**tree, "plugins": [find_plugin(plugin, folder) for plugin in plugins]}
+
+
+def _with_plugins(tree: dict[str, Any], plugins: Sequence[str]) -> dict[str, Any]:
+    """Return a tree with more `plugins`, relative to the working directory."""
+    old = tree.get("plugins", [])
+    if not plugins or not isinstance(old, list):
+        return tree
+    return {**tree, "plugins": [*dict.fromkeys([*old, *map(find_plugin, plugins)])]}
 
 
 def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
@@ -101,6 +127,7 @@ def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], Orig
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"_BASE_: must be a path or a list of paths, got {bases!r} ({path}).")
+    tree = _with_absolute_plugins(tree, path.parent)
     merged: dict[str, Any] = {}
     inherited: Origins = {}
     for base in bases:
@@ -109,9 +136,18 @@ def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], Orig
         except ConfigError as error:
             raise ConfigError(explain("_BASE_", str(error), origins)) from None
         base_tree, base_origins = _read(base_path, (*including, path.resolve()))
-        merged = merge(merged, base_tree)
+        merged = _merge_files(merged, base_tree)
         inherited.update(base_origins)
-    return merge(merged, tree), {**inherited, **origins}
+    return _merge_files(merged, tree), {**inherited, **origins}
+
+
+def _merge_files(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `merge` of two files, with the plug-ins of both."""
+    lists = [tree["plugins"] for tree in (base, over) if isinstance(tree.get("plugins"), list)]
+    merged = merge(base, over)
+    if len(lists) == 2:
+        merged["plugins"] = lists[0] + [plugin for plugin in lists[1] if plugin not in lists[0]]
+    return merged
 
 
 def _record_lines(node: yaml.MappingNode, prefix: str, path: Path, origins: Origins) -> None:
@@ -295,6 +331,7 @@ def explain_all(
                 )
                 if kind == "union_tag_invalid":
                     message = "{tag!r} is none of {expected_tags}.".format(**problem["ctx"])
+                    message = message.replace(f"'{PLUGIN}'", PLUGIN)
                 key = f"{key}.source" if key else "task"
                 place = place_of(key, origins)
             case "value_error" | "unused_key" as kind:
@@ -316,7 +353,9 @@ def _dotted(location: Sequence[Any], tree: Any) -> str:
     parts = []
     for part in location:
         if isinstance(tree, dict):
-            if part not in tree and part in (tree.get("source"), tree.get("task")):
+            if part not in tree and part in (
+                tree.get("source"), tree.get("task"), PLUGIN
+            ):  # fmt: skip
                 continue
             tree = tree.get(part)
         else:

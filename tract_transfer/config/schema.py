@@ -32,7 +32,8 @@ PaperRow = Literal[
 class BaseConfig(Section):
     """Keys of every task. `name` and `method` label the run in a report; null derives them.
 
-    `paper`: the row of the paper's tables that a report compares the run with.
+    `paper`: the row of the paper's tables that a report compares the run with. `plugins`: modules
+    and .py files, relative to the config's file, that register further entries.
     """
 
     output_dir: str
@@ -40,6 +41,7 @@ class BaseConfig(Section):
     name: str | None = None
     method: str | None = None
     paper: PaperRow | None = None
+    plugins: list[str] = Field(default=[])
     _origins: Origins = PrivateAttr(default_factory=dict)
 
     def error(self, key: str, message: str) -> ConfigError:
@@ -145,13 +147,19 @@ TASKS: Mapping[str, type[Config]] = {
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminator="task")])
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()
+) -> Config:
     """Read a YAML file with its `_BASE_` files, apply `key=value` overrides, and check it.
+
+    Args:
+        plugins: are added to `plugins` of the file. Nothing is imported here, but when the config
+            is used.
 
     Raises:
         ConfigError: one line a problem: key, problem, fix, file and line.
     """
-    return check_config(*read_config_file(Path(path), overrides))
+    return check_config(*read_config_file(Path(path), overrides, plugins))
 
 
 def check_config(tree: dict[str, Any], origins: Origins) -> Config:

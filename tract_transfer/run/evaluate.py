@@ -18,6 +18,7 @@ from tract_transfer.build.batches import build_eval_loader, build_transforms
 from tract_transfer.build.data import Dataset, build_data
 from tract_transfer.build.model import build_evaluated, build_evaluator, build_model, preflight
 from tract_transfer.build.trainer import PRECISIONS, build_accelerator, build_trainer, train_length
+from tract_transfer.config.file import parse_words
 from tract_transfer.config.schema import (
     Config,
     DetectionConfig,
@@ -36,7 +37,8 @@ from tract_transfer.engine.non_finite import describe_images
 from tract_transfer.engine.run_folder import check_run_folder
 from tract_transfer.engine.trainer import Trainer
 from tract_transfer.files import CONFIG_NAME, RESULTS_NAME, write_json
-from tract_transfer.models.weights import has_metadata, read_metadata
+from tract_transfer.models.weights import has_metadata, read_metadata, recorded_plugins
+from tract_transfer.registry import trusted_plugins
 from tract_transfer.run.probe import build_probed
 from tract_transfer.run.results import Measured
 
@@ -183,30 +185,43 @@ def reported_checkpoint(config: TrainedTask) -> tuple[Path, dict[str, Any]]:
     return path, checkpointer.load(path)[0]
 
 
-def run_config(folder: Path, overrides: Sequence[str] = ()) -> Config:
+def run_config(folder: Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Config:
     """Return the config of the run in `folder`, which may have been moved.
+
+    Args:
+        plugins: those that the user names: files that only the run names are not imported.
 
     Raises:
         FileNotFoundError: no run folder.
+        PluginError: a plug-in of the run is missing.
     """
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it contains no {CONFIG_NAME}.")
-    return load_config(folder / CONFIG_NAME, [f"output_dir={json.dumps(str(folder))}", *overrides])
+    words = [f"output_dir={json.dumps(str(folder))}", *overrides]
+    config = load_config(folder / CONFIG_NAME, words)
+    given = {override.key: override.value for override in parse_words(overrides)}
+    named = [*plugins, *(given.get("plugins") or [])]
+    recorded = [*config.plugins, *recorded_plugins(folder)]
+    trusted = trusted_plugins(recorded, named, str(folder))
+    return config.model_copy(update={"plugins": trusted})
 
 
-def load_trained(folder: Path, overrides: Sequence[str] = ()) -> Trained:
+def load_trained(
+    folder: Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()
+) -> Trained:
     """Load the model that the run in `folder` reports, or would report at its newest checkpoint.
 
     A finished run needs neither its data nor the weights it started from.
 
     Args:
         overrides: of the run's own config.yaml, such as `engine.device=cpu`.
+        plugins: as in `run_config`.
 
     Raises:
         FileNotFoundError: no run folder, or no complete checkpoint in it.
         ValueError: a probe's folder, or a checkpoint of another model than the config's.
     """
-    config = run_config(folder, overrides)
+    config = run_config(folder, overrides, plugins)
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains no model. Give another run.")
     checkpoint, parts = reported_checkpoint(config)
