@@ -142,13 +142,18 @@ def is_file(plugin: str) -> bool:
     return plugin.endswith(".py")
 
 
+def plugin_name(plugin: str) -> str:
+    """Return a plug-in without the folder of its file."""
+    return Path(plugin).name if is_file(plugin) else plugin
+
+
 def plugin_hashes(plugins: Iterable[str]) -> dict[str, str]:
     """Return the sha256 (hex) of the file of each imported plug-in, by its name without folder."""
     hashes = {}
     for plugin in plugins:
         file = plugin if is_file(plugin) else getattr(sys.modules[plugin], "__file__", None)
         if file is not None:
-            hashes[Path(plugin).name] = sha256(Path(file).read_bytes()).hexdigest()
+            hashes[plugin_name(plugin)] = sha256(Path(file).read_bytes()).hexdigest()
     return hashes
 
 
@@ -177,10 +182,13 @@ def trusted_plugins(recorded: Any, named: Iterable[str], where: str) -> list[str
         elif _imported(Path(plugin)) if is_file(plugin) else _is_installed(plugin):
             plugins.append(plugin)
         else:
-            kind = "the file" if is_file(plugin) else "the module"
+            place = plugin
+            if is_file(plugin) and not Path(plugin).is_file():
+                place = f"PATH/{plugin_name(plugin)}, where it is now"
             raise PluginError(
-                f"{where} needs the plug-in {plugin}: {kind} is not imported because a run names "
-                f"it, as runs can come from others. If you trust it, name it: --plugin {plugin}"
+                f"{where} needs the plug-in {plugin}, which is not imported because a run or "
+                "weights name it: they can come from somebody else. If you trust it, name it: "
+                f"--plugin {place} (in Python: plugins=[...])"
             )
     return list(dict.fromkeys(plugins))
 

@@ -43,7 +43,7 @@ PACKAGES = ("torch", "torchvision", "timm", "datasets", "accelerate", "numpy")
 # Keys of environment.json that decide the bits of a run.
 DECIDING = (
     "versions.", "git.commit", "hardware.processor", "hardware.gpus", "hardware.threads",
-    "hardware.processes", "plugins",
+    "hardware.processes", "plugin_files",
 )  # fmt: skip
 # Keys that may differ on resume: they decide where and how fast, not what.
 SAFE_ON_RESUME = (
@@ -248,7 +248,7 @@ def environment(
         "git": _git_state(),
         "data": dict(fingerprints),
         "weights": weights,
-        **({"plugins": dict(plugins)} if plugins else {}),
+        **({"plugin_files": dict(plugins)} if plugins else {}),
         "command": " ".join(without_secrets(sys.argv)),
     }
 

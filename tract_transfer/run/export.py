@@ -16,6 +16,7 @@ from tract_transfer.models import Backbone, Classifier, export
 from tract_transfer.models.classifier import FlipClassifier
 from tract_transfer.models.export import Portable
 from tract_transfer.models.weights import read_metadata
+from tract_transfer.registry import plugin_name
 from tract_transfer.run.evaluate import load_trained
 
 TEMPLATE = "model_card.md.jinja"
@@ -102,7 +103,7 @@ def _metadata(
         sizes = {"size_px": section.size_px, "crop_ratio": section.crop_ratio}
         names: dict[str, Any] = {"head": config.model.head.model_dump(), "label_names": label_names}
         if config.plugins:
-            names["plugins"] = config.plugins
+            names["plugins"] = [plugin_name(plugin) for plugin in config.plugins]
         return {**backbone.origin, **names, **preprocessing, **sizes}
     timm_config: dict[str, Any] = portable.model.pretrained_cfg  # type: ignore[assignment]
     return {
@@ -159,6 +160,7 @@ def _model_card(
         config=config,
         protocol=_without_folders(facts["results"]["protocol"], config, hub_ids),
         opset=export.OPSET,
+        plugins=[plugin_name(plugin) for plugin in config.plugins],
     )
 
 
