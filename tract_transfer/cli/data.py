@@ -53,7 +53,7 @@ def check() -> int:
         config = read_config(arguments)
     else:
         config, recipe = checked_config(folder, arguments.overrides)
-        print(recipe.lines()[0])
+        print(recipe.choices[0].why)
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {arguments.json}: the folder does not exist. Create it.")
     from tract_transfer.run.check_data import check_data

@@ -67,7 +67,7 @@ def main() -> int:
         logging.getLogger("tract_transfer").setLevel(logging.ERROR)
     try:
         if recipe is not None and is_main:
-            print("\n".join(recipe.lines()), flush=True)
+            print("\n".join(recipe.lines(arguments.overrides)), flush=True)
             lines = carry_out_recipe(arguments, config, recipe)
         else:
             lines = carry_out(arguments, config)

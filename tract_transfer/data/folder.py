@@ -590,7 +590,7 @@ def describe_coco(path: Path) -> Description | None:
     names_below = [n for n in _file_names(trees["train"]) if is_below(folders["train"], n)]
     pictures = [folders["train"] / name for name in names_below]
     why = ", ".join(str(found[theirs].relative_to(path)) for theirs in names.values())
-    categories = [str(one.get("name")) for one in trees["train"]["categories"]]
+    categories = _category_names(trees["train"])
     excluded = [name for name in categories if name not in classes] if classes else []
     notes = [f"not a class: {_listed(excluded)}, a parent without boxes"] if excluded else []
     sizes = _sizes(pictures)
@@ -611,13 +611,20 @@ def _read_coco(file: Path) -> dict[str, Any]:
 
 def _coco_classes(trees: Sequence[Mapping[str, Any]]) -> list[str] | None:
     """Return the class names by id without mere parents of others; None if that excludes none."""
-    used = {one.get("category_id") for tree in trees for one in tree["annotations"]}
-    categories = [one for one in trees[0]["categories"] if isinstance(one.get("id"), int)]
-    parents = {one.get("supercategory") for one in categories}
-    kept = [c for c in categories if c["id"] in used or c.get("name") not in parents]
-    if len(kept) == len(categories):
-        return None
-    return [str(one.get("name")) for one in sorted(kept, key=lambda one: one["id"])]
+    used = {str(one.get("category_id")) for tree in trees for one in tree["annotations"]}
+    categories = trees[0]["categories"]
+    parents = {str(one.get("supercategory")) for one in categories}
+    unused = {str(one.get("name")) for one in categories if str(one.get("id")) not in used}
+    names = _category_names(trees[0])
+    kept = [name for name in names if name not in parents & unused]
+    return None if len(kept) == len(names) else kept
+
+
+def _category_names(tree: Mapping[str, Any]) -> list[str]:
+    """Return the names of the categories by id, as `load_coco` numbers them."""
+    with_id = [one for one in tree["categories"] if isinstance(one.get("id"), int | str)]
+    by_id = sorted(with_id, key=lambda one: (isinstance(one["id"], str), one["id"]))
+    return [str(one.get("name")) for one in by_id]
 
 
 def _file_names(tree: Mapping[str, Any]) -> list[str]:

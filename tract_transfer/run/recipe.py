@@ -113,13 +113,16 @@ class Recipe:
             lines = [f"{one.what}: {one.why}" for one in self.choices if one.section == section]
             wrapped = [textwrap.wrap(line, 96) for line in lines]
             comments = [f"# {line}" for lines in wrapped for line in lines]
-            parts.append("\n".join([*comments, dump_yaml({section: value}).rstrip()]))
+            parts.append(
+                "\n".join([*comments, dump_yaml({section: value}, is_short=True).rstrip()])
+            )
         return "\n".join(parts) + "\n"
 
-    def lines(self) -> list[str]:
-        """Return the choices as lines to print."""
+    def lines(self, words: Sequence[str] = ()) -> list[str]:
+        """Return the choices, and the overrides of them, as lines to print."""
+        given = [Choice("", "given", " ".join(words))] if words else []
         indent, lines = " " * 12, list[str]()
-        for one in self.choices:
+        for one in [*self.choices, *given]:
             lines += textwrap.wrap(f"{one.what:>10}  {one.why}", 100, subsequent_indent=indent)
         return lines
 
@@ -158,8 +161,9 @@ def task_of(data: Description, options: Options) -> str:
 
 def output_dir_of(folder: str | Path, task: str, options: Options) -> str:
     """Return --output, or output/<name of the folder>-<task>."""
-    path = Path(folder).expanduser()
-    return options.output_dir or f"output/{path.absolute().resolve().stem}-{task}"
+    path = Path(folder).expanduser().resolve()
+    name = path.name if path.is_dir() else path.stem
+    return options.output_dir or f"output/{name}-{task}"
 
 
 def option_words(task: str, options: Options) -> list[str]:
@@ -393,7 +397,7 @@ class _Chooser:
             most + ("640 at most" if self.machine.has_gpu else "256 at most")
         )  # fmt: skip
         self.note("data", "size", f"short side {short_px} px, long side up to {long_px}: {why}")
-        sides = [_multiple(short_px * scale, 16) for scale in (0.8, 0.9, 1.0, 1.1)]
+        sides = [_multiple(short_px * scale, 8) for scale in (0.8, 0.9, 1.0, 1.1)]
         return {"short_sides_px": sides, "max_side_px": round(long_px * 1.1)}
 
     def size_px(self, model: Mapping[str, Any], is_trained: bool) -> int:
