@@ -7,8 +7,8 @@ import pytest
 
 from tract_transfer.build.data import load_split
 from tract_transfer.config.data import ClassificationData, DetectionData
-from tract_transfer.data.folder import describe_folder, split_of
 from tract_transfer.data.findings import Findings
+from tract_transfer.data.folder import describe_folder, split_of
 
 pytestmark = pytest.mark.usefixtures("offline_cache")
 TRANSFORMS = {
@@ -89,8 +89,12 @@ def test_a_relative_path_does_not_look_like_a_hub_id(tmp_path, monkeypatch):
 def test_the_format_of_boxes_is_the_only_one_that_fits(box_format, unit, tmp_path):
     def written(box):
         x1, y1, x2, y2 = box
-        numbers = {"xyxy": box, "xywh": (x1, y1, x2 - x1, y2 - y1),
-                   "cxcywh": ((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1)}[box_format]  # fmt: skip
+        middle = (x1 + x2) / 2, (y1 + y2) / 2
+        numbers = {
+            "xyxy": box,
+            "xywh": (x1, y1, x2 - x1, y2 - y1),
+            "cxcywh": (*middle, x2 - x1, y2 - y1),
+        }[box_format]
         sides = (1, 1, 1, 1) if unit == "pixel" else (40, 30, 40, 30)
         return [number / side for number, side in zip(numbers, sides, strict=True)]
 

@@ -43,21 +43,30 @@ def litter(folder):
 
 
 def devkit(folder, splits=("train",), name="VOC2007"):
-    """Write a devkit whose split files all name the same three images."""
+    """Write a devkit with three images in each split."""
     write_voc(folder, BOX)
-    for split in splits:
-        (folder / f"VOC2007/ImageSets/Main/{split}.txt").write_text("0\n1\n2\n")
     (folder / "VOC2007").rename(folder / name)
+    for place, split in enumerate(splits):
+        ids = [f"{split}{number}" for number in range(3)]
+        for number, image_id in enumerate(ids):
+            annotation = (folder / name / f"Annotations/{number}.xml").read_text()
+            (folder / name / f"Annotations/{image_id}.xml").write_text(annotation)
+            color = (60 * number, 9, 50 * place)
+            Image.new("RGB", (40, 30), color).save(folder / name / f"JPEGImages/{image_id}.jpg")
+        (folder / name / f"ImageSets/Main/{split}.txt").write_text("\n".join(ids))
     return folder
 
 
 def coco_export(folder, *splits):
     """Write each split's images and its json in one folder; category 1 is a mere parent."""
-    for split in splits:
+    for place, split in enumerate(splits):
         (folder / split).mkdir(parents=True)
         write_coco(folder / "made", BOX, parent)
-        for file in (folder / "made/images").iterdir():
-            file.rename(folder / split / file.name)
+        for number, file in enumerate(sorted((folder / "made/images").iterdir())):
+            Image.new("RGB", (40, 30), (60 * number, 9, 50 * place)).save(
+                folder / split / file.name
+            )
+            file.unlink()
         (folder / "made/boxes.json").rename(folder / split / "_annotations.coco.json")
         (folder / "made/images").rmdir()
         (folder / "made").rmdir()

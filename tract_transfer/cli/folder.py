@@ -43,13 +43,13 @@ def take_folder(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
     """
     words = arguments.overrides
     first = words[0] if words else ""
-    is_path = first.startswith((".", "/", "~")) or ("=" not in first and Path(first).is_dir())
+    is_folder = bool(first) and "=" not in first and Path(first).is_dir()
     if arguments.config_file is None:
         if not first or ("=" in first and not Path(first).exists()):
             parser.error("give the folder of the images, or --config-file FILE.")
         arguments.overrides = words[1:]
         return str(first)
-    if is_path:
+    if is_folder or first.startswith((".", "/", "~")):
         parser.error(
             f"give a folder or --config-file: {first} and {arguments.config_file} are both."
         )
@@ -112,12 +112,13 @@ def saved_recipe(
     Raises:
         FileExistsError, ValueError: as `check_run_folder`.
     """
-    from tract_transfer.engine.run_folder import check_run_folder
+    from tract_transfer.engine.run_folder import LOCK_NAME, check_run_folder
     from tract_transfer.files import CONFIG_NAME, make_folder, write_text
     from tract_transfer.run.recipe import RECIPE_NAME
 
     check_run_folder(config, resume=resume)
     folder = Path(config.output_dir)
+    is_new = not folder.exists()
     make_folder(folder)
     write_text(folder / RECIPE_NAME, recipe.text(overrides))
     try:
@@ -125,7 +126,8 @@ def saved_recipe(
     finally:
         if not (folder / CONFIG_NAME).exists():
             (folder / RECIPE_NAME).unlink(missing_ok=True)
-            if not any(folder.iterdir()):
+            if is_new and {path.name for path in folder.iterdir()} <= {LOCK_NAME}:
+                (folder / LOCK_NAME).unlink(missing_ok=True)
                 folder.rmdir()
 
 

@@ -73,7 +73,9 @@ def hold_out(dataset: Held, fraction: float, seed: int) -> tuple[Held, Held]:
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         is_held_out[generator.permutation(members)[: max(count, 0)]] = True
     if not is_held_out.any():
-        raise ValueError(f"{dataset.name}: nothing to hold out, no class has two images.")
+        raise ValueError(
+            f"{dataset.name}: nothing to hold out, no class has two images. Use a split of its own."
+        )
     # These names are part of a run's protocol in results.json: keep them stable.
     return (
         dataset.select(np.flatnonzero(~is_held_out), f"{dataset.name} without {fraction:g}"),

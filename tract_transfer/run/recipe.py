@@ -113,9 +113,7 @@ class Recipe:
             lines = [f"{one.what}: {one.why}" for one in self.choices if one.section == section]
             wrapped = [textwrap.wrap(line, 96) for line in lines]
             comments = [f"# {line}" for lines in wrapped for line in lines]
-            parts.append(
-                "\n".join([*comments, dump_yaml({section: value}, is_short=True).rstrip()])
-            )
+            parts.append("\n".join([*comments, _dump(section, value)]))
         return "\n".join(parts) + "\n"
 
     def lines(self, words: Sequence[str] = ()) -> list[str]:
@@ -507,6 +505,10 @@ def check_name(name: str) -> None:
         check_backbone_name(name)
     except KeyError as error:
         raise ValueError(f"--backbone: {error.args[0]}") from None
+
+
+def _dump(section: str, value: Any) -> str:
+    return dump_yaml({section: value}, is_short=isinstance(value, dict | list)).rstrip()
 
 
 def _fixed_size_px(name: str) -> int | None:
