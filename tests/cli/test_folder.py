@@ -24,7 +24,7 @@ def train(call, monkeypatch, tmp_path):
 
 
 def test_a_folder_is_trained_resumed_and_repeated(train, call, tmp_path):
-    done = train("--name", "pets", "seed=1")
+    done = train("--name", "3", "seed=1")
     assert done.returncode == 0, done.stderr
     assert "     found  class folders (3 folders of images); images: train 30; 3 c" in done.stdout
     assert f"     given  seed=1 {SHORT[0]}" in done.stdout
@@ -32,14 +32,14 @@ def test_a_folder_is_trained_resumed_and_repeated(train, call, tmp_path):
     last = f"tract-transfer train --config-file {recipe}"
     assert done.stdout.splitlines()[-1].endswith(last)
     config = load_config(recipe)
-    assert (config.name, config.seed, config.solver.max_epochs) == ("pets", 1, 1)
+    assert (config.name, config.seed, config.solver.max_epochs) == ("3", 1, 1)
 
-    again = train("--name", "pets", "seed=1")
+    again = train("--name", "3", "seed=1")
     assert again.returncode == 2
     assert "already contains a run. Resume it with --resume" in again.stderr
-    resumed = train("--name", "pets", "seed=1", "--resume")
+    resumed = train("--name", "3", "seed=1", "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    other = train("--name", "pets", "seed=1", "--resume", "--batch-size", "3")
+    other = train("--name", "3", "seed=1", "--resume", "--batch-size", "3")
     assert other.returncode == 2
     assert "data.batch_size: 2 then, 3 now" in other.stderr
     measured = train("--eval-only", "seed=1")

@@ -4,6 +4,7 @@ Every choice is a `Choice` with its reason. `Recipe.text` is a short config of t
 the reasons as comments, from which the run can be repeated and changed.
 """
 
+import json
 import os
 import statistics
 import textwrap
@@ -37,9 +38,10 @@ _SMALL_PX = 64  # images up to here are small
 _BATCHES = (64, 32, 16, 8, 4, 2)
 _MIN_BATCHES = 8  # in an epoch, which drops an incomplete one
 _TIMEOUT_SECONDS = 5
-# (task, whether weights are pre-trained) -> learning rate of AdamW
+# (task, whether weights are pre-trained) -> learning rate of AdamW. Pre-trained ViTs need less.
+_VIT_RATE = 1e-4
 _RATES = {
-    ("classify", True): 3e-4,
+    ("classify", True): 1e-3,
     ("classify", False): 1e-3,
     ("detect", True): 2e-4,
     ("detect", False): 5e-4,
@@ -118,7 +120,7 @@ class Recipe:
 
     def lines(self, words: Sequence[str] = ()) -> list[str]:
         """Return the choices, and the overrides of them, as lines to print."""
-        given = [Choice("", "given", " ".join(words))] if words else []
+        given = [Choice("", "given", redact(" ".join(words)))] if words else []
         indent, lines = " " * 12, list[str]()
         for one in [*self.choices, *given]:
             lines += textwrap.wrap(f"{one.what:>10}  {one.why}", 100, subsequent_indent=indent)
@@ -169,8 +171,8 @@ def option_words(task: str, options: Options) -> list[str]:
     keys = {
         "name": options.name,
         "model.backbone.name": options.backbone,
-        "model.weights": {"none": "null"}.get(options.weights or "", options.weights),
-        "tract.enabled": "true" if options.tract else None,
+        "model.weights": options.weights,
+        "tract.enabled": options.tract or None,
         "solver.max_epochs": options.epochs,
         "data.batch_size": options.batch_size,
     }
@@ -178,7 +180,10 @@ def option_words(task: str, options: Options) -> list[str]:
         "model.detector.args.short_side_px" if task == "detect" else "data.transforms.size_px"
     )
     keys[size_key] = options.size_px
-    return [f"{key}={value}" for key, value in keys.items() if value is not None]
+    given = {key: json.dumps(value) for key, value in keys.items() if value is not None}
+    if options.weights == "none":
+        given["model.weights"] = "null"
+    return [f"{key}={value}" for key, value in given.items()]
 
 
 # Published weights.
@@ -233,6 +238,7 @@ class _Chooser:
         short_sides = [min(size) for size in data.sizes] or [224]
         self.median_px = statistics.median(short_sides)
         self.is_small = self.median_px <= _SMALL_PX
+        self.fixed_px = _fixed_size_px(options.backbone or "")
         self.device = "a GPU" if machine.has_gpu else "a CPU"
         # The split that is reported: test, or else val. Without either, a part of train is.
         self.reported = next((name for name in ("test", "val") if name in data.splits), None)
@@ -407,8 +413,8 @@ class _Chooser:
         size_px = _multiple(min(max(self.median_px, least), most), 16)
         if given is not None:
             size_px, why = given, "--size"
-        elif fixed_px := _fixed_size_px(model.get("backbone", {}).get("name", "")):
-            size_px, why = fixed_px, "the only one that the backbone takes"
+        elif self.fixed_px is not None and "backbone" in model:
+            size_px, why = self.fixed_px, "the only one that the backbone takes"
         elif self.median_px > most:
             why += f", and {self.device} trains at {most} at most"
         elif self.median_px < least:
@@ -450,6 +456,8 @@ class _Chooser:
 
     def solver(self, epochs: int, is_trained: bool) -> dict[str, Any]:
         lr = _RATES[self.task, is_trained]
+        if is_trained and self.fixed_px is not None:
+            lr = _VIT_RATE
         self.note("solver", "optimizer", f"AdamW with lr {lr:g}, a warm-up and a cosine")
         return {
             "optimizer": "adamw",
