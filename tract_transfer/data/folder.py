@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from tract_transfer.data.detection import UNKNOWN_SIZE, stored_size
 from tract_transfer.data.findings import Findings, Size, is_below
 from tract_transfer.data.huggingface import (
-    BOX_FORMATS,
     SPLIT_NAMES,
     is_saved,
     load_huggingface_boxes,
@@ -27,6 +26,7 @@ from tract_transfer.data.voc import IMAGE_SUFFIXES as VOC_SUFFIXES
 from tract_transfer.data.voc import VOC_CLASSES
 from tract_transfer.files import CONFIG_NAME, RESULTS_NAME
 
+BOX_FORMATS = ("xywh", "xyxy", "cxcywh")
 IMAGE_SUFFIXES = {
     ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff",
     ".webp",
