@@ -129,9 +129,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
     """Add a config file and its overrides, for `parse_intermixed_args`."""
-    parser.add_argument("--config-file", required=True, metavar="FILE", help=CONFIG_HELP)
+    parser.add_argument("--config-file", required=is_required, metavar="FILE", help=CONFIG_HELP)
     add_overrides(parser)
 
 

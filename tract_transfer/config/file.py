@@ -223,9 +223,12 @@ for _yaml in (_Loader, _Dumper):
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(_BOOL), [*"tTfF"])
 
 
-def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """Return a tree as YAML that reads back as the same tree."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def dump_yaml(tree: Mapping[str, Any], *, is_short: bool = False) -> str:
+    """Return a tree as YAML that reads back as the same tree; short: innermost values in a line."""
+    style = None if is_short else False
+    return yaml.dump(
+        tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=style
+    )
 
 
 def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
