@@ -34,6 +34,7 @@ from tract_transfer.engine.determinism import deterministic
 from tract_transfer.engine.hooks import evaluate, evaluating
 from tract_transfer.engine.non_finite import describe_images
 from tract_transfer.engine.run_folder import check_run_folder
+from tract_transfer.engine.screen import ProgressLine
 from tract_transfer.engine.trainer import Trainer
 from tract_transfer.files import CONFIG_NAME, RESULTS_NAME, write_json
 from tract_transfer.models.weights import has_metadata, read_metadata
@@ -50,13 +51,15 @@ def measure(
     evaluator = build_evaluator(config, class_names)
     # Processes update BatchNorm's statistics apart; a checkpoint holds those of the main process.
     broadcast(list(trainer.evaluated_model.buffers()))
-    skipped = evaluate(
-        build_evaluated(config, trainer.evaluated_model),
-        trainer.stop.watched(eval_batches(config, dataset, trainer.accelerator)),
-        evaluator,
-        device=trainer.accelerator.device,
-        precision=trainer.precision,
-    )
+    batches = eval_batches(config, dataset, trainer.accelerator)
+    with ProgressLine(f"evaluating {dataset.name}, batch", len(batches)) as line:
+        skipped = evaluate(
+            build_evaluated(config, trainer.evaluated_model),
+            trainer.stop.watched(line.track(batches)),
+            evaluator,
+            device=trainer.accelerator.device,
+            precision=trainer.precision,
+        )
     trainer.stop.check(trainer.accelerator)
     return Measured(evaluator.compute(), evaluator.details(), skipped)
 
