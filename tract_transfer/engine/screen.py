@@ -211,7 +211,10 @@ class TerminalHandler(logging.Handler):
         try:
             yield
         except (OSError, ValueError):  # ValueError: a closed file
-            self._live = None
+            live, self._live = self._live, None
+            if live is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    live.stop()  # gives sys.stderr back, whatever it raises
 
 
 def _terminal() -> TerminalHandler | None:

@@ -71,7 +71,10 @@ def eval_batches(config: Config, dataset: Dataset, accelerator: Accelerator) -> 
 
 
 def evaluate_run(config: Config) -> dict[str, float]:
-    """Measure the reported checkpoint in `output_dir` again, and write evaluation.json."""
+    """Measure the reported checkpoint in `output_dir` again, and write evaluation.json.
+
+    Returns the metrics, that of `evaluation.metric` first.
+    """
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains no model that --eval-only could measure again.")
     preflight(config)
@@ -82,12 +85,14 @@ def evaluate_run(config: Config) -> dict[str, float]:
     with _fits(path, f"Use {folder / CONFIG_NAME}, and data of the same classes."):
         trainer.load_weights(parts)
     split, dataset = data.report
+    logger.info("Evaluating %s on %s: %s, %d images", path.name, split, dataset.name, len(dataset))
     with deterministic(config.engine.deterministic):
         metrics, details, skipped = measure(config, trainer, dataset, data.class_names)
     if trainer.accelerator.is_main_process:
         results = {"checkpoint": path.name, "split": split, "metrics": metrics, "skipped": skipped}
         write_json(folder / "evaluation.json", {**results, "details": details})
-    return metrics
+    primary = config.evaluation.metric
+    return {primary: metrics[primary], **metrics}
 
 
 def preview(config: Config, *, resume: bool = False) -> dict[str, str]:
