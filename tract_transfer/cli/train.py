@@ -8,9 +8,9 @@ torchrun --nproc-per-node 4 -m tract_transfer train --config-file X.yaml
 """
 
 import argparse
-import logging
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,8 +50,10 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Run what the command line asks for; return the exit code."""
     arguments = parse()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("tract_transfer").setLevel(logging.INFO)
+    from tract_transfer.engine.screen import ProgressLine, show_log
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    show_log(is_main=is_main)
     recipe = None
     if arguments.folder is None:
         config = read_config(arguments)
@@ -60,11 +62,10 @@ def main() -> int:
     if arguments.num_gpus is not None and "RANK" not in os.environ:
         return launch(arguments.num_gpus)
 
-    from tract_transfer.engine.group import Stopped
+    with ProgressLine("Loading PyTorch"):
+        from tract_transfer.engine.group import Stopped
 
-    is_main = os.environ.get("RANK", "0") == "0"
-    if not is_main:
-        logging.getLogger("tract_transfer").setLevel(logging.ERROR)
+        import_module("tract_transfer.run.run")  # and all that it imports
     try:
         if recipe is not None and is_main:
             print("\n".join(recipe.lines(arguments.overrides)), flush=True)
@@ -74,7 +75,7 @@ def main() -> int:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    if is_main:
+    if is_main and lines:
         print("\n".join(lines))
     return 0
 
@@ -94,6 +95,8 @@ def carry_out(arguments: argparse.Namespace, config: "Config") -> list[str]:
         metrics = evaluate_run(config)
         return [f"{name:>22}  {format_metric(name, value)}" for name, value in metrics.items()]
     run(config, resume=arguments.resume)
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        return []  # the log has shown it
     return [str(Path(config.output_dir) / "results.json")]
 
 
