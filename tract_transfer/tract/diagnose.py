@@ -419,4 +419,6 @@ def _rescale(report: LayerReport, joined_by: str) -> str:
 
 def _figure(value: float | None) -> str:
     """Return three digits of a figure."""
-    return "unknown" if value is None else f"{value:.3g}"
+    if value is None:
+        return "unknown"
+    return f"{value:.3g}" if math.isfinite(value) else "infinite"
