@@ -157,7 +157,7 @@ class LayerReport:
         above = int((self.eigenvalues > self.damping).sum())
         return (
             f"TrAct works as intended: lam is {_figure(self.relative_lam)} of the mean square of "
-            f"the inputs, and {above} of {self.num_inputs} directions of the input exceed it."
+            f"the inputs, and {above} of the {self.num_inputs} eigenvalues of G exceed it."
         )
 
     @property
@@ -203,6 +203,8 @@ class LayerReport:
                     f"{figure(self.condition)} of G, {figure(self.damped_condition)} of G + lam I"
                 ]),
             ]  # fmt: skip
+            if "rounding" in self.findings:
+                lam += f", raised to {figure(self.damping)}"
             lam += f", {figure(self.relative_lam)} x the mean eigenvalue"
         rows.append(("lam", [lam]))
         if self.channels:
