@@ -163,10 +163,10 @@ BAD_LINES = {
     "--config-file x.yaml --backbone y": "not allowed with argument",
     "tract.lam=1": "['tract.lam=1'] override a config: give --config-file or --backbone",
     "--num-batches 0": "argument --num-batches: must be int >= 1, got 0",
-    "--config-file nowhere.yaml": "No config can be read at nowhere.yaml",
-    "--config-file configs/quickstart/probe.yaml model.weights=./x": "a probe trains no first",
-    "--config-file configs/quickstart/pretrain.yaml tract.lam=0": "tract.lam",
-    "--config-file configs/quickstart/pretrain.yaml tract.layers=[no] tract.enabled=true "
+    "--config-file nowhere.yaml": "No config nowhere.yaml: there is no such file",
+    "--config-file quickstart/probe model.weights=./x": "a probe trains no first",
+    "--config-file quickstart/pretrain tract.lam=0": "tract.lam",
+    "--config-file quickstart/pretrain tract.layers=[no] tract.enabled=true "
     "engine.device=cpu": "has no layer 'no'",
     "--backbone timm/resnet19 --data ./nowhere": "timm has no model 'resnet19'",
     "--backbone timm/resnet18 --data ./nowhere": "nowhere",

@@ -265,6 +265,20 @@ def test_inputs_are_measured_once_a_report(monkeypatch):
     assert tract.report()["0"].channels[0].mean == pytest.approx(4, abs=0.2)
 
 
+def test_forgotten_forward_does_not_spoil_the_report():
+    model, images = small_model(), images_like(4, 3, 8, 8)
+    tract = TrAct(model)
+    model(images * math.nan)
+    tract.forget()
+    backward(model, images)
+    report = tract.report()["0"]
+    assert report.channels[0].mean is None
+    json.dumps(report.as_dict(), allow_nan=False)
+    model.zero_grad()
+    backward(model, images)
+    assert tract.report()["0"].channels[0].mean == pytest.approx(0, abs=0.2)
+
+
 def test_compiled_model_is_reported_without_means():
     model = convolution()
     tract = TrAct(model)

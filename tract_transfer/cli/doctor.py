@@ -1,8 +1,8 @@
 """Check the installation, or whether TrAct has an effect on a model and its data.
 
-python -m tract_transfer.cli.doctor
-python -m tract_transfer.cli.doctor --config-file configs/quickstart/pretrain.yaml
-python -m tract_transfer.cli.doctor --backbone timm/resnet18 --data ./my_images
+tract-transfer doctor
+tract-transfer doctor --config-file quickstart/pretrain
+tract-transfer doctor --backbone timm/resnet18 --data ./my_images
 
 Without arguments it prints versions, extras, hardware and caches. Otherwise it builds model and
 data as a training would, runs batches forward and backward without an update, and prints what TrAct
@@ -26,7 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tract_transfer
-from tract_transfer.cli.main import add_overrides, make_parser, number, read_config, reports_errors
+from tract_transfer.cli.main import (
+    CONFIG_HELP,
+    add_overrides,
+    make_parser,
+    number,
+    read_config,
+    reports_errors,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,7 +51,7 @@ def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--config-file", metavar="FILE", help="YAML, see configs/")
+    which.add_argument("--config-file", metavar="FILE", help=CONFIG_HELP)
     which.add_argument("--backbone", metavar="NAME", help="such as timm/resnet18, with --data")
     text = "its images: a folder of images, a parquet file or folder, or a hub id"
     parser.add_argument("--data", metavar="DATA", help=text)

@@ -315,10 +315,12 @@ def _describe_inputs(
     weight, is_linear = watched.layer.weight, isinstance(watched.layer, nn.Linear)
     squares = gram.diagonal().view(1 if is_linear else weight.shape[1], -1).mean(1)
     roots = squares.clamp_min(0).sqrt().tolist()
-    if watched.input_moments is None:
+    moments = watched.input_moments
+    # Those of a forward that was forgotten may be NaN.
+    if moments is None or not all(moment.isfinite().all() for moment in moments):
         return tuple(ChannelInputs(rms, None, None) for rms in roots), None
     # A value for each channel, or for each input of a Linear.
-    variances, means = (moment.double().cpu() for moment in watched.input_moments)
+    variances, means = (moment.double().cpu() for moment in moments)
     total = float((variances + means.square()).sum())
     share = float(means.square().sum()) / total if total > 0 else None
     if is_linear:
