@@ -302,6 +302,7 @@ def test_angle_and_ratio():
 
 def test_layers_are_logged_at_info_from_the_package(caplog, capsys):
     model = convolution()
+    caplog.set_level(logging.WARNING, "tract_transfer")
     TrAct(model)
     assert not caplog.records
     with caplog.at_level(logging.INFO, "tract_transfer.tract"):
@@ -333,6 +334,7 @@ MISSING = "0 got 20 updates without TrAct's step(), so TrAct has no effect"
 @pytest.mark.parametrize("attached", [False, True])
 def test_twenty_updates_without_a_step_are_logged_once(options, attached, caplog):
     """The 21st backward is the first that sees 20 updates."""
+    caplog.set_level(logging.WARNING, "tract_transfer")
     model = small_model()
     tract = TrAct(model)
     if attached:  # to another optimizer than the loop's
@@ -348,6 +350,7 @@ def test_twenty_updates_without_a_step_are_logged_once(options, attached, caplog
 
 def test_no_warning_where_nothing_is_updated(caplog):
     """Evaluation, no_grad, long accumulation, attacks, skipped steps, and a detached TrAct."""
+    caplog.set_level(logging.WARNING, "tract_transfer")
     model, images = small_model(), images_like(2, 3, 8, 8)
     tract = TrAct(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
