@@ -34,9 +34,9 @@ def run(monkeypatch, capsys):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Twenty noisy images of 40 px of two classes."""
-    pixels = np.random.default_rng(0).integers(0, 256, (20, 40, 40, 3), dtype=np.uint8)
-    for index, image in enumerate(pixels):
+    """Twenty images of 40 px of two classes, in blocks of 8 px of one colour."""
+    colours = np.random.default_rng(0).integers(0, 256, (20, 5, 5, 3), dtype=np.uint8)
+    for index, image in enumerate(colours.repeat(8, axis=1).repeat(8, axis=2)):
         path = tmp_path / "images" / "train" / "ab"[index % 2] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
@@ -168,9 +168,9 @@ BAD_LINES = {
     "--config-file quickstart/pretrain tract.lam=0": "tract.lam",
     "--config-file quickstart/pretrain tract.layers=[no] tract.enabled=true "
     "engine.device=cpu": "has no layer 'no'",
-    "--backbone timm/resnet19 --data ./nowhere": "timm has no model 'resnet19'",
+    "--backbone timm/resnet19 --data no/where": "timm has no model 'resnet19'",
     "--backbone timm/resnet18 --data ./nowhere": "nowhere",
-    "--backbone timm/resnet18 --data ./nowhere tract.lamm=1": "Did you mean tract.lam?",
+    "--backbone timm/resnet18 --data no/where tract.lamm=1": "Did you mean tract.lam?",
 }
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 PACKAGE = "tract_transfer"
 SHOWN = ("torch", "torchvision", "timm", "detectron2")  # their versions, even if not installed
-SIZE_PX, CIFAR_SIZE_PX = 224, 32  # of images for --backbone
+SIZE_PX, CIFAR_SIZE_PX = 224, 32  # of images from the hub
 
 
 def parse() -> argparse.Namespace:
@@ -53,7 +53,7 @@ def parse() -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--config-file", metavar="FILE", help=CONFIG_HELP)
     which.add_argument("--backbone", metavar="NAME", help="such as timm/resnet18, with --data")
-    text = "its images: a folder of images, a parquet file or folder, or a hub id"
+    text = "its images: what `train` takes as FOLDER, a parquet file, or a hub id"
     parser.add_argument("--data", metavar="DATA", help=text)
     count = number(int, 1)
     text = "micro-batches to run (default 8)"
@@ -191,17 +191,27 @@ def hub_cache() -> str:
 
 
 def config_of(arguments: argparse.Namespace) -> "Config":
-    """Return the config of a classification with --backbone and --data."""
+    """Return the config of a training of --backbone on --data, with random weights and TrAct.
+
+    For local images it is that of `tract-transfer train FOLDER`.
+    """
     from tract_transfer.config.file import override, parse_words
     from tract_transfer.config.schema import check_config
+    from tract_transfer.data.folder import describe_folder
+    from tract_transfer.run.recipe import Machine, Options, make_recipe
 
-    size_px = CIFAR_SIZE_PX if arguments.backbone.startswith("cifar/") else SIZE_PX
+    backbone, path = arguments.backbone, arguments.data
+    if path.startswith((".", "/", "~")) or Path(path).exists():
+        options = Options(backbone=backbone, weights="none", tract=True)
+        recipe = make_recipe(path, describe_folder(path), options, Machine.this())
+        return recipe.config(arguments.overrides)
+    size_px = CIFAR_SIZE_PX if backbone.startswith("cifar/") else SIZE_PX
     tree = {
         "task": "classification",
         "output_dir": "output/doctor",  # nothing is written there
-        "model": {"backbone": {"name": arguments.backbone}},
+        "model": {"backbone": {"name": backbone}},
         "data": {
-            "train": {"source": "huggingface", "path": arguments.data, "split": "train"},
+            "train": {"source": "huggingface", "path": path, "split": "train"},
             "val": {"source": "train", "fraction": 0.1},
             "transforms": {"size_px": size_px, "crop": "random_resized", "flip_prob": 0.5},
             "batch_size": 32,
