@@ -35,6 +35,7 @@ COMMANDS = {
     "export": ("export", "main", "write a run's model for timm, torchvision or ONNX"),
     "convert": ("export", "convert", "convert a ResNet's weights to detectron2's names, or back"),
     "configs": ("configs", "main", "list the packaged configs, or copy one to edit"),
+    "doctor": ("doctor", "main", "check the installation, or TrAct on a model and its data"),
 }
 CONFIG_HELP = "a YAML file, or the name of a packaged config"
 # Modules whose package has another name.
