@@ -78,8 +78,8 @@ def hold_out(dataset: Held, fraction: float, seed: int) -> tuple[Held, Held]:
         )
     # These names are part of a run's protocol in results.json: keep them stable.
     return (
-        dataset.select(np.flatnonzero(~is_held_out), f"{dataset.name} without {fraction:g}"),
-        dataset.select(np.flatnonzero(is_held_out), f"{dataset.name} carved {fraction:g}"),
+        dataset.select(np.flatnonzero(~is_held_out), f"{dataset.name} without {fraction:.0%}"),
+        dataset.select(np.flatnonzero(is_held_out), f"{dataset.name}, held-out {fraction:.0%}"),
     )
 
 
