@@ -6,10 +6,12 @@ import random
 import re
 from pathlib import Path
 
+import image_folders
 import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import constants
 from PIL import Image
 
 import tract_transfer
@@ -153,6 +155,22 @@ def test_a_config_is_a_file_a_name_a_dict_or_a_config(write_tiny, tmp_path):
         load_config(path), {"model.backbone": {"name": "cifar/vit"}}
     )
     assert changed.model.backbone.args == {}, "arguments of another backbone"
+
+
+def test_a_folder_of_images_is_trained_and_its_recipe_saved(tmp_path, offline_cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = image_folders.classes(tmp_path / "pets")
+    overrides = {"solver": {"max_epochs": None, "max_iters": 1, "warmup_epochs": None}}
+    overrides |= {"output_dir": str(tmp_path / "run"), "engine.device": "cpu"}
+    overrides |= {"data.num_workers": 0, "data.batch_size": 2}
+    run = tract_transfer.train(folder, overrides=overrides)
+    assert run.folder == tmp_path / "run"
+    recipe = tract_transfer.load_config(run.folder / "recipe.yaml")
+    assert (
+        recipe.model_dump() == tract_transfer.load_config(run.folder / "config.yaml").model_dump()
+    )
+    again = tract_transfer.train(folder, overrides=overrides, resume=True)
+    assert again.metrics == run.metrics
 
 
 def test_backbones_by_name():

@@ -4,20 +4,25 @@ import os
 import pickle
 from pathlib import Path
 
+import image_folders
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import tract_transfer
 from tract_transfer.build.model import build_model
 from tract_transfer.build.trainer import build_tract
 from tract_transfer.config.schema import ConfigError, dump_config
+from tract_transfer.data.folder import describe_folder
 from tract_transfer.models import build_backbone
+from tract_transfer.run.recipe import Machine, Options, make_recipe
 from tract_transfer.run.run import run
 from tract_transfer.run.trained import read_images
 
 ROOT = Path(__file__).parents[2]
+CPU = Machine(has_gpu=False, has_bf16=False, cores=2, processes=1)
 C, P, D = "classification", "probe", "detection"
 NET = "model.backbone={name: timm/test_resnet}"
 NO_NAME = "model.backbone={name: null}"
@@ -212,6 +217,33 @@ def test_bad_input_is_refused_before_training(name, tmp_path, load_tiny, refused
     assert not (tmp_path / "touched").exists()
 
 
+OPTIONS = {
+    "a task that does not go with classes": ({"task": "detect"}, ValueError,
+        r"--task detect does not go with .*it holds classes \(class folders.*Give --task classify"),
+    "epochs of a probe": ({"task": "probe", "epochs": 3}, ValueError,
+        "--epochs does not go with --task probe, which trains no backbone"),
+    "TrAct in a probe": ({"task": "probe", "tract": True}, ValueError, "--tract does not go with"),
+    "a probe without weights": ({"task": "probe"}, ValueError,
+        "the weights of timm/resnet18 cannot be had: not in the cache.*--weights PATH"),
+    "weights that do not exist": ({"weights": "nowhere.pth"}, FileNotFoundError,
+        "--weights nowhere.pth: there is no such file or folder"),
+    "a backbone that does not exist": ({"backbone": "timm/resnet19"}, ValueError,
+        "--backbone: timm has no model 'resnet19'. Did you mean"),
+    "a batch larger than a folder": ({"batch_size": 500, "weights": "none"}, ValueError,
+        r"data.batch_size: must lie in 1..9,.* got 500"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_that_does_not_fit_a_folder(name, tmp_path, refused, offline_cache, monkeypatch):
+    options, kind, match = OPTIONS[name]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = image_folders.classes(tmp_path / "pets")
+    options = Options(output_dir=str(tmp_path / "run"), **options)
+    with refused(name, kind, match=match):
+        run(make_recipe(folder, describe_folder(folder), options, CPU).config())
+
+
 def test_tract_needs_a_first_layer_that_trains(tmp_path, load_tiny, refused):
     config = load_tiny(tmp_path, "tract.enabled=true")
     model = build_model(config, 3)
@@ -235,8 +267,8 @@ OF_CONFIGS = {
     "train(None)": (lambda: tract_transfer.train(None), TypeError, ["config: ", "got NoneType"]),
     "train of an unknown name": (lambda: tract_transfer.train("quickstart/pretrian"), ConfigError,
         ["No config quickstart/pretrian", "Nearest: quickstart/pretrain"]),
-    "train of a folder without a config": (lambda: tract_transfer.train(ROOT / "configs"),
-        ConfigError, ["No config", "it is a folder"]),
+    "train of a folder without images": (lambda: tract_transfer.train(ROOT / "configs"),
+        ValueError, ["configs"]),
     "train of a dict with a wrong key": (
         lambda: tract_transfer.train({"task": "probe", "modle": 1}), ConfigError,
         ["modle: ", "(the given mapping)"]),

@@ -34,6 +34,7 @@ COMMANDS = {
     "export": ("export", "main", "write a run's model for timm, torchvision or ONNX"),
     "convert": ("export", "convert", "convert a ResNet's weights to detectron2's names, or back"),
     "configs": ("configs", "main", "list the packaged configs, or copy one to edit"),
+    "doctor": ("doctor", "main", "check the installation, or TrAct on a model and its data"),
 }
 CONFIG_HELP = "a YAML file, or the name of a packaged config"
 # Errors that repeat until the user changes something, and others that are not mistakes in the code.
@@ -107,9 +108,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
     """Add a config file and its overrides, for `parse_intermixed_args`."""
-    parser.add_argument("--config-file", required=True, metavar="FILE", help=CONFIG_HELP)
+    parser.add_argument("--config-file", required=is_required, metavar="FILE", help=CONFIG_HELP)
     add_overrides(parser)
 
 

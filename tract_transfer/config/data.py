@@ -54,10 +54,14 @@ class DigitsSource(Section):
 
 
 class HeldOutSource(Section):
-    """A stratified `fraction` held out from data.train."""
+    """A stratified `fraction` held out from data.train; `seed: null` is the run's seed.
+
+    data.test is held out first, and data.val is a fraction of what is left.
+    """
 
     source: Literal["train"]
     fraction: OpenFraction
+    seed: CountOrZero | None = None
 
 
 class VocSource(Section):
@@ -109,6 +113,12 @@ BoxSource = Annotated[
 ]
 ProbeSource = Annotated[
     HuggingFaceSource | DigitsSource | VocSource | DigitScenesSource, _BY_SOURCE
+]
+BoxSourceOrPart = Annotated[
+    VocSource | CocoSource | HuggingFaceBoxesSource | DigitScenesSource | HeldOutSource, _BY_SOURCE
+]
+ProbeSourceOrPart = Annotated[
+    HuggingFaceSource | DigitsSource | VocSource | DigitScenesSource | HeldOutSource, _BY_SOURCE
 ]
 
 
@@ -215,7 +225,7 @@ class ClassificationData(LoadingConfig):
     cache: Literal["none", "ram", "device"] = "none"  # type: ignore[assignment]
     train: ImageSource
     val: ValSource | None = None
-    test: ImageSource | None = None
+    test: ValSource | None = None
     transforms: ClassificationTransformsConfig
     mixup: MixupConfig | None = None
     repeats: Count = 1
@@ -245,8 +255,8 @@ class DetectionData(LoadingConfig):
     """
 
     train: BoxSource
-    val: BoxSource | None = None
-    test: BoxSource | None = None
+    val: BoxSourceOrPart | None = None
+    test: BoxSourceOrPart | None = None
     transforms: DetectionTransformsConfig
     invalid_boxes: Literal["error", "clip"] = "error"
     empty_images: Literal["keep", "drop"] = "keep"
@@ -262,7 +272,7 @@ class ProbeData(LoadingConfig):
 
     train: ProbeSource
     val: ImageSource | None = None
-    test: ProbeSource
+    test: ProbeSourceOrPart
     transforms: EvalTransformsConfig
     feature_cache: str | None = None
 
@@ -272,8 +282,9 @@ class ProbeData(LoadingConfig):
         return isinstance(self.train, VocSource | DigitScenesSource)
 
     def rules(self) -> Rules:
+        is_part = isinstance(self.test, HeldOutSource)
         yield (
-            self.has_many_labels == isinstance(self.test, VocSource | DigitScenesSource),
+            is_part or self.has_many_labels == isinstance(self.test, VocSource | DigitScenesSource),
             f"data.train is {self.train.source} and data.test {self.test.source}: one has several "
             "labels an image, the other has one. Use two of the same kind",
         )

@@ -273,38 +273,50 @@ _FLOAT = r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$
 _BOOL = r"^(?:true|True|TRUE|false|False|FALSE)$"
 
 
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml: 10 times as fast
-
-
-class _Loader(_SafeLoader):  # type: ignore[valid-type, misc]
+class _Loader(yaml.SafeLoader):
     """Safe YAML with YAML 1.2's scalars: 1e-3 is a number, and only true and false are bools."""
+
+
+class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The same by libyaml, ten times as fast; it refuses `{key:}`, which is YAML."""
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp)
-        for tag, regexp in resolvers
-        if not tag.endswith((":bool", ":float", ":timestamp"))
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _yaml in (_Loader, _Dumper):
+for _loader in (_Loader, _FastLoader):
+    _loader.yaml_implicit_resolvers = {
+        first: [
+            (tag, regexp)
+            for tag, regexp in resolvers
+            if not tag.endswith((":bool", ":float", ":timestamp"))
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(_BOOL), [*"tTfF"])
+for _yaml in (_Loader, _FastLoader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), [*"-+0123456789."])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(_BOOL), [*"tTfF"])
 
 
-def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """Return a tree as YAML that reads back as the same tree."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def dump_yaml(tree: Mapping[str, Any], *, is_short: bool = False) -> str:
+    """Return a tree as YAML that reads back as the same tree; short: innermost values in a line."""
+    style = None if is_short else False
+    return yaml.dump(
+        tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=style
+    )
 
 
 def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
     """Return the nodes of a YAML text, which know their lines, and its value, or raise NOT_YAML."""
-    loader = _Loader(text)
+    try:
+        return _parse(text, _FastLoader)
+    except yaml.YAMLError:
+        return _parse(text, _Loader)  # its message shows the line
+
+
+def _parse(text: str, kind: type) -> tuple[yaml.Node | None, Any]:
+    loader = kind(text)
     try:
         node = loader.get_single_node()
         if node is None:

@@ -90,8 +90,9 @@ class ClassificationConfig(TrainedConfig):
         if "data.train" in data.streamed:
             train = "data.train. Change it, or set data.train.streaming: false"
             yield data.repeats == 1, f"data.repeats: needs random access to {train}"
-            is_held_out = data.val is not None and data.val.source == "train"
-            yield not is_held_out, f"data.val: holds out images of {train}"
+            for name, part in (("val", data.val), ("test", data.test)):
+                is_held_out = part is not None and part.source == "train"
+                yield not is_held_out, f"data.{name}: holds out images of {train}"
             message = f"model.backbone.stem: whitened needs a random sample of {train}"
             yield self.model.backbone.stem != "whitened", message
 

@@ -1,11 +1,13 @@
 """What `tract_transfer` offers in Python beside TrAct: train, evaluate, load, build a backbone."""
 
+import contextlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 import timm
 import torch
@@ -13,7 +15,7 @@ import torchvision
 
 from tract_transfer import names_missing_extra
 from tract_transfer.build.weights import check_origin, check_weights_exist, wrong_argument
-from tract_transfer.config.file import Overrides
+from tract_transfer.config.file import Overrides, config_names
 from tract_transfer.config.schema import Config, load_config
 from tract_transfer.config.sections import BackboneConfig
 from tract_transfer.models import BACKBONES, Backbone, build_backbone
@@ -25,8 +27,10 @@ from tract_transfer.models.weights import (
 )
 from tract_transfer.run import run as runs
 from tract_transfer.run.evaluate import evaluate_run
+from tract_transfer.run.recipe import Options, config_for, saved_recipe
 from tract_transfer.run.trained import TrainedClassifier, TrainedDetector, load, run_config
 
+logger = logging.getLogger(__name__)
 ConfigLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Config
 
 
@@ -54,14 +58,16 @@ class Run(os.PathLike[str]):
 
 @names_missing_extra
 def train(config: ConfigLike, *, overrides: Overrides = (), resume: bool = False) -> Run:
-    """Pre-train, fine-tune, probe or train a detector, as a config describes; write its run folder.
+    """Pre-train, fine-tune, probe or train a detector; write the run folder.
 
     Progress is logged to the loggers of `tract_transfer` at level INFO, and to `log.txt` in the
     folder.
 
     Args:
         config: the name of a packaged config (`quickstart/pretrain`), a path to a YAML file, a
-            dict of its keys, or what `load_config` returned.
+            dict of its keys, or what `load_config` returned. Or a folder of images, for which a
+            config is chosen as by `tract-transfer train FOLDER`, logged with the reasons, and saved
+            as `recipe.yaml` in the run folder.
         overrides: dotted keys and values, `{"solver.lr": 0.1}`, or words, `["solver.lr=0.1"]`.
         resume: continue the run in `output_dir` if it contains one; a finished run is measured
             again. False refuses such a folder.
@@ -78,9 +84,24 @@ def train(config: ConfigLike, *, overrides: Overrides = (), resume: bool = False
     """
     if not isinstance(resume, bool):
         raise TypeError(f"resume: must be True or False, got {resume!r}.")
-    loaded = load_config(config, overrides)
-    results = runs.run(loaded, resume=resume)
+    recipe = None
+    with contextlib.ExitStack() as stack:
+        if _is_folder(config):
+            loaded, recipe = config_for(config, Options(), overrides, continues=resume)
+        else:
+            loaded = load_config(config, overrides)
+        if recipe is not None and os.environ.get("RANK", "0") == "0":
+            for line in recipe.lines():
+                logger.info(line)
+            stack.enter_context(saved_recipe(loaded, recipe, overrides, resume=resume))
+        results = runs.run(loaded, resume=resume)
     return Run(Path(loaded.output_dir), results["metrics"], results)
+
+
+def _is_folder(config: ConfigLike) -> TypeGuard[str]:
+    """Whether a config is a folder of images; the name of a packaged config is none."""
+    is_path = isinstance(config, str | os.PathLike) and Path(config).is_dir()
+    return is_path and str(config) not in config_names()
 
 
 @names_missing_extra

@@ -19,6 +19,7 @@ from tract_transfer.engine.determinism import deterministic
 from tract_transfer.engine.hooks import evaluate
 from tract_transfer.engine.non_finite import describe_images
 from tract_transfer.engine.run_folder import check_run_folder
+from tract_transfer.engine.screen import ProgressLine
 from tract_transfer.engine.trainer import Trainer
 from tract_transfer.files import CONFIG_NAME, write_json
 from tract_transfer.run.probe import build_probed
@@ -35,13 +36,15 @@ def measure(
     evaluator = build_evaluator(config, class_names)
     # Processes update BatchNorm's statistics apart; a checkpoint holds those of the main process.
     broadcast(list(trainer.evaluated_model.buffers()))
-    skipped = evaluate(
-        build_evaluated(config, trainer.evaluated_model),
-        trainer.stop.watched(eval_batches(config, dataset, trainer.accelerator)),
-        evaluator,
-        device=trainer.accelerator.device,
-        precision=trainer.precision,
-    )
+    batches = eval_batches(config, dataset, trainer.accelerator)
+    with ProgressLine(f"evaluating {dataset.name}, batch", len(batches)) as line:
+        skipped = evaluate(
+            build_evaluated(config, trainer.evaluated_model),
+            trainer.stop.watched(line.track(batches)),
+            evaluator,
+            device=trainer.accelerator.device,
+            precision=trainer.precision,
+        )
     trainer.stop.check(trainer.accelerator)
     return Measured(evaluator.compute(), evaluator.details(), skipped)
 
@@ -53,7 +56,10 @@ def eval_batches(config: Config, dataset: Dataset, accelerator: Accelerator) -> 
 
 
 def evaluate_run(config: Config) -> dict[str, float]:
-    """Measure the reported checkpoint in `output_dir` again, and write evaluation.json."""
+    """Measure the reported checkpoint in `output_dir` again, and write evaluation.json.
+
+    Returns the metrics, that of `evaluation.metric` first.
+    """
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains no model that --eval-only could measure again.")
     preflight(config)
@@ -64,12 +70,14 @@ def evaluate_run(config: Config) -> dict[str, float]:
     with fits(path, f"Use {folder / CONFIG_NAME}, and data of the same classes."):
         trainer.load_weights(parts)
     split, dataset = data.report
+    logger.info("Evaluating %s on %s: %s, %d images", path.name, split, dataset.name, len(dataset))
     with deterministic(config.engine.deterministic):
         metrics, details, skipped = measure(config, trainer, dataset, data.class_names)
     if trainer.accelerator.is_main_process:
         results = {"checkpoint": path.name, "split": split, "metrics": metrics, "skipped": skipped}
         write_json(folder / "evaluation.json", {**results, "details": details})
-    return metrics
+    primary = config.evaluation.metric
+    return {primary: metrics[primary], **metrics}
 
 
 def preview(config: Config, *, resume: bool = False) -> dict[str, str]:
