@@ -41,7 +41,7 @@ class Run(os.PathLike[str]):
     Attributes:
         folder: the run folder.
         metrics: those of results.json, by name: fractions, and losses in nats.
-        results: the content of results.json; its keys are described in docs/guides/training.md.
+        results: the content of results.json: metrics, details, protocol, cost and more.
     """
 
     folder: Path
@@ -113,7 +113,7 @@ def evaluate(run: ConfigLike, *, overrides: Overrides = ()) -> dict[str, float]:
         overrides: `data.test` and `evaluation` may differ from the run's: see `train`.
 
     Returns:
-        The metrics by name: fractions, and losses in nats.
+        A dict of metrics. Each is a fraction, or a loss in nats.
 
     Raises:
         FileNotFoundError: no run folder, no complete checkpoint in it, or no data.
