@@ -182,7 +182,7 @@ class TrainedDetector(Trained[DetectionConfig]):
         Args:
             inputs: one image or several, also from a generator; see Trained.
             min_score: drop detections with a lower score. The detector itself drops those below
-                `model.detector.args.box.min_score`.
+                `model.detector.args.box.score_threshold`.
             batch_size: images at a time. None is the run's own: then predictions for the images
                 of its evaluation are the evaluation's to the bit.
 
