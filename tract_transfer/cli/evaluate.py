@@ -31,7 +31,8 @@ def main() -> int:
     with ProgressLine("Loading PyTorch"):
         from tract_transfer.config.schema import load_config
         from tract_transfer.engine.hooks import format_metric
-        from tract_transfer.run.evaluate import evaluate_run, run_config
+        from tract_transfer.run.evaluate import evaluate_run
+        from tract_transfer.run.trained import run_config
 
     if arguments.run is not None:
         config = run_config(arguments.run, arguments.overrides)

@@ -1,12 +1,10 @@
 """A folder of images in place of a config file: `train ./my_images`."""
 
 import argparse
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tract_transfer.cli.main import number, read_config
+from tract_transfer.cli.main import number
 
 if TYPE_CHECKING:
     from tract_transfer.config.schema import Config
@@ -64,9 +62,6 @@ def folder_config(folder: str, arguments: argparse.Namespace) -> tuple["Config",
 
     If the command continues or measures a run, the config is that of the run, and no recipe.
     """
-    from tract_transfer.config.file import parse_words
-    from tract_transfer.data.folder import describe_folder
-    from tract_transfer.files import CONFIG_NAME
     from tract_transfer.run import recipe as recipes
 
     given = {name: getattr(arguments, _destination(name)) for name in _OPTIONS}
@@ -81,16 +76,8 @@ def folder_config(folder: str, arguments: argparse.Namespace) -> tuple["Config",
         output_dir=given["--output"],
         name=given["--name"],
     )
-    data = describe_folder(folder)
-    task = recipes.task_of(data, options)
-    words = {word.key: word.value for word in parse_words(arguments.overrides)}
-    saved = words.get("output_dir", recipes.output_dir_of(folder, task, options))
-    arguments.config_file = str(Path(str(saved)) / CONFIG_NAME)
-    continues = arguments.resume or arguments.eval_only or arguments.debug_batch
-    if continues and Path(arguments.config_file).is_file():
-        return read_config(arguments, *recipes.option_words(task, options)), None
-    recipe = recipes.make_recipe(folder, data, options, recipes.Machine.this())
-    return recipe.config(arguments.overrides), recipe
+    continues = bool(arguments.resume or arguments.eval_only or arguments.debug_batch)
+    return recipes.config_for(folder, options, arguments.overrides, continues=continues)
 
 
 def checked_config(folder: str, overrides: list[str]) -> tuple["Config", "Recipe"]:
@@ -101,34 +88,6 @@ def checked_config(folder: str, overrides: list[str]) -> tuple["Config", "Recipe
     options = Options(weights="none")  # no model is built
     recipe = make_recipe(folder, describe_folder(folder), options, Machine.this())
     return recipe.config(overrides), recipe
-
-
-@contextlib.contextmanager
-def saved_recipe(
-    config: "Config", recipe: "Recipe", overrides: list[str], *, resume: bool
-) -> Iterator[Path]:
-    """Write recipe.yaml into the run's folder; remove it if the run did not start.
-
-    Raises:
-        FileExistsError, ValueError: as `check_run_folder`.
-    """
-    from tract_transfer.engine.run_folder import LOCK_NAME, check_run_folder
-    from tract_transfer.files import CONFIG_NAME, make_folder, write_text
-    from tract_transfer.run.recipe import RECIPE_NAME
-
-    check_run_folder(config, resume=resume)
-    folder = Path(config.output_dir)
-    is_new = not folder.exists()
-    make_folder(folder)
-    write_text(folder / RECIPE_NAME, recipe.text(overrides))
-    try:
-        yield folder / RECIPE_NAME
-    finally:
-        if not (folder / CONFIG_NAME).exists():
-            (folder / RECIPE_NAME).unlink(missing_ok=True)
-            if is_new and {path.name for path in folder.iterdir()} <= {LOCK_NAME}:
-                (folder / LOCK_NAME).unlink(missing_ok=True)
-                folder.rmdir()
 
 
 def _destination(option: str) -> str:

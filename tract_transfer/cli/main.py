@@ -7,12 +7,11 @@ folder must be changed first; 128 + n ended by signal n.
 import argparse
 import math
 import os
-import re
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import wraps
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import tract_transfer
@@ -38,8 +37,6 @@ COMMANDS = {
     "doctor": ("doctor", "main", "check the installation, or TrAct on a model and its data"),
 }
 CONFIG_HELP = "a YAML file, or the name of a packaged config"
-# Modules whose package has another name.
-_PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Errors that repeat until the user changes something, and others that are not mistakes in the code.
 _REFUSALS = (
     ValueError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError,
@@ -95,32 +92,13 @@ def print_error(error: Exception) -> int:
     from tract_transfer.files import FAILED, REFUSED
 
     if isinstance(error, _REFUSALS):
-        hint = install_hint(error) if isinstance(error, ModuleNotFoundError) else None
+        hint = (
+            tract_transfer.install_hint(error) if isinstance(error, ModuleNotFoundError) else None
+        )
         print(f"error: {hint or error}", file=sys.stderr)
         return REFUSED
     print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
     return FAILED
-
-
-def install_hint(error: ModuleNotFoundError) -> str | None:
-    """Return which extra of this package installs a missing module, if one does."""
-    module = (error.name or "").partition(".")[0]
-    package = _PACKAGES.get(module, module).replace("_", "-").lower()
-    extras = []
-    for requirement in (
-        metadata.requires("tract_transfer") or ()
-    ):  # "timm>=1.0.16; extra == 'train'"
-        name, extra = (
-            re.match(r"[\w.-]+", requirement),
-            re.search(r"extra == ['\"](\w+)", requirement),
-        )
-        if extra and name and name[0].replace("_", "-").lower() == package:
-            extras.append(extra[1])
-    if not extras:
-        return None
-    command = sys.argv[0].rpartition(" ")[2]
-    extra_name = command if command in extras else extras[0]
-    return f"{module} is not installed: pip install 'tract_transfer[{extra_name}]'"
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:

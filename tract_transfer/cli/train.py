@@ -14,12 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tract_transfer.cli.folder import (
-    add_folder_options,
-    folder_config,
-    saved_recipe,
-    take_folder,
-)
+from tract_transfer.cli.folder import add_folder_options, folder_config, take_folder
 from tract_transfer.cli.main import add_config, make_parser, number, read_config, reports_errors
 
 if TYPE_CHECKING:
@@ -108,6 +103,8 @@ def carry_out_recipe(
         return [*carry_out(arguments, config), "", recipe.text(arguments.overrides)]
     if arguments.eval_only or arguments.debug_batch:
         return carry_out(arguments, config)
+    from tract_transfer.run.recipe import saved_recipe
+
     words, resume = arguments.overrides, arguments.resume
     with saved_recipe(config, recipe, words, resume=resume) as path:
         lines = carry_out(arguments, config)

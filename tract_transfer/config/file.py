@@ -1,6 +1,7 @@
 """Config files: YAML with `_BASE_` files and overrides, and errors that name file and line."""
 
 import copy
+import numbers
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,9 @@ from pydantic import ValidationError
 
 # Dotted key -> where it was set: "configs/x.yaml line 12"; "" -> the file that was asked for.
 Origins = dict[str, str]
-COMMAND_LINE = "command line"
+# Changes of a config: `key=value` words, or dotted keys and their values.
+Overrides = Sequence[str] | Mapping[str, Any]
+COMMAND_LINE, ARGUMENT, MAPPING = "command line", "overrides", "the given mapping"
 # The configs that come with the package: in it once installed, beside it in a clone.
 _PACKAGE = Path(__file__).parents[1]
 CONFIGS = next(
@@ -82,6 +85,70 @@ def read_config_file(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[st
     return tree, origins
 
 
+def read_config(
+    config: str | os.PathLike[str] | Mapping[str, Any], overrides: Overrides = ()
+) -> tuple[dict[str, Any], Origins]:
+    """Return what `read_config_file` returns, for a config as a mapping and overrides as one too.
+
+    A mapping may have a `_BASE_` (relative to the working directory). Its tuples become lists, its
+    paths strings and NumPy's numbers Python's.
+
+    Raises:
+        TypeError: an argument of another type.
+    """
+    if not isinstance(config, str | os.PathLike | Mapping):
+        raise TypeError(
+            "config: must be the name of a packaged config, a path to a YAML file, a dict or a "
+            f"config that load_config returned, got {type(config).__name__}."
+        )
+    changes = read_overrides(overrides)
+    if not isinstance(config, Mapping):
+        tree, origins = read_config_file(Path(config))
+        return override(tree, origins, changes)
+    tree = _plain(config, "config")
+    origins = dict.fromkeys(_keys_below("", tree), MAPPING)
+    origins = {key.removeprefix("."): place for key, place in origins.items()}
+    return override(*_with_bases(tree, origins, Path(), MAPPING, ()), changes)
+
+
+def read_overrides(overrides: Overrides) -> list[Override]:
+    """Return the overrides of a Python call. Raises TypeError, ConfigError."""
+    if isinstance(overrides, Mapping):
+        changes = _plain(overrides, "overrides")
+        return [Override(key, value, ARGUMENT) for key, value in changes.items()]
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence):
+        raise TypeError(
+            'overrides: must be a dict such as {"solver.lr": 0.1} or a list such as '
+            f'["solver.lr=0.1"], got {overrides!r}.'
+        )
+    for word in overrides:
+        if not isinstance(word, str):
+            raise TypeError(f"overrides: must be a list of strings key=value, got {word!r} in it.")
+    return parse_words(overrides)
+
+
+def _plain(value: Any, name: str) -> Any:
+    """Return a value of Python as YAML would give it; a TypeError names what it cannot hold."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{name}: keys must be strings, got {key!r}.")
+        return {str(key): _plain(part, f"{name}[{key!r}]") for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part, name) for part in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    for kind, convert in ((numbers.Integral, int), (numbers.Real, float)):
+        if isinstance(value, kind):
+            return convert(value)  # type: ignore[call-overload]
+    raise TypeError(
+        f"{name}: must be a number, a string, a bool, None, a list or a dict of these, got "
+        f"{type(value).__name__}."
+    )
+
+
 def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
     if path.resolve() in including:
         raise ConfigError(f"{path}: _BASE_ leads back to the file itself.")
@@ -97,18 +164,25 @@ def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], Orig
         raise ConfigError(f"{path}: a config must be a mapping of keys to values.")
     origins: Origins = {}
     _record_lines(node, "", path, origins)
+    return _with_bases(tree, origins, path.parent, str(path), (*including, path.resolve()))
+
+
+def _with_bases(
+    tree: dict[str, Any], origins: Origins, folder: Path, place: str, including: tuple[Path, ...]
+) -> tuple[dict[str, Any], Origins]:
+    """Return the tree at `place` merged over its `_BASE_`, whose paths are relative to `folder`."""
     bases = tree.pop("_BASE_", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"_BASE_: must be a path or a list of paths, got {bases!r} ({path}).")
+        raise ConfigError(f"_BASE_: must be a path or a list of paths, got {bases!r} ({place}).")
     merged: dict[str, Any] = {}
     inherited: Origins = {}
     for base in bases:
         try:
-            base_path = find_config(base, path.parent)
+            base_path = find_config(base, folder)
         except ConfigError as error:
             raise ConfigError(explain("_BASE_", str(error), origins)) from None
-        base_tree, base_origins = _read(base_path, (*including, path.resolve()))
+        base_tree, base_origins = _read(base_path, including)
         merged = merge(merged, base_tree)
         inherited.update(base_origins)
     return merge(merged, tree), {**inherited, **origins}

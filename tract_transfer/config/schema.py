@@ -3,8 +3,8 @@
 Each task has its own Config, so that a key which a task would ignore is an error.
 """
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError
@@ -14,10 +14,13 @@ from tract_transfer.config.data import ClassificationData, DetectionData, ProbeD
 from tract_transfer.config.file import (
     ConfigError,
     Origins,
+    Overrides,
     dump_yaml,
     explain,
     explain_all,
-    read_config_file,
+    override,
+    read_config,
+    read_overrides,
 )
 from tract_transfer.config.sections import Rules, Section
 from tract_transfer.files import redact
@@ -146,13 +149,27 @@ TASKS: Mapping[str, type[Config]] = {
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminator="task")])
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file with its `_BASE_` files, apply `key=value` overrides, and check it.
+def load_config(
+    config: str | os.PathLike[str] | Mapping[str, Any] | Config, overrides: Overrides = ()
+) -> Config:
+    """Read a config, apply overrides and check it.
+
+    Args:
+        config: the name of a packaged config (`quickstart/pretrain`), a path to a YAML file, a
+            dict of its keys, or a config that this function returned. `_BASE_` files are merged.
+        overrides: dotted keys and values, `{"solver.lr": 0.1}`, or words, `["solver.lr=0.1"]`.
+
+    Returns:
+        A ClassificationConfig, DetectionConfig or ProbeConfig, as `task` is.
 
     Raises:
         ConfigError: one line a problem: key, problem, fix, file and line.
+        TypeError: an argument of another type.
     """
-    return check_config(*read_config_file(Path(path), overrides))
+    if isinstance(config, BaseConfig):
+        changes = read_overrides(overrides)
+        return check_config(*override(config.model_dump(), config._origins, changes))
+    return check_config(*read_config(config, overrides))
 
 
 def check_config(tree: dict[str, Any], origins: Origins) -> Config:

@@ -4,13 +4,14 @@ Every choice is a `Choice` with its reason. `Recipe.text` is a short config of t
 the reasons as comments, from which the run can be repeated and changed.
 """
 
+import contextlib
 import json
 import os
 import statistics
 import textwrap
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +21,17 @@ import torch
 import torchvision
 from huggingface_hub import constants, try_to_load_from_cache
 
-from tract_transfer.config.file import Override, dump_yaml, override, parse_words
-from tract_transfer.config.schema import Config, check_config
-from tract_transfer.data.folder import Description
-from tract_transfer.files import redact
+from tract_transfer.config.file import (
+    Override,
+    Overrides,
+    dump_yaml,
+    override,
+    read_overrides,
+)
+from tract_transfer.config.schema import Config, check_config, load_config
+from tract_transfer.data.folder import Description, describe_folder
+from tract_transfer.engine.run_folder import LOCK_NAME, check_run_folder
+from tract_transfer.files import CONFIG_NAME, make_folder, redact, write_text
 from tract_transfer.models.backbones import check_backbone_name
 
 RECIPE_NAME = "recipe.yaml"
@@ -99,17 +107,17 @@ class Recipe:
     choices: list[Choice]
     source: str
 
-    def config(self, words: Sequence[str] = ()) -> Config:
+    def config(self, overrides: Overrides = ()) -> Config:
         """Return the checked config with overrides `key=value`."""
         place = f"chosen for {self.source}"
         chosen = [Override(key, value, place) for key, value in self.tree.items()]
-        tree, origins = override(*override({}, {}, chosen), parse_words(words))
+        tree, origins = override(*override({}, {}, chosen), read_overrides(overrides))
         origins[""] = place
         return check_config(tree, origins)
 
-    def text(self, words: Sequence[str] = ()) -> str:
+    def text(self, overrides: Overrides = ()) -> str:
         """Return the chosen keys, with overrides, as YAML with the reasons as comments."""
-        tree, _ = override(self.tree, {}, parse_words(words))
+        tree, _ = override(self.tree, {}, read_overrides(overrides))
         parts = []
         for section, value in redact(tree, by_name=False).items():
             lines = [f"{one.what}: {one.why}" for one in self.choices if one.section == section]
@@ -138,6 +146,50 @@ def make_recipe(
     """
     chooser = _Chooser(folder, data, options, machine)
     return Recipe(chooser.tree(), chooser.choices, str(folder))
+
+
+def config_for(
+    folder: str | Path, options: Options, overrides: Overrides = (), *, continues: bool = False
+) -> tuple[Config, Recipe | None]:
+    """Return the config for a folder, and the recipe that chose it.
+
+    Args:
+        continues: a run that exists is continued or measured: then the config is the run's, and
+            there is no recipe.
+    """
+    data = describe_folder(folder)
+    task = task_of(data, options)
+    given = {change.key: change.value for change in read_overrides(overrides)}
+    output_dir = given.get("output_dir", output_dir_of(folder, task, options))
+    file = Path(str(output_dir)) / CONFIG_NAME
+    if continues and file.is_file():
+        return load_config(load_config(file, overrides), option_words(task, options)), None
+    recipe = make_recipe(folder, data, options, Machine.this())
+    return recipe.config(overrides), recipe
+
+
+@contextlib.contextmanager
+def saved_recipe(
+    config: Config, recipe: Recipe, overrides: Overrides, *, resume: bool
+) -> Iterator[Path]:
+    """Write recipe.yaml into the run's folder; remove it if the run did not start.
+
+    Raises:
+        FileExistsError, ValueError: as `check_run_folder`.
+    """
+    check_run_folder(config, resume=resume)
+    folder = Path(config.output_dir)
+    is_new = not folder.exists()
+    make_folder(folder)
+    write_text(folder / RECIPE_NAME, recipe.text(overrides))
+    try:
+        yield folder / RECIPE_NAME
+    finally:
+        if not (folder / CONFIG_NAME).exists():
+            (folder / RECIPE_NAME).unlink(missing_ok=True)
+            if is_new and {path.name for path in folder.iterdir()} <= {LOCK_NAME}:
+                (folder / LOCK_NAME).unlink(missing_ok=True)
+                folder.rmdir()
 
 
 def task_of(data: Description, options: Options) -> str:
