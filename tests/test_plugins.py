@@ -17,9 +17,9 @@ from tract_transfer.models import BACKBONES, build_backbone
 from tract_transfer.models.export import load_exported
 from tract_transfer.models.weights import save_backbone
 from tract_transfer.registry import PluginError, load_plugins, trusted_plugins
-from tract_transfer.run.evaluate import run_config
 from tract_transfer.run.run import run
 from tract_transfer.run.suite import draft_runs
+from tract_transfer.run.trained import run_config
 
 TINY = """
 @BACKBONES.register("mine/tiny")

@@ -116,3 +116,20 @@ sys.exit(main())
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert line.endswith(f"is not installed: pip install 'tract_transfer[{extra}]'")
+
+
+def test_a_missing_extra_is_named_in_python(outside):
+    start = """
+import tract_transfer
+
+for name in ("train", "load", "BACKBONES"):
+    try:
+        getattr(tract_transfer, name)
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    done = outside("-c", TORCH_ALONE + start)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 3
+    for line in done.stdout.splitlines():
+        assert line.endswith("is not installed: pip install 'tract_transfer[train]'")

@@ -1,45 +1,108 @@
 """Does a backbone pre-trained with TrAct serve better downstream?
 
-`from tract_transfer import TrAct` is all that a foreign training loop needs.
+`from tract_transfer import TrAct` is all that a foreign training loop needs; it imports torch
+alone. Importing this package imports nothing: each name is imported when it is first used.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from tract_transfer.config.schema import load_config
     from tract_transfer.data.augment import AUGMENTATIONS
     from tract_transfer.data.sources import SOURCES
     from tract_transfer.evaluation import EVALUATORS
     from tract_transfer.models import BACKBONES, DETECTORS, HEADS, Backbone
+    from tract_transfer.run.api import Run, create_backbone, evaluate, list_backbones, train
+    from tract_transfer.run.trained import (
+        Classification,
+        Detections,
+        TrainedClassifier,
+        TrainedDetector,
+        load,
+    )
     from tract_transfer.tract import TrAct
 
 __version__ = "0.1.0"
-# Public name -> its module, which is imported only when somebody asks for the name.
+__all__ = [
+    "AUGMENTATIONS", "BACKBONES", "DETECTORS", "EVALUATORS", "HEADS", "SOURCES", "Backbone",
+    "Classification", "Detections", "Run", "TrAct", "TrainedClassifier", "TrainedDetector",
+    "__version__", "create_backbone", "evaluate", "list_backbones", "load", "load_config", "train",
+]  # fmt: skip
+# Name -> the module that defines it.
 _MODULES = {
+    "TrAct": "tract",
     "AUGMENTATIONS": "data.augment",
     "BACKBONES": "models",
-    "Backbone": "models",
-    "DETECTORS": "models",
+    "DETECTORS": "build.model",  # registers detectron2's
     "EVALUATORS": "evaluation",
     "HEADS": "models",
     "SOURCES": "data.sources",
-    "TrAct": "tract",
+    "Backbone": "models",
+    "load_config": "config.schema",
+    **dict.fromkeys(("Run", "create_backbone", "evaluate", "list_backbones", "train"), "run.api"),
+    **dict.fromkeys(("Classification", "Detections", "load"), "run.trained"),
+    **dict.fromkeys(("TrainedClassifier", "TrainedDetector"), "run.trained"),
 }
-__all__ = [
-    "AUGMENTATIONS",
-    "BACKBONES",
-    "DETECTORS",
-    "EVALUATORS",
-    "HEADS",
-    "SOURCES",
-    "Backbone",
-    "TrAct",
-    "__version__",
-]
+# Modules whose package has another name.
+_PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+if not TYPE_CHECKING:  # a type checker sees the imports above, and reports other names
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used."""
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _import(name)
 
 
-def __getattr__(name: str) -> Any:
-    """Import a public name; TrAct needs torch alone."""
-    if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return __all__
+
+
+def names_missing_extra(function: _Function) -> _Function:
+    """Add the pip command to the error of a package that is not installed."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except ModuleNotFoundError as error:
+            if hint := install_hint(error):
+                raise ModuleNotFoundError(hint, name=error.name) from error
+            raise
+
+    return call  # type: ignore[return-value]
+
+
+def install_hint(error: ModuleNotFoundError) -> str | None:
+    """Return which extra of this package installs a missing module, if one does."""
+    import re
+    from importlib import metadata
+
+    module = (error.name or "").partition(".")[0]
+    package = _PACKAGES.get(module, module).replace("_", "-").lower()
+    extras = []
+    # Such as "timm>=1.0.16; extra == 'train'".
+    for requirement in metadata.requires("tract_transfer") or ():
+        name = re.match(r"[\w.-]+", requirement)
+        extra = re.search(r"extra == ['\"](\w+)", requirement)
+        if extra and name and name[0].replace("_", "-").lower() == package:
+            extras.append(extra[1])
+    if not extras:
+        return None
+    command = sys.argv[0].rpartition(" ")[2]
+    extra_name = command if command in extras else extras[0]
+    return f"{module} is not installed: pip install 'tract_transfer[{extra_name}]'"
+
+
+@names_missing_extra
+def _import(name: str) -> Any:
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

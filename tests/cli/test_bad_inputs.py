@@ -15,7 +15,13 @@ QUICK_SUITE = "--config-file configs/suites/quickstart.yaml"
 NO_CONFIG = "No config nowhere.yaml: there is no such file, and no packaged config"
 BAD_LINES = {
     # combinations of options
-    "train_net.py": "--config-file",
+    "train_net.py": "give the folder of the images, or --config-file FILE",
+    "train_net.py solver.lr=1": "give the folder of the images, or --config-file FILE",
+    f"train_net.py docs {PRETRAIN}": "give a folder or --config-file: docs and configs/quickstart",
+    f"train_net.py {PRETRAIN} --epochs 3": "--epochs goes with a folder. With --config-file, over",
+    "train_net.py docs --task segment": "argument --task: invalid choice: 'segment'",
+    "train_net.py docs --epochs 0": "argument --epochs: must be int >= 1, got 0",
+    "check_data.py": "give the folder of the images, or --config-file FILE",
     f"train_net.py {PRETRAIN} --eval-only --dry-run": "--dry-run: not allowed with",
     f"train_net.py {PRETRAIN} --eval-only --resume": "--resume continues a training",
     "analyze_model.py": "one of --config-file, --backbone and --weights is required",
@@ -40,6 +46,10 @@ BAD_LINES = {
     # files
     "train_net.py --config-file cifar10_finetune": "Nearest: transfer/cifar10_finetune, transfer/",
     "train_net.py --config-file ./configs": "No config configs: it is a folder",
+    "train_net.py ./nowhere": "nowhere does not exist. Give the folder of the images",
+    "train_net.py docs": "docs holds nothing that can be trained on",
+    "train_net.py setup.cfg": "setup.cfg is a file. Give the folder of the images",
+    "check_data.py ./nowhere": "nowhere does not exist. Give the folder of the images",
     "train_net.py --config-file nowhere.yaml": NO_CONFIG,
     "run_suite.py --config-file nowhere.yaml": NO_CONFIG,
     f"check_data.py {PRETRAIN} --json nowhere/x.json": "--json nowhere/x.json: the folder does not",

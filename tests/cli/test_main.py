@@ -2,13 +2,17 @@
 
 import json
 import logging
+import re
 import sys
+from argparse import Namespace
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from tiny_configs import SUITE
 
+from tract_transfer.cli import train
 from tract_transfer.cli.main import COMMANDS, main
 from tract_transfer.cli.suite import make_filter
 
@@ -64,7 +68,33 @@ def test_train_net_trains(trained):
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(folder / "results.json")]
     assert "iter 6/6" in done.stderr
-    assert json.loads((folder / "results.json").read_text())["iterations"] == 6
+    results = json.loads((folder / "results.json").read_text())
+    assert results["iterations"] == 6
+    shown = dict(re.findall(r"^ *(\S.*?\S)  (.+)$", done.stderr, re.M))
+    assert shown["output"] == str(folder)
+    assert shown["TrAct"] == "off"
+    value = results["metrics"][results["primary_metric"]]
+    assert shown[f"test {results['primary_metric']}"] == f"{value:.2%}"
+    assert shown["results"] == done.stdout.strip()
+    assert shown["next"] == f"tract-transfer predict --run {folder} IMAGE"
+    logged = (folder / "log.txt").read_text()
+    assert [f"  {text}\n" in logged for text in shown.values()] == [True] * len(shown)
+
+
+def test_stdout_is_for_scripts(monkeypatch, load_tiny, tmp_path):
+    """The path of the results, unless a person has just read it in the log."""
+    arguments = Namespace(debug_batch=None, dry_run=False, eval_only=False, resume=False)
+    monkeypatch.setattr("tract_transfer.run.run.run", lambda config, resume: None)
+    terminal, pipe = Mock(isatty=lambda: True), Mock(isatty=lambda: False)
+    for stdout, stderr, count in (
+        (terminal, terminal, 0),
+        (pipe, terminal, 1),
+        (terminal, pipe, 1),
+    ):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setattr(sys, "stderr", stderr)
+        lines = train.carry_out(arguments, load_tiny(tmp_path))
+        assert lines == [str(tmp_path / "run/results.json")] * count
 
 
 def test_eval_only_repeats_the_metrics(trained, call):

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from tract_transfer.data.images import frame_rate, read_video, write_video
-from tract_transfer.run.evaluate import load_trained
 from tract_transfer.run.run import run
+from tract_transfer.run.trained import TrainedDetector, load
 
 
 @pytest.fixture(scope="module", params=["classification", "detection"])
@@ -36,10 +36,10 @@ def entries_of(folder):
 
 
 def test_images_of_a_folder_are_predicted(trained, photos, call, tmp_path):
-    model = load_trained(trained)
-    right, wrong = ("--min-score", 0), ("--top-k", 2)
-    if not model.detects:
-        right, wrong = wrong, right
+    model = load(trained)
+    right, wrong, options = ("--min-score", 0), ("--top-k", 2), {}
+    if not isinstance(model, TrainedDetector):
+        right, wrong, options = wrong, right, {"top_k": 2}
     words = ("--run", trained, photos, "--output", tmp_path / "out")
     done = call("predict.py", *words, *wrong)
     assert done.returncode == 2
@@ -49,31 +49,28 @@ def test_images_of_a_folder_are_predicted(trained, photos, call, tmp_path):
     entries = entries_of(tmp_path / "out")
     assert [entry["file"] for entry in entries] == [str(photos / n) for n in ("a.png", "b.jpg")]
     assert [(e["width"], e["height"]) for e in entries] == [(70, 50), (40, 90)]
-    for entry in entries:
-        image = torch.from_numpy(np.array(Image.open(entry["file"]).convert("RGB")))
-        (expected,) = model.predict([image.permute(2, 0, 1)])
-        count = None if model.detects else 2
-        assert entry["scores"] == pytest.approx(expected["scores"][:count].tolist(), abs=1e-6)
-        names = [model.class_names[label] for label in expected["labels"][:count]]
-        assert entry["labels"] == names
+    arrays = [np.array(Image.open(entry["file"]).convert("RGB")) for entry in entries]
+    for entry, expected in zip(entries, model.predict(arrays, **options), strict=True):
+        assert entry["scores"] == pytest.approx(expected.scores.tolist(), abs=0)
+        assert entry["labels"] == expected.labels
     drawn = sorted(path.name for path in (tmp_path / "out").rglob("*.png"))
-    assert drawn == (["a.png.png", "b.jpg.png"] if model.detects else [])
+    assert drawn == (["a.png.png", "b.jpg.png"] if isinstance(model, TrainedDetector) else [])
 
 
 def test_a_moved_run_predicts_without_data_and_initial_weights(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr("tract_transfer.run.evaluate.build_data", None)
+    monkeypatch.setattr("tract_transfer.run.trained.build_data", None)
     moved = tmp_path / "elsewhere"
     trained.rename(moved)
     try:
-        model = load_trained(moved, ["engine.device=cpu"])
+        model = load(moved, device="cpu")
     finally:
         moved.rename(trained)
     image = torch.zeros(3, 40, 60, dtype=torch.uint8)
     (prediction,) = model.predict([image])
-    assert len(prediction["scores"]) == len(prediction["labels"])
-    assert (prediction["scores"].diff() <= 0).all()
-    if not model.detects:
-        assert prediction["scores"].sum() == pytest.approx(1)
+    assert len(prediction.scores) == len(prediction.labels)
+    assert (prediction.scores.diff() <= 0).all()
+    if not isinstance(model, TrainedDetector):
+        assert prediction.scores.sum() == pytest.approx(1)
 
 
 def test_unreadable_inputs_are_reported_and_the_others_predicted(trained, photos, call, tmp_path):
@@ -82,10 +79,13 @@ def test_unreadable_inputs_are_reported_and_the_others_predicted(trained, photos
     assert done.returncode == 1
     assert "broken.png cannot be decoded" in done.stderr
     assert len(entries_of(tmp_path / "out")) == 2
+    words = ("predict.py", "--run", trained, photos / "broken.png", "--output", tmp_path / "none")
+    assert call(*words).returncode == 1
+    assert entries_of(tmp_path / "none") == []
 
 
 def test_earlier_predictions_are_replaced_only_when_asked(trained, photos, call, tmp_path):
-    detects = load_trained(trained).detects
+    detects = isinstance(load(trained), TrainedDetector)
     options = ("--min-score", 1) if detects else ()
     words = ("--run", trained, "--output", tmp_path, *options, photos / "a.png")
     done = call("predict.py", *words)

@@ -196,6 +196,7 @@ CONFLICTS = {
         f"{STREAMED} & data.cache=ram": "ram keeps all images, and data.train is streamed",
         f"{STREAMED} & data.repeats=2": "data.repeats: needs random access to data.train",
         f"{STREAMED} & data.val={{source: train, fraction: 0.1}}": "holds out images of data.train",
+        f"{STREAMED} & data.test={{source: train, fraction: 0.1}}": "data.test: holds out images",
         f"{STREAMED} & model.backbone.stem=whitened": "whitened needs a random sample of data",
         "data.cache=device & data.transforms.rotation_deg=3": "cache: device supports crop: pad,",
         "model.bce_target_threshold=0": "model.bce_target_threshold has no use here: it is for",

@@ -5,6 +5,7 @@ import re
 from io import BytesIO
 
 import datasets
+import image_folders
 import numpy as np
 import pytest
 from box_data import NAMES as PETS
@@ -16,6 +17,7 @@ from tract_transfer.config.schema import load_config
 from tract_transfer.data.classification import ClassificationDataset, hold_out
 from tract_transfer.data.digits import load_digits, write_digit_scenes
 from tract_transfer.data.findings import Findings
+from tract_transfer.data.folder import describe_folder
 from tract_transfer.data.huggingface import load_huggingface, load_huggingface_boxes
 from tract_transfer.data.images import UndecodableImage, decode_image, read_video
 from tract_transfer.data.sampling import EpochOrder, TrainBatchSampler
@@ -474,7 +476,118 @@ ARGUMENTS = {
     "a short side above the long one": (lambda _: detection_train([200], 100, 0.5), ValueError,
         "short_sides_px"),
 }  # fmt: skip
-TABLE = HUGGING_FACE | STREAMS | VOC | COCO | BOXES | IMAGES | ARGUMENTS
+
+
+# Folders in place of a config.
+
+
+def folder(write):
+    """Describe what `write` makes of a folder named `given`."""
+
+    def make(base):
+        (base / "given").mkdir()
+        describe_folder(write(base / "given") or base / "given")
+
+    return make
+
+
+def file(name):
+    return folder(lambda given: (given / name).touch() or given / name)
+
+
+def clash(given):
+    image_folders.classes(given, names=("bus", "train"))
+
+
+def beside(given):
+    image_folders.draw(image_folders.classes(given) / "x.png", 1)
+
+
+def nested(given):
+    image_folders.draw(image_folders.classes(given) / "ant/small/x.png", 1)
+
+
+def run_folder(given):
+    (given / "checkpoints").mkdir()
+    (given / "config.yaml").touch()
+
+
+def yolo(given):
+    image_folders.draw(given / "images/train/1.png", 1)
+    image_folders.draw(given / "images/val/1.png", 1)
+    (given / "labels").mkdir()
+    (given / "labels/1.txt").write_text("0 0.5 0.5 1 1")
+
+
+def no_train_file(given):
+    image_folders.devkit(given)
+    (given / "VOC2007/ImageSets/Main/train.txt").unlink()
+
+
+def no_images(given):
+    image_folders.coco(given, "train", "val")
+    (given / "train").rename(given / "photos")
+
+
+def broken_json(given):
+    (given / "_annotations.coco.json").write_text("{")
+
+
+def broken_metadata(given):
+    image_folders.metadata(given)
+    (given / "metadata.jsonl").write_text('{"file_name": 1}')
+
+
+def text_labels(given):
+    column = (STRING, ["cat", "dog", "cat"])
+    make_rows(3, label=None, breed=column).to_parquet(given / "train.parquet")
+
+
+def ambiguous_boxes(given):
+    image_folders.boxes(given, [("dog", (1, 2, 3, 5))])
+
+
+FOLDERS = {
+    "a folder that does not exist": (lambda base: describe_folder(base / "x"), FileNotFoundError,
+        "x does not exist. Give the folder of the images"),
+    "a folder without an entry": (folder(lambda _: None), ValueError, "given is empty"),
+    "a folder of hidden files": (folder(lambda f: (f / ".DS_Store").touch()), ValueError, "empty"),
+    "a folder of a run": (folder(run_folder), ValueError,
+        r"is the folder of a run.*--weights .*given.*--config-file .*config.yaml --resume"),
+    "an archive": (file("x.zip"), ValueError, "is an archive. Unpack it"),
+    "an image in place of a folder": (file("x.jpg"), ValueError, "one image. Give the folder"),
+    "a YAML file in place of a folder": (file("x.yaml"), ValueError, "with --config-file"),
+    "a text file in place of a folder": (file("x.txt"), ValueError, "or a parquet file"),
+    "a folder of one class": (folder(lambda f: image_folders.classes(f, names=("cat",)) and None),
+        ValueError, "has one class, 'cat', and classification needs two"),
+    "images without classes": (folder(lambda f: image_folders.draw(f / "x.png", 1) and None),
+        ValueError, r"(?s)Looked for:.*class folders: .*Found: 1 .png.*sort them into a folder"),
+    "a folder of unknown content": (folder(yolo), ValueError,
+        r"(?s)nothing that can be trained on.*Found: 2 .png, 1 .txt; at the top: images/, labels/"),
+    "two spellings of a split": (folder(lambda f: image_folders.split_classes(f, train=3, val=3,
+        valid=3) and None), ValueError, "two parts that read as val: val and valid"),
+    "a class that reads as a split": (folder(clash), ValueError, "class 'train', which reads as"),
+    "an image beside the class folders": (folder(beside), ValueError,
+        "x.png is not in .*given/<class>/"),
+    "an image below a class folder": (folder(nested), ValueError, "x.png is not in .*/<class>/"),
+    "no split that is train": (folder(lambda f: image_folders.parquet(f / "x", "test", "val")),
+        ValueError, r"has the splits \['test', 'val'\], and none of them is train"),
+    "rows without images": (folder(lambda f: make_rows(3, image=None).to_parquet(
+        f / "train.parquet") and None), ValueError, "no column has the feature Image"),
+    "labels of text": (folder(text_labels), ValueError,
+        r"no column has labels \(ClassLabel, or integers named label\) or boxes.*class_encode"),
+    "a folder of a broken parquet file": (folder(lambda f: (f / "train.parquet").write_bytes(
+        b"PAR1 cut") and None), ValueError, "not a readable parquet file"),
+    "metadata that do not load": (folder(broken_metadata), ValueError, "metadata in .* do not"),
+    "boxes of an unknown format": (folder(ambiguous_boxes), ValueError,
+        "boxes in column objects fit as .* and as .*data.train.box_format"),
+    "a devkit without train.txt": (folder(no_train_file), ValueError,
+        "has neither train.txt nor trainval.txt. Write the ids"),
+    "a COCO file without its images": (folder(no_images), ValueError,
+        "The images of .*instances_train.json are in none of"),
+    "a COCO file that is no json": (folder(broken_json), ValueError, "not a readable json file"),
+}  # fmt: skip
+TABLE = HUGGING_FACE | STREAMS | VOC | COCO | BOXES | IMAGES | ARGUMENTS | FOLDERS
 
 
 @pytest.mark.parametrize("name", TABLE)

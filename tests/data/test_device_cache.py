@@ -169,7 +169,9 @@ def test_a_resized_crop_is_that_of_torchvision(images, interpolation, size_px):
     crops = resized_crops(images, boxes, size_px, interpolation)
     sides, mode = [size_px, size_px], InterpolationMode(interpolation)
     for image, box, crop in zip(images, boxes.tolist(), crops, strict=True):
-        assert crop.equal(v2.functional.resized_crop(image, *box, sides, mode, antialias=True))
+        theirs = v2.functional.resized_crop(image, *box, sides, mode, antialias=True)
+        # torch 2.8 rounds some bytes the other way.
+        assert (crop.int() - theirs.int()).abs().max() <= 1
 
 
 def test_boxes_are_in_their_image_and_distributed_as_those_of_torchvision():

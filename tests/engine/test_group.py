@@ -13,6 +13,7 @@ from run_folders import CARVED, assert_same_run, entries
 
 from tract_transfer.engine import group
 from tract_transfer.engine.group import Stopped, stop_on_signals
+from tract_transfer.engine.screen import ProgressLine
 from tract_transfer.engine.trainer import Trainer
 from tract_transfer.run import evaluate as evaluate_module
 from tract_transfer.run import probe as run_probe
@@ -119,18 +120,18 @@ def test_an_evaluation_stops_after_its_batch_and_is_repeated(tmp_path, load_tiny
     run(load_tiny(tmp_path, *words, f"output_dir={tmp_path / 'whole'}"))
     config, seen, count = load_tiny(tmp_path, *words), [], 0
     second_on_val, final = 2, 5
-    batches_of = evaluate_module.eval_batches
+    track = ProgressLine.track
 
-    def sending(*arguments):
+    def sending(line, batches):
         nonlocal count
         count += 1
-        for batch in batches_of(*arguments):
+        for batch in track(line, batches):
             seen.append(count)
             yield batch
             if count in (second_on_val, final):
                 send()
 
-    monkeypatch.setattr(evaluate_module, "eval_batches", sending)
+    monkeypatch.setattr(ProgressLine, "track", sending)
     for evaluation, iteration in ((second_on_val, 4), (final, 6)):
         with pytest.raises(Stopped, match=r"checkpoint written\. .*--resume"):
             run(config, resume=True)

@@ -20,6 +20,7 @@ from tract_transfer.engine.hooks import (
     SaveCheckpoints,
     due,
     format_metrics,
+    progress_texts,
 )
 from tract_transfer.files import DiskFullError
 
@@ -89,6 +90,25 @@ def test_the_best_is_the_first_of_equals(trainer, use_hooks):
     trainer.train()
     assert trainer.best == {"iteration": 2, "value": 0.6}
     assert checkpointer.best().name == "iter_0000002"
+
+
+def test_the_log_marks_the_best_so_far_also_after_a_resume(trainer, metrics, use_hooks, caplog):
+    metrics.write(0, 0.0, "val", {"top1": 0.3})  # an earlier session's
+    values = iter([0.2, 0.6, 0.5, 0.6, 0.1, 0.7])
+    use_hooks(lambda: {"loss": 1.0, "top1": next(values)})
+    with caplog.at_level(logging.INFO, "tract_transfer"):
+        trainer.train()
+    lines = [line for line in caplog.messages if "  val " in line]
+    assert [line.split()[1] for line in lines if "(best so far)" in line] == ["2", "6"]
+    assert lines[1] == "iter 2  val top1 60.00% (best so far)  loss 1.0000"
+
+
+def test_the_log_has_the_memory_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**29)
+    values = {"lr": 0.1, "images_per_second": 1.0, "data_fraction": 0.0}
+    on_gpu = progress_texts(values, 0.5, torch.device("cuda"))
+    assert on_gpu.pop("memory") == "peak 1.5 GiB"
+    assert on_gpu == progress_texts(values, 0.5, torch.device("cpu"))
 
 
 def test_a_checkpoint_precedes_its_evaluation(trainer, use_hooks):

@@ -85,7 +85,7 @@ REFUSALS = {
         ValueError, ["another config: data.batch_size: 32 then, 16 now; solver.lr: 0.05 then, 0.5",
          "run/config.yaml, or set another output_dir"]),
     "--resume without config.yaml": (Path.unlink, [], True, ValueError,
-        ["No config can be read at", "run/config.yaml", "or set another output_dir"]),
+        ["No config ", "run/config.yaml", "or set another output_dir"]),
     "--resume with a truncated config.yaml": (truncate, [], True, ValueError,
         ["config.yaml is not a valid config of this version", "or set another output_dir"]),
     "--resume with a config.yaml of another version": (

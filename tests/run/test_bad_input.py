@@ -2,17 +2,27 @@
 
 import os
 import pickle
+from pathlib import Path
 
+import image_folders
+import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
+import tract_transfer
 from tract_transfer.build.model import build_model
 from tract_transfer.build.trainer import build_tract
-from tract_transfer.config.schema import ConfigError
+from tract_transfer.config.schema import ConfigError, dump_config
+from tract_transfer.data.folder import describe_folder
 from tract_transfer.models import build_backbone
+from tract_transfer.run.recipe import Machine, Options, make_recipe
 from tract_transfer.run.run import run
+from tract_transfer.run.trained import read_images
 
+ROOT = Path(__file__).parents[2]
+CPU = Machine(has_gpu=False, has_bf16=False, cores=2, processes=1)
 C, P, D = "classification", "probe", "detection"
 NET = "model.backbone={name: timm/test_resnet}"
 NO_NAME = "model.backbone={name: null}"
@@ -208,6 +218,33 @@ def test_bad_input_is_refused_before_training(name, tmp_path, load_tiny, refused
     assert not (tmp_path / "touched").exists()
 
 
+OPTIONS = {
+    "a task that does not go with classes": ({"task": "detect"}, ValueError,
+        r"--task detect does not go with .*it holds classes \(class folders.*Give --task classify"),
+    "epochs of a probe": ({"task": "probe", "epochs": 3}, ValueError,
+        "--epochs does not go with --task probe, which trains no backbone"),
+    "TrAct in a probe": ({"task": "probe", "tract": True}, ValueError, "--tract does not go with"),
+    "a probe without weights": ({"task": "probe"}, ValueError,
+        "the weights of timm/resnet18 cannot be had: not in the cache.*--weights PATH"),
+    "weights that do not exist": ({"weights": "nowhere.pth"}, FileNotFoundError,
+        "--weights nowhere.pth: there is no such file or folder"),
+    "a backbone that does not exist": ({"backbone": "timm/resnet19"}, ValueError,
+        "--backbone: timm has no model 'resnet19'. Did you mean"),
+    "a batch larger than a folder": ({"batch_size": 500, "weights": "none"}, ValueError,
+        r"data.batch_size: must lie in 1..9,.* got 500"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_that_does_not_fit_a_folder(name, tmp_path, refused, offline_cache, monkeypatch):
+    options, kind, match = OPTIONS[name]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = image_folders.classes(tmp_path / "pets")
+    options = Options(output_dir=str(tmp_path / "run"), **options)
+    with refused(name, kind, match=match):
+        run(make_recipe(folder, describe_folder(folder), options, CPU).config())
+
+
 def test_tract_needs_a_first_layer_that_trains(tmp_path, load_tiny, refused):
     config = load_tiny(tmp_path, "tract.enabled=true")
     model = build_model(config, 3)
@@ -219,3 +256,134 @@ def test_tract_needs_a_first_layer_that_trains(tmp_path, load_tiny, refused):
     two = r"tract: .* 2 could: \['0', '1'\].*tract.layers"
     with refused("a model with two layers that could be the first", ConfigError, match=two):
         build_tract(config, model)
+
+
+# The Python API: name -> call, kind of error, and parts of the message.
+
+ARRAY, IMAGE = np.zeros((8, 9, 3), np.uint8), torch.zeros(3, 8, 9)
+CREATE = tract_transfer.create_backbone
+OF_CONFIGS = {
+    "train(3)": (lambda: tract_transfer.train(3), TypeError,
+        ["config: must be the name of a packaged config, a path", "got int"]),
+    "train(None)": (lambda: tract_transfer.train(None), TypeError, ["config: ", "got NoneType"]),
+    "train of an unknown name": (lambda: tract_transfer.train("quickstart/pretrian"), ConfigError,
+        ["No config quickstart/pretrian", "Nearest: quickstart/pretrain"]),
+    "train of a folder without images": (lambda: tract_transfer.train(ROOT / "configs"),
+        ValueError, ["configs"]),
+    "train of a dict with a wrong key": (
+        lambda: tract_transfer.train({"task": "probe", "modle": 1}), ConfigError,
+        ["modle: ", "(the given mapping)"]),
+    "train of a dict with a key that is no string": (lambda: tract_transfer.train({3: 1}),
+        TypeError, ["config: keys must be strings, got 3"]),
+    "train of a dict with another object": (lambda: tract_transfer.train({"seed": {"a": object}}),
+        TypeError, ["config['seed']['a']: must be a number, a string", "got type"]),
+    "overrides that are one string": (
+        lambda: tract_transfer.train("quickstart/pretrain", overrides="solver.lr=1"), TypeError,
+        ["overrides: must be a dict such as", "got 'solver.lr=1'"]),
+    "overrides that are numbers": (
+        lambda: tract_transfer.train("quickstart/pretrain", overrides=[3]), TypeError,
+        ["overrides: must be a list of strings key=value, got 3"]),
+    "an override with an unknown key": (
+        lambda: tract_transfer.train("quickstart/pretrain", overrides={"solver.lrr": 1}),
+        ConfigError, ["solver.lrr: unknown. Did you mean solver.lr? (overrides)"]),
+    "resume that is a path": (lambda: tract_transfer.train("quickstart/pretrain", resume="run"),
+        TypeError, ["resume: must be True or False, got 'run'"]),
+    "load(None)": (lambda: tract_transfer.load(None), TypeError,
+        ["run: must be the path of a run folder, got NoneType"]),
+    "load of no run": (lambda: tract_transfer.load(ROOT / "docs"), FileNotFoundError,
+        ["docs is not a run folder: it contains no config.yaml"]),
+    "load on an unknown device": (lambda: tract_transfer.load("run", device="gpu"), ValueError,
+        ["device: torch has no 'gpu'. Set auto, cpu or cuda"]),
+    "load on a missing device": (lambda: tract_transfer.load("run", device="cuda:99"), ValueError,
+        ["device: cuda:99, but torch finds", "Set auto or cpu"]),
+    "evaluate of a folder without a run": (lambda: tract_transfer.evaluate(ROOT / "docs"),
+        FileNotFoundError, ["docs is not a run folder"]),
+    "create_backbone()": (CREATE, ValueError, ["name: give the name of a backbone, or weights"]),
+    "create_backbone(3)": (lambda: CREATE(3), TypeError, ["name: must be a string such as"]),
+    "create_backbone of an unknown name": (lambda: CREATE("cifar/resnet19"), ValueError,
+        ["name: BACKBONES has no 'cifar/resnet19'. Did you mean"]),
+    "create_backbone with a wrong argument": (
+        lambda: CREATE("timm/test_vit", args={"dept": 2}), ValueError,
+        ["args['dept']: unknown. Did you mean 'depth'?"]),
+    "create_backbone with two kinds of weights": (
+        lambda: CREATE("timm/test_vit", pretrained=True, weights="x"), ValueError,
+        ["pretrained and weights: give one of them"]),
+    "create_backbone with missing weights": (lambda: CREATE(weights="nowhere"), FileNotFoundError,
+        ["No weights at nowhere"]),
+    "create_backbone with a stem that needs images": (
+        lambda: CREATE("timm/test_resnet", stem="whitened"), ValueError,
+        ["stem: the filters of whitened are computed from training images"]),
+    "a normalization of two channels": (lambda: CREATE("timm/test_vit", mean=[0.5, 0.5]),
+        ValueError, ["mean: must be three numbers in [0, 1], got [0.5, 0.5]"]),
+    "list_backbones(3)": (lambda: tract_transfer.list_backbones(3), TypeError,
+        ["pattern: must be a string such as"]),
+}  # fmt: skip
+OF_IMAGES = {
+    "no image": ([], ValueError, ["inputs: contains no image. Give at least one."]),
+    "an image that is a number": (3, TypeError, ["inputs: must be a path", "got int"]),
+    "an image that is None": ([ARRAY, None], TypeError, ["inputs[1]: must be a path", "NoneType"]),
+    "a dict of images": ({"a": ARRAY}, TypeError, ["inputs: must be a path", "got dict"]),
+    "a missing image": (["nowhere.jpg"], FileNotFoundError,
+        ["inputs[0]: there is no file nowhere.jpg"]),
+    "a folder as an image": (ROOT, IsADirectoryError, ["inputs: ", "is a folder. List the images"]),
+    "a file that is no image": (ROOT / "setup.cfg", ValueError,
+        ["inputs: ", "setup.cfg cannot be decoded: its ", "bytes are no image of"]),
+    "a gray array": (ARRAY[..., 0], ValueError,
+        ["inputs: an array must be (H, W, 3), got (8, 9). PIL converts others"]),
+    "an array with channels first": (ARRAY.transpose(2, 0, 1), ValueError,
+        ["must be (H, W, 3), got (3, 8, 9)", "array.transpose(1, 2, 0)"]),
+    "a batch as an array": (ARRAY[None], ValueError, ["got (1, 8, 9, 3)", "list(images)"]),
+    "a float array": (ARRAY.astype(float), ValueError, ["must be uint8 in 0..255, got float64"]),
+    "a tensor with channels last": (IMAGE.permute(1, 2, 0), ValueError,
+        ["a tensor must be (3, H, W), got (8, 9, 3)", "tensor.permute(2, 0, 1)"]),
+    "a gray tensor": (IMAGE[0], ValueError, ["got (8, 9)", "tensor.expand(3, -1, -1)"]),
+    "a batch as a tensor": (IMAGE[None], ValueError, ["got (1, 3, 8, 9)", "list(images)"]),
+    "an empty tensor": (IMAGE[:, :0], ValueError, ["got (3, 0, 9)"]),
+    "a tensor of integers": (IMAGE.long(), ValueError,
+        ["must be uint8 or floating, got torch.int64", "tensor.to(torch.uint8)"]),
+    "a float image in 0..255": ([IMAGE, IMAGE + 255], ValueError,
+        ["inputs[1]: floating images must be in [0, 1], got 255 to 255. Divide it by 255."]),
+    "a normalized image": (IMAGE - 2, ValueError, ["got -2 to -2. Undo a normalization"]),
+    "an image with NaN": (IMAGE / 0, ValueError, ["got nan to nan. It holds NaN."]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_CONFIGS)
+def test_bad_arguments_of_the_api_are_refused(name, tmp_path, refused, monkeypatch):
+    call, kind, expected = OF_CONFIGS[name]
+    monkeypatch.chdir(tmp_path)
+    with refused(name, kind) as caught:
+        call()
+    message = str(caught.value)
+    assert [part for part in expected if part not in message] == [], message
+    assert list(tmp_path.iterdir()) == [], "nothing was written"
+
+
+@pytest.mark.parametrize("name", OF_IMAGES)
+def test_bad_images_are_refused(name, refused):
+    images, kind, expected = OF_IMAGES[name]
+    with refused(name, kind) as caught:
+        list(read_images(images, 10_000))
+    message = str(caught.value)
+    assert [part for part in expected if part not in message] == [], message
+
+
+def test_bad_options_of_predictions_and_a_probe_are_refused(tmp_path, load_tiny, refused):
+    config = load_tiny(tmp_path, task="probe")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text(dump_config(config))
+    probe = "task: a probe trains no model. Give another run."
+    with refused("load of a probe's run", ConfigError, match=probe):
+        tract_transfer.load(tmp_path / "run")
+    where = ("model", "backbone", ["a"], tmp_path, torch.device("cpu"))
+    classifier = tract_transfer.TrainedClassifier(load_tiny(tmp_path), *where)
+    detector = tract_transfer.TrainedDetector(load_tiny(tmp_path, task="detection"), *where)
+    for value, kind, text in ((0, ValueError, "1 or more, got 0"), (2.5, TypeError, "an integer")):
+        with refused(f"predict with top_k={value}", kind, match=f"top_k: must be {text}"):
+            classifier.predict(IMAGE, top_k=value)
+        with refused(f"predict with batch_size={value}", kind, match=f"batch_size: must be {text}"):
+            detector.predict(IMAGE, batch_size=value)
+    with refused("predict with min_score=2", ValueError, match=r"min_score: must be in \[0, 1\]"):
+        detector.predict(IMAGE, min_score=2)
+    with refused("predict with min_score='a'", TypeError, match="min_score: must be a number"):
+        detector.predict(IMAGE, min_score="a")

@@ -15,9 +15,9 @@ from torch import nn
 from tract_transfer.build.batches import build_transforms
 from tract_transfer.models import Classifier, build_backbone
 from tract_transfer.models.export import export_onnx, load_exported, to_library
-from tract_transfer.run.evaluate import load_trained
 from tract_transfer.run.export import export_run
 from tract_transfer.run.run import run
+from tract_transfer.run.trained import load
 
 PAGE = Path(__file__).parents[2] / "docs/guides/export.md"
 # Kind of model -> its backbone, and the library that it is exported to.
@@ -62,7 +62,7 @@ def photo():
 
 def logits_of(folder, photo):
     """The run's own logits for a photo."""
-    trained = load_trained(folder, ["engine.device=cpu"])
+    trained = load(folder, device="cpu")
     _, transform = build_transforms(trained.config)
     with torch.no_grad():
         return trained.model.eval()(transform(torch.from_numpy(photo).permute(2, 0, 1))[None])
@@ -83,7 +83,7 @@ def test_code_of_the_readme_gives_the_logits_of_the_run(
     exec(code, namespace)
     expected = logits_of(finished(kind), photo)
     torch.testing.assert_close(namespace["logits"], expected, atol=1e-6, rtol=1e-6)
-    assert namespace["names"] == load_trained(finished(kind)).class_names
+    assert namespace["names"] == load(finished(kind)).class_names
     assert (tmp_path / "out/config.json").exists() == (kind in ("timm", "vit"))
     assert (tmp_path / "out/model.json").exists() == (kind not in ("timm", "vit"))
 
@@ -95,7 +95,7 @@ def test_timm_builds_model_and_transform_from_the_folder(kind, finished, tmp_pat
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     torch.testing.assert_close(dict(model.state_dict()), state, atol=0, rtol=0)
     data = timm.data.resolve_model_data_config(model)
-    trained = load_trained(finished(kind))
+    trained = load(finished(kind))
     backbone = trained.model.backbone
     assert list(data["input_size"]) == [3, 32, 32]
     assert (data["crop_pct"], data["interpolation"]) == (0.8, "bicubic")
@@ -176,7 +176,7 @@ def test_onnx_normalizes_and_takes_any_batch(kind, finished, tmp_path, photo):
     images = torch.rand(5, 3, 32, 32)
     (logits,) = session.run(None, {"images": images.numpy()})
     with torch.no_grad():
-        expected = load_trained(finished(kind)).model.eval().cpu()(images)
+        expected = load(finished(kind)).model.eval().cpu()(images)
     np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4, rtol=0)
     onnx = pytest.importorskip("onnx")
     assert onnx.load(tmp_path / "out/model.onnx").opset_import[0].version == 18

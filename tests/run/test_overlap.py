@@ -71,7 +71,7 @@ def test_too_many_images_and_streams_are_not_compared(
         monkeypatch.setattr(results, "MAX_COMPARED_IMAGES", limits[0])
         monkeypatch.setattr(results, "MAX_COMPARED_BYTES", limits[1])
         assert (find_overlap(data) is not None) == is_compared
-    assert "is not checked: too many images. tools/check_data.py checks it" in caplog.text
+    assert "is not checked: too many images. tract-transfer check-data checks it" in caplog.text
     (tmp_path / "parquet").mkdir()
     streamed = words(write_splits(tmp_path / "parquet"))
     assert (

@@ -20,8 +20,8 @@ def test_the_command_in_the_error_replays_the_step(tmp_path, load_tiny, call, ta
     with pytest.raises(NonFiniteError, match=r"in iteration \d.* Images: ") as caught:
         run(config)
     assert not (tmp_path / "run/results.json").exists()
-    command = re.search(r"python tools/(\S+) (.*)$", str(caught.value))
-    done = call(command[1], *shlex.split(command[2]))
+    command = re.search(r"tract-transfer train (.*)$", str(caught.value))
+    done = call("train_net.py", *shlex.split(command[1]))
     assert done.returncode == 0, done.stderr
     assert "is not finite" in done.stdout
     assert "The losses: " in done.stdout

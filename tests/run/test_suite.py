@@ -182,7 +182,7 @@ BAD = {
         r"methods\.tract\.downstream: the suite has no tasks",
     ),
     "a missing file": (
-        {"tasks": {"probe": "nowhere.yaml"}}, r"probe: No config can be read at .*nowhere\.yaml",
+        {"tasks": {"probe": "nowhere.yaml"}}, r"probe: No config .*nowhere\.yaml",
     ),
     "missing weights": (
         {"pretrain": None, "tasks": {"train": "classification.yaml"},

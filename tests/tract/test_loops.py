@@ -114,6 +114,13 @@ def test_the_whole_interface_leaves_the_model_unchanged():
     assert_same(space["model"], by_hand(batches(), treated=False))
 
 
+def test_report_of_the_page_changes_nothing(capsys):
+    exec(blocks("Is it working?")[0], space := names(tiny()))
+    assert_same(space["model"], by_hand(batches()))
+    assert capsys.readouterr().out == f"{space['tract'].report()}\n"
+    assert "\n  verdict      " in str(space["tract"].report())
+
+
 def test_several_processes(tmp_path):
     """One process runs the page's lines; tests/tract/test_processes.py has more."""
     model = tiny()

@@ -1,6 +1,7 @@
 """Which forwards count: those whose gradient the weight holds at the step, once each."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -228,6 +229,7 @@ def test_missing_step_is_logged_once(caplog):
 
 def test_latest_tract_on_a_layer_is_the_only_one(caplog):
     """As when a cell of a notebook runs again."""
+    caplog.set_level(logging.WARNING, "tract_transfer")
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     earlier = TrAct(model)

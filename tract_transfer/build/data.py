@@ -73,12 +73,13 @@ def build_data(config: Config) -> Data:
     def load(name: str) -> Any:
         return load_split(config, name, findings) if getattr(sections, name) else None
 
-    train = load("train")
-    if isinstance(sections.val, sources.HeldOutSource):
-        train, val = classification.hold_out(train, sections.val.fraction, config.seed)
-    else:
-        val = load("val")
-    test = load("test")
+    train, held_out = load("train"), dict[str, Any]()
+    for name in ("test", "val"):
+        section = getattr(sections, name)
+        if isinstance(section, sources.HeldOutSource):
+            seed = config.seed if section.seed is None else section.seed
+            train, held_out[name] = classification.hold_out(train, section.fraction, seed)
+    val, test = (held_out[name] if name in held_out else load(name) for name in ("val", "test"))
     if isinstance(config, DetectionConfig) and config.data.empty_images == "drop":
         train = train.with_objects()
     if isinstance(config, ProbeConfig) and config.data.has_many_labels:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, PartialState
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
@@ -76,8 +77,12 @@ def build_accelerator(config: Config) -> Accelerator:
         raise config.error("engine.device", "torch finds no CUDA GPU. Set auto or cpu.")
     # A detector does not use the last layers of its backbone.
     unused = isinstance(config, DetectionConfig)
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    state = PartialState._shared_state  # else a process keeps the device of its first run
+    if state and state["num_processes"] == 1 and (state["device"].type == "cpu") != cpu:
+        AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(
-        cpu=device == "cpu" or not torch.cuda.is_available(),
+        cpu=cpu,
         mixed_precision="no",  # engine.precision decides, not the launcher's default
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)],
     )

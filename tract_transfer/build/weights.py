@@ -69,7 +69,7 @@ def build_with_weights(config: Config) -> Backbone:
             metadata = weights.read_metadata(path)
             weights.import_plugins_of(metadata, config.plugins)
             if section.name is not None:
-                _check_origin(metadata, section)
+                check_origin(metadata, section)
     with errors_at(config, "model.backbone", (KeyError, ValueError)):
         try:
             if section.name is None:
@@ -92,7 +92,7 @@ def build_with_weights(config: Config) -> Backbone:
     return backbone
 
 
-def _check_origin(metadata: Mapping[str, Any], section: BackboneConfig) -> None:
+def check_origin(metadata: Mapping[str, Any], section: BackboneConfig) -> None:
     """Refuse a backbone that the metadata of its weights contradict, even if shapes fit."""
     origin = {key: metadata[key] for key in ("name", "stem", "args")}
     given = section.model_dump(include=set(origin))

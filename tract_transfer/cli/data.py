@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tract_transfer.cli.folder import checked_config, take_folder
 from tract_transfer.cli.main import add_config, make_parser, number, read_config, reports_errors
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 CHECK = """\
 Check the data of a config: open every image, read every annotation, list everything broken.
 
+tract-transfer check-data ./my_images
 tract-transfer check-data --config-file detection/r18_fpn_voc07
 tract-transfer check-data --config-file X.yaml data.train.path=./my_images --json report.json
 
@@ -43,10 +45,15 @@ PX_PER_INCH = 150
 def check() -> int:
     """Check the data and print the problems; return the exit code."""
     parser = make_parser(CHECK)
-    add_config(parser)
+    add_config(parser, is_required=False)
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the whole report")
     arguments = parser.parse_intermixed_args()
-    config = read_config(arguments)
+    folder = take_folder(parser, arguments)
+    if folder is None:
+        config = read_config(arguments)
+    else:
+        config, recipe = checked_config(folder, arguments.overrides)
+        print(recipe.choices[0].why)
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {arguments.json}: the folder does not exist. Create it.")
     from tract_transfer.run.check_data import check_data

@@ -4,12 +4,11 @@ tract-transfer eval --run output/quickstart/detect
 tract-transfer eval --run output/quickstart/detect evaluation.protocol=area
 tract-transfer eval --config-file transfer/cifar10_finetune
 
-Prints the metrics, and writes evaluation.json into the run folder. The model and its transforms are
-those of the run; `data.test` and `evaluation` may differ.
+Prints the metrics, that of `evaluation.metric` first, and writes evaluation.json into the run
+folder. The model and its transforms are those of the run; `data.test` and `evaluation` may differ.
 """
 
 import json
-import logging
 import sys
 from pathlib import Path
 
@@ -33,11 +32,14 @@ def main() -> int:
     add_plugins(parser)
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    from tract_transfer.engine.screen import ProgressLine, show_log
 
-    from tract_transfer.config.schema import load_config
-    from tract_transfer.engine.hooks import format_metric
-    from tract_transfer.run.evaluate import evaluate_run, run_config
+    show_log()
+    with ProgressLine("Loading PyTorch"):
+        from tract_transfer.config.schema import load_config
+        from tract_transfer.engine.hooks import format_metric
+        from tract_transfer.run.evaluate import evaluate_run
+        from tract_transfer.run.trained import run_config
 
     if arguments.run is not None:
         config = run_config(arguments.run, arguments.overrides, arguments.plugins)

@@ -7,12 +7,11 @@ folder must be changed first; 128 + n ended by signal n.
 import argparse
 import math
 import os
-import re
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import wraps
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import tract_transfer
@@ -35,10 +34,9 @@ COMMANDS = {
     "export": ("export", "main", "write a run's model for timm, torchvision or ONNX"),
     "convert": ("export", "convert", "convert a ResNet's weights to detectron2's names, or back"),
     "configs": ("configs", "main", "list the packaged configs, or copy one to edit"),
+    "doctor": ("doctor", "main", "check the installation, or TrAct on a model and its data"),
 }
 CONFIG_HELP = "a YAML file, or the name of a packaged config"
-# Modules whose package has another name.
-_PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Errors that repeat until the user changes something, and others that are not mistakes in the code.
 _REFUSALS = (
     ValueError, ImportError, FileNotFoundError, FileExistsError, NotADirectoryError,
@@ -94,32 +92,13 @@ def print_error(error: Exception) -> int:
     from tract_transfer.files import FAILED, REFUSED
 
     if isinstance(error, _REFUSALS):
-        hint = install_hint(error) if isinstance(error, ModuleNotFoundError) else None
+        hint = (
+            tract_transfer.install_hint(error) if isinstance(error, ModuleNotFoundError) else None
+        )
         print(f"error: {hint or error}", file=sys.stderr)
         return REFUSED
     print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)
     return FAILED
-
-
-def install_hint(error: ModuleNotFoundError) -> str | None:
-    """Return which extra of this package installs a missing module, if one does."""
-    module = (error.name or "").partition(".")[0]
-    package = _PACKAGES.get(module, module).replace("_", "-").lower()
-    extras = []
-    for requirement in (
-        metadata.requires("tract_transfer") or ()
-    ):  # "timm>=1.0.16; extra == 'train'"
-        name, extra = (
-            re.match(r"[\w.-]+", requirement),
-            re.search(r"extra == ['\"](\w+)", requirement),
-        )
-        if extra and name and name[0].replace("_", "-").lower() == package:
-            extras.append(extra[1])
-    if not extras:
-        return None
-    command = sys.argv[0].rpartition(" ")[2]
-    extra_name = command if command in extras else extras[0]
-    return f"{module} is not installed: pip install 'tract_transfer[{extra_name}]'"
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
@@ -129,9 +108,9 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     )
 
 
-def add_config(parser: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
     """Add a config file and its overrides, for `parse_intermixed_args`."""
-    parser.add_argument("--config-file", required=True, metavar="FILE", help=CONFIG_HELP)
+    parser.add_argument("--config-file", required=is_required, metavar="FILE", help=CONFIG_HELP)
     add_plugins(parser)
     add_overrides(parser)
 

@@ -1,27 +1,32 @@
-"""Train, probe or evaluate one config: pre-training, fine-tuning, a probe or a detector.
+"""Train, probe or evaluate one config, or a folder of images.
 
+tract-transfer train ./my_images
+tract-transfer train ./my_images --task probe --backbone timm/resnet50
 tract-transfer train --config-file quickstart/pretrain
 tract-transfer train --config-file X.yaml solver.lr=0.05 tract.enabled=true
 torchrun --nproc-per-node 4 -m tract_transfer train --config-file X.yaml
 """
 
 import argparse
-import logging
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tract_transfer.cli.folder import add_folder_options, folder_config, take_folder
 from tract_transfer.cli.main import add_config, make_parser, number, read_config, reports_errors
 
 if TYPE_CHECKING:
     from tract_transfer.config.schema import Config
+    from tract_transfer.run.recipe import Recipe
 
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
-    add_config(parser)
+    add_config(parser, is_required=False)
+    add_folder_options(parser)
     parser.add_argument("--resume", action="store_true", help="resume the run in output_dir")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--eval-only", action="store_true", help="evaluate its checkpoint")
@@ -32,6 +37,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if arguments.resume and (arguments.eval_only or arguments.debug_batch):
         parser.error("--resume continues a training: leave out --eval-only or --debug-batch.")
+    arguments.folder = take_folder(parser, arguments)
     return arguments
 
 
@@ -39,23 +45,32 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Run what the command line asks for; return the exit code."""
     arguments = parse()
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("tract_transfer").setLevel(logging.INFO)
-    config = read_config(arguments)
+    from tract_transfer.engine.screen import ProgressLine, show_log
+
+    is_main = os.environ.get("RANK", "0") == "0"
+    show_log(is_main=is_main)
+    recipe = None
+    if arguments.folder is None:
+        config = read_config(arguments)
+    else:
+        config, recipe = folder_config(arguments.folder, arguments)
     if arguments.num_gpus is not None and "RANK" not in os.environ:
         return launch(arguments.num_gpus)
 
-    from tract_transfer.engine.group import Stopped
+    with ProgressLine("Loading PyTorch"):
+        from tract_transfer.engine.group import Stopped
 
-    is_main = os.environ.get("RANK", "0") == "0"
-    if not is_main:
-        logging.getLogger("tract_transfer").setLevel(logging.ERROR)
+        import_module("tract_transfer.run.run")  # and all that it imports
     try:
-        lines = carry_out(arguments, config)
+        if recipe is not None and is_main:
+            print("\n".join(recipe.lines(arguments.overrides)), flush=True)
+            lines = carry_out_recipe(arguments, config, recipe)
+        else:
+            lines = carry_out(arguments, config)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    if is_main:
+    if is_main and lines:
         print("\n".join(lines))
     return 0
 
@@ -75,7 +90,25 @@ def carry_out(arguments: argparse.Namespace, config: "Config") -> list[str]:
         metrics = evaluate_run(config)
         return [f"{name:>22}  {format_metric(name, value)}" for name, value in metrics.items()]
     run(config, resume=arguments.resume)
+    if sys.stdout.isatty() and sys.stderr.isatty():
+        return []  # the log has shown it
     return [str(Path(config.output_dir) / "results.json")]
+
+
+def carry_out_recipe(
+    arguments: argparse.Namespace, config: "Config", recipe: "Recipe"
+) -> list[str]:
+    """Carry out what was chosen for a folder, and save it; return the lines to print."""
+    if arguments.dry_run:
+        return [*carry_out(arguments, config), "", recipe.text(arguments.overrides)]
+    if arguments.eval_only or arguments.debug_batch:
+        return carry_out(arguments, config)
+    from tract_transfer.run.recipe import saved_recipe
+
+    words, resume = arguments.overrides, arguments.resume
+    with saved_recipe(config, recipe, words, resume=resume) as path:
+        lines = carry_out(arguments, config)
+    return [*lines, f"Repeat or change it: tract-transfer train --config-file {path}"]
 
 
 def launch(num_gpus: int) -> int:

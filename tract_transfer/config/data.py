@@ -54,10 +54,14 @@ class DigitsSource(Section):
 
 
 class HeldOutSource(Section):
-    """A stratified `fraction` held out from data.train."""
+    """A stratified `fraction` held out from data.train; `seed: null` is the run's seed.
+
+    data.test is held out first, and data.val is a fraction of what is left.
+    """
 
     source: Literal["train"]
     fraction: OpenFraction
+    seed: CountOrZero | None = None
 
 
 class VocSource(Section):
@@ -136,6 +140,12 @@ ImageSource = Annotated[_HuggingFace | _Digits | _Plugin, _BY_SOURCE]
 ValSource = Annotated[_HuggingFace | _Digits | _HeldOut | _Plugin, _BY_SOURCE]
 BoxSource = Annotated[_Voc | _Coco | _HuggingFaceBoxes | _DigitScenes | _Plugin, _BY_SOURCE]
 ProbeSource = Annotated[_HuggingFace | _Digits | _Voc | _DigitScenes | _Plugin, _BY_SOURCE]
+BoxSourceOrPart = Annotated[
+    _Voc | _Coco | _HuggingFaceBoxes | _DigitScenes | _HeldOut | _Plugin, _BY_SOURCE
+]
+ProbeSourceOrPart = Annotated[
+    _HuggingFace | _Digits | _Voc | _DigitScenes | _HeldOut | _Plugin, _BY_SOURCE
+]
 
 
 class EvalTransformsConfig(Section):
@@ -241,7 +251,7 @@ class ClassificationData(LoadingConfig):
     cache: Literal["none", "ram", "device"] = "none"  # type: ignore[assignment]
     train: ImageSource
     val: ValSource | None = None
-    test: ImageSource | None = None
+    test: ValSource | None = None
     transforms: ClassificationTransformsConfig
     mixup: MixupConfig | None = None
     repeats: Count = 1
@@ -271,8 +281,8 @@ class DetectionData(LoadingConfig):
     """
 
     train: BoxSource
-    val: BoxSource | None = None
-    test: BoxSource | None = None
+    val: BoxSourceOrPart | None = None
+    test: BoxSourceOrPart | None = None
     transforms: DetectionTransformsConfig
     invalid_boxes: Literal["error", "clip"] = "error"
     empty_images: Literal["keep", "drop"] = "keep"
@@ -288,7 +298,7 @@ class ProbeData(LoadingConfig):
 
     train: ProbeSource
     val: ImageSource | None = None
-    test: ProbeSource
+    test: ProbeSourceOrPart
     transforms: EvalTransformsConfig
     feature_cache: str | None = None
 
@@ -298,8 +308,9 @@ class ProbeData(LoadingConfig):
         return isinstance(self.train, VocSource | DigitScenesSource)
 
     def rules(self) -> Rules:
+        is_part = isinstance(self.test, HeldOutSource)
         yield (
-            self.has_many_labels == isinstance(self.test, VocSource | DigitScenesSource),
+            is_part or self.has_many_labels == isinstance(self.test, VocSource | DigitScenesSource),
             f"data.train is {self.train.source} and data.test {self.test.source}: one has several "
             "labels an image, the other has one. Use two of the same kind",
         )

@@ -1,6 +1,8 @@
 """Config files: YAML with `_BASE_` files and overrides, and errors that name file and line."""
 
 import copy
+import json
+import numbers
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +18,9 @@ from tract_transfer.registry import find_plugin
 
 # Dotted key -> where it was set: "configs/x.yaml line 12"; "" -> the file that was asked for.
 Origins = dict[str, str]
-COMMAND_LINE = "command line"
+# Changes of a config: `key=value` words, or dotted keys and their values.
+Overrides = Sequence[str] | Mapping[str, Any]
+COMMAND_LINE, ARGUMENT, MAPPING = "command line", "overrides", "the given mapping"
 # The configs that come with the package: in it once installed, beside it in a clone.
 _PACKAGE = Path(__file__).parents[1]
 CONFIGS = next(
@@ -85,11 +89,28 @@ def read_config_file(
     """
     path = find_config(path)
     tree, origins = override(*_read(path, ()), parse_words(overrides))
-    tree = _with_plugins(_with_absolute_plugins(tree, Path()), plugins)
-    if plugins:
-        origins["plugins"] = COMMAND_LINE
     origins[""] = str(path)
-    return tree, origins
+    return add_plugins(tree, origins, plugins)
+
+
+def add_plugins(
+    tree: dict[str, Any], origins: Origins, plugins: Sequence[str] = ()
+) -> tuple[dict[str, Any], Origins]:
+    """Return a tree with more `plugins`, and paths of the working directory made absolute."""
+    tree = _with_absolute_plugins(tree, Path())
+    old = tree.get("plugins", [])
+    if not plugins or not isinstance(old, list):
+        return tree, origins
+    added = {**tree, "plugins": [*dict.fromkeys([*old, *map(find_plugin, plugins)])]}
+    return added, {**origins, "plugins": COMMAND_LINE}
+
+
+def with_plugins(overrides: Overrides, plugins: Sequence[str]) -> Overrides:
+    """Return overrides that add plug-ins to those that they name, by absolute paths."""
+    files = [find_plugin(plugin) for plugin in plugins]
+    if isinstance(overrides, Mapping):
+        return {**overrides, "plugins": [*overrides.get("plugins", []), *files]}
+    return [*overrides, f"plugins={json.dumps(files)}"]
 
 
 def _with_absolute_plugins(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -100,12 +121,71 @@ def _with_absolute_plugins(tree: dict[str, Any], folder: Path) -> dict[str, Any]
     return {**tree, "plugins": [find_plugin(plugin, folder) for plugin in plugins]}
 
 
-def _with_plugins(tree: dict[str, Any], plugins: Sequence[str]) -> dict[str, Any]:
-    """Return a tree with more `plugins`, relative to the working directory."""
-    old = tree.get("plugins", [])
-    if not plugins or not isinstance(old, list):
-        return tree
-    return {**tree, "plugins": [*dict.fromkeys([*old, *map(find_plugin, plugins)])]}
+def read_config(
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Overrides = (),
+    plugins: Sequence[str] = (),
+) -> tuple[dict[str, Any], Origins]:
+    """Return what `read_config_file` returns, for a config as a mapping and overrides as one too.
+
+    A mapping may have a `_BASE_` (relative to the working directory). Its tuples become lists, its
+    paths strings and NumPy's numbers Python's.
+
+    Raises:
+        TypeError: an argument of another type.
+    """
+    if not isinstance(config, str | os.PathLike | Mapping):
+        raise TypeError(
+            "config: must be the name of a packaged config, a path to a YAML file, a dict or a "
+            f"config that load_config returned, got {type(config).__name__}."
+        )
+    changes = read_overrides(overrides)
+    if not isinstance(config, Mapping):
+        tree, origins = read_config_file(Path(config))
+        return add_plugins(*override(tree, origins, changes), plugins)
+    tree = _plain(config, "config")
+    origins = dict.fromkeys(_keys_below("", tree), MAPPING)
+    origins = {key.removeprefix("."): place for key, place in origins.items()}
+    tree, origins = override(*_with_bases(tree, origins, Path(), MAPPING, ()), changes)
+    return add_plugins(tree, origins, plugins)
+
+
+def read_overrides(overrides: Overrides) -> list[Override]:
+    """Return the overrides of a Python call. Raises TypeError, ConfigError."""
+    if isinstance(overrides, Mapping):
+        changes = _plain(overrides, "overrides")
+        return [Override(key, value, ARGUMENT) for key, value in changes.items()]
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence):
+        raise TypeError(
+            'overrides: must be a dict such as {"solver.lr": 0.1} or a list such as '
+            f'["solver.lr=0.1"], got {overrides!r}.'
+        )
+    for word in overrides:
+        if not isinstance(word, str):
+            raise TypeError(f"overrides: must be a list of strings key=value, got {word!r} in it.")
+    return parse_words(overrides)
+
+
+def _plain(value: Any, name: str) -> Any:
+    """Return a value of Python as YAML would give it; a TypeError names what it cannot hold."""
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise TypeError(f"{name}: keys must be strings, got {key!r}.")
+        return {str(key): _plain(part, f"{name}[{key!r}]") for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part, name) for part in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    for kind, convert in ((numbers.Integral, int), (numbers.Real, float)):
+        if isinstance(value, kind):
+            return convert(value)  # type: ignore[call-overload]
+    raise TypeError(
+        f"{name}: must be a number, a string, a bool, None, a list or a dict of these, got "
+        f"{type(value).__name__}."
+    )
 
 
 def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], Origins]:
@@ -123,19 +203,26 @@ def _read(path: Path, including: tuple[Path, ...]) -> tuple[dict[str, Any], Orig
         raise ConfigError(f"{path}: a config must be a mapping of keys to values.")
     origins: Origins = {}
     _record_lines(node, "", path, origins)
+    return _with_bases(tree, origins, path.parent, str(path), (*including, path.resolve()))
+
+
+def _with_bases(
+    tree: dict[str, Any], origins: Origins, folder: Path, place: str, including: tuple[Path, ...]
+) -> tuple[dict[str, Any], Origins]:
+    """Return the tree at `place` merged over its `_BASE_`, whose paths are relative to `folder`."""
     bases = tree.pop("_BASE_", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"_BASE_: must be a path or a list of paths, got {bases!r} ({path}).")
-    tree = _with_absolute_plugins(tree, path.parent)
+        raise ConfigError(f"_BASE_: must be a path or a list of paths, got {bases!r} ({place}).")
+    tree = _with_absolute_plugins(tree, folder)
     merged: dict[str, Any] = {}
     inherited: Origins = {}
     for base in bases:
         try:
-            base_path = find_config(base, path.parent)
+            base_path = find_config(base, folder)
         except ConfigError as error:
             raise ConfigError(explain("_BASE_", str(error), origins)) from None
-        base_tree, base_origins = _read(base_path, (*including, path.resolve()))
+        base_tree, base_origins = _read(base_path, including)
         merged = _merge_files(merged, base_tree)
         inherited.update(base_origins)
     return _merge_files(merged, tree), {**inherited, **origins}
@@ -235,38 +322,50 @@ _FLOAT = r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$
 _BOOL = r"^(?:true|True|TRUE|false|False|FALSE)$"
 
 
-_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml: 10 times as fast
-
-
-class _Loader(_SafeLoader):  # type: ignore[valid-type, misc]
+class _Loader(yaml.SafeLoader):
     """Safe YAML with YAML 1.2's scalars: 1e-3 is a number, and only true and false are bools."""
+
+
+class _FastLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The same by libyaml, ten times as fast; it refuses `{key:}`, which is YAML."""
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, regexp)
-        for tag, regexp in resolvers
-        if not tag.endswith((":bool", ":float", ":timestamp"))
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _yaml in (_Loader, _Dumper):
+for _loader in (_Loader, _FastLoader):
+    _loader.yaml_implicit_resolvers = {
+        first: [
+            (tag, regexp)
+            for tag, regexp in resolvers
+            if not tag.endswith((":bool", ":float", ":timestamp"))
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(_BOOL), [*"tTfF"])
+for _yaml in (_Loader, _FastLoader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(_FLOAT), [*"-+0123456789."])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(_BOOL), [*"tTfF"])
 
 
-def dump_yaml(tree: Mapping[str, Any]) -> str:
-    """Return a tree as YAML that reads back as the same tree."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def dump_yaml(tree: Mapping[str, Any], *, is_short: bool = False) -> str:
+    """Return a tree as YAML that reads back as the same tree; short: innermost values in a line."""
+    style = None if is_short else False
+    return yaml.dump(
+        tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=style
+    )
 
 
 def parse_yaml(text: str) -> tuple[yaml.Node | None, Any]:
     """Return the nodes of a YAML text, which know their lines, and its value, or raise NOT_YAML."""
-    loader = _Loader(text)
+    try:
+        return _parse(text, _FastLoader)
+    except yaml.YAMLError:
+        return _parse(text, _Loader)  # its message shows the line
+
+
+def _parse(text: str, kind: type) -> tuple[yaml.Node | None, Any]:
+    loader = kind(text)
     try:
         node = loader.get_single_node()
         if node is None:
@@ -353,9 +452,7 @@ def _dotted(location: Sequence[Any], tree: Any) -> str:
     parts = []
     for part in location:
         if isinstance(tree, dict):
-            if part not in tree and part in (
-                tree.get("source"), tree.get("task"), PLUGIN
-            ):  # fmt: skip
+            if part not in tree and part in (tree.get("source"), tree.get("task"), PLUGIN):
                 continue
             tree = tree.get(part)
         else:

@@ -3,8 +3,8 @@
 Each task has its own Config, so that a key which a task would ignore is an error.
 """
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError
@@ -14,10 +14,14 @@ from tract_transfer.config.data import ClassificationData, DetectionData, ProbeD
 from tract_transfer.config.file import (
     ConfigError,
     Origins,
+    Overrides,
+    add_plugins,
     dump_yaml,
     explain,
     explain_all,
-    read_config_file,
+    override,
+    read_config,
+    read_overrides,
 )
 from tract_transfer.config.sections import Rules, Section
 from tract_transfer.files import redact
@@ -89,8 +93,9 @@ class ClassificationConfig(TrainedConfig):
         if "data.train" in data.streamed:
             train = "data.train. Change it, or set data.train.streaming: false"
             yield data.repeats == 1, f"data.repeats: needs random access to {train}"
-            is_held_out = data.val is not None and data.val.source == "train"
-            yield not is_held_out, f"data.val: holds out images of {train}"
+            for name, part in (("val", data.val), ("test", data.test)):
+                is_held_out = part is not None and part.source == "train"
+                yield not is_held_out, f"data.{name}: holds out images of {train}"
             message = f"model.backbone.stem: whitened needs a random sample of {train}"
             yield self.model.backbone.stem != "whitened", message
 
@@ -148,18 +153,31 @@ _ADAPTER: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminato
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()
+    config: str | os.PathLike[str] | Mapping[str, Any] | Config,
+    overrides: Overrides = (),
+    plugins: Sequence[str] = (),
 ) -> Config:
-    """Read a YAML file with its `_BASE_` files, apply `key=value` overrides, and check it.
+    """Read a config, apply overrides and check it.
 
     Args:
-        plugins: are added to `plugins` of the file. Nothing is imported here, but when the config
-            is used.
+        config: the name of a packaged config (`quickstart/pretrain`), a path to a YAML file, a
+            dict of its keys, or a config that this function returned. `_BASE_` files are merged.
+        overrides: dotted keys and values, `{"solver.lr": 0.1}`, or words, `["solver.lr=0.1"]`.
+        plugins: modules and .py files, added to `plugins` of the config. Nothing is imported before
+            the config is used.
+
+    Returns:
+        A ClassificationConfig, DetectionConfig or ProbeConfig, as `task` is.
 
     Raises:
         ConfigError: one line a problem: key, problem, fix, file and line.
+        TypeError: an argument of another type.
     """
-    return check_config(*read_config_file(Path(path), overrides, plugins))
+    if isinstance(config, BaseConfig):
+        changes = read_overrides(overrides)
+        tree, origins = override(config.model_dump(), config._origins, changes)
+        return check_config(*add_plugins(tree, origins, plugins))
+    return check_config(*read_config(config, overrides, plugins))
 
 
 def check_config(tree: dict[str, Any], origins: Origins) -> Config:

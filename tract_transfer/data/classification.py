@@ -4,13 +4,15 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import permutations
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from tract_transfer.data.detection import DetectionDataset
 from tract_transfer.data.findings import Origin
 from tract_transfer.data.images import ImageSource, IndexedImages, fingerprint
 
+Held = TypeVar("Held", "ClassificationDataset", DetectionDataset)
 RENUMBER = (
     "Number them 0, 1, ... with class_encode_column on all splits together, and save_to_disk."
 )
@@ -36,6 +38,11 @@ class ClassificationDataset(IndexedImages):
         """The number of images of each class, int64 (K,)."""
         return np.bincount(self.labels, minlength=len(self.class_names))
 
+    @property
+    def strata(self) -> np.ndarray:
+        """The class of each image, int64 (N,), of which `hold_out` takes the same part."""
+        return self.labels
+
     def target(self, index: int) -> int:
         """Return an image's class, in 0..K-1."""
         return int(self.labels[index])
@@ -51,26 +58,28 @@ class ClassificationDataset(IndexedImages):
         return selected
 
 
-def hold_out(
-    dataset: ClassificationDataset, fraction: float, seed: int
-) -> tuple[ClassificationDataset, ClassificationDataset]:
-    """Split off a stratified validation set; `fraction` lies in (0, 1).
+def hold_out(dataset: Held, fraction: float, seed: int) -> tuple[Held, Held]:
+    """Split off a stratified part for validation or for the report; `fraction` lies in (0, 1).
 
     It gets `round(fraction * count)` images of each class: at least one if the class has two, and
-    never all. Returns (the rest, the held-out part), both in the order of the data set.
+    never all. An image with boxes counts for the rarest of its classes. Returns (the rest, the
+    held-out part), both in the order of the data set.
     """
     generator = np.random.default_rng(seed)
     is_held_out = np.zeros(len(dataset), dtype=bool)
-    for label in range(len(dataset.class_names)):
-        members = np.flatnonzero(dataset.labels == label)
+    strata = dataset.strata
+    for stratum in np.unique(strata):
+        members = np.flatnonzero(strata == stratum)
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)
         is_held_out[generator.permutation(members)[: max(count, 0)]] = True
     if not is_held_out.any():
-        raise ValueError(f"{dataset.name}: nothing to hold out, no class has two images.")
+        raise ValueError(
+            f"{dataset.name}: nothing to hold out, no class has two images. Use a split of its own."
+        )
     # These names are part of a run's protocol in results.json: keep them stable.
     return (
-        dataset.select(np.flatnonzero(~is_held_out), f"{dataset.name} without {fraction:g}"),
-        dataset.select(np.flatnonzero(is_held_out), f"{dataset.name} carved {fraction:g}"),
+        dataset.select(np.flatnonzero(~is_held_out), f"{dataset.name} without {fraction:.0%}"),
+        dataset.select(np.flatnonzero(is_held_out), f"{dataset.name}, held-out {fraction:.0%}"),
     )
 
 

@@ -209,6 +209,15 @@ class DetectionDataset(IndexedImages):
             f"{size[1]}x{size[0]}: the boxes may not fit. Correct the annotated size."
         )
 
+    @property
+    def strata(self) -> np.ndarray:
+        """A number for the rarest class of each image, int64 (N,), or -1 without objects."""
+        rarity = np.argsort(np.argsort(-self.class_counts, kind="stable"))
+        strata = np.full(len(self.sizes), -1, dtype=np.int64)
+        image_of = np.repeat(np.arange(len(self.sizes)), np.diff(self.objects.first))
+        np.maximum.at(strata, image_of, rarity[self.labels])
+        return strata
+
     def target(self, index: int) -> dict[str, Any]:
         """Return boxes, labels, difficult, crowd and area of an image's objects as in `Objects`.
 

@@ -29,7 +29,7 @@ from tract_transfer.data.findings import (
 from tract_transfer.data.images import MAX_PIXELS, ImageSource, decode_image
 from tract_transfer.registry import did_you_mean
 
-_SPLIT_NAMES = ("train", "validation", "val", "valid", "test")
+SPLIT_NAMES = ("train", "validation", "val", "valid", "test")
 _MAX_CLASSES = 1_000_000
 # Names of the fields of objects in data sets on the hub.
 _FIELDS = {
@@ -166,8 +166,8 @@ def open_rows(at: Location) -> Any:
     elif folder.is_file() or parquet_files(folder):
         rows = _open_files(at, "parquet", split_files(at))
     else:
-        splits = [name for name in _SPLIT_NAMES if (folder / name).is_dir()]
-        folders = {name: folder / name for name in splits} or {_own_split(folder): folder}
+        splits = [name for name in SPLIT_NAMES if (folder / name).is_dir()]
+        folders = {name: folder / name for name in splits} or {own_split(folder): folder}
         at.check_split(list(folders))
         # All splits at once, so that the classes are those of their union.
         rows = _open_files(at, "imagefolder", {k: str(v / "**") for k, v in folders.items()})
@@ -215,7 +215,7 @@ def open_saved(at: Location) -> Any:
             f"{folder} has a split without rows. Save it again, or set {at.key}.path."
         ) from error
     if not isinstance(saved, datasets.DatasetDict):
-        saved = datasets.DatasetDict({str(saved.split or _own_split(folder)): saved})
+        saved = datasets.DatasetDict({str(saved.split or own_split(folder)): saved})
     at.check_split(list(saved))
     try:
         slices = datasets.ReadInstruction.from_spec(at.split).to_absolute(saved.num_rows)
@@ -236,7 +236,7 @@ def split_files(at: Location) -> dict[str, list[str]]:
     if path.is_file():
         if path.suffix != ".parquet":
             raise ValueError(f"{path} is neither a parquet file nor a folder. Set {at.key}.path.")
-        groups[_own_split(path)] = [str(path)]
+        groups[own_split(path)] = [str(path)]
     for file in [] if path.is_file() else parquet_files(path):
         name, _, total = re.fullmatch(r"(.+?)(-\d+-of-(\d+))?", file.stem).groups()  # type: ignore[union-attr]
         groups.setdefault(name, []).append(str(file))
@@ -249,9 +249,9 @@ def split_files(at: Location) -> dict[str, list[str]]:
     return {name: groups[name] for name in at.check_split(list(groups))}
 
 
-def _own_split(path: Path) -> str:
+def own_split(path: Path) -> str:
     """Return the split that a path is named after, or train: one path is never two splits."""
-    return path.stem if path.stem in _SPLIT_NAMES else "train"
+    return path.stem if path.stem in SPLIT_NAMES else "train"
 
 
 def _open_files(at: Location, kind: str, data_files: Mapping[str, Any]) -> Any:
@@ -461,7 +461,7 @@ def load_huggingface_boxes(
 
 
 def _read_rows(
-    rows: Any, source: RowImages, column: "_ObjectsColumn", reader: BoxReader, form: str, unit: str
+    rows: Any, source: RowImages, column: "ObjectsColumn", reader: BoxReader, form: str, unit: str
 ) -> list[int]:
     """Add the images and objects of all rows; return the rows, each image_id once."""
     kept: list[int] = []
@@ -495,15 +495,15 @@ def _read_rows(
     return kept
 
 
-class _ObjectsColumn(NamedTuple):
+class ObjectsColumn(NamedTuple):
     name: str
     fields: dict[str, str]  # boxes, classes, ... -> the field's name in the data
     class_names: list[str] | None  # of a ClassLabel
 
 
-def _find_objects(features: Mapping[str, Any], name: str | None, key: str) -> _ObjectsColumn:
-    """Find the column of objects and the names of its fields."""
-    columns: dict[str, _ObjectsColumn] = {}
+def objects_columns(features: Mapping[str, Any]) -> dict[str, ObjectsColumn]:
+    """Return the columns that hold objects, by name, with the names of their fields."""
+    columns: dict[str, ObjectsColumn] = {}
     for column, feature in features.items():
         struct = getattr(feature, "feature", feature)  # of a list of structs
         struct = struct if isinstance(struct, dict) else {}
@@ -516,12 +516,17 @@ def _find_objects(features: Mapping[str, Any], name: str | None, key: str) -> _O
             classes = struct[fields["classes"]]
             while not hasattr(classes, "names") and hasattr(classes, "feature"):
                 classes = classes.feature
-            columns[column] = _ObjectsColumn(column, fields, getattr(classes, "names", None))
-    content = "objects with bbox and category"
+            columns[column] = ObjectsColumn(column, fields, getattr(classes, "names", None))
+    return columns
+
+
+def _find_objects(features: Mapping[str, Any], name: str | None, key: str) -> ObjectsColumn:
+    """Return the named column of objects, or the only one."""
+    columns, content = objects_columns(features), "objects with bbox and category"
     return columns[_pick_column(features, name, columns, content, f"{key}.objects_column")]
 
 
-def _entries(cell: Any, column: _ObjectsColumn, item: str) -> list[dict[str, Any]]:
+def _entries(cell: Any, column: ObjectsColumn, item: str) -> list[dict[str, Any]]:
     """Return the objects of a row, each a mapping from boxes, classes, ... to its values."""
     fields = column.fields
     if not isinstance(cell, dict):

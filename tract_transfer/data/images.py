@@ -69,19 +69,36 @@ def decode_image(
     data = read_stored(stored)
     if not data:
         raise UndecodableImage(item, "it is empty (0 bytes)")
+    formats = _formats()
+    with _undecodable(item, len(data)), Image.open(BytesIO(data), formats=formats) as image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(
+                f"its header says {image.width}x{image.height} pixels, more than "
+                f"data.max_pixels {max_pixels}"
+            )
+        return _pixels(image, exif)
+
+
+def convert_image(image: Image.Image, item: str) -> Tensor:
+    """Return an image that PIL opened or made as `decode_image` returns its file."""
+    with _undecodable(item):
+        return _pixels(image)
+
+
+@contextmanager
+def _undecodable(item: str, num_bytes: int = 0) -> Iterator[None]:
+    """Turn what PIL's readers raise into an UndecodableImage."""
     try:
-        with Image.open(BytesIO(data), formats=_formats()) as image:
-            if image.width * image.height > max_pixels:
-                raise ValueError(
-                    f"its header says {image.width}x{image.height} pixels, more than "
-                    f"data.max_pixels {max_pixels}"
-                )
-            pixels = np.array(_to_rgb(ImageOps.exif_transpose(image) if exif else image))
+        yield
     except _DECODER_ERRORS as error:
         reason = str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = f"its {len(data)} bytes are no image of {', '.join(_formats())}"
+            reason = f"its {num_bytes} bytes are no image of {', '.join(_formats())}"
         raise UndecodableImage(item, reason.rstrip(".")) from error
+
+
+def _pixels(image: Image.Image, exif: bool = True) -> Tensor:
+    pixels = np.array(_to_rgb(ImageOps.exif_transpose(image) if exif else image))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

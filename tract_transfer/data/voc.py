@@ -21,7 +21,7 @@ VOC_CLASSES: tuple[str, ...] = (
     "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train",
     "tvmonitor",
 )  # fmt: skip
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def load_voc(
@@ -119,7 +119,7 @@ def _find_files(devkit: Path, line: str, fields: list[str]) -> tuple[Path, Path]
     if not is_below(devkit / "Annotations", fields[0]):
         raise ValueError(f"{line} must be an id, not a path out of the devkit: {fields[0]!r}.")
     xml = devkit / "Annotations" / f"{fields[0]}.xml"
-    images = [devkit / "JPEGImages" / f"{fields[0]}{suffix}" for suffix in _IMAGE_SUFFIXES]
+    images = [devkit / "JPEGImages" / f"{fields[0]}{suffix}" for suffix in IMAGE_SUFFIXES]
     image = next((file for file in images if file.is_file()), images[0])
     for file in (xml, image):
         if not file.is_file():

@@ -44,13 +44,18 @@ class CostMeter:
         self._joules = _joules(device)
         self._started = time.perf_counter()
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the creation."""
+        return time.perf_counter() - self._started
+
     def read(self, *, whole: bool) -> dict[str, Any]:
         """Return `seconds`, `peak_memory_bytes` and `energy_joules`.
 
         Memory is by "process" (Linux) and "gpu", energy by counter; None if there is none, or if
         the meter has not measured the `whole` run but its last part.
         """
-        seconds = time.perf_counter() - self._started
+        seconds = self.seconds
         memory, used = {}, {}
         if self._can_reset and whole:
             status = (_SELF / "status").read_text().partition("VmHWM:")[2]

@@ -39,3 +39,16 @@ def seed_all(seed: int, iteration: int, process: int) -> None:
     random.seed(value)
     np.random.seed(int(words[0]))
     torch.manual_seed(value)
+
+
+@contextlib.contextmanager
+def keeps_random_state() -> Iterator[None]:
+    """Restore the random state of Python, NumPy and torch at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -4,24 +4,21 @@ import contextlib
 import json
 import logging
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from tract_transfer.data.loader import Batch
+from tract_transfer.engine import screen
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.trainer import Hook, Trainer
 from tract_transfer.files import METRICS_NAME, reports_full_disk, sync, write_text
 
-SECONDS_PER_LINE = 5.0  # on a screen without a progress bar
 logger = logging.getLogger(__name__)
 
 
@@ -70,6 +67,11 @@ class MetricsFile:
             for line in kept:
                 self._add_to_board(line)
 
+    def best(self, split: str, metric: str) -> float | None:
+        """Return the largest value of a metric so far; None if there is none."""
+        values = [line.get(metric) for line in self._read() if line["split"] == split]
+        return max((v for v in values if isinstance(v, int | float) and v == v), default=None)
+
     def close(self) -> None:
         """Close TensorBoard's file."""
         if self._board is not None:
@@ -107,47 +109,54 @@ class MetricsFile:
 
 @dataclass
 class LogProgress(Hook):
-    """Reads the meter at an interval, for metrics.jsonl and the screen."""
+    """Reads the meter at an interval, for metrics.jsonl, the log and the screen."""
 
     metrics: MetricsFile
     every_iters: int
     iters_per_epoch: int
-    _bar: Progress = field(default_factory=lambda: Progress(disable=True), init=False)
+    _line: screen.ProgressLine | None = field(default=None, init=False)
 
     def before_train(self, trainer: Trainer) -> None:
-        self._started, self._first = time.perf_counter(), trainer.iteration
-        self._line_at = 0.0
-        columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        is_shown = sys.stderr.isatty() and trainer.accelerator.is_main_process
-        self._bar = Progress(*columns, transient=True, disable=not is_shown)
-        self._task = self._bar.add_task("", total=trainer.max_iters)
-        self._bar.start()
+        self._line = screen.ProgressLine("iter", trainer.max_iters, trainer.iteration)
+        self._line.start()
 
     def after_step(self, trainer: Trainer) -> None:
-        done = trainer.iteration
-        if not due(done, self.every_iters) and done != trainer.max_iters:
+        assert self._line is not None
+        done, is_last = trainer.iteration, trainer.iteration == trainer.max_iters
+        if not due(done, self.every_iters) and not is_last:
+            self._line.update(done)
             return
         values = trainer.read_meter()
         values["lr"] = trainer.optimizer.param_groups[0]["lr"]
         epoch = done / self.iters_per_epoch
         if trainer.accelerator.is_main_process:
             self.metrics.write(done, epoch, "train", values)
-        now = time.perf_counter()
-        rate = (now - self._started) / (done - self._first)
-        text = (
-            f"iter {done}/{trainer.max_iters}  epoch {epoch:.2f}  "
-            f"loss {values.get('loss', float('nan')):.4f}  "
-            f"lr {values['lr']:.2g}  {values['images_per_second']:.0f} images/s  "
-            f"data {values['data_fraction']:.0%}  "
-            f"eta {timedelta(seconds=round(rate * (trainer.max_iters - done)))}"
-        )
-        self._bar.update(self._task, completed=done, description=text)
-        if now - self._line_at > SECONDS_PER_LINE or done == trainer.max_iters:
-            self._line_at = now
-            logger.info(text)
+        texts = progress_texts(values, epoch, trainer.accelerator.device)
+        names = ("loss", "epoch", "speed", "lr", "memory", "data")  # as far as the line is wide
+        self._line.update(done, [texts[name] for name in names if name in texts])
+        line = f"iter {done}/{trainer.max_iters}  {'  '.join(texts.values())}"
+        shown = {} if is_last else screen.IN_PLACE  # the last line stays
+        logger.info("%s  eta %s", line, self._line.eta(), extra=shown)
 
     def after_train(self, trainer: Trainer) -> None:
-        self._bar.stop()
+        if self._line is not None:
+            self._line.stop()
+
+
+def progress_texts(
+    values: Mapping[str, float], epoch: float, device: torch.device
+) -> dict[str, str]:
+    """Return what is shown of a reading of the meter, by name, in the order of the log."""
+    texts = {
+        "epoch": f"epoch {epoch:.2f}",
+        "loss": f"loss {values.get('loss', float('nan')):.4f}",
+        "lr": f"lr {values['lr']:.2g}",
+        "speed": f"{values['images_per_second']:.0f} images/s",
+        "data": f"data {values['data_fraction']:.0%}",
+    }
+    if device.type == "cuda":
+        texts["memory"] = f"peak {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+    return texts
 
 
 @dataclass
@@ -190,8 +199,10 @@ class PeriodicEvaluation(Hook):
     iters_per_epoch: int
     checkpointer: Checkpointer | None = None
     selects: bool = False
+    _best: float | None = field(default=None, init=False)
 
     def before_train(self, trainer: Trainer) -> None:
+        self._best = self.metrics.best(self.split, self.metric)
         if trainer.iteration:  # the run may have ended between a checkpoint and its evaluation
             self.after_step(trainer)
 
@@ -204,15 +215,26 @@ class PeriodicEvaluation(Hook):
         values = self.evaluate()
         trainer.exclude_time(time.perf_counter() - started)
         if trainer.accelerator.is_main_process:
-            epoch = trainer.iteration / self.iters_per_epoch
-            self.metrics.write(trainer.iteration, epoch, self.split, values)
-            logger.info("iter %d  %s %s", trainer.iteration, self.split, format_metrics(values))
+            self._log(trainer, values)
         # On every process: patience must end the training at the same iteration.
         value = values[self.metric] if self.selects or self.checkpointer else None
         if value is not None and (trainer.best is None or value > trainer.best["value"]):
             trainer.best = {"iteration": trainer.iteration, "value": value}
             if self.checkpointer is not None and trainer.accelerator.is_main_process:
                 self.checkpointer.mark_best(trainer.iteration, value)
+
+    def _log(self, trainer: Trainer, values: Mapping[str, float]) -> None:
+        """Log an evaluation, the deciding metric first, and mark the best so far."""
+        epoch = trainer.iteration / self.iters_per_epoch
+        self.metrics.write(trainer.iteration, epoch, self.split, values)
+        value = values[self.metric]
+        is_best = self._best is None or value > self._best
+        if is_best:
+            self._best = value
+        deciding = format_metrics({self.metric: value}) + " (best so far)" * is_best
+        others = format_metrics({name: v for name, v in values.items() if name != self.metric})
+        line = f"iter {trainer.iteration}  {self.split} {deciding}  {others}".rstrip()
+        logger.info(line, extra=screen.BEST if is_best else None)
 
 
 def format_metrics(values: Mapping[str, Any]) -> str:

@@ -1,46 +1,30 @@
-"""What is done with a model besides training it: measure, predict, preview, replay a step."""
+"""What is done with a model besides training it: measure, preview, replay a step."""
 
-import contextlib
-import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, send_to_device
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tract_transfer.build.batches import build_eval_loader, build_transforms
+from tract_transfer.build.batches import build_eval_loader
 from tract_transfer.build.data import Dataset, build_data
-from tract_transfer.build.model import build_evaluated, build_evaluator, build_model, preflight
-from tract_transfer.build.trainer import PRECISIONS, build_accelerator, build_trainer, train_length
-from tract_transfer.config.file import parse_words
-from tract_transfer.config.schema import (
-    Config,
-    DetectionConfig,
-    ProbeConfig,
-    TrainedTask,
-    load_config,
-)
-from tract_transfer.config.sections import BackboneConfig
+from tract_transfer.build.model import build_evaluated, build_evaluator, preflight
+from tract_transfer.build.trainer import build_accelerator, build_trainer, train_length
+from tract_transfer.config.schema import Config, ProbeConfig, TrainedTask
 from tract_transfer.data.loader import Batch
-from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.cost import dry_run, dry_run_features
 from tract_transfer.engine.debug_batch import load_debug_batch, replay
 from tract_transfer.engine.determinism import deterministic
-from tract_transfer.engine.hooks import evaluate, evaluating
+from tract_transfer.engine.hooks import evaluate
 from tract_transfer.engine.non_finite import describe_images
 from tract_transfer.engine.run_folder import check_run_folder
+from tract_transfer.engine.screen import ProgressLine
 from tract_transfer.engine.trainer import Trainer
-from tract_transfer.files import CONFIG_NAME, RESULTS_NAME, write_json
-from tract_transfer.models.weights import has_metadata, read_metadata, recorded_plugins
-from tract_transfer.registry import trusted_plugins
+from tract_transfer.files import CONFIG_NAME, write_json
 from tract_transfer.run.probe import build_probed
 from tract_transfer.run.results import Measured
+from tract_transfer.run.trained import fits, reported_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +36,21 @@ def measure(
     evaluator = build_evaluator(config, class_names)
     # Processes update BatchNorm's statistics apart; a checkpoint holds those of the main process.
     broadcast(list(trainer.evaluated_model.buffers()))
-    skipped = evaluate(
-        build_evaluated(config, trainer.evaluated_model),
-        trainer.stop.watched(eval_batches(config, dataset, trainer.accelerator)),
-        evaluator,
-        device=trainer.accelerator.device,
-        precision=trainer.precision,
-    )
+    batches = eval_batches(config, dataset, trainer.accelerator)
+    with ProgressLine(f"evaluating {dataset.name}, batch", len(batches)) as line:
+        skipped = evaluate(
+            build_evaluated(config, trainer.evaluated_model),
+            trainer.stop.watched(line.track(batches)),
+            evaluator,
+            device=trainer.accelerator.device,
+            precision=trainer.precision,
+        )
     trainer.stop.check(trainer.accelerator)
-    return Measured(evaluator.compute(), evaluator.details(), skipped)
+    metrics = evaluator.compute()
+    if config.evaluation.metric not in metrics:  # a plug-in promised it
+        message = f"{config.evaluation.metric} is missing in what compute returned: {[*metrics]}."
+        raise config.error("evaluation.protocol", message)
+    return Measured(metrics, evaluator.details(), skipped)
 
 
 def eval_batches(config: Config, dataset: Dataset, accelerator: Accelerator) -> DataLoader[Batch]:
@@ -70,7 +60,10 @@ def eval_batches(config: Config, dataset: Dataset, accelerator: Accelerator) -> 
 
 
 def evaluate_run(config: Config) -> dict[str, float]:
-    """Measure the reported checkpoint in `output_dir` again, and write evaluation.json."""
+    """Measure the reported checkpoint in `output_dir` again, and write evaluation.json.
+
+    Returns the metrics, that of `evaluation.metric` first.
+    """
     if isinstance(config, ProbeConfig):
         raise config.error("task", "a probe trains no model that --eval-only could measure again.")
     preflight(config)
@@ -78,15 +71,17 @@ def evaluate_run(config: Config) -> dict[str, float]:
     path, parts = reported_checkpoint(config)
     data = build_data(config)
     trainer = build_trainer(config, data, build_accelerator(config))
-    with _fits(path, f"Use {folder / CONFIG_NAME}, and data of the same classes."):
+    with fits(path, f"Use {folder / CONFIG_NAME}, and data of the same classes."):
         trainer.load_weights(parts)
     split, dataset = data.report
+    logger.info("Evaluating %s on %s: %s, %d images", path.name, split, dataset.name, len(dataset))
     with deterministic(config.engine.deterministic):
         metrics, details, skipped = measure(config, trainer, dataset, data.class_names)
     if trainer.accelerator.is_main_process:
         results = {"checkpoint": path.name, "split": split, "metrics": metrics, "skipped": skipped}
         write_json(folder / "evaluation.json", {**results, "details": details})
-    return metrics
+    primary = config.evaluation.metric
+    return {primary: metrics[primary], **metrics}
 
 
 def preview(config: Config, *, resume: bool = False) -> dict[str, str]:
@@ -129,7 +124,7 @@ def replay_debug_batch(config: Config, file: Path) -> list[str]:
     kept = load_debug_batch(file)
     with deterministic(config.engine.deterministic):
         trainer = build_trainer(config, build_data(config), build_accelerator(config))
-        with _fits(file, f"Use the {CONFIG_NAME} beside it."):
+        with fits(file, f"Use the {CONFIG_NAME} beside it."):
             trainer.accelerator.unwrap_model(trainer.model).load_state_dict(kept.model)
         device = trainer.accelerator.device
         batches = [Batch(**send_to_device(batch, device), skipped=[]) for batch in kept.batches]
@@ -137,124 +132,3 @@ def replay_debug_batch(config: Config, file: Path) -> list[str]:
             f"Iteration {kept.iteration + 1}. {describe_images([kept.about])}",
             *replay(trainer, kept, batches),
         ]
-
-
-@dataclass
-class Trained:
-    """A run's reported model on its device, with the K class names and its checkpoint."""
-
-    config: TrainedTask
-    model: nn.Module
-    class_names: list[str]
-    checkpoint: Path
-    device: torch.device
-
-    @property
-    def detects(self) -> bool:
-        """Whether predictions are boxes."""
-        return isinstance(self.config, DetectionConfig)
-
-    def predict(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """Predict for images, uint8 RGB (3, H, W) of any size, transformed as in the evaluation.
-
-        Returns:
-            A dict an image, on the CPU. A detector: boxes (n, 4) xyxy in the image's own pixels,
-            scores (n,) descending, labels (n,). A classifier: scores (K,), probabilities
-            descending, and their labels (K,).
-        """
-        precision, device = PRECISIONS[self.config.engine.precision], self.device
-        autocast = torch.autocast(device.type, precision, enabled=precision is not None)
-        with evaluating(self.model), autocast:
-            if self.detects:
-                detections = self.model([image.to(device) for image in images])
-                return [{key: rows.cpu() for key, rows in one.items()} for one in detections]
-            _, transform = build_transforms(self.config)
-            batch = torch.stack([transform(image) for image in images]).to(device)
-            scores, labels = self.model(batch).float().softmax(dim=1).cpu().sort(1, descending=True)
-        return [{"scores": s, "labels": k} for s, k in zip(scores, labels, strict=True)]
-
-
-def reported_checkpoint(config: TrainedTask) -> tuple[Path, dict[str, Any]]:
-    """Return path and tensors of the checkpoint that a run in `output_dir` reports."""
-    checkpointer = Checkpointer(Path(config.output_dir) / "checkpoints")
-    path = checkpointer.best() if config.evaluation.report == "best" else checkpointer.newest()
-    if path is None:
-        raise FileNotFoundError(
-            f"No complete checkpoint in {checkpointer.folder}. Train first, or set output_dir."
-        )
-    return path, checkpointer.load(path)[0]
-
-
-def run_config(folder: Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()) -> Config:
-    """Return the config of the run in `folder`, which may have been moved.
-
-    Args:
-        plugins: those that the user names: files that only the run names are not imported.
-
-    Raises:
-        FileNotFoundError: no run folder.
-        PluginError: a plug-in of the run is missing.
-    """
-    if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"{folder} is not a run folder: it contains no {CONFIG_NAME}.")
-    words = [f"output_dir={json.dumps(str(folder))}", *overrides]
-    config = load_config(folder / CONFIG_NAME, words)
-    given = {override.key: override.value for override in parse_words(overrides)}
-    named = [*plugins, *(given.get("plugins") or [])]
-    recorded = [*config.plugins, *recorded_plugins(folder)]
-    trusted = trusted_plugins(recorded, named, str(folder))
-    return config.model_copy(update={"plugins": trusted})
-
-
-def load_trained(
-    folder: Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()
-) -> Trained:
-    """Load the model that the run in `folder` reports, or would report at its newest checkpoint.
-
-    A finished run needs neither its data nor the weights it started from.
-
-    Args:
-        overrides: of the run's own config.yaml, such as `engine.device=cpu`.
-        plugins: as in `run_config`.
-
-    Raises:
-        FileNotFoundError: no run folder, or no complete checkpoint in it.
-        ValueError: a probe's folder, or a checkpoint of another model than the config's.
-    """
-    config = run_config(folder, overrides, plugins)
-    if isinstance(config, ProbeConfig):
-        raise config.error("task", "a probe trains no model. Give another run.")
-    checkpoint, parts = reported_checkpoint(config)
-    try:
-        results = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
-        class_names = [str(name) for name in results["details"]["class_names"]]
-    except OSError:  # not finished
-        class_names = build_data(config).class_names
-    model = build_model(_without_weights(config, folder), len(class_names))
-    with _fits(checkpoint, f"Put back the {CONFIG_NAME} that the run wrote."):
-        model.load_state_dict(parts.get("ema", parts["model"]))
-    device = build_accelerator(config).device
-    model = build_evaluated(config, model.to(device))
-    return Trained(config, model, class_names, checkpoint, device)
-
-
-@contextlib.contextmanager
-def _fits(file: Path, fix: str) -> Iterator[None]:
-    """Explain an error of load_state_dict, or that there is no average to load."""
-    try:
-        yield
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"{file} holds another model than this config. {fix} ({error})") from error
-
-
-def _without_weights(config: TrainedTask, folder: Path) -> TrainedTask:
-    """Return the config of the same model without its initial weights."""
-    backbone = config.model.backbone
-    if backbone.name is None and has_metadata(folder):
-        metadata = read_metadata(folder)
-        origin = {key: metadata[key] for key in ("name", "stem", "args")}
-        backbone = BackboneConfig(**origin, mean=backbone.mean, std=backbone.std)
-    if backbone.name is None:
-        return config
-    model = config.model.model_copy(update={"backbone": backbone, "weights": None})
-    return config.model_copy(update={"model": model})

@@ -17,7 +17,7 @@ from tract_transfer.models.classifier import FlipClassifier
 from tract_transfer.models.export import Portable
 from tract_transfer.models.weights import read_metadata
 from tract_transfer.registry import plugin_name
-from tract_transfer.run.evaluate import load_trained
+from tract_transfer.run.trained import load
 
 TEMPLATE = "model_card.md.jinja"
 _ACCURACIES = {
@@ -63,7 +63,7 @@ def export_run(
             message = "it is not a finished run. Give another folder, or resume it."
             raise FileNotFoundError(f"No {run / file}: {message}")
         facts[name] = json.loads((run / file).read_text(encoding="utf-8"))
-    trained = load_trained(run, ["engine.device=cpu"], plugins)
+    trained = load(run, device="cpu", plugins=plugins)
     config, label_names = trained.config, trained.class_names
     if not isinstance(config, ClassificationConfig):
         raise ValueError(

@@ -25,12 +25,14 @@ from tract_transfer.data.streaming import Stream
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.hooks import evaluating, format_metrics
 from tract_transfer.engine.run_folder import RunFolder
+from tract_transfer.engine.screen import ProgressLine, log_rows
 from tract_transfer.evaluation import probes
 from tract_transfer.evaluation.classification import multilabel_metrics
 from tract_transfer.evaluation.linear_probes import check_shots
 from tract_transfer.evaluation.probes import Extracted, Labels, Rows, Scores
 from tract_transfer.models import Backbone
 from tract_transfer.run.results import log_weights, overlap, protocol, run_info, write_results
+from tract_transfer.run.summary import outcome, probe_header
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,8 @@ def run_probe(
     backbone = build_probed(config, data)
     run_folder.begin(data.fingerprints)
     accelerator, started = run_folder.accelerator, time.perf_counter()
+    if accelerator.is_main_process:
+        log_rows(logger, probe_header(config, data, backbone, accelerator, cost.seconds))
     backbone.to(accelerator.device)
     hashes = {name: content_hashes(of.encoded, len(of)) for name, of in data.splits.items()}
     cache = Path(config.data.feature_cache or run_folder.path / "features")
@@ -70,6 +74,8 @@ def run_probe(
     }
     if accelerator.is_main_process:
         write_results(run_folder.path, results)
+        rows_shown = outcome(config, "test", results)
+        log_rows(logger, rows_shown, highlight=rows_shown[0][0])
     return results
 
 
@@ -117,14 +123,17 @@ def _extract(
 ) -> Extracted:
     precision = PRECISIONS[config.engine.precision]
     skipped: list[str] = []
+    loader = build_eval_loader(config, dataset)
+    line = ProgressLine(f"features of {dataset.name}, batch", len(loader))
 
     def batches() -> Iterator[Batch]:
-        for batch in build_eval_loader(config, dataset):
+        for batch in line.track(loader):
             skipped.extend(batch.skipped)
             if len(batch.images):
                 yield batch
 
-    with evaluating(backbone), torch.autocast(device.type, precision, enabled=bool(precision)):
+    autocast = torch.autocast(device.type, precision, enabled=bool(precision))
+    with line, evaluating(backbone), autocast:
         features, indices = probes.extract_features(backbone.pooled, batches(), device)
     return Extracted(features, indices, skipped)
 

@@ -250,6 +250,7 @@ def find_overlap(data: Data) -> dict[str, dict[str, Any]] | None:
             "Train/test overlap is not checked: %s. tract-transfer check-data checks it.", reason
         )
         return None
+    logger.info("Comparing the images of the splits")
     hashes = {name: content_hashes(split.encoded, len(split)) for name, split in splits.items()}
     return overlap(data, hashes, {name: range(len(of)) for name, of in hashes.items()})
 

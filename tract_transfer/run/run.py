@@ -16,6 +16,7 @@ from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.debug_batch import keep_debug_batch
 from tract_transfer.engine.determinism import deterministic
 from tract_transfer.engine.run_folder import open_run_folder, resume_hint
+from tract_transfer.engine.screen import log_rows
 from tract_transfer.engine.trainer import Hook, Trainer
 from tract_transfer.run.evaluate import measure
 from tract_transfer.run.probe import run_probe
@@ -26,6 +27,7 @@ from tract_transfer.run.results import (
     training_results,
     write_results,
 )
+from tract_transfer.run.summary import outcome, training_header
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
             data = build_data(config)
             if isinstance(config, ProbeConfig):
                 return run_probe(config, data, run_folder, cost)
+            logger.info("Building the model")
             length = train_length(config, data.train)
             trainer = build_trainer(config, data, accelerator, length)
             trainer.stop = stop
@@ -77,6 +80,7 @@ def train(
         if is_main:
             metrics_file.cut_after(trainer.iteration)
             overlap = find_overlap(data)
+            log_rows(logger, training_header(config, data, length, trainer, cost.seconds))
         trainer.hooks = build_hooks(config, data, length, trainer, checkpointer, metrics_file)
         with stop.waits(), keep_debug_batch(trainer, folder):
             trainer.train()
@@ -95,7 +99,8 @@ def train(
             results["cost"] = cost.read(whole=is_new)
             if is_main:
                 write_results(folder, results)
-    logger.info("%s %s", split, hooks.format_metrics(results["metrics"]))
+                rows = outcome(config, split, results)
+                log_rows(logger, rows, highlight=rows[0][0])
     accelerator.wait_for_everyone()
     return results
 

@@ -195,11 +195,19 @@ class DampedFactor(NamedTuple):
     """The Cholesky `factor` (N, N) of x x^T / b + lam I.
 
     `health` holds three booleans: the matrix is finite, it is positive definite, and lam was large
-    enough. Without the first two the update is zero.
+    enough. Without the first two the update is zero. `damping` is what was added to the diagonal.
     """
 
     factor: Tensor
     health: Tensor
+    damping: Tensor
+
+    def gram(self) -> Tensor:
+        """Return x x^T / b, (N, N), in float64 on the CPU."""
+        factor = self.factor.double().cpu()
+        gram = factor @ factor.T
+        gram.diagonal().sub_(self.damping.double().cpu())
+        return gram
 
     def times(self, gradient: Tensor) -> Tensor:
         """Return gradient (O, ...) (x x^T / b + lam I)^-1, in the shape of `gradient`."""
@@ -207,6 +215,12 @@ class DampedFactor(NamedTuple):
         with float32_factors(gradient.device.type):
             solved = torch.cholesky_solve(columns, self.factor).T.reshape(gradient.shape)
         return torch.where(self.health[:2].all(), solved, 0)
+
+    def undo(self, treated: Tensor) -> Tensor:
+        """Return the gradient of which `times` returned `treated`, in float64 on the CPU."""
+        factor = self.factor.double().cpu()
+        columns = treated.reshape(len(treated), -1).T.double().cpu()
+        return (factor @ (factor.T @ columns)).T.reshape(treated.shape)
 
 
 def damped_factor(gram: Tensor, lam: float, lam_mode: str) -> DampedFactor:
@@ -226,7 +240,8 @@ def damped_factor(gram: Tensor, lam: float, lam_mode: str) -> DampedFactor:
     requested = lam * trace / len(gram) if is_relative else torch.full_like(trace, lam)
     damping = torch.maximum(requested, rounding * trace)
     # For blank images under a relative lam any positive matrix serves: the gradient is 0 too.
-    diagonal += torch.where(damping > 0, damping, 1)
+    added = torch.where(damping > 0, damping, 1)
+    diagonal += added
     with float32_factors(gram.device.type):
         factor, failed = torch.linalg.cholesky_ex(matrix)
-    return DampedFactor(factor, torch.stack([is_finite, failed == 0, damping <= requested]))
+    return DampedFactor(factor, torch.stack([is_finite, failed == 0, damping <= requested]), added)

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tract_transfer.tract.attach import Attached
+from tract_transfer.tract.diagnose import LayerReport, Report, describe_layer
 from tract_transfer.tract.find import check_layer, find_first_layers
 from tract_transfer.tract.gram import DampedFactor, damped_factor
-from tract_transfer.tract.watch import WatchedLayer
+from tract_transfer.tract.watch import WatchedLayer, mean_of
 
 logger = logging.getLogger(__name__)
+package_logger = logging.getLogger(__package__)
 
 MOMENTUM = 0.9  # of the running mean that update_every > 1 keeps
 
@@ -87,12 +89,14 @@ class TrAct:
         ]
         self._means: dict[str, Tensor] = {}  # running means of x x^T / b, with update_every > 1
         self._factors: dict[str, DampedFactor] = {}
+        self._treated: dict[str, Tensor] = {}  # gradients of the last step, for a report
         # Layer, step, health of the factor, and the event of its copy from a GPU.
         self._unread: deque[tuple[str, int, Tensor, torch.cuda.Event | None]] = deque()
         self._warned: set[str] = set()
         self._attached: list[Attached] = []
         for watched in self._watched:
             watched.start()
+            self._log_layer(watched)
         if self._watched and "torch._dynamo" in sys.modules:
             torch.compiler.reset()  # graphs compiled before would run without the hooks
 
@@ -101,6 +105,15 @@ class TrAct:
             f"TrAct(layers={self.layer_names}, lam={self.lam:g}, lam_mode={self.lam_mode!r}, "
             f"update_every={self.update_every})"
         )
+
+    def _log_layer(self, watched: WatchedLayer) -> None:
+        weight, kind = watched.layer.weight, type(watched.layer).__name__
+        if isinstance(watched.layer, nn.Conv2d):
+            kind += f" with kernel {weight.shape[2]} x {weight.shape[3]}"
+        package_logger.info(
+            "TrAct treats %s: %s, %d inputs an output, lam = %g (%s)",
+            watched.title, kind, weight.shape[1:].numel(), self.lam, self.lam_mode,
+        )  # fmt: skip
 
     @property
     def layer_names(self) -> list[str]:
@@ -131,7 +144,8 @@ class TrAct:
         for watched, gradient in zip(self._watched, gradients, strict=True):
             if measures:
                 self._measure(watched, gradient.device)
-            gradient.copy_(self._factors[watched.name].times(gradient))
+            treated = self._treated[watched.name] = self._factors[watched.name].times(gradient)
+            gradient.copy_(treated)
             watched.finish_step()
         self._set_num_steps(self.num_steps + 1)
         self._report_problems(wait=False)
@@ -140,18 +154,23 @@ class TrAct:
         """Factorise x x^T / b of the forwards since the last step, or its running mean."""
         mean = watched.mean(device)
         if self.update_every > 1:
-            old = self._means.get(watched.name, mean).to(mean)
-            # A matrix that is not finite is reported, and replaced at the next measurement.
-            old = torch.where(old.isfinite().all(), old, mean)
-            running = torch.lerp(mean, old, MOMENTUM)
-            self._means[watched.name] = torch.where(mean.isfinite().all(), running, old)
-            mean = running
+            mean, self._means[watched.name] = self._running_mean(watched.name, mean)
         factor = self._factors[watched.name] = damped_factor(mean, self.lam, self.lam_mode)
         health, copied = factor.health, None
         if health.is_cuda:
             health, copied = health.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
         self._unread.append((watched.title, self.num_steps, health, copied))
+
+    def _running_mean(self, name: str, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the running mean with a new measurement, and the same to keep, without its NaNs.
+
+        A matrix that is not finite is reported, and replaced at the next measurement.
+        """
+        old = self._means.get(name, mean).to(mean)
+        old = torch.where(old.isfinite().all(), old, mean)
+        running = torch.lerp(mean, old, MOMENTUM)
+        return running, torch.where(mean.isfinite().all(), running, old)
 
     def _set_num_steps(self, num_steps: int) -> None:
         self.num_steps = num_steps
@@ -215,6 +234,46 @@ class TrAct:
         """Do not count the forwards since the last step, for a batch that you do not use."""
         for watched in self._watched:
             watched.forget()
+
+    @torch.no_grad()
+    def report(self) -> Report:
+        """Report what TrAct does to each layer, and whether lam and the inputs suit each other.
+
+        Between a backward and `step` the report is of that gradient and of this process's forwards
+        since the last step; otherwise of the last step, whose gradient and matrix TrAct keeps. With
+        FSDP gradients are the rows that this process holds. Means and standard deviations of the
+        inputs are those of the first forward after TrAct was made or last reported, in this process
+        and outside compiled graphs. A report changes nothing in a training, waits for the device,
+        and takes the time of the eigenvalues of an n x n matrix.
+
+        Returns:
+            A dict of layer name -> LayerReport. Print it, or read its figures and findings.
+
+        Raises:
+            RuntimeError: no training forward has reached a layer.
+        """
+        return Report({watched.name: self._report_layer(watched) for watched in self._watched})
+
+    def _report_layer(self, watched: WatchedLayer) -> LayerReport:
+        factor, treated = self._factors.get(watched.name), self._treated.get(watched.name)
+        plain, summed, gradients = watched.pending_gradient(), watched.summed(), None
+        if summed is not None and (plain is not None or factor is None):
+            mean = mean_of(summed)
+            if self.update_every > 1:
+                mean, _ = self._running_mean(watched.name, mean)
+            factor = damped_factor(mean, self.lam, self.lam_mode)
+        if factor is not None and plain is not None:
+            gradients = plain, factor.times(plain)
+        elif factor is not None and treated is not None:
+            gradients = factor.undo(treated), treated
+        weight = watched.layer.weight
+        if factor is None and isinstance(weight, nn.Parameter) and weight.requires_grad:
+            raise RuntimeError(
+                f"report() of {watched.title} needs a forward in train mode and its backward first."
+            )
+        report = describe_layer(watched, self.lam, self.lam_mode, factor, gradients)
+        watched.wants_moments = True
+        return report
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold: empty unless update_every is above 1.

@@ -3,6 +3,7 @@
 # R rows the layer multiplies, N inputs a row
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,9 @@ from tract_transfer.tract.lags import sum_dtype
 logger = logging.getLogger(__name__)
 
 Version = tuple[TensorWeakRef, int]  # a tensor at one time: writing to it in place counts up
+# Without a step: no adversarial attack, and no GradScaler that skips steps, changes the weight or
+# makes so many gradients.
+MAX_UPDATES, MAX_GRADIENTS = 20, 100
 
 
 @dataclass(eq=False, repr=False)
@@ -47,6 +51,10 @@ class WatchedLayer:
     holds_gradient: bool | Tensor = False  # when the current backward arrived, and not zero
     adds_to_treated: bool = False  # the current backward adds to a gradient that step() multiplied
     num_gradients: int = 0  # started from nothing since the last step
+    num_updates: int = 0  # of the weight between two backwards since the last step
+    has_warned: bool = False  # that no step comes
+    wants_moments: bool = True  # measure the inputs of the next forward for a report
+    input_moments: tuple[Tensor, Tensor] | None = None  # variance and mean, see `measure_inputs`
     handles: Sequence[RemovableHandle] = ()  # on the layer
     weight_handles: Sequence[RemovableHandle] = ()
 
@@ -139,6 +147,19 @@ class WatchedLayer:
             gram, num_rows = gram_matrix(self.layer, images)
             both = torch.cat([gram.flatten(), gram.new_full((1,), num_rows)])
             self.waiting = both if self.waiting is None else self.waiting.add_(both)
+            # Not in a compiled graph, which would have to be compiled again without it.
+            if not torch.compiler.is_compiling() and self.wants_moments and images.numel():
+                self.measure_inputs(images)
+
+    def measure_inputs(self, images: Tensor) -> None:
+        """Keep variance and mean of each channel's pixels, or of each input of a Linear."""
+        images = images.to(sum_dtype(images.dtype))
+        if isinstance(self.layer, nn.Conv2d):
+            dims = [dim for dim in range(images.ndim) if dim != images.ndim - 3]
+            variance, mean = torch.var_mean(images, dims, correction=0)
+        else:
+            variance, mean = torch.var_mean(images.reshape(-1, images.shape[-1]), 0, correction=0)
+        self.input_moments, self.wants_moments = (variance, mean), False
 
     def before_backward(self, _: Tensor) -> None:
         """The weight's hook, before a backward adds to its gradient."""
@@ -146,12 +167,8 @@ class WatchedLayer:
         if gradient is None:
             self.holds_gradient = self.adds_to_treated = False
             self.num_gradients += 1
-            if self.num_gradients == 100:  # no GradScaler skips so many steps
-                logger.warning(
-                    "%s got 100 gradients without TrAct's step(). Call it before the optimizer's, "
-                    "or attach TrAct to the optimizer whose step() runs.",
-                    self.title,
-                )
+            if self.num_gradients >= MAX_GRADIENTS:
+                self.warn_of_no_step(f"{MAX_GRADIENTS} gradients")
             return
         self.adds_to_treated = self.reached and _is_unchanged(gradient, self.treated_gradient)
         # A gradient replaced or written to since the last backward may have been zeroed.
@@ -166,7 +183,12 @@ class WatchedLayer:
                 "multiplied it. Call step() once an update, after the last micro-batch, and "
                 "zero_grad() after the optimizer's step."
             )
-        self.weight_version = local(weight)._version
+        version = local(weight)._version
+        if self.reached and self.weight_version not in (None, version):
+            self.num_updates += 1
+            if self.num_updates >= MAX_UPDATES:
+                self.warn_of_no_step(f"{MAX_UPDATES} updates")
+        self.weight_version = version
         self.last_gradient = _version(weight.grad)
         if self.waiting is None:  # another backward through the same forwards
             return
@@ -178,6 +200,20 @@ class WatchedLayer:
             self.used = torch.where(self.holds_gradient, self.used, 0).add_(self.waiting)
         self.waiting = None
 
+    def warn_of_no_step(self, what: str) -> None:
+        """Log once that step() is not called."""
+        if self.has_warned:
+            return
+        self.has_warned = True
+        logger.warning(
+            "%s got %s without TrAct's step(), so TrAct has no effect. Call step() before the "
+            "optimizer's, or attach TrAct to the optimizer whose step() runs. A trainer may make "
+            "its own model and optimizer, as Hugging Face's Trainer(model_init=...) does: use "
+            "those. Otherwise detach() TrAct.",
+            self.title,
+            what,
+        )
+
     def finish_step(self) -> None:
         """Remember the gradient that step() has multiplied, and start the next step."""
         self.treated_gradient = _version(self.layer.weight.grad)
@@ -185,7 +221,7 @@ class WatchedLayer:
 
     def forget(self) -> None:
         """Do not count the forwards since the last step."""
-        self.reached, self.num_gradients = False, 0
+        self.reached, self.num_gradients, self.num_updates = False, 0, 0
         self.used = self.waiting = self.weight_version = None
 
     def check_order(self) -> None:
@@ -226,16 +262,30 @@ class WatchedLayer:
 
     def mean(self, device: torch.device) -> Tensor:
         """Return x x^T / b over all processes, (N, N)."""
-        num_inputs = self.layer.weight.shape[1:].numel()
-        sums = [both for both in (self.used, self.waiting) if both is not None]
-        if sums:
-            both = sums[0] if len(sums) == 1 else sums[0] + sums[1]
-        else:  # a process without images
+        both = self.summed()
+        if both is None:  # a process without images
             dtype = sum_dtype(self.layer.weight.dtype)
-            both = torch.zeros(num_inputs**2 + 1, dtype=dtype, device=device)
+            size = self.layer.weight.shape[1:].numel() ** 2 + 1
+            both = torch.zeros(size, dtype=dtype, device=device)
         if _has_processes():
             dist.all_reduce(both)
-        return (both[:-1] / both[-1]).view(num_inputs, num_inputs)
+        return mean_of(both)
+
+    def summed(self) -> Tensor | None:
+        """Return x x^T and R of this process's forwards since the last step, (N N + 1,)."""
+        sums = [both for both in (self.used, self.waiting) if both is not None]
+        return sums[0] + sums[1] if len(sums) == 2 else sums[0] if sums else None
+
+    def pending_gradient(self) -> Tensor | None:
+        """Return the rows here of the gradient that the next step() would multiply, if any."""
+        gradient = self.layer.weight.grad if self.layer.weight.is_leaf else None
+        return None if gradient is None or self.weight_version is None else local(gradient)
+
+
+def mean_of(both: Tensor) -> Tensor:
+    """Return x x^T / R, (N, N), of x x^T and R."""
+    num_inputs = math.isqrt(len(both) - 1)
+    return (both[:-1] / both[-1]).view(num_inputs, num_inputs)
 
 
 def local(tensor: Any) -> Tensor:

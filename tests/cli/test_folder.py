@@ -1,0 +1,82 @@
+"""`train FOLDER` chooses a config, shows it, saves it and resumes; `check-data FOLDER` reads it."""
+
+import image_folders as make
+import pytest
+from huggingface_hub import constants
+
+from tract_transfer.config.schema import load_config
+
+pytestmark = pytest.mark.usefixtures("offline_cache")
+SHORT = ("data.num_workers=0", "engine.device=cpu", "engine.log.tensorboard=false")
+OPTIONS = ("--weights", "none", "--size", "8", "--epochs", "1")
+
+
+@pytest.fixture
+def train(call, monkeypatch, tmp_path):
+    """Call train on a folder of three classes with options."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    folder = make.litter(make.classes(tmp_path / "pets", 30))
+
+    def run(*words):
+        return call("train_net.py", folder, "--output", tmp_path / "run", *OPTIONS, *words, *SHORT)
+
+    return run
+
+
+def test_a_folder_is_trained_resumed_and_repeated(train, call, tmp_path):
+    done = train("--name", "3", "seed=1")
+    assert done.returncode == 0, done.stderr
+    assert "     found  class folders (3 folders of images); images: train 30; 3 c" in done.stdout
+    assert f"     given  seed=1 {SHORT[0]}" in done.stdout
+    recipe = tmp_path / "run/recipe.yaml"
+    last = f"tract-transfer train --config-file {recipe}"
+    assert done.stdout.splitlines()[-1].endswith(last)
+    config = load_config(recipe)
+    assert (config.name, config.seed, config.solver.max_epochs) == ("3", 1, 1)
+
+    again = train("--name", "3", "seed=1")
+    assert again.returncode == 2
+    assert "already contains a run. Resume it with --resume" in again.stderr
+    resumed = train("--name", "3", "seed=1", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    other = train("--name", "3", "seed=1", "--resume", "--batch-size", "3")
+    assert other.returncode == 2
+    assert "data.batch_size: 2 then, 3 now" in other.stderr
+    measured = train("--eval-only", "seed=1")
+    assert measured.returncode == 0, measured.stderr
+    assert "top1" in measured.stdout
+    repeated = call("train_net.py", "--config-file", recipe, f"output_dir={tmp_path / 'again'}")
+    assert repeated.returncode == 0, repeated.stderr
+    assert load_config(tmp_path / "again/config.yaml").seed == 1
+
+
+def test_a_dry_run_shows_the_recipe_and_writes_nothing(train, tmp_path):
+    done = train("--dry-run", "--tract")
+    assert done.returncode == 0, done.stderr
+    text = done.stdout[done.stdout.index("# found: ") :]
+    (tmp_path / "shown.yaml").write_text(text)
+    assert load_config(tmp_path / "shown.yaml").tract.enabled
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_does_not_start_leaves_no_folder(train, tmp_path):
+    done = train("model.head={name: liner}")
+    assert done.returncode == 2
+    assert "model.head.name" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_default_output_is_named_after_folder_and_task(call, tmp_path, monkeypatch):
+    folder = make.classes(tmp_path / "pets.2024", 30)
+    words = ("--weights", "none", "--size", "8", "--dry-run", *SHORT)
+    done = call("train_net.py", folder, *words)
+    assert "\noutput_dir: output/pets.2024-classify\n" in done.stdout, done.stderr
+
+
+def test_check_data_reads_a_folder(call, tmp_path):
+    folder = make.devkit(tmp_path / "given", ("train", "val"), "pets")
+    done = call("check_data.py", folder)
+    assert done.stdout.startswith("VOC devkit (")
+    assert "images 2, objects 2" in done.stdout
+    assert "0 problems" in done.stdout
+    assert done.returncode == 0

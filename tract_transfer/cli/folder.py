@@ -1,0 +1,100 @@
+"""A folder of images in place of a config file: `train ./my_images`."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tract_transfer.cli.main import number
+
+if TYPE_CHECKING:
+    from tract_transfer.config.schema import Config
+    from tract_transfer.run.recipe import Recipe
+
+FOLDER = "without --config-file, the first word is the folder of the images"
+# Options of a folder: name in the command line -> arguments of add_argument.
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "--task": {"choices": ["classify", "detect", "probe"], "help": "default: by what it holds"},
+    "--backbone": {"metavar": "NAME", "help": "default timm/resnet18"},
+    "--weights": {"metavar": "WEIGHTS", "help": "pretrained (default), none, a file or a run"},
+    "--tract": {"action": "store_true", "help": "train the first layer with TrAct"},
+    "--epochs": {"type": number(int, 1), "metavar": "N", "help": "default: by the images"},
+    "--size": {"type": number(int, 8), "metavar": "PX", "help": "default: by the images"},
+    "--batch-size": {"type": number(int, 1), "metavar": "N", "help": "default: by the images"},
+    "--output": {"metavar": "DIR", "help": "default: output/<folder>-<task>"},
+    "--name": {"metavar": "NAME", "help": "the run's label in reports"},
+}
+
+
+def add_folder_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose a config for a folder."""
+    group = parser.add_argument_group(
+        "for a folder of images", f"{FOLDER}; key=value overrides what is chosen"
+    )
+    for name, arguments in _OPTIONS.items():
+        group.add_argument(name, **arguments)
+
+
+def take_folder(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str | None:
+    """Return the folder that a command line gives in place of a config file, and remove it.
+
+    A command line with both or neither ends with argparse's error.
+    """
+    words = arguments.overrides
+    first = words[0] if words else ""
+    is_folder = bool(first) and "=" not in first and Path(first).is_dir()
+    if arguments.config_file is None:
+        if not first or ("=" in first and not Path(first).exists()):
+            parser.error("give the folder of the images, or --config-file FILE.")
+        arguments.overrides = words[1:]
+        if arguments.plugins:
+            from tract_transfer.config.file import with_plugins
+
+            arguments.overrides = list(with_plugins(words[1:], arguments.plugins))
+        return str(first)
+    if is_folder or first.startswith((".", "/", "~")):
+        parser.error(
+            f"give a folder or --config-file: {first} and {arguments.config_file} are both."
+        )
+    given = [name for name in _OPTIONS if getattr(arguments, _destination(name), None)]
+    if given:
+        parser.error(f"{given[0]} goes with a folder. With --config-file, override its keys.")
+    return None
+
+
+def folder_config(folder: str, arguments: argparse.Namespace) -> tuple["Config", "Recipe | None"]:
+    """Return the config for a folder, and the recipe that chose it.
+
+    If the command continues or measures a run, the config is that of the run, and no recipe.
+    """
+    from tract_transfer.registry import load_plugins
+    from tract_transfer.run import recipe as recipes
+
+    load_plugins(arguments.plugins)
+    given = {name: getattr(arguments, _destination(name)) for name in _OPTIONS}
+    options = recipes.Options(
+        task=given["--task"],
+        backbone=given["--backbone"],
+        weights=given["--weights"],
+        tract=given["--tract"],
+        epochs=given["--epochs"],
+        size_px=given["--size"],
+        batch_size=given["--batch-size"],
+        output_dir=given["--output"],
+        name=given["--name"],
+    )
+    continues = bool(arguments.resume or arguments.eval_only or arguments.debug_batch)
+    return recipes.config_for(folder, options, arguments.overrides, continues=continues)
+
+
+def checked_config(folder: str, overrides: list[str]) -> tuple["Config", "Recipe"]:
+    """Return a config with the data of a folder, to check them."""
+    from tract_transfer.data.folder import describe_folder
+    from tract_transfer.run.recipe import Machine, Options, make_recipe
+
+    options = Options(weights="none")  # no model is built
+    recipe = make_recipe(folder, describe_folder(folder), options, Machine.this())
+    return recipe.config(overrides), recipe
+
+
+def _destination(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
