@@ -3,14 +3,18 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from plugin_files import forgotten, write
 from run_folders import Killed
 from tiny_configs import SUITE
 
+import tract_transfer
 from tract_transfer.build.data import build_data, load_split
 from tract_transfer.config.file import ConfigError, read_config_file
+from tract_transfer.config.schema import load_config
 from tract_transfer.config.suite import load_suite
 from tract_transfer.data.findings import Findings
 from tract_transfer.models import BACKBONES, build_backbone
@@ -220,6 +224,41 @@ def test_a_moved_plugin_an_installed_module_and_a_packaged_file_are_trusted(tmp_
                 trusted_plugins(recorded, [], "A run")
         else:
             assert trusted_plugins(recorded, [], "A run") == []
+
+
+def test_python_calls_take_plugins(tmp_path, write_tiny):
+    plugin = str(write(tmp_path / "mine.py", TINY))
+    words = ["model.backbone={name: mine/tiny}", "solver.max_iters=1"]
+    with forgotten(tmp_path):
+        trained = tract_transfer.train(write_tiny(tmp_path), overrides=words, plugins=["mine.py"])
+        assert trained.load().backbone.feature_dim == 8
+    with pytest.raises(PluginError, match=r"plugins=\[\.\.\.\]"):
+        tract_transfer.load(trained)
+    with pytest.raises(PluginError, match="which is not imported"):
+        tract_transfer.create_backbone(weights=trained)
+    with pytest.raises(PluginError, match="which is not imported"):
+        tract_transfer.evaluate(trained)
+    with forgotten(tmp_path):
+        assert tract_transfer.load(trained, plugins=[plugin]).backbone.feature_dim == 8
+    with forgotten(tmp_path):
+        backbone = tract_transfer.create_backbone(weights=trained, plugins=[plugin])
+        assert backbone.origin["name"] == "mine/tiny"
+    assert tract_transfer.evaluate(trained, plugins=[plugin]) == trained.metrics
+
+
+def test_a_folder_of_images_is_trained_with_a_plugin(tmp_path, call):
+    plugin = write(tmp_path / "mine.py", TINY)
+    for number in range(24):
+        path = tmp_path / "images" / ("train", "test")[number % 3 == 0] / "ab"[number % 2]
+        path.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path / f"{number}.png")
+    words = [tmp_path / "images", "--backbone", "mine/tiny", "--weights", "none", "--epochs", 1]
+    words += ["--output", tmp_path / "run", "--plugin", plugin, "data.num_workers=0"]
+    done = call("train_net.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/model.json").read_text())["name"] == "mine/tiny"
+    assert load_config(tmp_path / "run/recipe.yaml").plugins == [str(plugin)]
 
 
 # What an entry lacks is reported before training.

@@ -174,8 +174,7 @@ def create_backbone(
         mean, std: normalization per channel in [0, 1], in place of the model's or the weights' own.
         ignore_missing: patterns (`conv1.*`) of names that the file may lack; they stay random.
         adapt_stem: resample the patch embedding of the weights to the model's patch size.
-        plugins: modules and .py files that register the backbone: files that only the weights name
-            are not imported.
+        plugins: what registers it; files that only the weights name are not imported.
 
     Raises:
         ValueError: no such name, arguments that do not fit, or weights that do not.
@@ -200,11 +199,15 @@ def create_backbone(
         backbone = _build(name, stem, arguments, pretrained)
     if path is not None:
         load_weights(backbone, path, ignore_missing=list(ignore_missing), adapt_stem=adapt_stem)
-    for what, values in (("mean", mean), ("std", std)):
-        if values is not None and (len(values) != 3 or not all(0 <= v <= 1 for v in values)):
-            raise ValueError(f"{what}: must be three numbers in [0, 1], got {list(values)}.")
+    _check_normalization(mean=mean, std=std)
     backbone.set_normalization(mean, std)
     return backbone
+
+
+def _check_normalization(**given: Sequence[float] | None) -> None:
+    for what, values in given.items():
+        if values is not None and (len(values) != 3 or not all(0 <= v <= 1 for v in values)):
+            raise ValueError(f"{what}: must be three numbers in [0, 1], got {list(values)}.")
 
 
 def _check_backbone_arguments(
