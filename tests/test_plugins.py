@@ -23,6 +23,7 @@ from tract_transfer.models.weights import save_backbone
 from tract_transfer.registry import PluginError, load_plugins, trusted_plugins
 from tract_transfer.run.run import run
 from tract_transfer.run.suite import draft_runs
+from tract_transfer.run.summary import next_commands
 from tract_transfer.run.trained import run_config
 
 TINY = """
@@ -409,6 +410,8 @@ def test_a_detector_an_evaluator_and_a_backbone_without_maps_train(tmp_path, loa
     assert (results["primary_metric"], results["metrics"]) == ("count", {"count": 0.5})
     metadata = json.loads((tmp_path / "run/model.json").read_text())
     assert (metadata["maps"], metadata["plugins"]) == ({}, [str(plugin)])
+    config = load_config(tmp_path / "run/config.yaml")
+    assert all(f" --plugin {plugin} " in command for command in next_commands(config))
     hashes = json.loads((tmp_path / "run/environment.json").read_text())["plugin_files"]
     assert hashes.keys() == {"mine.py"}
 
