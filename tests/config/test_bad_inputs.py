@@ -69,7 +69,11 @@ def test_a_missing_file_is_named(tmp_path, refused):
     with refused("a missing config", ConfigError, match=r"No config .*nowhere\.yaml: there is no"):
         load_config(nowhere)
     path.write_text("_BASE_: gone.yaml\n")
-    with refused("a missing _BASE_", ConfigError, match=rf"_BASE_: No config .*gone\.yaml: .*\({path} line 1\)"):
+    with refused(
+        "a missing _BASE_",
+        ConfigError,
+        match=rf"_BASE_: No config .*gone\.yaml: .*\({path} line 1\)",
+    ):
         load_config(path)
 
 
