@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart test torture fuzz docs lint clean
+.PHONY: quickstart test torture fuzz docs site lint clean
 
 quickstart: $(VENV)/installed  ## pre-train, transfer and report on embedded data: a few minutes
 	$(BIN)/python tools/run_suite.py --config-file configs/suites/quickstart.yaml
@@ -21,6 +21,9 @@ fuzz: $(VENV)/installed  ## 10,000 invalid files for each reader, 10,000 cases o
 
 docs: $(VENV)/installed  ## write the tables of docs/reference/recipes.md and docs/reference/errors.md
 	$(BIN)/python docs/generate.py
+
+site: $(VENV)/installed  ## build the documentation as a site; a broken link or a warning is an error
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs site
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

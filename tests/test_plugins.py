@@ -66,6 +66,19 @@ def test_plugins_of_one_file_name_and_of_a_taken_module_name_are_different(tmp_p
     assert json.loads("1") == 1
 
 
+def test_networks_that_were_built_in_are_found_with_a_warning(monkeypatch):
+    for attribute in ("_obj_map", "modules"):  # other tests have imported the plug-in
+        entries = getattr(BACKBONES, attribute).items()
+        built_in = {name: entry for name, entry in entries if BACKBONES.is_built_in(name)}
+        monkeypatch.setattr(BACKBONES, attribute, built_in)
+    monkeypatch.delitem(sys.modules, "cifar_zoo", raising=False)
+    with pytest.warns(FutureWarning, match="--plugin paper/cifar_zoo.py"):
+        assert build_backbone("cifar/nasnet", args={"depth": 1, "width": 8}).feature_dim == 192
+    with pytest.raises(KeyError, match="Did you mean 'cifar/vgg16'"):
+        build_backbone("cifar/vgg_16")
+    monkeypatch.delitem(sys.modules, "cifar_zoo")
+
+
 def test_a_plugin_imports_files_beside_it(tmp_path):
     (tmp_path / "widths_of_mine.py").write_text("WIDTH = 24")
     write(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from tract_transfer.tract import TrAct
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AUGMENTATIONS", "BACKBONES", "DETECTORS", "EVALUATORS", "HEADS", "SOURCES", "Backbone",
     "Classification", "Detections", "Run", "TrAct", "TrainedClassifier", "TrainedDetector",

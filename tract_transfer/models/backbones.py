@@ -2,6 +2,7 @@
 
 # B images, H height and W width in pixels, C channels, D features
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from tract_transfer.models.backbone import Backbone, check_contract
 from tract_transfer.models.stem import change_stem
-from tract_transfer.registry import Registry, did_you_mean
+from tract_transfer.registry import Registry, did_you_mean, load_plugins
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 BACKBONES = Registry("BACKBONES")
+_ZOO = "paper/cifar_zoo.py"
 
 
 def build_backbone(
@@ -61,12 +63,10 @@ def check_backbone_name(name: str) -> None:
     source, _, model = name.partition("/")
     if source not in ("timm", "torchvision"):
         if source == "cifar" and name not in BACKBONES:
-            known = [entry for entry, _ in BACKBONES if entry.startswith("cifar/")]
-            raise KeyError(
-                f"BACKBONES has no {name!r}.{did_you_mean(name, known)} The networks of the "
-                "paper's table 1 are in a plug-in: --plugin paper/cifar_zoo.py, or plugins: "
-                "[paper/cifar_zoo.py] in the config."
-            )
+            load_plugins([_ZOO])  # until 0.2, its networks were built in
+            if name in BACKBONES:
+                text = f"{name} is in a plug-in now. Name it: --plugin {_ZOO}, or plugins: [{_ZOO}]"
+                warnings.warn(f"{text} in the config.", FutureWarning, stacklevel=3)
         BACKBONES.get(name)
     elif source == "timm" and not timm.is_model(model):
         hint = did_you_mean(model, timm.list_models())
