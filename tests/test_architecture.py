@@ -22,7 +22,7 @@ LEVELS = [
     {"tract", "visualize", "registry", "files"},
 ]
 LEVEL = {part: number for number, level in enumerate(LEVELS) for part in level}
-MAX_ROOT_MODULES, MAX_FILES, MAX_LINES = 4, 122, 25_000
+MAX_ROOT_MODULES, MAX_FILES, MAX_LINES = 4, 123, 25_500
 MAX_FUNCTION_LINES = 60
 
 

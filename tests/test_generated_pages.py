@@ -8,7 +8,7 @@ import errors_page
 import pytest
 import yaml
 
-from tract_transfer.build.weights import _check_origin
+from tract_transfer.build.weights import check_origin
 from tract_transfer.config.schema import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -82,7 +82,7 @@ def test_weights_of_another_run_fit_the_backbone_of_the_config(runs):
         if (config.model.weights or "").startswith("output/"):
             origin = made_by[config.model.weights].model.backbone
             if config.model.backbone.name is not None:
-                _check_origin(origin.model_dump(), config.model.backbone)  # raises
+                check_origin(origin.model_dump(), config.model.backbone)  # raises
 
 
 # errors.md

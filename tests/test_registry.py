@@ -1,6 +1,6 @@
 import pytest
 
-from tract_transfer.registry import Registry, did_you_mean
+from tract_transfer.registry import NameTakenError, Registry, did_you_mean
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def test_get_returns_the_registered_entry(shapes):
 
 
 def test_a_name_can_be_registered_once(shapes):
-    with pytest.raises(AssertionError, match="square"):
+    with pytest.raises(NameTakenError, match=r"SHAPES has 'square' already: .*test_registry"):
         shapes.register("square")(len)
     assert shapes.get("square") is not len
 

@@ -56,8 +56,10 @@ def test_the_wheel_has_every_module_template_and_config(outside):
 
     package = outside.installed / "tract_transfer"
     kinds = ("*.py", "*.jinja", "*.csv", "py.typed")
-    assert files(package, *kinds) == files(ROOT / "tract_transfer", *kinds)
-    assert files(package / "configs", "*.yaml") == files(ROOT / "configs", "*.yaml")
+    configs = {Path("configs") / file for file in files(package / "configs", "*.py")}
+    assert files(package, *kinds) - configs == files(ROOT / "tract_transfer", *kinds)
+    for kind in ("*.yaml", "*.py"):
+        assert files(package / "configs", kind) == files(ROOT / "configs", kind)
 
 
 def test_a_packaged_suite_is_planned_outside_a_clone(outside):
@@ -67,6 +69,13 @@ def test_a_packaged_suite_is_planned_outside_a_clone(outside):
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 16
     assert str(ROOT) not in done.stdout + done.stderr
+
+
+def test_a_packaged_plugin_is_found_outside_a_clone(outside):
+    named = ["--backbone", "cifar/squeezenet", "--size-px", 32, "--plugin", "paper/cifar_zoo.py"]
+    done = outside("-m", "tract_transfer", "analyze", *named)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "first layer   model.features.0.0 (Conv2d)" in done.stdout
 
 
 def test_tract_needs_torch_alone(outside):

@@ -10,9 +10,9 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from tract_transfer.build.data import SOURCES
     from tract_transfer.config.schema import load_config
     from tract_transfer.data.augment import AUGMENTATIONS
+    from tract_transfer.data.sources import SOURCES
     from tract_transfer.evaluation import EVALUATORS
     from tract_transfer.models import BACKBONES, DETECTORS, HEADS, Backbone
     from tract_transfer.run.api import Run, create_backbone, evaluate, list_backbones, train
@@ -39,7 +39,7 @@ _MODULES = {
     "DETECTORS": "build.model",  # registers detectron2's
     "EVALUATORS": "evaluation",
     "HEADS": "models",
-    "SOURCES": "build.data",
+    "SOURCES": "data.sources",
     "Backbone": "models",
     "load_config": "config.schema",
     **dict.fromkeys(("Run", "create_backbone", "evaluate", "list_backbones", "train"), "run.api"),

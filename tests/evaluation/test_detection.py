@@ -9,11 +9,11 @@ import pytest
 import torch
 from random_detections import NAMES, images, rows
 
-from tract_transfer.evaluation import EVALUATORS, PROTOCOLS, VocEvaluator
+from tract_transfer.evaluation import EVALUATORS, PROTOCOLS, VocEvaluator, protocols_of
 from tract_transfer.evaluation.detection import coco_metrics
 
 AREA = PROTOCOLS["area"]
-every_protocol = pytest.mark.parametrize("protocol", [name for name, _ in EVALUATORS])
+every_protocol = pytest.mark.parametrize("protocol", protocols_of("detection"))
 
 
 def evaluate(made, protocol="voc2007_devkit", names=NAMES):

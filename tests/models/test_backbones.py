@@ -8,7 +8,9 @@ from torch import nn
 
 from tract_transfer.models import Backbone, build_backbone
 from tract_transfer.models.cifar import CIFAR_MEAN, CIFAR_STD
+from tract_transfer.registry import load_plugins
 
+load_plugins(["paper/cifar_zoo.py"])
 SMALL = {
     "cifar/resnet18": {"width": 16},
     "cifar/vit": {"depth": 1, "width": 48},

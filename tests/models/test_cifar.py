@@ -9,9 +9,12 @@ import torchvision
 from torch import nn
 
 from tract_transfer import TrAct
-from tract_transfer.models import ZOO, build_backbone
-from tract_transfer.models.cifar import HalfSize
+from tract_transfer.models import build_backbone
+from tract_transfer.registry import load_plugins
 from tract_transfer.tract import find_first_layers
+
+load_plugins(["paper/cifar_zoo.py"])
+from cifar_zoo import ZOO, HalfSize  # noqa: E402 - its folder is on sys.path now
 
 ROOT = Path(__file__).parents[2]
 # Million parameters with 100 classes, as github.com/weiaicunzai/pytorch-cifar100 gives them.

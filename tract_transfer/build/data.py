@@ -5,10 +5,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from tract_transfer.build.weights import errors_at
+from tract_transfer.build.weights import call_entry, errors_at, use_plugins
 from tract_transfer.config import data as sources
 from tract_transfer.config.schema import Config, DetectionConfig, ProbeConfig
-from tract_transfer.config.sections import Section
+from tract_transfer.config.sections import ComponentConfig, Section
 from tract_transfer.data import classification
 from tract_transfer.data.classification import ClassificationDataset
 from tract_transfer.data.coco import load_coco
@@ -16,6 +16,7 @@ from tract_transfer.data.detection import DetectionDataset, ImageLabels
 from tract_transfer.data.digits import load_digit_scenes, load_digits
 from tract_transfer.data.findings import Findings, size_checks
 from tract_transfer.data.huggingface import load_huggingface, load_huggingface_boxes
+from tract_transfer.data.sources import SOURCES, reading
 from tract_transfer.data.streaming import Stream, stream_huggingface
 from tract_transfer.data.voc import load_voc
 from tract_transfer.evaluation import check_metric
@@ -67,11 +68,10 @@ def build_data(config: Config) -> Data:
         ConfigError: the splits load, but the task cannot use them.
     """
     sections = config.data
-    findings, limit = Findings(getattr(sections, "invalid_boxes", "error")), sections.max_pixels
+    findings = Findings(getattr(sections, "invalid_boxes", "error"))
 
     def load(name: str) -> Any:
-        section = getattr(sections, name)
-        return load_split(section, f"data.{name}", findings, limit) if section else None
+        return load_split(config, name, findings) if getattr(sections, name) else None
 
     train, held_out = load("train"), dict[str, Any]()
     for name in ("test", "val"):
@@ -140,9 +140,14 @@ def _check_classes(config: Config, data: Data) -> None:
         check_metric(config.evaluation.metric, count)
 
 
-def load_split(section: Section, key: str, findings: Findings, max_pixels: int) -> Loaded:
-    """Load the data that a source section describes; `key` names it in error messages."""
+def load_split(config: Config, name: str, findings: Findings) -> Loaded:
+    """Load the data of the section `data.<name>`."""
+    key, section, max_pixels = f"data.{name}", getattr(config.data, name), config.data.max_pixels
+    use_plugins(config)
     logger.info("Reading %s", key)
+    if isinstance(section, sources.PluginSource):
+        with reading(key, findings, max_pixels):
+            return _load_from_plugin(config, key, section)
     arguments: dict[str, Any] = {**section.model_dump(exclude={"source"}), "key": key}
     if isinstance(section, sources.DigitsSource):
         return load_digits(**arguments)
@@ -152,14 +157,39 @@ def load_split(section: Section, key: str, findings: Findings, max_pixels: int) 
         if section.streaming:
             return stream_huggingface(**arguments)
         del arguments["num_classes"]  # of a stream
-    return SOURCES[type(section)](**arguments, findings=findings)
+    return _LOADERS[type(section)](**arguments, findings=findings)
 
 
 # Their arguments are the fields of the section.
-SOURCES: dict[type[Section], Callable[..., Loaded]] = {
+_LOADERS: dict[type[Section], Callable[..., Loaded]] = {
     sources.HuggingFaceSource: load_huggingface,
     sources.VocSource: load_voc,
     sources.CocoSource: load_coco,
     sources.HuggingFaceBoxesSource: load_huggingface_boxes,
     sources.DigitScenesSource: load_digit_scenes,
 }
+
+
+def source_entry(section: sources.PluginSource) -> ComponentConfig:
+    """Return a plug-in's source as `call_entry` takes it, with the subkeys SOURCE_KEYS."""
+    return ComponentConfig(name=section.source, args=section.args)
+
+
+SOURCE_KEYS = (".source", ".args")
+
+
+def _load_from_plugin(config: Config, key: str, section: sources.PluginSource) -> Loaded:
+    """Call a plug-in's source, and refuse what it returns unless it is the task's data."""
+    with errors_at(config, key):
+        dataset = call_entry(config, SOURCES, key, source_entry(section), subkeys=SOURCE_KEYS)
+    is_detection = isinstance(config, DetectionConfig)
+    kind, make = ClassificationDataset, "image_dataset"
+    if is_detection:
+        kind, make = DetectionDataset, "box_dataset"  # type: ignore[assignment]
+    if not isinstance(dataset, kind):
+        raise config.error(
+            key,
+            f"{section.source} returns {type(dataset).__name__}, and a {config.task} needs a "
+            f"{kind.__name__}: return tract_transfer.data.sources.{make}(...).",
+        )
+    return dataset

@@ -4,7 +4,7 @@ import contextlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +16,9 @@ from tract_transfer.config.file import ConfigError, config_names, read_config_fi
 from tract_transfer.config.schema import Config
 from tract_transfer.config.sections import BackboneConfig, ComponentConfig
 from tract_transfer.engine.checkpoint import is_checkpoint, verified
-from tract_transfer.models import BACKBONES, ZOO, Backbone, build_backbone, weights
+from tract_transfer.models import BACKBONES, Backbone, build_backbone, weights
 from tract_transfer.models.backbones import check_backbone_name
-from tract_transfer.registry import Registry, did_you_mean
+from tract_transfer.registry import Registry, did_you_mean, load_plugins
 
 # Arguments that change neither names nor what a weight computes at the size it was trained at.
 FREE_ARGS = {
@@ -28,14 +28,21 @@ FREE_ARGS = {
 _Kinds = type[Exception] | tuple[type[Exception], ...]
 
 
+def use_plugins(config: Config) -> None:
+    """Import the plug-ins of a config; a second time costs nothing."""
+    with errors_at(config, "plugins"):
+        load_plugins(config.plugins)
+
+
 def check_backbone(config: Config) -> None:
     """Refuse a backbone that does not exist, its arguments, or weights that do not exist."""
     backbone, path = config.model.backbone, config.model.weights_path
+    use_plugins(config)
     if path is not None:
         with errors_at(config, "model.weights"):
             check_weights_exist(path)
-            if backbone.name is None:
-                weights.read_metadata(path)
+            if backbone.name is None or weights.has_metadata(path):
+                weights.import_plugins_of(weights.read_metadata(path), config.plugins)
             weights.weights_file(path)
     if backbone.name is not None:
         with errors_at(config, "model.backbone", KeyError):
@@ -43,7 +50,7 @@ def check_backbone(config: Config) -> None:
         if backbone.name in BACKBONES:  # libraries check the arguments of their own models
             signature = inspect.signature(BACKBONES.get(backbone.name))
             parameters = list(signature.parameters.values())
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            if not _takes_any(backbone.name):
                 _check_args(config, "model.backbone.args", backbone.name, parameters, backbone.args)
 
 
@@ -55,10 +62,12 @@ def build_with_weights(config: Config) -> Backbone:
             cause is a WeightsError with the report.
     """
     model, section, path = config.model, config.model.backbone, config.model.weights_path
+    use_plugins(config)
     metadata = None
     if path is not None and (section.name is None or weights.has_metadata(path)):
         with errors_at(config, "model.weights"):
             metadata = weights.read_metadata(path)
+            weights.import_plugins_of(metadata, config.plugins)
             if section.name is not None:
                 check_origin(metadata, section)
     with errors_at(config, "model.backbone", (KeyError, ValueError)):
@@ -133,7 +142,26 @@ def call_entry(
     *positional: Any,
     subkeys: tuple[str, str] = (".name", ".args"),
 ) -> Any:
-    """Call a registry's entry with args that are checked against its keyword-only arguments.
+    """Call a registry's entry with args that are checked by `find_entry`."""
+    function, names = find_entry(config, registry, key, entry, subkeys=subkeys)
+    try:
+        return function(*positional, **entry.args)
+    except (ValueError, ImportError) as error:
+        argument, colon, message = str(error).partition(": ")
+        if colon and argument.partition(".")[0] in names:  # as `rpn.nms_iou: must be ...`
+            raise config.error(f"{key}{subkeys[1]}.{argument}", message) from error
+        raise config.error(key, str(error)) from error
+
+
+def find_entry(
+    config: Config,
+    registry: Registry,
+    key: str,
+    entry: ComponentConfig,
+    *,
+    subkeys: tuple[str, str] = (".name", ".args"),
+) -> tuple[Callable[..., Any], list[str]]:
+    """Return a registry's entry and the names of its keyword-only arguments, which args must fit.
 
     Args:
         key, subkeys: the entry's name has the config key `key` + `subkeys[0]`, its args the other.
@@ -144,14 +172,7 @@ def call_entry(
     parameters = inspect.signature(function).parameters.values()
     keywords = [parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     _check_args(config, args_key, entry.name, keywords, entry.args)
-    try:
-        return function(*positional, **entry.args)
-    except (ValueError, ImportError) as error:
-        argument, colon, message = str(error).partition(": ")
-        names = [keyword.name for keyword in keywords]
-        if colon and argument.partition(".")[0] in names:  # as `rpn.nms_iou: must be ...`
-            raise config.error(f"{args_key}.{argument}", message) from error
-        raise config.error(key, str(error)) from error
+    return function, [keyword.name for keyword in keywords]
 
 
 def _check_args(
@@ -201,8 +222,8 @@ def wrong_argument(
         refusal: the constructor's message. A function between name and class may take more than
             the class, so an argument unknown to the class must be named in it.
     """
-    library, _, model_name = (name or "").partition("/")
-    if not args or (library not in ("timm", "torchvision") and model_name not in ZOO):
+    library = (name or "").partition("/")[0]
+    if not args or (library not in ("timm", "torchvision") and not _takes_any(str(name))):
         return None
     with torch.device("meta"):  # for its class only, without memory
         model = build_backbone(str(name)).model
@@ -218,6 +239,12 @@ def wrong_argument(
     with contextlib.suppress(PydanticUserError, NameError):  # an annotation that is not a type
         return _find_misfit(str(name), optional, suspects)
     return None
+
+
+def _takes_any(name: str) -> bool:
+    """Whether a registered backbone passes any arguments on to the constructor of its model."""
+    parameters = inspect.signature(BACKBONES.get(name)).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def check_weights_exist(path: Path) -> None:

@@ -14,7 +14,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tract_transfer.cli.main import add_overrides, make_parser, number, read_config, reports_errors
+from tract_transfer.cli.main import (
+    add_overrides,
+    add_plugins,
+    make_parser,
+    number,
+    read_config,
+    reports_errors,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,6 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--num-classes", type=count, default=20, metavar="K", help="default 20")
     parser.add_argument("--depth", type=count, default=1, help="levels of modules (default 1)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    add_plugins(parser)
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     if not (arguments.config_file or arguments.backbone or arguments.weights):
@@ -79,7 +87,9 @@ def main() -> int:
 def build_named(arguments: argparse.Namespace) -> "Backbone":
     """Return the backbone of --backbone, --stem and --args with random weights."""
     from tract_transfer.models import build_backbone
+    from tract_transfer.registry import load_plugins
 
+    load_plugins(arguments.plugins)
     try:
         return build_backbone(arguments.backbone, stem=arguments.stem, args=arguments.args)
     except KeyError as error:
@@ -119,7 +129,7 @@ def load_weights(arguments: argparse.Namespace) -> "Backbone":
     if arguments.backbone is not None:
         backbone = build_named(arguments)
     else:
-        backbone = weights.build_from_metadata(weights.read_metadata(path))
+        backbone = weights.build_from_metadata(weights.read_metadata(path), arguments.plugins)
     weights.load_weights(backbone, path)
     return backbone
 

@@ -17,7 +17,7 @@ from tract_transfer.cli.main import make_parser, reports_errors
 
 MAX_CHARACTERS = 100  # of a description
 _BASES = "base/"  # configs that others build on: they run nothing themselves
-_RELATIVE = re.compile(r"(?<![\w./-])(?:\.\./)*(?:[\w-]+/)?[\w-]+\.yaml\b")
+_RELATIVE = re.compile(r"(?<![\w./-])(?:\.\./)*(?:[\w-]+/)?[\w-]+\.(?:yaml|py)\b")
 
 
 @reports_errors
@@ -46,7 +46,9 @@ def main() -> int:
 
 
 def copy(name: str, destination: str | None = None) -> Path:
-    """Write a packaged config to a new file and return its path; its bases stay in the package.
+    """Write a packaged config to a new file and return its path.
+
+    Its bases and plug-ins stay in the package.
 
     Raises:
         FileExistsError: there is such a file; it is kept.
@@ -60,11 +62,12 @@ def copy(name: str, destination: str | None = None) -> Path:
         raise FileExistsError(f"{path} exists and is kept. Name another file.")
 
     def packaged(match: re.Match[str]) -> str:
-        """Return the name of a config that the text gives relative to the source."""
-        config = (source.parent / match[0]).resolve()
-        if not config.is_relative_to(CONFIGS.resolve()):
+        """Return the packaged name of a config or plug-in, given relative to the source."""
+        file = (source.parent / match[0]).resolve()
+        if not file.is_relative_to(CONFIGS.resolve()) or not file.is_file():
             return match[0]
-        return config.relative_to(CONFIGS.resolve()).with_suffix("").as_posix()
+        name = file.relative_to(CONFIGS.resolve())
+        return (name if name.suffix == ".py" else name.with_suffix("")).as_posix()
 
     lines = source.read_text(encoding="utf-8").splitlines()
     text = [line if line.startswith("#") else _RELATIVE.sub(packaged, line) for line in lines]

@@ -29,6 +29,7 @@ import tract_transfer
 from tract_transfer.cli.main import (
     CONFIG_HELP,
     add_overrides,
+    add_plugins,
     make_parser,
     number,
     read_config,
@@ -59,6 +60,7 @@ def parse() -> argparse.Namespace:
     text = "micro-batches to run (default 8)"
     parser.add_argument("--num-batches", type=count, default=8, metavar="N", help=text)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_plugins(parser)
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     if (arguments.backbone is None) != (arguments.data is None):
@@ -195,12 +197,16 @@ def config_of(arguments: argparse.Namespace) -> "Config":
 
     For local images it is that of `tract-transfer train FOLDER`.
     """
-    from tract_transfer.config.file import override, parse_words
+    from tract_transfer.config.file import override, parse_words, with_plugins
     from tract_transfer.config.schema import check_config
     from tract_transfer.data.folder import describe_folder
+    from tract_transfer.registry import load_plugins
     from tract_transfer.run.recipe import Machine, Options, make_recipe
 
     backbone, path = arguments.backbone, arguments.data
+    if arguments.plugins:
+        arguments.overrides = list(with_plugins(arguments.overrides, arguments.plugins))
+        load_plugins(arguments.plugins)
     if path.startswith((".", "/", "~")) or Path(path).exists():
         options = Options(backbone=backbone, weights="none", tract=True)
         recipe = make_recipe(path, describe_folder(path), options, Machine.this())

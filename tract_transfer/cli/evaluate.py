@@ -12,7 +12,13 @@ import json
 import sys
 from pathlib import Path
 
-from tract_transfer.cli.main import CONFIG_HELP, add_overrides, make_parser, reports_errors
+from tract_transfer.cli.main import (
+    CONFIG_HELP,
+    add_overrides,
+    add_plugins,
+    make_parser,
+    reports_errors,
+)
 
 
 @reports_errors
@@ -23,6 +29,7 @@ def main() -> int:
     which.add_argument("--run", type=Path, metavar="FOLDER", help="a run folder")
     which.add_argument("--config-file", metavar="FILE", help=f"{CONFIG_HELP}, of a run")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    add_plugins(parser)
     add_overrides(parser)
     arguments = parser.parse_intermixed_args()
     from tract_transfer.engine.screen import ProgressLine, show_log
@@ -35,9 +42,9 @@ def main() -> int:
         from tract_transfer.run.trained import run_config
 
     if arguments.run is not None:
-        config = run_config(arguments.run, arguments.overrides)
+        config = run_config(arguments.run, arguments.overrides, arguments.plugins)
     else:
-        config = load_config(arguments.config_file, arguments.overrides)
+        config = load_config(arguments.config_file, arguments.overrides, arguments.plugins)
     metrics = evaluate_run(config)
     lines = [f"{name:>22}  {format_metric(name, value)}" for name, value in metrics.items()]
     print(json.dumps(metrics) if arguments.json else "\n".join(lines))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tract_transfer.cli.main import make_parser, reports_errors
+from tract_transfer.cli.main import add_plugins, make_parser, reports_errors
 
 EXPORT = """\
 Export a finished classification run as a folder that timm, torchvision or others load.
@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--push-to-hub", metavar="ID", help="upload it as owner/name")
     parser.add_argument("--private", action="store_true", help="with --push-to-hub: not public")
     parser.add_argument("--license", metavar="ID", help="for the model card, such as apache-2.0")
+    add_plugins(parser)
     arguments = parser.parse_args()
     hub_id = arguments.push_to_hub
     if arguments.private and not hub_id:
@@ -43,7 +44,12 @@ def main() -> int:
 
     if hub_id:
         check_hub(hub_id)
-    options = {"onnx": arguments.onnx, "hub_id": hub_id, "license_id": arguments.license}
+    options = {
+        "plugins": arguments.plugins,
+        "onnx": arguments.onnx,
+        "hub_id": hub_id,
+        "license_id": arguments.license,
+    }
     exported = export_run(arguments.run, arguments.output, **options)
     print(f"{arguments.output}: {exported.library} {exported.name}")
     if exported.reason:
@@ -67,6 +73,7 @@ def convert() -> int:
     parser.add_argument("--config-file", metavar="YAML", type=Path, help=text)
     text = "with --from: the method that reports name (default: that of the file, or vanilla)"
     parser.add_argument("--method", help=text)
+    add_plugins(parser)
     arguments = parser.parse_args()
     if arguments.to and (arguments.config_file or arguments.method):
         parser.error("--config-file and --method go with --from: a run folder has its own.")
@@ -76,7 +83,7 @@ def convert() -> int:
     source, output = arguments.input, arguments.output
     if arguments.to:
         metadata = weights.read_metadata(source)
-        backbone = weights.build_from_metadata(metadata)
+        backbone = weights.build_from_metadata(metadata, arguments.plugins)
         weights.load_weights(backbone, source)
         print(output, save_detectron2(output, backbone, metadata), sep="\n")
         return 0

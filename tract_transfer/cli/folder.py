@@ -46,6 +46,10 @@ def take_folder(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
         if not first or ("=" in first and not Path(first).exists()):
             parser.error("give the folder of the images, or --config-file FILE.")
         arguments.overrides = words[1:]
+        if arguments.plugins:
+            from tract_transfer.config.file import with_plugins
+
+            arguments.overrides = list(with_plugins(words[1:], arguments.plugins))
         return str(first)
     if is_folder or first.startswith((".", "/", "~")):
         parser.error(
@@ -62,8 +66,10 @@ def folder_config(folder: str, arguments: argparse.Namespace) -> tuple["Config",
 
     If the command continues or measures a run, the config is that of the run, and no recipe.
     """
+    from tract_transfer.registry import load_plugins
     from tract_transfer.run import recipe as recipes
 
+    load_plugins(arguments.plugins)
     given = {name: getattr(arguments, _destination(name)) for name in _OPTIONS}
     options = recipes.Options(
         task=given["--task"],

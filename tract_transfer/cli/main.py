@@ -111,7 +111,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def add_config(parser: argparse.ArgumentParser, *, is_required: bool = True) -> None:
     """Add a config file and its overrides, for `parse_intermixed_args`."""
     parser.add_argument("--config-file", required=is_required, metavar="FILE", help=CONFIG_HELP)
+    add_plugins(parser)
     add_overrides(parser)
+
+
+def add_plugins(parser: argparse.ArgumentParser) -> None:
+    """Add --plugin, which may be given several times."""
+    text = "a module or .py file that registers backbones, sources, ... (repeatable)"
+    plugin: dict[str, Any] = {"action": "append", "default": [], "dest": "plugins"}
+    parser.add_argument("--plugin", metavar="MODULE", help=text, **plugin)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +132,7 @@ def read_config(arguments: argparse.Namespace, *more: str) -> "Config":
     """Return the config of --config-file with its overrides, and `more` of them."""
     from tract_transfer.config.schema import load_config
 
-    return load_config(arguments.config_file, [*arguments.overrides, *more])
+    return load_config(arguments.config_file, [*arguments.overrides, *more], arguments.plugins)
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], Any]:

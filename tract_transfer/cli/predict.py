@@ -16,7 +16,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tract_transfer.cli.main import make_parser, number, print_error, reports_errors
+from tract_transfer.cli.main import add_plugins, make_parser, number, print_error, reports_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,6 +40,7 @@ def parse() -> argparse.Namespace:
         "--min-score", type=number(float, 0, 1), help="of drawn boxes (default 0.5)"
     )
     parser.add_argument("--top-k", type=number(int, 1), help="number of classes (default 5)")
+    add_plugins(parser)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     return parser.parse_args()
 
@@ -76,14 +77,17 @@ def main() -> int:
     arguments = parse()
     from tract_transfer.config.schema import load_config
 
-    run = arguments.run or Path(load_config(arguments.config_file).output_dir)
+    run, plugins = arguments.run, arguments.plugins
+    if run is None:  # the user's own config, which names its plug-ins
+        config = load_config(arguments.config_file, plugins=plugins)
+        run, plugins = Path(config.output_dir), config.plugins
     path = arguments.output / "predictions.json"
     if path.exists() and not arguments.overwrite:
         raise FileExistsError(f"{path} exists: set another --output, or --overwrite.")
     names = dict(pair for given in arguments.inputs for pair in files_of(given))
     from tract_transfer.run.trained import load
 
-    model = load(run, device=arguments.device)
+    model = load(run, device=arguments.device, plugins=plugins)
     predict, show = by_task(model, arguments, names)
     arguments.output.mkdir(parents=True, exist_ok=True)
     errors: list[Exception] = []

@@ -52,7 +52,7 @@ def main() -> int:
     from tract_transfer.suite.execute import execute
     from tract_transfer.suite.screen import Screen
 
-    config = load_suite(arguments.config_file, arguments.overrides)
+    config = load_suite(arguments.config_file, arguments.overrides, arguments.plugins)
     suite = open_suite(config, refuse=not (arguments.dry_run or arguments.set_aside))
     if arguments.dry_run:
         print("\n".join(list_plan(suite)))

@@ -5,7 +5,7 @@ Fields become arguments of the same names (see tract_transfer.build.data and bui
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from tract_transfer.config.sections import (
     Count,
@@ -105,20 +105,46 @@ class DigitScenesSource(Section):
     size_px: Annotated[int, Field(ge=64)] = 128
 
 
-_BY_SOURCE = Field(discriminator="source")
-ImageSource = Annotated[HuggingFaceSource | DigitsSource, _BY_SOURCE]
-ValSource = Annotated[HuggingFaceSource | DigitsSource | HeldOutSource, _BY_SOURCE]
-BoxSource = Annotated[
-    VocSource | CocoSource | HuggingFaceBoxesSource | DigitScenesSource, _BY_SOURCE
-]
-ProbeSource = Annotated[
-    HuggingFaceSource | DigitsSource | VocSource | DigitScenesSource, _BY_SOURCE
-]
+class PluginSource(Section):
+    """A source that a plug-in registers in SOURCES, and the arguments of its function."""
+
+    source: str
+    args: dict[str, Any] = Field(default={})
+
+
+_BUILT_IN = ("huggingface", "digits", "train", "voc", "coco", "digit_scenes")
+PLUGIN = "a name of a plug-in"  # the tag of a PluginSource, as error messages have it
+
+
+def _tag(section: Any) -> str | None:
+    """Return which section a source has: its own, or that of all sources of plug-ins."""
+    is_tree = isinstance(section, dict)
+    source = section.get("source") if is_tree else getattr(section, "source", None)
+    keys = set(section) if is_tree else set()
+    if not isinstance(source, str) or source in _BUILT_IN:
+        return source if source is None else str(source)
+    # Without a slash and with other keys, it is a built-in source with a typing error.
+    return PLUGIN if "/" in source or keys <= {"source", "args"} else source
+
+
+_BY_SOURCE = Discriminator(_tag)
+_HuggingFace = Annotated[HuggingFaceSource, Tag("huggingface")]
+_Digits = Annotated[DigitsSource, Tag("digits")]
+_HeldOut = Annotated[HeldOutSource, Tag("train")]
+_Voc = Annotated[VocSource, Tag("voc")]
+_Coco = Annotated[CocoSource, Tag("coco")]
+_HuggingFaceBoxes = Annotated[HuggingFaceBoxesSource, Tag("huggingface")]
+_DigitScenes = Annotated[DigitScenesSource, Tag("digit_scenes")]
+_Plugin = Annotated[PluginSource, Tag(PLUGIN)]
+ImageSource = Annotated[_HuggingFace | _Digits | _Plugin, _BY_SOURCE]
+ValSource = Annotated[_HuggingFace | _Digits | _HeldOut | _Plugin, _BY_SOURCE]
+BoxSource = Annotated[_Voc | _Coco | _HuggingFaceBoxes | _DigitScenes | _Plugin, _BY_SOURCE]
+ProbeSource = Annotated[_HuggingFace | _Digits | _Voc | _DigitScenes | _Plugin, _BY_SOURCE]
 BoxSourceOrPart = Annotated[
-    VocSource | CocoSource | HuggingFaceBoxesSource | DigitScenesSource | HeldOutSource, _BY_SOURCE
+    _Voc | _Coco | _HuggingFaceBoxes | _DigitScenes | _HeldOut | _Plugin, _BY_SOURCE
 ]
 ProbeSourceOrPart = Annotated[
-    HuggingFaceSource | DigitsSource | VocSource | DigitScenesSource | HeldOutSource, _BY_SOURCE
+    _HuggingFace | _Digits | _Voc | _DigitScenes | _HeldOut | _Plugin, _BY_SOURCE
 ]
 
 

@@ -1,6 +1,7 @@
 """Config files: YAML with `_BASE_` files and overrides, and errors that name file and line."""
 
 import copy
+import json
 import numbers
 import os
 import re
@@ -11,6 +12,9 @@ from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
+
+from tract_transfer.config.data import PLUGIN
+from tract_transfer.registry import find_plugin
 
 # Dotted key -> where it was set: "configs/x.yaml line 12"; "" -> the file that was asked for.
 Origins = dict[str, str]
@@ -73,20 +77,54 @@ def config_names() -> list[str]:
     return [file.relative_to(CONFIGS).with_suffix("").as_posix() for file in files]
 
 
-def read_config_file(path: Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origins]:
+def read_config_file(
+    path: Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()
+) -> tuple[dict[str, Any], Origins]:
     """Return the merged tree of a file, its bases and the overrides, and where each key was set.
 
     A file overrides its `_BASE_` (a path relative to it or the name of a packaged config, or a list
-    of them) key by key; see `merge`. `path` may be the name of a packaged config too.
+    of them) key by key; see `merge`. `path` may be the name of a packaged config too. The `plugins`
+    of a file are added to those of its bases, and the argument's to them all; paths of files are
+    absolute in the tree.
     """
     path = find_config(path)
     tree, origins = override(*_read(path, ()), parse_words(overrides))
     origins[""] = str(path)
-    return tree, origins
+    return add_plugins(tree, origins, plugins)
+
+
+def add_plugins(
+    tree: dict[str, Any], origins: Origins, plugins: Sequence[str] = ()
+) -> tuple[dict[str, Any], Origins]:
+    """Return a tree with more `plugins`, and paths of the working directory made absolute."""
+    tree = _with_absolute_plugins(tree, Path())
+    old = tree.get("plugins", [])
+    if not plugins or not isinstance(old, list):
+        return tree, origins
+    added = {**tree, "plugins": [*dict.fromkeys([*old, *map(find_plugin, plugins)])]}
+    return added, {**origins, "plugins": COMMAND_LINE}
+
+
+def with_plugins(overrides: Overrides, plugins: Sequence[str]) -> Overrides:
+    """Return overrides that add plug-ins to those that they name, by absolute paths."""
+    files = [find_plugin(plugin) for plugin in plugins]
+    if isinstance(overrides, Mapping):
+        return {**overrides, "plugins": [*overrides.get("plugins", []), *files]}
+    return [*overrides, f"plugins={json.dumps(files)}"]
+
+
+def _with_absolute_plugins(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a tree whose `plugins`, if they are names and paths, are as `find_plugin` has them."""
+    plugins = tree.get("plugins")
+    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+        return tree
+    return {**tree, "plugins": [find_plugin(plugin, folder) for plugin in plugins]}
 
 
 def read_config(
-    config: str | os.PathLike[str] | Mapping[str, Any], overrides: Overrides = ()
+    config: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Overrides = (),
+    plugins: Sequence[str] = (),
 ) -> tuple[dict[str, Any], Origins]:
     """Return what `read_config_file` returns, for a config as a mapping and overrides as one too.
 
@@ -104,11 +142,12 @@ def read_config(
     changes = read_overrides(overrides)
     if not isinstance(config, Mapping):
         tree, origins = read_config_file(Path(config))
-        return override(tree, origins, changes)
+        return add_plugins(*override(tree, origins, changes), plugins)
     tree = _plain(config, "config")
     origins = dict.fromkeys(_keys_below("", tree), MAPPING)
     origins = {key.removeprefix("."): place for key, place in origins.items()}
-    return override(*_with_bases(tree, origins, Path(), MAPPING, ()), changes)
+    tree, origins = override(*_with_bases(tree, origins, Path(), MAPPING, ()), changes)
+    return add_plugins(tree, origins, plugins)
 
 
 def read_overrides(overrides: Overrides) -> list[Override]:
@@ -175,6 +214,7 @@ def _with_bases(
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"_BASE_: must be a path or a list of paths, got {bases!r} ({place}).")
+    tree = _with_absolute_plugins(tree, folder)
     merged: dict[str, Any] = {}
     inherited: Origins = {}
     for base in bases:
@@ -183,9 +223,18 @@ def _with_bases(
         except ConfigError as error:
             raise ConfigError(explain("_BASE_", str(error), origins)) from None
         base_tree, base_origins = _read(base_path, including)
-        merged = merge(merged, base_tree)
+        merged = _merge_files(merged, base_tree)
         inherited.update(base_origins)
-    return merge(merged, tree), {**inherited, **origins}
+    return _merge_files(merged, tree), {**inherited, **origins}
+
+
+def _merge_files(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `merge` of two files, with the plug-ins of both."""
+    lists = [tree["plugins"] for tree in (base, over) if isinstance(tree.get("plugins"), list)]
+    merged = merge(base, over)
+    if len(lists) == 2:
+        merged["plugins"] = lists[0] + [plugin for plugin in lists[1] if plugin not in lists[0]]
+    return merged
 
 
 def _record_lines(node: yaml.MappingNode, prefix: str, path: Path, origins: Origins) -> None:
@@ -381,6 +430,7 @@ def explain_all(
                 )
                 if kind == "union_tag_invalid":
                     message = "{tag!r} is none of {expected_tags}.".format(**problem["ctx"])
+                    message = message.replace(f"'{PLUGIN}'", PLUGIN)
                 key = f"{key}.source" if key else "task"
                 place = place_of(key, origins)
             case "value_error" | "unused_key" as kind:
@@ -402,7 +452,7 @@ def _dotted(location: Sequence[Any], tree: Any) -> str:
     parts = []
     for part in location:
         if isinstance(tree, dict):
-            if part not in tree and part in (tree.get("source"), tree.get("task")):
+            if part not in tree and part in (tree.get("source"), tree.get("task"), PLUGIN):
                 continue
             tree = tree.get(part)
         else:

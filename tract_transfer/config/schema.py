@@ -4,7 +4,7 @@ Each task has its own Config, so that a key which a task would ignore is an erro
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field, PrivateAttr, TypeAdapter, ValidationError
@@ -15,6 +15,7 @@ from tract_transfer.config.file import (
     ConfigError,
     Origins,
     Overrides,
+    add_plugins,
     dump_yaml,
     explain,
     explain_all,
@@ -35,7 +36,8 @@ PaperRow = Literal[
 class BaseConfig(Section):
     """Keys of every task. `name` and `method` label the run in a report; null derives them.
 
-    `paper`: the row of the paper's tables that a report compares the run with.
+    `paper`: the row of the paper's tables that a report compares the run with. `plugins`: modules
+    and .py files, relative to the config's file, that register further entries.
     """
 
     output_dir: str
@@ -43,6 +45,7 @@ class BaseConfig(Section):
     name: str | None = None
     method: str | None = None
     paper: PaperRow | None = None
+    plugins: list[str] = Field(default=[])
     _origins: Origins = PrivateAttr(default_factory=dict)
 
     def error(self, key: str, message: str) -> ConfigError:
@@ -150,7 +153,9 @@ _ADAPTER: TypeAdapter[Config] = TypeAdapter(Annotated[Config, Field(discriminato
 
 
 def load_config(
-    config: str | os.PathLike[str] | Mapping[str, Any] | Config, overrides: Overrides = ()
+    config: str | os.PathLike[str] | Mapping[str, Any] | Config,
+    overrides: Overrides = (),
+    plugins: Sequence[str] = (),
 ) -> Config:
     """Read a config, apply overrides and check it.
 
@@ -158,6 +163,8 @@ def load_config(
         config: the name of a packaged config (`quickstart/pretrain`), a path to a YAML file, a
             dict of its keys, or a config that this function returned. `_BASE_` files are merged.
         overrides: dotted keys and values, `{"solver.lr": 0.1}`, or words, `["solver.lr=0.1"]`.
+        plugins: modules and .py files, added to `plugins` of the config. Nothing is imported before
+            the config is used.
 
     Returns:
         A ClassificationConfig, DetectionConfig or ProbeConfig, as `task` is.
@@ -168,8 +175,9 @@ def load_config(
     """
     if isinstance(config, BaseConfig):
         changes = read_overrides(overrides)
-        return check_config(*override(config.model_dump(), config._origins, changes))
-    return check_config(*read_config(config, overrides))
+        tree, origins = override(config.model_dump(), config._origins, changes)
+        return check_config(*add_plugins(tree, origins, plugins))
+    return check_config(*read_config(config, overrides, plugins))
 
 
 def check_config(tree: dict[str, Any], origins: Origins) -> Config:

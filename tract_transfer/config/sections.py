@@ -188,16 +188,23 @@ class SelectingEvaluation(PeriodicConfig):
 
 
 class ClassificationEvaluation(SelectingEvaluation):
-    """`flip` averages the logits of an image and of its mirror image."""
+    """`protocol`: an entry of EVALUATORS, null for `accuracy`, and `metric` one of its metrics.
 
-    metric: Literal["top1", "top5", "mean_per_class"] = "top1"
+    `flip` averages the logits of an image and of its mirror image.
+    """
+
+    metric: str = "top1"
+    protocol: str | None = None
     flip: bool = False
 
 
 class DetectionEvaluation(SelectingEvaluation):
-    """`protocol`: an entry of EVALUATORS; `flip` adds the detections of the mirror image."""
+    """`protocol`: an entry of EVALUATORS, and `metric` one of its metrics.
 
-    metric: Literal["ap50", "ap75", "ap"] = "ap50"
+    `flip` adds the detections of the mirror image.
+    """
+
+    metric: str = "ap50"
     protocol: str = "voc2007_devkit"
     flip: bool = False
     save_detections: CountOrZero = 8

@@ -80,7 +80,10 @@ def _as_section(value: Any) -> Any:
 
 
 class SuiteConfig(Section):
-    """A suite of methods x tasks x seeds, with `workers` runs at a time (see docs/suite.md)."""
+    """A suite of methods x tasks x seeds, with `workers` runs at a time (see docs/suite.md).
+
+    Every run gets `plugins` beside those of its own config.
+    """
 
     output_dir: str
     title: str = "Does the backbone transfer?"
@@ -92,6 +95,7 @@ class SuiteConfig(Section):
     resources: ResourcesConfig = ResourcesConfig()
     workers: Count | None = None
     retries: Annotated[int, Field(ge=0)] = 1
+    plugins: list[str] = Field(default=[])
     _origins: Origins = PrivateAttr(default_factory=dict)
     _folder: Path = PrivateAttr(default=Path())
 
@@ -142,13 +146,15 @@ class SuiteConfig(Section):
         return section
 
 
-def load_suite(path: str | Path, overrides: Sequence[str] = ()) -> SuiteConfig:
-    """Read a suite's YAML file and `key=value` overrides.
+def load_suite(
+    path: str | Path, overrides: Sequence[str] = (), plugins: Sequence[str] = ()
+) -> SuiteConfig:
+    """Read a suite's YAML file and `key=value` overrides; `plugins` are added to the file's.
 
     Raises:
         ConfigError: lists the problems, one a line.
     """
-    tree, origins = read_config_file(Path(path), overrides)
+    tree, origins = read_config_file(Path(path), overrides, plugins)
     try:
         suite = SuiteConfig.model_validate(tree)
     except ValidationError as error:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from tract_transfer.detectron2.detector import MapBackbone, as_dict, build_pyramid
-from tract_transfer.evaluation import EVALUATORS
+from tract_transfer.evaluation import find_evaluator
 from tract_transfer.models import Backbone, build_backbone
 from tract_transfer.models.freeze import freeze_stages
 from tract_transfer.models.weights import build_from_metadata, load_weights, read_metadata
@@ -163,7 +163,7 @@ class VocDatasetEvaluator(DatasetEvaluator):  # type: ignore[misc]
 
     def __init__(self, dataset_name: str, protocol: str = "voc2007_devkit") -> None:
         class_names = list(MetadataCatalog.get(dataset_name).thing_classes)
-        self._make_evaluator = partial(EVALUATORS.get(protocol), class_names)
+        self._make_evaluator = partial(find_evaluator(protocol, "detection"), class_names)
         self._targets = _targets(dataset_name)
         self.reset()
 

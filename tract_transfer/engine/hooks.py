@@ -244,7 +244,7 @@ def format_metrics(values: Mapping[str, Any]) -> str:
 
 def format_metric(name: str, value: float) -> str:
     """Return a loss as `0.3412`, any other metric as `91.25%`."""
-    return f"{value:.4f}" if name == "loss" else f"{value:.2%}"
+    return f"{value:.4f}" if "loss" in name else f"{value:.2%}"
 
 
 class Evaluator(Protocol):

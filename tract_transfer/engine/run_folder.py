@@ -37,17 +37,18 @@ from tract_transfer.files import (
     write_text,
 )
 from tract_transfer.models.weights import read_metadata
+from tract_transfer.registry import plugin_hashes
 
 PACKAGES = ("torch", "torchvision", "timm", "datasets", "accelerate", "numpy")
 # Keys of environment.json that decide the bits of a run.
 DECIDING = (
     "versions.", "git.commit", "hardware.processor", "hardware.gpus", "hardware.threads",
-    "hardware.processes",
+    "hardware.processes", "plugin_files",
 )  # fmt: skip
 # Keys that may differ on resume: they decide where and how fast, not what.
 SAFE_ON_RESUME = (
     "output_dir", "engine.log", "engine.checkpoint", "data.num_workers", "data.cache",
-    "data.undecodable", "data.feature_cache", "data.max_pixels", "paper",
+    "data.undecodable", "data.feature_cache", "data.max_pixels", "paper", "plugins",
 )  # fmt: skip
 LABELS = ("name", "method")
 logger = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ class RunFolder:
 
         def write() -> None:
             weights = weights_sha256(self.config.model.weights)
-            now = environment(fingerprints(), weights, self.accelerator.num_processes)
+            plugins = plugin_hashes(self.config.plugins)
+            now = environment(fingerprints(), weights, self.accelerator.num_processes, plugins)
             self._stack.enter_context(_logging_to(self.path))
             file = self.path / ENVIRONMENT_NAME
             if not self.is_resumed:
@@ -222,7 +224,10 @@ def _may_differ(key: str, old: Any, new: Any) -> bool:
 
 
 def environment(
-    fingerprints: Mapping[str, str], weights: str | None = None, num_processes: int = 1
+    fingerprints: Mapping[str, str],
+    weights: str | None = None,
+    num_processes: int = 1,
+    plugins: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return versions, hardware, git state and inputs; no environment variables."""
     versions = {"python": platform.python_version(), "tract_transfer": __version__}
@@ -243,6 +248,7 @@ def environment(
         "git": _git_state(),
         "data": dict(fingerprints),
         "weights": weights,
+        **({"plugin_files": dict(plugins)} if plugins else {}),
         "command": " ".join(without_secrets(sys.argv)),
     }
 

@@ -37,6 +37,9 @@ class ClassificationEvaluator:
     It keeps counts, not logits: memory does not grow with the number of images.
     """
 
+    task = "classification"
+    metrics = ("top1", "top5", "mean_per_class")  # top5: of more than 5 classes, see check_metric
+
     def __init__(self, class_names: Sequence[str]) -> None:
         self.class_names = list(class_names)
         self._confusion = np.zeros((len(self.class_names),) * 2, np.int64)

@@ -45,6 +45,9 @@ class DetectionEvaluator:
     Memory grows with the number of boxes only. `result` holds the arrays of the last `compute`.
     """
 
+    task = "detection"
+    metrics = ("ap50", "ap75", "ap")
+
     def __init__(self, class_names: Sequence[str], measure: Measure, protocol: str) -> None:
         self.class_names = list(class_names)
         self._measure = measure

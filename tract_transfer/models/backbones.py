@@ -2,6 +2,7 @@
 
 # B images, H height and W width in pixels, C channels, D features
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +10,14 @@ import timm
 import torchvision
 from torch import Tensor, nn
 
-from tract_transfer.models.backbone import Backbone
+from tract_transfer.models.backbone import Backbone, check_contract
 from tract_transfer.models.stem import change_stem
-from tract_transfer.registry import Registry, did_you_mean
+from tract_transfer.registry import Registry, did_you_mean, load_plugins
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 BACKBONES = Registry("BACKBONES")
+_ZOO = "paper/cifar_zoo.py"
 
 
 def build_backbone(
@@ -48,6 +50,8 @@ def build_backbone(
     except (TypeError, AssertionError, RuntimeError) as error:  # what constructors raise
         message = f"{name} cannot be built with model.backbone.args {args}: {error}"
         raise ValueError(message) from error
+    if not is_library and not BACKBONES.is_built_in(name):
+        check_contract(backbone, name)
     assert isinstance(backbone, Backbone)
     change_stem(backbone, stem)
     backbone.origin = {"name": name, "stem": stem, "args": args}
@@ -58,6 +62,11 @@ def check_backbone_name(name: str) -> None:
     """Raise a KeyError that names the nearest backbone if there is no `name`."""
     source, _, model = name.partition("/")
     if source not in ("timm", "torchvision"):
+        if source == "cifar" and name not in BACKBONES:
+            load_plugins([_ZOO])  # until 0.2, its networks were built in
+            if name in BACKBONES:
+                text = f"{name} is in a plug-in now. Name it: --plugin {_ZOO}, or plugins: [{_ZOO}]"
+                warnings.warn(f"{text} in the config.", FutureWarning, stacklevel=3)
         BACKBONES.get(name)
     elif source == "timm" and not timm.is_model(model):
         hint = did_you_mean(model, timm.list_models())
@@ -73,15 +82,15 @@ class TimmBackbone(Backbone):
     """A timm model without its classifier."""
 
     def maps(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        map_names = self._map_names()
-        indices = sorted(map_names.index(name) for name in names)
+        known = self.map_names()
+        indices = sorted(known.index(name) for name in names)
         tensors = self.model.forward_intermediates(
             self.normalize(images), indices=indices, intermediates_only=True, stop_early=True
         )
-        features = {map_names[i]: tensor for i, tensor in zip(indices, tensors, strict=True)}
+        features = {known[i]: tensor for i, tensor in zip(indices, tensors, strict=True)}
         return {name: features[name] for name in names}
 
-    def _map_names(self) -> list[str]:
+    def map_names(self) -> list[str]:
         names = [info["module"] for info in self.model.feature_info]
         # A module with several feature maps is listed several times.
         return [f"{n}@{i}" if names.count(n) > 1 else n for i, n in enumerate(names)]
@@ -130,7 +139,7 @@ class TorchvisionBackbone(Backbone):
             maps = {name: features.permute(0, 3, 1, 2) for name, features in maps.items()}
         return {name: maps[name] for name in names}
 
-    def _map_names(self) -> list[str]:
+    def map_names(self) -> list[str]:
         return [name for name, _ in self._layers() if name.startswith(("features.", "layer"))]
 
     def _layers(self) -> list[tuple[str, nn.Module]]:

@@ -6,7 +6,7 @@ If neither library has such a model, it stays as it is, beside metadata to rebui
 # B images, K classes
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from tract_transfer.models.classifier import HEADS, Classifier
 from tract_transfer.models.stem import POOL_NAMES
 from tract_transfer.models.weights import build_from_metadata, read_metadata
 from tract_transfer.models.weights_file import METADATA_NAME, WEIGHTS_NAME, check_hash, read_tensors
+from tract_transfer.registry import load_plugins, trusted_plugins
 
 CONFIG_NAME, ONNX_NAME = "config.json", "model.onnx"
 OPSET, ONNX_PACKAGES = 18, ("onnx", "onnxruntime", "onnxscript")
@@ -78,8 +79,11 @@ def save_portable(folder: Path, portable: Portable, metadata: Mapping[str, Any])
     (folder / (CONFIG_NAME if is_timm else METADATA_NAME)).write_text(text, encoding="utf-8")
 
 
-def load_exported(folder: str | Path) -> Classifier:
+def load_exported(folder: str | Path, plugins: Sequence[str] = ()) -> Classifier:
     """Load an exported classifier that is no library's model; it normalizes images itself.
+
+    Args:
+        plugins: what registers its backbone and head, if no installed module does.
 
     Raises:
         FileNotFoundError, ValueError: the folder holds none, or its weights were changed.
@@ -89,6 +93,7 @@ def load_exported(folder: str | Path) -> Classifier:
         raise ValueError(
             f"{folder} holds no classifier of ours. Its README.md shows how to load it."
         )
+    load_plugins(trusted_plugins(metadata.get("plugins"), plugins, str(folder)))
     backbone = build_from_metadata(metadata)
     head = metadata["head"]
     make_head, num_classes = HEADS.get(head["name"]), len(metadata["label_names"])

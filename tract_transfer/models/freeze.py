@@ -38,6 +38,8 @@ def stage_names(backbone: Backbone) -> list[list[str]]:
     model = backbone.model
     names = [name for name, _ in model.named_modules()]
     maps = [name.partition("@")[0] for name in backbone.map_info]
+    if not maps:
+        raise ValueError("model.freeze_at counts feature maps, and this backbone has none. Set 0.")
     if unknown := [name for name in maps if name not in names]:
         raise ValueError(f"model.freeze_at cannot find the stages of this backbone: {unknown}.")
     ends = [name.partition("@")[0] for name in backbone.pyramid()]

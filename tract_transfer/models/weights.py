@@ -16,7 +16,7 @@ from torchvision.models.vision_transformer import interpolate_embeddings
 import tract_transfer.models.weights_match as matching
 from tract_transfer.files import atomic_path, sha256_of, sync, write_json
 from tract_transfer.models.backbone import Backbone
-from tract_transfer.models.backbones import build_backbone
+from tract_transfer.models.backbones import BACKBONES, build_backbone
 from tract_transfer.models.weights_detectron2 import load_detectron2
 from tract_transfer.models.weights_file import (
     METADATA_NAME,
@@ -26,6 +26,7 @@ from tract_transfer.models.weights_file import (
     recorded_hash,
 )
 from tract_transfer.models.weights_match import MatchReport, few, looks_like
+from tract_transfer.registry import load_plugins, trusted_plugins
 
 
 def save_backbone(folder: Path, backbone: Backbone, metadata: Mapping[str, Any]) -> None:
@@ -87,8 +88,34 @@ def _metadata_path(path: Path) -> Path:
     return (path if path.is_dir() else path.parent) / METADATA_NAME
 
 
-def build_from_metadata(metadata: Mapping[str, Any]) -> Backbone:
-    """Build the backbone that `read_metadata` describes, without its weights."""
+def recorded_plugins(path: Path) -> list[str]:
+    """Return the plug-ins that model.json at `path` names; [] without any."""
+    plugins = read_metadata(path).get("plugins") if has_metadata(path) else []
+    return [plugin for plugin in plugins if isinstance(plugin, str)] if plugins else []
+
+
+def import_plugins_of(metadata: Mapping[str, Any], plugins: Sequence[str] = ()) -> None:
+    """Import what registers the backbone that `metadata` describes, unless something did.
+
+    Args:
+        plugins: those that the user names; files that only the metadata name are not imported.
+
+    Raises:
+        PluginError: a plug-in is missing, or cannot be used.
+    """
+    name = str(metadata["name"])
+    if name.startswith(("timm/", "torchvision/")) or name in BACKBONES:
+        return
+    load_plugins(trusted_plugins(metadata.get("plugins"), plugins, f"The backbone {name}"))
+
+
+def build_from_metadata(metadata: Mapping[str, Any], plugins: Sequence[str] = ()) -> Backbone:
+    """Build the backbone that `read_metadata` describes, without its weights.
+
+    Args:
+        plugins: as in `import_plugins_of`.
+    """
+    import_plugins_of(metadata, plugins)
     return build_backbone(metadata["name"], stem=metadata["stem"], args=metadata["args"])
 
 

@@ -15,7 +15,7 @@ import torchvision
 
 from tract_transfer import names_missing_extra
 from tract_transfer.build.weights import check_origin, check_weights_exist, wrong_argument
-from tract_transfer.config.file import Overrides, config_names
+from tract_transfer.config.file import Overrides, config_names, with_plugins
 from tract_transfer.config.schema import Config, load_config
 from tract_transfer.config.sections import BackboneConfig
 from tract_transfer.models import BACKBONES, Backbone, build_backbone
@@ -25,6 +25,7 @@ from tract_transfer.models.weights import (
     load_weights,
     read_metadata,
 )
+from tract_transfer.registry import load_plugins
 from tract_transfer.run import run as runs
 from tract_transfer.run.evaluate import evaluate_run
 from tract_transfer.run.recipe import Options, config_for, saved_recipe
@@ -48,16 +49,24 @@ class Run(os.PathLike[str]):
     metrics: dict[str, float]
     results: dict[str, Any] = field(repr=False)
 
-    def load(self, *, device: str | torch.device = "auto") -> TrainedClassifier | TrainedDetector:
+    def load(
+        self, *, device: str | torch.device = "auto", plugins: Sequence[str] = ()
+    ) -> TrainedClassifier | TrainedDetector:
         """Load the model that the run reports; see `tract_transfer.load`."""
-        return load(self, device=device)
+        return load(self, device=device, plugins=plugins)
 
     def __fspath__(self) -> str:
         return str(self.folder)
 
 
 @names_missing_extra
-def train(config: ConfigLike, *, overrides: Overrides = (), resume: bool = False) -> Run:
+def train(
+    config: ConfigLike,
+    *,
+    overrides: Overrides = (),
+    resume: bool = False,
+    plugins: Sequence[str] = (),
+) -> Run:
     """Pre-train, fine-tune, probe or train a detector; write the run folder.
 
     Progress is logged to the loggers of `tract_transfer` at level INFO, and to `log.txt` in the
@@ -71,6 +80,8 @@ def train(config: ConfigLike, *, overrides: Overrides = (), resume: bool = False
         overrides: dotted keys and values, `{"solver.lr": 0.1}`, or words, `["solver.lr=0.1"]`.
         resume: continue the run in `output_dir` if it contains one; a finished run is measured
             again. False refuses such a folder.
+        plugins: modules and .py files that register further backbones, sources, ...; they are added
+            to `plugins` of the config.
 
     Raises:
         ConfigError: a ValueError; the config is wrong by itself, or its data, weights or names do
@@ -87,9 +98,12 @@ def train(config: ConfigLike, *, overrides: Overrides = (), resume: bool = False
     recipe = None
     with contextlib.ExitStack() as stack:
         if _is_folder(config):
+            load_plugins(plugins)
+            if plugins:
+                overrides = with_plugins(overrides, plugins)
             loaded, recipe = config_for(config, Options(), overrides, continues=resume)
         else:
-            loaded = load_config(config, overrides)
+            loaded = load_config(config, overrides, plugins)
         if recipe is not None and os.environ.get("RANK", "0") == "0":
             for line in recipe.lines():
                 logger.info(line)
@@ -105,12 +119,15 @@ def _is_folder(config: ConfigLike) -> TypeGuard[str]:
 
 
 @names_missing_extra
-def evaluate(run: ConfigLike, *, overrides: Overrides = ()) -> dict[str, float]:
+def evaluate(
+    run: ConfigLike, *, overrides: Overrides = (), plugins: Sequence[str] = ()
+) -> dict[str, float]:
     """Measure the checkpoint that a run reports again; write `evaluation.json` into its folder.
 
     Args:
         run: a run folder, a Run, or a config (as for `train`) whose `output_dir` is the run.
         overrides: `data.test` and `evaluation` may differ from the run's: see `train`.
+        plugins: as in `load`.
 
     Returns:
         A dict of metrics. Each is a fraction, or a loss in nats.
@@ -121,8 +138,8 @@ def evaluate(run: ConfigLike, *, overrides: Overrides = ()) -> dict[str, float]:
         TypeError: an argument of another type.
     """
     if isinstance(run, str | os.PathLike) and Path(run).is_dir():
-        return evaluate_run(run_config(Path(run), overrides))
-    return evaluate_run(load_config(run, overrides))
+        return evaluate_run(run_config(Path(run), overrides, plugins))
+    return evaluate_run(load_config(run, overrides, plugins))
 
 
 @names_missing_extra
@@ -137,6 +154,7 @@ def create_backbone(
     std: Sequence[float] | None = None,
     ignore_missing: Sequence[str] = (),
     adapt_stem: bool = False,
+    plugins: Sequence[str] = (),
 ) -> Backbone:
     """Build a backbone with random weights, its library's published ones, or those of a file.
 
@@ -156,6 +174,7 @@ def create_backbone(
         mean, std: normalization per channel in [0, 1], in place of the model's or the weights' own.
         ignore_missing: patterns (`conv1.*`) of names that the file may lack; they stay random.
         adapt_stem: resample the patch embedding of the weights to the model's patch size.
+        plugins: what registers it; files that only the weights name are not imported.
 
     Raises:
         ValueError: no such name, arguments that do not fit, or weights that do not.
@@ -163,6 +182,7 @@ def create_backbone(
         TypeError: an argument of another type.
     """
     _check_backbone_arguments(name, pretrained, weights, stem, args, ignore_missing, adapt_stem)
+    load_plugins(plugins)
     path = None if weights is None else Path(weights)
     metadata = None
     if path is not None:
@@ -171,7 +191,7 @@ def create_backbone(
             metadata = read_metadata(path)
     if name is None:
         assert metadata is not None
-        backbone = build_from_metadata(metadata)
+        backbone = build_from_metadata(metadata, plugins)
     else:
         arguments = dict(args or {})
         if metadata is not None:
@@ -179,11 +199,15 @@ def create_backbone(
         backbone = _build(name, stem, arguments, pretrained)
     if path is not None:
         load_weights(backbone, path, ignore_missing=list(ignore_missing), adapt_stem=adapt_stem)
-    for what, values in (("mean", mean), ("std", std)):
-        if values is not None and (len(values) != 3 or not all(0 <= v <= 1 for v in values)):
-            raise ValueError(f"{what}: must be three numbers in [0, 1], got {list(values)}.")
+    _check_normalization(mean=mean, std=std)
     backbone.set_normalization(mean, std)
     return backbone
+
+
+def _check_normalization(**given: Sequence[float] | None) -> None:
+    for what, values in given.items():
+        if values is not None and (len(values) != 3 or not all(0 <= v <= 1 for v in values)):
+            raise ValueError(f"{what}: must be three numbers in [0, 1], got {list(values)}.")
 
 
 def _check_backbone_arguments(

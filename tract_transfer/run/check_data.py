@@ -58,7 +58,7 @@ def check_data(config: Config, progress: Progress | None = None) -> DataReport:
             continue
         findings = Findings(collect=True)
         try:
-            dataset = load_split(section, f"data.{name}", findings, config.data.max_pixels)
+            dataset = load_split(config, name, findings)
         except (ValueError, OSError) as error:
             report.splits[name] = SplitReport(name, [*findings.problems, str(error)])
             continue

@@ -46,7 +46,11 @@ def measure(
             precision=trainer.precision,
         )
     trainer.stop.check(trainer.accelerator)
-    return Measured(evaluator.compute(), evaluator.details(), skipped)
+    metrics = evaluator.compute()
+    if config.evaluation.metric not in metrics:  # a plug-in promised it
+        message = f"{config.evaluation.metric} is missing in what compute returned: {[*metrics]}."
+        raise config.error("evaluation.protocol", message)
+    return Measured(metrics, evaluator.details(), skipped)
 
 
 def eval_batches(config: Config, dataset: Dataset, accelerator: Accelerator) -> DataLoader[Batch]:

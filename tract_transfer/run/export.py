@@ -3,6 +3,7 @@
 import json
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tract_transfer.models import Backbone, Classifier, export
 from tract_transfer.models.classifier import FlipClassifier
 from tract_transfer.models.export import Portable
 from tract_transfer.models.weights import read_metadata
+from tract_transfer.registry import plugin_name
 from tract_transfer.run.trained import load
 
 TEMPLATE = "model_card.md.jinja"
@@ -30,6 +32,7 @@ def export_run(
     run: Path,
     output: Path,
     *,
+    plugins: Sequence[str] = (),
     onnx: bool = False,
     hub_id: str | None = None,
     license_id: str | None = None,
@@ -40,6 +43,7 @@ def export_run(
     model.onnx. It appears when all files are written and checked.
 
     Args:
+        plugins: those of the run that the user names (see `run_config`).
         hub_id: where README.md loads the model from; None is its own folder.
         license_id: the license in README.md, as the hub names it.
 
@@ -59,7 +63,7 @@ def export_run(
             message = "it is not a finished run. Give another folder, or resume it."
             raise FileNotFoundError(f"No {run / file}: {message}")
         facts[name] = json.loads((run / file).read_text(encoding="utf-8"))
-    trained = load(run, device="cpu")
+    trained = load(run, device="cpu", plugins=plugins)
     config, label_names = trained.config, trained.class_names
     if not isinstance(config, ClassificationConfig):
         raise ValueError(
@@ -97,7 +101,9 @@ def _metadata(
     }
     if portable.library != "timm" or portable.edits:
         sizes = {"size_px": section.size_px, "crop_ratio": section.crop_ratio}
-        names = {"head": config.model.head.model_dump(), "label_names": label_names}
+        names: dict[str, Any] = {"head": config.model.head.model_dump(), "label_names": label_names}
+        if config.plugins:
+            names["plugins"] = [plugin_name(plugin) for plugin in config.plugins]
         return {**backbone.origin, **names, **preprocessing, **sizes}
     timm_config: dict[str, Any] = portable.model.pretrained_cfg  # type: ignore[assignment]
     return {
@@ -154,6 +160,7 @@ def _model_card(
         config=config,
         protocol=_without_folders(facts["results"]["protocol"], config, hub_ids),
         opset=export.OPSET,
+        plugins=[plugin_name(plugin) for plugin in config.plugins],
     )
 
 

@@ -26,6 +26,7 @@ from tract_transfer.files import RESULTS_FORMAT, RESULTS_NAME
 from tract_transfer.models import Backbone
 from tract_transfer.models.weights import save_backbone
 from tract_transfer.models.weights_match import MatchReport
+from tract_transfer.registry import is_file
 
 # Of all splits together: more would delay the start of every training.
 MAX_COMPARED_IMAGES, MAX_COMPARED_BYTES = 100_000, 2**31
@@ -94,7 +95,7 @@ def save_model(
     backbone, tract = trainer.evaluated_model.get_submodule("backbone"), config.tract
     assert isinstance(backbone, Backbone)
     hub_ids = {name: dataset.origin.hub_id for name, dataset in data.splits.items()}
-    metadata = {
+    metadata: dict[str, Any] = {
         "method": results["method"],
         "lam": tract.lam if tract.enabled else None,
         "lam_mode": tract.lam_mode if tract.enabled else None,
@@ -107,6 +108,10 @@ def save_model(
             "hub_ids": {name: hub_id for name, hub_id in hub_ids.items() if hub_id},
         },
     }
+    of_weights = weights_metadata(config.model.weights).get("plugins") or []
+    modules = [plugin for plugin in of_weights if not is_file(str(plugin))]
+    if plugins := [*dict.fromkeys([*config.plugins, *modules])]:
+        metadata["plugins"] = plugins
     save_backbone(folder, backbone, metadata)
     _, dataset = data.report
     if isinstance(config, DetectionConfig) and isinstance(dataset, DetectionDataset):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tract_transfer.build.data import build_data
-from tract_transfer.build.model import build_features, build_model, preflight
+from tract_transfer.build.model import build_features, build_model, check_entries, preflight
 from tract_transfer.build.trainer import build_accelerator, build_tract, build_trainer
 from tract_transfer.config.file import (
     ConfigError,
@@ -180,6 +180,9 @@ def _check_overrides(suite: SuiteConfig, needs: Mapping[str, str | None]) -> Non
         for task, needed in needs.items():
             reserved = (*OWN_KEYS, "model.weights") if needed else OWN_KEYS
             for key, _, place in suite.overrides(name, task):
+                if key == "plugins":
+                    message = "plugins are not overridden. Set those of the suite or of a config."
+                    raise ConfigError(explain(f"methods.{name}", message, {}, place))
                 if key in reserved:
                     message = (
                         f"{key} is set by the suite itself in {task}, so that runs pair by seed "
@@ -198,9 +201,17 @@ def _draft(
 ) -> Draft:
     """Return a run: the config of its task, a method's overrides, and what the suite sets."""
     folder = Path(suite.output_dir) / method / task / f"seed{seed}"
-    values = {"name": task, "method": method, "seed": seed, "output_dir": str(folder)}
+    values: dict[str, Any] = {
+        "name": task,
+        "method": method,
+        "seed": seed,
+        "output_dir": str(folder),
+    }
     if needed is not None:
         values["model.weights"] = str(needed.folder)
+    plugins = [*suite.plugins, *(needed.config["plugins"] if needed else [])]
+    if plugins:  # also those of the backbone's own run
+        values["plugins"] = [*dict.fromkeys([*plugins, *tree[0].get("plugins", [])])]
     overrides = suite.overrides(method, task)
     overrides += [Override(key, value, "the suite") for key, value in values.items()]
     config = check_config(*override(*tree, overrides))
@@ -315,6 +326,7 @@ class Inspector:
 
 def _build(config: Config) -> Fingerprints:
     """Build data and model as a run would; return the fingerprints of the data."""
+    check_entries(config)
     splits = (getattr(config.data, name, None) for name in ("train", "val", "test"))
     if any(split is not None and _is_on_hub(split) for split in splits):
         model = build_model(config, _HUB_CLASSES)

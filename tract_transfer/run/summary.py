@@ -18,6 +18,7 @@ from tract_transfer.engine.trainer import Trainer
 from tract_transfer.files import RESULTS_NAME
 from tract_transfer.models import Backbone
 from tract_transfer.models.weights_file import WEIGHTS_NAME
+from tract_transfer.registry import is_file
 
 Rows = list[tuple[str, str]]
 COMMAND = "tract-transfer"
@@ -153,8 +154,10 @@ def next_commands(config: Config) -> list[str]:
     folder = shlex.quote(config.output_dir)
     if isinstance(config, ProbeConfig):
         return [f"{COMMAND} report {folder}"]
-    commands = [f"{COMMAND} predict --run {folder} IMAGE"]
+    # Of a run, only installed modules are imported without being named.
+    plugins = "".join(f" --plugin {shlex.quote(p)}" for p in config.plugins if is_file(p))
+    commands = [f"{COMMAND} predict --run {folder}{plugins} IMAGE"]
     if not isinstance(config, DetectionConfig):
-        commands.append(f"{COMMAND} export --run {folder} --output FOLDER")
+        commands.append(f"{COMMAND} export --run {folder}{plugins} --output FOLDER")
     weights = shlex.quote(f"model.weights={config.output_dir}")
-    return [*commands, f"{COMMAND} train --config-file CONFIG {weights}"]
+    return [*commands, f"{COMMAND} train --config-file CONFIG{plugins} {weights}"]

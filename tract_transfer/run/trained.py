@@ -5,7 +5,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -22,7 +22,7 @@ from tract_transfer.build.batches import build_transforms
 from tract_transfer.build.data import build_data
 from tract_transfer.build.model import build_evaluated, build_model
 from tract_transfer.build.trainer import PRECISIONS
-from tract_transfer.config.file import Overrides
+from tract_transfer.config.file import Overrides, read_overrides
 from tract_transfer.config.schema import (
     ClassificationConfig,
     Config,
@@ -38,7 +38,8 @@ from tract_transfer.engine.determinism import deterministic, keeps_random_state
 from tract_transfer.engine.hooks import evaluating
 from tract_transfer.files import CONFIG_NAME, RESULTS_NAME
 from tract_transfer.models import Backbone
-from tract_transfer.models.weights import has_metadata, read_metadata
+from tract_transfer.models.weights import has_metadata, read_metadata, recorded_plugins
+from tract_transfer.registry import trusted_plugins
 
 ImageLike: TypeAlias = str | os.PathLike[str] | Image.Image | np.ndarray | Tensor
 Images: TypeAlias = ImageLike | Iterable[ImageLike]
@@ -315,7 +316,10 @@ def _check_count(name: str, value: int | None, *, or_none: bool = False) -> None
 
 @names_missing_extra
 def load(
-    run: str | os.PathLike[str], *, device: str | torch.device = "auto"
+    run: str | os.PathLike[str],
+    *,
+    device: str | torch.device = "auto",
+    plugins: Sequence[str] = (),
 ) -> TrainedClassifier | TrainedDetector:
     """Load the model that a run reports, or would report at its newest checkpoint.
 
@@ -324,6 +328,8 @@ def load(
     Args:
         run: a run folder, or what `tract_transfer.train` returned.
         device: `auto` (a GPU if torch finds one), `cpu`, `cuda`, `cuda:1` or a torch.device.
+        plugins: modules and .py files that the run needs: files that only the run names are not
+            imported.
 
     Returns:
         A TrainedClassifier or a TrainedDetector, by the run's task.
@@ -337,7 +343,7 @@ def load(
     if not isinstance(run, str | os.PathLike):
         raise TypeError(f"run: must be the path of a run folder, got {type(run).__name__}.")
     folder, target = Path(run), _device(device)
-    config = run_config(folder)
+    config = run_config(folder, plugins=plugins)
     if isinstance(config, ProbeConfig):
         weights = config.model.weights
         fix = f" Load what it probed: create_backbone(weights={weights!r})." if weights else ""
@@ -377,11 +383,15 @@ def _device(device: str | torch.device) -> torch.device:
     return target
 
 
-def run_config(folder: Path, overrides: Overrides = ()) -> Config:
+def run_config(folder: Path, overrides: Overrides = (), plugins: Sequence[str] = ()) -> Config:
     """Return the config of the run in `folder`, which may have been moved.
+
+    Args:
+        plugins: those that the user names: files that only the run names are not imported.
 
     Raises:
         FileNotFoundError: no run folder.
+        PluginError: a plug-in of the run is missing.
     """
     if not (folder / CONFIG_NAME).is_file():
         fix = ""
@@ -389,7 +399,12 @@ def run_config(folder: Path, overrides: Overrides = ()) -> Config:
             fix = f" Its backbone alone: tract_transfer.create_backbone(weights={str(folder)!r})."
         raise FileNotFoundError(f"{folder} is not a run folder: it contains no {CONFIG_NAME}.{fix}")
     config = load_config(folder / CONFIG_NAME, {"output_dir": str(folder)})
-    return load_config(config, overrides) if overrides else config
+    given = {change.key: change.value for change in read_overrides(overrides)}
+    recorded = [*config.plugins, *recorded_plugins(folder)]
+    named = [*plugins, *(given.get("plugins") or [])]
+    trusted = trusted_plugins(recorded, named, str(folder))
+    config = load_config(config, overrides) if overrides else config
+    return config.model_copy(update={"plugins": trusted})
 
 
 def reported_checkpoint(config: TrainedTask) -> tuple[Path, dict[str, Any]]:

@@ -135,7 +135,12 @@ def accept_any_size(backbone: Backbone) -> None:
 
 
 def check_any_size(backbone: Backbone, detector: str) -> None:
-    """Raise a ValueError for a backbone that accepts only one image size."""
+    """Raise a ValueError for a backbone without feature maps, or of only one image size."""
+    if not backbone.map_info:
+        raise ValueError(
+            f"{detector} needs feature maps, and {backbone.origin.get('name')} has none: its "
+            "Backbone defines no maps and map_names. Use another backbone."
+        )
     if backbone.image_size_px is not None:
         raise ValueError(
             f"{detector} needs a backbone for images of any size, and this one takes "
