@@ -74,7 +74,7 @@ def contents(folder):
 
 
 def truncate(file):
-    file.write_text(file.read_text()[:200])
+    file.write_text(file.read_text().partition("task: ")[0] + "tas")
 
 
 # Name -> what happens to config.yaml, overrides, resume, error, parts of the message.

@@ -18,6 +18,7 @@ import tract_transfer
 from tract_transfer.build.data import build_data
 from tract_transfer.build.trainer import build_accelerator
 from tract_transfer.config.schema import load_config
+from tract_transfer.registry import Registry
 from tract_transfer.run import evaluate as evaluation
 from tract_transfer.run.trained import read_images
 
@@ -202,9 +203,9 @@ def test_the_public_names_are_lazy_documented_and_complete():
         value = getattr(tract_transfer, name)
         assert name in dir(tract_transfer)
         if name != "__version__":
-            assert f":: tract_transfer.{name}" in reference
-            if not isinstance(value, tract_transfer.BACKBONES.__class__ | dict):
-                assert value.__doc__
+            is_registry = isinstance(value, Registry)
+            assert (f"`{name}`" if is_registry else f":: tract_transfer.{name}") in reference
+            assert is_registry or value.__doc__
     assert "hog" not in dir(tract_transfer)
     with pytest.raises(AttributeError, match="no attribute 'hog'"):
         _ = tract_transfer.hog
