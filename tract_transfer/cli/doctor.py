@@ -16,7 +16,6 @@ import argparse
 import importlib
 import json
 import logging
-import os
 import platform
 import re
 import sys
@@ -35,6 +34,7 @@ from tract_transfer.cli.main import (
     read_config,
     reports_errors,
 )
+from tract_transfer.files import num_cores
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,13 +107,11 @@ def environment() -> tuple[dict[str, str], bool]:
     states = {name: package_state(name) for name in SHOWN}
     rows |= {name: text for name, (text, _) in states.items()}
     for extra, missing in missing_of_extras().items():
+        if extra in ("docs", "dev"):  # for work on this project
+            continue
         install = f"missing {', '.join(missing)}: pip install '{PACKAGE}[{extra}]'"
         rows[f"[{extra}]"] = install if missing else "installed"
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # macOS, Windows
-        cores = os.cpu_count() or 1
-    rows["cpu"] = f"{platform.machine()}, {cores} cores"
+    rows["cpu"] = f"{platform.machine()}, {num_cores()} cores"
     if states["torch"][1] and states["torch"][0] != "not installed":
         import torch
 

@@ -31,7 +31,7 @@ from tract_transfer.config.file import (
 from tract_transfer.config.schema import Config, check_config, load_config
 from tract_transfer.data.folder import Description, describe_folder
 from tract_transfer.engine.run_folder import LOCK_NAME, check_run_folder
-from tract_transfer.files import CONFIG_NAME, make_folder, redact, write_text
+from tract_transfer.files import CONFIG_NAME, make_folder, num_cores, redact, write_text
 from tract_transfer.models.backbones import check_backbone_name
 
 RECIPE_NAME = "recipe.yaml"
@@ -88,7 +88,7 @@ class Machine(NamedTuple):
         has_gpu = torch.cuda.is_available()
         has_bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
-        return cls(has_gpu, has_bf16, len(os.sched_getaffinity(0)), processes)
+        return cls(has_gpu, has_bf16, num_cores(), processes)
 
 
 class Choice(NamedTuple):

@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from tract_transfer.files import num_cores
 from tract_transfer.suite.plan import PlannedRun
 
 LOG_NAME = "console.txt"
@@ -249,10 +250,8 @@ def this_machine(workers: int) -> LocalLauncher:
         gpus = [str(index) for index in range(torch.cuda.device_count())]  # does not initialize it
     else:
         gpus = [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     memory_gb = psutil.virtual_memory().total / 2**30
-    return LocalLauncher(workers, cores=cores, gpus=gpus, memory_gb=memory_gb)
+    return LocalLauncher(workers, cores=num_cores(), gpus=gpus, memory_gb=memory_gb)
 
 
 class RayLauncher(Launcher):
