@@ -78,6 +78,22 @@ def test_a_packaged_plugin_is_found_outside_a_clone(outside):
     assert "first layer   model.features.0.0 (Conv2d)" in done.stdout
 
 
+def test_a_report_needs_its_extra_alone(outside):
+    """Nothing but torch and what `report` lists, and what those depend on, can be imported."""
+    others = "accelerate datasets defusedxml psutil pyarrow sklearn tensorboard timm torchvision"
+    start = f"""
+import sys
+
+sys.modules.update(dict.fromkeys({others.split()}))
+from tract_transfer.cli.main import main
+
+sys.argv = ["tract-transfer", "report", "."]
+sys.exit(main())
+"""
+    done = outside("-c", start)
+    assert done.stderr.startswith("error: No run in . or below.")
+
+
 def test_tract_needs_torch_alone(outside):
     loop = """
 import torch

@@ -3,12 +3,14 @@
 tract-transfer eval --run output/quickstart/detect
 tract-transfer eval --run output/quickstart/detect evaluation.protocol=area
 tract-transfer eval --config-file transfer/cifar10_finetune
+torchrun --nproc-per-node 4 -m tract_transfer eval --config-file output/run/config.yaml
 
 Prints the metrics, that of `evaluation.metric` first, and writes evaluation.json into the run
 folder. The model and its transforms are those of the run; `data.test` and `evaluation` may differ.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -34,7 +36,8 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     from tract_transfer.engine.screen import ProgressLine, show_log
 
-    show_log()
+    is_main = os.environ.get("RANK", "0") == "0"
+    show_log(is_main=is_main)
     with ProgressLine("Loading PyTorch"):
         from tract_transfer.config.schema import load_config
         from tract_transfer.engine.hooks import format_metric
@@ -47,7 +50,8 @@ def main() -> int:
         config = load_config(arguments.config_file, arguments.overrides, arguments.plugins)
     metrics = evaluate_run(config)
     lines = [f"{name:>22}  {format_metric(name, value)}" for name, value in metrics.items()]
-    print(json.dumps(metrics) if arguments.json else "\n".join(lines))
+    if is_main:
+        print(json.dumps(metrics) if arguments.json else "\n".join(lines))
     return 0
 
 

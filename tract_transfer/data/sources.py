@@ -192,6 +192,8 @@ class GivenImages(ImageSource):
         try:
             pixels = np.asarray(self._decode(image))
             _check_pixels(pixels, "the decoded image")
+            if (count := pixels.shape[0] * pixels.shape[1]) > self._max_pixels:
+                raise ValueError(f"{count} pixels, more than data.max_pixels {self._max_pixels}")
         except Exception as error:  # whatever a reader of damaged files raises
             raise UndecodableImage(str(image), str(error).rstrip(".")) from error
         if pixels.ndim == 2:

@@ -29,14 +29,16 @@ _STYLES = {logging.WARNING: "yellow", logging.ERROR: "red", logging.CRITICAL: "r
 Item = TypeVar("Item")
 
 
-def log_handler() -> logging.Handler:
+def log_handler(*, is_main: bool = True) -> logging.Handler:
     """Return the handler for a command's log on standard error.
+
+    Only the main process draws a line of progress.
 
     Pipes and files get plain lines, and so do terminals without control characters (TERM=dumb),
     whatever FORCE_COLOR says. NO_COLOR keeps the line of progress and omits its colors.
     """
     console = Console(stderr=True, highlight=False)
-    is_shown_in_place = sys.stderr.isatty() and console.is_interactive
+    is_shown_in_place = is_main and sys.stderr.isatty() and console.is_interactive
     handler = TerminalHandler(console) if is_shown_in_place else logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     return handler
@@ -47,7 +49,7 @@ def show_log(*, is_main: bool = True) -> None:
 
     Does nothing about handlers if the program has installed its own.
     """
-    logging.basicConfig(level=logging.WARNING, handlers=[log_handler()])
+    logging.basicConfig(level=logging.WARNING, handlers=[log_handler(is_main=is_main)])
     logging.getLogger("tract_transfer").setLevel(logging.INFO if is_main else logging.ERROR)
 
 

@@ -3,7 +3,6 @@
 # B images of a batch, H height and W width in pixels, K classes
 
 import contextlib
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ from tract_transfer.data.images import UndecodableImage, convert_image, decode_i
 from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.determinism import deterministic, keeps_random_state
 from tract_transfer.engine.hooks import evaluating
-from tract_transfer.files import CONFIG_NAME, RESULTS_NAME
+from tract_transfer.files import CONFIG_NAME
 from tract_transfer.models import Backbone
 from tract_transfer.models.weights import has_metadata, read_metadata, recorded_plugins
 from tract_transfer.registry import trusted_plugins
@@ -349,10 +348,9 @@ def load(
         fix = f" Load what it probed: create_backbone(weights={weights!r})." if weights else ""
         raise config.error("task", f"a probe trains no model. Give another run.{fix}")
     checkpoint, parts = reported_checkpoint(config)
-    try:
-        results = json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8"))
-        class_names = [str(name) for name in results["details"]["class_names"]]
-    except OSError:  # not finished
+    if has_metadata(folder):
+        class_names = [str(name) for name in read_metadata(folder)["data"]["classes"]]
+    else:  # not finished
         class_names = build_data(config).class_names
     with keeps_random_state():  # the seed's weights are replaced
         model = build_model(_without_weights(config, folder), len(class_names))
