@@ -66,7 +66,10 @@ def parse() -> argparse.Namespace:
     if (arguments.backbone is None) != (arguments.data is None):
         parser.error("--backbone and --data go together; a config has its own data.")
     if arguments.overrides and not (arguments.config_file or arguments.backbone):
-        parser.error(f"{arguments.overrides} override a config: give --config-file or --backbone.")
+        parser.error(
+            f"{arguments.overrides} override a config: give --config-file, or --backbone and "
+            "--data."
+        )
     return arguments
 
 

@@ -48,6 +48,7 @@ def main() -> int:
     logging.getLogger().handlers[0].addFilter(make_filter())
 
     from tract_transfer.config.suite import load_suite
+    from tract_transfer.files import REFUSED
     from tract_transfer.run.suite import list_plan, open_suite
     from tract_transfer.suite.execute import execute
     from tract_transfer.suite.screen import Screen
@@ -56,6 +57,9 @@ def main() -> int:
     suite = open_suite(config, refuse=not (arguments.dry_run or arguments.set_aside))
     if arguments.dry_run:
         print("\n".join(list_plan(suite)))
+        if suite.take_stock():
+            print("Other runs are in the way: --set-aside moves their folders.", file=sys.stderr)
+            return REFUSED
         return 0
     launcher = make_launcher(arguments, config)
     try:

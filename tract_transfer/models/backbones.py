@@ -50,6 +50,12 @@ def build_backbone(
     except (TypeError, AssertionError, RuntimeError) as error:  # what constructors raise
         message = f"{name} cannot be built with model.backbone.args {args}: {error}"
         raise ValueError(message) from error
+    except OSError as error:  # of the hub, also if it cannot be reached
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise FileNotFoundError(
+            f"The published weights of {name} cannot be loaded: {reason}. Connect to the hub once, "
+            "or load a file: model.weights=FILE (in Python: create_backbone(..., weights=FILE))."
+        ) from error
     if not is_library and not BACKBONES.is_built_in(name):
         check_contract(backbone, name)
     assert isinstance(backbone, Backbone)

@@ -15,11 +15,19 @@ class Attached:
     If the optimizer gets a closure that runs forward and backward (Lightning, L-BFGS), `step` runs
     after each call of it. Updates without gradients at the watched layers skip `step`: Lightning
     makes one where `training_step` returned None. For errors see `TrAct.attach`.
+
+    Attributes:
+        tract: the TrAct, for `attached.tract.report()`.
     """
 
     def __init__(
-        self, optimizer: Optimizer, watched: Sequence[WatchedLayer], step: Callable[[], None]
+        self,
+        optimizer: Optimizer,
+        watched: Sequence[WatchedLayer],
+        step: Callable[[], None],
+        tract: Any,
     ) -> None:
+        self.tract = tract
         optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
         self._optimizer = optimizer
         self._watched, self._step = watched, step
@@ -41,7 +49,7 @@ class Attached:
             )
         for hook in optimizer._optimizer_step_pre_hooks.values():
             other = getattr(hook, "__self__", None)
-            if isinstance(other, Attached) and other._step == step:
+            if isinstance(other, Attached) and other.tract is tract:
                 raise ValueError("This TrAct is already attached to this optimizer.")
         if missing := self._missing():
             raise ValueError(f"The optimizer does not hold {missing[0]}.weight.")

@@ -219,7 +219,7 @@ class TrAct:
             ValueError: the optimizer does not hold the weight of a treated layer, this TrAct is
                 already attached to it, it runs a line search, or its step calls no hooks.
         """
-        attached = Attached(optimizer, self._watched, self._multiply_gradients)
+        attached = Attached(optimizer, self._watched, self._multiply_gradients, self)
         self._attached.append(attached)
         return attached
 
