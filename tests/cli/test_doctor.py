@@ -161,7 +161,7 @@ BAD_LINES = {
     "--backbone timm/resnet18": "--backbone and --data go together",
     "--data x": "--backbone and --data go together",
     "--config-file x.yaml --backbone y": "not allowed with argument",
-    "tract.lam=1": "['tract.lam=1'] override a config: give --config-file, or --backbone and --data",
+    "tract.lam=1": "['tract.lam=1'] override a config: give --config-file, or",
     "--num-batches 0": "argument --num-batches: must be int >= 1, got 0",
     "--config-file nowhere.yaml": "No config nowhere.yaml: there is no such file",
     "--config-file quickstart/probe model.weights=./x": "a probe trains no first",
