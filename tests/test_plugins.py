@@ -98,15 +98,19 @@ def test_a_plugin_may_register_through_a_file_beside_it(tmp_path):
     assert BACKBONES.modules["mine/tiny"] == "helper_nets"
 
 
-def test_a_plugin_that_registered_nothing_can_be_fixed(tmp_path):
+def test_a_plugin_that_registered_nothing_can_be_fixed(tmp_path, monkeypatch):
     write(tmp_path / "helper_nets.py", "")
-    (tmp_path / "mine.py").write_text("import colorsys, helper_nets\n")
+    (tmp_path / "mine.py").write_text("import colorsys, helper_nets, tract_transfer.lately\n")
     sys.modules.pop("colorsys", None)
+    spec = importlib.util.spec_from_file_location("tract_transfer", tmp_path / "mine.py")
+    monkeypatch.setattr(tract_transfer, "__spec__", spec)  # as in a clone
+    monkeypatch.setattr(tract_transfer, "__path__", [*tract_transfer.__path__, str(tmp_path)])
+    (tmp_path / "lately.py").write_text("")
     for _ in range(2):
         with pytest.raises(PluginError, match="registers nothing"):
             load_plugins(["mine.py"])
     assert not {"mine", "helper_nets"} & sys.modules.keys()
-    assert "colorsys" in sys.modules
+    assert {"colorsys", "tract_transfer.lately"} <= sys.modules.keys()
     write(tmp_path / "helper_nets.py", TINY)
     load_plugins(["mine.py"])
     assert build_backbone("mine/tiny").feature_dim == 8

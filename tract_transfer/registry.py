@@ -335,6 +335,8 @@ def _undone_on_error(plugin: str) -> Iterator[None]:
 def _is_part(name: str, plugin: str) -> bool:
     """Whether an imported module is the plug-in, in its package or beside it."""
     top = name.partition(".")[0]
+    if top == _PACKAGE.name:  # also beside a plug-in in a clone
+        return False
     spec = getattr(sys.modules.get(top), "__spec__", None)
     if spec is not None and _is_beside(spec):
         return True

@@ -183,18 +183,17 @@ def create_backbone(
     _check_backbone_arguments(name, pretrained, weights, stem, args, ignore_missing, adapt_stem)
     load_plugins(plugins)
     path = None if weights is None else Path(weights)
-    metadata = None
+    metadata: dict[str, Any] = {}
     if path is not None:
         check_weights_exist(path)
         if name is None or has_metadata(path):
             metadata = read_metadata(path)
+            import_plugins_of(metadata, plugins)
     if name is None:
-        assert metadata is not None
-        backbone = build_from_metadata(metadata, plugins)
+        backbone = build_from_metadata(metadata)
     else:
         arguments = dict(args or {})
-        if metadata is not None:
-            import_plugins_of(metadata, plugins)
+        if metadata:
             check_origin(metadata, BackboneConfig(name=name, stem=stem, args=arguments))  # type: ignore[arg-type]
         backbone = _build(name, stem, arguments, pretrained)
     if path is not None:
