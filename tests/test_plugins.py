@@ -1,5 +1,6 @@
 """Plug-ins are imported once and when they are trusted, and what they lack is an early error."""
 
+import importlib.util
 import json
 import sys
 
@@ -21,6 +22,7 @@ from tract_transfer.models import BACKBONES, build_backbone
 from tract_transfer.models.export import load_exported
 from tract_transfer.models.weights import save_backbone
 from tract_transfer.registry import PluginError, load_plugins, trusted_plugins
+from tract_transfer.run.recipe import Options, config_for
 from tract_transfer.run.run import run
 from tract_transfer.run.suite import draft_runs
 from tract_transfer.run.summary import next_commands
@@ -86,6 +88,32 @@ def test_a_plugin_imports_files_beside_it(tmp_path):
     )
     load_plugins([str(tmp_path / "mine.py")])
     assert build_backbone("mine/tiny").feature_dim == 24
+
+
+def test_a_plugin_may_register_through_a_file_beside_it(tmp_path):
+    write(tmp_path / "helper_nets.py", TINY)
+    (tmp_path / "mine.py").write_text("import helper_nets\n")
+    for plugins in (["mine.py"], ["mine.py"], ["helper_nets.py"], ["mine"]):
+        load_plugins(plugins)
+    assert BACKBONES.modules["mine/tiny"] == "helper_nets"
+
+
+def test_a_plugin_that_registered_nothing_can_be_fixed(tmp_path, monkeypatch):
+    write(tmp_path / "helper_nets.py", "")
+    (tmp_path / "mine.py").write_text("import colorsys, helper_nets, tract_transfer.lately\n")
+    sys.modules.pop("colorsys", None)
+    spec = importlib.util.spec_from_file_location("tract_transfer", tmp_path / "mine.py")
+    monkeypatch.setattr(tract_transfer, "__spec__", spec)  # as in a clone
+    monkeypatch.setattr(tract_transfer, "__path__", [*tract_transfer.__path__, str(tmp_path)])
+    (tmp_path / "lately.py").write_text("")
+    for _ in range(2):
+        with pytest.raises(PluginError, match="registers nothing"):
+            load_plugins(["mine.py"])
+    assert not {"mine", "helper_nets"} & sys.modules.keys()
+    assert {"colorsys", "tract_transfer.lately"} <= sys.modules.keys()
+    write(tmp_path / "helper_nets.py", TINY)
+    load_plugins(["mine.py"])
+    assert build_backbone("mine/tiny").feature_dim == 8
 
 
 def test_nothing_of_a_plugin_that_fails_stays_and_it_can_be_fixed(tmp_path):
@@ -223,6 +251,29 @@ def test_weights_and_runs_do_not_execute_the_files_that_they_name(
     assert (tmp_path / "executed").exists()
 
 
+def test_a_trusted_file_does_not_make_its_folder_trusted(untrusted, tmp_path):
+    """Its folder is in sys.path then, so the others in it can be imported by name."""
+    write(untrusted / "mine.py", TINY.replace("mine/", "trusted/"))
+    (tmp_path / "elsewhere").mkdir()
+    (untrusted / "evil.py").rename(tmp_path / "elsewhere/evil.py")
+    (untrusted / "evil.py").symlink_to(tmp_path / "elsewhere/evil.py")
+    (untrusted / "evil_package").mkdir()
+    load_plugins([str(untrusted / "mine.py")])
+    assert importlib.util.find_spec("evil") is not None
+    for plugin in ("evil", "evil_package", "evil_package.nets"):
+        with pytest.raises(PluginError, match="If you trust it, name it"):
+            trusted_plugins([plugin], [str(untrusted / "mine.py")], "A run")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_plugins_of_an_override_are_checked_as_those_of_a_config(untrusted, write_tiny, tmp_path):
+    (untrusted / "config.yaml").write_text(write_tiny(tmp_path).read_text())
+    with pytest.raises(ConfigError, match=r"^plugins: .*list"):
+        run_config(untrusted, ["plugins=evil.py"])
+    config = run_config(untrusted, [f"plugins=[{untrusted}/evil.py]"], ["timm.models"])
+    assert config.plugins == ["timm.models", str(untrusted / "evil.py")]
+
+
 def test_a_moved_plugin_an_installed_module_and_a_packaged_file_are_trusted(tmp_path):
     moved = write(tmp_path / "mine.py", TINY)
     elsewhere = "/another/machine/site-packages/tract_transfer/configs/paper/cifar_zoo.py"
@@ -257,6 +308,14 @@ def test_python_calls_take_plugins(tmp_path, write_tiny):
     with forgotten(tmp_path):
         backbone = tract_transfer.create_backbone(weights=trained, plugins=[plugin])
         assert backbone.origin["name"] == "mine/tiny"
+    with forgotten(tmp_path):  # an installed module, which the weights record
+        metadata = json.loads((trained.folder / "model.json").read_text())
+        (trained.folder / "model.json").write_text(json.dumps({**metadata, "plugins": ["lab"]}))
+        (tmp_path / "installed").mkdir()
+        write(tmp_path / "installed/lab.py", TINY)
+        sys.path.append(str(tmp_path / "installed"))
+        tract_transfer.create_backbone("mine/tiny", weights=trained)
+        (trained.folder / "model.json").write_text(json.dumps(metadata))
     assert tract_transfer.evaluate(trained, plugins=[plugin]) == trained.metrics
 
 
@@ -268,11 +327,16 @@ def test_a_folder_of_images_is_trained_with_a_plugin(tmp_path, call):
         pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(path / f"{number}.png")
     words = [tmp_path / "images", "--backbone", "mine/tiny", "--weights", "none", "--epochs", 1]
-    words += ["--output", tmp_path / "run", "--plugin", plugin, "data.num_workers=0"]
-    done = call("train_net.py", *words)
+    words += ["--output", tmp_path / "run", "data.num_workers=0"]
+    other = write(tmp_path / "other.py", TINY.replace("mine/", "other/"))
+    done = call("train_net.py", *words, "--plugin", plugin, f"plugins=[{other}]")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/model.json").read_text())["name"] == "mine/tiny"
-    assert load_config(tmp_path / "run/recipe.yaml").plugins == [str(plugin)]
+    for name in ("recipe.yaml", "config.yaml"):
+        assert load_config(tmp_path / "run" / name).plugins == [str(other), str(plugin)]
+    options = Options(backbone="mine/tiny", weights="none", output_dir=str(tmp_path / "run"))
+    config, _ = config_for(words[0], options, (), ["more.py"], continues=True)
+    assert config.plugins == [str(other), str(plugin), str(tmp_path / "more.py")]
 
 
 # What an entry lacks is reported before training.

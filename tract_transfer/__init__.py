@@ -4,7 +4,6 @@
 alone. Importing this package imports nothing: each name is imported when it is first used.
 """
 
-import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -78,25 +77,48 @@ def names_missing_extra(function: _Function) -> _Function:
     return call  # type: ignore[return-value]
 
 
-def install_hint(error: ModuleNotFoundError) -> str | None:
-    """Return which extra of this package installs a missing module, if one does."""
+def install_hint(error: ModuleNotFoundError, command: str | None = None) -> str | None:
+    """Return which extra of this package installs a missing module, if one does.
+
+    Args:
+        command: the extra of that name is preferred.
+    """
+    module = (error.name or "").partition(".")[0]
+    package = _PACKAGES.get(module, module).replace("_", "-").lower()
+    extras = [
+        extra
+        for extra, packages in packages_of_extras().items()
+        if package in (name.replace("_", "-").lower() for name in packages)
+    ]
+    if not extras:
+        return None
+    extra = command if command in extras else extras[0]
+    return f"{module} is not installed: pip install 'tract_transfer[{extra}]'"
+
+
+def packages_of_extras() -> dict[str, list[str]]:
+    """Return the packages of each extra, and `[other]` for another extra that it names.
+
+    They are the distribution's own metadata: a clone that is not installed has none.
+    """
     import re
     from importlib import metadata
 
-    module = (error.name or "").partition(".")[0]
-    package = _PACKAGES.get(module, module).replace("_", "-").lower()
-    extras = []
-    # Such as "timm>=1.0.16; extra == 'train'".
-    for requirement in metadata.requires("tract_transfer") or ():
-        name = re.match(r"[\w.-]+", requirement)
-        extra = re.search(r"extra == ['\"](\w+)", requirement)
-        if extra and name and name[0].replace("_", "-").lower() == package:
-            extras.append(extra[1])
-    if not extras:
-        return None
-    command = sys.argv[0].rpartition(" ")[2]
-    extra_name = command if command in extras else extras[0]
-    return f"{module} is not installed: pip install 'tract_transfer[{extra_name}]'"
+    try:
+        requirements = metadata.requires(__name__) or []
+    except metadata.PackageNotFoundError:
+        return {}
+    packages: dict[str, list[str]] = {}
+    for requirement in requirements:
+        # timm>=1.0.16; extra == "train"
+        extra = re.search(r"extra == ['\"]([\w-]+)", requirement)
+        package = re.match(r"([\w.-]+)\s*(?:\[([\w,\s-]+)\])?", requirement)
+        if extra and package:
+            others = (package[2] or "").replace(" ", "").split(",")
+            is_own = package[1].replace("-", "_").lower() == __name__
+            names = [f"[{other}]" for other in others] if is_own else [package[1]]
+            packages.setdefault(extra[1], []).extend(names)
+    return packages
 
 
 @names_missing_extra

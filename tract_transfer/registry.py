@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from hashlib import sha256
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from fvcore.common.registry import Registry as FvcoreRegistry
 Entry = TypeVar("Entry", bound=Callable[..., Any])
 _PACKAGE = Path(__file__).parent
 _registries: WeakSet["Registry"] = WeakSet()
+_folders: set[Path] = set()  # those of plug-in files, added to sys.path
 
 
 class NameTakenError(ValueError):
@@ -115,13 +117,9 @@ def load_plugins(plugins: Iterable[str], folder: Path = Path()) -> None:
             )
         if is_file(name) and not Path(name).is_file():
             raise PluginError(f"The plug-in {name} does not exist. Correct the path.")
-        with _undone_on_error():
+        with _undone_on_error(name):
             before = _entries()
-            module = _import(name)
-            owners = {f"{owner}." for _, _, owner in before}
-            if not _entries() - before and not any(
-                owner.startswith(f"{module.__name__}.") for owner in owners
-            ):
+            if _import(name) and _entries() == before:
                 raise PluginError(
                     f"The plug-in {name} registers nothing. Register an entry in it, as in "
                     '@BACKBONES.register("mine/net"), or remove it.'
@@ -151,7 +149,8 @@ def plugin_hashes(plugins: Iterable[str]) -> dict[str, str]:
     """Return the sha256 (hex) of the file of each imported plug-in, by its name without folder."""
     hashes = {}
     for plugin in plugins:
-        file = plugin if is_file(plugin) else getattr(sys.modules[plugin], "__file__", None)
+        module = sys.modules.get(plugin)
+        file = plugin if is_file(plugin) else getattr(module, "__file__", None)
         if file is not None:
             hashes[plugin_name(plugin)] = sha256(Path(file).read_bytes()).hexdigest()
     return hashes
@@ -212,7 +211,7 @@ def _packaged(plugin: str) -> Path | None:
 
 
 def _is_installed(name: str) -> bool:
-    """Whether a module is installed: not one of Python's own, nor one of the working directory."""
+    """Whether a module is installed: not one of Python's own, and none that is beside a plug-in."""
     top = name.partition(".")[0]
     if name in sys.modules or not _MODULE.fullmatch(name):
         return name in sys.modules
@@ -220,10 +219,14 @@ def _is_installed(name: str) -> bool:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return False
-    if spec is None or top in sys.stdlib_module_names:
-        return False
-    places = [*(spec.submodule_search_locations or [spec.origin or ""])]
-    return all(Path(place).resolve().parent != Path.cwd().resolve() for place in places)
+    return spec is not None and top not in sys.stdlib_module_names and not _is_beside(spec)
+
+
+def _is_beside(spec: ModuleSpec) -> bool:
+    """Whether a module is in the working directory, or in the folder of a plug-in's file."""
+    # The folder is resolved, not the module: a link in it is in it.
+    places = spec.submodule_search_locations or ([spec.origin or ""] if spec.has_location else [])
+    return any(Path(place).parent.resolve() in {Path.cwd(), *_folders} for place in places)
 
 
 def _imported(file: Path) -> ModuleType | None:
@@ -236,15 +239,21 @@ def _imported(file: Path) -> ModuleType | None:
     return None
 
 
-def _import(plugin: str) -> ModuleType:
-    """Import a plug-in unless it is imported; convert its errors to PluginErrors."""
+def _import(plugin: str) -> bool:
+    """Import a plug-in; return False if it was imported. Convert its errors to PluginErrors."""
     file = Path(plugin).resolve() if is_file(plugin) else None
     try:
-        if file is not None:
-            return _imported(file) or _import_file(file)
-        spec = None if plugin in sys.modules else importlib.util.find_spec(plugin)
-        origin = Path(spec.origin) if spec and spec.origin else None
-        return (_imported(origin) if origin else None) or importlib.import_module(plugin)
+        if file is None and plugin in sys.modules:
+            return False
+        spec = None if file else importlib.util.find_spec(plugin)
+        origin = Path(spec.origin) if spec and spec.origin else file
+        if origin and _imported(origin):
+            return False
+        if file is None:
+            importlib.import_module(plugin)
+        else:
+            _import_file(file)
+        return True
     except ModuleNotFoundError as error:
         if file is None and error.name and f"{plugin}.".startswith(f"{error.name}."):
             hint = f" There is a file: write {plugin}.py." if Path(f"{plugin}.py").exists() else ""
@@ -255,25 +264,22 @@ def _import(plugin: str) -> ModuleType:
         raise PluginError(_reason(plugin, error)) from error
 
 
-def _import_file(file: Path) -> ModuleType:
+def _import_file(file: Path) -> None:
     """Import a file by its own name, or by another one if that is a module's already."""
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))  # so data workers that are not forked find it too
+        _folders.add(file.parent)
     name = file.stem
     if name.isidentifier() and name not in sys.modules:
         found = importlib.util.find_spec(name)
         if found is not None and found.origin and Path(found.origin).resolve() == file:
-            return importlib.import_module(name)
+            importlib.import_module(name)
+            return
     name = f"{file.stem}_{sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    spec.loader.exec_module(module)
 
 
 def _reason(plugin: str, error: BaseException) -> str:
@@ -294,29 +300,49 @@ def _reason(plugin: str, error: BaseException) -> str:
     return f"The plug-in {plugin} cannot be used: {reason}{line}"
 
 
-def _entries() -> set[tuple[str, str, str]]:
-    """Return registry, name and module of every entry that is not built in."""
+def _entries() -> set[tuple[Registry, str]]:
+    """Return registry and name of every entry that is not built in."""
     return {
-        (registry._name, name, module)
+        (registry, name)
         for registry in _registries
-        for name, module in registry.modules.items()
+        for name in registry.modules
         if not registry.is_built_in(name)
     }
 
 
 @contextmanager
-def _undone_on_error() -> Iterator[None]:
-    """After an error, remove what was registered in the block, and the modules that did it."""
-    before = {registry: set(registry.modules) for registry in _registries}
+def _undone_on_error(plugin: str) -> Iterator[None]:
+    """After an error, remove what a plug-in registered in the block, and its modules.
+
+    Installed modules that it imports stay: NumPy, for one, cannot be imported twice.
+    """
+    entries, modules = _entries(), set(sys.modules)
     try:
         yield
     except BaseException:
-        for registry in list(_registries):
-            for name in registry.modules.keys() - before.get(registry, set()):
-                if registry in before:
-                    sys.modules.pop(registry.modules.pop(name), None)
-                    del registry._obj_map[name]
+        names = set()
+        for registry, entry in _entries() - entries:
+            names.add(registry.modules.pop(entry))
+            del registry._obj_map[entry]
+        for name in sys.modules.keys() - modules:
+            if _is_part(name, plugin):
+                names.add(name)
+        for name in names - modules:
+            sys.modules.pop(name, None)
         raise
+
+
+def _is_part(name: str, plugin: str) -> bool:
+    """Whether an imported module is the plug-in, in its package or beside it."""
+    top = name.partition(".")[0]
+    if top == _PACKAGE.name:  # also beside a plug-in in a clone
+        return False
+    spec = getattr(sys.modules.get(top), "__spec__", None)
+    if spec is not None and _is_beside(spec):
+        return True
+    if is_file(plugin):
+        return Path(getattr(spec, "origin", None) or "").resolve() == Path(plugin).resolve()
+    return top == plugin.partition(".")[0]
 
 
 def _shown(module: str) -> str:

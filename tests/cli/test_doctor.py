@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import tract_transfer
 import tract_transfer.cli.doctor as doctor
 from tract_transfer import TrAct
 from tract_transfer.config.schema import load_config
@@ -84,6 +85,28 @@ def test_extras_list_what_they_lack(monkeypatch):
     rows, is_complete = doctor.environment()
     assert rows["[all]"] == "missing no-such-package: pip install 'tract_transfer[all]'"
     assert is_complete
+
+
+def test_the_hint_for_a_missing_package_prefers_the_extra_of_the_command(monkeypatch):
+    monkeypatch.setattr(
+        doctor.metadata,
+        "requires",
+        lambda _: [*REQUIREMENTS, REQUIREMENTS[2].replace("report", "train")],
+    )
+    missing = ModuleNotFoundError(name="no_such_package.part")
+    hint = "no_such_package is not installed: pip install 'tract_transfer[{}]'"
+    assert tract_transfer.install_hint(missing) == hint.format("train")
+    assert tract_transfer.install_hint(missing, "report") == hint.format("report")
+    assert tract_transfer.install_hint(ModuleNotFoundError(name="unknown")) is None
+
+
+def test_without_a_distribution_there_are_no_extras_and_no_hints(monkeypatch):
+    def requires(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", requires)
+    assert doctor.missing_of_extras() == {}
+    assert tract_transfer.install_hint(ModuleNotFoundError(name="timm")) is None
 
 
 VERDICTS = {

@@ -52,7 +52,7 @@ def check() -> int:
     if folder is None:
         config = read_config(arguments)
     else:
-        config, recipe = checked_config(folder, arguments.overrides)
+        config, recipe = checked_config(folder, arguments.overrides, arguments.plugins)
         print(recipe.choices[0].why)
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         raise FileNotFoundError(f"--json {arguments.json}: the folder does not exist. Create it.")

@@ -17,7 +17,6 @@ import importlib
 import json
 import logging
 import platform
-import re
 import sys
 from importlib import metadata
 from itertools import islice
@@ -142,20 +141,7 @@ def package_state(name: str) -> tuple[str, bool]:
 
 def missing_of_extras() -> dict[str, list[str]]:
     """Return the packages that each extra lacks, by the distribution's own metadata."""
-    try:
-        requirements = metadata.requires(PACKAGE) or []
-    except metadata.PackageNotFoundError:  # run from a clone
-        return {}
-    needs: dict[str, list[str]] = {}
-    for requirement in requirements:
-        # timm>=1.0.16; extra == "train"
-        extra = re.search(r"extra == ['\"]([\w-]+)", requirement)
-        package = re.match(r"([\w.-]+)\s*(?:\[([\w,\s-]+)\])?", requirement)
-        if extra and package:
-            others = (package[2] or "").replace(" ", "").split(",")
-            is_own = package[1].replace("-", "_").lower() == PACKAGE
-            names = [f"[{other}]" for other in others] if is_own else [package[1]]
-            needs.setdefault(extra[1], []).extend(names)
+    needs = tract_transfer.packages_of_extras()
 
     def expand(extra: str, seen: tuple[str, ...] = ()) -> list[str]:
         """Return the packages of an extra and of the extras that it names."""
@@ -198,20 +184,18 @@ def config_of(arguments: argparse.Namespace) -> "Config":
 
     For local images it is that of `tract-transfer train FOLDER`.
     """
-    from tract_transfer.config.file import override, parse_words, with_plugins
+    from tract_transfer.config.file import add_plugins, override, parse_words
     from tract_transfer.config.schema import check_config
     from tract_transfer.data.folder import describe_folder
     from tract_transfer.registry import load_plugins
     from tract_transfer.run.recipe import Machine, Options, make_recipe
 
     backbone, path = arguments.backbone, arguments.data
-    if arguments.plugins:
-        arguments.overrides = list(with_plugins(arguments.overrides, arguments.plugins))
-        load_plugins(arguments.plugins)
+    load_plugins(arguments.plugins)
     if path.startswith((".", "/", "~")) or Path(path).exists():
         options = Options(backbone=backbone, weights="none", tract=True)
         recipe = make_recipe(path, describe_folder(path), options, Machine.this())
-        return recipe.config(arguments.overrides)
+        return recipe.config(arguments.overrides, arguments.plugins)
     size_px = CIFAR_SIZE_PX if backbone.startswith("cifar/") else SIZE_PX
     tree = {
         "task": "classification",
@@ -228,7 +212,8 @@ def config_of(arguments: argparse.Namespace) -> "Config":
         "solver": {"optimizer": "sgd", "lr": 0.1, "max_iters": 1},
     }
     origins = {"model.backbone.name": "--backbone", "data.train": "--data"}
-    return check_config(*override(tree, origins, parse_words(arguments.overrides)))
+    tree, origins = override(tree, origins, parse_words(arguments.overrides))
+    return check_config(*add_plugins(tree, origins, arguments.plugins))
 
 
 def diagnose(config: "TrainedTask", num_batches: int) -> tuple[str, "Report"]:

@@ -46,10 +46,6 @@ def take_folder(parser: argparse.ArgumentParser, arguments: argparse.Namespace) 
         if not first or ("=" in first and not Path(first).exists()):
             parser.error("give the folder of the images, or --config-file FILE.")
         arguments.overrides = words[1:]
-        if arguments.plugins:
-            from tract_transfer.config.file import with_plugins
-
-            arguments.overrides = list(with_plugins(words[1:], arguments.plugins))
         return str(first)
     if is_folder or first.startswith((".", "/", "~")):
         parser.error(
@@ -83,17 +79,20 @@ def folder_config(folder: str, arguments: argparse.Namespace) -> tuple["Config",
         name=given["--name"],
     )
     continues = bool(arguments.resume or arguments.eval_only or arguments.debug_batch)
-    return recipes.config_for(folder, options, arguments.overrides, continues=continues)
+    words, plugins = arguments.overrides, arguments.plugins
+    return recipes.config_for(folder, options, words, plugins, continues=continues)
 
 
-def checked_config(folder: str, overrides: list[str]) -> tuple["Config", "Recipe"]:
+def checked_config(
+    folder: str, overrides: list[str], plugins: list[str]
+) -> tuple["Config", "Recipe"]:
     """Return a config with the data of a folder, to check them."""
     from tract_transfer.data.folder import describe_folder
     from tract_transfer.run.recipe import Machine, Options, make_recipe
 
     options = Options(weights="none")  # no model is built
     recipe = make_recipe(folder, describe_folder(folder), options, Machine.this())
-    return recipe.config(overrides), recipe
+    return recipe.config(overrides, plugins), recipe
 
 
 def _destination(option: str) -> str:

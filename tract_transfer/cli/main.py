@@ -92,9 +92,9 @@ def print_error(error: Exception) -> int:
     from tract_transfer.files import FAILED, REFUSED
 
     if isinstance(error, _REFUSALS):
-        hint = (
-            tract_transfer.install_hint(error) if isinstance(error, ModuleNotFoundError) else None
-        )
+        hint = None
+        if isinstance(error, ModuleNotFoundError):
+            hint = tract_transfer.install_hint(error, sys.argv[0].rpartition(" ")[2])  # see main
         print(f"error: {hint or error}", file=sys.stderr)
         return REFUSED
     print(f"failed: {type(error).__name__}: {error}", file=sys.stderr)

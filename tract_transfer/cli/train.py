@@ -100,13 +100,17 @@ def carry_out_recipe(
 ) -> list[str]:
     """Carry out what was chosen for a folder, and save it; return the lines to print."""
     if arguments.dry_run:
-        return [*carry_out(arguments, config), "", recipe.text(arguments.overrides)]
+        return [
+            *carry_out(arguments, config),
+            "",
+            recipe.text(arguments.overrides, arguments.plugins),
+        ]
     if arguments.eval_only or arguments.debug_batch:
         return carry_out(arguments, config)
     from tract_transfer.run.recipe import saved_recipe
 
-    words, resume = arguments.overrides, arguments.resume
-    with saved_recipe(config, recipe, words, resume=resume) as path:
+    words, plugins = arguments.overrides, arguments.plugins
+    with saved_recipe(config, recipe, words, plugins, resume=arguments.resume) as path:
         lines = carry_out(arguments, config)
     return [*lines, f"Repeat or change it: tract-transfer train --config-file {path}"]
 

@@ -1,7 +1,6 @@
 """Config files: YAML with `_BASE_` files and overrides, and errors that name file and line."""
 
 import copy
-import json
 import numbers
 import os
 import re
@@ -101,16 +100,8 @@ def add_plugins(
     old = tree.get("plugins", [])
     if not plugins or not isinstance(old, list):
         return tree, origins
-    added = {**tree, "plugins": [*dict.fromkeys([*old, *map(find_plugin, plugins)])]}
-    return added, {**origins, "plugins": COMMAND_LINE}
-
-
-def with_plugins(overrides: Overrides, plugins: Sequence[str]) -> Overrides:
-    """Return overrides that add plug-ins to those that they name, by absolute paths."""
-    files = [find_plugin(plugin) for plugin in plugins]
-    if isinstance(overrides, Mapping):
-        return {**overrides, "plugins": [*overrides.get("plugins", []), *files]}
-    return [*overrides, f"plugins={json.dumps(files)}"]
+    new = [plugin for plugin in dict.fromkeys(map(find_plugin, plugins)) if plugin not in old]
+    return {**tree, "plugins": [*old, *new]}, {**origins, "plugins": COMMAND_LINE}
 
 
 def _with_absolute_plugins(tree: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -15,13 +15,14 @@ import torchvision
 
 from tract_transfer import names_missing_extra
 from tract_transfer.build.weights import check_origin, check_weights_exist, wrong_argument
-from tract_transfer.config.file import Overrides, config_names, with_plugins
+from tract_transfer.config.file import Overrides, config_names
 from tract_transfer.config.schema import Config, load_config
 from tract_transfer.config.sections import BackboneConfig
 from tract_transfer.models import BACKBONES, Backbone, build_backbone
 from tract_transfer.models.weights import (
     build_from_metadata,
     has_metadata,
+    import_plugins_of,
     load_weights,
     read_metadata,
 )
@@ -99,15 +100,13 @@ def train(
     with contextlib.ExitStack() as stack:
         if _is_folder(config):
             load_plugins(plugins)
-            if plugins:
-                overrides = with_plugins(overrides, plugins)
-            loaded, recipe = config_for(config, Options(), overrides, continues=resume)
+            loaded, recipe = config_for(config, Options(), overrides, plugins, continues=resume)
         else:
             loaded = load_config(config, overrides, plugins)
         if recipe is not None and os.environ.get("RANK", "0") == "0":
             for line in recipe.lines():
                 logger.info(line)
-            stack.enter_context(saved_recipe(loaded, recipe, overrides, resume=resume))
+            stack.enter_context(saved_recipe(loaded, recipe, overrides, plugins, resume=resume))
         results = runs.run(loaded, resume=resume)
     return Run(Path(loaded.output_dir), results["metrics"], results)
 
@@ -184,17 +183,17 @@ def create_backbone(
     _check_backbone_arguments(name, pretrained, weights, stem, args, ignore_missing, adapt_stem)
     load_plugins(plugins)
     path = None if weights is None else Path(weights)
-    metadata = None
+    metadata: dict[str, Any] = {}
     if path is not None:
         check_weights_exist(path)
         if name is None or has_metadata(path):
             metadata = read_metadata(path)
+            import_plugins_of(metadata, plugins)
     if name is None:
-        assert metadata is not None
-        backbone = build_from_metadata(metadata, plugins)
+        backbone = build_from_metadata(metadata)
     else:
         arguments = dict(args or {})
-        if metadata is not None:
+        if metadata:
             check_origin(metadata, BackboneConfig(name=name, stem=stem, args=arguments))  # type: ignore[arg-type]
         backbone = _build(name, stem, arguments, pretrained)
     if path is not None:

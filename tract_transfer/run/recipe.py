@@ -24,6 +24,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from tract_transfer.config.file import (
     Override,
     Overrides,
+    add_plugins,
     dump_yaml,
     override,
     read_overrides,
@@ -107,17 +108,17 @@ class Recipe:
     choices: list[Choice]
     source: str
 
-    def config(self, overrides: Overrides = ()) -> Config:
-        """Return the checked config with overrides `key=value`."""
+    def config(self, overrides: Overrides = (), plugins: Sequence[str] = ()) -> Config:
+        """Return the checked config with overrides `key=value`, and more plug-ins."""
         place = f"chosen for {self.source}"
         chosen = [Override(key, value, place) for key, value in self.tree.items()]
         tree, origins = override(*override({}, {}, chosen), read_overrides(overrides))
         origins[""] = place
-        return check_config(tree, origins)
+        return check_config(*add_plugins(tree, origins, plugins))
 
-    def text(self, overrides: Overrides = ()) -> str:
-        """Return the chosen keys, with overrides, as YAML with the reasons as comments."""
-        tree, _ = override(self.tree, {}, read_overrides(overrides))
+    def text(self, overrides: Overrides = (), plugins: Sequence[str] = ()) -> str:
+        """Return the keys of `config` that were chosen or given as YAML, with the reasons."""
+        tree, _ = add_plugins(*override(self.tree, {}, read_overrides(overrides)), plugins)
         parts = []
         for section, value in redact(tree, by_name=False).items():
             lines = [f"{one.what}: {one.why}" for one in self.choices if one.section == section]
@@ -149,11 +150,17 @@ def make_recipe(
 
 
 def config_for(
-    folder: str | Path, options: Options, overrides: Overrides = (), *, continues: bool = False
+    folder: str | Path,
+    options: Options,
+    overrides: Overrides = (),
+    plugins: Sequence[str] = (),
+    *,
+    continues: bool = False,
 ) -> tuple[Config, Recipe | None]:
     """Return the config for a folder, and the recipe that chose it.
 
     Args:
+        plugins: added to `plugins` of the config.
         continues: a run that exists is continued or measured: then the config is the run's, and
             there is no recipe.
     """
@@ -163,14 +170,19 @@ def config_for(
     output_dir = given.get("output_dir", output_dir_of(folder, task, options))
     file = Path(str(output_dir)) / CONFIG_NAME
     if continues and file.is_file():
-        return load_config(load_config(file, overrides), option_words(task, options)), None
+        return load_config(load_config(file, overrides, plugins), option_words(task, options)), None
     recipe = make_recipe(folder, data, options, Machine.this())
-    return recipe.config(overrides), recipe
+    return recipe.config(overrides, plugins), recipe
 
 
 @contextlib.contextmanager
 def saved_recipe(
-    config: Config, recipe: Recipe, overrides: Overrides, *, resume: bool
+    config: Config,
+    recipe: Recipe,
+    overrides: Overrides,
+    plugins: Sequence[str] = (),
+    *,
+    resume: bool,
 ) -> Iterator[Path]:
     """Write recipe.yaml into the run's folder; remove it if the run did not start.
 
@@ -181,7 +193,7 @@ def saved_recipe(
     folder = Path(config.output_dir)
     is_new = not folder.exists()
     make_folder(folder)
-    write_text(folder / RECIPE_NAME, recipe.text(overrides))
+    write_text(folder / RECIPE_NAME, recipe.text(overrides, plugins))
     try:
         yield folder / RECIPE_NAME
     finally:

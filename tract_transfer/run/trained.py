@@ -78,7 +78,7 @@ class Detections:
     class_ids: Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Trained(Generic[Task]):
     """A run's reported model, as its evaluation measured it.
 
@@ -397,11 +397,11 @@ def run_config(folder: Path, overrides: Overrides = (), plugins: Sequence[str] =
             fix = f" Its backbone alone: tract_transfer.create_backbone(weights={str(folder)!r})."
         raise FileNotFoundError(f"{folder} is not a run folder: it contains no {CONFIG_NAME}.{fix}")
     config = load_config(folder / CONFIG_NAME, {"output_dir": str(folder)})
-    given = {change.key: change.value for change in read_overrides(overrides)}
     recorded = [*config.plugins, *recorded_plugins(folder)]
-    named = [*plugins, *(given.get("plugins") or [])]
-    trusted = trusted_plugins(recorded, named, str(folder))
     config = load_config(config, overrides) if overrides else config
+    names_plugins = any(change.key == "plugins" for change in read_overrides(overrides))
+    named = [*plugins, *(config.plugins if names_plugins else [])]
+    trusted = trusted_plugins(recorded, named, str(folder))
     return config.model_copy(update={"plugins": trusted})
 
 
