@@ -4,14 +4,13 @@ Every choice is a `Choice` with its reason. `Recipe.text` is a short config of t
 the reasons as comments, from which the run can be repeated and changed.
 """
 
-import contextlib
 import json
 import os
 import statistics
 import textwrap
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +29,10 @@ from tract_transfer.config.file import (
 )
 from tract_transfer.config.schema import Config, check_config, load_config
 from tract_transfer.data.folder import Description, describe_folder
-from tract_transfer.engine.run_folder import LOCK_NAME, check_run_folder
-from tract_transfer.files import CONFIG_NAME, make_folder, num_cores, redact, write_text
+from tract_transfer.engine.run_folder import Chosen
+from tract_transfer.files import CONFIG_NAME, num_cores, redact
 from tract_transfer.models.backbones import check_backbone_name
 
-RECIPE_NAME = "recipe.yaml"
 # --task -> the task of a config, and the task of the data it needs.
 TASKS = {
     "classify": ("classification", "classification"),
@@ -126,13 +124,19 @@ class Recipe:
             parts.append("\n".join([*comments, _dump(section, value)]))
         return "\n".join(parts) + "\n"
 
-    def lines(self, words: Sequence[str] = ()) -> list[str]:
-        """Return the choices, and the overrides of them, as lines to print."""
+    def lines(self, overrides: Overrides = ()) -> list[str]:
+        """Return the choices, and the overrides of them, as lines to log."""
+        changes = read_overrides(overrides)
+        words = [f"{key}={_word(value)}" for key, value, _ in changes]
         given = [Choice("", "given", redact(" ".join(words)))] if words else []
         indent, lines = " " * 12, list[str]()
         for one in [*self.choices, *given]:
             lines += textwrap.wrap(f"{one.what:>10}  {one.why}", 100, subsequent_indent=indent)
         return lines
+
+    def chosen(self, overrides: Overrides = ()) -> Chosen:
+        """Return what a run logs of the choices and saves."""
+        return Chosen(self.text(overrides), self.lines(overrides))
 
 
 def make_recipe(
@@ -166,30 +170,6 @@ def config_for(
         return load_config(load_config(file, overrides), option_words(task, options)), None
     recipe = make_recipe(folder, data, options, Machine.this())
     return recipe.config(overrides), recipe
-
-
-@contextlib.contextmanager
-def saved_recipe(
-    config: Config, recipe: Recipe, overrides: Overrides, *, resume: bool
-) -> Iterator[Path]:
-    """Write recipe.yaml into the run's folder; remove it if the run did not start.
-
-    Raises:
-        FileExistsError, ValueError: as `check_run_folder`.
-    """
-    check_run_folder(config, resume=resume)
-    folder = Path(config.output_dir)
-    is_new = not folder.exists()
-    make_folder(folder)
-    write_text(folder / RECIPE_NAME, recipe.text(overrides))
-    try:
-        yield folder / RECIPE_NAME
-    finally:
-        if not (folder / CONFIG_NAME).exists():
-            (folder / RECIPE_NAME).unlink(missing_ok=True)
-            if is_new and {path.name for path in folder.iterdir()} <= {LOCK_NAME}:
-                (folder / LOCK_NAME).unlink(missing_ok=True)
-                folder.rmdir()
 
 
 def task_of(data: Description, options: Options) -> str:
@@ -576,6 +556,10 @@ def _fixed_size_px(name: str) -> int | None:
     library, _, model = name.partition("/")
     config = timm.get_pretrained_cfg(model) if library == "timm" else None
     return int(config.input_size[-1]) if config is not None and config.fixed_input_size else None
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _multiple(value: float, of: int) -> int:
