@@ -56,6 +56,7 @@ def run(config: Config, *, resume: bool = False, chosen: Chosen | None = None) -
     hint = partial(resume_hint, Path(config.output_dir))
     with deterministic(config.engine.deterministic), group.stop_on_signals(hint) as stop:
         accelerator = build_accelerator(config)
+        group.check_same_config(config.model_dump(mode="json"))
         cost = CostMeter(accelerator.device)
         opened = open_run_folder(config, accelerator, resume=resume, chosen=chosen)
         with group.reports_lost_processes(accelerator), opened as run_folder:
