@@ -92,7 +92,7 @@ def checked_config(folder: str, overrides: list[str]) -> tuple["Config", "Recipe
     from tract_transfer.run.recipe import Machine, Options, make_recipe
 
     options = Options(weights="none")  # no model is built
-    recipe = make_recipe(folder, describe_folder(folder), options, Machine.this())
+    recipe = make_recipe(folder, describe_folder(folder), options, Machine.this(), overrides)
     return recipe.config(overrides), recipe
 
 
