@@ -1,11 +1,16 @@
 """`train FOLDER` chooses a config, shows it, saves it and resumes; `check-data FOLDER` reads it."""
 
+import os
+
 import image_folders as make
 import pytest
+import torch
 from huggingface_hub import constants
 
+from tract_transfer.cli.folder import RECIPE_VARIABLE
 from tract_transfer.config.schema import load_config
 from tract_transfer.engine.run_folder import lock_folder
+from tract_transfer.run.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("offline_cache")
 SHORT = ("data.num_workers=0", "engine.device=cpu", "engine.log.tensorboard=false")
@@ -79,6 +84,19 @@ def test_a_second_start_changes_nothing_of_the_first(train, tmp_path):
         assert second.returncode == 2
         assert "is in use by process" in second.stderr
         assert (folder / "recipe.yaml").read_text() == "of the first"
+
+
+def test_processes_take_the_recipe_of_the_one_that_starts_them(train, tmp_path, monkeypatch):
+    monkeypatch.setenv(RECIPE_VARIABLE, "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(os, "execv", lambda *_: 0)
+    train("--num-gpus", 3)
+    recipe = Recipe.from_json(os.environ[RECIPE_VARIABLE])
+    assert recipe.tree["data"]["batch_size"] % 3 == 0
+    recipe.tree["seed"] = 5
+    monkeypatch.setenv(RECIPE_VARIABLE, recipe.to_json())
+    done = train("--dry-run")
+    assert "\nseed: 5\n" in done.stdout, done.stderr
 
 
 def test_the_default_output_is_named_after_folder_and_task(call, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tract_transfer.cli.folder import add_folder_options, folder_config, take_folder
+from tract_transfer.cli.folder import add_folder_options, folder_config, pass_on, take_folder
 from tract_transfer.cli.main import add_config, make_parser, number, read_config, reports_errors
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def main() -> int:
     else:
         config, recipe = folder_config(arguments.folder, arguments)
     if arguments.num_gpus is not None and "RANK" not in os.environ:
+        if recipe is not None:
+            pass_on(recipe)
         return launch(arguments.num_gpus)
 
     with ProgressLine("Loading PyTorch"):

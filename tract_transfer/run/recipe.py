@@ -136,6 +136,16 @@ class Recipe:
             lines += textwrap.wrap(f"{one.what:>10}  {one.why}", 100, subsequent_indent=indent)
         return lines
 
+    def to_json(self) -> str:
+        """Return the recipe for another process."""
+        return json.dumps([self.tree, self.choices, self.source])
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Return the recipe that another process chose."""
+        tree, choices, source = json.loads(text)
+        return cls(tree, [Choice(*choice) for choice in choices], source)
+
     def chosen(self, overrides: Overrides = ()) -> Chosen:
         """Return what a run logs of the choices and saves."""
         return Chosen(self.text(overrides), self.lines(overrides))
@@ -163,13 +173,19 @@ def make_recipe(
 
 
 def config_for(
-    folder: str | Path, options: Options, overrides: Overrides = (), *, continues: bool = False
+    folder: str | Path,
+    options: Options,
+    overrides: Overrides = (),
+    *,
+    continues: bool = False,
+    machine: Machine | None = None,
 ) -> tuple[Config, Recipe | None]:
     """Return the config for a folder, and the recipe that chose it.
 
     Args:
         continues: a run that exists is continued or measured: then the config is the run's, and
             there is no recipe.
+        machine: that trains; None is this one.
     """
     data = describe_folder(folder)
     task = task_of(data, options)
@@ -177,7 +193,7 @@ def config_for(
     file = Path(output_dir) / CONFIG_NAME
     if continues and file.is_file():
         return load_config(load_config(file, option_words(task, options)), overrides), None
-    recipe = make_recipe(folder, data, options, Machine.this(), overrides)
+    recipe = make_recipe(folder, data, options, machine or Machine.this(), overrides)
     return recipe.config(overrides), recipe
 
 
