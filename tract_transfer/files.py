@@ -20,6 +20,7 @@ from typing import Any
 
 # Names of a run folder's files, and the format of results.json.
 CONFIG_NAME, RESULTS_NAME, ENVIRONMENT_NAME = "config.yaml", "results.json", "environment.json"
+RECIPE_NAME = "recipe.yaml"
 METRICS_NAME = "metrics.jsonl"
 RESULTS_FORMAT = 1
 SUITE_NAME, SUITE_FORMAT = "suite.json", 1  # a suite's state

@@ -84,7 +84,7 @@ def test_train_net_trains(trained):
 def test_stdout_is_for_scripts(monkeypatch, load_tiny, tmp_path):
     """The path of the results, unless a person has just read it in the log."""
     arguments = Namespace(debug_batch=None, dry_run=False, eval_only=False, resume=False)
-    monkeypatch.setattr("tract_transfer.run.run.run", lambda config, resume: None)
+    monkeypatch.setattr("tract_transfer.run.run.run", lambda config, **_: None)
     terminal, pipe = Mock(isatty=lambda: True), Mock(isatty=lambda: False)
     for stdout, stderr, count in (
         (terminal, terminal, 0),
@@ -93,7 +93,7 @@ def test_stdout_is_for_scripts(monkeypatch, load_tiny, tmp_path):
     ):
         monkeypatch.setattr(sys, "stdout", stdout)
         monkeypatch.setattr(sys, "stderr", stderr)
-        lines = train.carry_out(arguments, load_tiny(tmp_path))
+        lines = train.carry_out(arguments, load_tiny(tmp_path), None)
         assert lines == [str(tmp_path / "run/results.json")] * count
 
 

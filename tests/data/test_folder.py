@@ -78,12 +78,13 @@ def test_the_splits_of_other_names_are_the_same_classes(tmp_path):
     assert data.notes == ["not used: the folders holdout"]
 
 
-def test_a_relative_path_does_not_look_like_a_hub_id(tmp_path, monkeypatch):
+def test_the_path_of_a_source_is_absolute(tmp_path, monkeypatch):
     make.classes(tmp_path / "owner/pets")
     monkeypatch.chdir(tmp_path)
-    assert describe_folder(Path("owner/pets")).splits["train"].source["path"] == "./owner/pets"
+    path = str(tmp_path / "owner/pets")
+    assert describe_folder(Path("owner/pets")).splits["train"].source["path"] == path
     monkeypatch.chdir(tmp_path / "owner/pets")
-    assert describe_folder(".").splits["train"].source["path"] == "."
+    assert describe_folder(".").splits["train"].source["path"] == path
 
 
 @pytest.mark.parametrize("box_format", ["xywh", "xyxy", "cxcywh"])

@@ -184,3 +184,11 @@ def test_ctrl_c_prints_no_traceback_if_nothing_trains(
     ended = call("train_net.py", "--config-file", write_tiny(tmp_path), option)
     assert (ended.returncode, ended.stderr) == (130, "SIGINT: ended.\n")
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_different_configs_are_refused(tmp_path, load_tiny, monkeypatch):
+    other = load_tiny(tmp_path, "solver.lr=0.5").model_dump(mode="json")
+    monkeypatch.setattr(group, "gather_object", lambda own: [*own, other])
+    with pytest.raises(ValueError, match="different configs: solver of process 1 differs"):
+        run(load_tiny(tmp_path))
+    assert not (tmp_path / "run").exists()

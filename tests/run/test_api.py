@@ -174,6 +174,14 @@ def test_a_folder_of_images_is_trained_and_its_recipe_saved(tmp_path, offline_ca
     assert again.metrics == run.metrics
 
 
+def test_one_epoch_of_a_folder_by_an_override(tmp_path, offline_cache, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    overrides = {"solver.max_epochs": 1, "output_dir": str(tmp_path / "run")}
+    overrides |= {"data.transforms.size_px": 8, "data.num_workers": 0, "engine.device": "cpu"}
+    run = tract_transfer.train(image_folders.classes(tmp_path / "pets"), overrides=overrides)
+    assert run.results["epochs"] == 1
+
+
 def test_backbones_by_name():
     images = torch.rand(2, 3, 32, 32)
     backbone = tract_transfer.create_backbone("cifar/resnet18", args={"width": 8}, mean=[0, 0, 0])

@@ -230,6 +230,8 @@ OPTIONS = {
         "--weights nowhere.pth: there is no such file or folder"),
     "a backbone that does not exist": ({"backbone": "timm/resnet19"}, ValueError,
         "--backbone: timm has no model 'resnet19'. Did you mean"),
+    "weights that a backbone does not have": ({"backbone": "timm/resnet50.bogus"}, ValueError,
+        "--backbone: timm has no weights 'resnet50.bogus'"),
     "a batch larger than a folder": ({"batch_size": 500, "weights": "none"}, ValueError,
         r"data.batch_size: must lie in 1..9,.* got 500"),
 }  # fmt: skip

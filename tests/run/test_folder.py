@@ -112,6 +112,8 @@ def test_more_images_are_shown_less_often():
         (500, GPU, {}, 224),
         (500, CPU, {"size_px": 72}, 72),
         (500, CPU, {"backbone": "timm/vit_tiny_patch16_224"}, 224),
+        (500, CPU, {"backbone": "torchvision/vit_b_16"}, 224),
+        (500, CPU, {"backbone": "cifar/vit"}, 32),
     ],
 )
 def test_the_size_fits_images_machine_and_backbone(side, machine, options, size_px):
@@ -188,3 +190,37 @@ def test_weights_of_a_run_bring_their_backbone(tmp_path, load_tiny):
     results = run(recipe.config([SHORT, "engine.log.tensorboard=false"]))
     assert results["weights_match"]
     assert json.loads((tmp_path / "finetuned/model.json").read_text())["name"] == "cifar/resnet18"
+
+
+@pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "torchvision/swin_t"])
+def test_pretrained_transformers_have_a_lower_learning_rate(name):
+    lr = [
+        choose(described(100), backbone=backbone, weights="pretrained").tree["solver"]["lr"]
+        for backbone in (name, "timm/resnet18")
+    ]
+    assert lr == [1e-4, 1e-3]
+
+
+GIVEN = {
+    "classify": {"name": "a", "output_dir": "b", "backbone": "cifar/resnet18", "weights": "none",
+        "batch_size": 4, "size_px": 40, "epochs": 1, "tract": True},
+    "detect": {"backbone": "timm/resnet50", "weights": "pretrained", "size_px": 96, "epochs": 2},
+    "probe": {"task": "probe", "weights": "none", "batch_size": 4, "size_px": 40},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", GIVEN)
+def test_an_override_of_a_key_that_has_an_option_counts_as_the_option(task):
+    data = described(100, task="detection" if task == "detect" else "classification")
+    given = Options(**GIVEN[task])
+    words = [*recipes.option_words(task, given)]
+    words += [f"output_dir={given.output_dir}"] if given.output_dir else []
+    keys = recipes.option_keys(task)
+    mapping = {key: getattr(given, option) for option, key in keys.items()
+        if getattr(given, option) not in (None, False)}  # fmt: skip
+    mapping |= {"model.weights": None} if given.weights == "none" else {}
+    expected = make_recipe("x", data, given, CPU)
+    for overrides in (words, mapping):
+        recipe = make_recipe("x", data, Options(task=given.task), CPU, overrides)
+        assert recipe == expected
+        assert dump_config(recipe.config(overrides)) == dump_config(expected.config())

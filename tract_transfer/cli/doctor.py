@@ -194,8 +194,9 @@ def config_of(arguments: argparse.Namespace) -> "Config":
     load_plugins(arguments.plugins)
     if path.startswith((".", "/", "~")) or Path(path).exists():
         options = Options(backbone=backbone, weights="none", tract=True)
-        recipe = make_recipe(path, describe_folder(path), options, Machine.this())
-        return recipe.config(arguments.overrides, arguments.plugins)
+        data, overrides = describe_folder(path), arguments.overrides
+        recipe = make_recipe(path, data, options, Machine.this(), overrides)
+        return recipe.config(overrides, arguments.plugins)
     size_px = CIFAR_SIZE_PX if backbone.startswith("cifar/") else SIZE_PX
     tree = {
         "task": "classification",

@@ -1,6 +1,7 @@
 """A folder of images in place of a config file: `train ./my_images`."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from tract_transfer.config.schema import Config
     from tract_transfer.run.recipe import Recipe
 
+RECIPE_VARIABLE = "TRACT_TRANSFER_RECIPE"
+_MAX_VARIABLE = 100_000  # characters; Linux takes 128 KiB
 FOLDER = "without --config-file, the first word is the folder of the images"
 # Options of a folder: name in the command line -> arguments of add_argument.
 _OPTIONS: dict[str, dict[str, Any]] = {
@@ -61,11 +64,15 @@ def folder_config(folder: str, arguments: argparse.Namespace) -> tuple["Config",
     """Return the config for a folder, and the recipe that chose it.
 
     If the command continues or measures a run, the config is that of the run, and no recipe.
+    Processes that --num-gpus started take the recipe of the process that started them.
     """
     from tract_transfer.registry import load_plugins
     from tract_transfer.run import recipe as recipes
 
     load_plugins(arguments.plugins)
+    if text := os.environ.pop(RECIPE_VARIABLE, None):
+        recipe = recipes.Recipe.from_json(text)
+        return recipe.config(arguments.overrides), recipe
     given = {name: getattr(arguments, _destination(name)) for name in _OPTIONS}
     options = recipes.Options(
         task=given["--task"],
@@ -79,8 +86,21 @@ def folder_config(folder: str, arguments: argparse.Namespace) -> tuple["Config",
         name=given["--name"],
     )
     continues = bool(arguments.resume or arguments.eval_only or arguments.debug_batch)
+    machine = recipes.Machine.this()
+    if arguments.num_gpus is not None and "RANK" not in os.environ:
+        machine = machine._replace(processes=arguments.num_gpus)
     words, plugins = arguments.overrides, arguments.plugins
-    return recipes.config_for(folder, options, words, plugins, continues=continues)
+    return recipes.config_for(folder, options, words, plugins, continues=continues, machine=machine)
+
+
+def pass_on(recipe: "Recipe") -> None:
+    """Let the processes that this one starts take its recipe.
+
+    A recipe that is too long for a variable is not passed: they choose again, and a run compares
+    their configs.
+    """
+    if len(text := recipe.to_json()) < _MAX_VARIABLE:
+        os.environ[RECIPE_VARIABLE] = text
 
 
 def checked_config(
@@ -91,7 +111,7 @@ def checked_config(
     from tract_transfer.run.recipe import Machine, Options, make_recipe
 
     options = Options(weights="none")  # no model is built
-    recipe = make_recipe(folder, describe_folder(folder), options, Machine.this())
+    recipe = make_recipe(folder, describe_folder(folder), options, Machine.this(), overrides)
     return recipe.config(overrides, plugins), recipe
 
 

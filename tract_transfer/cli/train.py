@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tract_transfer.cli.folder import add_folder_options, folder_config, take_folder
+from tract_transfer.cli.folder import add_folder_options, folder_config, pass_on, take_folder
 from tract_transfer.cli.main import add_config, make_parser, number, read_config, reports_errors
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ def main() -> int:
     else:
         config, recipe = folder_config(arguments.folder, arguments)
     if arguments.num_gpus is not None and "RANK" not in os.environ:
+        if recipe is not None:
+            pass_on(recipe)
         return launch(arguments.num_gpus)
 
     with ProgressLine("Loading PyTorch"):
@@ -62,11 +64,7 @@ def main() -> int:
 
         import_module("tract_transfer.run.run")  # and all that it imports
     try:
-        if recipe is not None and is_main:
-            print("\n".join(recipe.lines(arguments.overrides)), flush=True)
-            lines = carry_out_recipe(arguments, config, recipe)
-        else:
-            lines = carry_out(arguments, config)
+        lines = carry_out(arguments, config, recipe)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
@@ -75,44 +73,32 @@ def main() -> int:
     return 0
 
 
-def carry_out(arguments: argparse.Namespace, config: "Config") -> list[str]:
-    """Do what the command line asks for; return the lines to print."""
+def carry_out(
+    arguments: argparse.Namespace, config: "Config", recipe: "Recipe | None"
+) -> list[str]:
+    """Do what the command line asks for; return the lines to print.
+
+    Args:
+        recipe: what chose the config, if it was chosen for a folder.
+    """
     from tract_transfer.engine.hooks import format_metric
     from tract_transfer.run.evaluate import evaluate_run, preview, replay_debug_batch
     from tract_transfer.run.run import run
 
     if arguments.debug_batch is not None:
         return replay_debug_batch(config, arguments.debug_batch)
-    if arguments.dry_run:
-        costs = preview(config, resume=arguments.resume)
-        return [f"{what:>22}  {value}" for what, value in costs.items()]
     if arguments.eval_only:
         metrics = evaluate_run(config)
         return [f"{name:>22}  {format_metric(name, value)}" for name, value in metrics.items()]
-    run(config, resume=arguments.resume)
+    chosen = None if recipe is None else recipe.chosen(arguments.overrides, arguments.plugins)
+    if arguments.dry_run:
+        costs = preview(config, resume=arguments.resume)
+        lines = [f"{what:>22}  {value}" for what, value in costs.items()]
+        return lines if chosen is None else [*lines, "", chosen.recipe_text]
+    run(config, resume=arguments.resume, chosen=chosen)
     if sys.stdout.isatty() and sys.stderr.isatty():
         return []  # the log has shown it
     return [str(Path(config.output_dir) / "results.json")]
-
-
-def carry_out_recipe(
-    arguments: argparse.Namespace, config: "Config", recipe: "Recipe"
-) -> list[str]:
-    """Carry out what was chosen for a folder, and save it; return the lines to print."""
-    if arguments.dry_run:
-        return [
-            *carry_out(arguments, config),
-            "",
-            recipe.text(arguments.overrides, arguments.plugins),
-        ]
-    if arguments.eval_only or arguments.debug_batch:
-        return carry_out(arguments, config)
-    from tract_transfer.run.recipe import saved_recipe
-
-    words, plugins = arguments.overrides, arguments.plugins
-    with saved_recipe(config, recipe, words, plugins, resume=arguments.resume) as path:
-        lines = carry_out(arguments, config)
-    return [*lines, f"Repeat or change it: tract-transfer train --config-file {path}"]
 
 
 def launch(num_gpus: int) -> int:

@@ -153,12 +153,6 @@ def _files_below(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _as_path(path: Path) -> str:
-    """Return a path as a config gives it: it must not look like an id of the hub."""
-    text = str(path)
-    return text if text.startswith((".", "/")) else f"./{text}"
-
-
 def _by_split(names: Iterable[Any], name_of: Callable[[Any], str], path: Path) -> dict[str, Any]:
     """Return split -> the one of `names` that is spelled like it; refuse two of the same."""
     splits: dict[str, Any] = {}
@@ -270,7 +264,7 @@ def describe_class_folders(path: Path) -> Description | None:
         is_standard = not is_flat and folder.name in SPLIT_NAMES
         root, split = (path, folder.name) if is_standard else (folder, own_split(folder))
         sources[name] = Split(
-            {"source": "huggingface", "path": _as_path(root), "split": split},
+            {"source": "huggingface", "path": str(root.absolute()), "split": split},
             sum(map(len, images[name].values())),
         )
     used = [] if is_flat else [folder.name for folder in splits.values()]
@@ -398,7 +392,7 @@ def _describe_rows(
         )
     image = min(images, key=lambda name: name not in ("image", "img"))
     common: dict[str, Any] = {"image_column": image} if len(images) > 1 else {}
-    where = {"source": "huggingface", "path": _as_path(path)}
+    where = {"source": "huggingface", "path": str(path.absolute())}
     objects = objects_columns(features)
     notes = [f"image column {image}, of {images}"] if len(images) > 1 else []
     if objects:
@@ -517,7 +511,7 @@ def describe_voc(path: Path) -> Description | None:
     for name, keys in sets.items():
         voc_sets = [f"{kit.absolute().name}/{split}" for kit, split in keys]
         root = devkits[0].parent if devkits[0].name else first.parent
-        source: dict[str, Any] = {"source": "voc", "root": _as_path(root), "sets": voc_sets}
+        source: dict[str, Any] = {"source": "voc", "root": str(root.absolute()), "sets": voc_sets}
         source |= {} if is_pascal else {"classes": names}
         splits |= {name: Split(source, sum(len(ids[key]) for key in keys))} if keys else {}
     pictures = [_image_of(kit, one) for kit, split in sets["train"] for one in ids[kit, split]]
@@ -584,8 +578,8 @@ def describe_coco(path: Path) -> Description | None:
     for name, theirs in names.items():
         file = found[theirs]
         folders[name] = file.parent if exported else _coco_images(path, theirs, trees[name], file)
-        source: dict[str, Any] = {"source": "coco", "images": _as_path(folders[name])}
-        source |= {"annotations": _as_path(file), **({"classes": classes} if classes else {})}
+        source: dict[str, Any] = {"source": "coco", "images": str(folders[name].absolute())}
+        source |= {"annotations": str(file.absolute()), **({"classes": classes} if classes else {})}
         splits[name] = Split(source, len(trees[name]["images"]))
     names_below = [n for n in _file_names(trees["train"]) if is_below(folders["train"], n)]
     pictures = [folders["train"] / name for name in names_below]

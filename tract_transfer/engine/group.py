@@ -6,10 +6,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -50,6 +50,21 @@ def check_same(value: int, what: str) -> None:
             f"The processes of the group see different {what}: {values}. All of them need the same "
             "output_dir, on a file system that they share."
         )
+
+
+def check_same_config(config: Mapping[str, Any]) -> None:
+    """Raise ValueError if the sections of a config are not the same on all processes."""
+    configs = gather_object([config])
+    for process, other in enumerate(configs):
+        keys = sorted(k for k in config.keys() | other.keys() if config.get(k) != other.get(k))
+        if keys:
+            raise ValueError(
+                f"The processes of the group have different configs: {', '.join(keys)} of process "
+                f"{process} differs from that of another. Start all of them with the same words "
+                "and versions. A config chosen for a folder also depends on the machine and on the "
+                "network: write it once (train FOLDER --dry-run prints it), and give all of them "
+                "that file by --config-file."
+            )
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ import logging
 import os
 import platform
 import re
+import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import psutil
 import torch
@@ -28,6 +29,7 @@ from tract_transfer.engine.group import main_first
 from tract_transfer.files import (
     CONFIG_NAME,
     ENVIRONMENT_NAME,
+    RECIPE_NAME,
     RESULTS_NAME,
     make_folder,
     redact,
@@ -58,16 +60,29 @@ class FolderInUseError(FileExistsError):
     """Another process holds the run folder, or may hold it."""
 
 
+class Chosen(NamedTuple):
+    """What chose a config: the text of recipe.yaml, and the lines that the log shows."""
+
+    recipe_text: str
+    lines: Sequence[str]
+
+
 class RunFolder:
     """A run folder that this process group holds; `begin` makes it the run's own."""
 
-    def __init__(self, path: Path, config: Config, accelerator: Accelerator) -> None:
+    def __init__(
+        self, path: Path, config: Config, accelerator: Accelerator, chosen: Chosen | None = None
+    ) -> None:
         self.path, self.config, self.accelerator = path, config, accelerator
+        self.chosen = chosen
         self.is_resumed = False
         self._stack = contextlib.ExitStack()
 
     def begin(self, fingerprints: Callable[[], Mapping[str, str]]) -> None:
         """Write config.yaml and environment.json, or compare them; log to log.txt from here on.
+
+        A config that was chosen for a folder is written as recipe.yaml too, and what chose it to
+        log.txt.
 
         Args:
             fingerprints: returns split -> fingerprint of its data; called on the main process.
@@ -77,10 +92,13 @@ class RunFolder:
             weights = weights_sha256(self.config.model.weights)
             plugins = plugin_hashes(self.config.plugins)
             now = environment(fingerprints(), weights, self.accelerator.num_processes, plugins)
-            self._stack.enter_context(_logging_to(self.path))
+            lines = () if self.chosen is None else self.chosen.lines
+            self._stack.enter_context(_logging_to(self.path, lines))
             file = self.path / ENVIRONMENT_NAME
             if not self.is_resumed:
                 write_text(self.path / CONFIG_NAME, dump_config(self.config))
+                if self.chosen is not None:
+                    write_text(self.path / RECIPE_NAME, self.chosen.recipe_text)
             elif then := _mapping(file.read_text):
                 now = continue_environment(now, then)
             else:
@@ -94,7 +112,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def open_run_folder(
-    config: Config, accelerator: Accelerator, *, resume: bool
+    config: Config, accelerator: Accelerator, *, resume: bool, chosen: Chosen | None = None
 ) -> Iterator[RunFolder]:
     """Check and lock `config.output_dir` for this process group.
 
@@ -105,7 +123,7 @@ def open_run_folder(
         FolderInUseError: another process holds the folder.
         OSError: the folder cannot be made or written to.
     """
-    run_folder = RunFolder(Path(config.output_dir), config, accelerator)
+    run_folder = RunFolder(Path(config.output_dir), config, accelerator, chosen)
     with run_folder._stack as stack:
 
         def enter() -> None:
@@ -182,6 +200,13 @@ def resume_hint(folder: Path) -> str:
     if any(folder.glob("checkpoints/iter_*")):
         return f"checkpoint written. Resume with --resume (output_dir {folder})."
     return f"no checkpoint yet. Give the same command again (output_dir {folder})."
+
+
+def repeat_hint(folder: Path) -> str:
+    """Return how to repeat the run in `folder`, whose config was chosen, with other keys."""
+    file = shlex.quote(str(folder / RECIPE_NAME))
+    command = f"tract-transfer train --config-file {file} output_dir=NEW_FOLDER"
+    return f"Repeat or change it: {command}"
 
 
 # Which keys of a config decide a run's numbers, and which may differ when it is resumed.
@@ -398,8 +423,12 @@ class _RedactingFormatter(logging.Formatter):
 
 
 @contextlib.contextmanager
-def _logging_to(folder: Path) -> Iterator[None]:
-    """Write the package's log, and the error that ends the run, to `folder/log.txt`."""
+def _logging_to(folder: Path, before: Sequence[str] = ()) -> Iterator[None]:
+    """Write the package's log, and the error that ends the run, to `folder/log.txt`.
+
+    Args:
+        before: lines that were logged before the file was opened.
+    """
     path = folder / "log.txt"
     if path.exists() and not path.read_bytes().endswith(b"\n"):
         with path.open("a") as file:  # truncated by a kill
@@ -409,6 +438,8 @@ def _logging_to(folder: Path) -> Iterator[None]:
     package.addHandler(handler)
     if package.getEffectiveLevel() > logging.INFO:
         package.setLevel(logging.INFO)
+    for line in before:
+        handler.handle(logger.makeRecord(logger.name, logging.INFO, __file__, 0, line, (), None))
     try:
         yield
     except Exception:

@@ -77,6 +77,14 @@ def check_backbone_name(name: str) -> None:
     elif source == "timm" and not timm.is_model(model):
         hint = did_you_mean(model, timm.list_models())
         raise KeyError(f"timm has no model {model!r}.{hint} timm.list_models() lists all.")
+    elif source == "timm" and "." in model:
+        try:
+            timm.get_pretrained_cfg(model)
+        except RuntimeError:
+            architecture = model.partition(".")[0]
+            names = timm.list_pretrained(f"{architecture}.*")
+            hint = did_you_mean(model, names)
+            raise KeyError(f"timm has no weights {model!r}.{hint} {names}") from None
     elif source == "torchvision":
         models = torchvision.models.list_models(module=torchvision.models)
         if model not in models:

@@ -1,7 +1,5 @@
 """What `tract_transfer` offers in Python beside TrAct: train, evaluate, load, build a backbone."""
 
-import contextlib
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,10 +27,9 @@ from tract_transfer.models.weights import (
 from tract_transfer.registry import load_plugins
 from tract_transfer.run import run as runs
 from tract_transfer.run.evaluate import evaluate_run
-from tract_transfer.run.recipe import Options, config_for, saved_recipe
+from tract_transfer.run.recipe import Options, config_for
 from tract_transfer.run.trained import TrainedClassifier, TrainedDetector, load, run_config
 
-logger = logging.getLogger(__name__)
 ConfigLike: TypeAlias = str | os.PathLike[str] | Mapping[str, Any] | Config
 
 
@@ -96,18 +93,14 @@ def train(
     """
     if not isinstance(resume, bool):
         raise TypeError(f"resume: must be True or False, got {resume!r}.")
-    recipe = None
-    with contextlib.ExitStack() as stack:
-        if _is_folder(config):
-            load_plugins(plugins)
-            loaded, recipe = config_for(config, Options(), overrides, plugins, continues=resume)
-        else:
-            loaded = load_config(config, overrides, plugins)
-        if recipe is not None and os.environ.get("RANK", "0") == "0":
-            for line in recipe.lines():
-                logger.info(line)
-            stack.enter_context(saved_recipe(loaded, recipe, overrides, plugins, resume=resume))
-        results = runs.run(loaded, resume=resume)
+    chosen = None
+    if _is_folder(config):
+        load_plugins(plugins)
+        loaded, recipe = config_for(config, Options(), overrides, plugins, continues=resume)
+        chosen = None if recipe is None else recipe.chosen(overrides, plugins)
+    else:
+        loaded = load_config(config, overrides, plugins)
+    results = runs.run(loaded, resume=resume, chosen=chosen)
     return Run(Path(loaded.output_dir), results["metrics"], results)
 
 

@@ -4,15 +4,14 @@ Every choice is a `Choice` with its reason. `Recipe.text` is a short config of t
 the reasons as comments, from which the run can be repeated and changed.
 """
 
-import contextlib
 import json
 import os
 import statistics
 import textwrap
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +30,12 @@ from tract_transfer.config.file import (
 )
 from tract_transfer.config.schema import Config, check_config, load_config
 from tract_transfer.data.folder import Description, describe_folder
-from tract_transfer.engine.run_folder import LOCK_NAME, check_run_folder
-from tract_transfer.files import CONFIG_NAME, make_folder, num_cores, redact, write_text
-from tract_transfer.models.backbones import check_backbone_name
+from tract_transfer.engine.run_folder import Chosen, flatten
+from tract_transfer.files import CONFIG_NAME, num_cores, redact
+from tract_transfer.models.backbone import Backbone
+from tract_transfer.models.backbones import build_backbone, check_backbone_name
+from tract_transfer.models.weights import build_from_metadata, has_metadata, read_metadata
 
-RECIPE_NAME = "recipe.yaml"
 # --task -> the task of a config, and the task of the data it needs.
 TASKS = {
     "classify": ("classification", "classification"),
@@ -127,24 +127,48 @@ class Recipe:
             parts.append("\n".join([*comments, _dump(section, value)]))
         return "\n".join(parts) + "\n"
 
-    def lines(self, words: Sequence[str] = ()) -> list[str]:
-        """Return the choices, and the overrides of them, as lines to print."""
+    def lines(self, overrides: Overrides = ()) -> list[str]:
+        """Return the choices, and the overrides of them, as lines to log."""
+        changes = read_overrides(overrides)
+        words = [f"{key}={_word(value)}" for key, value, _ in changes]
         given = [Choice("", "given", redact(" ".join(words)))] if words else []
         indent, lines = " " * 12, list[str]()
         for one in [*self.choices, *given]:
             lines += textwrap.wrap(f"{one.what:>10}  {one.why}", 100, subsequent_indent=indent)
         return lines
 
+    def to_json(self) -> str:
+        """Return the recipe for another process."""
+        return json.dumps([self.tree, self.choices, self.source])
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Return the recipe that another process chose."""
+        tree, choices, source = json.loads(text)
+        return cls(tree, [Choice(*choice) for choice in choices], source)
+
+    def chosen(self, overrides: Overrides = (), plugins: Sequence[str] = ()) -> Chosen:
+        """Return what a run logs of the choices and saves."""
+        return Chosen(self.text(overrides, plugins), self.lines(overrides))
+
 
 def make_recipe(
-    folder: str | Path, data: Description, options: Options, machine: Machine
+    folder: str | Path,
+    data: Description,
+    options: Options,
+    machine: Machine,
+    overrides: Overrides = (),
 ) -> Recipe:
     """Choose a config for what `describe_folder` found in `folder`.
+
+    Args:
+        overrides: of the config; those of a key that has an option count as the option.
 
     Raises:
         ValueError: an option does not go with the task or the data.
         FileNotFoundError: `--weights` names no file or folder.
     """
+    options = options_with(options, task_of(data, options), overrides)
     chooser = _Chooser(folder, data, options, machine)
     return Recipe(chooser.tree(), chooser.choices, str(folder))
 
@@ -156,6 +180,7 @@ def config_for(
     plugins: Sequence[str] = (),
     *,
     continues: bool = False,
+    machine: Machine | None = None,
 ) -> tuple[Config, Recipe | None]:
     """Return the config for a folder, and the recipe that chose it.
 
@@ -163,45 +188,17 @@ def config_for(
         plugins: added to `plugins` of the config.
         continues: a run that exists is continued or measured: then the config is the run's, and
             there is no recipe.
+        machine: that trains; None is this one.
     """
     data = describe_folder(folder)
     task = task_of(data, options)
-    given = {change.key: change.value for change in read_overrides(overrides)}
-    output_dir = given.get("output_dir", output_dir_of(folder, task, options))
-    file = Path(str(output_dir)) / CONFIG_NAME
+    output_dir = output_dir_of(folder, task, options_with(options, task, overrides))
+    file = Path(output_dir) / CONFIG_NAME
     if continues and file.is_file():
-        return load_config(load_config(file, overrides, plugins), option_words(task, options)), None
-    recipe = make_recipe(folder, data, options, Machine.this())
+        saved = load_config(file, option_words(task, options))
+        return load_config(saved, overrides, plugins), None
+    recipe = make_recipe(folder, data, options, machine or Machine.this(), overrides)
     return recipe.config(overrides, plugins), recipe
-
-
-@contextlib.contextmanager
-def saved_recipe(
-    config: Config,
-    recipe: Recipe,
-    overrides: Overrides,
-    plugins: Sequence[str] = (),
-    *,
-    resume: bool,
-) -> Iterator[Path]:
-    """Write recipe.yaml into the run's folder; remove it if the run did not start.
-
-    Raises:
-        FileExistsError, ValueError: as `check_run_folder`.
-    """
-    check_run_folder(config, resume=resume)
-    folder = Path(config.output_dir)
-    is_new = not folder.exists()
-    make_folder(folder)
-    write_text(folder / RECIPE_NAME, recipe.text(overrides, plugins))
-    try:
-        yield folder / RECIPE_NAME
-    finally:
-        if not (folder / CONFIG_NAME).exists():
-            (folder / RECIPE_NAME).unlink(missing_ok=True)
-            if is_new and {path.name for path in folder.iterdir()} <= {LOCK_NAME}:
-                (folder / LOCK_NAME).unlink(missing_ok=True)
-                folder.rmdir()
 
 
 def task_of(data: Description, options: Options) -> str:
@@ -230,24 +227,62 @@ def output_dir_of(folder: str | Path, task: str, options: Options) -> str:
     return options.output_dir or f"output/{name}-{task}"
 
 
+# Options and keys of the config.
+
+
+def option_keys(task: str) -> dict[str, str]:
+    """Return the fields of Options that are keys of a config of the task, and these keys."""
+    keys = {
+        "name": "name",
+        "output_dir": "output_dir",
+        "backbone": "model.backbone.name",
+        "weights": "model.weights",
+        "batch_size": "data.batch_size",
+        "size_px": "data.transforms.size_px",
+    }
+    if task == "detect":
+        keys["size_px"] = "model.detector.args.short_side_px"
+    if task != "probe":
+        keys |= {"epochs": "solver.max_epochs", "tract": "tract.enabled"}
+    return keys
+
+
 def option_words(task: str, options: Options) -> list[str]:
     """Return the options as overrides of a saved recipe: a resumed run must agree with them."""
-    keys = {
-        "name": options.name,
-        "model.backbone.name": options.backbone,
-        "model.weights": options.weights,
-        "tract.enabled": options.tract or None,
-        "solver.max_epochs": options.epochs,
-        "data.batch_size": options.batch_size,
-    }
-    size_key = (
-        "model.detector.args.short_side_px" if task == "detect" else "data.transforms.size_px"
-    )
-    keys[size_key] = options.size_px
-    given = {key: json.dumps(value) for key, value in keys.items() if value is not None}
-    if options.weights == "none":
-        given["model.weights"] = "null"
-    return [f"{key}={value}" for key, value in given.items()]
+    words = []
+    for option, key in option_keys(task).items():
+        value = getattr(options, option)
+        if option == "output_dir" or value is None or value is False:
+            continue
+        if option == "weights":
+            value = _weights_key(value)
+        words.append(f"{key}={json.dumps(value)}")
+    return words
+
+
+def options_with(options: Options, task: str, overrides: Overrides) -> Options:
+    """Return the options with the overrides of their keys.
+
+    A value of another type stays an override, which the check of the config refuses.
+    """
+    tree, _ = override({}, {}, read_overrides(overrides))
+    values, given = flatten(tree), dict[str, Any]()
+    for option, key in option_keys(task).items():
+        value: Any = values.get(key)
+        if option == "weights" and key in values and value is None:
+            value = "none"
+        kind = {"tract": bool, "epochs": int, "batch_size": int, "size_px": int}.get(option, str)
+        is_kind = type(value) is kind  # bool is no int here
+        if is_kind and (kind is not int or value > 0):
+            given[option] = value
+    return replace(options, **given)
+
+
+def _weights_key(weights: str) -> str | None:
+    """Return `model.weights` for --weights; the path of a file or run is absolute."""
+    if weights in ("none", "pretrained"):
+        return None if weights == "none" else weights
+    return str(Path(weights).absolute())
 
 
 # Published weights.
@@ -302,7 +337,9 @@ class _Chooser:
         short_sides = [min(size) for size in data.sizes] or [224]
         self.median_px = statistics.median(short_sides)
         self.is_small = self.median_px <= _SMALL_PX
-        self.fixed_px = _fixed_size_px(options.backbone or "")
+        backbone = _weightless_backbone(options)
+        self.fixed_px = None if backbone is None else backbone.image_size_px
+        self.is_transformer = backbone is not None and _is_transformer(backbone)
         self.device = "a GPU" if machine.has_gpu else "a CPU"
         # The split that is reported: test, or else val. Without either, a part of train is.
         self.reported = next((name for name in ("test", "val") if name in data.splits), None)
@@ -385,7 +422,7 @@ class _Chooser:
                 model, why = {}, f"that of {weights}"
             else:
                 why = f"{name} with the weights in {weights}"
-            model["weights"] = weights
+            model["weights"] = _weights_key(weights)
         else:
             has_weights, reason = weights == "pretrained", f"--weights {weights}"
             if weights is None:
@@ -477,7 +514,7 @@ class _Chooser:
         size_px = _multiple(min(max(self.median_px, least), most), 16)
         if given is not None:
             size_px, why = given, "--size"
-        elif self.fixed_px is not None and "backbone" in model:
+        elif self.fixed_px is not None:
             size_px, why = self.fixed_px, "the only one that the backbone takes"
         elif self.median_px > most:
             why += f", and {self.device} trains at {most} at most"
@@ -520,7 +557,7 @@ class _Chooser:
 
     def solver(self, epochs: int, is_trained: bool) -> dict[str, Any]:
         lr = _RATES[self.task, is_trained]
-        if is_trained and self.fixed_px is not None:
+        if is_trained and self.is_transformer:
             lr = _VIT_RATE
         self.note("solver", "optimizer", f"AdamW with lr {lr:g}, a warm-up and a cosine")
         return {
@@ -583,11 +620,33 @@ def _dump(section: str, value: Any) -> str:
     return dump_yaml({section: value}, is_short=isinstance(value, dict | list)).rstrip()
 
 
-def _fixed_size_px(name: str) -> int | None:
-    """Return the only image size that a timm model takes, or None for any."""
-    library, _, model = name.partition("/")
-    config = timm.get_pretrained_cfg(model) if library == "timm" else None
-    return int(config.input_size[-1]) if config is not None and config.fixed_input_size else None
+def _weightless_backbone(options: Options) -> Backbone | None:
+    """Return the backbone that options name, on the meta device; None if it cannot be built so.
+
+    Raises:
+        ValueError: there is no such backbone.
+    """
+    name, weights = options.backbone, Path(options.weights or "none")
+    if name is not None:
+        check_name(name)
+    elif not weights.is_dir() or not has_metadata(weights):
+        return None
+    try:
+        with torch.device("meta"):
+            if name is None:
+                return build_from_metadata(read_metadata(weights))
+            return build_backbone(name)
+    except Exception:  # of any plug-in; the run reports what it cannot build
+        return None
+
+
+def _is_transformer(backbone: Backbone) -> bool:
+    kinds = [type(module).__name__ for module in backbone.modules()]
+    return sum(kind.endswith("Attention") for kind in kinds) > 1
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _multiple(value: float, of: int) -> int:

@@ -15,7 +15,12 @@ from tract_transfer.engine.checkpoint import Checkpointer
 from tract_transfer.engine.cost import CostMeter
 from tract_transfer.engine.debug_batch import keep_debug_batch
 from tract_transfer.engine.determinism import deterministic
-from tract_transfer.engine.run_folder import open_run_folder, resume_hint
+from tract_transfer.engine.run_folder import (
+    Chosen,
+    open_run_folder,
+    repeat_hint,
+    resume_hint,
+)
 from tract_transfer.engine.screen import log_rows
 from tract_transfer.engine.trainer import Hook, Trainer
 from tract_transfer.run.evaluate import measure
@@ -32,8 +37,11 @@ from tract_transfer.run.summary import outcome, training_header
 logger = logging.getLogger(__name__)
 
 
-def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
+def run(config: Config, *, resume: bool = False, chosen: Chosen | None = None) -> dict[str, Any]:
     """Train or probe, and return the results; `config.output_dir` then contains all of the run.
+
+    Args:
+        chosen: how the config was chosen for a folder, to log and to save as recipe.yaml.
 
     Raises:
         ConfigError, ValueError, FileNotFoundError: before training wherever possible.
@@ -42,22 +50,29 @@ def run(config: Config, *, resume: bool = False) -> dict[str, Any]:
         NonFiniteError: a loss or gradient is not finite; the step's batch is kept in the folder.
         Stopped: a signal ended the run; the message says how to resume.
     """
+    for line in () if chosen is None else chosen.lines:
+        logger.info(line)
     preflight(config)
     hint = partial(resume_hint, Path(config.output_dir))
     with deterministic(config.engine.deterministic), group.stop_on_signals(hint) as stop:
         accelerator = build_accelerator(config)
+        group.check_same_config(config.model_dump(mode="json"))
         cost = CostMeter(accelerator.device)
-        opened = open_run_folder(config, accelerator, resume=resume)
+        opened = open_run_folder(config, accelerator, resume=resume, chosen=chosen)
         with group.reports_lost_processes(accelerator), opened as run_folder:
             data = build_data(config)
             if isinstance(config, ProbeConfig):
-                return run_probe(config, data, run_folder, cost)
-            logger.info("Building the model")
-            length = train_length(config, data.train)
-            trainer = build_trainer(config, data, accelerator, length)
-            trainer.stop = stop
-            run_folder.begin(data.fingerprints)
-            return train(config, data, length, trainer, run_folder.path, cost)
+                results = run_probe(config, data, run_folder, cost)
+            else:
+                logger.info("Building the model")
+                length = train_length(config, data.train)
+                trainer = build_trainer(config, data, accelerator, length)
+                trainer.stop = stop
+                run_folder.begin(data.fingerprints)
+                results = train(config, data, length, trainer, run_folder.path, cost)
+            if chosen is not None:
+                logger.info(repeat_hint(run_folder.path))
+            return results
 
 
 def train(
