@@ -13,6 +13,7 @@ from run_folders import CARVED, assert_same_run, entries
 
 from tract_transfer.engine import group
 from tract_transfer.engine.group import Stopped, stop_on_signals
+from tract_transfer.engine.run_folder import flatten
 from tract_transfer.engine.screen import ProgressLine
 from tract_transfer.engine.trainer import Trainer
 from tract_transfer.run import evaluate as evaluate_module
@@ -187,8 +188,8 @@ def test_ctrl_c_prints_no_traceback_if_nothing_trains(
 
 
 def test_processes_with_different_configs_are_refused(tmp_path, load_tiny, monkeypatch):
-    other = load_tiny(tmp_path, "solver.lr=0.5").model_dump(mode="json")
+    other = flatten(load_tiny(tmp_path, "solver.lr=0.5").model_dump(mode="json"))
     monkeypatch.setattr(group, "gather_object", lambda own: [*own, other])
-    with pytest.raises(ValueError, match="different configs: solver of process 1 differs"):
+    with pytest.raises(ValueError, match=r"process 1 has another solver\.lr"):
         run(load_tiny(tmp_path))
     assert not (tmp_path / "run").exists()

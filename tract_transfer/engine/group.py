@@ -53,14 +53,15 @@ def check_same(value: int, what: str) -> None:
 
 
 def check_same_config(config: Mapping[str, Any]) -> None:
-    """Raise ValueError if the sections of a config are not the same on all processes."""
+    """Raise ValueError if the dotted keys of a config differ in value between processes."""
     configs = gather_object([config])
     for process, other in enumerate(configs):
         keys = sorted(k for k in config.keys() | other.keys() if config.get(k) != other.get(k))
         if keys:
+            listed = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
             raise ValueError(
-                f"The processes of the group have different configs: {', '.join(keys)} of process "
-                f"{process} differs from that of another. Start all of them with the same words "
+                f"The processes of the group have different configs: process {process} has another "
+                f"{listed}. Start all of them with the same words "
                 "and versions. A config chosen for a folder also depends on the machine and on the "
                 "network: write it once (train FOLDER --dry-run prints it), and give all of them "
                 "that file by --config-file."

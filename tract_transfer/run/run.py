@@ -17,6 +17,7 @@ from tract_transfer.engine.debug_batch import keep_debug_batch
 from tract_transfer.engine.determinism import deterministic
 from tract_transfer.engine.run_folder import (
     Chosen,
+    flatten,
     open_run_folder,
     repeat_hint,
     resume_hint,
@@ -56,7 +57,7 @@ def run(config: Config, *, resume: bool = False, chosen: Chosen | None = None) -
     hint = partial(resume_hint, Path(config.output_dir))
     with deterministic(config.engine.deterministic), group.stop_on_signals(hint) as stop:
         accelerator = build_accelerator(config)
-        group.check_same_config(config.model_dump(mode="json"))
+        group.check_same_config(flatten(config.model_dump(mode="json")))
         cost = CostMeter(accelerator.device)
         opened = open_run_folder(config, accelerator, resume=resume, chosen=chosen)
         with group.reports_lost_processes(accelerator), opened as run_folder:
