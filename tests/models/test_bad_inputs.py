@@ -50,7 +50,6 @@ ARGS = [
     ("cifar/vit", {"width": 100}, "divisible by num_heads"),
     ("timm/test_resnet", {"bogus": 1}, "bogus"),
     ("timm/test_resnet", {"num_classes": 3}, "num_classes"),
-    ("timm/test_resnet.nobody", {}, "nobody"),
     ("torchvision/resnet18", {"weights": None}, "weights"),
 ]
 # (backbone, stem) -> what the message says
