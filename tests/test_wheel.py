@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from image_folders import classes, coco_export
 
 ROOT = Path(__file__).parents[1]
 # After it, what the extras install cannot be imported.
@@ -39,14 +40,15 @@ def outside(wheel, tmp_path_factory):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
 
-    def run(*words):
+    def run(*words, **options):
         environment = {**os.environ, "PYTHONPATH": str(installed), "HF_HUB_OFFLINE": "1"}
         return subprocess.run(
             [sys.executable, *map(str, words)],
             cwd=folder, env=environment, capture_output=True, text=True, check=False,
+            **options,
         )  # fmt: skip
 
-    run.installed = installed
+    run.installed, run.folder = installed, folder
     return run
 
 
@@ -76,6 +78,67 @@ def test_a_packaged_plugin_is_found_outside_a_clone(outside):
     done = outside("-m", "tract_transfer", "analyze", *named)
     assert (done.returncode, done.stderr) == (0, "")
     assert "first layer   model.features.0.0 (Conv2d)" in done.stdout
+
+
+# Runs commands one after another in one process, which imports torch once.
+COMMANDS = """
+import sys
+from tract_transfer.cli.main import main
+
+for line in sys.stdin.read().splitlines():
+    sys.argv = ["tract-transfer", *line.split()]
+    code = main()
+    assert code == 0, f"{line}: {code}"
+"""
+PLUGIN = """
+from torch import nn
+
+from tract_transfer import BACKBONES, Backbone
+
+
+@BACKBONES.register("mine/tiny")
+def tiny():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    half = [0.5, 0.5, 0.5]
+    return Backbone(model, feature_dim=8, first_layers=["0"], mean=half, std=half)
+"""
+SUITE = """
+output_dir: suite
+baseline: vanilla
+seeds: [0]
+methods: {vanilla: {}, tract: {pretrain: {tract.enabled: true}}}
+pretrain: pretrain.yaml
+"""
+
+
+@pytest.mark.slow
+def test_a_user_of_the_wheel_trains_predicts_exports_plugs_in_and_compares(outside):
+    classes(outside.folder / "images", 40)
+    coco_export(outside.folder / "boxes", "train", "valid")
+    (outside.folder / "mine.py").write_text(PLUGIN)
+    (outside.folder / "suite.yaml").write_text(SUITE)
+    image = next((outside.folder / "images").rglob("*.png"))
+    tiny = "--weights none --epochs 1"
+    lines = [
+        f"train images {tiny} --tract --batch-size 4 --output classify",
+        f"train images {tiny} --batch-size 4 --output mine --plugin mine.py --backbone mine/tiny",
+        f"train boxes {tiny} --batch-size 1 --size 64 --output detect",
+        f"predict --run classify {image} --output labels",
+        f"predict --run detect {image} --output drawn",
+        "eval --run mine --plugin mine.py",
+        "export --run classify --output exported",
+        "configs --copy quickstart/pretrain pretrain.yaml",
+        "suite --config-file suite.yaml --dry-run",
+        "report classify mine --output report.html",
+    ]
+    done = outside("-c", COMMANDS, input="\n".join(lines))
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = {path.relative_to(outside.folder).as_posix() for path in outside.folder.rglob("*")}
+    assert made >= {
+        "classify/results.json", "classify/recipe.yaml", "mine/evaluation.json",
+        "detect/results.json", "labels/predictions.json", f"drawn/{image.name}.png",
+        "exported/README.md", "pretrain.yaml", "report.html",
+    }  # fmt: skip
 
 
 def test_a_report_needs_its_extra_alone(outside):
