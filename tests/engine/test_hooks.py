@@ -207,6 +207,7 @@ def test_tensorboard_has_every_line_once_after_a_kill(tmp_path):
     for iteration in (2, 4, 6):
         killed.write(iteration, 0.5, "train", {"loss": iteration / 8})
     killed.write(4, 0.5, "val", {"top1": 0.5})
+    killed.close()  # its thread would write to the files below
     for file in (tmp_path / "tensorboard").iterdir():
         file.write_bytes(b"")  # nothing had reached the disk
     resumed = MetricsFile(tmp_path, tensorboard=True)
@@ -218,7 +219,6 @@ def test_tensorboard_has_every_line_once_after_a_kill(tmp_path):
         "train/loss": [(2, 0.25), (4, 0.5), (6, 0.75)],
         "val/top1": [(4, 0.5)],
     }
-    killed.close()
 
 
 def test_lines_are_synced_before_their_checkpoint(trainer, use_hooks, monkeypatch):

@@ -50,7 +50,7 @@ def shown(message: str, base: Path) -> str:
     """Return a message as the page has it; `base` is the folder of the tests' own folders."""
     text = " ".join(message.split())
     folder = rf"{re.escape(str(base))}/[^/\s'\"]+?(?=[/\s'\",:;.)]|$)"
-    text = re.sub(folder, "…", text).replace(f"{ROOT}/", "")
+    text = re.sub(folder, "…", text).replace(f"{ROOT}/", "").replace(str(ROOT), "…")
     for pattern in FOREIGN:
         text = re.sub(pattern, "…", text)
     return text if len(text) <= LONGEST else f"{text[:LONGEST].rsplit(' ', 1)[0]} …"
