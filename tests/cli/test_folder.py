@@ -1,13 +1,15 @@
 """`train FOLDER` chooses a config, shows it, saves it and resumes; `check-data FOLDER` reads it."""
 
 import os
+from argparse import Namespace
+from pathlib import Path
 
 import image_folders as make
 import pytest
 import torch
 from huggingface_hub import constants
 
-from tract_transfer.cli.folder import RECIPE_VARIABLE
+from tract_transfer.cli.folder import RECIPE_VARIABLE, folder_config
 from tract_transfer.config.schema import load_config
 from tract_transfer.engine.run_folder import lock_folder
 from tract_transfer.run.recipe import Recipe
@@ -97,6 +99,9 @@ def test_processes_take_the_recipe_of_the_one_that_starts_them(train, tmp_path, 
     monkeypatch.setenv(RECIPE_VARIABLE, recipe.to_json())
     done = train("--dry-run")
     assert "\nseed: 5\n" in done.stdout, done.stderr
+    monkeypatch.setenv(RECIPE_VARIABLE, recipe.to_json())
+    config, _ = folder_config("images", Namespace(overrides=[], plugins=["paper/cifar_zoo.py"]))
+    assert [Path(plugin).name for plugin in config.plugins] == ["cifar_zoo.py"]
 
 
 def test_the_default_output_is_named_after_folder_and_task(call, tmp_path, monkeypatch):

@@ -243,3 +243,4 @@ def test_examples_of_the_guide_run(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tract_transfer, "train", short)
     exec(compile(code, "guide", "exec"), {})
+    assert list((tmp_path / "output").rglob("results.json"))

@@ -225,7 +225,7 @@ OPTIONS = {
         "--epochs does not go with --task probe, which trains no backbone"),
     "TrAct in a probe": ({"task": "probe", "tract": True}, ValueError, "--tract does not go with"),
     "a probe without weights": ({"task": "probe"}, ValueError,
-        "the weights of timm/resnet18 cannot be had: not in the cache.*--weights PATH"),
+        "the weights of timm/resnet18 are not available: not in the cache.*--weights PATH"),
     "weights that do not exist": ({"weights": "nowhere.pth"}, FileNotFoundError,
         "--weights nowhere.pth: there is no such file or folder"),
     "a backbone that does not exist": ({"backbone": "timm/resnet19"}, ValueError,

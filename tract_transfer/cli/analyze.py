@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tract_transfer.cli.main import (
+    CONFIG_HELP,
     add_overrides,
     add_plugins,
     make_parser,
@@ -35,7 +36,7 @@ def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = make_parser(__doc__)
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--config-file", metavar="FILE", help="YAML, see configs/")
+    which.add_argument("--config-file", metavar="FILE", help=CONFIG_HELP)
     which.add_argument("--backbone", metavar="NAME", help="such as timm/resnet50")
     weights = "compare these weights instead: a run folder, or any file with one of the above"
     parser.add_argument("--weights", metavar="FILE", help=weights)

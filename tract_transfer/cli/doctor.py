@@ -186,17 +186,15 @@ def config_of(arguments: argparse.Namespace) -> "Config":
     """
     from tract_transfer.config.file import add_plugins, override, parse_words
     from tract_transfer.config.schema import check_config
-    from tract_transfer.data.folder import describe_folder
     from tract_transfer.registry import load_plugins
-    from tract_transfer.run.recipe import Machine, Options, make_recipe
+    from tract_transfer.run.recipe import Options, config_for
 
     backbone, path = arguments.backbone, arguments.data
     load_plugins(arguments.plugins)
     if path.startswith((".", "/", "~")) or Path(path).exists():
         options = Options(backbone=backbone, weights="none", tract=True)
-        data, overrides = describe_folder(path), arguments.overrides
-        recipe = make_recipe(path, data, options, Machine.this(), overrides)
-        return recipe.config(overrides, arguments.plugins)
+        config, _ = config_for(path, options, arguments.overrides, arguments.plugins)
+        return config
     size_px = CIFAR_SIZE_PX if backbone.startswith("cifar/") else SIZE_PX
     tree = {
         "task": "classification",

@@ -10,7 +10,6 @@ folder. The model and its transforms are those of the run; `data.test` and `eval
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tract_transfer.cli.main import (
     CONFIG_HELP,
     add_overrides,
     add_plugins,
+    is_main_process,
     make_parser,
     reports_errors,
 )
@@ -36,7 +36,7 @@ def main() -> int:
     arguments = parser.parse_intermixed_args()
     from tract_transfer.engine.screen import ProgressLine, show_log
 
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_main_process()
     show_log(is_main=is_main)
     with ProgressLine("Loading PyTorch"):
         from tract_transfer.config.schema import load_config

@@ -72,7 +72,7 @@ def folder_config(folder: str, arguments: argparse.Namespace) -> tuple["Config",
     load_plugins(arguments.plugins)
     if text := os.environ.pop(RECIPE_VARIABLE, None):
         recipe = recipes.Recipe.from_json(text)
-        return recipe.config(arguments.overrides), recipe
+        return recipe.config(arguments.overrides, arguments.plugins), recipe
     given = {name: getattr(arguments, _destination(name)) for name in _OPTIONS}
     options = recipes.Options(
         task=given["--task"],

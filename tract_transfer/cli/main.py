@@ -101,6 +101,11 @@ def print_error(error: Exception) -> int:
     return FAILED
 
 
+def is_main_process() -> bool:
+    """Whether this is the process of a group that prints; known without torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser that prints its description as it is written."""
     return argparse.ArgumentParser(

@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tract_transfer.cli.folder import add_folder_options, folder_config, pass_on, take_folder
-from tract_transfer.cli.main import add_config, make_parser, number, read_config, reports_errors
+from tract_transfer.cli.main import (
+    add_config,
+    is_main_process,
+    make_parser,
+    number,
+    read_config,
+    reports_errors,
+)
 
 if TYPE_CHECKING:
     from tract_transfer.config.schema import Config
@@ -47,7 +54,7 @@ def main() -> int:
     arguments = parse()
     from tract_transfer.engine.screen import ProgressLine, show_log
 
-    is_main = os.environ.get("RANK", "0") == "0"
+    is_main = is_main_process()
     show_log(is_main=is_main)
     recipe = None
     if arguments.folder is None:

@@ -88,7 +88,7 @@ def describe_folder(path: str | Path) -> Description:
     """Return what a folder, or a parquet file, holds.
 
     Hidden entries, and those of macOS and Jupyter, are ignored. A folder that contains nothing but
-    another one stands for it.
+    another one is replaced by it.
 
     Raises:
         FileNotFoundError: there is no such folder.

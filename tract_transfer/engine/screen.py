@@ -209,14 +209,14 @@ class TerminalHandler(logging.Handler):
 
     @contextlib.contextmanager
     def _survives(self) -> Iterator[None]:
-        """Let the run go on if the terminal is gone."""
+        """Let the run continue if the terminal is gone."""
         try:
             yield
         except (OSError, ValueError):  # ValueError: a closed file
             live, self._live = self._live, None
             if live is not None:
                 with contextlib.suppress(OSError, ValueError):
-                    live.stop()  # gives sys.stderr back, whatever it raises
+                    live.stop()  # restores sys.stderr, whatever it raises
 
 
 def _terminal() -> TerminalHandler | None:

@@ -289,7 +289,7 @@ def _weights_key(weights: str) -> str | None:
 
 
 def published_weights(name: str) -> tuple[bool, str]:
-    """Return whether a backbone's pre-trained weights are at hand, and where, or why not."""
+    """Return whether a backbone's pre-trained weights are available, and where, or why not."""
     library, _, model = name.partition("/")
     if library == "timm" and timm.is_model_pretrained(model):
         config = timm.get_pretrained_cfg(model)
@@ -440,11 +440,11 @@ class _Chooser:
         options = self.options
         if self.task == "probe" and options.weights is None:
             raise ValueError(
-                f"--task probe measures a pre-trained backbone, and the weights of {name} cannot "
-                f"be had: {reason}. Give --weights PATH, or --weights none for random weights."
+                f"--task probe measures a pre-trained backbone, and the weights of {name} are "
+                f"not available: {reason}. Give --weights PATH, or --weights none for random ones."
             )
         if options.weights is None:
-            reason = f"pre-trained weights cannot be had: {reason}"
+            reason = f"pre-trained weights are not available: {reason}"
         if options.backbone is None and self.is_small and self.task != "detect":
             width = 64 if self.machine.has_gpu else 32
             backbone = {"name": "cifar/resnet18", "args": {"width": width}}
